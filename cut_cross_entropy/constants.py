@@ -1,0 +1,7 @@
+"""Constants shared by the whole package."""
+
+IGNORE_INDEX = -100
+"""Target value that marks a token without a loss, as in ``torch.nn.functional.cross_entropy``."""
+
+DEFAULT_MEMORY_BUDGET = 256 * 2**20
+"""Bytes of scratch memory that one call may use beyond its results and their accumulators."""

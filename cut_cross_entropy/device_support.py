@@ -1,0 +1,61 @@
+"""What can run on this machine; nothing here imports Triton unless it has to.
+
+Triton is probed by importing it, not by package metadata: distributions of it carry other names.
+"""
+
+import functools
+import importlib
+import os
+
+TRITON_FLOOR = (3, 3)
+"""Oldest Triton release that the kernels support."""
+
+
+@functools.cache
+def triton_version() -> tuple[int, ...] | None:
+    """Version of the Triton that can be imported, or None."""
+    try:
+        triton = importlib.import_module("triton")
+    except Exception:  # a broken install fails in many ways; all mean "not usable"
+        return None
+    return version_tuple(getattr(triton, "__version__", "0"))
+
+
+def version_tuple(version: str) -> tuple[int, ...]:
+    """``"3.6.0+git1a2b"`` becomes ``(3, 6, 0)``: the leading numeric parts."""
+    numbers = []
+    for part in version.split("+")[0].split("."):
+        digits = ""
+        for character in part:
+            if not character.isdigit():
+                break
+            digits += character
+        if not digits:
+            break
+        numbers.append(int(digits))
+        if digits != part:  # "0rc1": nothing numeric follows
+            break
+    return tuple(numbers)
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported at all."""
+    return triton_version() is not None
+
+
+def triton_is_interpreted() -> bool:
+    """Whether ``TRITON_INTERPRET=1`` asks for kernels to run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def kernels_unavailable(device_type: str) -> str | None:
+    """Why the Triton kernels cannot run on ``device_type``, or None if they can."""
+    version = triton_version()
+    if version is None:
+        return "Triton cannot be imported"
+    if version < TRITON_FLOOR:
+        floor = ".".join(map(str, TRITON_FLOOR))
+        return f"Triton {'.'.join(map(str, version))} is older than {floor}"
+    if device_type == "cuda" or (device_type == "cpu" and triton_is_interpreted()):
+        return None
+    return f"the kernels need a GPU and the tensors are on {device_type!r}"

@@ -1,0 +1,242 @@
+"""Bounded memory in eager PyTorch: ``impl="chunked"``.
+
+Logits exist for one block of tokens and classes at a time. The forward keeps a running log-sum-exp
+(section 4.1 of "Cut Your Losses in Large-Vocabulary Language Models"); the backward makes every
+block again and accumulates exact gradients in float32 (float64 for float64 inputs), with no filter.
+Four products instead of the three that full logits need, on any device, deterministic.
+
+Shape legend: ``cut_cross_entropy.implementations``.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.validation import check_target_range
+
+MAX_TOKENS = 8192
+MIN_CLASSES = 128
+BLOCK_TEMPORARIES = 4  # logits, their derivative, and what the elementwise operations allocate
+
+
+def forward(
+    e: Tensor,  # (N, D)
+    c: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    ignore_index: int,
+    softcap: float | None,
+    compute_dtype: torch.dtype,
+    memory_budget: int,
+) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp of every token, each of shape (N,), float32 (float64 for float64)."""
+    problem = _Problem(e, c, targets, bias, ignore_index, softcap, compute_dtype, memory_budget)
+    lse = torch.full((problem.num_kept,), -torch.inf, dtype=problem.wide, device=e.device)
+    target_logit = torch.full_like(lse, torch.nan)  # stays NaN where the target is out of range
+
+    for tokens in problem.token_blocks():
+        e_block, target_block = problem.embeddings(tokens), problem.targets[tokens]
+        for classes in problem.class_blocks():
+            logits, _ = problem.logits(e_block, classes)
+            lse[tokens] = torch.logaddexp(lse[tokens], torch.logsumexp(logits, dim=1))
+            rows, columns = _targets_within(target_block, classes)
+            target_logit[tokens][rows] = logits[rows, columns]
+
+    # lse is a rounded sum; it must not fall below one of its terms, or a probability exceeds 1.
+    nll = (lse - target_logit).clamp_min(0)
+    return problem.scatter(nll), problem.scatter(lse)
+
+
+def backward(
+    grad_nll: Tensor,  # (N,)
+    grad_lse: Tensor,  # (N,)
+    e: Tensor,  # (N, D)
+    c: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    lse: Tensor,  # (N,)
+    ignore_index: int,
+    softcap: float | None,
+    compute_dtype: torch.dtype,
+    memory_budget: int,
+    need_e: bool,
+    need_c: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of e, c and bias in their own dtypes; an empty tensor for each not needed.
+
+    The gradient of the logits is ``a * p - b * onehot`` with ``a`` the gradient of loss plus lse
+    and ``b`` that of the loss.
+    """
+    problem = _Problem(e, c, targets, bias, ignore_index, softcap, compute_dtype, memory_budget)
+    wide, device = problem.wide, e.device
+    b = problem.gather(grad_nll.to(wide))
+    a = b + problem.gather(grad_lse.to(wide))
+    a = torch.where(problem.in_range, a, torch.nan)  # see forward: never a plausible number
+    lse = problem.gather(lse)
+    scale = problem.gradient_scale(a, b)
+
+    grad_e_sum = torch.zeros(
+        (problem.num_kept if need_e else 0, e.shape[1]), dtype=wide, device=device
+    )
+    grad_c = torch.empty_like(c) if need_c else c.new_empty(0)
+    grad_bias = torch.empty_like(bias) if bias is not None and need_bias else c.new_empty(0)
+
+    for classes in problem.class_blocks():
+        rows_of_c = classes.stop - classes.start
+        grad_c_sum = lse.new_zeros((rows_of_c if need_c else 0, c.shape[1]))
+        grad_bias_sum = lse.new_zeros(rows_of_c)
+        for tokens in problem.token_blocks():
+            e_block, target_block = problem.embeddings(tokens), problem.targets[tokens]
+            logits, slope = problem.logits(e_block, classes, with_slope=True)
+            grad = logits.sub_(lse[tokens, None]).exp_().mul_(a[tokens, None])
+            rows, columns = _targets_within(target_block, classes)
+            grad[rows, columns] -= b[tokens][rows]
+            if slope is not None:
+                grad.mul_(slope)
+            if need_bias:
+                grad_bias_sum += grad.sum(0)
+            if not (need_e or need_c):
+                continue
+            factor = problem.as_factor(grad, scale)
+            if need_e:
+                grad_e_sum[tokens] += problem.product(factor, problem.classifier(classes))
+            if need_c:
+                grad_c_sum += problem.product(factor.T, e_block)
+        if need_bias:
+            grad_bias[classes] = grad_bias_sum
+        if need_c:
+            grad_c[classes] = grad_c_sum / scale
+    grad_e = problem.scatter(grad_e_sum.div_(scale)).to(e.dtype) if need_e else e.new_empty(0)
+    return grad_e, grad_c, grad_bias
+
+
+def _targets_within(targets: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
+    """Rows of a block whose target lies in ``classes``, and its column there."""
+    rows = ((targets >= classes.start) & (targets < classes.stop)).nonzero().squeeze(1)
+    return rows, targets[rows] - classes.start
+
+
+def choose_blocks(
+    num_tokens: int, num_classes: int, dim: int, itemsize: int, budget: int
+) -> tuple[int, int]:
+    """Tokens and classes a block, so that a block and its operands fit ``budget`` bytes.
+
+    ``itemsize`` is that of the accumulators. At least one token and ``MIN_CLASSES`` classes are
+    used, however small the budget.
+    """
+    tokens = max(1, min(num_tokens, MAX_TOKENS))
+    while True:
+        # Operands: a widened block of e, a widened block of c, the sum of dC and one addend.
+        fixed = 2 * tokens * dim * itemsize
+        per_class = (BLOCK_TEMPORARIES * tokens + 3 * dim) * itemsize
+        classes = (budget - fixed) // per_class
+        if classes >= MIN_CLASSES or tokens == 1:
+            break
+        tokens = max(1, tokens // 2)
+    classes = max(MIN_CLASSES, classes // MIN_CLASSES * MIN_CLASSES)
+    return tokens, min(num_classes, classes)
+
+
+class _Problem:
+    """The inputs without ignored tokens, and the precision in which blocks are computed."""
+
+    def __init__(
+        self,
+        e: Tensor,
+        c: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        ignore_index: int,
+        softcap: float | None,
+        compute_dtype: torch.dtype,
+        memory_budget: int,
+    ) -> None:
+        self.e, self.c, self.bias, self.softcap = e, c, bias, softcap
+        self.compute_dtype = compute_dtype
+        self.wide = torch.promote_types(compute_dtype, torch.float32)
+        # PyTorch has products of half precision factors with a float32 result on CUDA only;
+        # elsewhere the factors are widened, which changes none of their values.
+        self.half_products = compute_dtype.itemsize == 2 and _has_wide_products(e.device)
+
+        check_target_range(targets, c.shape[0], ignore_index)
+        kept = targets != ignore_index
+        self.num_tokens = targets.shape[0]
+        self.num_kept = int(kept.sum())
+        self.rows = None if self.num_kept == self.num_tokens else kept.nonzero().squeeze(1)
+        self.targets = self.gather(targets).long()
+        self.in_range = (self.targets >= 0) & (self.targets < c.shape[0])
+        self.block = choose_blocks(
+            self.num_kept, c.shape[0], c.shape[1], self.wide.itemsize, memory_budget
+        )
+
+    def token_blocks(self) -> Iterator[slice]:
+        return _slices(self.num_kept, self.block[0])
+
+    def class_blocks(self) -> Iterator[slice]:
+        return _slices(self.c.shape[0], self.block[1])
+
+    def gather(self, per_token: Tensor) -> Tensor:
+        """Rows of the tokens that are not ignored."""
+        return per_token if self.rows is None else per_token[self.rows]
+
+    def scatter(self, per_kept_token: Tensor) -> Tensor:
+        """Rows of all tokens, 0 where ignored."""
+        if self.rows is None:
+            return per_kept_token
+        result = per_kept_token.new_zeros((self.num_tokens, *per_kept_token.shape[1:]))
+        return result.index_copy_(0, self.rows, per_kept_token)
+
+    def embeddings(self, tokens: slice) -> Tensor:
+        e = self.e[tokens] if self.rows is None else self.e[self.rows[tokens]]
+        return self._operand(e)
+
+    def classifier(self, classes: slice) -> Tensor:
+        return self._operand(self.c[classes])
+
+    def _operand(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self.compute_dtype)  # the rounding that autocast asks for
+        return tensor if self.half_products else tensor.to(self.wide)
+
+    def logits(
+        self, e_block: Tensor, classes: slice, with_slope: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of a block, and their derivative by the uncapped logits if there is a softcap."""
+        logits = self.product(e_block, self.classifier(classes).T)
+        if self.bias is not None:
+            logits += self.bias[classes].to(self.wide)
+        if self.softcap is None:
+            return logits, None
+        tanh = logits.div_(self.softcap).tanh_()
+        slope = 1 - tanh.square() if with_slope else None
+        return tanh.mul_(self.softcap), slope
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.half_products:
+            return torch.mm(left, right, out_dtype=self.wide)
+        return left @ right
+
+    def gradient_scale(self, a: Tensor, b: Tensor) -> Tensor:
+        """A power of two that brings the logit gradients near 1: 1/N underflows in float16."""
+        one = torch.ones((), dtype=self.wide, device=a.device)
+        if not self.half_products or self.num_kept == 0:
+            return one
+        largest = torch.maximum(a.abs().max(), b.abs().max())
+        exponent = -torch.floor(torch.log2(largest))
+        return torch.where(torch.isfinite(exponent), torch.exp2(exponent), one)
+
+    def as_factor(self, grad: Tensor, scale: Tensor) -> Tensor:
+        """A block of logit gradients as a factor of the products that follow."""
+        return grad.mul_(scale).to(self.compute_dtype) if self.half_products else grad
+
+
+def _has_wide_products(device: torch.device) -> bool:
+    """Whether ``torch.mm(half, half, out_dtype=float32)`` exists (torch 2.8, CUDA)."""
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    return device.type == "cuda" and release >= (2, 8)
+
+
+def _slices(length: int, block: int) -> Iterator[slice]:
+    for start in range(0, length, max(1, block)):
+        yield slice(start, min(start + block, length))

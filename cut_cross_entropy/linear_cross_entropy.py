@@ -1,0 +1,201 @@
+"""The public function and module. What computes the loss is chosen in ``dispatch``."""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
+from cut_cross_entropy.dispatch import token_losses
+from cut_cross_entropy.distributed.options import VocabParallelOptions
+from cut_cross_entropy.options import (
+    LCE_IMPL_DEFAULT,
+    CCEPreset,
+    LinearCrossEntropyImpl,
+    check_filter_eps,
+    impl_name,
+)
+from cut_cross_entropy.validation import check_compute_dtypes, check_options, check_tensors
+
+
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: bool | int = 0,
+    return_lse: bool = False,
+    filter_eps: float | str | None = "auto",
+    accum_e_fp32: bool = False,
+    accum_c_fp32: bool = False,
+    filter_e_grad: bool = True,
+    filter_c_grad: bool = True,
+    impl: str | LinearCrossEntropyImpl = LCE_IMPL_DEFAULT,
+    vocab_parallel_options: VocabParallelOptions | None = None,
+    *,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of the logits ``e @ c.T + bias`` without storing them.
+
+    The loss and its gradients equal those of ``F.cross_entropy(F.linear(e, c, bias), targets)``
+    computed in higher precision. Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary
+    Language Models", arXiv 2411.09009.
+
+    >>> hidden = torch.randn(2, 5, 8, requires_grad=True)  # (batch, time, D)
+    >>> classifier = torch.randn(11, 8)  # (V, D)
+    >>> labels = torch.randint(0, 11, (2, 5))
+    >>> linear_cross_entropy(hidden, classifier, labels, shift=True).shape
+    torch.Size([])
+    >>> linear_cross_entropy(hidden, classifier, labels, shift=True, reduction="none").shape
+    torch.Size([2, 4])
+
+    Args:
+        e: embeddings, (..., D), float32, bfloat16, float16 or float64; need not be contiguous.
+        c: classifier, (V, D), of the dtype of ``e`` (any under autocast).
+        targets: class ids, int64 or int32, of the leading shape of ``e``; without a shift any
+            shape with as many elements.
+        bias: (V,), of the dtype of ``c`` or float32.
+        ignore_index: target value of tokens without a loss. An int in the place of ``bias`` is
+            taken as ``ignore_index``, as release 25.1 had it.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        reduction: ``"mean"`` over the tokens that are not ignored, ``"sum"``, or ``"none"``.
+        shift: position t predicts target t + shift; True is 1. In [0, T).
+        return_lse: also return the log-sum-exp of the logits.
+        filter_eps: how much of the gradient the kernels may skip: None nothing, ``"auto"`` what
+            the dtype cannot represent, ``"high"`` less, or a threshold on the probabilities. The
+            PyTorch implementations are exact and ignore it.
+        accum_e_fp32, accum_c_fp32: accepted for compatibility; gradients are always accumulated
+            in float32 or wider.
+        filter_e_grad, filter_c_grad: whether the filter may apply to the gradient of ``e``, ``c``.
+        impl: ``"auto"`` chooses by device. See the README for the list.
+        vocab_parallel_options: the classes of this process; not supported yet.
+        memory_budget: bytes of scratch memory beyond results and accumulators, for
+            implementations that bound it.
+
+    Returns:
+        The loss: a scalar, or with ``reduction="none"`` the shape of ``targets`` less ``shift`` at
+        the end of the last dimension, 0 at ignored tokens. float32, or float64 for float64 inputs.
+        With ``return_lse`` a pair: the loss, and the log-sum-exp per token in that same shape, 0 at
+        ignored tokens. Both are differentiable, once.
+
+    Raises:
+        TypeError: an argument or a tensor of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, an option out of range, on the CPU a target
+            out of range. (On a GPU the loss is then NaN; ``CCE_DEBUG=1`` raises there too.)
+        RuntimeError: an explicit ``impl`` that cannot run here.
+        NotImplementedError: DTensors, vocabulary-parallel options.
+    """
+    if isinstance(bias, int) and not isinstance(bias, bool):
+        if ignore_index != IGNORE_INDEX:
+            raise TypeError(
+                f"bias must be a Tensor or None, got int ({bias}) beside {ignore_index=}"
+            )
+        bias, ignore_index = None, bias
+    impl = impl_name(impl)
+    check_options(ignore_index, softcap, reduction, shift, memory_budget)
+    check_filter_eps(filter_eps)
+    shift = int(shift)
+    check_tensors(e, c, targets, bias, shift)
+    compute_dtype = _compute_dtype(e, c, bias)
+    if vocab_parallel_options is not None:
+        raise NotImplementedError(
+            "vocab_parallel_options is not supported yet; pass the whole classifier and None"
+        )
+
+    if shift:
+        # Shifting the targets instead of the embeddings copies N integers, not N x D features;
+        # the last tokens of each sequence have no target and are ignored.
+        targets = F.pad(targets[..., shift:], (0, shift), value=ignore_index)
+    nll, lse = token_losses(
+        impl,
+        e.reshape(-1, e.shape[-1]),
+        c,
+        targets.reshape(-1),
+        bias,
+        ignore_index=ignore_index,
+        softcap=None if softcap is None else float(softcap),
+        compute_dtype=compute_dtype,
+        memory_budget=memory_budget,
+        kernel_options=CCEPreset(
+            filter_eps=filter_eps,
+            accum_e_fp32=accum_e_fp32,
+            accum_c_fp32=accum_c_fp32,
+            filter_e_grad=filter_e_grad,
+            filter_c_grad=filter_c_grad,
+        ),
+    )
+
+    if reduction == "none":
+        loss = _per_token(nll, targets, shift)
+    else:
+        loss = nll.sum()
+        if reduction == "mean":
+            # All ignored: 0 / 1, not 0 / 0.
+            loss = loss / (targets != ignore_index).sum().clamp_min(1)
+    return (loss, _per_token(lse, targets, shift)) if return_lse else loss
+
+
+def _per_token(values: Tensor, targets: Tensor, shift: int) -> Tensor:
+    values = values.reshape(targets.shape)
+    return values[..., :-shift] if shift else values
+
+
+def _compute_dtype(e: Tensor, c: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype of the product: that of autocast, which leaves float64 alone, or of the inputs."""
+    device_type = e.device.type
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(
+        device_type
+    )
+    check_compute_dtypes(e, c, bias, autocast)
+    if autocast and torch.float64 not in (e.dtype, c.dtype):
+        return torch.get_autocast_dtype(device_type)
+    return torch.promote_types(e.dtype, c.dtype)
+
+
+_OPTIONS = {
+    name: parameter
+    for name, parameter in inspect.signature(linear_cross_entropy).parameters.items()
+    if name not in ("e", "c", "targets", "bias")
+}
+
+
+class LinearCrossEntropy(nn.Module):
+    """:func:`linear_cross_entropy` as a module; takes the same options, each an attribute.
+
+    >>> loss_fn = LinearCrossEntropy(reduction="sum", softcap=30.0)
+    >>> loss_fn(torch.randn(3, 8), torch.randn(11, 8), torch.tensor([1, 2, -100])).shape
+    torch.Size([])
+
+    Raises:
+        TypeError: an option that :func:`linear_cross_entropy` does not have.
+    """
+
+    __signature__ = inspect.Signature(list(_OPTIONS.values()))
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__()
+        bound = self.__signature__.bind(*args, **options)
+        bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            setattr(self, name, value)
+
+    def forward(
+        self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """See :func:`linear_cross_entropy`."""
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return linear_cross_entropy(e, c, targets, bias, **options)
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults."""
+        changed = {
+            name: getattr(self, name)
+            for name, parameter in _OPTIONS.items()
+            if getattr(self, name) != parameter.default
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in changed.items())

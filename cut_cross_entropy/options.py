@@ -1,0 +1,143 @@
+"""Names of the implementations and the options that belong to each.
+
+Every implementation has a lower-case name, which is what ``impl=`` takes. The seven names that
+Apple's releases define are also members of :class:`LinearCrossEntropyImpl`; the others
+(``OWN_IMPLS``) are ours and exist as strings only, so that the enum keeps its values.
+"""
+
+import enum
+import math
+import platform
+from typing import ClassVar, TypedDict
+
+
+class LinearCrossEntropyImpl(enum.IntEnum):
+    """The implementations that Apple's releases name, with the same values."""
+
+    CCE = enum.auto()
+    TORCH_COMPILE = enum.auto()
+    CCE_KAHAN_FULL_C = enum.auto()
+    CCE_KAHAN_FULL_E = enum.auto()
+    CCE_EXACT = enum.auto()
+    CCE_KAHAN_FULL_C_FULL_E = enum.auto()
+    CCE_KAHAN_FULL = enum.auto()
+
+
+KERNEL_IMPLS = (
+    "cce",
+    "cce_kahan",
+    "cce_kahan_full_c",
+    "cce_kahan_full_e",
+    "cce_exact",
+    "cce_kahan_full_c_full_e",
+    "cce_kahan_full",
+)
+"""Presets of the Triton kernels; they need a GPU (or Triton's interpreter)."""
+
+OWN_IMPLS = ("auto", "chunked", "reference")
+"""Names outside Apple's enum: the choice by device, and the two plain PyTorch paths."""
+
+ALL_IMPLS = (*OWN_IMPLS, "torch_compile", *KERNEL_IMPLS)
+
+# The seed document promises torch_compile as the default on macOS, where Triton does not exist.
+# Elsewhere the choice has to wait for the call, since it depends on the device of the tensors.
+LCE_IMPL_DEFAULT = "torch_compile" if platform.system() == "Darwin" else "auto"
+"""Default of ``impl=``."""
+
+
+class CCEPreset(TypedDict):
+    """Options that a preset of the kernels fixes."""
+
+    filter_eps: float | str | None
+    accum_e_fp32: bool
+    accum_c_fp32: bool
+    filter_e_grad: bool
+    filter_c_grad: bool
+
+
+class CCEPresets:
+    """What each preset of the kernels stands for.
+
+    Gradients are always accumulated in float32 here, so ``accum_e_fp32`` and ``accum_c_fp32``
+    record what a preset promises and change nothing in the result.
+    """
+
+    names: ClassVar[frozenset[str]] = frozenset(KERNEL_IMPLS)
+
+    _fixed: ClassVar[dict[str, dict[str, float | str | bool | None]]] = {
+        "cce": {},
+        "cce_kahan": {"accum_e_fp32": True, "accum_c_fp32": True},
+        "cce_kahan_full_c": {
+            "filter_eps": "auto",
+            "accum_e_fp32": True,
+            "accum_c_fp32": True,
+            "filter_e_grad": True,
+            "filter_c_grad": False,
+        },
+        "cce_kahan_full_e": {
+            "filter_eps": "auto",
+            "accum_e_fp32": True,
+            "accum_c_fp32": True,
+            "filter_e_grad": False,
+            "filter_c_grad": True,
+        },
+    }
+    _exact: ClassVar[dict[str, float | str | bool | None]] = {
+        "filter_eps": None,
+        "accum_e_fp32": True,
+        "accum_c_fp32": True,
+    }
+
+    @classmethod
+    def build_for_impl(cls, impl: str, opts: CCEPreset) -> CCEPreset:
+        """Options in force for preset ``impl`` when the caller asked for ``opts``.
+
+        Args:
+            impl: one of :attr:`names`.
+            opts: what the caller passed; not modified.
+
+        Returns:
+            A new dictionary: ``opts`` with the values that the preset fixes.
+
+        Raises:
+            ValueError: ``impl`` is no preset of the kernels.
+        """
+        if impl not in cls.names:
+            raise ValueError(f"impl must be one of {sorted(cls.names)}, got {impl!r}")
+        fixed = cls._fixed.get(impl, cls._exact)
+        return {**opts, **fixed}  # type: ignore[typeddict-item]
+
+
+def impl_name(impl: "str | LinearCrossEntropyImpl") -> str:
+    """The lower-case name of ``impl``.
+
+    Raises:
+        TypeError: neither a string nor a :class:`LinearCrossEntropyImpl`.
+        ValueError: not the name of an implementation.
+    """
+    if isinstance(impl, LinearCrossEntropyImpl):
+        return impl.name.lower()
+    if not isinstance(impl, str):
+        raise TypeError(
+            f"impl must be a string or a LinearCrossEntropyImpl, got {type(impl).__name__}"
+        )
+    if impl not in ALL_IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(ALL_IMPLS)}, got {impl!r}")
+    return impl
+
+
+def check_filter_eps(filter_eps: float | str | None) -> None:
+    """Accept ``None``, ``"auto"``, ``"high"`` or a finite float >= 0.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    allowed = 'None, "auto", "high" or a finite float >= 0'
+    if filter_eps is None or filter_eps in ("auto", "high"):
+        return
+    if isinstance(filter_eps, str):
+        raise ValueError(f"filter_eps must be {allowed}, got {filter_eps!r}")
+    if isinstance(filter_eps, bool) or not isinstance(filter_eps, (int, float)):
+        raise TypeError(f"filter_eps must be {allowed}, got {type(filter_eps).__name__}")
+    if not math.isfinite(filter_eps) or filter_eps < 0:
+        raise ValueError(f"filter_eps must be {allowed}, got {filter_eps!r}")

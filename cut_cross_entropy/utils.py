@@ -1,0 +1,57 @@
+"""Small functions around the loss: z-loss and softcap."""
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.constants import IGNORE_INDEX
+from cut_cross_entropy.validation import REDUCTIONS
+
+
+def softcapping(logits: Tensor, softcap: float) -> Tensor:
+    """``softcap * tanh(logits / softcap)``; any shape, dtype kept."""
+    return softcap * torch.tanh(logits / softcap)
+
+
+def compute_z_loss(
+    lse: Tensor,
+    targets: Tensor | None = None,
+    shift: bool | int = False,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+) -> Tensor:
+    """The square of the log-sum-exp, which keeps the softmax normaliser near 1.
+
+    Source: the auxiliary loss of PaLM (arXiv 2204.02311, section 5).
+
+    Args:
+        lse: per token, as ``linear_cross_entropy(..., return_lse=True)`` returns it.
+        targets: class ids of the unshifted tokens; tokens ignored there are left out. None: none
+            is left out.
+        shift: the shift that ``lse`` was computed with.
+        ignore_index: target value of tokens without a loss.
+        reduction: ``"mean"`` over the tokens that count, ``"sum"``, or ``"none"``.
+
+    Returns:
+        A scalar, or with ``"none"`` the shape of ``lse``, 0 at ignored tokens.
+
+    Raises:
+        ValueError: unknown reduction, or shapes that do not fit.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    z_loss = lse.square()
+    if targets is None:
+        counted = torch.ones_like(lse, dtype=torch.bool)
+    else:
+        shifted = targets[..., int(shift) :]
+        if shifted.numel() != lse.numel():
+            raise ValueError(
+                f"targets less shift={int(shift)} must have as many elements as lse, "
+                f"{tuple(lse.shape)}, got {tuple(shifted.shape)}"
+            )
+        counted = (shifted != ignore_index).reshape(lse.shape)
+    z_loss = torch.where(counted, z_loss, 0)
+    if reduction == "none":
+        return z_loss
+    total = z_loss.sum()
+    return total if reduction == "sum" else total / counted.sum().clamp_min(1)
