@@ -100,7 +100,7 @@ def linear_cross_entropy(
     check_options(ignore_index, softcap, reduction, shift, memory_budget)
     check_filter_eps(filter_eps)
     shift = int(shift)
-    check_tensors(e, c, targets, bias, shift)
+    check_tensors(e, c, targets, bias, ignore_index, shift)
     compute_dtype = _compute_dtype(e, c, bias)
     if vocab_parallel_options is not None:
         raise NotImplementedError(

@@ -10,18 +10,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def check_tensors(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, shift: int) -> None:
+def check_tensors(
+    e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, shift: int
+) -> None:
     """Check types, dtypes, devices and shapes.
 
     Raises:
         TypeError: not a tensor, or a dtype that is not supported.
-        ValueError: shapes or devices that do not fit together.
+        ValueError: shapes or devices that do not fit together, or ``ignore_index`` and targets.
         NotImplementedError: a ``DTensor``.
     """
     named = {"e": e, "c": c, "targets": targets}
@@ -44,6 +47,11 @@ def check_tensors(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, sh
             )
     if targets.dtype not in TARGET_DTYPES:
         raise TypeError(f"targets must be one of {_names(TARGET_DTYPES)}, got {targets.dtype}")
+    limits = torch.iinfo(targets.dtype)
+    if not limits.min <= ignore_index <= limits.max:
+        raise ValueError(
+            f"ignore_index must fit the dtype of targets, {targets.dtype}, got {ignore_index}"
+        )
 
     if e.ndim < 1:
         raise ValueError(f"e must have shape (..., D), got {tuple(e.shape)}")
@@ -139,6 +147,8 @@ def check_target_range(targets: Tensor, num_classes: int, ignore_index: int) -> 
     Raises:
         ValueError: a target that is neither in [0, V) nor ``ignore_index``.
     """
+    if isinstance(targets, FakeTensor):  # has a shape and no values
+        return
     if targets.device.type != "cpu" and os.environ.get("CCE_DEBUG", "0") != "1":
         return
     wrong = ((targets < 0) | (targets >= num_classes)) & (targets != ignore_index)

@@ -80,8 +80,9 @@ def backward(
     grad_e_sum = torch.zeros(
         (problem.num_kept if need_e else 0, e.shape[1]), dtype=wide, device=device
     )
-    grad_c = torch.empty_like(c) if need_c else c.new_empty(0)
-    grad_bias = torch.empty_like(bias) if bias is not None and need_bias else c.new_empty(0)
+    # Contiguous whatever the layout of the input, as the operator's fake promises.
+    grad_c = c.new_empty(c.shape) if need_c else e.new_empty(0)
+    grad_bias = bias.new_empty(bias.shape) if bias is not None and need_bias else e.new_empty(0)
 
     for classes in problem.class_blocks():
         rows_of_c = classes.stop - classes.start

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from cut_cross_entropy.device_support import has_triton
 
+MAX_VARIANTS = 128
+"""Compilations of one function: dtypes, bias, softcap, needed gradients and layouts multiply."""
+
 
 def token_losses(
     e: Tensor,  # (N, D)
@@ -45,7 +48,11 @@ def token_losses(
             f"impl='torch_compile' cannot run on {e.device.type} here: {missing}. "
             "Use impl='chunked', which needs no compiler"
         )
-    return _compiled()(e, c, targets, bias, ignore_index, softcap)
+    from torch._dynamo import config  # here: it takes a second and imports Triton
+
+    # PyTorch refuses a ninth compilation of a function, which ordinary use of the options reaches.
+    with config.patch(cache_size_limit=MAX_VARIANTS):
+        return _compiled()(e, c, targets, bias, ignore_index, softcap)
 
 
 def missing_compiler(device_type: str) -> str | None:

@@ -1,0 +1,22 @@
+"""Settings and fixtures for all tests."""
+
+import os
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compilers per worker
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tests run in several processes; the problems are small
+
+
+@pytest.fixture
+def poison_empty():
+    """Fill what ``torch.empty`` and its family return with NaN, so unwritten elements show."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(before)

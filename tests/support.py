@@ -1,0 +1,187 @@
+"""The one place for random problems, the truth in float64, and the error budget.
+
+An implementation is judged by the error that PyTorch itself makes in the same dtype: the same
+problem goes through ``F.cross_entropy(F.linear(e, c, bias).float(), targets)`` twice, in float64
+(the truth) and in the dtype under test (plain). Ours may be off by at most ``budget_factor`` times
+as much as plain is, plus ``FLOOR`` for where plain happens to be exact.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cut_cross_entropy import linear_cross_entropy
+
+IMPLS = ("chunked", "torch_compile", "reference")
+"""The implementations that run on every machine."""
+
+FLOOR = {torch.float32: 4.0, torch.float64: 32.0}
+"""Units of rounding granted beside plain's error; in float64 plain is the truth and has none."""
+
+
+def budget_factor(impl: str, dtype: torch.dtype) -> float:
+    """How many times plain's error is allowed.
+
+    With half precision inputs, implementations that compute in float32 are never worse than plain.
+    Otherwise the sums have the same precision in another order, and 2 covers the luck of it.
+    """
+    return 1.0 if dtype.itemsize == 2 and impl != "torch_compile" else 2.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors of one call."""
+
+    e: Tensor  # (..., D)
+    c: Tensor  # (V, D)
+    targets: Tensor  # (...,)
+    bias: Tensor | None = None  # (V,)
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, e=self.e.to(dtype), c=self.c.to(dtype), bias=bias)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one call returned and its gradients; None for a gradient that was not asked for."""
+
+    loss: Tensor
+    lse: Tensor
+    grad_e: Tensor | None
+    grad_c: Tensor | None
+    grad_bias: Tensor | None
+
+    def named(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def make_problem(
+    leading: Sequence[int] = (6, 5),
+    classes: int = 300,  # three blocks of the bounded implementation, the last one partial
+    dim: int = 16,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    ignored: float = 0.25,
+    ignore_index: int = -100,
+    target_dtype: torch.dtype = torch.int64,
+    seed: int = 0,
+) -> Problem:
+    """Random tensors whose logits have a standard deviation of about 3: a peaked softmax."""
+    random = torch.Generator().manual_seed(seed)
+    e = torch.randn(*leading, dim, generator=random, dtype=torch.float64)
+    c = torch.randn(classes, dim, generator=random, dtype=torch.float64) * 3 / dim**0.5
+    b = torch.randn(classes, generator=random, dtype=torch.float64) if bias else None
+    targets = torch.randint(0, classes, tuple(leading), generator=random)
+    drop = torch.rand(tuple(leading), generator=random) < ignored
+    targets = targets.masked_fill(drop, ignore_index).to(target_dtype)
+    return Problem(e, c, targets, b).to(dtype)
+
+
+def full_logits(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: int | bool = 0,
+) -> tuple[Tensor, Tensor]:
+    """Loss and lse as plain PyTorch has them: product in the given dtype, the rest wider."""
+    if shift:
+        e, targets = e[..., : e.shape[-2] - int(shift), :], targets[..., int(shift) :]
+    wide = torch.promote_types(e.dtype, torch.float32)
+    if bias is None or bias.dtype == c.dtype:
+        logits = F.linear(e, c, bias).to(wide)
+    else:
+        logits = F.linear(e, c).to(wide) + bias
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits, flat = logits.reshape(-1, c.shape[0]), targets.reshape(-1).long()
+    losses = F.cross_entropy(logits, flat, ignore_index=ignore_index, reduction="none")
+    kept = flat != ignore_index
+    lse = torch.where(kept, logits.logsumexp(1), 0).reshape(targets.shape)
+    if reduction == "none":
+        return losses.reshape(targets.shape), lse
+    return losses.sum() / (kept.sum().clamp_min(1) if reduction == "mean" else 1), lse
+
+
+def run(
+    compute: Callable[..., tuple[Tensor, Tensor]],
+    problem: Problem,
+    needed: Sequence[str] = ("e", "c", "bias"),
+    lse_weight: float = 0.1,
+    **options: object,
+) -> Results:
+    """Results of ``compute``, with gradients of a weighted sum of loss and lse per token."""
+    e, c, bias = (
+        None if x is None else x.detach().requires_grad_(name in needed)
+        for name, x in (("e", problem.e), ("c", problem.c), ("bias", problem.bias))
+    )
+    loss, lse = compute(e, c, problem.targets, bias, **options)
+    random = torch.Generator().manual_seed(1)
+    upstream = torch.randn(loss.shape, generator=random, dtype=torch.float64).to(loss.dtype)
+    objective = (loss * upstream).sum()
+    if lse_weight:
+        weights = torch.rand(lse.shape, generator=random, dtype=torch.float64).to(lse.dtype)
+        objective = objective + lse_weight * (lse * weights).sum()
+    if objective.requires_grad:
+        objective.backward()
+    grads = (None if x is None else x.grad for x in (e, c, bias))
+    return Results(loss.detach(), lse.detach(), *grads)
+
+
+def run_ours(problem: Problem, impl: str, **options: object) -> Results:
+    """Results of ``linear_cross_entropy``."""
+    return run(linear_cross_entropy, problem, impl=impl, return_lse=True, **options)
+
+
+def assert_within_budget(
+    ours: Results, truth: Results, plain_errors: dict[str, float], dtype: torch.dtype, factor: float
+) -> None:
+    """Every element finite and within the budget; every shape and presence as in the truth."""
+    assert ours.named().keys() == truth.named().keys()
+    wide = torch.promote_types(dtype, torch.float32)
+    for name, exact in truth.named().items():
+        got = ours.named()[name]
+        assert got.shape == exact.shape, f"{name}: shape {got.shape}, expected {exact.shape}"
+        assert torch.isfinite(got).all(), f"{name} has elements that are not finite"
+        # A result in half precision is rounded once more, by up to half a unit.
+        rounding = torch.finfo(got.dtype).eps / 2 if got.dtype != wide else 0.0
+        floor = (FLOOR[wide] * torch.finfo(wide).eps + rounding) * largest(exact)
+        error, allowed = largest(got - exact), factor * plain_errors[name] + floor
+        assert error <= allowed, (
+            f"{name}: error {error:.3g} > {allowed:.3g}; plain PyTorch has {plain_errors[name]:.3g}"
+        )
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest absolute value, 0 of an empty tensor."""
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def check(problem: Problem, impl: str, **options: object) -> Results:
+    """Compare one call with plain PyTorch, loss, lse and gradients; returns our results."""
+    of_ours = {key: options.pop(key) for key in ("memory_budget",) if key in options}
+    ours = run_ours(problem, impl, **options, **of_ours)
+    plain = run(full_logits, problem, **options)
+    truth = run(full_logits, problem.to(torch.float64), **options)
+    errors = {name: largest(plain.named()[name] - exact) for name, exact in truth.named().items()}
+    if not truth.loss.ndim:
+        # Errors of tokens cancel in a scalar by luck, so they are reduced instead of the losses.
+        per_token = {**options, "reduction": "none", "needed": ()}
+        low, high = (run(full_logits, p, **per_token) for p in (problem, problem.to(torch.float64)))
+        difference, kept = (low.loss - high.loss).abs().sum(), (high.lse != 0).sum().clamp_min(1)
+        errors["loss"] = (difference / (kept if options.get("reduction") != "sum" else 1)).item()
+    factor = budget_factor(impl, problem.e.dtype)
+    assert_within_budget(ours, truth, errors, problem.e.dtype, factor)
+    for name, tensor in (("e", problem.e), ("c", problem.c), ("bias", problem.bias)):
+        grad = ours.named().get(f"grad_{name}")
+        assert grad is None or grad.dtype == tensor.dtype, f"gradient of {name} in {grad.dtype}"
+    return ours
