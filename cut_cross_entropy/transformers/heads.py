@@ -1,0 +1,84 @@
+"""Finds the modules that project onto the vocabulary."""
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+# Where the heads of a model without output embeddings were found last; each call looks there
+# again, since adapters and resizing replace the modules, but walking all modules is slow.
+_found_names: "WeakKeyDictionary[nn.Module, tuple[str, ...]]" = WeakKeyDictionary()
+
+
+def find_heads(model: nn.Module) -> list[nn.Module]:
+    """The heads of ``model`` as they are now.
+
+    They are its output embeddings; of a model that names none, the linear layers as wide as a
+    vocabulary of its configuration.
+    """
+    head = _output_embeddings(model)
+    if head is not None:
+        return [head]
+    sizes = set(vocabulary_sizes(getattr(model, "config", None)))
+    names = _found_names.get(model)
+    if names is not None:
+        heads = [_submodule(model, name) for name in names]
+        if all(head is not None and num_rows(head) in sizes for head in heads):
+            return [head for head in heads if head is not None]
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features in sizes
+    }
+    _found_names[model] = tuple(found)
+    return list(found.values())
+
+
+def why_not_intercept(model: nn.Module, head: nn.Module) -> str | None:
+    """Why the calls of ``head`` have to stay as they are, or None."""
+    if head._backward_hooks or head._backward_pre_hooks:
+        return "its head has backward hooks, which need the logits"
+    if getattr(head, "_hf_tp_plan", None):
+        return "its head is tensor-parallel"
+    if getattr(getattr(head, "weight", None), "ds_id", None) is not None:
+        return "its head is partitioned by DeepSpeed ZeRO-3"
+    return None
+
+
+def num_rows(head: nn.Module) -> int | None:
+    """The number of classes of ``head``, or None if it does not say."""
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2:
+        return weight.shape[0]
+    features = getattr(head, "out_features", None)
+    return features if isinstance(features, int) else None
+
+
+def vocabulary_sizes(config: Any, depth: int = 3) -> Iterator[int]:
+    """The sizes of all vocabularies that a configuration and its parts name."""
+    for name, value in vars(config).items() if hasattr(config, "__dict__") else ():
+        if name.endswith("vocab_size") and isinstance(value, int):
+            yield value
+        elif depth and hasattr(value, "to_dict"):
+            yield from vocabulary_sizes(value, depth - 1)
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    if getter is None:
+        return None
+    try:
+        head = getter()
+    except (AttributeError, NotImplementedError):
+        return None
+    if not isinstance(head, nn.Module) or isinstance(head, nn.Embedding):
+        return None
+    return head
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None

@@ -1,0 +1,130 @@
+"""``F.cross_entropy`` of lazy logits: the operator, and what it cannot do."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cut_cross_entropy.linear_cross_entropy import linear_cross_entropy
+from cut_cross_entropy.transformers.origin import current_autocast
+from cut_cross_entropy.transformers.recorded import Recipe, Unevaluated, fold, is_foldable
+
+
+def cross_entropy(
+    input: Any,  # lazy (N, V)
+    target: Any,  # (N,)
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    """``F.cross_entropy`` with logits that do not exist; the arguments are those of PyTorch.
+
+    What the operator lacks is computed from full logits, with a warning that names it.
+
+    Returns:
+        The loss, or ``NotImplemented`` if ``input`` is not lazy.
+    """
+    if not isinstance(input, Unevaluated):
+        return NotImplemented
+    record, asked = input.origin.record, reduction
+    if record.options.reduction != "mean":
+        reduction = record.options.reduction
+
+    missing = _what_is_missing(input, target, weight, size_average, reduce, label_smoothing)
+    if missing is not None:
+        logits = input.materialise(missing)
+        loss = F.cross_entropy(
+            logits, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    else:
+        options = record.options.to_kwargs() | {"reduction": reduction}
+
+        def compute(recipe: Recipe) -> Tensor:
+            folded = fold(recipe)
+            e, c = folded.e, folded.c
+            if e.dtype != c.dtype and current_autocast(e.device.type) is None:
+                e = e.to(c.dtype)
+            result = linear_cross_entropy(
+                e,
+                c,
+                target.to(e.device),
+                bias=folded.bias,
+                softcap=folded.softcap,
+                ignore_index=ignore_index,
+                **options,
+            )
+            assert isinstance(result, Tensor)
+            return result
+
+        loss = input.origin.compute(input.recipe, compute)
+        record.note_loss()
+        # PyTorch's own is float32 under autocast, and of the logits' dtype elsewhere.
+        if input.dtype != loss.dtype and (
+            current_autocast(target.device.type) is None or loss.dtype == torch.float64
+        ):
+            loss = loss.to(input.dtype)
+        loss = loss.to(target.device)
+
+    if reduction == "none" and asked != "none":
+        loss = _per_token(loss, target, record, ignore_index)
+    return loss
+
+
+def _what_is_missing(
+    logits: Any, target: Any, weight: Any, size_average: Any, reduce: Any, label_smoothing: float
+) -> str | None:
+    """Why the operator cannot compute this loss, or None if it can."""
+    name = "F.cross_entropy"
+    if logits.pinned:
+        return f"{name} of logits that were changed in place"
+    if weight is not None:
+        return f"{name} with class weights"
+    if label_smoothing:
+        return f"{name} with label smoothing"
+    if size_average is not None or reduce is not None:
+        return f"{name} with size_average or reduce"
+    if not isinstance(target, Tensor):
+        return f"{name} of logits with logits"
+    if target.is_floating_point():
+        return f"{name} with soft targets"
+    if target.ndim != logits.ndim - 1 or logits.ndim > 2:
+        return f"{name} with classes in another dimension than the last"
+    if not is_foldable(logits.recipe):
+        return f"{name} of a softcap below 0"
+    return None
+
+
+def _per_token(loss: Tensor, target: Tensor, record: Any, ignore_index: int) -> Tensor:
+    """Losses of flattened tokens in the shape of the labels, less what was never a prediction.
+
+    A causal model shifts its labels by one, padded with a token to ignore: those are dropped. The
+    caller gets (B, T - 1). Where a model does not shift, (B, T).
+    """
+    labels = record.labels
+    if labels.ndim < 2 or loss.ndim != 1:
+        return loss
+    *batch, time = labels.shape
+    if loss.numel() == labels.numel():
+        per_token = loss.reshape(labels.shape)
+        return per_token[..., :-1] if _is_padded(target, record, ignore_index) else per_token
+    if loss.numel() == labels[..., 1:].numel():
+        return loss.reshape(*batch, time - 1)
+    return loss
+
+
+def _is_padded(target: Tensor, record: Any, ignore_index: int) -> bool:
+    """Whether the last column of ``target`` is padding."""
+    labels = record.labels
+    if torch.compiler.is_compiling():  # no look at values there: ask what the model's loss does
+        loss_function = getattr(record.model, "loss_function", None)
+        return getattr(loss_function, "__name__", "") == "ForCausalLMLoss"
+    target = target.reshape(labels.shape)
+    if not bool((target[..., -1] == ignore_index).all()):
+        return False
+    labels = labels.to(target.device)
+    shifted = torch.equal(target[..., :-1], labels[..., 1:].to(target.dtype))
+    return shifted or not torch.equal(target, labels.to(target.dtype))

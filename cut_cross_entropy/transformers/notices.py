@@ -1,0 +1,61 @@
+"""What the patch tells its user: warnings, each given once, and how often it computed a loss."""
+
+import warnings
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+
+class CutCrossEntropyWarning(UserWarning):
+    """A patched model does something in another way than its user may expect."""
+
+
+_given: set[tuple[str, str]] = set()
+_counts: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
+_total = 0
+
+
+@torch._dynamo.assume_constant_result
+def warn_once(model_name: str, key: str, message: str) -> None:
+    """Warn about ``key`` of this kind of model, the first time only.
+
+    In compiled code it runs while the model is traced, like every Python side effect here.
+    """
+    if (model_name, key) in _given:
+        return
+    _given.add((model_name, key))
+    warnings.warn(f"{model_name}: {message}", CutCrossEntropyWarning, stacklevel=2)
+
+
+def forget_warnings() -> None:
+    """Give every warning again the next time its reason occurs."""
+    _given.clear()
+
+
+def count_loss(model: nn.Module) -> None:
+    """Note that the patch computed a loss of ``model``."""
+    global _total
+    _total += 1
+    _counts[model] = _counts.get(model, 0) + 1
+
+
+@torch._dynamo.assume_constant_result
+def count_traced_loss() -> None:
+    """Note a loss in compiled code, once per trace: a count per step would recompile each step."""
+    global _total
+    _total += 1
+
+
+def call_count(model: nn.Module | None = None) -> int:
+    """How many losses the patch has computed in this process.
+
+    A compiled model adds 1 to the total each time it is traced, not each step.
+
+    Args:
+        model: count the losses of this model only (the language model itself, not a wrapper).
+
+    Returns:
+        The number of losses; 0 means that the patch was never active.
+    """
+    return _total if model is None else _counts.get(model, 0)

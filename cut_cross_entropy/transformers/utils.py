@@ -1,0 +1,123 @@
+"""Options of a patch, and the loss as a function for model code that calls it directly."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor
+
+from cut_cross_entropy.linear_cross_entropy import linear_cross_entropy
+from cut_cross_entropy.options import (
+    LCE_IMPL_DEFAULT,
+    LinearCrossEntropyImpl,
+    check_filter_eps,
+    impl_name,
+)
+from cut_cross_entropy.validation import REDUCTIONS
+
+TransformersModelT = TypeVar("TransformersModelT", bound=transformers.PreTrainedModel)
+"""A model of transformers; what goes in as one class comes back as the same class."""
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """How a patched model computes its loss.
+
+    Args:
+        impl: an implementation of ``linear_cross_entropy``, by name or enum member.
+        reduction: ``"mean"`` lets the model ask for what it needs (a mean, or a sum that it divides
+            by ``num_items_in_batch``). ``"sum"`` and ``"none"`` replace what the model asks for.
+        filter_eps: see ``linear_cross_entropy``, and so for the next four.
+        accum_e_fp32: accepted for compatibility.
+        accum_c_fp32: accepted for compatibility.
+        filter_e_grad: whether the filter may apply to the gradient of the embeddings.
+        filter_c_grad: whether the filter may apply to the gradient of the classifier.
+        train_only: leave calls in evaluation mode alone.
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: an unknown implementation or reduction, or ``filter_eps`` out of range.
+    """
+
+    impl: "str | LinearCrossEntropyImpl" = LCE_IMPL_DEFAULT
+    reduction: str = "mean"
+    filter_eps: float | str | None = "auto"
+    accum_e_fp32: bool = False
+    accum_c_fp32: bool = False
+    filter_e_grad: bool = True
+    filter_c_grad: bool = True
+    train_only: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "impl", impl_name(self.impl))
+        if not isinstance(self.reduction, str):
+            raise TypeError(f"reduction must be a string, got {type(self.reduction).__name__}")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(
+                f"reduction must be one of {', '.join(REDUCTIONS)}, got {self.reduction!r}"
+            )
+        check_filter_eps(self.filter_eps)
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """The options that ``linear_cross_entropy`` takes: all but ``train_only``."""
+        kwargs = asdict(self)
+        del kwargs["train_only"]
+        return kwargs
+
+    def use_lce(self, labels: Tensor | None, training: bool) -> bool:
+        """Whether a call with these labels in this mode gets the patched loss."""
+        return labels is not None and (training or not self.train_only)
+
+
+def apply_lce(
+    e: Tensor,  # (B, T, D)
+    c: Tensor,  # (V, D)
+    labels: Tensor,  # (B, T)
+    opts: PatchOptions,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    **loss_kwargs: Any,
+) -> Tensor:
+    """Next-token loss of a causal language model, for code that has the embeddings at hand.
+
+    Args:
+        e: embeddings of the tokens.
+        c: weight of the head.
+        labels: class ids; position t is trained to predict ``labels[:, t + 1]``.
+        opts: how to compute the loss.
+        bias: bias of the head.
+        softcap: see ``linear_cross_entropy``.
+        loss_kwargs: what trainers hand to a loss. ``num_items_in_batch`` divides the sum when
+            ``opts.reduction`` is ``"mean"``; ``shift_labels`` are labels that are shifted already,
+            ``ignore_index`` the label of tokens without a loss; others are ignored.
+
+    Returns:
+        The loss: a scalar, or per token with ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError: as ``linear_cross_entropy``.
+    """
+    kwargs = opts.to_kwargs()
+    num_items = loss_kwargs.get("num_items_in_batch")
+    if kwargs["reduction"] != "mean":
+        num_items = None
+    if num_items is not None:
+        kwargs["reduction"] = "sum"
+    if "ignore_index" in loss_kwargs:
+        kwargs["ignore_index"] = loss_kwargs["ignore_index"]
+    shift_labels = loss_kwargs.get("shift_labels")
+    targets = labels if shift_labels is None else shift_labels
+    loss = linear_cross_entropy(
+        e,
+        c,
+        targets.to(e.device),
+        bias=bias,
+        softcap=softcap,
+        shift=shift_labels is None,
+        **kwargs,
+    )
+    assert isinstance(loss, Tensor)  # return_lse was not asked for
+    if num_items is None:
+        return loss
+    return loss / (num_items.to(loss.device) if torch.is_tensor(num_items) else num_items)
