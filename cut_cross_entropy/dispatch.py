@@ -56,7 +56,8 @@ def token_losses(
     full: Callable[..., tuple[Tensor, Tensor]] = (
         reference.token_losses if impl == "reference" else full_logits.token_losses
     )
-    with torch.autocast(e.device.type, enabled=False):  # compute_dtype has its say already
+    # compute_dtype has its say already; meta tensors have no autocast to turn off.
+    with torch.autocast("cpu" if e.is_meta else e.device.type, enabled=False):
         return full(
             e,
             c,

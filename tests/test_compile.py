@@ -1,0 +1,101 @@
+"""``torch.compile(fullgraph=True)`` around a model that ends in the loss."""
+
+import pytest
+import torch
+
+from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from cut_cross_entropy.implementations import full_logits
+from tests.support import IMPLS, check, make_problem, run, run_ours
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def assert_same(got, expected):
+    for name, value in expected.named().items():
+        torch.testing.assert_close(
+            got.named()[name], value, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+# aot_eager traces forward and backward, inductor also generates code for what surrounds the loss.
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_fullgraph(impl, backend):
+    problem = make_problem(bias=True)
+    options = {"softcap": 5.0, "shift": 1, "reduction": "none"}
+
+    def model(e, c, targets, bias):
+        return linear_cross_entropy(
+            torch.sin(e), c, targets, bias, return_lse=True, impl=impl, **options
+        )
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    assert_same(run(compiled, problem), run(model, problem))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dynamic_shapes(impl):
+    compiled = torch.compile(
+        linear_cross_entropy, backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    for leading in ((2, 5), (3, 7), (4, 4)):
+        problem = make_problem(leading)
+        got = run(lambda *inputs: compiled(*inputs, impl=impl, shift=1, return_lse=True), problem)
+        assert_same(got, run_ours(problem, impl, shift=1))
+
+
+def test_module_within_a_compiled_function():
+    problem = make_problem()
+    module = LinearCrossEntropy(reduction="sum", return_lse=True, impl="chunked")
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert_same(run(compiled, problem), run(module, problem))
+
+
+def test_transposed_classifier_within_a_compiled_function():
+    """The gradient's strides must be those that the operator's fake announced."""
+    problem = make_problem()
+    weight = problem.c.T.contiguous()
+
+    def loss(weight):
+        return linear_cross_entropy(problem.e, weight.T, problem.targets, impl="chunked")
+
+    expected, got = (weight.clone().requires_grad_() for _ in range(2))
+    loss(expected).backward()
+    torch.compile(loss, backend="inductor", fullgraph=True)(got).backward()
+    torch.testing.assert_close(got.grad, expected.grad)
+
+
+def test_more_variants_than_the_compiler_grants_a_function():
+    """Eight compilations of one function is PyTorch's limit; options multiply to more."""
+    variants = 0
+    for bias in (False, True):
+        for softcap in (None, 5.0):
+            for needed in ((), ("e",), ("e", "c")):
+                problem = make_problem((4,), 10, 4, bias=bias)
+                check(problem, "torch_compile", softcap=softcap, needed=needed)
+                variants += 1
+    assert variants > torch._dynamo.config.recompile_limit
+
+
+def test_graph_of_the_loss_has_no_logits():
+    """Within a compiled model, the bounded implementation stays one opaque operator."""
+    names = []
+
+    def backend(graph, inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    problem = make_problem()
+    compiled = torch.compile(linear_cross_entropy, backend=backend, fullgraph=True)
+    compiled(problem.e, problem.c, problem.targets, impl="chunked")
+    assert any("cut_cross_entropy" in name for name in names)
+    assert not any("matmul" in name or "linear" in name for name in names)
+
+
+def test_compiled_function_is_made_once():
+    assert full_logits._compiled() is full_logits._compiled()

@@ -1,0 +1,100 @@
+"""What importing the package costs, and that it works where Triton does not exist."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+BLOCK_TRITON = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("triton", "transformers"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import triton
+except ImportError:
+    pass
+else:
+    raise SystemExit("the blocker does not block")
+"""
+
+TRAIN = """
+import torch
+from cut_cross_entropy import linear_cross_entropy
+
+torch.manual_seed(0)
+e, c = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+targets = torch.tensor([0, 1, 2, 3, -100, 8])
+expected = torch.nn.functional.cross_entropy(e @ c.T, targets)
+loss = linear_cross_entropy(e, c, targets, impl=IMPL)
+torch.testing.assert_close(loss, expected)
+loss.backward()
+assert e.grad.abs().sum() > 0 and c.grad.abs().sum() > 0
+print("computed")
+"""
+
+
+def python(code, warnings="error"):
+    """Words that ``code`` prints in a fresh process, run from the root of the repository."""
+    done = subprocess.run(
+        [sys.executable, "-W", warnings, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_import_does_not_import_triton_or_transformers():
+    """Nor the compiler, which takes a second: a loss that is not compiled needs none."""
+    code = """
+    import sys
+    import torch
+    before = set(sys.modules)
+    import cut_cross_entropy, cut_cross_entropy.cce_utils, cut_cross_entropy.constants
+    import cut_cross_entropy.tl_utils, cut_cross_entropy.torch_compile, cut_cross_entropy.utils
+    import cut_cross_entropy.vocab_parallel.utils, cut_cross_entropy.kernels
+    print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+    print("torch._dynamo" in set(sys.modules) - before)
+    """
+    *imported, compiler = python(code)
+    assert "cut_cross_entropy" in imported
+    assert not {"triton", "transformers"} & set(imported)
+    assert compiler == "False"
+
+
+@pytest.mark.parametrize("impl", ["auto", "chunked", "reference"])
+def test_without_triton(impl):
+    assert python(BLOCK_TRITON + TRAIN.replace("IMPL", repr(impl))) == ["computed"]
+
+
+def test_torch_compile_without_triton():
+    """On a CPU the compiler writes C++, and needs no Triton."""
+    code = BLOCK_TRITON + TRAIN.replace("IMPL", "'torch_compile'")
+    # PyTorch's compiler warns about its own parts when it is imported.
+    assert python(code, warnings="default") == ["computed"]
+
+
+def test_kernels_without_triton_are_refused():
+    code = """
+    import torch
+    from cut_cross_entropy import linear_cross_entropy
+    from cut_cross_entropy.tl_utils import is_triton_greater_or_equal
+    try:
+        linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 1]), impl="cce")
+    except RuntimeError as error:
+        print(error)
+    print(is_triton_greater_or_equal("1.0"))
+    """
+    words = " ".join(python(BLOCK_TRITON + textwrap.dedent(code)))
+    assert words.startswith("impl='cce' cannot run here: Triton cannot be imported")
+    assert "use impl='auto', 'chunked', 'torch_compile' or 'reference'" in words
+    assert words.endswith("False")
