@@ -1,0 +1,77 @@
+"""What the machine can run: Triton's version, and why kernels cannot be used."""
+
+import sys
+import types
+
+import pytest
+
+from cut_cross_entropy import device_support, tl_utils
+
+
+@pytest.fixture
+def fake_triton(monkeypatch):
+    """A function that makes the import of Triton give a module of some version, or fail."""
+
+    def install(version):
+        module = None if version is None else types.ModuleType("triton")
+        if module is not None and version:
+            module.__version__ = version
+        monkeypatch.setitem(sys.modules, "triton", module)  # None makes the import fail
+        device_support.triton_version.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    device_support.triton_version.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    {
+        "3.3.1": (3, 3, 1),
+        "3.6.0+git1a2b": (3, 6, 0),
+        "3.4.0rc1": (3, 4, 0),
+        "3.4.0.post2": (3, 4, 0),
+        "3": (3,),
+        "main": (),
+    }.items(),
+)
+def test_version_tuple(text, version):
+    assert device_support.version_tuple(text) == version
+
+
+@pytest.mark.parametrize(
+    ("installed", "asked", "answer"),
+    [
+        ("3.2.0", "3.2.0", True),
+        ("3.10.0", "3.9.0", True),  # numbers, not text
+        ("3.1.9", "3.2.0", False),
+        (None, "1.0.0", False),
+    ],
+)
+def test_triton_greater_or_equal(fake_triton, installed, asked, answer):
+    fake_triton(installed)
+    assert tl_utils.is_triton_greater_or_equal(asked) is answer
+    assert tl_utils.is_triton_greater_or_equal_3_2_0() is (installed in ("3.2.0", "3.10.0"))
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "interpreted", "reason"),
+    [
+        (None, "cuda", "0", "Triton cannot be imported"),
+        ("3.2.0", "cuda", "0", "Triton 3.2.0 is older than 3.3"),
+        ("3.3.0", "cuda", "0", None),
+        ("3.3.0", "cpu", "1", None),
+        ("3.3.0", "cpu", "0", "the kernels need a GPU and the tensors are on 'cpu'"),
+        ("3.3.0", "mps", "1", "the kernels need a GPU and the tensors are on 'mps'"),
+    ],
+)
+def test_kernels_unavailable(fake_triton, monkeypatch, version, device, interpreted, reason):
+    fake_triton(version)
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    assert device_support.kernels_unavailable(device) == reason
+
+
+def test_triton_without_a_version(fake_triton):
+    fake_triton("")
+    assert device_support.triton_version() == (0,)
+    assert device_support.has_triton()
