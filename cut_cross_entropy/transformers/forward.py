@@ -22,12 +22,15 @@ from cut_cross_entropy.transformers.utils import PatchOptions
 Forward = Callable[..., Any]
 
 
-def patched_forward(original: Forward, options: PatchOptions) -> Forward:
+def patched_forward(
+    original: Forward, options: PatchOptions, is_installed: Callable[[nn.Module], bool]
+) -> Forward:
     """``original`` with the loss of ``options``.
 
     Args:
         original: a forward as a function of ``self``; its signature names ``labels``.
         options: how to compute the loss.
+        is_installed: whether the model is patched still. Others keep references to its forward.
 
     Returns:
         A function of ``self`` with the signature of ``original``. It has no ``__wrapped__``:
@@ -40,7 +43,7 @@ def patched_forward(original: Forward, options: PatchOptions) -> Forward:
         labels = kwargs.get("labels")
         if labels is None and 0 <= position < len(args):
             labels = args[position]
-        if not options.use_lce(labels, self.training):
+        if not options.use_lce(labels, self.training) or not is_installed(self):
             return original(self, *args, **kwargs)
         if options.reduction != "mean":
             kwargs.pop("num_items_in_batch", None)  # it asks for a mean that nobody wants
@@ -54,8 +57,16 @@ def patched_forward(original: Forward, options: PatchOptions) -> Forward:
     forward.__doc__ = original.__doc__
     forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.cce_original = original  # type: ignore[attr-defined]
-    forward.cce_options = options  # type: ignore[attr-defined]
+    forward.cce_self = forward  # type: ignore[attr-defined]
     return forward
+
+
+def is_patched_forward(function: Any) -> bool:
+    """Whether :func:`patched_forward` made this function, and not a wrapper copied its attributes.
+
+    ``functools.wraps`` does copy them.
+    """
+    return function is not None and getattr(function, "cce_self", None) is function
 
 
 def _intercepted(

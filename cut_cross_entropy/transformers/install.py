@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from cut_cross_entropy.transformers.forward import patched_forward
+from cut_cross_entropy.transformers.forward import is_patched_forward, patched_forward
 from cut_cross_entropy.transformers.notices import warn_once
 from cut_cross_entropy.transformers.utils import PatchOptions
 
@@ -35,7 +35,7 @@ def patch_instance(model: nn.Module, options: PatchOptions) -> None:
 
             function.__signature__ = _with_self(own_forward)  # type: ignore[attr-defined]
         _warn_if_idle(model, function)
-        forward = patched_forward(function, options)
+        forward = patched_forward(function, options, _has_patch)
         forward.__wrapped__ = type(model).forward  # type: ignore[attr-defined]
         model.__dict__["forward"] = types.MethodType(forward, model)
 
@@ -45,8 +45,8 @@ def unpatch_instance(model: nn.Module) -> None:
     original = getattr(type(model), _MARK, None)
     if original is None:
         return
-    own_forward = getattr(model.__dict__.get("forward"), "__func__", None)
-    if own_forward is not None and hasattr(own_forward, "cce_original"):
+    own_forward: Any = getattr(model.__dict__.get("forward"), "__func__", None)
+    if is_patched_forward(own_forward):
         if own_forward is type(model).forward:  # what is left when accelerate unwraps a model
             del model.__dict__["forward"]
         else:
@@ -58,25 +58,32 @@ def patch_class(cls: type, options: PatchOptions) -> None:
     """Patch all models of a class, those that exist already too."""
     unpatch_class(cls)
     inherited = "forward" not in cls.__dict__
-    forward = patched_forward(cls.forward, options)  # type: ignore[attr-defined]
-    forward.cce_inherited = inherited  # type: ignore[attr-defined]
+    original = cls.forward  # type: ignore[attr-defined]
+    forward: Any = patched_forward(original, options, lambda model: forward.cce_installed)
+    forward.cce_inherited = inherited
+    forward.cce_installed = True
     cls.forward = forward  # type: ignore[attr-defined]
 
 
 def unpatch_class(cls: type) -> None:
     """Undo :func:`patch_class`; nothing for a class that is not patched."""
-    forward = cls.__dict__.get("forward")
-    if not hasattr(forward, "cce_inherited"):
+    forward: Any = cls.__dict__.get("forward")
+    if not is_patched_forward(forward) or not hasattr(forward, "cce_inherited"):
         return
-    if forward.cce_inherited:  # type: ignore[union-attr]
+    forward.cce_installed = False
+    if forward.cce_inherited:
         del cls.forward  # type: ignore[attr-defined]
     else:
-        cls.forward = forward.cce_original  # type: ignore[attr-defined, union-attr]
+        cls.forward = forward.cce_original  # type: ignore[attr-defined]
 
 
 def is_patched_class(cls: type) -> bool:
     """Whether the forward of ``cls`` is a patched one, its own or inherited."""
-    return hasattr(getattr(cls, "forward", None), "cce_options")
+    return is_patched_forward(getattr(cls, "forward", None))
+
+
+def _has_patch(model: nn.Module) -> bool:
+    return hasattr(type(model), _MARK)
 
 
 @functools.cache
@@ -99,7 +106,7 @@ def _patched_subclass(cls: Any, options: PatchOptions) -> Any:
             "__doc__": cls.__doc__,
             "__reduce_ex__": reduce_ex,
             "__setattr__": set_attribute,
-            "forward": patched_forward(cls.forward, options),
+            "forward": patched_forward(cls.forward, options, _has_patch),
             _MARK: cls,
         },
     )
@@ -132,11 +139,10 @@ def _with_self(forward: Any) -> inspect.Signature:
 
 def _warn_if_idle(model: nn.Module, function: Any) -> None:
     """Say so if a trainer's own fused head stands before the patched forward."""
-    try:
-        parameters = inspect.signature(function, follow_wrapped=False).parameters
-    except (TypeError, ValueError):
+    code = getattr(function, "__code__", None)  # its signature claims to be that of the model
+    if code is None:
         return
-    if "fused_lm_head" in parameters:
+    if "fused_lm_head" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
         warn_once(
             type(model).__name__,
             "fused_lm_head",

@@ -7,6 +7,7 @@ computed.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -165,9 +166,16 @@ def _mul(lazy: Any, other: Any) -> Any:
         if not lazy.recipe.is_linear or lazy.origin.reenters:
             return NotImplemented
         return lazy.derived(scale_classes(lazy.recipe, other.reshape(-1)), dtype=dtype)
-    if lazy.recipe.bias is None and lazy.recipe.is_linear and _is_per_token(lazy, other):
-        return lazy.derived(lazy.recipe.on_features(lambda e: e * other.to(e.dtype)), dtype=dtype)
-    return NotImplemented
+    recipe = lazy.recipe
+    if not recipe.is_linear or not _is_per_token(lazy, other):
+        return NotImplemented
+    if recipe.bias is not None:
+        if other.numel() != 1:
+            return NotImplemented
+        recipe = replace(recipe, bias=recipe.bias * other.reshape(()))
+    elif lazy.origin.reenters:  # whose bias is not known here
+        return NotImplemented
+    return lazy.derived(recipe.on_features(lambda e: e * other.to(e.dtype)), dtype=dtype)
 
 
 def _div(lazy: Any, other: Any, *, rounding_mode: Any = None) -> Any:

@@ -8,16 +8,19 @@ inputs and returns those to use.
 from typing import Any
 
 import torch
+import transformers
 
 Inputs = dict[str, Any]
 
 
+_IS_4 = transformers.__version__.startswith("4.")
+
+
 def _rope(*sections: int, **more: Any) -> dict[str, Any]:
-    return {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}
-        | {"mrope_section": list(sections)}
-        | more
-    }
+    rope = {"rope_type": "default", "mrope_section": list(sections)}
+    if _IS_4:
+        return {"rope_scaling": rope, **more}
+    return {"rope_parameters": {**rope, "rope_theta": 10000.0, **more}}
 
 
 def _random(*shape: int) -> torch.Tensor:
@@ -113,6 +116,7 @@ _MOE_GEMMA = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 _VOCABULARY_MAP = {"<image>": 90, "<|extra_200|>": 91, "<|image token|>": 92}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "BltForCausalLM": {"config": {"patcher_config": {"vocab_size": 220}}},  # logits of its own
     "BailingHybridForCausalLM": {"config": {"linear_head_dim": 16, "linear_num_heads": 4}},
     "CohereCompassForCausalLM": {"config": _COMPASS},
     "CohereCompassForConditionalGeneration": {"config": {"text_config": _COMPASS}},
@@ -172,12 +176,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "BlipForConditionalGeneration": {"inputs": _pixels},
     "Blip2ForConditionalGeneration": {
-        "config": {"image_token_id": 90},
-        "inputs": _with_query_tokens("image_token_id"),
+        "config": {"image_token_index" if _IS_4 else "image_token_id": 90},
+        "inputs": _with_query_tokens("image_token_index" if _IS_4 else "image_token_id"),
     },
     "InstructBlipForConditionalGeneration": {
-        "config": {"image_token_id": 90},
-        "inputs": _with_query_tokens("image_token_id", _qformer),
+        "config": {"image_token_index" if _IS_4 else "image_token_id": 90},
+        "inputs": _with_query_tokens("image_token_index" if _IS_4 else "image_token_id", _qformer),
     },
     "InstructBlipVideoForConditionalGeneration": {
         "config": {"video_token_id": 90},
@@ -256,3 +260,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "inputs": _encoder_pixels,
     },
 }
+
+if _IS_4:
+    _ZAMBA_LAYERS = ["mamba", "hybrid", "mamba", "hybrid"]
+    OVERRIDES |= {
+        "DeepseekV3ForCausalLM": {"config": {"qk_head_dim": 32}},
+        "GPTNeoForCausalLM": {"config": {"attention_types": [[["global", "local"], 1]]}},
+        "JambaForCausalLM": {"config": {"use_mamba_kernels": False}},
+        "MllamaForCausalLM": {"config": {"text_config": _rope()}},
+        "MllamaForConditionalGeneration": {"config": {"text_config": _rope()}},
+        "Qwen3VLForConditionalGeneration": {"config": {"text_config": _rope(4, 2, 2)}},
+        "Qwen3VLMoeForConditionalGeneration": {"config": {"text_config": _rope(4, 2, 2)}},
+        "xLSTMForCausalLM": {"config": {"chunk_size": 37, **OVERRIDES["xLSTMForCausalLM"]["config"]}},
+    }
+    OVERRIDES["ZambaForCausalLM"]["config"]["layers_block_type"] = _ZAMBA_LAYERS
+    OVERRIDES["Zamba2ForCausalLM"]["config"]["layers_block_type"] = _ZAMBA_LAYERS[:2]

@@ -28,7 +28,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"(num|n)_kv_shared_layers|num_nextn_predict_layers", 0),
     (r"(num|n)_(hidden_)?(layers?|blocks)|n_layers?|num_layers?|depth|.*_layers$", 2),
     (r"num_key_value_heads|num_kv_heads|n_kv_heads?|num_query_groups|multi_query_group_num", KV_HEADS),
-    (r"(num_)?(attention_)?(num_)?heads|(.*_)?n_heads?|.*num_attention_heads|.*_attention_heads", HEADS),
+    (r"(num_)?(attention_)?(num_)?heads|(index_|indexer_)?n_heads?|.*num_attention_heads|.*_attention_heads", HEADS),
     (r"head_dim|kv_channels|attention_head_(dim|size)|.*head_dim|.*_head_size|head_size|d_kv", HEAD_DIM),
     (r"rotary_dim|rotary_ndims|index_head_dim", 8),
     (r"(q|kv|o|.*)_lora_rank|.*_low_rank_dim", 16),
