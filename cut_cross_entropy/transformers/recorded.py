@@ -164,7 +164,10 @@ def _one_product(terms: tuple[Term, ...]) -> tuple[Tensor, Tensor]:
         assert c is not None
         return e, c
     classifiers = [c for _, c in terms if c is not None]
-    dtype = max(classifiers, key=lambda c: c.shape[1]).dtype
+    largest = classifiers[0]
+    for c in classifiers:
+        largest = c if c.shape[1] > largest.shape[1] else largest
+    dtype = largest.dtype
     return (
         torch.cat([e.to(dtype) for e, _ in terms], dim=-1),
         torch.cat([c.to(dtype) for c in classifiers], dim=1),
