@@ -213,6 +213,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Glm4vMoeForConditionalGeneration": {
         "config": {"text_config": _rope(2, 1, 1, partial_rotary_factor=0.5)}
     },
+    "GlmImageForConditionalGeneration": {"config": {"text_config": _rope(4, 2, 2)}},
     "GlmOcrForConditionalGeneration": {"config": {"text_config": _rope(4, 2, 2)}},
     "HunYuanVLForConditionalGeneration": {"config": {"text_config": _rope(2, 2, 2, 2)}},
     "Granite4VisionForConditionalGeneration": {

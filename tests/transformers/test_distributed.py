@@ -1,5 +1,6 @@
 """Two processes over gloo: DDP and FSDP2."""
 
+import multiprocessing
 import os
 import pickle
 import warnings
@@ -17,7 +18,10 @@ WORLD = 2
 
 def run_in_processes(case, tmp_path, *args):
     """``case(rank, *args)`` in two processes with a process group; its results by rank."""
-    mp.spawn(_process, (case, str(tmp_path), args), nprocs=WORLD)
+    # The server imports once; what it forks has run no backward pass, which a fork cannot follow.
+    multiprocessing.set_forkserver_preload(["torch", "tests.transformers.models"])
+    arguments = (case, str(tmp_path), args)
+    mp.start_processes(_process, arguments, nprocs=WORLD, start_method="forkserver")
     return [pickle.loads((tmp_path / f"result{rank}").read_bytes()) for rank in range(WORLD)]
 
 

@@ -20,13 +20,19 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 16
 BATCH, TIME = 2, 37
 FIRST_TEXT_ID = 100  # ids below belong to special tokens
 
+LAYERS = r"(num|n)_(hidden_)?(layers?|blocks)|n_layers?|num_layers?|depth|.*_layers$"
+NO_LAYERS = r"(num|n)_kv_shared_layers|num_nextn_predict_layers"
+
 # Key pattern and value; the first that matches wins.
 RULES: tuple[tuple[str, Any], ...] = (
     (r".*(dropout|drop_rate|drop_path|dropout_prob|pdrop|layerdrop|dropout_rate)(_.*)?", 0.0),
+    # Small enough for the logits of random weights to feel it, and no scale that does nothing.
+    (r"(final|output|lm_head)?_?logits?_soft_?cap(ping)?", 0.5),
+    (r"logit_scale|logits_scaling|output_multiplier|lm_head_multiplier|.*width_multiplier", 0.7),
     (r"(router_)?jitter_noise|router_jitter_noise|input_jitter_noise", 0.0),
     (r".*vocab_size(_per_layer_input)?|n_vocab", VOCAB),
-    (r"(num|n)_kv_shared_layers|num_nextn_predict_layers", 0),
-    (r"(num|n)_(hidden_)?(layers?|blocks)|n_layers?|num_layers?|depth|.*_layers$", 2),
+    (NO_LAYERS, 0),
+    (LAYERS, 2),
     (r"num_key_value_heads|num_kv_heads|n_kv_heads?|num_query_groups|multi_query_group_num", KV_HEADS),
     (r"(num_)?(attention_)?(num_)?heads|(index_|indexer_)?n_heads?|.*num_attention_heads|.*_attention_heads", HEADS),
     (r"head_dim|kv_channels|attention_head_(dim|size)|.*head_dim|.*_head_size|head_size|d_kv", HEAD_DIM),
@@ -132,8 +138,8 @@ def shrink(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_layers(key: Any) -> bool:
-    return isinstance(key, str) and re.fullmatch(RULES[4][0], key) is not None and not re.fullmatch(
-        RULES[3][0], key
+    return isinstance(key, str) and re.fullmatch(LAYERS, key) is not None and not re.fullmatch(
+        NO_LAYERS, key
     )
 
 
@@ -211,7 +217,8 @@ def tiny_model(model_class: Any, model_type: str) -> torch.nn.Module:
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
     for parameter in model.parameters():
-        if not bool(torch.isfinite(parameter).all()):  # left empty by an initialiser
+        empty = not bool(torch.isfinite(parameter).all())  # left so by an initialiser
+        if empty or not parameter.any():  # a bias of zeros would hide that it is forgotten
             torch.nn.init.normal_(parameter, std=0.02)
     return model.float().train()
 
