@@ -72,4 +72,19 @@ def load_model(source: str, dtype: torch.dtype, device: torch.device) -> tuple[A
             f"model must be {SMOLLM2!r}, a folder, a .gguf file or a name that transformers "
             f"finds, got {source!r}: {reason}"
         ) from error
+    if options:
+        _forget_quantization(model)
     return model.to(device), tokenizer
+
+
+def _forget_quantization(model: Any) -> None:
+    """Drop the marks of the GGUF file, whose weights were widened when they were loaded.
+
+    With them transformers holds the model for a quantized one and refuses to save it.
+    """
+    for holder, names in (
+        (model, ("hf_quantizer", "is_quantized", "quantization_method")),
+        (model.config, ("quantization_config", "_is_quantized")),
+    ):
+        for name in names:
+            vars(holder).pop(name, None)

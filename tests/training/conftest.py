@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,3 +75,51 @@ def arguments(model_folder: Path, text_file: Path, tmp_path: Path) -> list[str]:
         "--sequence-length 16 --learning-rate 1e-2 --warmup-steps 3 --device cpu --log-interval 1 "
         f"--checkpoint-interval 4 --output {tmp_path}/run"
     ).split()
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with random weights as a GGUF file; its linear layers are quantized."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    dim, hidden, vocabulary = 32, 64, 96
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(dim)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(dim // 4)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(vocabulary)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*map(chr, range(33, 126)), "ab", "<s>", "</s>"])
+    writer.add_token_types([gguf.TokenType.NORMAL] * 94 + [gguf.TokenType.CONTROL] * 2)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(94)
+    writer.add_eos_token_id(95)
+
+    generator = np.random.default_rng(0)
+    shapes = {
+        "token_embd": (vocabulary, dim),
+        "blk.0.attn_q": (dim, dim),
+        "blk.0.attn_k": (dim // 2, dim),
+        "blk.0.attn_v": (dim // 2, dim),
+        "blk.0.attn_output": (dim, dim),
+        "blk.0.ffn_gate": (hidden, dim),
+        "blk.0.ffn_up": (hidden, dim),
+        "blk.0.ffn_down": (dim, hidden),
+    }
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, shape in shapes.items():
+        weight = 0.1 * generator.standard_normal(shape, dtype=np.float32)
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weight, kind), raw_dtype=kind)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(dim, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

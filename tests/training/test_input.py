@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from training import models
+from training.checkpoint import load_checkpoint
 from training.config import TrainConfig, build_parser
 from training.data import Windows, load_text, tokenize
 from training.demo import build_parser as build_demo_parser
@@ -149,6 +150,13 @@ class TestModel:
         monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ImportError, match="pip install gguf"):
             load_model(str(path), torch.float32, CPU)
+
+    def test_gguf_file_trains_and_its_export_loads(self, arguments, gguf_file, tmp_path):
+        assert main([*arguments, "--model", str(gguf_file), "--steps", "2"]) == 0
+        trained = load_checkpoint(tmp_path / "run/checkpoints/step-00000002")["model"]
+        model, _ = load_model(str(tmp_path / "run/model"), torch.float32, CPU)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, trained[name]), name
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_dtype(self, model_folder, dtype):
