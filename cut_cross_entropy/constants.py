@@ -5,3 +5,6 @@ IGNORE_INDEX = -100
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
 """Bytes of scratch memory that one call may use beyond its results and their accumulators."""
+
+BLOCK_TOKENS = 128
+"""Tokens that the kernels' filter keeps or drops a class for, together."""

@@ -147,7 +147,8 @@ def _chunked_autograd(ctx: Any, grad_nll: Tensor, grad_lse: Tensor) -> tuple[Any
     )
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
+def refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
+    """The autograd formula of a backward operator: there is none."""
     raise NotImplementedError(
         "linear_cross_entropy has no second derivative in this implementation; "
         "impl='reference' has one"
@@ -155,4 +156,4 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
 
 
 chunked_losses.register_autograd(_chunked_autograd, setup_context=_save_for_backward)
-chunked_gradients.register_autograd(_refuse_double_backward)
+chunked_gradients.register_autograd(refuse_double_backward)

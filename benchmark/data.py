@@ -1,0 +1,174 @@
+"""Data for measurements: embeddings, classifier and targets like those of a trained model.
+
+Timings and errors of a filter depend on the data, so random normal embeddings say nothing about
+training. Two kinds are made here. *Structured*: every token has a few likely classes, neighbouring
+tokens share clusters of related classes, and a Zipf background lies under both. *Diffuse*: 48
+likely classes a token over a Zipf background of about 5 %, a tail that no two tokens share: a
+stress case for anything that drops parts of the gradient. ``flat`` is a freshly initialised model.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+KINDS = ("structured", "diffuse", "flat", "randn")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Classifier of a model: V classes, D features, and its softcap."""
+
+    name: str
+    num_classes: int
+    dim: int
+    softcap: float | None = None
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("gemma2", 256000, 2304, 30.0),
+        Shape("llama3-8b", 128256, 4096),
+        Shape("mistral-nemo", 131072, 5120),
+        Shape("qwen3-0.6b", 151936, 1024),
+        Shape("phi3.5", 32064, 3072),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """e (N, D), c (V, D), targets (N,)."""
+
+    e: Tensor
+    c: Tensor
+    targets: Tensor
+    softcap: float | None = None
+
+
+def make(
+    kind: str,
+    num_tokens: int,
+    shape: Shape,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Problem:
+    """Data of one kind; the same seed gives the same data on the same device.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    generator = torch.Generator(device=device).manual_seed(seed)
+    if kind in ("structured", "diffuse"):
+        e, c, targets = _trained_like(kind, num_tokens, shape, dtype, device, generator)
+        return Problem(e, c, targets, shape.softcap)
+    scale = 1.0 if kind == "randn" else 0.02
+    e = torch.randn(num_tokens, shape.dim, device=device, generator=generator).to(dtype)
+    c = torch.randn(shape.num_classes, shape.dim, device=device, generator=generator)
+    targets = torch.randint(shape.num_classes, (num_tokens,), device=device, generator=generator)
+    return Problem(e, c.mul_(scale).to(dtype), targets, shape.softcap)
+
+
+def _trained_like(
+    kind: str,
+    num_tokens: int,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_classes, dim = shape.num_classes, shape.dim
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, generator=generator)
+
+    def rand(*size: int) -> Tensor:
+        return torch.rand(*size, device=device, generator=generator)
+
+    # Every class has a direction of its own, one of its cluster, and one for its frequency.
+    cluster_size = 256
+    num_clusters = -(-num_classes // cluster_size)
+    own = randn(num_classes, dim).div_(math.sqrt(dim))
+    center = randn(num_clusters, dim).div_(math.sqrt(dim))
+    member = torch.randint(num_clusters, (num_classes,), device=device, generator=generator)
+    common = randn(dim).div_(math.sqrt(dim))
+    cluster_share, run = 0.6, 256  # weight of the cluster; tokens that share topics
+    log_frequency = -torch.log(torch.arange(num_classes, device=device) + 2.7)
+    if kind == "structured":
+        likely_classes, topics, background = 40, 8, 0.006
+        exponents = 0.2 + 0.9 * rand(num_tokens, 1)  # tokens differ in how sure they are
+    else:
+        likely_classes, topics, background = 48, 0, 0.05
+        exponents = 0.2 + 0.5 * rand(num_tokens, 1)
+
+    # Ids by a Zipf law; a class drawn twice for a token counts once.
+    draws = torch.exp(rand(num_tokens, likely_classes) * math.log(num_classes)).long() - 1
+    likely = draws.clamp(0, num_classes - 1).sort(dim=1).values
+    order = rand(num_tokens, likely_classes).argsort(dim=1)
+    likely = likely.gather(1, order)
+    twice = (likely[:, :, None] == likely[:, None, :]).tril(-1).any(2)
+    rank = torch.arange(1, likely_classes + 1, device=device)
+    share = torch.exp(-exponents * rank.log())
+    share = share / share.sum(1, keepdim=True)
+
+    # A logit is the background's plus a height. Products of unrelated directions add normal noise,
+    # which lifts the background's mass by half its variance; heights are raised by as much.
+    background_mass = log_frequency.exp().sum().log()
+    wanted = (share / background).log() + background_mass
+    topic_heights = torch.linspace(10.0, 8.0, topics, device=device)
+    lift = torch.zeros(num_tokens, 1, device=device)
+    for _ in range(3):
+        heights = torch.where(twice, 0, wanted + lift - log_frequency[likely])
+        square = heights.square().sum(1, keepdim=True) + 100
+        square += ((topic_heights / cluster_share) ** 2).sum()
+        lift = square / (2 * dim)
+    e = (10.0 * common).expand(num_tokens, dim).clone()
+    for i in range(likely_classes):
+        e += heights[:, i : i + 1] * own[likely[:, i]]
+    if topics:
+        runs = -(-num_tokens // run)
+        shared = torch.randint(num_clusters, (runs, topics), device=device, generator=generator)
+        topic = (center[shared] * (topic_heights / cluster_share)[None, :, None]).sum(1)
+        e += topic.repeat_interleave(run, 0)[:num_tokens]
+    c = own  # in place: the largest tensor here, and its directions have been used
+    c += cluster_share * center[member]
+    c += (log_frequency / 10)[:, None] * common
+    e, c = e.to(dtype), c.to(dtype)
+
+    # Targets are drawn from the model's own distribution, so that its loss is its entropy.
+    targets = torch.empty(num_tokens, dtype=torch.int64, device=device)
+    for start in range(0, num_tokens, 512):
+        logits = (
+            (e[start : start + 512].float() @ c.float().T)
+            if e.device.type == "cpu"
+            else (e[start : start + 512] @ c.T).float()
+        )
+        if shape.softcap is not None:
+            logits = shape.softcap * torch.tanh(logits / shape.softcap)
+        noise = torch.empty_like(logits).exponential_(generator=generator).log_()
+        targets[start : start + 512] = (logits - noise).argmax(1)
+    return e, c, targets
+
+
+def describe(problem: Problem, tokens: int = 512) -> dict[str, float]:
+    """What the distribution of the first tokens looks like, averaged."""
+    logits = (problem.e[:tokens] @ problem.c.T).float()
+    if problem.softcap is not None:
+        logits = problem.softcap * torch.tanh(logits / problem.softcap)
+    p = logits.softmax(1)
+    ordered = p.sort(dim=1, descending=True).values
+    running = ordered.cumsum(1)
+    result = {"top1": ordered[:, 0].mean().item()}
+    for share in (0.9, 0.95, 0.98, 0.99, 0.999):
+        result[f"classes_{share}"] = ((running < share).sum(1) + 1.0).mean().item()
+    result["above_2^-12"] = (p > 2**-12).sum(1).float().mean().item()
+    strips = p[: tokens // 128 * 128].view(-1, 128, p.shape[1]).sum(1)
+    mass = strips.sort(dim=1, descending=True).values.cumsum(1) / 128
+    result["strips_98%"] = ((mass < 0.98).float().mean()).item()
+    result["entropy"] = -(p * p.clamp_min(1e-30).log()).sum(1).mean().item()
+    return result

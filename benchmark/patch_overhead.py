@@ -1,0 +1,105 @@
+"""What ``cce_patch`` adds to a step, beside the operator that it calls.
+
+    python -m benchmark.patch_overhead
+
+The same forward pass runs through the patch and, in turns, with the least that could do the same:
+the head hands its features on, and ``F.cross_entropy`` is a function that calls the operator with
+them. All of the model's own code runs in both. The model is tiny, so that the difference is not
+lost in the noise of the arithmetic; it does not depend on the size of the model.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from cut_cross_entropy import linear_cross_entropy
+from cut_cross_entropy.transformers import cce_patch
+
+
+def tiny_llama() -> transformers.LlamaForCausalLM:
+    """One layer, as many features as classes, so that features pass for logits."""
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    ).train()
+
+
+def alternate(
+    first: Callable[[], object], second: Callable[[], object], rounds: int, calls: int
+) -> tuple[list[float], list[float]]:
+    """Microseconds a call of both, one figure per round; the order changes every round."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for round_index in range(rounds):
+        pair = ((0, first), (1, second))
+        for index, function in pair if round_index % 2 else pair[::-1]:
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            times[index].append((time.perf_counter() - start) / calls * 1e6)
+    return times
+
+
+def main() -> None:
+    """Print the medians."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--calls", type=int, default=20, help="calls in a round")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 64, (2, 8))
+    plain, patched, by_hand = tiny_llama(), cce_patch(tiny_llama()), tiny_llama()
+
+    weight = by_hand.lm_head.weight
+    by_hand.lm_head.forward = lambda features: features
+    original = F.cross_entropy
+
+    def cross_entropy(
+        features: Tensor, targets: Tensor, ignore_index: int, reduction: str
+    ) -> Tensor:
+        loss = linear_cross_entropy(
+            features, weight, targets, ignore_index=ignore_index, reduction=reduction
+        )
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def hand() -> object:
+        F.cross_entropy = cross_entropy
+        try:
+            return by_hand(input_ids=ids, labels=ids)
+        finally:
+            F.cross_entropy = original
+
+    for training in (True, False):
+        patched.train(training)
+        by_hand.train(training)
+        plain.train(training)
+        through, written = alternate(
+            lambda: patched(input_ids=ids, labels=ids), hand, args.rounds, args.calls
+        )
+        differences = [a - b for a, b in zip(through, written, strict=True)]
+        full, _ = alternate(
+            lambda: plain(input_ids=ids, labels=ids), hand, args.rounds // 4, args.calls
+        )
+        print(
+            f"{'training' if training else 'evaluation':10}  through the patch "
+            f"{statistics.median(through):7.1f} us  by hand {statistics.median(written):7.1f} us  "
+            f"difference {statistics.median(differences):6.1f} us  "
+            f"(unpatched, full logits: {statistics.median(full):7.1f} us)"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What the gradient filter did, call by call, for those who want to see it.
+
+>>> with record_filter() as records:  # doctest: +SKIP
+...     loss.backward()
+>>> records[0].path, records[0].strips_kept  # doctest: +SKIP
+('filtered', 0.019)
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FilterRecord:
+    """One backward pass of the kernels.
+
+    Args:
+        path: ``"filtered"``, ``"dense"`` (the data was too flat to skip anything) or ``"exact"``
+            (no filter was asked for).
+        strips_kept: fraction of the strips (a class for 128 tokens) that were computed.
+        dropped_mass: mean probability of a token that the rank-one tail stands for.
+        flat_tokens: tokens treated without the filter because their distribution is flat.
+        tokens: tokens that are not ignored.
+    """
+
+    path: str
+    strips_kept: float
+    dropped_mass: float
+    flat_tokens: int
+    tokens: int
+
+
+_collectors: list[list[FilterRecord]] = []
+
+
+@contextlib.contextmanager
+def record_filter() -> Iterator[list[FilterRecord]]:
+    """Collect a :class:`FilterRecord` for every backward pass of the kernels inside the block.
+
+    Recording reads values from the device and so waits for it; outside the block nothing is read.
+    """
+    records: list[FilterRecord] = []
+    _collectors.append(records)
+    try:
+        yield records
+    finally:
+        # By identity: two empty lists are equal.
+        _collectors[:] = [other for other in _collectors if other is not records]
+
+
+def recording() -> bool:
+    """Whether anybody listens."""
+    return bool(_collectors)
+
+
+def report(record: FilterRecord) -> None:
+    """Hand a record to everybody who listens."""
+    for records in _collectors:
+        records.append(record)

@@ -1,0 +1,103 @@
+"""Block sizes by architecture, tensor descriptors, and where a kernel is launched.
+
+Nothing is tuned at run time: the table is chosen by the capability of the device and by the shared
+memory of a block, and its last row fits 64 KiB.
+"""
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.device_support import triton_is_interpreted, triton_version
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Block sizes of the products that walk the features.
+
+    Args:
+        block_v: classes a tile; a multiple of 128.
+        block_d: features a step.
+        num_warps, num_stages: of the kernels.
+        block_n: columns of a tile of dE or dC.
+        use_tma: load tiles by tensor descriptors where the strides allow it.
+    """
+
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    block_n: int
+    use_tma: bool
+
+
+# (smallest shared memory of a block in bytes, tiles); the first row that fits is taken
+_TABLE = (
+    (220 * 2**10, Tiles(256, 64, 8, 4, 128, use_tma=True)),  # sm_90, sm_100
+    (160 * 2**10, Tiles(128, 64, 8, 3, 128, use_tma=False)),  # sm_80
+    (99 * 2**10, Tiles(128, 32, 8, 3, 128, use_tma=False)),  # sm_86, sm_89, sm_120
+    (0, Tiles(128, 32, 8, 2, 64, use_tma=False)),  # 64 KiB: AMD CDNA
+)
+
+
+def tiles_for(shared_memory: int) -> Tiles:
+    """The row of the table for a block's shared memory in bytes."""
+    return next(tiles for needed, tiles in _TABLE if shared_memory >= needed)
+
+
+@functools.cache
+def _tiles_of(device: torch.device) -> Tiles:
+    if device.type == "cpu":  # Triton's interpreter
+        return Tiles(128, 32, 4, 2, 64, use_tma=False)
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 64 * 2**10)
+    tiles = tiles_for(shared)
+    if tiles.use_tma and (properties.major < 9 or not _has_host_descriptors()):
+        return tiles_for(160 * 2**10)
+    return tiles
+
+
+def tiles_on(device: torch.device) -> Tiles:
+    """The block sizes for ``device``."""
+    return _tiles_of(device)
+
+
+@functools.cache
+def _has_host_descriptors() -> bool:
+    return (triton_version() or (0,)) >= (3, 4)
+
+
+def rows_operand(tensor: Tensor, rows: int, columns: int, tiles: Tiles) -> tuple[Any, bool]:
+    """What a kernel takes for contiguous rows: a tensor descriptor, or the tensor; and which.
+
+    Descriptors need a 16-byte aligned start and row.
+    """
+    aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+    if not (tiles.use_tma and aligned and tensor.numel() > 0):
+        return tensor, False
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(tensor, [rows, columns]), True
+
+
+def launch_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes ``device`` current: Triton launches on the current device, not on the tensors'."""
+    if device.type != "cuda" or triton_is_interpreted():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def half_of_a_processor(device: torch.device, tiles: Tiles) -> dict[str, int]:
+    """Launch options of kernels with short loops: two programs share a multiprocessor.
+
+    Their loops are too short to hide the latency of what they gather; a second program does. On
+    NVIDIA that takes at most 128 registers a thread.
+    """
+    options = {"num_warps": 8, "num_stages": min(3, tiles.num_stages)}
+    if device.type == "cuda" and torch.version.hip is None:
+        options["maxnreg"] = 128
+    return options

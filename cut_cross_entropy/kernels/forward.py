@@ -1,0 +1,184 @@
+"""Log-sum-exp of every token in one pass over the classes, and the energy byte of every strip.
+
+A program owns a block of tokens and a segment of the classes. Segments depend on V alone, so the
+sums of a token do not depend on the tokens beside it. Exponentials are taken against a bound known
+before the walk (from the classes that are frequent and from the target), which leaves no running
+maximum to carry: partial sums stay in the thread that made them until the segment ends. Should a
+bound be so loose that a sum overflows, the block is flagged and walked again with a running
+maximum (``ONLINE``). Shape legend: ``cut_cross_entropy.kernels``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.config import Tiles, launch_device, rows_operand
+from cut_cross_entropy.kernels.primitives import (
+    energy_to_byte,
+    fold_rows,
+    load_rows,
+    transform_logits,
+)
+
+MAX_SEGMENTS = 16
+GROUP_BYTES = 34 * 2**20  # embeddings walked side by side; they should stay in the L2 cache
+OVERFLOW = tl.constexpr(1e30)
+
+
+@triton.jit
+def walk_classes_kernel(
+    e,  # (N, D) descriptor or pointer
+    c,  # (V, D) descriptor or pointer
+    bias_ptr,  # (V,)
+    bound_ptr,  # (N,)
+    lse_ptr,  # (segments, N) out, log2
+    spread_ptr,  # (segments, N) out, log2 of the sum of squared group sums
+    energy_ptr,  # (blocks, V) out, bytes
+    flag_ptr,  # (blocks,) out, or in if ONLINE
+    N,
+    V,
+    D,
+    softcap,
+    segment_tiles,
+    num_segments,
+    num_blocks,
+    group_blocks,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WRITE_ENERGY: tl.constexpr,
+    ONLINE: tl.constexpr,
+    ONLY_FLAGGED: tl.constexpr,
+    E_TMA: tl.constexpr,
+    C_TMA: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One block of tokens against one segment of the classes."""
+    program = tl.program_id(0)
+    # Programs side by side share a segment (the rows of c) and a group of blocks (those of e).
+    group = program // (group_blocks * num_segments)
+    first_block = group * group_blocks
+    blocks_here = min(num_blocks - first_block, group_blocks)
+    inside_group = program % (group_blocks * num_segments)
+    segment = inside_group // blocks_here
+    block = first_block + inside_group % blocks_here
+    if ONLY_FLAGGED:
+        if tl.load(flag_ptr + block) == 0:
+            return
+    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    bound = tl.load(bound_ptr + tokens, mask=tokens < N, other=float("inf"))
+    is_token = bound != float("inf")
+    if tl.sum(is_token.to(tl.int32), 0) == 0:
+        return
+
+    sums = tl.zeros((64, BLOCK_T), tl.float32)
+    product = tl.zeros((BLOCK_V, BLOCK_T), tl.float32)
+    first_class = segment * segment_tiles * BLOCK_V
+    tiles = min(segment_tiles, tl.cdiv(V - first_class, BLOCK_V))
+    steps = tl.cdiv(D, BLOCK_D)
+    # One loop over tiles and features, so that loads of the next tile overlap a tile's end.
+    for i in tl.range(0, tiles * steps, flatten=True):
+        step = i % steps
+        v = first_class + (i // steps) * BLOCK_V
+        c_tile = load_rows(c, v, V, step * BLOCK_D, D, C_TMA, BLOCK_V, BLOCK_D)
+        e_tile = load_rows(e, block * BLOCK_T, N, step * BLOCK_D, D, E_TMA, BLOCK_T, BLOCK_D)
+        product = tl.dot(c_tile, e_tile.T, product, input_precision="ieee")
+        if step == steps - 1:
+            classes = v + tl.arange(0, BLOCK_V)
+            inside = classes < V
+            logits = transform_logits(
+                product, bias_ptr, classes, inside, softcap, HAS_BIAS, SOFTCAP
+            )
+            if ONLINE:
+                higher = tl.maximum(bound, tl.max(logits, 0), propagate_nan=tl.PropagateNan.ALL)
+                # -inf - -inf: nothing seen yet, nothing to scale
+                scale = tl.where(bound == higher, 1.0, tl.exp2(bound - higher))
+                sums = sums * scale[None, :]
+                bound = higher
+            reference = tl.where(bound == float("-inf"), 0.0, bound) if ONLINE else bound
+            p = tl.exp2(logits - reference[None, :])
+            sums += fold_rows(p, BLOCK_V, BLOCK_T)
+            if WRITE_ENERGY:
+                byte = energy_to_byte(tl.sum(p * p, axis=1))
+                tl.store(energy_ptr + block.to(tl.int64) * V + classes, byte, mask=inside)
+            product = tl.zeros((BLOCK_V, BLOCK_T), tl.float32)
+
+    total = tl.sum(sums, 0)
+    out = segment.to(tl.int64) * N + tokens
+    tl.store(lse_ptr + out, bound + tl.log2(total), mask=is_token)
+    if WRITE_ENERGY:
+        squares = 2.0 * bound + tl.log2(tl.sum(sums * sums, 0))
+        tl.store(spread_ptr + out, squares, mask=is_token)
+    if not ONLINE:
+        overflown = tl.sum((is_token & ~(total < OVERFLOW)).to(tl.int32), 0)
+        if overflown > 0:
+            tl.store(flag_ptr + block, 1)
+
+
+def walk_classes(
+    e: Tensor,  # (N, D) contiguous
+    c: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    bound: Tensor,  # (N,)
+    softcap: float | None,
+    tiles: Tiles,
+    energy: Tensor | None,  # (blocks, V) uint8, out
+    flags: Tensor,  # (blocks,) int32, out
+    online: bool = False,
+    only_flagged: bool = False,
+    results: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and spread by segment, (segments, N) each, in units of log2.
+
+    ``results`` of an earlier walk are written again where ``only_flagged``.
+    """
+    (num_tokens, dim), num_classes = e.shape, c.shape[0]
+    num_blocks = triton.cdiv(num_tokens, BLOCK_T)
+    num_tiles = triton.cdiv(num_classes, tiles.block_v)
+    segment_tiles = triton.cdiv(num_tiles, MAX_SEGMENTS)
+    num_segments = triton.cdiv(num_tiles, segment_tiles)
+    if results is None:
+        shape = (num_segments, num_tokens)
+        results = (
+            torch.full(shape, -torch.inf, dtype=torch.float32, device=e.device),
+            torch.full(shape, -torch.inf, dtype=torch.float32, device=e.device),
+        )
+    fitting = GROUP_BYTES // (BLOCK_T * dim * e.element_size())
+    group_blocks = min(num_blocks, max(8, 1 << min(5, max(0, fitting.bit_length() - 1))))
+    e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
+    c_operand, c_tma = rows_operand(c, tiles.block_v, tiles.block_d, tiles)
+    with launch_device(e.device):
+        walk_classes_kernel[(num_blocks * num_segments,)](
+            e_operand,
+            c_operand,
+            bias,
+            bound,
+            results[0],
+            results[1],
+            energy,
+            flags,
+            num_tokens,
+            num_classes,
+            dim,
+            softcap or 0.0,
+            segment_tiles,
+            num_segments,
+            num_blocks,
+            group_blocks,
+            HAS_BIAS=bias is not None,
+            SOFTCAP=softcap is not None,
+            WRITE_ENERGY=energy is not None,
+            ONLINE=online,
+            ONLY_FLAGGED=only_flagged,
+            E_TMA=e_tma,
+            C_TMA=c_tma,
+            BLOCK_T=BLOCK_T,
+            BLOCK_V=tiles.block_v,
+            BLOCK_D=tiles.block_d,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+    return results

@@ -1,0 +1,231 @@
+"""Logit gradients of the kept strips, recomputed and stored compactly.
+
+A program takes BLOCK_S strips of one block, gathers their rows of c, makes the logits again and
+writes ``(a * p - b * onehot) * slope`` in the compute dtype, one row of 128 tokens a strip, and for
+every token the probability that its kept strips hold. Shape legend: ``cut_cross_entropy.kernels``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.config import (
+    Tiles,
+    half_of_a_processor,
+    launch_device,
+    rows_operand,
+)
+from cut_cross_entropy.kernels.primitives import load_rows, logit_slope, transform_logits
+from cut_cross_entropy.kernels.selection import StripList
+
+BLOCK_S = 128
+
+
+@triton.jit
+def strip_gradients_kernel(
+    e,  # (N, D)
+    c_ptr,  # (V, D)
+    bias_ptr,  # (V,)
+    lse_ptr,  # (N,) log2; +inf: no token
+    a_ptr,  # (N,)
+    b_ptr,  # (N,)
+    targets_ptr,  # (N,)
+    scale_ptr,  # ()
+    classes_ptr,  # (K,)
+    numbers_ptr,  # (K,)
+    starts_ptr,  # (blocks + 1,)
+    tile_block_ptr,  # (tiles,) block of a tile, counted from first_block
+    tile_start_ptr,  # (tiles,) its first strip
+    grad_ptr,  # (K, BLOCK_T) out
+    bias_grad_ptr,  # (K,) out
+    held_ptr,  # (tiles, BLOCK_T) out
+    N,
+    D,
+    softcap,
+    first_block,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    E_TMA: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One tile of strips."""
+    tile = tl.program_id(0)
+    local_block = tl.load(tile_block_ptr + tile).to(tl.int32)
+    strips = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_S)
+    inside = strips < tl.load(starts_ptr + local_block + 1)
+    classes = tl.load(classes_ptr + strips, mask=inside, other=0)
+    rows = c_ptr + classes.to(tl.int64)[:, None] * D
+    first_token = (first_block + local_block) * BLOCK_T
+    features = tl.arange(0, BLOCK_D)
+    product = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        c_tile = tl.load(
+            rows + (d + features)[None, :],
+            mask=inside[:, None] & (d + features < D)[None, :],
+            other=0.0,
+        )
+        e_tile = load_rows(e, first_token, N, d, D, E_TMA, BLOCK_T, BLOCK_D)
+        product = tl.dot(c_tile, e_tile.T, product, input_precision="ieee")
+
+    tokens = first_token + tl.arange(0, BLOCK_T)
+    is_token = tokens < N
+    lse = tl.load(lse_ptr + tokens, mask=is_token, other=float("inf"))
+    a = tl.load(a_ptr + tokens, mask=is_token, other=0.0)
+    b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
+    targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1)
+    scale = tl.load(scale_ptr)
+    logits = transform_logits(product, bias_ptr, classes, inside, softcap, HAS_BIAS, SOFTCAP)
+    p = tl.exp2(logits - lse[None, :])
+    onehot = (classes[:, None] == targets[None, :]) & inside[:, None]
+    grad = p * a[None, :] - tl.where(onehot, b[None, :], 0.0)
+    if SOFTCAP:
+        slope = tl.where(inside[:, None], logit_slope(logits, softcap), 0.0)
+        grad = grad * slope
+    tl.store(held_ptr + tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.sum(p, 0))
+    numbers = tl.load(numbers_ptr + strips, mask=inside, other=0).to(tl.int64)
+    if BIAS_GRAD:
+        tl.store(bias_grad_ptr + numbers, tl.sum(grad, 1), mask=inside)
+    out = grad_ptr + numbers[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+    tl.store(out, (grad * scale).to(grad_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+def strip_gradients(
+    e: Tensor,  # (N, D)
+    c: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    lse: Tensor,  # (N,) log2
+    a: Tensor,  # (N,)
+    b: Tensor,  # (N,)
+    targets: Tensor,  # (N,)
+    scale: Tensor,  # ()
+    strips: StripList,
+    softcap: float | None,
+    tiles: Tiles,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logit gradients (K, 128) times ``scale``, their sums (K,), and what each token's strips hold.
+
+    The last is (blocks of the list, 128): the probability of the kept classes.
+    """
+    num_strips = strips.classes.shape[0]
+    device, num_blocks = e.device, strips.block_starts.shape[0] - 1
+    grads = torch.empty((num_strips, BLOCK_T), dtype=e.dtype, device=device)
+    bias_grads = torch.empty(num_strips if bias_grad else 0, dtype=torch.float32, device=device)
+    held = torch.zeros((num_blocks, BLOCK_T), dtype=torch.float32, device=device)
+    if num_strips == 0:
+        return grads, bias_grads, held
+    tiles_of_block = (strips.block_starts.diff() + BLOCK_S - 1) // BLOCK_S
+    last_tile = tiles_of_block.cumsum(0)
+    # The host knows the number of strips, not of tiles; those past the last find no strip.
+    num_tiles = triton.cdiv(num_strips, BLOCK_S) + num_blocks
+    tile = torch.arange(num_tiles, device=device)
+    tile_block = torch.searchsorted(last_tile, tile, right=True).clamp_max(num_blocks - 1)
+    first_tile = last_tile - tiles_of_block
+    tile_start = strips.block_starts[tile_block] + (tile - first_tile[tile_block]) * BLOCK_S
+    held_by_tile = torch.empty((num_tiles, BLOCK_T), dtype=torch.float32, device=device)
+    e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
+    with launch_device(device):
+        strip_gradients_kernel[(num_tiles,)](
+            e_operand,
+            c,
+            bias,
+            lse,
+            a,
+            b,
+            targets,
+            scale,
+            strips.classes,
+            strips.numbers,
+            strips.block_starts,
+            tile_block,
+            tile_start,
+            grads,
+            bias_grads,
+            held_by_tile,
+            e.shape[0],
+            e.shape[1],
+            softcap or 0.0,
+            strips.first_block,
+            HAS_BIAS=bias is not None,
+            SOFTCAP=softcap is not None,
+            BIAS_GRAD=bias_grad,
+            E_TMA=e_tma,
+            BLOCK_T=BLOCK_T,
+            BLOCK_S=BLOCK_S,
+            BLOCK_D=tiles.block_d,
+            **half_of_a_processor(device, tiles),
+        )
+        sum_tiles_kernel[(num_blocks,)](held_by_tile, first_tile, last_tile, held, BLOCK_T=BLOCK_T)
+    return grads, bias_grads, held
+
+
+@triton.jit
+def sum_tiles_kernel(
+    held_by_tile_ptr,  # (tiles, BLOCK_T)
+    first_ptr,  # (blocks,)
+    last_ptr,  # (blocks,)
+    out_ptr,  # (blocks, BLOCK_T) out
+    BLOCK_T: tl.constexpr,
+):
+    """Sums the tiles of a block in their order."""
+    block = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK_T)
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    for tile in range(tl.load(first_ptr + block), tl.load(last_ptr + block)):
+        total += tl.load(held_by_tile_ptr + tile * BLOCK_T + lanes)
+    tl.store(out_ptr + block * BLOCK_T + lanes, total)
+
+
+@triton.jit
+def sum_classes_kernel(
+    values_ptr,  # (K,) by strip, numbered by class
+    offsets_ptr,  # (V,) number of a class's first strip
+    out_ptr,  # (classes,) out
+    first_class,
+    num_listed,
+    V,
+    first_number,
+    stop_number,
+    BLOCK: tl.constexpr,
+):
+    """Sums the strips of each class in their order."""
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < num_listed
+    classes = first_class + places
+    start = tl.load(offsets_ptr + classes, mask=inside, other=stop_number)
+    stop = tl.load(offsets_ptr + classes + 1, mask=inside & (classes + 1 < V), other=stop_number)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(tl.max(tl.where(inside, stop - start, 0), 0)):
+        number = start + i
+        total += tl.load(values_ptr + number - first_number, mask=inside & (number < stop), other=0)
+    tl.store(out_ptr + places, total, mask=inside)
+
+
+def sum_by_class(
+    values: Tensor,  # (K,) of the strips of a range of classes
+    offsets: Tensor,  # (groups, V) from class_offsets
+    first_number: int,
+    classes: tuple[int, int],
+) -> Tensor:
+    """Sum of per-strip values over the strips of each class in the range, float32."""
+    num_listed = classes[1] - classes[0]
+    out = torch.empty(num_listed, dtype=torch.float32, device=values.device)
+    block = 128
+    with launch_device(values.device):
+        sum_classes_kernel[(triton.cdiv(num_listed, block),)](
+            values,
+            offsets,
+            out,
+            classes[0],
+            num_listed,
+            offsets.shape[1],
+            first_number,
+            first_number + values.shape[0],
+            BLOCK=block,
+        )
+    return out

@@ -1,0 +1,215 @@
+"""Compiles every kernel for a GPU that need not be there, and reports what it uses."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cut_cross_entropy.kernels import (
+    BLOCK_T,
+    dense,
+    forward,
+    grad_c,
+    grad_e,
+    prepare,
+    selection,
+    strips,
+    tail,
+)
+from cut_cross_entropy.kernels.config import Tiles, tiles_for
+
+TARGETS = {
+    # name: (target, shared memory of a block in bytes, Triton's register limit applies)
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 2**10),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 2**10),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 2**10),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 2**10),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 2**10),
+}
+
+_INT64 = {"origin_ptr", "starts_ptr", "block_starts_ptr", "masks_ptr", "offsets_ptr", "order_ptr",
+          "targets_ptr", "tile_block_ptr", "tile_start_ptr", "first_ptr", "last_ptr"}  # fmt: skip
+_INT32 = {"flag_ptr", "threshold_ptr", "classes_ptr", "numbers_ptr", "unions_ptr", "sizes_ptr"}
+_HALF = {"c_ptr", "e_ptr", "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with its constants; ``boxes`` are the tiles that descriptors load."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    boxes: dict[str, tuple[int, int]]
+    num_warps: int = 4
+    num_stages: int = 3
+    types: tuple[tuple[str, str], ...] = ()
+
+
+def variants(tiles: Tiles) -> list[Variant]:
+    """Every kernel as the launchers specialise it for a row of the table of block sizes."""
+    tma = tiles.use_tma
+    walk = {"E_TMA": tma, "C_TMA": tma, "BLOCK_T": BLOCK_T, "BLOCK_V": tiles.block_v,
+            "BLOCK_D": tiles.block_d}  # fmt: skip
+    e_box, c_box = (BLOCK_T, tiles.block_d), (tiles.block_v, tiles.block_d)
+    few = min(3, tiles.num_stages)
+    result = []
+
+    def add(name: str, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
+        result.append(Variant(name, kernel, constants, options.pop("boxes", {}), **options))
+
+    for softcap, bias in ((False, False), (True, True)):
+        flags = {"HAS_BIAS": bias, "SOFTCAP": softcap}
+        label = "softcap-bias" if softcap else "plain"
+        for online, flagged, energy in (
+            (False, False, True),
+            (False, False, False),
+            (True, False, False),
+            (True, True, True),
+        ):
+            add(
+                f"forward-{label}-{online:d}{flagged:d}{energy:d}",
+                forward.walk_classes_kernel,
+                {**walk, **flags, "WRITE_ENERGY": energy, "ONLINE": online,
+                 "ONLY_FLAGGED": flagged},
+                boxes={"e": e_box, "c": c_box},
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+            )  # fmt: skip
+        add(
+            f"dense-{label}",
+            dense.chunk_gradients_kernel,
+            {**walk, **flags},
+            boxes={"e": e_box, "c": c_box},
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+        add(
+            f"strips-{label}",
+            strips.strip_gradients_kernel,
+            {**flags, "BIAS_GRAD": bias, "E_TMA": tma, "BLOCK_T": BLOCK_T,
+             "BLOCK_S": strips.BLOCK_S, "BLOCK_D": tiles.block_d},
+            boxes={"e": e_box},
+            num_warps=8,
+            num_stages=few,
+        )  # fmt: skip
+        add(
+            f"target-{label}",
+            prepare.target_logits_kernel,
+            {**flags, "BLOCK_D": 1024},
+            types=(("out_ptr", "*fp32"),),
+        )
+    block_k = min(64, tiles.block_d)
+    add(
+        "grad_e",
+        grad_e.grad_e_kernel,
+        {"BLOCK_T": BLOCK_T, "BLOCK_K": block_k, "BLOCK_N": tiles.block_n},
+        num_warps=8,
+        num_stages=few,
+    )
+    add(
+        "grad_c",
+        grad_c.grad_c_kernel,
+        {"E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C, "BLOCK_K": block_k, "BLOCK_T": BLOCK_T,
+         "BLOCK_N": tiles.block_n, "GROUP": 64},
+        boxes={"e": (block_k, tiles.block_n)},
+        num_warps=8,
+        num_stages=few,
+    )  # fmt: skip
+    add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "GROUP": 64})
+    add("gather", prepare.gather_rows_kernel, {"BLOCK_D": 1024})
+    add("scatter", prepare.scatter_rows_kernel, {"BLOCK_D": 1024}, types=(("rows_ptr", "*fp32"),))
+    add("mark", selection.mark_targets_kernel, {"BLOCK_T": BLOCK_T},
+        types=(("energy_ptr", "*u8"),))  # fmt: skip
+    add("histogram", selection.histogram_kernel, {"PER_PROGRAM": 2**17, "BLOCK": 2**12},
+        types=(("energy_ptr", "*u8"), ("counts_ptr", "*i64")))  # fmt: skip
+    add("kept", selection.kept_strips_kernel, {"GROUP": 64, "CHUNK": 1024},
+        types=(("energy_ptr", "*u8"), ("counts_ptr", "*i32")))  # fmt: skip
+    add("class_counts", selection.class_counts_kernel, {"BLOCK": 1024},
+        types=(("counts_ptr", "*i32"),))  # fmt: skip
+    add("list", selection.list_strips_kernel, {"BY_CLASS": True, "GROUP": 64, "CHUNK": 1024})
+    add("row_sum", tail.weighted_row_sum_kernel, {"BLOCK_R": 32, "BLOCK_D": 256},
+        types=(("out_ptr", "*fp32"),))  # fmt: skip
+    add("sum_tiles", strips.sum_tiles_kernel, {"BLOCK_T": BLOCK_T},
+        types=(("out_ptr", "*fp32"),))  # fmt: skip
+    add("sum_classes", strips.sum_classes_kernel, {"BLOCK": 128},
+        types=(("out_ptr", "*fp32"),))  # fmt: skip
+    return result
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Resources of a compiled kernel; registers and spills are known for NVIDIA only."""
+
+    shared: int
+    registers: int | None
+    stack: int | None
+
+
+def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
+    """Compile for ``target`` and read what it uses."""
+    names = variant.kernel.arg_names
+    special, signature = dict(variant.types), {}
+    divisible = {}
+    for i, name in enumerate(names):
+        if name in variant.constants:
+            signature[name] = "constexpr"
+        elif name in special:
+            signature[name] = special[name]
+        elif name in ("e", "c") and variant.constants.get(f"{name.upper()}_TMA"):
+            rows, columns = variant.boxes[name]
+            signature[name] = f"tensordesc<bf16[{rows}, {columns}]>"
+        elif name in _HALF:
+            signature[name] = "*bf16"
+        elif name in _INT64:
+            signature[name] = "*i64"
+        elif name in _INT32:
+            signature[name] = "*i32"
+        elif name == "energy_ptr":
+            signature[name] = "*u8"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32"
+        else:
+            signature[name] = "fp32" if name == "softcap" else "i32"
+        if signature[name].startswith("*") or name in ("N", "V", "D", "stride_out"):
+            divisible[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(variant.kernel, signature, variant.constants, divisible)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    kernel = triton.compile(source, target=target, options=options)
+    registers = stack = None
+    if target.backend == "cuda":
+        registers, stack = _resource_usage(kernel.asm["cubin"])
+    return Usage(kernel.metadata.shared, registers, stack)
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of stack (spills land there)."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2])
+
+
+def report(name: str) -> None:
+    """Print the usage of every kernel for one target."""
+    target, shared = TARGETS[name]
+    for variant in variants(tiles_for(shared if name != "sm_80" else 163 * 2**10)):
+        print(name, variant.name, compile_variant(variant, target), flush=True)
+
+
+if __name__ == "__main__":
+    import sys
+
+    for target_name in sys.argv[1:] or TARGETS:
+        report(target_name)
