@@ -24,16 +24,15 @@ from cut_cross_entropy.transformers import cce_patch
 
 def tiny_llama() -> transformers.LlamaForCausalLM:
     """One layer, as many features as classes, so that features pass for logits."""
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    ).train()
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config)
 
 
 def alternate(
@@ -76,7 +75,7 @@ def main() -> None:
         return loss
 
     def hand() -> object:
-        F.cross_entropy = cross_entropy
+        F.cross_entropy = cross_entropy  # type: ignore[assignment]
         try:
             return by_hand(input_ids=ids, labels=ids)
         finally:

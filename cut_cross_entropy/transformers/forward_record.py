@@ -18,19 +18,20 @@ class ForwardRecord:
         labels: what the caller passed.
     """
 
+    suspended = 0  # > 0 while logits are computed: their product is not to be captured
+    finished = False
+    heads_called = 0
+    captured = 0
+    losses = 0
+    read_with_grad = False
+    read_only_without_grad = False
+    not_captured: str | None = None
+
     def __init__(self, model: nn.Module, options: PatchOptions, labels: Tensor) -> None:
         self.model = model
         self.model_name = type(model).__name__
         self.options = options
         self.labels = labels
-        self.suspended = 0  # > 0 while logits are computed: their product is not to be captured
-        self.finished = False
-        self.heads_called = 0
-        self.captured = 0
-        self.losses = 0
-        self.read_with_grad = False
-        self.read_only_without_grad = False
-        self.not_captured: str | None = None
 
     def note_loss(self) -> None:
         """A loss was computed without logits."""

@@ -39,20 +39,25 @@ def why_not_intercept(model: nn.Module, head: nn.Module) -> str | None:
     """Why the calls of ``head`` have to stay as they are, or None."""
     if head._backward_hooks or head._backward_pre_hooks:
         return "its head has backward hooks, which need the logits"
-    if getattr(head, "_hf_tp_plan", None):
+    if head.__dict__.get("_hf_tp_plan"):
         return "its head is tensor-parallel"
-    if getattr(getattr(head, "weight", None), "ds_id", None) is not None:
+    weight = head._parameters["weight"] if "weight" in head._parameters else _weight(head)
+    if hasattr(weight, "ds_id"):
         return "its head is partitioned by DeepSpeed ZeRO-3"
     return None
 
 
 def num_rows(head: nn.Module) -> int | None:
     """The number of classes of ``head``, or None if it does not say."""
-    weight = getattr(head, "weight", None)
+    weight = _weight(head)
     if isinstance(weight, Tensor) and weight.ndim == 2:
         return weight.shape[0]
     features = getattr(head, "out_features", None)
     return features if isinstance(features, int) else None
+
+
+def _weight(head: nn.Module) -> Any:
+    return getattr(head, "weight", None)
 
 
 def vocabulary_sizes(config: Any, depth: int = 3) -> Iterator[int]:

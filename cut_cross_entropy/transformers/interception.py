@@ -128,12 +128,12 @@ class HeadMode(TorchFunctionMode):
 
 def lazy_linear(record: ForwardRecord, x: Any, weight: Any, bias: Any) -> LazyLogits | None:
     """``F.linear(x, weight, bias)`` as lazy logits, or None where that is not possible."""
-    reason = _why_not(x, weight)
+    device_type = x.device.type if isinstance(x, Tensor) else ""
+    autocast_dtype = current_autocast(device_type) if device_type else None
+    reason = _why_not(x, weight, autocast_dtype)
     if reason is not None:
         record.not_captured = reason
         return None
-    device_type = x.device.type
-    autocast_dtype = current_autocast(device_type)
     grad_enabled = torch.is_grad_enabled()
     requires_grad = grad_enabled and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -154,7 +154,7 @@ def lazy_linear(record: ForwardRecord, x: Any, weight: Any, bias: Any) -> LazyLo
     return LazyLogits(Recipe(((x, weight),), bias), dtype, weight.shape[0], x.device, origin)
 
 
-def _why_not(x: Any, weight: Any) -> str | None:
+def _why_not(x: Any, weight: Any, autocast_dtype: torch.dtype | None) -> str | None:
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
         return f"its head got {type(x).__name__}"
     for tensor in (x, weight):
@@ -162,7 +162,7 @@ def _why_not(x: Any, weight: Any) -> str | None:
             return "its head is tensor-parallel (a DTensor)"
         if not tensor.is_floating_point():
             return f"its head is quantised ({tensor.dtype})"
-    if x.dtype != weight.dtype and current_autocast(x.device.type) is None:
+    if x.dtype != weight.dtype and autocast_dtype is None:
         return f"its head got {x.dtype} for a weight of {weight.dtype}"
     if x.shape[-1] != weight.shape[-1]:
         return "its head got features of another size than its weight"

@@ -54,6 +54,10 @@ class LazyLogits(Unevaluated):
         origin: when and where they were asked for; shared by all that derive from them.
     """
 
+    aliased = False  # whether another object stands for the same memory
+    pinned = False  # whether ``value`` was given away for changes
+    value: Tensor | None = None
+
     def __init__(
         self, recipe: Recipe, dtype: torch.dtype, num_classes: int, device: Any, origin: Origin
     ) -> None:
@@ -62,9 +66,6 @@ class LazyLogits(Unevaluated):
         self.num_classes = num_classes
         self.device = device
         self.origin = origin
-        self.aliased = False  # whether another object stands for the same memory
-        self.pinned = False  # whether ``value`` was given away for changes
-        self.value: Tensor | None = None
 
     # What the model may ask without computing anything.
 

@@ -67,7 +67,8 @@ def cross_entropy(
             current_autocast(target.device.type) is None or loss.dtype == torch.float64
         ):
             loss = loss.to(input.dtype)
-        loss = loss.to(target.device)
+        if loss.device != target.device:
+            loss = loss.to(target.device)
 
     if reduction == "none" and asked != "none":
         loss = _per_token(loss, target, record, ignore_index)

@@ -1,7 +1,6 @@
 """When and where lazy logits were asked for, so that they can be computed as if it were then."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from cut_cross_entropy.transformers.forward_record import ForwardRecord
 from cut_cross_entropy.transformers.recorded import Recipe
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Origin:
     """One call of a head.
 
@@ -70,49 +69,46 @@ class Origin:
         """
         if not torch.compiler.is_compiling():
             self._check_fresh()
-        with self._as_then():
-            if self.reenter is None:
-                return function(recipe)
-            (features, _), steps = recipe.terms[0], recipe.steps
-            # The features are an argument of their own: sharding hooks look for tensors there.
-            result = self.reenter(
-                features,
-                cce_request=lambda head: function(replace(head, steps=(*head.steps, *steps))),
-            )
-            assert isinstance(result, Tensor)
-            return result
-
-    def _check_fresh(self) -> None:
-        for tensor, version in self.versions:
-            if tensor_version(tensor) != version:
-                raise RuntimeError(
-                    f"{self.model_name}: the logits are computed when they are first read, and a "
-                    "weight or an activation that they depend on has changed since the forward "
-                    "(optimizer.step() does that). Read outputs.logits before, or pass no labels"
-                )
-            if not self.reenters and tensor.untyped_storage().size() == 0 and tensor.numel():
-                raise RuntimeError(
-                    f"{self.model_name}: the logits are computed when they are first read, and a "
-                    "weight that they depend on was resharded after the forward. Pass no labels "
-                    "where you need the logits"
-                )
-
-    @contextlib.contextmanager
-    def _as_then(self) -> Iterator[None]:
         self.record.suspended += 1
         try:
             if self._is_as_now():
-                yield
-                return
+                return self._run(recipe, function)
             autocast = torch.autocast(
                 self.device_type,
                 dtype=self.autocast_dtype,
                 enabled=self.autocast_dtype is not None,
             )
             with torch.set_grad_enabled(self.grad_enabled), autocast:
-                yield
+                return self._run(recipe, function)
         finally:
             self.record.suspended -= 1
+
+    def _run(self, recipe: Recipe, function: Callable[[Recipe], Tensor]) -> Tensor:
+        if self.reenter is None:
+            return function(recipe)
+        (features, _), steps = recipe.terms[0], recipe.steps
+        # The features are an argument of their own: sharding hooks look for tensors there.
+        result = self.reenter(
+            features,
+            cce_request=lambda head: function(replace(head, steps=(*head.steps, *steps))),
+        )
+        assert isinstance(result, Tensor)
+        return result
+
+    def _check_fresh(self) -> None:
+        for tensor, version in self.versions:
+            if version is not None and tensor._version != version:
+                raise RuntimeError(
+                    f"{self.model_name}: the logits are computed when they are first read, and a "
+                    "weight or an activation that they depend on has changed since the forward "
+                    "(optimizer.step() does that). Read outputs.logits before, or pass no labels"
+                )
+            if self.record.finished and tensor.untyped_storage().size() == 0 and tensor.numel():
+                raise RuntimeError(
+                    f"{self.model_name}: the logits are computed when they are first read, and a "
+                    "weight that they depend on was resharded after the forward. Pass no labels "
+                    "where you need the logits"
+                )
 
     def _is_as_now(self) -> bool:
         return (
@@ -123,7 +119,7 @@ class Origin:
 
 def current_autocast(device_type: str) -> torch.dtype | None:
     """The dtype that autocast uses now for this kind of device, or None outside autocast."""
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
         return None
     if not torch.is_autocast_enabled(device_type):
         return None
@@ -137,4 +133,4 @@ def tensor_version(tensor: Tensor) -> int | None:
 
 def depends_on(*tensors: Any) -> tuple[tuple[Tensor, int | None], ...]:
     """The tensors among ``tensors`` with their versions."""
-    return tuple((t, tensor_version(t)) for t in tensors if t is not None)
+    return tuple([(t, tensor_version(t)) for t in tensors if t is not None])

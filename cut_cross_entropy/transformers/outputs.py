@@ -11,6 +11,9 @@ from transformers.utils.generic import ModelOutput
 from cut_cross_entropy.transformers.recorded import Unevaluated
 
 
+_MAY_HOLD_LAZY = (Unevaluated, ModelOutput, tuple, list, dict)
+
+
 def replace_lazy(output: Any, replacement: Callable[[Any], Any]) -> Any:
     """``output`` with ``replacement(lazy)`` for each of its lazy logits.
 
@@ -37,8 +40,8 @@ def _replace_fields(output: ModelOutput, replacement: Callable[[Any], Any]) -> M
             for field in dataclasses.fields(output)  # type: ignore[arg-type]
         }
         return type(output)(**fields)
-    for name, value in list(output.items()):
-        if isinstance(value, torch.Tensor) or value is None:
+    for name, value in tuple(output.items()):
+        if not isinstance(value, _MAY_HOLD_LAZY):
             continue
         replaced = replace_lazy(value, replacement)
         if replaced is None:

@@ -7,7 +7,7 @@ into real logits (:func:`replay`), or folded into the arguments of ``linear_cros
 Shapes: ... leading (batch, time), D features, V classes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Unevaluated:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Recipe:
     """``sum(e @ c.T) + bias``, then ``steps`` in order.
 
@@ -56,11 +56,12 @@ class Recipe:
 
     def then(self, name: str, value: Any = None) -> "Recipe":
         """The recipe with one more step."""
-        return replace(self, steps=(*self.steps, (name, value)))
+        return Recipe(self.terms, self.bias, (*self.steps, (name, value)))
 
     def on_features(self, function: Any) -> "Recipe":
         """The recipe with ``function`` applied to the features of each term."""
-        return replace(self, terms=tuple((function(e), c) for e, c in self.terms))
+        terms = tuple([(function(e), c) for e, c in self.terms])
+        return Recipe(terms, self.bias, self.steps)
 
     @property
     def is_linear(self) -> bool:
@@ -73,7 +74,7 @@ class Recipe:
         return any(name == TANH for name, _ in self.steps)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Folded:
     """The arguments of ``linear_cross_entropy`` that give the logits of a recipe."""
 
@@ -180,7 +181,7 @@ def as_sum(recipe: Recipe) -> Recipe:
     for name, value in recipe.steps:
         scale *= _factor(name, value)
     if scale == 1.0:
-        return replace(recipe, steps=())
+        return Recipe(recipe.terms, recipe.bias)
     bias = None if recipe.bias is None else recipe.bias * scale
     return Recipe(tuple((e * scale, c) for e, c in recipe.terms), bias)
 

@@ -82,14 +82,12 @@ def _view(lazy: Any, *shape: Any, **kwargs: Any) -> Any:
         shape = tuple(shape[0])
     if not shape or not all(isinstance(size, (int, torch.SymInt)) for size in shape):
         return NotImplemented  # view(dtype)
-    known = math.prod([size for size in shape if size != -1])
-    last = lazy.numel() // known if shape[-1] == -1 and known else shape[-1]
+    *leading, last = shape
+    if last == -1:
+        known = math.prod(leading)
+        last = lazy.numel() // known if known > 0 else None
     if last != lazy.num_classes:
         return NotImplemented
-    leading = list(shape[:-1])
-    if -1 in leading and 0 not in lazy.shape:
-        rest = math.prod([size for size in leading if size != -1])
-        leading[leading.index(-1)] = lazy.numel() // lazy.num_classes // rest
     # The logits would be contiguous where the features need not be: no view, but reshape.
     return lazy.alias(lazy.recipe.on_features(lambda e: e.reshape(*leading, e.shape[-1])))
 

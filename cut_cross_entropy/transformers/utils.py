@@ -1,7 +1,7 @@
 """Options of a patch, and the loss as a function for model code that calls it directly."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import transformers
@@ -48,6 +48,7 @@ class PatchOptions:
     filter_e_grad: bool = True
     filter_c_grad: bool = True
     train_only: bool = False
+    _kwargs: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "impl", impl_name(self.impl))
@@ -58,12 +59,13 @@ class PatchOptions:
                 f"reduction must be one of {', '.join(REDUCTIONS)}, got {self.reduction!r}"
             )
         check_filter_eps(self.filter_eps)
+        kwargs = asdict(self)
+        del kwargs["train_only"]
+        object.__setattr__(self, "_kwargs", kwargs)  # every loss asks for it
 
     def to_kwargs(self) -> dict[str, Any]:
         """The options that ``linear_cross_entropy`` takes: all but ``train_only``."""
-        kwargs = asdict(self)
-        del kwargs["train_only"]
-        return kwargs
+        return dict(self._kwargs)
 
     def use_lce(self, labels: Tensor | None, training: bool) -> bool:
         """Whether a call with these labels in this mode gets the patched loss."""
