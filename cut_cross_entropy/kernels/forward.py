@@ -142,9 +142,10 @@ def walk_classes(
     num_segments = triton.cdiv(num_tiles, segment_tiles)
     if results is None:
         shape = (num_segments, num_tokens)
+        spread_shape = shape if energy is not None else (0, num_tokens)
         results = (
-            torch.full(shape, -torch.inf, dtype=torch.float32, device=e.device),
-            torch.full(shape, -torch.inf, dtype=torch.float32, device=e.device),
+            torch.empty(shape, dtype=torch.float32, device=e.device),
+            torch.empty(spread_shape, dtype=torch.float32, device=e.device),
         )
     fitting = GROUP_BYTES // (BLOCK_T * dim * e.element_size())
     group_blocks = min(num_blocks, max(8, 1 << min(5, max(0, fitting.bit_length() - 1))))

@@ -161,7 +161,7 @@ def grad_c(
     masks: Tensor,  # (groups, V)
     offsets: Tensor,  # (groups, V)
     first_number: int,
-    classes: tuple[int, int],
+    order: Tensor,  # (classes,) from order_classes
     num_active: int,
     scale: Tensor,  # ()
     weights: Tensor,  # (V,)
@@ -169,8 +169,7 @@ def grad_c(
     out: Tensor,  # (V, D)
     tiles: Tiles,
 ) -> None:
-    """Write the rows [classes[0], classes[1]) of ``out``, ``num_active`` of which keep a strip."""
-    order = order_classes(masks, *classes)
+    """Write the rows of ``out`` that ``order`` names, the last ``num_active`` of which keep strips."""
     idle, order = order[: order.shape[0] - num_active], order[order.shape[0] - num_active :]
     num_groups, num_classes = masks.shape
     num_tiles, dim = triton.cdiv(order.shape[0], BLOCK_C), e.shape[1]

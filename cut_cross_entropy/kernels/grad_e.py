@@ -41,7 +41,7 @@ def grad_e_kernel(
     stop = tl.load(starts_ptr + block + 1)
     lanes = tl.arange(0, BLOCK_T)
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for i in range(tl.cdiv((stop - start).to(tl.int32), BLOCK_K)):
+    for i in range(tl.cdiv(stop - start, BLOCK_K)):
         strips = start + i * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = strips < stop
         numbers = tl.load(numbers_ptr + strips, mask=inside, other=0).to(tl.int64)

@@ -11,31 +11,33 @@ from torch import Tensor
 
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.combine import finish, raise_bound
 from cut_cross_entropy.kernels.config import Tiles, tiles_on
 from cut_cross_entropy.kernels.dense import dense_gradients
 from cut_cross_entropy.kernels.forward import walk_classes
 from cut_cross_entropy.kernels.grad_c import grad_c as compute_grad_c
+from cut_cross_entropy.kernels.grad_c import order_classes
 from cut_cross_entropy.kernels.grad_e import grad_e as compute_grad_e
 from cut_cross_entropy.kernels.prepare import (
+    BackwardTokens,
     Tokens,
-    prepare_tokens,
+    prepare_backward,
     scatter_rows,
-    target_logits,
+    score_targets,
 )
 from cut_cross_entropy.kernels.selection import (
     CHUNK,
+    Counts,
     Kept,
-    choose_threshold,
+    StripList,
     class_offsets,
-    kept_strips,
+    keep_strips,
     list_strips,
-    mark_targets,
 )
 from cut_cross_entropy.kernels.strips import strip_gradients, sum_by_class
-from cut_cross_entropy.kernels.tail import tail_slope, weighted_row_sum
+from cut_cross_entropy.kernels.tail import share_moments, weighted_row_sum, write_tails
 from cut_cross_entropy.validation import check_target_range
 
-LN2 = math.log(2)
 STRIP_BYTES = 2 * BLOCK_T + 8  # a strip's logit gradient and its place in the lists
 DENSE_FRACTION = 0.45  # of strips kept: beyond it the dense path is faster
 FLAT_FRACTION = 0.5  # of tokens that are flat: beyond it all are treated so
@@ -68,45 +70,26 @@ def forward(
         nothing = e.new_zeros(0, dtype=torch.float32)
         return nothing, nothing.clone(), energy, nothing.clone()
 
-    tokens = prepare_tokens(
-        e, targets, num_classes, ignore_index, compute_dtype, compact=compact or with_energy
-    )
     c = c.to(compute_dtype).contiguous()
-    target = target_logits(tokens, c, bias, softcap)
+    tokens, target, bound = score_targets(
+        e, c, bias, targets, ignore_index, softcap, compact=compact
+    )
     flags = torch.zeros(num_blocks, dtype=torch.int32, device=e.device)
 
     # Tokenizers number frequent classes first, so a short walk over these gives a tight bound.
-    bound = _usable_bound(target, tokens)
     hot = min(max(1024, num_classes // 64), 8192) // tiles.block_v * tiles.block_v
-    if 0 < hot < num_classes:
+    if hot < num_classes:
         few = (c[:hot], None if bias is None else bias[:hot])
-        lse, _ = walk_classes(
+        frequent, _ = walk_classes(
             tokens.e, *few, bound, softcap, tiles, energy=None, flags=flags, online=True
         )
-        bound = _usable_bound(torch.maximum(target, _logsumexp2(lse)), tokens)
+        raise_bound(bound, frequent)
 
     out = energy if with_energy else None
-    results = walk_classes(tokens.e, c, bias, bound, softcap, tiles, out, flags)
-    walk_classes(tokens.e, c, bias, bound, softcap, tiles, out, flags, True, True, results)
-    lse = _logsumexp2(results[0])
-    # The sum and the target's logit come from different kernels; a probability stays below 1.
-    nll = torch.where(tokens.wrong, torch.nan, (lse - target).clamp_min(0) * LN2)
-    spread = e.new_empty(0, dtype=torch.float32)
-    if with_energy:
-        mark_targets(energy, tokens.targets)
-        spread = torch.where(tokens.present, 2 * lse - _logsumexp2(results[1]), 0)
-    return tokens.scatter(nll), tokens.scatter(lse * LN2), energy, spread
-
-
-def _usable_bound(bound: Tensor, tokens: Tokens) -> Tensor:
-    """Finite or -inf for tokens, +inf where there is none."""
-    bound = torch.where(bound < torch.inf, bound, 0)  # NaN and +inf: the walk will find them again
-    return torch.where(tokens.present, bound, torch.inf)
-
-
-def _logsumexp2(values: Tensor) -> Tensor:
-    """Log2 of the sum of powers of two over dimension 0."""
-    return torch.logsumexp(values * LN2, dim=0) / LN2
+    parts = walk_classes(tokens.e, c, bias, bound, softcap, tiles, out, flags)
+    walk_classes(tokens.e, c, bias, bound, softcap, tiles, out, flags, True, True, parts)
+    nll, lse, spread = finish(parts, target, tokens, out)
+    return nll, lse, energy, spread
 
 
 @dataclass(frozen=True)
@@ -119,6 +102,7 @@ class _Problem:
     lse: Tensor  # (N,) log2; +inf: no token
     a: Tensor
     b: Tensor
+    sharp: Tensor
     scale: Tensor
     softcap: float | None
     tiles: Tiles
@@ -126,15 +110,12 @@ class _Problem:
 
     def of(self, places: Tensor) -> "_Problem":
         """The tokens at ``places`` alone."""
-        tokens = Tokens(
-            self.tokens.e[places],
-            self.tokens.targets[places],
-            self.tokens.present[places],
-            self.tokens.wrong[places],
-            self.tokens.origin[places],
-        )
         return replace(
-            self, tokens=tokens, lse=self.lse[places], a=self.a[places], b=self.b[places]
+            self,
+            tokens=self.tokens.at(places),
+            lse=self.lse[places],
+            a=self.a[places],
+            b=self.b[places],
         )
 
     def without(self, absent: Tensor) -> "_Problem":
@@ -193,13 +174,23 @@ def backward(
             if grad is not None:
                 grad.zero_()
     else:
-        problem = _problem(
-            grad_nll, grad_lse, e, c, targets, bias, lse, ignore_index, softcap, compute_dtype,
-            memory_budget,
-        )  # fmt: skip
+        moved = prepare_backward(
+            grad_nll,
+            grad_lse,
+            e,
+            targets,
+            nll,
+            lse,
+            spread,
+            c.shape[0],
+            ignore_index,
+            compute_dtype,
+            math.log2(FLAT_GROUPS),
+        )
+        problem = _problem(moved, c, bias, softcap, compute_dtype, memory_budget)
         filtered = tolerance > 0 and energy.numel() > 0
         if not filtered and recording():
-            count = int(problem.tokens.present.sum())
+            count = int((problem.sharp != -2).sum())
             report(FilterRecord("exact", 1.0, 0.0, 0, count))
         sparse = _Gradients(
             result.e if filtered and filter_e else None,
@@ -207,9 +198,7 @@ def backward(
             result.bias if filtered and filter_c else None,
         )
         if sparse.e is not None or sparse.c is not None or sparse.bias is not None:
-            p = torch.exp(-problem.tokens.gather(nll))
-            done = _filtered(problem, sparse, energy, spread, p, tolerance)
-            if not done:
+            if not _filtered(problem, sparse, energy, tolerance):
                 sparse = _Gradients(None, None, None)
         rest = _Gradients(
             None if sparse.e is not None else result.e,
@@ -224,38 +213,30 @@ def backward(
 
 
 def _problem(
-    grad_nll: Tensor,
-    grad_lse: Tensor,
-    e: Tensor,
+    moved: BackwardTokens,
     c: Tensor,
-    targets: Tensor,
     bias: Tensor | None,
-    lse: Tensor,
-    ignore_index: int,
     softcap: float | None,
     compute_dtype: torch.dtype,
     memory_budget: int,
 ) -> _Problem:
-    tokens = prepare_tokens(e, targets, c.shape[0], ignore_index, compute_dtype)
-    b = tokens.gather(grad_nll.float())
-    a = b + tokens.gather(grad_lse.float())
-    a = torch.where(tokens.wrong, torch.nan, a)  # never a plausible number
-    scale = a.new_ones(())
+    scale = moved.a.new_ones(())
     if compute_dtype == torch.float16:
         # 1/N times a small probability underflows; a power of two brings it back unharmed.
-        largest = torch.maximum(a.abs().max(), b.abs().max())
+        largest = torch.maximum(moved.a.abs().max(), moved.b.abs().max())
         exponent = -torch.floor(torch.log2(largest))
         scale = torch.where(torch.isfinite(exponent), torch.exp2(exponent), scale)
     return _Problem(
-        tokens,
+        moved.tokens,
         c.to(compute_dtype).contiguous(),
         bias,
-        torch.where(tokens.present, tokens.gather(lse) / LN2, torch.inf),
-        a,
-        b,
+        moved.lse,
+        moved.a,
+        moved.b,
+        moved.sharp,
         scale,
         softcap,
-        tiles_on(e.device),
+        tiles_on(c.device),
         memory_budget,
     )
 
@@ -285,150 +266,173 @@ def _dense(problem: _Problem, grads: _Gradients, accumulate: bool) -> None:
         scatter_rows(total, tokens.origin, grads.e)
 
 
-def _filtered(
-    problem: _Problem,
-    grads: _Gradients,
-    energy: Tensor,
-    spread: Tensor,
-    p_target: Tensor,
-    tolerance: float,
-) -> bool:
+def _filtered(problem: _Problem, grads: _Gradients, energy: Tensor, tolerance: float) -> bool:
     """Gradients of the kept strips plus the tail; False if the data is too flat for that."""
-    tokens = problem.tokens
-    flat = tokens.present & (spread > math.log2(FLAT_GROUPS))
-    sharp = tokens.present & ~flat
-    gradient_energy = torch.where(sharp, (1 - p_target).square(), 0).sum()
-    kept = kept_strips(energy, choose_threshold(energy, gradient_energy, tolerance))
     if energy.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "the filtered gradient reads the number of kept strips from the device, which a CUDA "
             "graph cannot capture; use impl='cce_exact' or filter_eps=None"
         )
+    kept = keep_strips(energy, problem.sharp, tolerance)
+    selected = _Selected.of(kept, problem)
+    counts = kept.read()  # the one synchronisation: all before it is queued, all after is short
 
-    numbers = torch.cat(
-        [
-            kept.counts.sum(1, dtype=torch.int64),
-            kept.counts.sum(0, dtype=torch.int64),
-            kept.active.long(),
-            torch.stack([flat.sum(), tokens.present.sum()]),
-        ]
-    ).tolist()  # the one synchronisation
-    num_blocks, num_chunks = kept.counts.shape
-    by_block, by_chunk = numbers[:num_blocks], numbers[num_blocks : num_blocks + num_chunks]
-    active = numbers[num_blocks + num_chunks : -2]
-    num_flat, num_present = numbers[-2:]
-    used_blocks = -(-num_present // BLOCK_T)
-    possible = used_blocks * energy.shape[1]
-    too_flat = num_flat > FLAT_FRACTION * num_present or sum(by_block) > DENSE_FRACTION * possible
+    num_strips = int(counts.strips.sum())
+    possible = -(-counts.tokens // BLOCK_T) * energy.shape[1]
+    too_flat = (
+        counts.flat_tokens > FLAT_FRACTION * counts.tokens or num_strips > DENSE_FRACTION * possible
+    )
     mass = None
     if not too_flat:
-        mass = _strips_and_tail(
-            problem.without(flat), grads, kept, by_block, by_chunk, active, sharp
-        )
+        sharp = problem.without(problem.sharp == -1) if counts.flat_tokens else problem
+        mass = _strips_and_tail(sharp, grads, kept, selected, counts)
+        if counts.flat_tokens:
+            flat_first = torch.sort(problem.sharp.sub(-1).abs(), stable=True).indices
+            _dense(problem.of(flat_first[: counts.flat_tokens]), grads, accumulate=True)
     if recording():
         report(
             FilterRecord(
                 path="dense" if too_flat else "filtered",
-                strips_kept=1.0 if too_flat else sum(by_block) / max(1, possible),
-                dropped_mass=0.0 if mass is None else float(mass.sum()) / max(1, num_present),
-                flat_tokens=num_flat,
-                tokens=num_present,
+                strips_kept=1.0 if too_flat else num_strips / max(1, possible),
+                dropped_mass=0.0 if mass is None else float(mass.sum()) / max(1, counts.tokens),
+                flat_tokens=counts.flat_tokens,
+                tokens=counts.tokens,
             )
         )
-    if too_flat:
-        return False
-    if num_flat:
-        places = torch.sort((~flat).to(torch.uint8), stable=True).indices[:num_flat]
-        _dense(problem.of(places), grads, accumulate=True)
-    return True
+    return not too_flat
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """What follows from the selection without knowing how much it kept.
+
+    Args:
+        shares: (V,) of the tail's mass.
+        moments: (2,) see share_moments; only with a softcap.
+        center: (D,) mean row of c over the tail.
+        offsets: (groups, V) see class_offsets.
+        order: (V,) see order_classes.
+    """
+
+    shares: Tensor
+    moments: Tensor | None
+    center: Tensor
+    offsets: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, kept: Kept, problem: _Problem) -> "_Selected":
+        total = kept.weights.sum(dtype=torch.float64)
+        shares = torch.where(total > 0, kept.weights / total, 0).float()
+        return cls(
+            shares,
+            None if problem.softcap is None else share_moments(shares),
+            weighted_row_sum(shares, problem.c),
+            class_offsets(kept.masks),
+            order_classes(kept.masks, 0, kept.masks.shape[1]),
+        )
 
 
 def _strips_and_tail(
-    problem: _Problem,
-    grads: _Gradients,
-    kept: Kept,
-    by_block: list[int],
-    by_chunk: list[int],
-    active: list[int],
-    sharp: Tensor,
+    problem: _Problem, grads: _Gradients, kept: Kept, selected: _Selected, counts: Counts
 ) -> Tensor:
     """Writes the gradients; returns the dropped mass of each token, (N,)."""
     tokens, c, tiles = problem.tokens, problem.c, problem.tiles
-    num_tokens, num_classes = tokens.e.shape[0], c.shape[0]
-    num_blocks, num_chunks = kept.counts.shape
-    total_weight = kept.weights.double().sum()
-    shares = torch.where(total_weight > 0, kept.weights / total_weight, 0).float()
-    center = weighted_row_sum(shares, c)
-    offsets = class_offsets(kept.masks)
+    num_classes = c.shape[0]
+    num_blocks, num_chunks = kept.shape
+    all_blocks, all_chunks = (0, num_blocks), (0, num_chunks)
+    by_block, by_chunk = counts.strips.sum(1).tolist(), counts.strips.sum(0).tolist()
     capacity = max(1, problem.memory_budget // STRIP_BYTES)
     whole = sum(by_block) <= capacity
-    held = torch.zeros((num_blocks, BLOCK_T), dtype=torch.float32, device=c.device)
+    tails, mass = torch.zeros((2, problem.a.shape[0]), dtype=torch.float32, device=c.device)
 
-    def gradients_of(blocks: tuple[int, int], chunks: tuple[int, int], by_class: bool):  # type: ignore[no-untyped-def]
-        """Strips of a rectangle, and what they hold."""
-        counts = by_chunk[chunks[0] : chunks[1]]
-        if blocks != (0, num_blocks):
-            counts = by_block[blocks[0] : blocks[1]]
+    def compute(
+        blocks: tuple[int, int], chunks: tuple[int, int], by_class: bool
+    ) -> tuple[StripList, Tensor, Tensor, Tensor]:
+        """Strips of a rectangle: their list, gradients, sums, and what each token's hold."""
+        offsets = selected.offsets if by_class else None
         first = sum(by_chunk[: chunks[0]])
-        local = offsets - first if by_class else None
-        strips = list_strips(kept, sum(counts), blocks, chunks, local)
-        return strips, strip_gradients(
-            tokens.e, c, problem.bias, problem.lse, problem.a, problem.b, tokens.targets,
-            problem.scale, strips, problem.softcap, tiles,
+        strips = list_strips(kept, counts, blocks, chunks, offsets, first)
+        return strips, *strip_gradients(
+            tokens.e,
+            c,
+            problem.bias,
+            problem.lse,
+            problem.a,
+            problem.b,
+            tokens.targets,
+            problem.scale,
+            strips,
+            problem.softcap,
+            tiles,
             bias_grad=grads.bias is not None,
-        )  # fmt: skip
+        )
 
-    dropped = torch.zeros(num_tokens, dtype=torch.float32, device=c.device)
+    def add_tails(held: Tensor, first_block: int) -> None:
+        write_tails(
+            held,
+            problem.a,
+            problem.lse,
+            problem.sharp,
+            selected.moments,
+            problem.softcap,
+            first_block,
+            tails,
+            mass,
+        )
 
-    def tail_of(held: Tensor, blocks: tuple[int, int]) -> Tensor:
-        """a times the dropped mass of each token, (N,), for the blocks at hand."""
-        here = slice(blocks[0] * BLOCK_T, min(num_tokens, blocks[1] * BLOCK_T))
-        tail = torch.zeros(num_tokens, dtype=torch.float32, device=c.device)
-        mass = (1 - held.reshape(-1)[: here.stop - here.start]).clamp_min(0)
-        dropped[here] = torch.where(sharp[here], mass, 0)
-        if problem.softcap is not None:
-            natural = torch.where(sharp[here], problem.lse[here] * LN2, 0)
-            mass = mass * tail_slope(natural, mass, shares, problem.softcap)
-        tail[here] = torch.where(sharp[here], problem.a[here] * mass, 0)
-        return tail
-
-    everything = ((0, num_blocks), (0, num_chunks))
-    tail = torch.zeros(num_tokens, dtype=torch.float32, device=c.device)
     # What is stored at once is bounded: in rounds over blocks for dE, over classes for dC.
-    rounds = [everything[0]] if whole else _ranges(by_block, capacity)
-    for blocks in rounds if (whole or grads.e is not None) else []:
-        strips, (stored, bias_sums, held) = gradients_of(blocks, everything[1], by_class=whole)
-        part = tail_of(held, blocks)
-        tail += part
-        if grads.e is not None:
-            compute_grad_e(
-                stored, c, strips, problem.scale, part, center, tokens.origin, grads.e, tiles
-            )
-    if grads.c is None and grads.bias is None:
-        return dropped
-    raise_tail = not whole and grads.e is None
-    rounds = [everything[1]] if whole else _ranges(by_chunk, capacity)
-    if raise_tail:  # dC alone in rounds: the mass has to be known before the first
-        held = torch.zeros_like(held)
-        for chunks in rounds:
-            held += gradients_of(everything[0], chunks, by_class=True)[1][2]
-        tail = tail_of(held, everything[0])
-    mean = weighted_row_sum(tail, tokens.e)
-    for chunks in rounds:
+    need_classes = grads.c is not None or grads.bias is not None
+    if whole or grads.e is not None:
+        for blocks in [all_blocks] if whole else _ranges(by_block, capacity):
+            strips, stored, sums, held = compute(blocks, all_chunks, by_class=whole)
+            add_tails(held, blocks[0])
+            if grads.e is not None:
+                compute_grad_e(
+                    stored,
+                    c,
+                    strips,
+                    problem.scale,
+                    tails,
+                    selected.center,
+                    tokens.origin,
+                    grads.e,
+                    tiles,
+                )
+    elif need_classes:  # the mass has to be known before the first round
+        held = torch.zeros((num_blocks, BLOCK_T), dtype=torch.float32, device=c.device)
+        for chunks in _ranges(by_chunk, capacity):
+            held += compute(all_blocks, chunks, by_class=True)[3]
+        add_tails(held, 0)
+    if not need_classes:
+        return mass
+
+    mean = weighted_row_sum(tails, tokens.e)
+    for chunks in [all_chunks] if whole else _ranges(by_chunk, capacity):
         if not whole:
-            strips, (stored, bias_sums, _) = gradients_of(everything[0], chunks, by_class=True)
+            _, stored, sums, _ = compute(all_blocks, chunks, by_class=True)
         first = sum(by_chunk[: chunks[0]])
         classes = (chunks[0] * CHUNK, min(num_classes, chunks[1] * CHUNK))
         if grads.c is not None:
             compute_grad_c(
-                stored, tokens.e, kept.masks, offsets, first, classes,
-                sum(active[slice(*chunks)]), problem.scale, shares, mean, grads.c, tiles,
-            )  # fmt: skip
+                stored,
+                tokens.e,
+                kept.masks,
+                selected.offsets,
+                first,
+                selected.order if whole else order_classes(kept.masks, *classes),
+                int(counts.active[slice(*chunks)].sum()),
+                problem.scale,
+                selected.shares,
+                mean,
+                grads.c,
+                tiles,
+            )
         if grads.bias is not None:
             here = slice(*classes)
-            sums = sum_by_class(bias_sums, offsets, first, classes)
-            grads.bias[here] = (sums + shares[here] * tail.sum()).to(grads.bias.dtype)
-    return dropped
+            by_class = sum_by_class(sums, selected.offsets, first, classes)
+            grads.bias[here] = (by_class + selected.shares[here] * tails.sum()).to(grads.bias.dtype)
+    return mass
 
 
 def _ranges(counts: list[int], capacity: int) -> list[tuple[int, int]]:

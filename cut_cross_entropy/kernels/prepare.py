@@ -1,8 +1,8 @@
 """Drops ignored tokens without asking the device how many there are, and scores the targets.
 
 Tokens that count are moved to the front, in their order; the places behind them are filled with
-zeros and marked absent. Nothing here waits for the device. Shape legend:
-``cut_cross_entropy.kernels``.
+zeros and marked absent. Nothing here waits for the device, and everything is done by few launches:
+on small problems their cost is what one waits for. Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,49 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels.config import launch_device
-from cut_cross_entropy.kernels.primitives import transform_logits
+from cut_cross_entropy.kernels.primitives import LOG2E, transform_logits
+
+SCAN = 4096  # tokens a step of the scan
+
+
+@triton.jit
+def compact_kernel(
+    targets_ptr,  # (N,)
+    origin_ptr,  # (N,) out: place of the i-th token that counts; N behind the last
+    N,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    """One program lists the tokens that count."""
+    found = 0
+    for start in range(0, N, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        targets = tl.load(targets_ptr + places, mask=places < N, other=ignore_index)
+        kept = ((targets != ignore_index) & (places < N)).to(tl.int32)
+        rank = found + tl.cumsum(kept, 0) - 1
+        tl.store(origin_ptr + rank, places.to(tl.int64), mask=kept != 0)
+        found += tl.sum(kept, 0)
+    for start in range(0, N, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        nowhere = tl.zeros((BLOCK,), tl.int64) + N
+        tl.store(origin_ptr + places, nowhere, mask=(places >= found) & (places < N))
+
+
+def list_tokens(targets: Tensor, ignore_index: int, compact: bool) -> Tensor:
+    """(N,) int64: where the token of each place comes from; N for none.
+
+    ``compact=False`` leaves every token in its place.
+    """
+    num_tokens = targets.shape[0]
+    if not compact:
+        places = torch.arange(num_tokens, device=targets.device)
+        return torch.where(targets != ignore_index, places, num_tokens)
+    origin = torch.empty(num_tokens, dtype=torch.int64, device=targets.device)
+    with launch_device(targets.device):
+        compact_kernel[(1,)](
+            targets.contiguous(), origin, num_tokens, ignore_index, BLOCK=SCAN, num_warps=8
+        )
+    return origin
 
 
 @dataclass(frozen=True)
@@ -21,85 +63,23 @@ class Tokens:
     """The tokens that count, in front.
 
     Args:
-        e: (N, D) contiguous, in the compute dtype; zeros where absent.
+        e: (N, D) contiguous, in the compute dtype; zeros where absent if moved.
         targets: (N,) int64; -1 where absent or out of range.
-        present: (N,) bool: the first ``count`` places.
-        wrong: (N,) bool: present, with a target out of range.
         origin: (N,) int64: place of the token in the caller's order; N where absent.
     """
 
     e: Tensor
     targets: Tensor
-    present: Tensor
-    wrong: Tensor
     origin: Tensor
 
-    def gather(self, per_token: Tensor) -> Tensor:
-        """(N,) in the caller's order to (N,) in front; 0 where absent."""
-        last = per_token.shape[0] - 1
-        return torch.where(self.present, per_token[self.origin.clamp_max(last)], 0)
-
-    def scatter(self, values: Tensor) -> Tensor:
-        """(N,) in front to (N,) in the caller's order; 0 for ignored tokens."""
-        out = values.new_zeros(values.shape[0] + 1)
-        out[self.origin] = torch.where(self.present, values, 0)
-        return out[:-1]
-
-
-def prepare_tokens(
-    e: Tensor,  # (N, D)
-    targets: Tensor,  # (N,)
-    num_classes: int,
-    ignore_index: int,
-    compute_dtype: torch.dtype,
-    compact: bool = True,
-) -> Tokens:
-    """Move the tokens that count to the front, in the compute dtype.
-
-    ``compact=False`` leaves every token in its place and copies nothing where ``e`` is contiguous
-    and of the compute dtype already; blocks of ignored tokens are still skipped.
-    """
-    num_tokens = targets.shape[0]
-    kept = targets != ignore_index
-    places = torch.arange(num_tokens, device=e.device)
-    if compact:
-        rank = kept.cumsum(0)
-        origin = torch.full((num_tokens + 1,), num_tokens, dtype=torch.int64, device=e.device)
-        origin[torch.where(kept, rank - 1, num_tokens)] = places
-        origin = origin[:-1]
-        present = places < rank[-1]
-        front = torch.empty((num_tokens, e.shape[1]), dtype=compute_dtype, device=e.device)
-        _gather_rows(e, origin, front)
-        targets = targets.long()[origin.clamp_max(num_tokens - 1)]
-    else:
-        origin = torch.where(kept, places, num_tokens)
-        present = kept
-        front = e.to(compute_dtype).contiguous()
-        targets = targets.long()
-    in_range = (targets >= 0) & (targets < num_classes)
-    return Tokens(
-        e=front,
-        targets=torch.where(present & in_range, targets, -1),
-        present=present,
-        wrong=present & ~in_range,
-        origin=origin,
-    )
+    def at(self, places: Tensor) -> "Tokens":
+        """The tokens at some places alone."""
+        return Tokens(self.e[places], self.targets[places], self.origin[places])
 
 
 @triton.jit
-def gather_rows_kernel(
-    source_ptr,  # (N, D)
-    origin_ptr,  # (N,) row of source; N for none
-    out_ptr,  # (N, D) contiguous
-    N,
-    D,
-    stride_n,
-    stride_d,
-    BLOCK_D: tl.constexpr,
-):
-    """Row ``origin[i]`` of the source to row i, zeros where there is none."""
-    row = tl.program_id(0).to(tl.int64)
-    origin = tl.load(origin_ptr + row)
+def copy_row(source_ptr, out_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D: tl.constexpr):
+    """Row ``origin`` of the source to a row of the result; zeros where there is none."""
     available = tl.where(origin < N, D, 0)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -109,21 +89,224 @@ def gather_rows_kernel(
         tl.store(out_ptr + row * D + d, value.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-def _gather_rows(source: Tensor, origin: Tensor, out: Tensor) -> None:
-    num_rows, dim = out.shape
-    if num_rows == 0:
-        return
-    with launch_device(out.device):
-        gather_rows_kernel[(num_rows,)](
-            source,
+@triton.jit
+def score_targets_kernel(
+    source_ptr,  # (N, D) embeddings of the caller
+    c_ptr,  # (V, D)
+    bias_ptr,  # (V,)
+    all_targets_ptr,  # (N,) of the caller
+    origin_ptr,  # (N,)
+    e_ptr,  # (N, D) out if COPY, else in
+    targets_ptr,  # (N,) out
+    logits_ptr,  # (N,) out: logit of the target, log2; NaN if it is out of range
+    bound_ptr,  # (N,) out: where to start from; +inf for no token
+    N,
+    V,
+    D,
+    stride_n,
+    stride_d,
+    softcap,
+    COPY: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Moves one token to its place and computes the logit of its target."""
+    row = tl.program_id(0).to(tl.int64)
+    origin = tl.load(origin_ptr + row)
+    if COPY:
+        copy_row(source_ptr, e_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D)
+        e_row, e_step = source_ptr + origin * stride_n, stride_d
+    else:
+        e_row, e_step = e_ptr + row * D, 1
+    lane = tl.zeros((1,), tl.int64)
+    present = (origin + lane) < N
+    target = tl.load(all_targets_ptr + origin + lane, mask=present, other=-1).to(tl.int64)
+    usable = present & (target >= 0) & (target < V)
+    target = tl.where(usable, target, -1)
+    first = tl.max(target, 0)
+    available = tl.where(first >= 0, D, 0)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = d < available
+        e = tl.load(e_row + d * e_step, mask=mask, other=0.0)
+        c = tl.load(c_ptr + first * D + d, mask=mask, other=0.0)
+        total += e.to(c_ptr.dtype.element_ty).to(tl.float32) * c.to(tl.float32)
+    product = tl.sum(total, 0) + tl.zeros((1, 1), tl.float32)
+    logit = transform_logits(product, bias_ptr, target, usable, softcap, HAS_BIAS, SOFTCAP)
+    logit = tl.reshape(logit, (1,))
+    bound = tl.where(logit < float("inf"), logit, 0.0)  # NaN and +inf: the walk finds them again
+    tl.store(targets_ptr + row + lane, target)
+    tl.store(logits_ptr + row + lane, tl.where(usable, logit, float("nan")))
+    tl.store(bound_ptr + row + lane, tl.where(present, bound, float("inf")))
+
+
+def score_targets(
+    e: Tensor,  # (N, D)
+    c: Tensor,  # (V, D) contiguous, of the compute dtype
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    ignore_index: int,
+    softcap: float | None,
+    compact: bool,
+) -> tuple[Tokens, Tensor, Tensor]:
+    """The tokens, the logits of their targets and a first bound, (N,) each, log2.
+
+    With ``compact`` the tokens that count are moved to the front; without, every token keeps its
+    place and nothing is copied if ``e`` is contiguous and of the compute dtype.
+    """
+    num_tokens, dim = e.shape
+    origin = list_tokens(targets, ignore_index, compact)
+    device = e.device
+    front = (
+        torch.empty((num_tokens, dim), dtype=c.dtype, device=device)
+        if compact
+        else e.to(c.dtype).contiguous()
+    )
+    placed = torch.empty(num_tokens, dtype=torch.int64, device=device)
+    logits, bound = torch.empty((2, num_tokens), dtype=torch.float32, device=device)
+    with launch_device(device):
+        score_targets_kernel[(num_tokens,)](
+            e,
+            c,
+            bias,
+            targets.contiguous(),
             origin,
-            out,
-            num_rows,
+            front,
+            placed,
+            logits,
+            bound,
+            num_tokens,
+            c.shape[0],
             dim,
-            source.stride(0),
-            source.stride(1),
+            e.stride(0),
+            e.stride(1),
+            softcap or 0.0,
+            COPY=compact,
+            HAS_BIAS=bias is not None,
+            SOFTCAP=softcap is not None,
             BLOCK_D=min(1024, triton.next_power_of_2(dim)),
         )
+    return Tokens(front, placed, origin), logits, bound
+
+
+@triton.jit
+def backward_tokens_kernel(
+    source_ptr,  # (N, D) embeddings of the caller
+    all_targets_ptr,  # (N,) of the caller, like all that follow
+    grad_nll_ptr,
+    grad_lse_ptr,
+    nll_in_ptr,
+    lse_in_ptr,
+    spread_ptr,  # (N,) in front
+    origin_ptr,  # (N,)
+    e_ptr,  # (N, D) out
+    targets_ptr,  # (N,) out, like all that follow
+    a_ptr,
+    b_ptr,
+    lse_ptr,  # log2; +inf for no token
+    sharp_ptr,  # energy of the gradient at the target; -1 for flat tokens, -2 for none
+    N,
+    V,
+    D,
+    stride_n,
+    stride_d,
+    flat_spread,
+    HAS_SPREAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Moves one token and its gradients to its place."""
+    row = tl.program_id(0).to(tl.int64)
+    origin = tl.load(origin_ptr + row)
+    copy_row(source_ptr, e_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D)
+    lane = tl.zeros((1,), tl.int64)
+    place = origin + lane
+    present = place < N
+    target = tl.load(all_targets_ptr + place, mask=present, other=-1).to(tl.int64)
+    usable = present & (target >= 0) & (target < V)
+    b = tl.load(grad_nll_ptr + place, mask=present, other=0.0).to(tl.float32)
+    a = b + tl.load(grad_lse_ptr + place, mask=present, other=0.0).to(tl.float32)
+    a = tl.where(present & (usable == 0), float("nan"), a)  # never a plausible number
+    lse = tl.load(lse_in_ptr + place, mask=present, other=float("inf")) * LOG2E
+    nll = tl.load(nll_in_ptr + place, mask=present, other=0.0)
+    miss = 1.0 - tl.exp2(0.0 - nll * LOG2E)
+    energy = tl.where(present, miss * miss, -2.0)
+    if HAS_SPREAD:
+        flat = present & (tl.load(spread_ptr + row + lane) > flat_spread)
+        energy = tl.where(flat, -1.0, energy)
+    tl.store(targets_ptr + row + lane, tl.where(usable, target, -1))
+    tl.store(a_ptr + row + lane, a)
+    tl.store(b_ptr + row + lane, b)
+    tl.store(lse_ptr + row + lane, lse)
+    tl.store(sharp_ptr + row + lane, energy)
+
+
+@dataclass(frozen=True)
+class BackwardTokens:
+    """The tokens that count, in front, with what the gradient of their logits needs, (N,) each.
+
+    Args:
+        tokens: see :class:`Tokens`.
+        a, b: gradients of loss plus lse, and of the loss.
+        lse: log2; +inf where there is no token.
+        sharp: (1 - p)^2 of the target, which the gradient's energy exceeds; -1 for tokens whose
+            distribution is flat, -2 where there is no token.
+    """
+
+    tokens: Tokens
+    a: Tensor
+    b: Tensor
+    lse: Tensor
+    sharp: Tensor
+
+
+def prepare_backward(
+    grad_nll: Tensor,  # (N,)
+    grad_lse: Tensor,  # (N,)
+    e: Tensor,  # (N, D)
+    targets: Tensor,  # (N,)
+    nll: Tensor,  # (N,)
+    lse: Tensor,  # (N,)
+    spread: Tensor,  # (N,) in front, or empty
+    num_classes: int,
+    ignore_index: int,
+    compute_dtype: torch.dtype,
+    flat_spread: float,
+) -> BackwardTokens:
+    """Move the tokens that count, and their gradients, to the front."""
+    num_tokens, dim = e.shape
+    origin = list_tokens(targets, ignore_index, compact=True)
+    device = e.device
+    front = torch.empty((num_tokens, dim), dtype=compute_dtype, device=device)
+    placed = torch.empty(num_tokens, dtype=torch.int64, device=device)
+    a, b, own_lse, sharp = torch.empty((4, num_tokens), dtype=torch.float32, device=device)
+    with launch_device(device):
+        backward_tokens_kernel[(num_tokens,)](
+            e,
+            targets.contiguous(),
+            grad_nll.contiguous(),
+            grad_lse.contiguous(),
+            nll,
+            lse,
+            spread,
+            origin,
+            front,
+            placed,
+            a,
+            b,
+            own_lse,
+            sharp,
+            num_tokens,
+            num_classes,
+            dim,
+            e.stride(0),
+            e.stride(1),
+            flat_spread,
+            HAS_SPREAD=spread.numel() > 0,
+            BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+        )
+    return BackwardTokens(Tokens(front, placed, origin), a, b, own_lse, sharp)
 
 
 @triton.jit
@@ -155,58 +338,3 @@ def scatter_rows(rows: Tensor, origin: Tensor, out: Tensor) -> None:
         scatter_rows_kernel[(num_rows,)](
             rows, origin, out, out.shape[0], dim, BLOCK_D=min(1024, triton.next_power_of_2(dim))
         )
-
-
-@triton.jit
-def target_logits_kernel(
-    e_ptr,  # (N, D)
-    c_ptr,  # (V, D)
-    bias_ptr,  # (V,)
-    targets_ptr,  # (N,) -1: none
-    out_ptr,  # (N,) out, log2
-    D,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Logit of each token's target in units of log2; -inf without a target."""
-    token = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + token)
-    available = tl.where(target >= 0, D, 0)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        mask = d < available
-        e = tl.load(e_ptr + token * D + d, mask=mask, other=0.0).to(tl.float32)
-        c = tl.load(c_ptr + target * D + d, mask=mask, other=0.0).to(tl.float32)
-        total += e * c
-    product = tl.sum(total, 0) + tl.zeros((1, 1), tl.float32)
-    classes = target + tl.zeros((1,), tl.int64)
-    logit = transform_logits(product, bias_ptr, classes, classes >= 0, softcap, HAS_BIAS, SOFTCAP)
-    tl.store(out_ptr + token + tl.zeros((1, 1), tl.int64), logit)
-
-
-def target_logits(
-    tokens: Tokens,
-    c: Tensor,  # (V, D) contiguous, of the compute dtype
-    bias: Tensor | None,  # (V,)
-    softcap: float | None,
-) -> Tensor:
-    """(N,) float32, in units of log2; -inf where there is no target."""
-    num_tokens, dim = tokens.e.shape
-    out = torch.empty(num_tokens, dtype=torch.float32, device=c.device)
-    with launch_device(c.device):
-        target_logits_kernel[(num_tokens,)](
-            tokens.e,
-            c,
-            bias,
-            tokens.targets,
-            out,
-            dim,
-            softcap or 0.0,
-            HAS_BIAS=bias is not None,
-            SOFTCAP=softcap is not None,
-            BLOCK_D=min(1024, triton.next_power_of_2(dim)),
-        )
-    return out

@@ -16,36 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.config import launch_device
-from cut_cross_entropy.kernels.primitives import FORCED, byte_to_weight, popcount
+from cut_cross_entropy.kernels.primitives import (
+    ENERGY_FLOOR,
+    ENERGY_STEPS,
+    FORCED,
+    byte_to_weight,
+    popcount,
+)
 
 GROUP = 64  # token blocks whose bits share an int64
 CHUNK = 1024  # classes that one program of the selection looks at
-
-
-@triton.jit
-def mark_targets_kernel(
-    energy_ptr,  # (blocks, V) in, out
-    targets_ptr,  # (N,)
-    N,
-    V,
-    BLOCK_T: tl.constexpr,
-):
-    """Marks the strips that hold a target. Programs that meet write the same byte."""
-    block = tl.program_id(0)
-    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    targets = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1)
-    marks = tl.full((BLOCK_T,), FORCED, tl.uint8)
-    tl.store(energy_ptr + block.to(tl.int64) * V + targets, marks, mask=targets >= 0)
-
-
-def mark_targets(energy: Tensor, targets: Tensor) -> None:
-    """Mark the strips that hold a target, in place."""
-    with launch_device(energy.device):
-        mark_targets_kernel[(energy.shape[0],)](
-            energy, targets, targets.shape[0], energy.shape[1], BLOCK_T=BLOCK_T
-        )
+TILE = 128  # strips whose logits are made again together
 
 
 @triton.jit
@@ -68,32 +50,60 @@ def histogram_kernel(
     tl.atomic_add(counts_ptr + bins, counts.to(tl.int64), sem="relaxed")
 
 
+@triton.jit
+def threshold_kernel(
+    histogram_ptr,  # (256,) int64
+    sharp_ptr,  # (N,) energy of the gradient at the target; -1: flat, -2: no token
+    tolerance,
+    threshold_ptr,  # () out: the first byte that is kept
+    numbers_ptr,  # (2,) out: flat tokens, tokens
+    N,
+    BLOCK: tl.constexpr,
+):
+    """One program: how light a strip may be to be dropped."""
+    at_targets = 0.0
+    num_flat = 0
+    num_tokens = 0
+    for start in range(0, N, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        sharp = tl.load(sharp_ptr + tokens, mask=tokens < N, other=-2.0)
+        at_targets += tl.sum(tl.where(sharp >= 0, sharp, 0.0), 0)
+        num_flat += tl.sum((sharp == -1.0).to(tl.int32), 0)
+        num_tokens += tl.sum((sharp != -2.0).to(tl.int32), 0)
+    bins = tl.arange(0, 256)
+    counts = tl.load(histogram_ptr + bins).to(tl.float32)
+    # Byte 0 is the floor of the scale and stands for nothing; FORCED for no energy at all.
+    per_strip = tl.exp2((bins.to(tl.float32) + 0.5) / ENERGY_STEPS + ENERGY_FLOOR)
+    energy = tl.where((bins == 0) | (bins == FORCED), 0.0, counts * per_strip)
+    dropped = tl.cumsum(energy, 0)
+    allowed = tolerance * tolerance * (at_targets + tl.sum(energy, 0))
+    below = tl.sum((dropped <= allowed).to(tl.int32), 0)
+    tl.store(threshold_ptr, tl.minimum(tl.maximum(below, 1), FORCED))
+    tl.store(numbers_ptr, num_flat)
+    tl.store(numbers_ptr + 1, num_tokens)
+
+
 def choose_threshold(
     energy: Tensor,  # (blocks, V) uint8
-    gradient_energy: Tensor,  # () of the part that does not depend on the tail
+    sharp: Tensor,  # (N,) from prepare_backward
     tolerance: float,
+    numbers: Tensor,  # (2,) int32, out: flat tokens, tokens
 ) -> Tensor:
     """The first byte that is kept, () int32 on the device.
 
     ``tolerance`` is the root of the dropped energy beside that of the whole gradient.
     """
     per_program, block = 2**17, 2**12
-    counts = torch.zeros(256, dtype=torch.int64, device=energy.device)
+    histogram = torch.zeros(256, dtype=torch.int64, device=energy.device)
+    threshold = torch.empty((), dtype=torch.int32, device=energy.device)
     with launch_device(energy.device):
         histogram_kernel[(triton.cdiv(energy.numel(), per_program),)](
-            energy, counts, energy.numel(), PER_PROGRAM=per_program, BLOCK=block
+            energy, histogram, energy.numel(), PER_PROGRAM=per_program, BLOCK=block
         )
-    bins = torch.arange(256, dtype=torch.float64, device=energy.device)
-    per_strip = torch.exp2((bins + 0.5) / 4.0 - 55.0)
-    per_strip[0] = 0  # the floor of the scale: nothing, not half a step
-    per_strip[int(FORCED.value)] = 0
-    # A running sum as a product with a triangle: PyTorch's scan has no fixed order on a GPU.
-    cumulative = torch.ones(256, 256, dtype=torch.float64, device=energy.device).tril() @ (
-        per_strip * counts
-    )
-    allowed = tolerance**2 * (gradient_energy.double() + cumulative[-1])
-    below = (cumulative <= allowed).sum()
-    return below.clamp(1, int(FORCED.value)).int()
+        threshold_kernel[(1,)](
+            histogram, sharp, tolerance, threshold, numbers, sharp.shape[0], BLOCK=4096
+        )
+    return threshold
 
 
 @triton.jit
@@ -139,40 +149,72 @@ def kept_strips_kernel(
 
 @dataclass(frozen=True)
 class Kept:
-    """The strips that are kept.
+    """The strips that are kept, on the device and, for what the host has to know, there too.
 
     Args:
         masks: (groups, V) int64: bit i of group g says that block 64 g + i keeps the class.
         weights: (V,) float32: root energies dropped of each class, summed over the blocks.
-        counts: (blocks, chunks) int32: kept strips by block and chunk of CHUNK classes.
-        active: (chunks,) int32: classes that keep a strip.
+        statistics: int32: counts, active and the number of flat tokens and of tokens, in a row.
+        shape: blocks and chunks of CHUNK classes.
     """
 
     masks: Tensor
     weights: Tensor
-    counts: Tensor
+    statistics: Tensor
+    shape: tuple[int, int]
+
+    def read(self) -> "Counts":
+        """Wait for the device and read the statistics."""
+        num_blocks, num_chunks = self.shape
+        values = self.statistics.cpu()
+        counts, active, numbers = values.split([num_blocks * num_chunks, num_chunks, 2])
+        return Counts(
+            counts.view(num_blocks, num_chunks).long(), active, int(numbers[0]), int(numbers[1])
+        )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much is kept where, on the host.
+
+    Args:
+        strips: (blocks, chunks) kept strips.
+        active: (chunks,) classes that keep a strip.
+        flat_tokens: tokens whose distribution is flat.
+        tokens: tokens that are not ignored.
+    """
+
+    strips: Tensor
     active: Tensor
+    flat_tokens: int
+    tokens: int
 
 
-def kept_strips(energy: Tensor, threshold: Tensor) -> Kept:
-    """Apply a threshold to the bytes of all strips."""
+def keep_strips(
+    energy: Tensor,  # (blocks, V) uint8
+    sharp: Tensor,  # (N,)
+    tolerance: float,
+) -> Kept:
+    """Choose the strips to keep; nothing here waits for the device."""
     num_blocks, num_classes = energy.shape
     num_groups, num_chunks = triton.cdiv(num_blocks, GROUP), triton.cdiv(num_classes, CHUNK)
     device = energy.device
+    statistics = torch.empty((num_blocks + 1) * num_chunks + 2, dtype=torch.int32, device=device)
     kept = Kept(
         masks=torch.empty((num_groups, num_classes), dtype=torch.int64, device=device),
         weights=torch.empty(num_classes, dtype=torch.float32, device=device),
-        counts=torch.empty((num_blocks, num_chunks), dtype=torch.int32, device=device),
-        active=torch.empty(num_chunks, dtype=torch.int32, device=device),
+        statistics=statistics,
+        shape=(num_blocks, num_chunks),
     )
+    threshold = choose_threshold(energy, sharp, tolerance, statistics[-2:])
     with launch_device(device):
         kept_strips_kernel[(num_chunks,)](
             energy,
             threshold,
             kept.masks,
             kept.weights,
-            kept.counts,
-            kept.active,
+            statistics,
+            statistics[num_blocks * num_chunks :],
             num_classes,
             num_blocks,
             num_groups,
@@ -210,6 +252,8 @@ def class_offsets(masks: Tensor) -> Tensor:
         class_counts_kernel[(triton.cdiv(masks.numel(), block),)](
             masks, counts, masks.numel(), BLOCK=block
         )
+    if masks.shape[0] == 1:
+        return exclusive_sum(counts)
     return exclusive_sum(counts.T.contiguous()).T.contiguous()
 
 
@@ -224,6 +268,7 @@ def list_strips_kernel(
     first_block,
     first_chunk,
     num_chunks,
+    first_number,
     BY_CLASS: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -243,10 +288,11 @@ def list_strips_kernel(
     if BY_CLASS:
         one = tl.full((CHUNK,), 1, tl.int64)
         before = popcount(mask & ((one << bit) - 1))
-        number = tl.load(offsets_ptr + row + classes, mask=inside, other=0) + before
+        number = tl.load(offsets_ptr + row + classes, mask=inside, other=0) - first_number
+        number = number.to(tl.int32) + before
     else:
         number = place
-    tl.store(numbers_ptr + place, number.to(tl.int32), mask=kept)
+    tl.store(numbers_ptr + place, number, mask=kept)
 
 
 @dataclass(frozen=True)
@@ -256,36 +302,60 @@ class StripList:
     Args:
         classes: (K,) int32.
         numbers: (K,) int32: row of each strip's logit gradient.
-        block_starts: (blocks + 1,) int64: where each block's strips begin.
+        block_starts: (blocks + 1,) int32: where each block's strips begin.
+        tile_block, tile_start: (tiles,) int32: block, counted from ``first_block``, and first strip
+            of each tile of TILE strips.
+        first_tile: (blocks + 1,) int32: where each block's tiles begin.
         first_block: the block that ``block_starts[0]`` belongs to.
     """
 
     classes: Tensor
     numbers: Tensor
     block_starts: Tensor
+    tile_block: Tensor
+    tile_start: Tensor
+    first_tile: Tensor
     first_block: int
 
 
 def list_strips(
     kept: Kept,
-    num_strips: int,
+    counts: Counts,
     blocks: tuple[int, int],
     chunks: tuple[int, int],
     offsets: Tensor | None,
+    first_number: int,
 ) -> StripList:
-    """List the ``num_strips`` strips of a range of blocks and a range of class chunks.
+    """List the strips of a range of blocks and a range of class chunks.
 
-    With ``offsets`` (from :func:`class_offsets`, less that of the first strip listed) strips are
-    numbered by class, without by block.
+    With ``offsets`` (from :func:`class_offsets`) strips are numbered by class, from
+    ``first_number`` on; without, by block.
     """
-    counts = kept.counts[blocks[0] : blocks[1], chunks[0] : chunks[1]].contiguous()
-    starts = exclusive_sum(counts)
-    device = counts.device
-    classes = torch.empty(num_strips, dtype=torch.int32, device=device)
-    numbers = torch.empty(num_strips, dtype=torch.int32, device=device)
-    total = starts.new_full((1,), num_strips)
+    device = kept.masks.device
+    strips = counts.strips[blocks[0] : blocks[1], chunks[0] : chunks[1]]
+    num_blocks, num_chunks = strips.shape
+    # The tables are small and the host knows all they need: one copy instead of many launches.
+    starts = exclusive_sum(strips)
+    sizes = strips.sum(1)
+    tiles = (sizes + TILE - 1) // TILE
+    block_starts, first_tile = _starts(sizes), _starts(tiles)
+    tile_block = torch.repeat_interleave(torch.arange(num_blocks), tiles)
+    within = torch.arange(tile_block.shape[0]) - first_tile[tile_block]
+    tables = [
+        starts.reshape(-1),
+        block_starts,
+        tile_block,
+        block_starts[tile_block] + within * TILE,
+    ]
+    tables.append(first_tile)
+    packed = torch.cat(tables).int().to(device, non_blocking=True)
+    starts, block_starts, tile_block, tile_start, first_tile = packed.split(
+        [table.shape[0] for table in tables]
+    )
+    num_strips = int(sizes.sum())
+    classes, numbers = torch.empty((2, num_strips), dtype=torch.int32, device=device)
     with launch_device(device):
-        list_strips_kernel[(counts.shape[1], counts.shape[0])](
+        list_strips_kernel[(num_chunks, num_blocks)](
             kept.masks,
             offsets,
             starts,
@@ -294,9 +364,15 @@ def list_strips(
             kept.masks.shape[1],
             blocks[0],
             chunks[0],
-            counts.shape[1],
+            num_chunks,
+            first_number,
             BY_CLASS=offsets is not None,
             GROUP=GROUP,
             CHUNK=CHUNK,
         )
-    return StripList(classes, numbers, torch.cat([starts[:, 0], total]), blocks[0])
+    return StripList(classes, numbers, block_starts, tile_block, tile_start, first_tile, blocks[0])
+
+
+def _starts(sizes: Tensor) -> Tensor:
+    """Where each of consecutive stretches begins, and the end of the last."""
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])

@@ -18,9 +18,7 @@ from cut_cross_entropy.kernels.config import (
     rows_operand,
 )
 from cut_cross_entropy.kernels.primitives import load_rows, logit_slope, transform_logits
-from cut_cross_entropy.kernels.selection import StripList
-
-BLOCK_S = 128
+from cut_cross_entropy.kernels.selection import TILE, StripList
 
 
 @triton.jit
@@ -55,7 +53,7 @@ def strip_gradients_kernel(
 ):
     """One tile of strips."""
     tile = tl.program_id(0)
-    local_block = tl.load(tile_block_ptr + tile).to(tl.int32)
+    local_block = tl.load(tile_block_ptr + tile)
     strips = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_S)
     inside = strips < tl.load(starts_ptr + local_block + 1)
     classes = tl.load(classes_ptr + strips, mask=inside, other=0)
@@ -116,17 +114,10 @@ def strip_gradients(
     device, num_blocks = e.device, strips.block_starts.shape[0] - 1
     grads = torch.empty((num_strips, BLOCK_T), dtype=e.dtype, device=device)
     bias_grads = torch.empty(num_strips if bias_grad else 0, dtype=torch.float32, device=device)
-    held = torch.zeros((num_blocks, BLOCK_T), dtype=torch.float32, device=device)
-    if num_strips == 0:
-        return grads, bias_grads, held
-    tiles_of_block = (strips.block_starts.diff() + BLOCK_S - 1) // BLOCK_S
-    last_tile = tiles_of_block.cumsum(0)
-    # The host knows the number of strips, not of tiles; those past the last find no strip.
-    num_tiles = triton.cdiv(num_strips, BLOCK_S) + num_blocks
-    tile = torch.arange(num_tiles, device=device)
-    tile_block = torch.searchsorted(last_tile, tile, right=True).clamp_max(num_blocks - 1)
-    first_tile = last_tile - tiles_of_block
-    tile_start = strips.block_starts[tile_block] + (tile - first_tile[tile_block]) * BLOCK_S
+    held = torch.empty((num_blocks, BLOCK_T), dtype=torch.float32, device=device)
+    num_tiles = strips.tile_block.shape[0]
+    if num_tiles == 0:
+        return grads, bias_grads, held.zero_()
     held_by_tile = torch.empty((num_tiles, BLOCK_T), dtype=torch.float32, device=device)
     e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
     with launch_device(device):
@@ -142,8 +133,8 @@ def strip_gradients(
             strips.classes,
             strips.numbers,
             strips.block_starts,
-            tile_block,
-            tile_start,
+            strips.tile_block,
+            strips.tile_start,
             grads,
             bias_grads,
             held_by_tile,
@@ -156,19 +147,18 @@ def strip_gradients(
             BIAS_GRAD=bias_grad,
             E_TMA=e_tma,
             BLOCK_T=BLOCK_T,
-            BLOCK_S=BLOCK_S,
+            BLOCK_S=TILE,
             BLOCK_D=tiles.block_d,
             **half_of_a_processor(device, tiles),
         )
-        sum_tiles_kernel[(num_blocks,)](held_by_tile, first_tile, last_tile, held, BLOCK_T=BLOCK_T)
+        sum_tiles_kernel[(num_blocks,)](held_by_tile, strips.first_tile, held, BLOCK_T=BLOCK_T)
     return grads, bias_grads, held
 
 
 @triton.jit
 def sum_tiles_kernel(
     held_by_tile_ptr,  # (tiles, BLOCK_T)
-    first_ptr,  # (blocks,)
-    last_ptr,  # (blocks,)
+    first_tile_ptr,  # (blocks + 1,)
     out_ptr,  # (blocks, BLOCK_T) out
     BLOCK_T: tl.constexpr,
 ):
@@ -176,7 +166,8 @@ def sum_tiles_kernel(
     block = tl.program_id(0)
     lanes = tl.arange(0, BLOCK_T)
     total = tl.zeros((BLOCK_T,), tl.float32)
-    for tile in range(tl.load(first_ptr + block), tl.load(last_ptr + block)):
+    first, stop = tl.load(first_tile_ptr + block), tl.load(first_tile_ptr + block + 1)
+    for tile in range(first, stop):
         total += tl.load(held_by_tile_ptr + tile * BLOCK_T + lanes)
     tl.store(out_ptr + block * BLOCK_T + lanes, total)
 

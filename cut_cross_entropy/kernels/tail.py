@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels.config import launch_device
+from cut_cross_entropy.kernels.primitives import LOG2E
 
 MAX_SPLITS = 256
 
@@ -66,19 +67,74 @@ def weighted_row_sum(weights: Tensor, rows: Tensor) -> Tensor:
     return partial.sum(0)
 
 
-def tail_slope(
-    lse: Tensor,  # (N,) natural
-    mass: Tensor,  # (N,) dropped mass
-    shares: Tensor,  # (V,) w / sum(w)
-    softcap: float,
-) -> Tensor:
-    """Mean derivative of the softcap over the dropped part of each token, (N,).
+@triton.jit
+def tails_kernel(
+    held_ptr,  # (blocks of the list * BLOCK_T,) what the kept strips of a token hold
+    a_ptr,  # (N,)
+    lse_ptr,  # (N,) log2
+    sharp_ptr,  # (N,) negative for tokens without a filtered gradient
+    moments_ptr,  # (2,) mean of log(share) and of its square over the tail
+    tails_ptr,  # (N,) out
+    mass_ptr,  # (N,) out
+    first_token,
+    N,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What each token's tail weighs: a times the dropped mass, times the slope of the softcap.
 
     In the rank-one model a dropped probability is ``mass * share``, so its logit is
-    ``lse + log(mass) + log(share)``, whose square has a mean in closed form.
+    ``lse + log(mass) + log(share)``, and the mean of its square has a closed form.
     """
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tokens = first_token + place
+    inside = tokens < N
+    sharp = tl.load(sharp_ptr + tokens, mask=inside, other=-2.0) >= 0
+    held = tl.load(held_ptr + place, mask=inside, other=1.0)
+    mass = tl.where(sharp, tl.maximum(1.0 - held, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0)
+    weight = mass
+    if SOFTCAP:
+        lse = tl.load(lse_ptr + tokens, mask=inside & sharp, other=0.0)
+        base = (lse + tl.log2(tl.maximum(mass, 1e-30))) / LOG2E
+        square = base * base + 2 * base * tl.load(moments_ptr) + tl.load(moments_ptr + 1)
+        weight *= tl.minimum(tl.maximum(1.0 - square / (softcap * softcap), 0.0), 1.0)
+    a = tl.load(a_ptr + tokens, mask=inside, other=0.0)
+    tl.store(tails_ptr + tokens, tl.where(sharp, a * weight, 0.0), mask=inside)
+    tl.store(mass_ptr + tokens, mass, mask=inside)
+
+
+def write_tails(
+    held: Tensor,  # (blocks, 128)
+    a: Tensor,  # (N,)
+    lse: Tensor,  # (N,) log2
+    sharp: Tensor,  # (N,)
+    moments: Tensor | None,  # (2,) from share_moments; only with a softcap
+    softcap: float | None,
+    first_block: int,
+    tails: Tensor,  # (N,) out
+    mass: Tensor,  # (N,) out
+) -> None:
+    """Write tail weights and dropped masses of the tokens in a range of blocks."""
+    block = held.shape[1]
+    with launch_device(a.device):
+        tails_kernel[(held.shape[0],)](
+            held,
+            a,
+            lse,
+            sharp,
+            moments,
+            tails,
+            mass,
+            first_block * block,
+            a.shape[0],
+            softcap or 0.0,
+            SOFTCAP=softcap is not None,
+            BLOCK=block,
+        )
+
+
+def share_moments(shares: Tensor) -> Tensor:
+    """Mean of log(share) and of its square, weighted by the shares (V,): (2,)."""
     log_share = torch.where(shares > 0, shares.log(), 0)
-    first, second = (shares * log_share).sum(), (shares * log_share.square()).sum()
-    base = lse + mass.clamp_min(1e-30).log()
-    mean_square = base.square() + 2 * base * first + second
-    return (1 - mean_square / softcap**2).clamp(0, 1)
+    return torch.stack([(shares * log_share).sum(), (shares * log_share.square()).sum()])

@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from cut_cross_entropy.kernels import (
     BLOCK_T,
+    combine,
     dense,
     forward,
     grad_c,
@@ -33,9 +34,10 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 2**10),
 }
 
-_INT64 = {"origin_ptr", "starts_ptr", "block_starts_ptr", "masks_ptr", "offsets_ptr", "order_ptr",
-          "targets_ptr", "tile_block_ptr", "tile_start_ptr", "first_ptr", "last_ptr"}  # fmt: skip
-_INT32 = {"flag_ptr", "threshold_ptr", "classes_ptr", "numbers_ptr", "unions_ptr", "sizes_ptr"}
+_INT64 = {"origin_ptr", "all_targets_ptr", "masks_ptr", "offsets_ptr", "order_ptr",
+          "targets_ptr"}  # fmt: skip
+_INT32 = {"starts_ptr", "tile_block_ptr", "tile_start_ptr", "first_tile_ptr", "flag_ptr",
+          "threshold_ptr", "classes_ptr", "numbers_ptr", "unions_ptr", "sizes_ptr"}  # fmt: skip
 _HALF = {"c_ptr", "e_ptr", "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c"}
 
 
@@ -94,16 +96,16 @@ def variants(tiles: Tiles) -> list[Variant]:
             f"strips-{label}",
             strips.strip_gradients_kernel,
             {**flags, "BIAS_GRAD": bias, "E_TMA": tma, "BLOCK_T": BLOCK_T,
-             "BLOCK_S": strips.BLOCK_S, "BLOCK_D": tiles.block_d},
+             "BLOCK_S": selection.TILE, "BLOCK_D": tiles.block_d},
             boxes={"e": e_box},
             num_warps=8,
             num_stages=few,
         )  # fmt: skip
         add(
-            f"target-{label}",
-            prepare.target_logits_kernel,
-            {**flags, "BLOCK_D": 1024},
-            types=(("out_ptr", "*fp32"),),
+            f"score-{label}",
+            prepare.score_targets_kernel,
+            {**flags, "COPY": True, "BLOCK_D": 1024},
+            types=(("logits_ptr", "*fp32"),),
         )
     block_k = min(64, tiles.block_d)
     add(
@@ -123,14 +125,19 @@ def variants(tiles: Tiles) -> list[Variant]:
         num_stages=few,
     )  # fmt: skip
     add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "GROUP": 64})
-    add("gather", prepare.gather_rows_kernel, {"BLOCK_D": 1024})
+    add("compact", prepare.compact_kernel, {"BLOCK": prepare.SCAN}, num_warps=8)
+    add("backward_tokens", prepare.backward_tokens_kernel, {"HAS_SPREAD": True, "BLOCK_D": 1024})
+    add("bound", combine.bound_kernel, {"BLOCK_T": BLOCK_T})
+    add("finish", combine.finish_kernel, {"HAS_ENERGY": True, "BLOCK_T": BLOCK_T})
+    add("threshold", selection.threshold_kernel, {"BLOCK": 4096},
+        types=(("histogram_ptr", "*i64"), ("numbers_ptr", "*i32")))  # fmt: skip
+    add("tail_rows", grad_c.tail_rows_kernel, {"BLOCK_R": 32, "BLOCK_D": 512})
+    add("tails", tail.tails_kernel, {"SOFTCAP": True, "BLOCK": BLOCK_T})
     add("scatter", prepare.scatter_rows_kernel, {"BLOCK_D": 1024}, types=(("rows_ptr", "*fp32"),))
-    add("mark", selection.mark_targets_kernel, {"BLOCK_T": BLOCK_T},
-        types=(("energy_ptr", "*u8"),))  # fmt: skip
     add("histogram", selection.histogram_kernel, {"PER_PROGRAM": 2**17, "BLOCK": 2**12},
         types=(("energy_ptr", "*u8"), ("counts_ptr", "*i64")))  # fmt: skip
     add("kept", selection.kept_strips_kernel, {"GROUP": 64, "CHUNK": 1024},
-        types=(("energy_ptr", "*u8"), ("counts_ptr", "*i32")))  # fmt: skip
+        types=(("energy_ptr", "*u8"), ("counts_ptr", "*i32"), ("active_ptr", "*i32")))  # fmt: skip
     add("class_counts", selection.class_counts_kernel, {"BLOCK": 1024},
         types=(("counts_ptr", "*i32"),))  # fmt: skip
     add("list", selection.list_strips_kernel, {"BY_CLASS": True, "GROUP": 64, "CHUNK": 1024})
@@ -176,7 +183,7 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
         elif name.endswith("_ptr"):
             signature[name] = "*fp32"
         else:
-            signature[name] = "fp32" if name == "softcap" else "i32"
+            signature[name] = "fp32" if name in ("softcap", "tolerance", "flat_spread") else "i32"
         if signature[name].startswith("*") or name in ("N", "V", "D", "stride_out"):
             divisible[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, variant.constants, divisible)
