@@ -10,7 +10,6 @@ from transformers.utils.generic import ModelOutput
 
 from cut_cross_entropy.transformers.recorded import Unevaluated
 
-
 _MAY_HOLD_LAZY = (Unevaluated, ModelOutput, tuple, list, dict)
 
 

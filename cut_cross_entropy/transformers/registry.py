@@ -71,7 +71,8 @@ def classes_of_type(model_type: str) -> list[type[PreTrainedModel]]:
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise RuntimeError(
             f"model_or_type must be a model, a config or a model type with a language model in "
-            f"transformers {transformers.__version__}, got the unknown model type {model_type!r}.{hint}"
+            f"transformers {transformers.__version__}, "
+            f"got the unknown model type {model_type!r}.{hint}"
         )
     return classes
 

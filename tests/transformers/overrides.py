@@ -272,7 +272,9 @@ if _IS_4:
         "MllamaForConditionalGeneration": {"config": {"text_config": _rope()}},
         "Qwen3VLForConditionalGeneration": {"config": {"text_config": _rope(4, 2, 2)}},
         "Qwen3VLMoeForConditionalGeneration": {"config": {"text_config": _rope(4, 2, 2)}},
-        "xLSTMForCausalLM": {"config": {"chunk_size": 37, **OVERRIDES["xLSTMForCausalLM"]["config"]}},
+        "xLSTMForCausalLM": {
+            "config": {"chunk_size": 37, **OVERRIDES["xLSTMForCausalLM"]["config"]}
+        },
     }
     OVERRIDES["ZambaForCausalLM"]["config"]["layers_block_type"] = _ZAMBA_LAYERS
     OVERRIDES["Zamba2ForCausalLM"]["config"]["layers_block_type"] = _ZAMBA_LAYERS[:2]

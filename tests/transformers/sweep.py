@@ -183,13 +183,14 @@ def table(results: list[Result]) -> str:
         "against unpatched. Made by `python -m tests.transformers.sweep`, "
         f"torch {torch.__version__.split('+')[0]}.",
         "",
-        "| classes | run unpatched | equal, no logits made | right, but logits made | wrong | crash |",
+        "| classes | run unpatched | equal, no logits made | right, but logits made | wrong "
+        "| crash |",
         "|---|---|---|---|---|---|",
         f"| {len(results)} | {ran} | {counts['equal']} | {counts['logits made']} "
         f"| {counts['wrong']} | {counts['crash']} |",
         "",
-        "*Rows* are those of the largest tensor as wide as the vocabulary that PyTorch made outside",
-        "the operator, unpatched and patched; errors are relative.",
+        "*Rows* are those of the largest tensor as wide as the vocabulary that PyTorch made",
+        "outside the operator, unpatched and patched; errors are relative.",
         "",
         "| class | type | outcome | loss error | gradient error | rows | remark |",
         "|---|---|---|---|---|---|---|",

@@ -109,7 +109,9 @@ def test_they_are_computed_as_in_the_forward():
 
 def test_they_have_a_gradient_when_the_forward_had():
     model = llama().eval()
-    expected = torch.autograd.grad(model(**batch()).logits.logsumexp(-1).sum(), model.lm_head.weight)
+    expected = torch.autograd.grad(
+        model(**batch()).logits.logsumexp(-1).sum(), model.lm_head.weight
+    )
     logits = cce_patch(model)(**batch()).logits
     assert logits.requires_grad
     with torch.no_grad():

@@ -33,14 +33,32 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r".*vocab_size(_per_layer_input)?|n_vocab", VOCAB),
     (NO_LAYERS, 0),
     (LAYERS, 2),
-    (r"num_key_value_heads|num_kv_heads|n_kv_heads?|num_query_groups|multi_query_group_num", KV_HEADS),
-    (r"(num_)?(attention_)?(num_)?heads|(index_|indexer_)?n_heads?|.*num_attention_heads|.*_attention_heads", HEADS),
-    (r"head_dim|kv_channels|attention_head_(dim|size)|.*head_dim|.*_head_size|head_size|d_kv", HEAD_DIM),
+    (
+        r"num_key_value_heads|num_kv_heads|n_kv_heads?|num_query_groups|multi_query_group_num",
+        KV_HEADS,
+    ),
+    (
+        r"(num_)?(attention_)?(num_)?heads|(index_|indexer_)?n_heads?|.*num_attention_heads|.*_attention_heads",
+        HEADS,
+    ),
+    (
+        r"head_dim|kv_channels|attention_head_(dim|size)|.*head_dim|.*_head_size|head_size|d_kv",
+        HEAD_DIM,
+    ),
     (r"rotary_dim|rotary_ndims|index_head_dim", 8),
     (r"(q|kv|o|.*)_lora_rank|.*_low_rank_dim", 16),
-    (r"hidden_size|d_model|n_embd|dim|embed_dim|emb_dim|width|text_hidden_size|.*hidden_size|hidden_size_global", HIDDEN),
-    (r".*hidden_dim|(word_)?embed_proj_dim|embedding_size|out_hidden_size|.*_embed_dim|projection_dim", HIDDEN),
-    (r".*intermediate_size.*|.*ffn_dim|d_ff|n_inner|ffn_hidden_size|d_inner|mlp_dim|.*ffn_hidden.*", 96),
+    (
+        r"hidden_size|d_model|n_embd|dim|embed_dim|emb_dim|width|text_hidden_size|.*hidden_size|hidden_size_global",
+        HIDDEN,
+    ),
+    (
+        r".*hidden_dim|(word_)?embed_proj_dim|embedding_size|out_hidden_size|.*_embed_dim|projection_dim",
+        HIDDEN,
+    ),
+    (
+        r".*intermediate_size.*|.*ffn_dim|d_ff|n_inner|ffn_hidden_size|d_inner|mlp_dim|.*ffn_hidden.*",
+        96,
+    ),
     (r"image_size|img_size|input_size", 32),
     (r"patch_size|temporal_patch_size|spatial_patch_size", None),
     (r"zero_expert_num", 0),
@@ -48,7 +66,10 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"base_channels|latent_channels", 32),
     (r"(num|n)_(local_|routed_)?experts|moe_num_experts|num_local_experts", 4),
     (r"(num_experts_per_tok(en)?|moe_top_?k|num_experts_per_token|top_k_experts|moe_k)", 2),
-    (r"n_group|num_expert_group|topk_group|n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
+    (
+        r"n_group|num_expert_group|topk_group|n_shared_experts|num_shared_experts|moe_num_shared_experts",
+        1,
+    ),
     (r"max_position_embeddings|n_positions|max_sequence_length|seq_length|max_seq_len|n_ctx", 128),
     (r"sliding_window.*|attention_chunk_size|chunk_size|local_attention_window|window_size", 16),
     (r"num_query_tokens|num_queries", 4),
@@ -120,7 +141,13 @@ def shrink(values: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if not isinstance(key, str):
             result[key] = value
-        elif key in DROPPED or key in ("architectures", "transformers_version", "id2label", "label2id", "torch_dtype"):
+        elif key in DROPPED or key in (
+            "architectures",
+            "transformers_version",
+            "id2label",
+            "label2id",
+            "torch_dtype",
+        ):
             continue
         elif isinstance(value, dict):
             result[key] = _shrink_rope(value) if "rope" in key else shrink(value)
@@ -138,8 +165,10 @@ def shrink(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_layers(key: Any) -> bool:
-    return isinstance(key, str) and re.fullmatch(LAYERS, key) is not None and not re.fullmatch(
-        NO_LAYERS, key
+    return (
+        isinstance(key, str)
+        and re.fullmatch(LAYERS, key) is not None
+        and not re.fullmatch(NO_LAYERS, key)
     )
 
 
@@ -191,13 +220,17 @@ def merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
             values[key] = value
 
 
-def number_special_tokens(values: dict[str, Any], seen: dict[str, int] | None = None) -> dict[str, Any]:
+def number_special_tokens(
+    values: dict[str, Any], seen: dict[str, int] | None = None
+) -> dict[str, Any]:
     """Give every special token an id of its own below ``FIRST_TEXT_ID``."""
     seen = {} if seen is None else seen
     for key, value in values.items():
         if isinstance(value, dict):
             number_special_tokens(value, seen)
-        elif re.fullmatch(r".*token_(id|index)", str(key)) and (value is None or isinstance(value, int)):
+        elif re.fullmatch(r".*token_(id|index)", str(key)) and (
+            value is None or isinstance(value, int)
+        ):
             if value is not None or key == "pad_token_id":
                 values[key] = seen.setdefault(key, 1 + len(seen))
         elif key == "eos_token_id" and isinstance(value, list):
