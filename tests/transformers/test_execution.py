@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,6 @@ def test_a_compiled_type(compiler):
 
 
 def test_compiled_with_an_adapter_on_the_head(compiler):
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
