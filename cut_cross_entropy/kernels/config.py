@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.constants import BLOCK_TOKENS
 from cut_cross_entropy.device_support import triton_is_interpreted, triton_version
+
+GROUP_BYTES = 34 * 2**20
+"""Embeddings of the token blocks that are walked side by side; an L2 cache holds them."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,19 @@ def rows_operand(tensor: Tensor, rows: int, columns: int, tiles: Tiles) -> tuple
     return TensorDescriptor.from_tensor(tensor, [rows, columns]), True
 
 
+def group_size(num_blocks: int, e: Tensor) -> int:
+    """Token blocks that are walked side by side: as many as stay in the L2 cache."""
+    fitting = GROUP_BYTES // (BLOCK_TOKENS * e.shape[1] * e.element_size())
+    return min(num_blocks, max(8, 1 << min(5, max(0, fitting.bit_length() - 1))))
+
+
 def launch_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes ``device`` current: Triton launches on the current device, not on the tensors'."""
-    if device.type != "cuda" or triton_is_interpreted():
+    if (
+        device.type != "cuda"
+        or triton_is_interpreted()
+        or device.index == torch.cuda.current_device()
+    ):
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 

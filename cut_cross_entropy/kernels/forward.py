@@ -14,16 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.config import Tiles, launch_device, rows_operand
+from cut_cross_entropy.kernels.config import Tiles, group_size, launch_device, rows_operand
 from cut_cross_entropy.kernels.primitives import (
     energy_to_byte,
     fold_rows,
     load_rows,
+    place_program,
     transform_logits,
 )
 
 MAX_SEGMENTS = 16
-GROUP_BYTES = 34 * 2**20  # embeddings walked side by side; they should stay in the L2 cache
 OVERFLOW = tl.constexpr(1e30)
 
 
@@ -57,15 +57,8 @@ def walk_classes_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One block of tokens against one segment of the classes."""
-    program = tl.program_id(0)
-    # Programs side by side share a segment (the rows of c) and a group of blocks (those of e).
-    group = program // (group_blocks * num_segments)
-    first_block = group * group_blocks
-    blocks_here = min(num_blocks - first_block, group_blocks)
-    inside_group = program % (group_blocks * num_segments)
-    segment = inside_group // blocks_here
-    block = first_block + inside_group % blocks_here
-    if ONLY_FLAGGED:
+    block, segment = place_program(num_blocks, group_blocks, num_segments)
+    if ONLY_FLAGGED:  # noqa: SIM102 (a constant, and a value of the device)
         if tl.load(flag_ptr + block) == 0:
             return
     tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -147,8 +140,6 @@ def walk_classes(
             torch.empty(shape, dtype=torch.float32, device=e.device),
             torch.empty(spread_shape, dtype=torch.float32, device=e.device),
         )
-    fitting = GROUP_BYTES // (BLOCK_T * dim * e.element_size())
-    group_blocks = min(num_blocks, max(8, 1 << min(5, max(0, fitting.bit_length() - 1))))
     e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
     c_operand, c_tma = rows_operand(c, tiles.block_v, tiles.block_d, tiles)
     with launch_device(e.device):
@@ -168,7 +159,7 @@ def walk_classes(
             segment_tiles,
             num_segments,
             num_blocks,
-            group_blocks,
+            group_size(num_blocks, e),
             HAS_BIAS=bias is not None,
             SOFTCAP=softcap is not None,
             WRITE_ENERGY=energy is not None,

@@ -148,10 +148,10 @@ def tail_rows_kernel(
 def order_classes(masks: Tensor, first: int, stop: int) -> Tensor:
     """The classes [first, stop): those without a strip, then like masks side by side, int64."""
     part = masks[:, first:stop]
-    if part.shape[0] == 1:
-        key = part[0] ^ torch.iinfo(torch.int64).min  # the order of unsigned integers
-    else:  # one key cannot hold more than 64 blocks; the number of groups touched is a start
-        key = (part != 0).sum(0)
+    # One key holds 64 blocks, in the order of unsigned integers; for more, the number of groups
+    # that a class touches is a start.
+    single = part.shape[0] == 1
+    key = part[0] ^ torch.iinfo(torch.int64).min if single else (part != 0).sum(0)
     return first + torch.sort(key, stable=True).indices
 
 
@@ -169,7 +169,7 @@ def grad_c(
     out: Tensor,  # (V, D)
     tiles: Tiles,
 ) -> None:
-    """Write the rows of ``out`` that ``order`` names, the last ``num_active`` of which keep strips."""
+    """Write the rows of ``out`` in ``order``, the last ``num_active`` of which keep strips."""
     idle, order = order[: order.shape[0] - num_active], order[order.shape[0] - num_active :]
     num_groups, num_classes = masks.shape
     num_tiles, dim = triton.cdiv(order.shape[0], BLOCK_C), e.shape[1]

@@ -29,8 +29,10 @@ from cut_cross_entropy.kernels.selection import (
     CHUNK,
     Counts,
     Kept,
+    Places,
     StripList,
     class_offsets,
+    find_places,
     keep_strips,
     list_strips,
 )
@@ -174,6 +176,7 @@ def backward(
             if grad is not None:
                 grad.zero_()
     else:
+        filtered = tolerance > 0 and energy.numel() > 0
         moved = prepare_backward(
             grad_nll,
             grad_lse,
@@ -188,7 +191,6 @@ def backward(
             math.log2(FLAT_GROUPS),
         )
         problem = _problem(moved, c, bias, softcap, compute_dtype, memory_budget)
-        filtered = tolerance > 0 and energy.numel() > 0
         if not filtered and recording():
             count = int((problem.sharp != -2).sum())
             report(FilterRecord("exact", 1.0, 0.0, 0, count))
@@ -198,7 +200,8 @@ def backward(
             result.bias if filtered and filter_c else None,
         )
         if sparse.e is not None or sparse.c is not None or sparse.bias is not None:
-            if not _filtered(problem, sparse, energy, tolerance):
+            done = _filtered(problem, sparse, energy, tolerance)
+            if not done:
                 sparse = _Gradients(None, None, None)
         rest = _Gradients(
             None if sparse.e is not None else result.e,
@@ -312,6 +315,7 @@ class _Selected:
         center: (D,) mean row of c over the tail.
         offsets: (groups, V) see class_offsets.
         order: (V,) see order_classes.
+        places: of all strips.
     """
 
     shares: Tensor
@@ -319,6 +323,7 @@ class _Selected:
     center: Tensor
     offsets: Tensor
     order: Tensor
+    places: Places
 
     @classmethod
     def of(cls, kept: Kept, problem: _Problem) -> "_Selected":
@@ -330,6 +335,7 @@ class _Selected:
             weighted_row_sum(shares, problem.c),
             class_offsets(kept.masks),
             order_classes(kept.masks, 0, kept.masks.shape[1]),
+            find_places(kept, (0, kept.shape[0]), (0, kept.shape[1])),
         )
 
 
@@ -352,7 +358,8 @@ def _strips_and_tail(
         """Strips of a rectangle: their list, gradients, sums, and what each token's hold."""
         offsets = selected.offsets if by_class else None
         first = sum(by_chunk[: chunks[0]])
-        strips = list_strips(kept, counts, blocks, chunks, offsets, first)
+        places = selected.places if whole else find_places(kept, blocks, chunks)
+        strips = list_strips(kept, counts, blocks, chunks, places, offsets, first)
         return strips, *strip_gradients(
             tokens.e,
             c,

@@ -278,6 +278,8 @@ def prepare_backward(
     num_tokens, dim = e.shape
     origin = list_tokens(targets, ignore_index, compact=True)
     device = e.device
+    # A copy even where nothing is ignored: the products that follow read every row, and a NaN in
+    # the embedding of an ignored token would reach dC as 0 * NaN.
     front = torch.empty((num_tokens, dim), dtype=compute_dtype, device=device)
     placed = torch.empty(num_tokens, dtype=torch.int64, device=device)
     a, b, own_lse, sharp = torch.empty((4, num_tokens), dtype=torch.float32, device=device)

@@ -10,6 +10,19 @@ FORCED = tl.constexpr(255)  # byte of a strip that holds a target: always kept
 
 
 @triton.jit
+def place_program(num_blocks, group_blocks, num_segments):
+    """Token block and segment of classes of this program.
+
+    Programs side by side share a segment (the rows of c) and a group of blocks (those of e).
+    """
+    program = tl.program_id(0)
+    first_block = program // (group_blocks * num_segments) * group_blocks
+    blocks_here = min(num_blocks - first_block, group_blocks)
+    inside_group = program - first_block * num_segments
+    return first_block + inside_group % blocks_here, inside_group // blocks_here
+
+
+@triton.jit
 def load_rows(
     source,  # (rows, D), a tensor descriptor or a pointer to contiguous rows
     row,

@@ -318,11 +318,53 @@ class StripList:
     first_block: int
 
 
+@triton.jit
+def tile_table_kernel(
+    block_starts_ptr,  # (blocks + 1,)
+    first_tile_ptr,  # (blocks + 1,)
+    tile_block_ptr,  # (tiles,) out
+    tile_start_ptr,  # (tiles,) out
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The tiles of one block."""
+    block = tl.program_id(0)
+    first = tl.load(first_tile_ptr + block)
+    count = tl.load(first_tile_ptr + block + 1) - first
+    start = tl.load(block_starts_ptr + block)
+    for i in range(0, count, BLOCK):
+        tile = i + tl.arange(0, BLOCK)
+        tl.store(tile_block_ptr + first + tile, block + tile * 0, mask=tile < count)
+        tl.store(tile_start_ptr + first + tile, start + tile * TILE, mask=tile < count)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the strips of a rectangle go, on the device; see :class:`StripList`."""
+
+    starts: Tensor  # (blocks, chunks) int64
+    block_starts: Tensor  # (blocks + 1,) int32
+    first_tile: Tensor  # (blocks + 1,) int32
+
+
+def find_places(kept: Kept, blocks: tuple[int, int], chunks: tuple[int, int]) -> Places:
+    """Where the strips of a range of blocks and of class chunks go; does not wait."""
+    num_blocks, num_chunks = kept.shape
+    counts = kept.statistics[: num_blocks * num_chunks].view(num_blocks, num_chunks)
+    counts = counts[blocks[0] : blocks[1], chunks[0] : chunks[1]]
+    ends = torch.zeros(2, counts.shape[0] + 1, dtype=torch.int32, device=counts.device)
+    sizes = counts.sum(1, dtype=torch.int32)
+    torch.cumsum(sizes, 0, out=ends[0, 1:])
+    torch.cumsum((sizes + (TILE - 1)) // TILE, 0, out=ends[1, 1:])
+    return Places(exclusive_sum(counts), ends[0], ends[1])
+
+
 def list_strips(
     kept: Kept,
     counts: Counts,
     blocks: tuple[int, int],
     chunks: tuple[int, int],
+    places: Places,
     offsets: Tensor | None,
     first_number: int,
 ) -> StripList:
@@ -334,45 +376,30 @@ def list_strips(
     device = kept.masks.device
     strips = counts.strips[blocks[0] : blocks[1], chunks[0] : chunks[1]]
     num_blocks, num_chunks = strips.shape
-    # The tables are small and the host knows all they need: one copy instead of many launches.
-    starts = exclusive_sum(strips)
-    sizes = strips.sum(1)
-    tiles = (sizes + TILE - 1) // TILE
-    block_starts, first_tile = _starts(sizes), _starts(tiles)
-    tile_block = torch.repeat_interleave(torch.arange(num_blocks), tiles)
-    within = torch.arange(tile_block.shape[0]) - first_tile[tile_block]
-    tables = [
-        starts.reshape(-1),
-        block_starts,
-        tile_block,
-        block_starts[tile_block] + within * TILE,
-    ]
-    tables.append(first_tile)
-    packed = torch.cat(tables).int().to(device, non_blocking=True)
-    starts, block_starts, tile_block, tile_start, first_tile = packed.split(
-        [table.shape[0] for table in tables]
-    )
-    num_strips = int(sizes.sum())
+    sizes = strips.sum(1).tolist()
+    num_strips, num_tiles = sum(sizes), sum(-(-size // TILE) for size in sizes)
     classes, numbers = torch.empty((2, num_strips), dtype=torch.int32, device=device)
-    with launch_device(device):
-        list_strips_kernel[(num_chunks, num_blocks)](
-            kept.masks,
-            offsets,
-            starts,
-            classes,
-            numbers,
-            kept.masks.shape[1],
-            blocks[0],
-            chunks[0],
-            num_chunks,
-            first_number,
-            BY_CLASS=offsets is not None,
-            GROUP=GROUP,
-            CHUNK=CHUNK,
-        )
-    return StripList(classes, numbers, block_starts, tile_block, tile_start, first_tile, blocks[0])
-
-
-def _starts(sizes: Tensor) -> Tensor:
-    """Where each of consecutive stretches begins, and the end of the last."""
-    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    tile_block, tile_start = torch.empty((2, num_tiles), dtype=torch.int32, device=device)
+    if num_strips:
+        with launch_device(device):
+            list_strips_kernel[(num_chunks, num_blocks)](
+                kept.masks,
+                offsets,
+                places.starts,
+                classes,
+                numbers,
+                kept.masks.shape[1],
+                blocks[0],
+                chunks[0],
+                num_chunks,
+                first_number,
+                BY_CLASS=offsets is not None,
+                GROUP=GROUP,
+                CHUNK=CHUNK,
+            )
+            tile_table_kernel[(num_blocks,)](
+                places.block_starts, places.first_tile, tile_block, tile_start, TILE=TILE, BLOCK=64
+            )
+    return StripList(
+        classes, numbers, places.block_starts, tile_block, tile_start, places.first_tile, blocks[0]
+    )

@@ -31,7 +31,7 @@ def weighted_row_sum_kernel(
     """Sum of weight times row over one split of the rows."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
-    total = tl.zeros((BLOCK_D,), tl.float32)
+    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     stop = min(num_rows, (split + 1) * rows_per_split)
     for start in tl.range(split * rows_per_split, stop, BLOCK_R, num_stages=3):
         rows = start + tl.arange(0, BLOCK_R)
@@ -41,14 +41,14 @@ def weighted_row_sum_kernel(
             mask=(rows < stop)[:, None] & (columns < D)[None, :],
             other=0.0,
         )
-        total += tl.sum(weights[:, None] * values.to(tl.float32), 0)
-    tl.store(out_ptr + split * D + columns, total, mask=columns < D)
+        total += weights[:, None] * values.to(tl.float32)
+    tl.store(out_ptr + split * D + columns, tl.sum(total, 0), mask=columns < D)
 
 
 def weighted_row_sum(weights: Tensor, rows: Tensor) -> Tensor:
     """``weights @ rows`` in float32: (R,) and contiguous (R, D) to (D,)."""
     num_rows, dim = rows.shape
-    block_r, block_d = 64, min(256, triton.next_power_of_2(dim))
+    block_r, block_d = 32, min(256, triton.next_power_of_2(dim))
     per_split = block_r * triton.cdiv(triton.cdiv(num_rows, block_r), MAX_SPLITS)
     splits = triton.cdiv(num_rows, per_split)
     partial = torch.empty((splits, dim), dtype=torch.float32, device=rows.device)
