@@ -7,6 +7,8 @@ import functools
 import importlib
 import os
 
+import torch
+
 TRITON_FLOOR = (3, 3)
 """Oldest Triton release that the kernels support."""
 
@@ -50,12 +52,20 @@ def triton_is_interpreted() -> bool:
 
 def kernels_unavailable(device_type: str) -> str | None:
     """Why the Triton kernels cannot run on ``device_type``, or None if they can."""
+    if torch.compiler.is_compiling():
+        # A traced program cannot look for modules; where it runs, a GPU's compiler is Triton, and
+        # the operator refuses when it is called.
+        return None if device_type == "cuda" else _wrong_device(device_type)
     version = triton_version()
     if version is None:
         return "Triton cannot be imported"
     if version < TRITON_FLOOR:
         floor = ".".join(map(str, TRITON_FLOOR))
         return f"Triton {'.'.join(map(str, version))} is older than {floor}"
+    return _wrong_device(device_type)
+
+
+def _wrong_device(device_type: str) -> str | None:
     if device_type == "cuda" or (device_type == "cpu" and triton_is_interpreted()):
         return None
     return f"the kernels need a GPU and the tensors are on {device_type!r}"

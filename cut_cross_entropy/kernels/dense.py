@@ -11,18 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.config import Tiles, group_size, launch_device, rows_operand
+from cut_cross_entropy.kernels.config import Tiles, launch_device, rows_operand
 from cut_cross_entropy.kernels.primitives import (
     load_rows,
     logit_slope,
-    place_program,
     transform_logits,
 )
 
 MAX_SCRATCH_BYTES = 160 * 2**20  # of dE's sum and a chunk: larger chunks gain little
 MIN_CHUNK_BYTES = 32 * 2**20  # dE's sum is read and written once a chunk
-MIN_CHUNK = 1024
-SEGMENT_PROGRAMS = 256  # about two for every multiprocessor of a large GPU
+GROUP_TILES = 8  # class tiles that walk the token blocks together
 
 
 @triton.jit
@@ -41,11 +39,9 @@ def chunk_gradients_kernel(
     D,
     softcap,
     first_class,
-    chunk_tiles,
-    segment_tiles,
-    num_segments,
     num_blocks,
-    group_blocks,
+    group_tiles,
+    num_tiles,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     E_TMA: tl.constexpr,
@@ -54,42 +50,37 @@ def chunk_gradients_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One block of tokens against some tiles of the chunk's classes."""
-    block, segment = place_program(num_blocks, group_blocks, num_segments)
-    first_tile = segment * segment_tiles
+    """One tile of classes against one block of tokens."""
+    program = tl.program_id(0)
+    # Groups of class tiles walk the token blocks together, so both operands stay in the L2 cache.
+    group = program // (group_tiles * num_blocks)
+    tiles_here = min(num_tiles - group * group_tiles, group_tiles)
+    inside_group = program % (group_tiles * num_blocks)
+    tile = group * group_tiles + inside_group % tiles_here
+    block = inside_group // tiles_here
+    v = first_class + tile * BLOCK_V
+    product = tl.zeros((BLOCK_V, BLOCK_T), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        c_tile = load_rows(c, v, V, d, D, C_TMA, BLOCK_V, BLOCK_D)
+        e_tile = load_rows(e, block * BLOCK_T, N, d, D, E_TMA, BLOCK_T, BLOCK_D)
+        product = tl.dot(c_tile, e_tile.T, product, input_precision="ieee")
     tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = tokens < N
-    scale = tl.load(scale_ptr)
-    tiles = min(segment_tiles, chunk_tiles - first_tile)
-    steps = tl.cdiv(D, BLOCK_D)
-    product = tl.zeros((BLOCK_V, BLOCK_T), tl.float32)
-    # One loop over tiles and features, so that loads of the next tile overlap a tile's end.
-    for i in tl.range(0, tiles * steps, flatten=True):
-        step = i % steps
-        local = (first_tile + i // steps) * BLOCK_V
-        v = first_class + local
-        c_tile = load_rows(c, v, V, step * BLOCK_D, D, C_TMA, BLOCK_V, BLOCK_D)
-        e_tile = load_rows(e, block * BLOCK_T, N, step * BLOCK_D, D, E_TMA, BLOCK_T, BLOCK_D)
-        product = tl.dot(c_tile, e_tile.T, product, input_precision="ieee")
-        if step == steps - 1:
-            lse = tl.load(lse_ptr + tokens, mask=is_token, other=float("inf"))
-            a = tl.load(a_ptr + tokens, mask=is_token, other=0.0)
-            b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
-            targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1).to(tl.int32)
-            classes = v + tl.arange(0, BLOCK_V)
-            inside = classes < V
-            logits = transform_logits(
-                product, bias_ptr, classes, inside, softcap, HAS_BIAS, SOFTCAP
-            )
-            grad = tl.exp2(logits - lse[None, :]) * a[None, :]
-            grad -= tl.where(classes[:, None] == targets[None, :], b[None, :], 0.0)
-            if SOFTCAP:
-                grad *= tl.where(inside[:, None], logit_slope(logits, softcap), 0.0)
-            # 32 bits reach: a chunk is bounded in bytes
-            out = (local + tl.arange(0, BLOCK_V))[:, None] * N + tokens[None, :]
-            grad = (grad * scale).to(grad_ptr.dtype.element_ty)
-            tl.store(grad_ptr + out, grad, mask=inside[:, None] & is_token[None, :])
-            product = tl.zeros((BLOCK_V, BLOCK_T), tl.float32)
+    lse = tl.load(lse_ptr + tokens, mask=is_token, other=float("inf"))
+    a = tl.load(a_ptr + tokens, mask=is_token, other=0.0)
+    b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
+    targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1)
+    classes = v + tl.arange(0, BLOCK_V)
+    inside = classes < V
+    logits = transform_logits(product, bias_ptr, classes, inside, softcap, HAS_BIAS, SOFTCAP)
+    grad = tl.exp2(logits - lse[None, :]) * a[None, :]
+    grad -= tl.where(classes[:, None] == targets[None, :], b[None, :], 0.0)
+    if SOFTCAP:
+        grad *= tl.where(inside[:, None], logit_slope(logits, softcap), 0.0)
+    # 32 bits reach: a chunk is bounded in bytes
+    out = (classes - first_class)[:, None] * N + tokens[None, :]
+    grad = (grad * tl.load(scale_ptr)).to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + out, grad, mask=inside[:, None] & is_token[None, :])
 
 
 def dense_gradients(
@@ -116,8 +107,8 @@ def dense_gradients(
         return total
     scratch = min(memory_budget, MAX_SCRATCH_BYTES)
     room = max(MIN_CHUNK_BYTES, scratch - (num_tokens * dim * 4 if need_e else 0))
-    multiple = 4 * tiles.block_v  # so that the segments of a chunk are of one size
-    chunk = max(MIN_CHUNK, room // (num_tokens * e.element_size())) // multiple * multiple
+    multiple = GROUP_TILES * tiles.block_v
+    chunk = max(multiple, room // (num_tokens * e.element_size()) // multiple * multiple)
     chunk = min(chunk, triton.cdiv(num_classes, tiles.block_v) * tiles.block_v)
     num_blocks = triton.cdiv(num_tokens, BLOCK_T)
     buffer = e.new_empty((chunk, num_tokens))
@@ -126,10 +117,8 @@ def dense_gradients(
     for first in range(0, num_classes, chunk):
         size = min(chunk, num_classes - first)
         chunk_tiles = triton.cdiv(size, tiles.block_v)
-        segment_tiles = triton.cdiv(chunk_tiles, max(1, SEGMENT_PROGRAMS // num_blocks))
-        num_segments = triton.cdiv(chunk_tiles, segment_tiles)
         with launch_device(e.device):
-            chunk_gradients_kernel[(num_segments * num_blocks,)](
+            chunk_gradients_kernel[(chunk_tiles * num_blocks,)](
                 e_operand,
                 c_operand,
                 bias,
@@ -144,11 +133,9 @@ def dense_gradients(
                 dim,
                 softcap or 0.0,
                 first,
-                chunk_tiles,
-                segment_tiles,
-                num_segments,
                 num_blocks,
-                group_size(num_blocks, e),
+                GROUP_TILES,
+                chunk_tiles,
                 HAS_BIAS=bias is not None,
                 SOFTCAP=softcap is not None,
                 E_TMA=e_tma,

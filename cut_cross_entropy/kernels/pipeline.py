@@ -350,7 +350,8 @@ def _strips_and_tail(
     by_block, by_chunk = counts.strips.sum(1).tolist(), counts.strips.sum(0).tolist()
     capacity = max(1, problem.memory_budget // STRIP_BYTES)
     whole = sum(by_block) <= capacity
-    tails, mass = torch.zeros((2, problem.a.shape[0]), dtype=torch.float32, device=c.device)
+    tails = torch.zeros(problem.a.shape[0], dtype=torch.float32, device=c.device)
+    mass = torch.zeros_like(tails)
 
     def compute(
         blocks: tuple[int, int], chunks: tuple[int, int], by_class: bool
