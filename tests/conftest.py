@@ -10,6 +10,15 @@ import torch
 torch.set_num_threads(1)  # tests run in several processes; the problems are small
 
 
+def pytest_configure(config):
+    """Let Triton's interpreter run the kernels, unless the tests that need a GPU are asked for.
+
+    Triton reads the variable when it is imported, and no test module is imported before this.
+    """
+    for_gpu = config.getoption("markexpr") == "gpu"
+    os.environ.setdefault("TRITON_INTERPRET", "0" if for_gpu else "1")
+
+
 @pytest.fixture
 def poison_empty():
     """Fill what ``torch.empty`` and its family return with NaN, so unwritten elements show."""

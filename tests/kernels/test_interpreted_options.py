@@ -1,0 +1,141 @@
+"""Each option of the kernels against plain PyTorch in float64, by every route, interpreted."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.support import make_problem, run_ours
+from tests.test_needed_gradients import SUBSETS
+
+pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
+
+
+def one_block(**options):
+    """24 tokens; 300 classes are three tiles, one partial; 24 features are no whole step."""
+    return make_problem((3, 8), 300, 24, **options)
+
+
+def two_blocks(classes=300, **options):
+    """138 tokens, of which about 133 count: the interpreter takes its time for each."""
+    return make_problem((3, 46), classes, 24, ignored=0.03, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("softcap", [None, 5.0])  # 5: about 2 deviations, so tanh does bend
+def test_dtype_bias_softcap(route, dtype, bias, softcap):
+    route.check(one_block(dtype=dtype, bias=bias), softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_two_blocks(any_route, dtype):
+    problem = two_blocks(dtype=dtype, bias=True)
+    assert (problem.targets != -100).sum() > 128
+    any_route.check(problem, softcap=8.0)
+
+
+def test_float32_bias_with_half_precision_classifier(route):
+    problem = one_block(dtype=torch.float16, bias=True)
+    problem = replace(problem, bias=problem.bias.float())
+    assert route.check(problem).grad_bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("impl", ["cce", "cce_exact"])
+def test_autocast(impl, drops_nothing, always_filtered):
+    """Gradients come back in the tensors' own dtypes, and are those of the rounded tensors."""
+    problem = one_block(bias=True)
+    rounded = run_ours(problem.to(torch.float16), impl)
+    with torch.autocast("cpu", torch.float16):
+        results = run_ours(problem, impl)
+    torch.testing.assert_close(results.loss, rounded.loss, rtol=1e-3, atol=1e-3)
+    for name, value in results.named().items():
+        assert value.dtype == torch.float32, name
+        expected = rounded.named()[name].float()
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(value, expected, rtol=2e-3, atol=2e-3 * scale)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "shift"), [("mean", 1), ("sum", 0), ("none", 0), ("none", True), ("sum", 3)]
+)
+def test_reduction_and_shift(route, reduction, shift):
+    route.check(one_block(), reduction=reduction, shift=shift)
+
+
+@pytest.mark.parametrize("lse_weight", [0.0, 10.0])  # no gradient of lse; one above that of loss
+def test_gradient_of_lse(route, lse_weight):
+    route.check(one_block(bias=True), lse_weight=lse_weight)
+
+
+@pytest.mark.parametrize("ignore_index", [0, 299, -1])
+def test_ignore_index(route, ignore_index):
+    problem = one_block(ignore_index=ignore_index)
+    route.check(problem, ignore_index=ignore_index, reduction="none")
+
+
+def test_int32_targets(route):
+    route.check(one_block(target_dtype=torch.int32), reduction="sum")
+
+
+@pytest.mark.parametrize("needed", SUBSETS, ids=lambda names: "+".join(names) or "none")
+def test_needed_gradients(any_route, needed):
+    results = any_route.check(one_block(bias=True), needed=needed)
+    present = {name for name in ("e", "c", "bias") if f"grad_{name}" in results.named()}
+    assert present == set(needed)
+
+
+# 1100 classes are two chunks of the selection and more than the first, short walk looks at.
+# 1 byte is one block, or one chunk, a round; 10^5 bytes hold a few of them.
+@pytest.mark.parametrize("budget", [1, 10**5])
+def test_memory_budget_forces_rounds(any_route, budget):
+    any_route.check(two_blocks(1100, bias=True), memory_budget=budget, softcap=8.0)
+
+
+@pytest.mark.parametrize("needed", [("c", "bias"), ("c",), ("e",)], ids="+".join)
+def test_rounds_for_some_gradients(route, needed):
+    route.check(two_blocks(1100, bias=True), memory_budget=1, needed=needed, softcap=8.0)
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 129])  # a block is 128
+def test_number_of_tokens(route, tokens):
+    route.check(make_problem((tokens,), 130, 8, ignored=0.0))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 127, 128, 129, 1024, 1025])
+def test_number_of_classes(route, classes):
+    route.check(make_problem((9,), classes, 8, bias=True), reduction="sum")
+
+
+@pytest.mark.parametrize("dim", [1, 32, 33, 130])  # a step is 32, a tile of results 64
+def test_number_of_features(route, dim):
+    route.check(make_problem((9,), 130, dim))
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3, 2)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_leading_shape(route, leading, reduction):
+    results = route.check(make_problem(leading, 130, 8, ignored=0.0), reduction=reduction)
+    assert results.lse.shape == leading
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("what", ["e", "c", "targets", "bias", "all"])
+def test_non_contiguous_inputs(route, what, shift):
+    problem = make_problem((3, 5), 130, 24, bias=True)
+    strided = {
+        "e": problem.e.transpose(0, 1).contiguous().transpose(0, 1),
+        "c": problem.c.T.contiguous().T,
+        "targets": problem.targets.repeat_interleave(2, dim=-1)[..., ::2],
+        "bias": problem.bias.repeat_interleave(3)[::3],
+    }
+    assert not any(tensor.is_contiguous() for tensor in strided.values())
+    chosen = strided if what == "all" else {what: strided[what]}
+    route.check(replace(problem, **chosen), shift=shift, reduction="none")
+
+
+def test_expanded_inputs(route):
+    """Strides of 0: one embedding for all tokens, one row for all classes."""
+    problem = make_problem((9,), 130, 8, ignored=0.0)
+    route.check(replace(problem, e=problem.e[:1].expand(9, -1)))
+    route.check(replace(problem, c=problem.c[:1].expand(130, -1)))
