@@ -327,13 +327,13 @@ class _Selected:
 
     @classmethod
     def of(cls, kept: Kept, problem: _Problem) -> "_Selected":
-        total = kept.weights.sum(dtype=torch.float64)
-        shares = torch.where(total > 0, kept.weights / total, 0).float()
+        # Weights are non-negative: where their sum is 0, so are they.
+        shares = kept.weights / kept.weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
         return cls(
             shares,
             None if problem.softcap is None else share_moments(shares),
             weighted_row_sum(shares, problem.c),
-            class_offsets(kept.masks),
+            class_offsets(kept.sizes),
             order_classes(kept.masks, 0, kept.masks.shape[1]),
             find_places(kept, (0, kept.shape[0]), (0, kept.shape[1])),
         )

@@ -111,6 +111,7 @@ def kept_strips_kernel(
     energy_ptr,  # (blocks, V)
     threshold_ptr,  # ()
     masks_ptr,  # (groups, V) int64, out
+    sizes_ptr,  # (groups, V) int32, out: strips of each class
     weights_ptr,  # (V,) out: what was dropped of each class
     counts_ptr,  # (blocks, chunks) int32, out
     active_ptr,  # (chunks,) int32, out
@@ -141,7 +142,9 @@ def kept_strips_kernel(
             mask = tl.where(kept, mask | (one << bit), mask)
             weights += tl.where(kept, 0.0, byte_to_weight(byte))
             tl.store(counts_ptr + block * num_chunks + chunk, tl.sum(kept.to(tl.int32), 0))
-        tl.store(masks_ptr + tl.cast(group, tl.int64) * V + classes, mask, mask=inside)
+        member = tl.cast(group, tl.int64) * V + classes
+        tl.store(masks_ptr + member, mask, mask=inside)
+        tl.store(sizes_ptr + member, popcount(mask), mask=inside)
         active |= (mask != 0).to(tl.int32)
     tl.store(weights_ptr + classes, weights, mask=inside)
     tl.store(active_ptr + chunk, tl.sum(active, 0))
@@ -153,12 +156,14 @@ class Kept:
 
     Args:
         masks: (groups, V) int64: bit i of group g says that block 64 g + i keeps the class.
+        sizes: (groups, V) int32: ones of the masks.
         weights: (V,) float32: root energies dropped of each class, summed over the blocks.
         statistics: int32: counts, active and the number of flat tokens and of tokens, in a row.
         shape: blocks and chunks of CHUNK classes.
     """
 
     masks: Tensor
+    sizes: Tensor
     weights: Tensor
     statistics: Tensor
     shape: tuple[int, int]
@@ -202,6 +207,7 @@ def keep_strips(
     statistics = torch.empty((num_blocks + 1) * num_chunks + 2, dtype=torch.int32, device=device)
     kept = Kept(
         masks=torch.empty((num_groups, num_classes), dtype=torch.int64, device=device),
+        sizes=torch.empty((num_groups, num_classes), dtype=torch.int32, device=device),
         weights=torch.empty(num_classes, dtype=torch.float32, device=device),
         statistics=statistics,
         shape=(num_blocks, num_chunks),
@@ -212,6 +218,7 @@ def keep_strips(
             energy,
             threshold,
             kept.masks,
+            kept.sizes,
             kept.weights,
             statistics,
             statistics[num_blocks * num_chunks :],
@@ -225,36 +232,21 @@ def keep_strips(
     return kept
 
 
-@triton.jit
-def class_counts_kernel(masks_ptr, counts_ptr, total, BLOCK: tl.constexpr):
-    """Ones of each membership mask."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < total
-    masks = tl.load(masks_ptr + offsets, mask=inside, other=0)
-    tl.store(counts_ptr + offsets, popcount(masks), mask=inside)
-
-
 def exclusive_sum(counts: Tensor) -> Tensor:
     """Sum of what stands before each element, in row-major order, int64."""
     flat = counts.reshape(-1)
     return (flat.cumsum(0, dtype=torch.int64) - flat).reshape(counts.shape)
 
 
-def class_offsets(masks: Tensor) -> Tensor:
-    """Number of the first strip of each (group, class), int64, of the shape of ``masks``.
+def class_offsets(sizes: Tensor) -> Tensor:
+    """Number of the first strip of each (group, class), int64, of the shape of ``sizes``.
 
     Strips are numbered by class, then by group, then by block, so those of a range of classes are
     consecutive.
     """
-    counts = torch.empty(masks.shape, dtype=torch.int32, device=masks.device)
-    block = 1024
-    with launch_device(masks.device):
-        class_counts_kernel[(triton.cdiv(masks.numel(), block),)](
-            masks, counts, masks.numel(), BLOCK=block
-        )
-    if masks.shape[0] == 1:
-        return exclusive_sum(counts)
-    return exclusive_sum(counts.T.contiguous()).T.contiguous()
+    if sizes.shape[0] == 1:
+        return exclusive_sum(sizes)
+    return exclusive_sum(sizes.T.contiguous()).T.contiguous()
 
 
 @triton.jit

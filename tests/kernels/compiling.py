@@ -138,8 +138,6 @@ def variants(tiles: Tiles) -> list[Variant]:
         types=(("energy_ptr", "*u8"), ("counts_ptr", "*i64")))  # fmt: skip
     add("kept", selection.kept_strips_kernel, {"GROUP": 64, "CHUNK": 1024},
         types=(("energy_ptr", "*u8"), ("counts_ptr", "*i32"), ("active_ptr", "*i32")))  # fmt: skip
-    add("class_counts", selection.class_counts_kernel, {"BLOCK": 1024},
-        types=(("counts_ptr", "*i32"),))  # fmt: skip
     add("list", selection.list_strips_kernel, {"BY_CLASS": True, "GROUP": 64, "CHUNK": 1024})
     add("row_sum", tail.weighted_row_sum_kernel, {"BLOCK_R": 32, "BLOCK_D": 256},
         types=(("out_ptr", "*fp32"),))  # fmt: skip
