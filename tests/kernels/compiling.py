@@ -139,6 +139,9 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("kept", selection.kept_strips_kernel, {"GROUP": 64, "CHUNK": 1024},
         types=(("energy_ptr", "*u8"), ("counts_ptr", "*i32"), ("active_ptr", "*i32")))  # fmt: skip
     add("list", selection.list_strips_kernel, {"BY_CLASS": True, "GROUP": 64, "CHUNK": 1024})
+    add("tile_table", selection.tile_table_kernel, {"TILE": selection.TILE, "BLOCK": 64},
+        types=tuple((name, "*i32") for name in (
+            "block_starts_ptr", "first_tile_ptr", "tile_block_ptr", "tile_start_ptr")))  # fmt: skip
     add("row_sum", tail.weighted_row_sum_kernel, {"BLOCK_R": 32, "BLOCK_D": 256},
         types=(("out_ptr", "*fp32"),))  # fmt: skip
     add("sum_tiles", strips.sum_tiles_kernel, {"BLOCK_T": BLOCK_T},

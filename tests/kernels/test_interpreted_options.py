@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.kernels.conftest import ROUTES
 from tests.support import make_problem, run_ours
 from tests.test_needed_gradients import SUBSETS
 
@@ -139,3 +140,16 @@ def test_expanded_inputs(route):
     problem = make_problem((9,), 130, 8, ignored=0.0)
     route.check(replace(problem, e=problem.e[:1].expand(9, -1)))
     route.check(replace(problem, c=problem.c[:1].expand(130, -1)))
+
+
+@pytest.mark.parametrize("budget", [2**28, 1])
+@pytest.mark.parametrize("path", ["filtered", "full_c", "full_e"])
+def test_several_groups_of_blocks(path, budget, request, monkeypatch):
+    """A group is 64 blocks, 8192 tokens; with groups of one block, 133 tokens have two."""
+    from cut_cross_entropy.kernels import grad_c, selection
+
+    for module in (grad_c, selection):
+        monkeypatch.setattr(module, "GROUP", 1)
+    request.getfixturevalue("drops_nothing")
+    request.getfixturevalue("always_filtered")
+    ROUTES[path].check(two_blocks(bias=True), memory_budget=budget)

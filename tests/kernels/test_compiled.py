@@ -1,0 +1,94 @@
+"""Every kernel compiles for every architecture, fits its shared memory and does not spill.
+
+Compiling needs kernels that are not interpreted, so each architecture is a process of its own.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parents[2] / "cut_cross_entropy" / "kernels"
+
+# Bytes of stack a thread, where spills land, by the start of a variant's name; on sm_90, where the
+# kernels are tuned. 0 in the main loop of a plain loss; what was measured elsewhere, with a margin.
+STACK = {
+    "forward-plain-001": 16,  # with the energy: training
+    "forward-plain-000": 0,  # without: evaluation
+    "forward-plain": 256,  # the short walk over frequent classes, and the repair of an overflow
+    "forward-softcap-bias-001": 64,
+    "forward-softcap-bias-000": 32,
+    "forward-softcap-bias": 256,
+    "dense-plain": 64,
+    "dense-softcap-bias": 768,
+    "strips-softcap-bias": 64,
+    "": 0,  # all others
+}
+
+SCRIPT = """
+import json, sys
+from tests.kernels.compiling import TARGETS, compile_variant, variants
+from cut_cross_entropy.kernels.config import tiles_for
+
+target, shared = TARGETS[sys.argv[1]]
+for variant in variants(tiles_for(shared)):
+    found = {"name": variant.name, "kernel": variant.kernel.__name__, "limit": shared}
+    try:
+        found.update(vars(compile_variant(variant, target)))
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    print(json.dumps(found), flush=True)
+"""
+
+
+def compile_all(target: str) -> list[dict]:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_DEFAULT_FP_FUSION": "1",  # the default; Triton 3.9 warns where it is not stated
+    }
+    command = [sys.executable, "-c", SCRIPT, target]
+    root = KERNELS.parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+# The architectures that take longest first, so that two processes end together.
+@pytest.mark.parametrize("target", ["sm_100", "sm_90", "sm_80", "sm_120", "gfx942"])
+def test_kernels_compile_and_fit(target):
+    found = compile_all(target)
+    failed = [f"{usage['name']}: {usage['error']}" for usage in found if "error" in usage]
+    assert not failed, "\n".join(failed)
+    too_large = [
+        f"{usage['name']}: {usage['shared']} > {usage['limit']} bytes of shared memory"
+        for usage in found
+        if usage["shared"] > usage["limit"]
+    ]
+    assert not too_large, "\n".join(too_large)
+    if target == "sm_90":
+        spilled = [
+            f"{usage['name']}: {usage['stack']} > {allowed} bytes of stack"
+            for usage in found
+            if usage["stack"] > (allowed := stack_allowed(usage["name"]))
+        ]
+        assert not spilled, "\n".join(spilled)
+    assert {usage["kernel"] for usage in found} == defined_kernels()
+
+
+def stack_allowed(name: str) -> int:
+    return STACK[max((start for start in STACK if name.startswith(start)), key=len)]
+
+
+def defined_kernels() -> set[str]:
+    """Names of the kernels in the package, from its source: none may be left out here."""
+    return {
+        node.name
+        for path in KERNELS.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }

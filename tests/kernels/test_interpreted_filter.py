@@ -1,0 +1,226 @@
+"""What the filter drops and what it reports, interpreted: errors, paths, flat tokens, options."""
+
+import math
+
+import pytest
+import torch
+
+from cut_cross_entropy import dispatch
+from cut_cross_entropy.filter_report import record_filter
+from tests.support import Problem, full_logits, make_problem, run, run_ours
+
+pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
+
+GRADIENTS = ("grad_e", "grad_c", "grad_bias")
+
+
+def sharp(tokens=40, classes=1100, dim=32, *, flat=(), seed=0, dtype=torch.float32):
+    """Tokens that agree on a few likely classes over a faint background, but for the flat ones."""
+    problem = make_problem((tokens,), classes, dim, bias=True, ignored=0.1, seed=seed)
+    random = torch.Generator().manual_seed(seed)
+    likely = torch.randint(0, 40, (tokens, 3), generator=random)
+    e = (problem.c[likely] * torch.tensor([1.0, 0.8, 0.5])[:, None]).sum(1)
+    e = e * 12 / e.norm(dim=1, keepdim=True)
+    e[list(flat)] *= 0.01
+    bias = -0.5 - problem.bias.abs()
+    bias[list(range(40))] = 0
+    targets = torch.where(problem.targets >= 0, likely[:, 0], problem.targets)
+    return Problem(e, problem.c, targets, bias).to(dtype)
+
+
+def recorded(problem, impl="cce", **options):
+    with record_filter() as records:
+        results = run_ours(problem, impl, **options)
+    return results, records
+
+
+def errors(results, problem, **options):
+    """Relative Frobenius errors of the gradients."""
+    truth = run(full_logits, problem.to(torch.float64), **options)
+    pairs = ((results.named()[name], truth.named()[name]) for name in GRADIENTS)
+    return [((got - exact).norm() / exact.norm()).item() for got, exact in pairs]
+
+
+def test_default_stays_within_the_rounding_of_bfloat16():
+    """The promise of the default: twice the error of rounding the exact gradient to bfloat16."""
+    problem = sharp()
+    results, (record,) = recorded(problem)
+    truth = run(full_logits, problem.to(torch.float64))
+    assert record.path == "filtered"
+    assert 0 < record.strips_kept < 0.45
+    assert 0 < record.dropped_mass < 0.1
+    assert record.tokens == int((problem.targets >= 0).sum())
+    for name in GRADIENTS:
+        exact = truth.named()[name]
+        rounding = (exact.bfloat16().double() - exact).norm()
+        assert (results.named()[name] - exact).norm() <= 2 * rounding, name
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_stricter_filters_keep_more_and_err_less(softcap, always_filtered):
+    problem = sharp(20)
+    kept, worst, mass = [], [], []
+    for filter_eps in (0.1, 2.0**-8, "auto", "high", 1e-12):
+        results, (record,) = recorded(problem, filter_eps=filter_eps, softcap=softcap)
+        assert record.path == "filtered"
+        kept.append(record.strips_kept)
+        mass.append(record.dropped_mass)
+        worst.append(max(errors(results, problem, softcap=softcap)))
+    assert kept == sorted(kept), kept
+    assert mass == sorted(mass, reverse=True), mass
+    assert worst == sorted(worst, reverse=True), worst
+    assert kept[0] < kept[-1]
+    assert worst[-1] < 1e-5
+
+
+def test_tail_stands_for_what_is_dropped(always_filtered):
+    """Without it, the gradient of a token would miss its dropped mass in every sum over classes."""
+    problem = sharp()
+    results, (record,) = recorded(problem, filter_eps=0.1, reduction="sum", lse_weight=0.0)
+    truth = run(full_logits, problem.to(torch.float64), reduction="sum", lse_weight=0.0)
+    assert record.dropped_mass > 1e-3
+    total = truth.grad_bias.abs().sum()
+    assert (results.grad_bias.sum() - truth.grad_bias.sum()).abs() < 1e-5 * total
+
+
+def test_no_filter_reports_the_exact_path():
+    for impl, options in (
+        ("cce", {"filter_eps": None}),
+        ("cce", {"filter_eps": 0}),
+        ("cce", {"filter_e_grad": False, "filter_c_grad": False}),
+        ("cce_exact", {}),
+        ("cce_kahan_full_c_full_e", {}),
+        ("cce_kahan_full", {}),
+    ):
+        results, (record,) = recorded(sharp(9), impl, **options)
+        assert (record.path, record.strips_kept, record.dropped_mass) == ("exact", 1.0, 0.0)
+        assert max(errors(results, sharp(9))) < 1e-5, (impl, options)
+
+
+def test_flat_data_takes_the_dense_path():
+    problem = make_problem((9,), 1100, 8, bias=True)
+    problem = Problem(0.01 * problem.e, problem.c, problem.targets, 0.01 * problem.bias)
+    results, (record,) = recorded(problem)
+    assert (record.path, record.strips_kept, record.dropped_mass) == ("dense", 1.0, 0.0)
+    assert max(errors(results, problem)) < 1e-5
+
+
+@pytest.mark.parametrize("flat", [(0,), (3, 17, 31)], ids=str)
+def test_flat_tokens_among_sharp_ones_are_exact(flat, monkeypatch):
+    """A few flat tokens would spoil the tail of all, so they are treated alone."""
+    from cut_cross_entropy.kernels import pipeline
+
+    monkeypatch.setattr(pipeline, "FLAT_GROUPS", 100)
+    # Among 1100 classes a flat token has 1e-3 in each: more than the default would drop.
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 0.02)
+    problem = sharp(flat=flat)
+    problem.targets[list(flat)] = 7
+    results, (record,) = recorded(problem)
+    assert (record.path, record.flat_tokens) == ("filtered", len(flat))
+    truth = run(full_logits, problem.to(torch.float64))
+    for token in flat:
+        error = (results.grad_e[token] - truth.grad_e[token]).norm() / truth.grad_e[token].norm()
+        assert error < 1e-5
+    assert 1e-5 < max(errors(results, problem)) < 0.02
+
+
+def test_mostly_flat_tokens_take_the_dense_path(monkeypatch):
+    from cut_cross_entropy.kernels import pipeline
+
+    monkeypatch.setattr(pipeline, "FLAT_GROUPS", 100)
+    monkeypatch.setattr(pipeline, "DENSE_FRACTION", 2.0)
+    _, (record,) = recorded(sharp(9, flat=range(6)))
+    assert record.path == "dense"
+
+
+@pytest.mark.parametrize(
+    ("impl", "exact", "filtered"),
+    [
+        ("cce_kahan_full_c", ("grad_c", "grad_bias"), ("grad_e",)),
+        ("cce_kahan_full_e", ("grad_e",), ("grad_c", "grad_bias")),
+    ],
+)
+def test_presets_filter_one_gradient_and_not_the_other(impl, exact, filtered, monkeypatch):
+    """With a filter so coarse that what it touches is visibly off."""
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 0.05)
+    problem = sharp()
+    results, (record,) = recorded(problem, impl)
+    by_name = dict(zip(GRADIENTS, errors(results, problem), strict=True))
+    assert record.path == "filtered"
+    assert all(by_name[name] < 1e-5 for name in exact), by_name
+    assert all(by_name[name] > 1e-4 for name in filtered), by_name
+
+
+@pytest.mark.parametrize("needed", [("c",), ("e",), ("bias",)], ids="+".join)
+def test_alone_or_among_others_a_gradient_is_the_same(needed):
+    everything, _ = recorded(sharp())
+    alone, (record,) = recorded(sharp(), needed=needed)
+    assert record.path == "filtered"
+    name = f"grad_{needed[0]}"
+    torch.testing.assert_close(alone.named()[name], everything.named()[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("impl", ["cce", "cce_exact", "cce_kahan_full_c"])
+def test_bit_identical_from_run_to_run(impl, dtype):
+    first, second = (run_ours(sharp(dtype=dtype), impl, softcap=30.0) for _ in range(2))
+    for name, value in first.named().items():
+        assert torch.equal(second.named()[name], value), name
+
+
+def test_half_precision_does_not_underflow():
+    """Gradients of 1e-6 would be subnormal; they are scaled inside and returned as they are."""
+    problem = sharp(dtype=torch.float16)
+    e, c = problem.e.requires_grad_(), problem.c.requires_grad_()
+    from cut_cross_entropy import linear_cross_entropy
+
+    loss = linear_cross_entropy(e, c, problem.targets, problem.bias, impl="cce", reduction="sum")
+    # The loss is divided after the operator, so its own gradients are as small as this.
+    small, large = (
+        torch.autograd.grad(loss, (e, c), torch.tensor(x), retain_graph=True) for x in (2.0**-10, 1)
+    )
+    for of_small, of_large in zip(small, large, strict=True):
+        expected = of_large.double() / 1024
+        atol = 2.0**-24  # the smallest number of float16: the result itself cannot be finer
+        torch.testing.assert_close(of_small.double(), expected, rtol=2e-3, atol=atol)
+
+
+@pytest.mark.parametrize("scale", [1, 30])  # 30: the changed tokens overflow their first bound
+def test_a_token_does_not_depend_on_the_others(scale):
+    """Its loss is the same to the last bit when other tokens change, in its block and elsewhere."""
+    problem = sharp(140, classes=300)
+    problem.targets[problem.targets < 0] = 5
+    before = run_ours(problem, "cce", reduction="none", needed=())
+    changed = problem.e.clone()
+    changed[1::2] = scale * changed[1::2].flip(0)
+    other = Problem(changed, problem.c, problem.targets, problem.bias)
+    after = run_ours(other, "cce", reduction="none", needed=())
+    for name in ("loss", "lse"):
+        assert torch.equal(before.named()[name][::2], after.named()[name][::2]), name
+
+
+def test_recording_nests_and_stops():
+    problem = sharp(9)
+    with record_filter() as outer:
+        run_ours(problem, "cce")
+        with record_filter() as inner:
+            run_ours(problem, "cce_exact")
+        run_ours(problem, "cce", needed=())  # no backward
+    run_ours(problem, "cce")
+    assert [record.path for record in outer] == ["filtered", "exact"]
+    assert [record.path for record in inner] == ["exact"]
+
+
+def test_recording_when_one_gradient_is_filtered_and_not_asked_for():
+    """The backward is exact then, and says so."""
+    _, records = recorded(sharp(9), "cce_kahan_full_c", needed=("c",))
+    assert [record.path for record in records] == ["exact"]
+
+
+@pytest.mark.parametrize(
+    ("filter_eps", "tolerance"),
+    [(None, 0.0), (0, 0.0), ("auto", 1.0), ("high", 0.5), (2.0**-12, 1.0), (2.0**-11, 2.0)],
+)
+def test_dial(filter_eps, tolerance):
+    scaled = dispatch.filter_tolerance(filter_eps)
+    assert math.isclose(scaled, tolerance * dispatch.FILTER_TOLERANCE)
