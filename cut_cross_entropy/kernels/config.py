@@ -5,6 +5,7 @@ memory of a block, and its last row fits 64 KiB.
 """
 
 import contextlib
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -48,9 +49,14 @@ _TABLE = (
 )
 
 
-def tiles_for(shared_memory: int) -> Tiles:
-    """The row of the table for a block's shared memory in bytes."""
-    return next(tiles for needed, tiles in _TABLE if shared_memory >= needed)
+def tiles_for(shared_memory: int, major: int = 9) -> Tiles:
+    """The row of the table for a block's shared memory in bytes and a compute capability."""
+    tiles = next(tiles for needed, tiles in _TABLE if shared_memory >= needed)
+    if major >= 10 and tiles.block_v > 128:
+        # Accumulators live in a memory of their own there; what leaves it at once has to fit the
+        # registers. Chosen from the compiler's report of spills, not from a measurement.
+        return dataclasses.replace(tiles, block_v=128)
+    return tiles
 
 
 @functools.cache
@@ -59,7 +65,7 @@ def _tiles_of(device: torch.device) -> Tiles:
         return Tiles(128, 32, 4, 2, 64, use_tma=False)
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 64 * 2**10)
-    tiles = tiles_for(shared)
+    tiles = tiles_for(shared, properties.major)
     if tiles.use_tma and (properties.major < 9 or not _has_host_descriptors()):
         return tiles_for(160 * 2**10)
     return tiles
