@@ -1,4 +1,4 @@
-"""``python -m benchmark.report FILES``: Markdown tables of what ``python -m benchmark --json`` kept.
+"""``python -m benchmark.report FILES``: Markdown tables of what the benchmark kept as JSON.
 
 One section a file: where it was measured, then a line for every problem and method.
 """
@@ -24,10 +24,10 @@ def line(name: str, method: str, rows: list[dict[str, Any]]) -> str:
     both = by_kind.get("loss-fw-bw", rows[0])
     errors = ["", ""]
     if "error_e" in both:
-        errors = [
-            f"{both[f'error_{x}']:.2%} ({both[f'error_{x}'] / both[f'rounding_{x}']:.1f}x)"
-            for x in ("e", "c")
-        ]
+        errors = [f"{both[f'error_{x}']:.2%}" for x in ("e", "c")]
+        if both["rounding_e"] > 0:  # float32 is its own rounding
+            multiples = [both[f"error_{x}"] / both[f"rounding_{x}"] for x in ("e", "c")]
+            errors = [f"{a} ({b:.1f}x)" for a, b in zip(errors, multiples, strict=True)]
     cells = [name, f"`{method}`", gemms("loss-fw"), gemms("loss-bw"), gemms("loss-fw-bw")]
     cells += [f"{both['runtime_ms']:.2f}", f"{both['op_mem_mb']:.0f}", *errors]
     return "| " + " | ".join(cells) + " |\n"

@@ -11,6 +11,7 @@ Shape legend: ``cut_cross_entropy.implementations``.
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cut_cross_entropy.validation import check_target_range
@@ -91,7 +92,11 @@ def backward(
         for tokens in problem.token_blocks():
             e_block, target_block = problem.embeddings(tokens), problem.targets[tokens]
             logits, slope = problem.logits(e_block, classes, with_slope=True)
-            grad = logits.sub_(lse[tokens, None]).exp_().mul_(a[tokens, None])
+            # Probabilities that no sum can notice are zero: as subnormal numbers they would make
+            # the products an order of magnitude slower on a CPU.
+            exponent = logits.sub_(lse[tokens, None])
+            F.threshold(exponent, problem.floor, -torch.inf, inplace=True)
+            grad = exponent.exp_().mul_(a[tokens, None])
             rows, columns = _targets_within(target_block, classes)
             grad[rows, columns] -= b[tokens][rows]
             if slope is not None:
@@ -157,6 +162,7 @@ class _Problem:
         self.e, self.c, self.bias, self.softcap = e, c, bias, softcap
         self.compute_dtype = compute_dtype
         self.wide = torch.promote_types(compute_dtype, torch.float32)
+        self.floor = -600.0 if self.wide == torch.float64 else -60.0
         # PyTorch has products of half precision factors with a float32 result on CUDA only;
         # elsewhere the factors are widened, which changes none of their values.
         self.half_products = compute_dtype.itemsize == 2 and _has_wide_products(e.device)
