@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET
 from cut_cross_entropy.options import ALL_IMPLS
 from training.data import BUILTIN
 from training.losses import FULL
@@ -18,7 +17,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torc
 """Dtype of the parameters by the name on the command line; autocast computes in bfloat16."""
 
 LATEST = "latest"
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,6 @@ class TrainConfig:
     data_split: str = "train"
     data_column: str = "text"
     loss: str = "auto"
-    memory_budget: int = DEFAULT_MEMORY_BUDGET
     steps: int = 100
     batch_size: int = 2
     sequence_length: int = 128
@@ -50,7 +47,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         smallest = {
-            "memory_budget": 1,
             "steps": 1,
             "batch_size": 1,
             "sequence_length": 2,
@@ -74,14 +70,7 @@ class TrainConfig:
 
     def decisive(self) -> dict[str, Any]:
         """The settings that decide the losses: a resumed run must have the same."""
-        free = {
-            "steps",
-            "device",
-            "log_interval",
-            "checkpoint_interval",
-            "keep_checkpoints",
-            "memory_budget",
-        }
+        free = {"steps", "device", "log_interval", "checkpoint_interval", "keep_checkpoints"}
         return {name: value for name, value in vars(self).items() if name not in free}
 
     def torch_device(self) -> torch.device:
@@ -172,12 +161,6 @@ def add_run_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add("--seed", type=int, help="decides the order of the data and all that the model draws")
     add("--device", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
     add("--log-interval", type=int, help="steps from one printed loss to the next")
-    parser.add_argument(
-        "--memory-budget-mib",
-        type=int,
-        default=DEFAULT_MEMORY_BUDGET // MIB,
-        help="scratch memory of linear_cross_entropy, for implementations that bound it",
-    )
 
 
 def config_from(arguments: argparse.Namespace) -> TrainConfig:
@@ -187,11 +170,12 @@ def config_from(arguments: argparse.Namespace) -> TrainConfig:
         ValueError: see :class:`TrainConfig`.
     """
     given = {name: value for name, value in vars(arguments).items() if hasattr(TrainConfig, name)}
-    return TrainConfig(**given, memory_budget=arguments.memory_budget_mib * MIB)
+    return TrainConfig(**given)
 
 
 _LOSS_HELP = (
-    f"{FULL}: the model's own logits; else the implementation of linear_cross_entropy: "
+    f"{FULL}: the model's own logits; else the implementation of linear_cross_entropy that the "
+    "patched model computes its loss with: "
     f"{', '.join(ALL_IMPLS)}"
 )
 _DTYPE_HELP = (

@@ -23,7 +23,7 @@ if not __package__:  # started by its path: Python then puts this folder first, 
 import torch
 from torch import Tensor
 
-from training.config import MIB, TrainConfig, add_run_arguments, config_from
+from training.config import TrainConfig, add_run_arguments, config_from
 from training.data import Windows, load_text, tokenize
 from training.losses import FULL, Loss, hidden_states, make_loss
 from training.memory import HOW, peak_bytes
@@ -31,6 +31,8 @@ from training.models import load_model
 from training.plot import plot_losses
 from training.train import SETUP_ERRORS
 from training.trainer import StepRecord, Trainer
+
+MIB = 2**20
 
 TOLERANCE = 1e-3
 """Largest difference, in nats, at which the two losses still count as the same."""
@@ -122,8 +124,8 @@ def compare(config: TrainConfig, window_count: int) -> Comparison:
     """
     device = config.torch_device()
     losses = {
-        FULL: make_loss(FULL, config.memory_budget, device),
-        config.loss: make_loss(config.loss, config.memory_budget, device),
+        FULL: make_loss(FULL, device),
+        config.loss: make_loss(config.loss, device),
     }
     text = load_text(config.data, config.data_split, config.data_column)
     print(f"loading {config.model} ...", flush=True)

@@ -1,7 +1,8 @@
 """The two ways from a model and its tokens to a loss: full logits, and ``linear_cross_entropy``.
 
-Both are objects with the same two methods, so the training loop and the memory measurement never
-ask which one they have. Legend: B sequences, T tokens each, D features, V classes.
+In both the model is called with labels and computes its own loss, so shifts, scales and softcaps
+are the model's. A patch decides what happens inside. The training loop and the memory measurement
+never ask which one they have. Legend: B sequences, T tokens each, D features.
 """
 
 from typing import Any, Protocol
@@ -14,29 +15,43 @@ from cut_cross_entropy import linear_cross_entropy
 FULL = "full"
 """Name of the loss that goes through the model's own logits."""
 
-# Attributes by which some families scale their logits; the head below applies no such factor.
-_SCALES = ("logit_scale", "logits_scaling")
+
+class IdlePatchError(RuntimeError):
+    """A loss was to be computed without logits and was not."""
 
 
 class Loss(Protocol):
     """The loss of the next-token prediction."""
 
+    def prepare(self, model: Any) -> None:
+        """Make ``model`` compute this loss when it is called with labels."""
+        ...
+
     def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
-        """The mean loss of ``model`` on ``input_ids`` (B, T), differentiable."""
+        """The mean loss of a prepared ``model`` on ``input_ids`` (B, T), differentiable."""
         ...
 
     def head(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-        """The part after the backbone: ``hidden`` (B, T, D) and ``labels`` (B, T) to the loss."""
+        """The output layer and the cross-entropy alone, as the memory measurement needs them.
+
+        ``hidden`` (B, T, D) and ``labels`` (B, T) to a loss. What a family does to its logits in
+        between (a scale, a softcap) is left out.
+        """
         ...
 
 
 class FullLogits:
-    """What the model itself computes: logits (B, T, V), then cross-entropy."""
+    """What the model itself computes: logits, then cross-entropy."""
+
+    def prepare(self, model: Any) -> None:
+        """See :class:`Loss`."""
+        from cut_cross_entropy.transformers import cce_unpatch
+
+        cce_unpatch(model)
 
     def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
         """See :class:`Loss`."""
-        loss: Tensor = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-        return loss
+        return _loss_of_call(model, input_ids)
 
     def head(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
         """See :class:`Loss`."""
@@ -48,51 +63,56 @@ class FullLogits:
 
 
 class CutLogits:
-    """The backbone's hidden states straight into ``linear_cross_entropy``.
+    """What the model computes after ``cce_patch``: its loss by ``linear_cross_entropy``.
 
     Args:
         impl: implementation, as ``linear_cross_entropy`` names them.
-        memory_budget: bytes of scratch memory, for implementations that bound it.
     """
 
-    def __init__(self, impl: str, memory_budget: int) -> None:
-        self.impl, self.memory_budget = impl, memory_budget
+    def __init__(self, impl: str) -> None:
+        self.impl = impl
+
+    def prepare(self, model: Any) -> None:
+        """See :class:`Loss`.
+
+        Raises:
+            RuntimeError: the forward of the model takes no labels.
+        """
+        from cut_cross_entropy.transformers import cce_patch
+
+        cce_patch(model, impl=self.impl)
 
     def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
         """See :class:`Loss`.
 
         Raises:
-            NotImplementedError: the model scales its logits.
+            IdlePatchError: the loss came from full logits all the same.
         """
-        hidden = hidden_states(model, input_ids)
-        return self.head(model, hidden, input_ids)
+        from cut_cross_entropy.transformers import call_count, is_patched
+
+        before = call_count(model)
+        loss = _loss_of_call(model, input_ids)
+        if call_count(model) == before:
+            what = "did nothing (a warning says why)" if is_patched(model) else "is not there"
+            raise IdlePatchError(
+                f"loss={self.impl!r} was asked for, but the patch of {type(model).__name__} {what} "
+                f"and its loss came from full logits; loss={FULL!r} allows that"
+            )
+        return loss
 
     def head(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-        """See :class:`Loss`.
-
-        Raises:
-            NotImplementedError: the model scales its logits.
-        """
-        config = model.config.get_text_config()
-        for name in _SCALES:
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                raise NotImplementedError(
-                    f"{type(model).__name__} scales its logits ({name}), which only "
-                    f"loss={FULL!r} follows"
-                )
+        """See :class:`Loss`."""
         output = model.get_output_embeddings()
         loss = linear_cross_entropy(
-            hidden,
-            output.weight,
-            labels,
-            bias=output.bias,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            shift=True,
-            impl=self.impl,
-            memory_budget=self.memory_budget,
+            hidden, output.weight, labels, bias=output.bias, shift=True, impl=self.impl
         )
         assert isinstance(loss, Tensor)  # return_lse was not asked for
         return loss
+
+
+def _loss_of_call(model: Any, input_ids: Tensor) -> Tensor:
+    loss: Tensor = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+    return loss
 
 
 def hidden_states(model: Any, input_ids: Tensor) -> Tensor:
@@ -102,7 +122,7 @@ def hidden_states(model: Any, input_ids: Tensor) -> Tensor:
     return hidden
 
 
-def make_loss(name: str, memory_budget: int, device: torch.device) -> Loss:
+def make_loss(name: str, device: torch.device) -> Loss:
     """The loss called ``name``: ``"full"`` or an implementation of ``linear_cross_entropy``.
 
     A tiny loss is computed on ``device`` first: what cannot run there is refused before a model
@@ -117,4 +137,4 @@ def make_loss(name: str, memory_budget: int, device: torch.device) -> Loss:
     one = torch.ones(1, 1, device=device)
     target = torch.zeros(1, dtype=torch.int64, device=device)
     linear_cross_entropy(one, one, target, impl=name)
-    return CutLogits(name, memory_budget)
+    return CutLogits(name)

@@ -30,7 +30,7 @@ from training.checkpoint import (
 )
 from training.config import LATEST, TrainConfig, build_parser, config_from
 from training.data import Windows, load_text, tokenize
-from training.losses import make_loss
+from training.losses import IdlePatchError, make_loss
 from training.models import load_model
 from training.trainer import Trainer, parameter_dtype
 
@@ -82,7 +82,7 @@ def set_up(config: TrainConfig, checkpoints: Path, resume: str | None) -> tuple[
     # What is cheap to check comes first; loading a model takes a while.
     source = _checkpoint_to_resume(checkpoints, resume)
     device = config.torch_device()
-    loss = make_loss(config.loss, config.memory_budget, device)
+    loss = make_loss(config.loss, device)
     text = load_text(config.data, config.data_split, config.data_column)
     state = load_checkpoint(source) if source else None
     model, tokenizer = load_model(config.model, parameter_dtype(config), device)
@@ -118,6 +118,7 @@ def train(trainer: Trainer, output: Path, checkpoints: Path) -> signal.Signals |
     Raises:
         CheckpointError: a checkpoint could not be written.
         FloatingPointError: the loss is no longer finite.
+        IdlePatchError: the loss does not go the way that was asked for.
     """
     from tqdm import tqdm
 
@@ -189,7 +190,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.export:
             export(trainer.model, tokenizer, arguments.output / "model")
             print(f"model written to {arguments.output / 'model'}")
-    except (CheckpointError, FloatingPointError, OSError) as error:
+    except (CheckpointError, IdlePatchError, FloatingPointError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
     print(f"step {trainer.step} of {trainer.config.steps} done; checkpoints in {checkpoints}")

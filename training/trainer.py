@@ -24,10 +24,13 @@ class Trainer:
     """AdamW on one model, one step a call.
 
     Args:
-        model: a causal language model of transformers, on its device.
+        model: a causal language model of transformers, on its device; ``loss`` prepares it.
         windows: the data.
         loss: how the loss is computed.
         config: settings of the run.
+
+    Raises:
+        RuntimeError: the loss cannot be computed with this model.
     """
 
     def __init__(self, model: Any, windows: Windows, loss: Loss, config: TrainConfig) -> None:
@@ -40,6 +43,7 @@ class Trainer:
         self.log: list[StepRecord] = []
         random.seed(config.seed)
         torch.manual_seed(config.seed)
+        loss.prepare(model)
         model.train()
 
     @property
@@ -48,13 +52,14 @@ class Trainer:
         return len(self.log)
 
     def train_step(self) -> StepRecord:
-        """Do one step.
+        """Do one step; after an error the parameters are as they were.
 
         Returns:
             Its record, which is in the log too.
 
         Raises:
-            FloatingPointError: the loss is not finite; the parameters are left as they were.
+            FloatingPointError: the loss is not finite.
+            IdlePatchError: the loss does not go the way that was asked for.
         """
         started = time.perf_counter()
         batch = self.windows.batch(self.position, self.config.batch_size).to(self.device)

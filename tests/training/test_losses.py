@@ -1,21 +1,37 @@
 """Full logits and ``linear_cross_entropy`` are the same loss; the demo shows it."""
 
+import copy
 import csv
 import dataclasses
+import json
 
 import pytest
 import torch
+import transformers
 
+from cut_cross_entropy.transformers import CutCrossEntropyWarning, is_patched
+from cut_cross_entropy.transformers.notices import forget_warnings
 from training import demo
-from training.losses import CutLogits, FullLogits, hidden_states
+from training.checkpoint import load_checkpoint
+from training.losses import CutLogits, FullLogits, IdlePatchError
 from training.memory import peak_bytes
-from training.train import set_up
+from training.train import export, main, set_up
+from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def every_warning_anew():
+    """Warnings of the patch are given once per process; each test is to see its own."""
+    forget_warnings()
+    yield
+    forget_warnings()
+
+
 def one_step(model, loss, batch):
     model.zero_grad()
+    loss.prepare(model)
     value = loss(model, batch)
     value.backward()
     return value.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -26,8 +42,12 @@ def test_same_loss_and_gradients(config, tmp_path, impl):
     trainer, _ = set_up(config, tmp_path, None)
     model = trainer.model.eval()  # dropout would draw twice
     batch = trainer.windows.batch(0, 4)
+    assert_same_step(model, impl, batch)
+
+
+def assert_same_step(model, impl, batch):
     full, full_grads = one_step(model, FullLogits(), batch)
-    cut, cut_grads = one_step(model, CutLogits(impl, 2**16), batch)
+    cut, cut_grads = one_step(model, CutLogits(impl), batch)
     torch.testing.assert_close(cut, full, rtol=1e-6, atol=1e-6)
     for name, grad in full_grads.items():
         torch.testing.assert_close(cut_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
@@ -42,17 +62,139 @@ def test_training_curves_agree(config, tmp_path):
     assert curves[0][-1] < curves[0][0]
 
 
-def test_softcap_and_scale_of_a_family(config, tmp_path):
+# What a family does to its logits: its option, a value that shows in the loss, one that does not.
+FAMILIES = {
+    "Gemma2": ("final_logit_softcapping", 0.5, None),
+    "Cohere": ("logit_scale", 0.1, 1.0),
+    "Granite": ("logits_scaling", 8.0, 1.0),
+}
+
+
+@pytest.fixture(params=FAMILIES, ids=str)
+def family(request):
+    """A tiny model that changes its logits, and one with the same weights that does not."""
+    option, value, neutral = FAMILIES[request.param]
+    models = [tiny_model(request.param, **{option: v}) for v in (value, neutral)]
+    models[1].load_state_dict(models[0].state_dict())
+    return models
+
+
+def tiny_model(family, **options):
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+        attn_implementation="eager",
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        **options,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_softcap_and_scales_of_a_family(family, config, tmp_path, impl):
+    batch = set_up(config, tmp_path, None)[0].windows.batch(0, 4)
+    changed, unchanged = (one_step(model, CutLogits(impl), batch)[0] for model in family)
+    assert abs(changed - unchanged) > 0.01
+    assert_same_step(family[0], impl, batch)
+
+
+def test_training_curves_of_a_family_agree(family, config, tmp_path):
+    windows = set_up(config, tmp_path, None)[0].windows
+    curves = []
+    for loss in (FullLogits(), CutLogits("chunked")):
+        trainer = Trainer(copy.deepcopy(family[0]), windows, loss, config)
+        curves.append([trainer.train_step()["loss"] for _ in range(10)])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+    assert curves[0][-1] < curves[0][0]
+
+
+def test_a_model_is_patched_for_the_loss_that_asks_for_it(config, tmp_path):
     trainer, _ = set_up(config, tmp_path, None)
-    model, batch = trainer.model.eval(), trainer.windows.batch(0, 4)
-    hidden = hidden_states(model, batch)
-    loss = CutLogits("reference", 2**20)
-    plain = loss.head(model, hidden, batch)
-    model.config.final_logit_softcapping = 0.1
-    assert loss.head(model, hidden, batch) != plain
-    model.config.logit_scale = 0.5
-    with pytest.raises(NotImplementedError, match=r"scales its logits \(logit_scale\)"):
-        loss(model, batch)
+    assert is_patched(trainer.model)
+    trainer.train_step()
+    # The demo trains one model with one loss after the other.
+    full = Trainer(trainer.model, trainer.windows, FullLogits(), config)
+    assert not is_patched(full.model)
+    assert type(full.model) is transformers.LlamaForCausalLM
+    full.train_step()
+
+
+def test_patched_run_leaves_what_a_plain_model_does(config, arguments, tmp_path):
+    assert main([*arguments, "--steps", "2"]) == 0
+    plain, tokenizer = set_up(dataclasses.replace(config, loss="full"), tmp_path / "none", None)
+    trained = load_checkpoint(tmp_path / "run/checkpoints/step-00000002")["model"]
+    assert trained.keys() == plain.model.state_dict().keys()
+    plain.model.load_state_dict(trained)
+
+    # The export of a patched model is that of a plain one.
+    export(plain.model, tokenizer, tmp_path / "plain")
+    for folder in (tmp_path / "run/model", tmp_path / "plain"):
+        config_file = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        assert config_file["architectures"] == ["LlamaForCausalLM"]
+    files = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "run/model").iterdir())
+    for name in files:
+        assert (tmp_path / "run/model" / name).read_bytes() == (
+            tmp_path / "plain" / name
+        ).read_bytes()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert type(loaded) is transformers.LlamaForCausalLM
+
+
+class TestIdlePatch:
+    """A loss from full logits does not pass for one without."""
+
+    @pytest.fixture
+    def with_idle_patch(self, monkeypatch):
+        """Models of this test have a head that needs its logits."""
+
+        def prepare(loss, model):
+            prepare_model(loss, model)
+            model.get_output_embeddings().register_full_backward_hook(lambda *_: None)
+
+        prepare_model = CutLogits.prepare
+        monkeypatch.setattr(CutLogits, "prepare", prepare)
+
+    @pytest.mark.usefixtures("with_idle_patch")
+    def test_stops_before_the_first_update(self, config, tmp_path):
+        trainer, _ = set_up(config, tmp_path, None)
+        before = copy.deepcopy(trainer.model.state_dict())
+        with (
+            pytest.warns(CutCrossEntropyWarning, match="backward hooks"),
+            pytest.raises(
+                IdlePatchError, match=r"loss='chunked' .* LlamaForCausalLM did nothing .*'full'"
+            ),
+        ):
+            trainer.train_step()
+        assert trainer.step == 0
+        for name, value in trainer.model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+    @pytest.mark.usefixtures("with_idle_patch")
+    @pytest.mark.filterwarnings("ignore::cut_cross_entropy.transformers.CutCrossEntropyWarning")
+    def test_ends_the_scripts(self, arguments, tmp_path, capsys):
+        assert main(arguments) == 1
+        assert capsys.readouterr().err.startswith("train.py: error: loss='chunked' was asked for")
+        assert not (tmp_path / "run/checkpoints").exists()
+        assert demo.main(demo_arguments(arguments, tmp_path)) == 2
+        assert "demo.py: error: loss='chunked' was asked for" in capsys.readouterr().err
+
+    def test_patch_that_is_gone(self, config, tmp_path):
+        trainer, _ = set_up(config, tmp_path, None)
+        trainer.train_step()
+        FullLogits().prepare(trainer.model)
+        with pytest.raises(IdlePatchError, match="LlamaForCausalLM is not there"):
+            trainer.train_step()
 
 
 def test_peak_is_what_the_work_held():

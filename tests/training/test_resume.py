@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cut_cross_entropy.transformers import is_patched
 from training import train
 from training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from training.train import main, set_up
@@ -32,7 +33,7 @@ def logged_losses(output: Path) -> list[str]:
         return [row["loss"] for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("loss", ["full", "chunked"])
+@pytest.mark.parametrize("loss", ["full", "auto", "chunked", "reference"])
 @pytest.mark.parametrize("interrupt", [1, 4, 9], ids="after_{}".format)
 def test_resumed_losses_are_bit_identical(config, tmp_path, loss, interrupt):
     config = dataclasses.replace(config, loss=loss)
@@ -45,6 +46,7 @@ def test_resumed_losses_are_bit_identical(config, tmp_path, loss, interrupt):
     del trainer
     resumed, _ = set_up(config, tmp_path / "some", "latest")
     assert resumed.step == interrupt
+    assert is_patched(resumed.model) is (loss != "full")
     assert run_steps(resumed, 10) == expected
 
 
