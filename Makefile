@@ -32,7 +32,7 @@ test: $(ENVIRONMENT)  ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not gpu" $(ARGS)
 
 test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU
-	$(PYTHON) -m pytest -m gpu $(ARGS)
+	$(PYTHON) -m pytest -m gpu $(ARGS) tests/kernels
 
 lint: $(ENVIRONMENT)  ## format, style and types
 	$(PYTHON) -m ruff format --check .

@@ -1,9 +1,11 @@
 """The ways through the kernels, each a fixture's value."""
 
 import math
+import os
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from tests.support import Problem, Results, check
 
@@ -83,3 +85,12 @@ def route(request, drops_nothing):
 def any_route(request, drops_nothing):
     """The same, with the presets that take one path for one gradient, another for the other."""
     return _take(request.param, request)
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """Fails rather than skips: who asks for these tests wants them run."""
+    if not torch.cuda.is_available():
+        pytest.fail("there is no GPU", pytrace=False)
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        pytest.fail("kernels are interpreted: use `make test-gpu` or pytest -m gpu", pytrace=False)

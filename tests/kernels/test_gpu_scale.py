@@ -1,0 +1,210 @@
+"""Sizes that overflow 32 bits, many blocks, and bounds on memory, on a GPU."""
+
+import pytest
+import torch
+
+from benchmark.data import Shape, make
+from cut_cross_entropy import linear_cross_entropy
+from tests.kernels.gpu import DEVICE, relative_error, requires_kernels, rounding_error
+from tests.support import Problem, full_logits, run, run_ours
+
+pytestmark = [pytest.mark.gpu, requires_kernels]
+
+IMPLS = ("cce", "cce_exact")
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    torch.cuda.empty_cache()
+    yield
+    torch.cuda.empty_cache()
+
+
+def randn(*shape, seed=0, scale=1.0):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16, generator=generator) * scale
+
+
+def softmax_by_parts(e, c, step):
+    """Log-sum-exp (N,) in float32, over parts of the classes."""
+    parts = [(e @ part.T).float().logsumexp(1) for part in c.split(step)]
+    return torch.stack(parts).logsumexp(0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_classifier_of_more_than_2_to_31_elements(impl):
+    """Its last rows, which 32 bits do not reach, in loss and gradient."""
+    num_classes, dim, tokens, tail = 262144, 8448, 256, 512
+    assert num_classes * dim > 2**31
+    c = randn(num_classes, dim, scale=3 / dim**0.5).requires_grad_()
+    e = randn(tokens, dim, seed=1).requires_grad_()
+    targets = torch.arange(num_classes - tokens, num_classes, device=DEVICE)
+    loss = linear_cross_entropy(e, c, targets, impl=impl, reduction="none")
+    (loss.sum()).backward()
+    with torch.no_grad():
+        last = c[-tail:].double()
+        logits = e.double() @ last.T
+        lse = torch.stack(
+            [(e.float() @ x.float().T).logsumexp(1) for x in c.split(16384)]
+        ).logsumexp(0)
+        expected = lse - logits.gather(1, (targets - (num_classes - tail))[:, None])[:, 0]
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-3)
+        p = (logits - lse[:, None]).exp()
+        p[torch.arange(tokens), targets - (num_classes - tail)] -= 1
+        assert relative_error(c.grad[-tail:], p.T @ e.double()) < 0.01
+        assert torch.isfinite(e.grad).all()
+        assert c.grad[: num_classes - tail].abs().amax() < 1
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_embeddings_of_more_than_2_to_31_elements(impl):
+    """Tokens at the end, which 32 bits do not reach."""
+    tokens, dim, num_classes, tail = 2**18, 8448, 256, 512
+    assert tokens * dim > 2**31
+    e = randn(tokens, dim).requires_grad_()
+    c = randn(num_classes, dim, seed=1, scale=3 / dim**0.5).requires_grad_()
+    targets = torch.arange(tokens, device=DEVICE) % num_classes
+    loss = linear_cross_entropy(e, c, targets, impl=impl, reduction="none")
+    loss.sum().backward()
+    with torch.no_grad():
+        for rows in (slice(0, tail), slice(tokens - tail, tokens)):
+            logits = e[rows].double() @ c.double().T
+            losses = torch.nn.functional.cross_entropy(logits, targets[rows], reduction="none")
+            torch.testing.assert_close(loss[rows].double(), losses, rtol=1e-4, atol=1e-3)
+            p = logits.softmax(1)
+            p[torch.arange(tail), targets[rows]] -= 1
+            assert relative_error(e.grad[rows], p @ c.double()) < 0.01
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_more_than_2_to_31_logits(impl):
+    tokens, num_classes, dim, tail = 16384, 262144, 64, 512
+    assert tokens * num_classes > 2**31
+    e = randn(tokens, dim).requires_grad_()
+    c = randn(num_classes, dim, seed=1, scale=4 / dim**0.5).requires_grad_()
+    targets = (torch.arange(tokens, device=DEVICE) * 7919) % num_classes
+    loss = linear_cross_entropy(e, c, targets, impl=impl, reduction="none")
+    loss.sum().backward()
+    with torch.no_grad():
+        for rows in (slice(0, tail), slice(tokens - tail, tokens)):
+            logits = e[rows].double() @ c.double().T
+            losses = torch.nn.functional.cross_entropy(logits, targets[rows], reduction="none")
+            torch.testing.assert_close(loss[rows].double(), losses, rtol=1e-4, atol=1e-3)
+            p = logits.softmax(1)
+            p[torch.arange(tail), targets[rows]] -= 1
+            assert relative_error(e.grad[rows], p @ c.double()) < 0.01
+
+
+@pytest.mark.parametrize("tokens", [8192, 8193, 16500])  # a group is 64 blocks of 128
+@pytest.mark.parametrize("impl", ["cce", "cce_kahan_full_e"])
+def test_several_groups_of_blocks(tokens, impl, always_filtered):
+    made = make("structured", tokens, Shape("test", 8192, 256), device=DEVICE)
+    problem = Problem(made.e, made.c, made.targets)
+    ours = run_ours(problem, impl, lse_weight=0.0)
+    truth = run(full_logits, problem.to(torch.float64), lse_weight=0.0)
+    for name in ("grad_e", "grad_c"):
+        exact = truth.named()[name]
+        assert relative_error(ours.named()[name], exact) <= 2 * rounding_error(exact), name
+
+
+def in_use() -> int:
+    return torch.cuda.memory_allocated()
+
+
+def warm_up(problem, **options):
+    """Compile, and let the library take its workspace, which stays."""
+    run_ours(problem, "cce", **options)
+    run_ours(problem, "cce_exact", **options)
+
+
+def leaves_of(made):
+    return made.e.requires_grad_(), made.c.requires_grad_()
+
+
+def test_memory_kept_by_the_forward():
+    tokens, shape = 4096, Shape("test", 65536, 512)
+    made = make("structured", tokens, shape, device=DEVICE)
+    warm_up(Problem(made.e, made.c, made.targets))
+    e, c = leaves_of(made)
+    for needed, allowed in ((True, tokens * shape.num_classes // 128 + 4 * MIB), (False, 2 * MIB)):
+        with torch.set_grad_enabled(needed):
+            before = in_use()
+            loss = linear_cross_entropy(e, c, made.targets, impl="cce")
+            assert in_use() - before <= allowed
+            del loss
+
+
+@pytest.mark.parametrize("name", ["gemma2"])
+def test_peak_on_trained_like_data(name):
+    """At most 15 % above the gradients, at the shape of a real model."""
+    from benchmark.data import SHAPES
+
+    shape = SHAPES[name]
+    made = make("structured", 8192, shape, device=DEVICE)
+    few = Problem(made.e[:256], made.c, made.targets[:256])
+    run_ours(few, "cce", softcap=shape.softcap, needed=("e",))
+    e, c = leaves_of(made)
+    peak = peak_above(e, c, made.targets, impl="cce", softcap=shape.softcap)
+    gradients = (e.numel() + c.numel()) * 2
+    assert peak <= 1.15 * gradients, f"{peak / MIB:.0f} of {gradients / MIB:.0f} MiB"
+
+
+def peak_above(e, c, targets, **options) -> int:
+    """Most bytes in use during a step, above what was in use before; gradients included."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = in_use()
+    loss = linear_cross_entropy(e, c, targets, **options)
+    grads = torch.autograd.grad(loss, (e, c))
+    torch.cuda.synchronize()
+    del grads
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", ["structured", "diffuse", "flat", "randn"])
+@pytest.mark.parametrize("budget", [64 * MIB, 256 * MIB])
+def test_peak_is_bounded_on_any_data(impl, kind, budget):
+    tokens, shape = 4096, Shape("test", 65536, 1024)
+    made = make(kind, tokens, shape, device=DEVICE)
+    warm_up(Problem(made.e, made.c, made.targets))
+    e, c = leaves_of(made)
+    peak = peak_above(e, c, made.targets, impl=impl, memory_budget=budget)
+    gradients = (e.numel() + c.numel()) * 2
+    accumulator = e.numel() * 4
+    kept = tokens * shape.num_classes // 128 + e.numel() * 2  # bytes of the strips; tokens in front
+    allowed = gradients + accumulator + kept + budget + 8 * MIB
+    assert peak <= allowed, f"{peak / MIB:.0f} of {allowed / MIB:.0f} MiB"
+
+
+def test_memory_is_given_back():
+    made = make("structured", 2048, Shape("test", 32768, 512), device=DEVICE)
+    warm_up(Problem(made.e, made.c, made.targets))
+    before = in_use()
+    for _ in range(3):
+        run_ours(Problem(made.e, made.c, made.targets), "cce")
+    assert in_use() == before
+
+
+def test_ignored_tokens_cost_nothing():
+    """With 15 of 16 tokens ignored, a step takes a small part of the time."""
+    tokens, shape = 8192, Shape("test", 65536, 1024)
+    made = make("structured", tokens, shape, device=DEVICE)
+    few = made.targets.clone()
+    few[torch.arange(tokens, device=DEVICE) % 16 != 0] = -100
+    e, c = leaves_of(made)
+
+    def milliseconds(targets):
+        times = []
+        for _ in range(6):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            torch.autograd.grad(linear_cross_entropy(e, c, targets, impl="cce"), (e, c))
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        return min(times[1:])
+
+    assert milliseconds(few) < 0.5 * milliseconds(made.targets)
