@@ -24,7 +24,7 @@ from cut_cross_entropy.kernels.primitives import (
 )
 
 MAX_SEGMENTS = 16
-OVERFLOW = tl.constexpr(1e30)
+OVERFLOW = tl.constexpr(60.0)  # log2 of a sum beside its bound; its square overflows at 128
 
 
 @triton.jit
@@ -64,6 +64,7 @@ def walk_classes_kernel(
     tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
     bound = tl.load(bound_ptr + tokens, mask=tokens < N, other=float("inf"))
     is_token = bound != float("inf")
+    known = bound
     if tl.sum(is_token.to(tl.int32), 0) == 0:
         return
 
@@ -101,12 +102,18 @@ def walk_classes_kernel(
 
     total = tl.sum(sums, 0)
     out = segment.to(tl.int64) * N + tokens
-    tl.store(lse_ptr + out, bound + tl.log2(total), mask=is_token)
+    wanted = is_token
+    if ONLY_FLAGGED:
+        # Only sums that overflowed: a token must not change by what stands beside it.
+        first_lse = tl.load(lse_ptr + out, mask=is_token, other=0.0)
+        wanted = is_token & ~(first_lse - known < OVERFLOW)
+    lse = bound + tl.log2(total)
+    tl.store(lse_ptr + out, lse, mask=wanted)
     if WRITE_ENERGY:
         squares = 2.0 * bound + tl.log2(tl.sum(sums * sums, 0))
-        tl.store(spread_ptr + out, squares, mask=is_token)
+        tl.store(spread_ptr + out, squares, mask=wanted)
     if not ONLINE:
-        overflown = tl.sum((is_token & ~(total < OVERFLOW)).to(tl.int32), 0)
+        overflown = tl.sum((is_token & ~(lse - known < OVERFLOW)).to(tl.int32), 0)
         if overflown > 0:
             tl.store(flag_ptr + block, 1)
 
