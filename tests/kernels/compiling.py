@@ -52,6 +52,7 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 3
     types: tuple[tuple[str, str], ...] = ()
+    max_registers: int | None = None  # of a thread, on NVIDIA
 
 
 def variants(tiles: Tiles) -> list[Variant]:
@@ -100,6 +101,7 @@ def variants(tiles: Tiles) -> list[Variant]:
             boxes={"e": e_box},
             num_warps=8,
             num_stages=few,
+            max_registers=128,
         )  # fmt: skip
         add(
             f"score-{label}",
@@ -114,6 +116,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         {"BLOCK_T": BLOCK_T, "BLOCK_K": block_k, "BLOCK_N": tiles.block_n},
         num_warps=8,
         num_stages=few,
+        max_registers=128,
     )
     add(
         "grad_c",
@@ -123,6 +126,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         boxes={"e": (block_k, tiles.block_n)},
         num_warps=8,
         num_stages=few,
+        max_registers=128,
     )  # fmt: skip
     add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "GROUP": 64})
     add("compact", prepare.compact_kernel, {"BLOCK": prepare.SCAN}, num_warps=8)
@@ -189,6 +193,8 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
             divisible[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, variant.constants, divisible)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    if variant.max_registers is not None and target.backend == "cuda":
+        options["maxnreg"] = variant.max_registers
     kernel = triton.compile(source, target=target, options=options)
     registers = stack = None
     if target.backend == "cuda":
@@ -209,11 +215,16 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def tiles_of(name: str) -> Tiles:
+    """The block sizes that launchers use on a target."""
+    target, shared = TARGETS[name]
+    return tiles_for(shared, target.arch // 10 if target.backend == "cuda" else 9)
+
+
 def report(name: str) -> None:
     """Print the usage of every kernel for one target."""
-    target, shared = TARGETS[name]
-    for variant in variants(tiles_for(shared if name != "sm_80" else 163 * 2**10)):
-        print(name, variant.name, compile_variant(variant, target), flush=True)
+    for variant in variants(tiles_of(name)):
+        print(name, variant.name, compile_variant(variant, TARGETS[name][0]), flush=True)
 
 
 if __name__ == "__main__":
