@@ -73,6 +73,7 @@ def forward(
         return nothing, nothing.clone(), energy, nothing.clone()
 
     c = c.to(compute_dtype).contiguous()
+    bias = None if bias is None else bias.contiguous()
     tokens, target, bound = score_targets(
         e, c, bias, targets, ignore_index, softcap, compact=compact
     )
@@ -169,7 +170,7 @@ def backward(
     result = _Gradients(
         torch.zeros(e.shape, dtype=e.dtype, device=e.device) if need_e else None,
         torch.empty(c.shape, dtype=c.dtype, device=c.device) if need_c else None,
-        torch.empty_like(bias) if bias is not None and need_bias else None,
+        bias.new_empty(bias.shape) if bias is not None and need_bias else None,
     )
     if e.shape[0] == 0:
         for grad in (result.c, result.bias):
@@ -191,18 +192,17 @@ def backward(
             math.log2(FLAT_GROUPS),
         )
         problem = _problem(moved, c, bias, softcap, compute_dtype, memory_budget)
-        if not filtered and recording():
-            count = int((problem.sharp != -2).sum())
-            report(FilterRecord("exact", 1.0, 0.0, 0, count))
         sparse = _Gradients(
             result.e if filtered and filter_e else None,
             result.c if filtered and filter_c else None,
             result.bias if filtered and filter_c else None,
         )
-        if sparse.e is not None or sparse.c is not None or sparse.bias is not None:
-            done = _filtered(problem, sparse, energy, tolerance)
-            if not done:
-                sparse = _Gradients(None, None, None)
+        if sparse.e is None and sparse.c is None and sparse.bias is None:
+            if recording():
+                count = int((problem.sharp != -2).sum())
+                report(FilterRecord("exact", 1.0, 0.0, 0, count))
+        elif not _filtered(problem, sparse, energy, tolerance):
+            sparse = _Gradients(None, None, None)
         rest = _Gradients(
             None if sparse.e is not None else result.e,
             None if sparse.c is not None else result.c,
@@ -232,7 +232,7 @@ def _problem(
     return _Problem(
         moved.tokens,
         c.to(compute_dtype).contiguous(),
-        bias,
+        None if bias is None else bias.contiguous(),
         moved.lse,
         moved.a,
         moved.b,

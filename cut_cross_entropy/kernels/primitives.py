@@ -93,8 +93,9 @@ def fold_rows(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def energy_to_byte(energy):
-    """One byte for the energy of a strip, ENERGY_STEPS an octave."""
-    return tl.clamp(ENERGY_STEPS * (tl.log2(energy) - ENERGY_FLOOR), 0.0, 254.0).to(tl.uint8)
+    """One byte for the energy of a strip, ENERGY_STEPS an octave; the highest for NaN."""
+    steps = tl.clamp(ENERGY_STEPS * (tl.log2(energy) - ENERGY_FLOOR), 0.0, 254.0)
+    return tl.where(energy == energy, steps, 254.0).to(tl.uint8)
 
 
 @triton.jit
