@@ -67,7 +67,7 @@ def threshold_kernel(
     for start in range(0, N, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         sharp = tl.load(sharp_ptr + tokens, mask=tokens < N, other=-2.0)
-        at_targets += tl.sum(tl.where(sharp >= 0, sharp, 0.0), 0)
+        at_targets += tl.sum(tl.where(sharp < 0, 0.0, sharp), 0)  # NaN stays NaN
         num_flat += tl.sum((sharp == -1.0).to(tl.int32), 0)
         num_tokens += tl.sum((sharp != -2.0).to(tl.int32), 0)
     bins = tl.arange(0, 256)

@@ -90,7 +90,8 @@ def tails_kernel(
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tokens = first_token + place
     inside = tokens < N
-    sharp = tl.load(sharp_ptr + tokens, mask=inside, other=-2.0) >= 0
+    # Not ">= 0": a NaN has to go on.
+    sharp = inside & ~(tl.load(sharp_ptr + tokens, mask=inside, other=-2.0) < 0)
     held = tl.load(held_ptr + place, mask=inside, other=1.0)
     mass = tl.where(sharp, tl.maximum(1.0 - held, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0)
     weight = mass

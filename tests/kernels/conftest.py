@@ -28,7 +28,11 @@ class Route:
 
         with record_filter() as records:
             results = check(problem, self.impl, **options)
-        assert {record.path for record in records} <= {self.path}
+        needed = set(options.get("needed", ("e", "c", "bias")))
+        filtered = {"cce_kahan_full_c": {"e"}, "cce_kahan_full_e": {"c", "bias"}}
+        # A preset filters nothing when only its unfiltered gradient is asked for.
+        path = self.path if needed & filtered.get(self.impl, needed) else "exact"
+        assert {record.path for record in records} <= {path}
         everything = all(name in options.get("needed", ("e", "c")) for name in ("e", "c"))
         assert records or not everything or not problem.targets.numel(), "no backward was recorded"
         return results
