@@ -101,11 +101,13 @@ def test_signal_saves_and_the_rest_is_bit_identical(arguments, tmp_path, capsys,
 
 
 def test_a_second_signal_acts_at_once():
+    before = signal.getsignal(signal.SIGINT)  # a shell's background jobs start with it ignored
     with train.StopSignals() as stop:
         signal.raise_signal(signal.SIGTERM)
         assert stop.received is signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_resume_refuses_other_settings_and_other_data(config, tmp_path):
