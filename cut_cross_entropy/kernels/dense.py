@@ -20,6 +20,7 @@ from cut_cross_entropy.kernels.primitives import (
 
 MAX_SCRATCH_BYTES = 160 * 2**20  # of dE's sum and a chunk: larger chunks gain little
 MIN_CHUNK_BYTES = 32 * 2**20  # dE's sum is read and written once a chunk
+MAX_ELEMENTS = 2**30  # of any factor or result of a library product: 32 bits reach them
 GROUP_TILES = 8  # class tiles that walk the token blocks together
 
 
@@ -108,7 +109,8 @@ def dense_gradients(
     scratch = min(memory_budget, MAX_SCRATCH_BYTES)
     room = max(MIN_CHUNK_BYTES, scratch - (num_tokens * dim * 4 if need_e else 0))
     multiple = GROUP_TILES * tiles.block_v
-    chunk = max(multiple, room // (num_tokens * e.element_size()) // multiple * multiple)
+    most = min(room // (num_tokens * e.element_size()), MAX_ELEMENTS // max(num_tokens, dim))
+    chunk = max(multiple, most // multiple * multiple)
     chunk = min(chunk, triton.cdiv(num_classes, tiles.block_v) * tiles.block_v)
     num_blocks = triton.cdiv(num_tokens, BLOCK_T)
     buffer = e.new_empty((chunk, num_tokens))
