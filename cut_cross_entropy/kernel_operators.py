@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.constants import BLOCK_TOKENS
-from cut_cross_entropy.operators import refuse_double_backward
+from cut_cross_entropy.operators import fake_gradients, refuse_double_backward
 
 _OPTIONS = (
     "int ignore_index, float? softcap, ScalarType compute_dtype, int memory_budget, "
@@ -168,14 +168,7 @@ def _(
     need_c: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needed = ((e, need_e), (c, need_c), (bias, need_bias))
-    grads = [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if x is not None and need
-        else e.new_empty(0)
-        for x, need in needed
-    ]
-    return grads[0], grads[1], grads[2]
+    return fake_gradients(e, c, bias, need_e, need_c, need_bias)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -100,6 +100,20 @@ def chunked_gradients(
         )
 
 
+def fake_gradients(
+    e: Tensor, c: Tensor, bias: Tensor | None, need_e: bool, need_c: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backward operator returns, without values: an empty tensor for each not needed."""
+    needed = ((e, need_e), (c, need_c), (bias, need_bias))
+    grads = [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if x is not None and need
+        else e.new_empty(0)
+        for x, need in needed
+    ]
+    return grads[0], grads[1], grads[2]
+
+
 @chunked_gradients.register_fake
 def _(
     grad_nll: Tensor,
@@ -117,14 +131,7 @@ def _(
     need_c: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needed = ((e, need_e), (c, need_c), (bias, need_bias))
-    grads = [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if x is not None and need
-        else e.new_empty(0)
-        for x, need in needed
-    ]
-    return grads[0], grads[1], grads[2]
+    return fake_gradients(e, c, bias, need_e, need_c, need_bias)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
