@@ -148,9 +148,10 @@ def _per_token(values: Tensor, targets: Tensor, shift: int) -> Tensor:
 def _compute_dtype(e: Tensor, c: Tensor, bias: Tensor | None) -> torch.dtype:
     """The dtype of the product: that of autocast, which leaves float64 alone, or of the inputs."""
     device_type = e.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(
-        device_type
-    )
+    # Devices without autocast (meta) refuse the question. Dynamo of torch 2.11 cannot trace the
+    # question whether they have one, and what it traces runs on a device that has.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    autocast = known and torch.is_autocast_enabled(device_type)
     check_compute_dtypes(e, c, bias, autocast)
     if autocast and torch.float64 not in (e.dtype, c.dtype):
         return torch.get_autocast_dtype(device_type)

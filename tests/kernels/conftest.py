@@ -58,18 +58,18 @@ def drops_nothing(monkeypatch):
 @pytest.fixture
 def always_filtered(monkeypatch):
     """The filtered path is taken however much is kept, and no token counts as flat."""
-    from cut_cross_entropy.kernels import pipeline
+    from cut_cross_entropy.kernels import filtered
 
-    monkeypatch.setattr(pipeline, "DENSE_FRACTION", 2.0)
-    monkeypatch.setattr(pipeline, "FLAT_GROUPS", math.inf)
+    monkeypatch.setattr(filtered, "DENSE_FRACTION", 2.0)
+    monkeypatch.setattr(filtered, "FLAT_GROUPS", math.inf)
 
 
 @pytest.fixture
 def never_filtered(monkeypatch):
     """The filter finds the data too flat, whatever it is."""
-    from cut_cross_entropy.kernels import pipeline
+    from cut_cross_entropy.kernels import filtered
 
-    monkeypatch.setattr(pipeline, "DENSE_FRACTION", -1.0)
+    monkeypatch.setattr(filtered, "DENSE_FRACTION", -1.0)
 
 
 def _take(name, request):

@@ -34,8 +34,8 @@ def softmax_by_parts(e, c, step):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_classifier_of_more_than_2_to_31_elements(impl):
-    """Its last rows, which 32 bits do not reach, in loss and gradient."""
-    num_classes, dim, tokens, tail = 262144, 8448, 256, 512
+    """All rows, those that 32 bits do not reach and those that a wrapped offset would hit."""
+    num_classes, dim, tokens, part = 262144, 8448, 256, 16384
     assert num_classes * dim > 2**31
     c = randn(num_classes, dim, scale=3 / dim**0.5).requires_grad_()
     e = randn(tokens, dim, seed=1).requires_grad_()
@@ -43,18 +43,20 @@ def test_classifier_of_more_than_2_to_31_elements(impl):
     loss = linear_cross_entropy(e, c, targets, impl=impl, reduction="none")
     (loss.sum()).backward()
     with torch.no_grad():
-        last = c[-tail:].double()
-        logits = e.double() @ last.T
         lse = torch.stack(
-            [(e.float() @ x.float().T).logsumexp(1) for x in c.split(16384)]
+            [(e.float() @ rows.float().T).logsumexp(1) for rows in c.split(part)]
         ).logsumexp(0)
-        expected = lse - logits.gather(1, (targets - (num_classes - tail))[:, None])[:, 0]
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-3)
-        p = (logits - lse[:, None]).exp()
-        p[torch.arange(tokens), targets - (num_classes - tail)] -= 1
-        assert relative_error(c.grad[-tail:], p.T @ e.double()) < 0.01
-        assert torch.isfinite(e.grad).all()
-        assert c.grad[: num_classes - tail].abs().amax() < 1
+        of_target = (e.double() * c[targets].double()).sum(1)
+        torch.testing.assert_close(loss.double(), lse - of_target, rtol=1e-4, atol=1e-3)
+        grad_e = torch.zeros_like(e, dtype=torch.float32)
+        for first in range(0, num_classes, part):
+            rows = c[first : first + part].float()
+            p = (e.float() @ rows.T - lse[:, None]).exp()
+            here = (targets >= first) & (targets < first + part)
+            p[here, targets[here] - first] -= 1
+            grad_e += p @ rows
+            assert relative_error(c.grad[first : first + part], p.T @ e.float()) < 0.01
+        assert relative_error(e.grad, grad_e) < 0.01
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -186,25 +188,3 @@ def test_memory_is_given_back():
     for _ in range(3):
         run_ours(Problem(made.e, made.c, made.targets), "cce")
     assert in_use() == before
-
-
-def test_ignored_tokens_cost_nothing():
-    """With 15 of 16 tokens ignored, a step takes a small part of the time."""
-    tokens, shape = 8192, Shape("test", 65536, 1024)
-    made = make("structured", tokens, shape, device=DEVICE)
-    few = made.targets.clone()
-    few[torch.arange(tokens, device=DEVICE) % 16 != 0] = -100
-    e, c = leaves_of(made)
-
-    def milliseconds(targets):
-        times = []
-        for _ in range(6):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            torch.autograd.grad(linear_cross_entropy(e, c, targets, impl="cce"), (e, c))
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        return min(times[1:])
-
-    assert milliseconds(few) < 0.5 * milliseconds(made.targets)

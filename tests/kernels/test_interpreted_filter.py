@@ -108,9 +108,9 @@ def test_flat_data_takes_the_dense_path():
 @pytest.mark.parametrize("flat", [(0,), (3, 17, 31)], ids=str)
 def test_flat_tokens_among_sharp_ones_are_exact(flat, monkeypatch):
     """A few flat tokens would spoil the tail of all, so they are treated alone."""
-    from cut_cross_entropy.kernels import pipeline
+    from cut_cross_entropy.kernels import filtered
 
-    monkeypatch.setattr(pipeline, "FLAT_GROUPS", 100)
+    monkeypatch.setattr(filtered, "FLAT_GROUPS", 100)
     # Among 1100 classes a flat token has 1e-3 in each: more than the default would drop.
     monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 0.02)
     problem = sharp(flat=flat)
@@ -125,10 +125,10 @@ def test_flat_tokens_among_sharp_ones_are_exact(flat, monkeypatch):
 
 
 def test_mostly_flat_tokens_take_the_dense_path(monkeypatch):
-    from cut_cross_entropy.kernels import pipeline
+    from cut_cross_entropy.kernels import filtered
 
-    monkeypatch.setattr(pipeline, "FLAT_GROUPS", 100)
-    monkeypatch.setattr(pipeline, "DENSE_FRACTION", 2.0)
+    monkeypatch.setattr(filtered, "FLAT_GROUPS", 100)
+    monkeypatch.setattr(filtered, "DENSE_FRACTION", 2.0)
     _, (record,) = recorded(sharp(9, flat=range(6)))
     assert record.path == "dense"
 

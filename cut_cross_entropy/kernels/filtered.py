@@ -1,0 +1,220 @@
+"""The filtered backward: gradients of the strips that are kept, and of the tail for all others.
+
+Shape legend: ``cut_cross_entropy.kernels``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.filter_report import FilterRecord, recording, report
+from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.grad_c import grad_c as compute_grad_c
+from cut_cross_entropy.kernels.grad_c import order_classes
+from cut_cross_entropy.kernels.grad_e import grad_e as compute_grad_e
+from cut_cross_entropy.kernels.problem import Gradients, Problem, write_dense
+from cut_cross_entropy.kernels.selection import (
+    CHUNK,
+    Counts,
+    Kept,
+    Places,
+    StripList,
+    class_offsets,
+    find_places,
+    keep_strips,
+    list_strips,
+)
+from cut_cross_entropy.kernels.strips import strip_gradients, sum_by_class
+from cut_cross_entropy.kernels.tail import share_moments, weighted_row_sum, write_tails
+
+STRIP_BYTES = 2 * BLOCK_T + 8  # a strip's logit gradient and its place in the lists
+DENSE_FRACTION = 0.45  # of strips kept: beyond it the dense path is faster
+FLAT_FRACTION = 0.5  # of tokens that are flat: beyond it all are treated so
+FLAT_GROUPS = 400  # effective number of class groups from which a token counts as flat
+
+
+def write_filtered(problem: Problem, grads: Gradients, energy: Tensor, tolerance: float) -> bool:
+    """Gradients of the kept strips plus the tail; False if the data is too flat for that."""
+    if energy.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the filtered gradient reads the number of kept strips from the device, which a CUDA "
+            "graph cannot capture; use impl='cce_exact' or filter_eps=None"
+        )
+    kept = keep_strips(energy, problem.sharp, tolerance)
+    selected = _Selected.of(kept, problem)
+    counts = kept.read()  # the one synchronisation: all before it is queued, all after is short
+
+    num_strips = int(counts.strips.sum())
+    possible = -(-counts.tokens // BLOCK_T) * energy.shape[1]
+    too_flat = (
+        counts.flat_tokens > FLAT_FRACTION * counts.tokens or num_strips > DENSE_FRACTION * possible
+    )
+    mass = None
+    if not too_flat:
+        sharp = problem.without(problem.sharp == -1) if counts.flat_tokens else problem
+        mass = _strips_and_tail(sharp, grads, kept, selected, counts)
+        if counts.flat_tokens:
+            flat_first = torch.sort(problem.sharp.sub(-1).abs(), stable=True).indices
+            write_dense(problem.of(flat_first[: counts.flat_tokens]), grads, accumulate=True)
+    if recording():
+        report(
+            FilterRecord(
+                path="dense" if too_flat else "filtered",
+                strips_kept=1.0 if too_flat else num_strips / max(1, possible),
+                dropped_mass=0.0 if mass is None else float(mass.sum()) / max(1, counts.tokens),
+                flat_tokens=counts.flat_tokens,
+                tokens=counts.tokens,
+            )
+        )
+    return not too_flat
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """What follows from the selection without knowing how much it kept.
+
+    Args:
+        shares: (V,) of the tail's mass.
+        moments: (2,) see share_moments; only with a softcap.
+        center: (D,) mean row of c over the tail.
+        offsets: (groups, V) see class_offsets.
+        order: (V,) see order_classes.
+        places: of all strips.
+    """
+
+    shares: Tensor
+    moments: Tensor | None
+    center: Tensor
+    offsets: Tensor
+    order: Tensor
+    places: Places
+
+    @classmethod
+    def of(cls, kept: Kept, problem: Problem) -> "_Selected":
+        # Weights are non-negative: where their sum is 0, so are they.
+        shares = kept.weights / kept.weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+        return cls(
+            shares,
+            None if problem.softcap is None else share_moments(shares),
+            weighted_row_sum(shares, problem.c),
+            class_offsets(kept.sizes),
+            order_classes(kept.masks, 0, kept.masks.shape[1]),
+            find_places(kept, (0, kept.shape[0]), (0, kept.shape[1])),
+        )
+
+
+def _strips_and_tail(
+    problem: Problem, grads: Gradients, kept: Kept, selected: _Selected, counts: Counts
+) -> Tensor:
+    """Writes the gradients; returns the dropped mass of each token, (N,)."""
+    tokens, c, tiles = problem.tokens, problem.c, problem.tiles
+    num_classes = c.shape[0]
+    num_blocks, num_chunks = kept.shape
+    all_blocks, all_chunks = (0, num_blocks), (0, num_chunks)
+    by_block, by_chunk = counts.strips.sum(1).tolist(), counts.strips.sum(0).tolist()
+    capacity = max(1, problem.memory_budget // STRIP_BYTES)
+    whole = sum(by_block) <= capacity
+    tails = torch.zeros(problem.a.shape[0], dtype=torch.float32, device=c.device)
+    mass = torch.zeros_like(tails)
+
+    def compute(
+        blocks: tuple[int, int], chunks: tuple[int, int], by_class: bool
+    ) -> tuple[StripList, Tensor, Tensor, Tensor]:
+        """Strips of a rectangle: their list, gradients, sums, and what each token's hold."""
+        offsets = selected.offsets if by_class else None
+        first = sum(by_chunk[: chunks[0]])
+        places = selected.places if whole else find_places(kept, blocks, chunks)
+        strips = list_strips(kept, counts, blocks, chunks, places, offsets, first)
+        return strips, *strip_gradients(
+            tokens.e,
+            c,
+            problem.bias,
+            problem.lse,
+            problem.a,
+            problem.b,
+            tokens.targets,
+            problem.scale,
+            strips,
+            problem.softcap,
+            tiles,
+            bias_grad=grads.bias is not None,
+        )
+
+    def add_tails(held: Tensor, first_block: int) -> None:
+        write_tails(
+            held,
+            problem.a,
+            problem.lse,
+            problem.sharp,
+            selected.moments,
+            problem.softcap,
+            first_block,
+            tails,
+            mass,
+        )
+
+    # What is stored at once is bounded: in rounds over blocks for dE, over classes for dC.
+    need_classes = grads.c is not None or grads.bias is not None
+    if whole or grads.e is not None:
+        for blocks in [all_blocks] if whole else _ranges(by_block, capacity):
+            strips, stored, sums, held = compute(blocks, all_chunks, by_class=whole)
+            add_tails(held, blocks[0])
+            if grads.e is not None:
+                compute_grad_e(
+                    stored,
+                    c,
+                    strips,
+                    problem.scale,
+                    tails,
+                    selected.center,
+                    tokens.origin,
+                    grads.e,
+                    tiles,
+                )
+    elif need_classes:  # the mass has to be known before the first round
+        held = torch.zeros((num_blocks, BLOCK_T), dtype=torch.float32, device=c.device)
+        for chunks in _ranges(by_chunk, capacity):
+            held += compute(all_blocks, chunks, by_class=True)[3]
+        add_tails(held, 0)
+    if not need_classes:
+        return mass
+
+    mean = weighted_row_sum(tails, tokens.e)
+    for chunks in [all_chunks] if whole else _ranges(by_chunk, capacity):
+        if not whole:
+            _, stored, sums, _ = compute(all_blocks, chunks, by_class=True)
+        first = sum(by_chunk[: chunks[0]])
+        classes = (chunks[0] * CHUNK, min(num_classes, chunks[1] * CHUNK))
+        if grads.c is not None:
+            compute_grad_c(
+                stored,
+                tokens.e,
+                kept.masks,
+                selected.offsets,
+                first,
+                selected.order if whole else order_classes(kept.masks, *classes),
+                int(counts.active[slice(*chunks)].sum()),
+                problem.scale,
+                selected.shares,
+                mean,
+                grads.c,
+                tiles,
+            )
+        if grads.bias is not None:
+            here = slice(*classes)
+            by_class = sum_by_class(sums, selected.offsets, first, classes)
+            grads.bias[here] = (by_class + selected.shares[here] * tails.sum()).to(grads.bias.dtype)
+    return mass
+
+
+def _ranges(counts: list[int], capacity: int) -> list[tuple[int, int]]:
+    """Consecutive ranges whose counts sum to at most ``capacity`` (or hold a single element)."""
+    ranges, start, total = [], 0, 0
+    for i, count in enumerate(counts):
+        if total + count > capacity and i > start:
+            ranges.append((start, i))
+            start, total = i, 0
+        total += count
+    ranges.append((start, len(counts)))
+    return ranges

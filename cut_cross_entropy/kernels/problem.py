@@ -1,0 +1,114 @@
+"""What the parts of the backward share, and the gradient of some tokens without a filter.
+
+Shape legend: ``cut_cross_entropy.kernels``.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.kernels.config import Tiles, tiles_on
+from cut_cross_entropy.kernels.dense import dense_gradients
+from cut_cross_entropy.kernels.prepare import BackwardTokens, Tokens, scatter_rows
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the parts of the backward share; tokens that count are in front."""
+
+    tokens: Tokens
+    c: Tensor
+    bias: Tensor | None
+    lse: Tensor  # (N,) log2; +inf: no token
+    a: Tensor
+    b: Tensor
+    sharp: Tensor
+    scale: Tensor
+    softcap: float | None
+    tiles: Tiles
+    memory_budget: int
+
+    def of(self, places: Tensor) -> "Problem":
+        """The tokens at ``places`` alone."""
+        return replace(
+            self,
+            tokens=self.tokens.at(places),
+            lse=self.lse[places],
+            a=self.a[places],
+            b=self.b[places],
+        )
+
+    def without(self, absent: Tensor) -> "Problem":
+        """The same places with some tokens taken out."""
+        return replace(
+            self,
+            lse=torch.where(absent, torch.inf, self.lse),
+            a=torch.where(absent, 0, self.a),
+            b=torch.where(absent, 0, self.b),
+        )
+
+
+@dataclass
+class Gradients:
+    """Outputs of the backward, None where not needed."""
+
+    e: Tensor | None
+    c: Tensor | None
+    bias: Tensor | None
+
+
+def assemble(
+    moved: BackwardTokens,
+    c: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    compute_dtype: torch.dtype,
+    memory_budget: int,
+) -> Problem:
+    """The problem of tokens moved to the front; in float16 with the scale that keeps a * p."""
+    scale = moved.a.new_ones(())
+    if compute_dtype == torch.float16:
+        # 1/N times a small probability underflows; a power of two brings it back unharmed.
+        largest = torch.maximum(moved.a.abs().max(), moved.b.abs().max())
+        exponent = -torch.floor(torch.log2(largest))
+        scale = torch.where(torch.isfinite(exponent), torch.exp2(exponent), scale)
+    return Problem(
+        moved.tokens,
+        c.to(compute_dtype).contiguous(),
+        None if bias is None else bias.contiguous(),
+        moved.lse,
+        moved.a,
+        moved.b,
+        moved.sharp,
+        scale,
+        softcap,
+        tiles_on(c.device),
+        memory_budget,
+    )
+
+
+def write_dense(problem: Problem, grads: Gradients, accumulate: bool) -> None:
+    """Write the gradients that are asked for from all strips; ``accumulate`` adds to dC, dbias."""
+    if grads.e is None and grads.c is None and grads.bias is None:
+        return
+    tokens = problem.tokens
+    total = dense_gradients(
+        tokens.e,
+        problem.c,
+        problem.bias,
+        problem.lse,
+        problem.a,
+        problem.b,
+        tokens.targets,
+        problem.scale,
+        problem.softcap,
+        problem.tiles,
+        problem.memory_budget,
+        grads.e is not None,
+        grads.c,
+        grads.bias,
+        accumulate,
+    )
+    if total is not None and grads.e is not None:
+        scatter_rows(total, tokens.origin, grads.e)
