@@ -29,9 +29,13 @@ class ForwardRecord:
 
     def __init__(self, model: nn.Module, options: PatchOptions, labels: Tensor) -> None:
         self.model = model
-        self.model_name = type(model).__name__
         self.options = options
         self.labels = labels
+
+    @property
+    def model_name(self) -> str:
+        """The class of the model."""
+        return type(self.model).__name__
 
     def note_loss(self) -> None:
         """A loss was computed without logits."""

@@ -5,10 +5,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 # Where the heads of a model without output embeddings were found last; each call looks there
 # again, since adapters and resizing replace the modules, but walking all modules is slow.
 _found_names: "WeakKeyDictionary[nn.Module, tuple[str, ...]]" = WeakKeyDictionary()
+
+_GENERAL_GETTER = PreTrainedModel.get_output_embeddings
 
 
 def find_heads(model: nn.Module) -> list[nn.Module]:
@@ -70,13 +73,13 @@ def vocabulary_sizes(config: Any, depth: int = 3) -> Iterator[int]:
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    if getter is None:
-        return None
-    try:
-        head = getter()
-    except (AttributeError, NotImplementedError):
-        return None
+    if getattr(type(model), "get_output_embeddings", None) is _GENERAL_GETTER:
+        head: Any = model._modules.get("lm_head")  # what it returns, after a slow look elsewhere
+    else:
+        try:
+            head = model.get_output_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            return None
     if not isinstance(head, nn.Module) or isinstance(head, nn.Embedding):
         return None
     return head

@@ -74,7 +74,10 @@ class HeadForward:
         self, record: ForwardRecord, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> LazyLogits | Tensor:
         if self.is_plain and len(args) == 1 and not kwargs:
-            lazy = lazy_linear(record, args[0], self.head.weight, self.head.bias)
+            own: Any = self.head._parameters
+            if "weight" not in own or "bias" not in own:  # under a parametrization, for one
+                own = {"weight": self.head.weight, "bias": self.head.bias}
+            lazy = lazy_linear(record, args[0], own["weight"], own["bias"])
             return self.forward(*args) if lazy is None else lazy
         rows = num_rows(self.head)
         with HeadMode(record, () if rows is None else (rows,), args[0].shape[:-1]):
@@ -128,12 +131,22 @@ class HeadMode(TorchFunctionMode):
 
 def lazy_linear(record: ForwardRecord, x: Any, weight: Any, bias: Any) -> LazyLogits | None:
     """``F.linear(x, weight, bias)`` as lazy logits, or None where that is not possible."""
-    device_type = x.device.type if isinstance(x, Tensor) else ""
-    autocast_dtype = current_autocast(device_type) if device_type else None
-    reason = _why_not(x, weight, autocast_dtype)
-    if reason is not None:
-        record.not_captured = reason
+    if not isinstance(x, Tensor):
+        record.not_captured = f"its head got {type(x).__name__}"
         return None
+    device, dtype = x.device, x.dtype
+    autocast_dtype = current_autocast(device.type)
+    if not (
+        type(weight) is nn.Parameter  # what nearly every call has, without a look at the rest
+        and dtype == weight.dtype
+        and dtype.is_floating_point
+        and type(x) is Tensor
+        and x.shape[-1] == weight.shape[-1]
+    ):
+        reason = _why_not(x, weight, autocast_dtype)
+        if reason is not None:
+            record.not_captured = reason
+            return None
     grad_enabled = torch.is_grad_enabled()
     requires_grad = grad_enabled and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -143,20 +156,19 @@ def lazy_linear(record: ForwardRecord, x: Any, weight: Any, bias: Any) -> LazyLo
         record,
         requires_grad,
         grad_enabled,
-        device_type,
+        device.type,
         autocast_dtype,
         () if compiling else depends_on(x, weight, bias),
     )
-    dtype = x.dtype
     if autocast_dtype is not None and dtype != torch.float64:
         dtype = autocast_dtype
     record.captured += 1
-    return LazyLogits(Recipe(((x, weight),), bias), dtype, weight.shape[0], x.device, origin)
+    return LazyLogits(Recipe(((x, weight),), bias), dtype, weight.shape[0], device, origin)
 
 
 def _why_not(x: Any, weight: Any, autocast_dtype: torch.dtype | None) -> str | None:
-    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
-        return f"its head got {type(x).__name__}"
+    if not isinstance(weight, Tensor):
+        return f"the weight of its head is no tensor but a {type(weight).__name__}"
     for tensor in (x, weight):
         if type(tensor).__name__ == "DTensor":
             return "its head is tensor-parallel (a DTensor)"
@@ -199,5 +211,7 @@ def is_intercepted(head: nn.Module) -> bool:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether the module gathers its own parameters around its forward: FSDP, of both kinds."""
+    if type(module) is nn.Linear:
+        return False
     names = [base.__name__ for base in type(module).__mro__]
     return "FSDPModule" in names or "FullyShardedDataParallel" in names

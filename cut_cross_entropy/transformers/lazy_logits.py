@@ -119,19 +119,25 @@ class LazyLogits(Unevaluated):
 
     # Everything else.
 
-    def derived(self, recipe: Recipe, **changes: Any) -> "LazyLogits":
+    def derived(
+        self,
+        recipe: Recipe,
+        dtype: torch.dtype | None = None,
+        num_classes: int | None = None,
+        device: Any = None,
+    ) -> "LazyLogits":
         """Lazy logits that come from these by one more operation."""
         return LazyLogits(
             recipe,
-            changes.get("dtype", self.dtype),
-            changes.get("num_classes", self.num_classes),
-            changes.get("device", self.device),
+            self.dtype if dtype is None else dtype,
+            self.num_classes if num_classes is None else num_classes,
+            self.device if device is None else device,
             self.origin,
         )
 
-    def alias(self, recipe: Recipe, **changes: Any) -> "LazyLogits":
+    def alias(self, recipe: Recipe, num_classes: int | None = None) -> "LazyLogits":
         """Like :meth:`derived`, for an operation whose result is a view of its argument."""
-        view = self.derived(recipe, **changes)
+        view = self.derived(recipe, num_classes=num_classes)
         self.aliased = view.aliased = True
         return view
 
@@ -209,11 +215,15 @@ def concrete(value: Any, operation: str) -> Any:
 
 
 def _operator(name: str) -> Any:
-    def method(self: LazyLogits, *args: Any) -> Any:
-        return self.apply(name, *args)
+    def method(self: LazyLogits, *args: Any, **kwargs: Any) -> Any:
+        return self.apply(name, *args, **kwargs)
 
     return method
 
 
-for _special, _name in (*_OPERATORS.items(), *((name, name) for name in _COMPUTING_OPERATORS)):
+# What is recorded has methods of its own only because they are faster than ``__getattr__``.
+for _special, _name in (
+    *_OPERATORS.items(),
+    *((name, name) for name in (*_COMPUTING_OPERATORS, *RECORDED)),
+):
     setattr(LazyLogits, _special, _operator(_name))

@@ -41,7 +41,8 @@ def cross_entropy(
             logits, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
     else:
-        options = record.options.to_kwargs() | {"reduction": reduction}
+        options = record.options.to_kwargs()
+        options["reduction"] = reduction
 
         def compute(recipe: Recipe) -> Tensor:
             folded = fold(recipe)
@@ -51,7 +52,7 @@ def cross_entropy(
             result = linear_cross_entropy(
                 e,
                 c,
-                target.to(e.device),
+                target if target.device == e.device else target.to(e.device),
                 bias=folded.bias,
                 softcap=folded.softcap,
                 ignore_index=ignore_index,

@@ -12,7 +12,7 @@ class CutCrossEntropyWarning(UserWarning):
 
 
 _given: set[tuple[str, str]] = set()
-_counts: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
+_counts: "WeakKeyDictionary[nn.Module, list[int]]" = WeakKeyDictionary()
 _total = 0
 
 
@@ -37,7 +37,10 @@ def count_loss(model: nn.Module) -> None:
     """Note that the patch computed a loss of ``model``."""
     global _total
     _total += 1
-    _counts[model] = _counts.get(model, 0) + 1
+    count = _counts.get(model)
+    if count is None:
+        count = _counts[model] = [0]
+    count[0] += 1
 
 
 @torch._dynamo.assume_constant_result
@@ -58,4 +61,4 @@ def call_count(model: nn.Module | None = None) -> int:
     Returns:
         The number of losses; 0 means that the patch was never active.
     """
-    return _total if model is None else _counts.get(model, 0)
+    return _total if model is None else _counts.get(model, [0])[0]

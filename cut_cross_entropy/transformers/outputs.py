@@ -48,5 +48,6 @@ def _replace_fields(output: ModelOutput, replacement: Callable[[Any], Any]) -> M
             OrderedDict.__delitem__(output, name)
             output.__dict__[name] = None
         elif replaced is not value:
-            output[name] = replaced
+            OrderedDict.__setitem__(output, name, replaced)
+            output.__dict__[name] = replaced
     return output

@@ -80,7 +80,7 @@ def _view(lazy: Any, *shape: Any, **kwargs: Any) -> Any:
         shape = tuple(kwargs["shape"])
     if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
         shape = tuple(shape[0])
-    if not shape or not all(isinstance(size, (int, torch.SymInt)) for size in shape):
+    if not shape or not isinstance(shape[-1], (int, torch.SymInt)):
         return NotImplemented  # view(dtype)
     *leading, last = shape
     if last == -1:
