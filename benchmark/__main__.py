@@ -1,156 +1,185 @@
-"""``python -m benchmark``: time, memory and error of the loss on data like a trained model's."""
+"""``python -m benchmark``: time, memory and error of the loss on data like a trained model's.
+
+Every method runs in a process of its own and they take turns. Rows can be written as JSON and CSV,
+and plotted. Sweeps: several values of --tokens or --classes, or --sweep.
+"""
 
 import argparse
 import dataclasses
-import json
-import platform
-import subprocess
+import itertools
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmark import output
 from benchmark.data import KINDS as DATA_KINDS
-from benchmark.data import SHAPES, Problem, Shape, describe, make
-from benchmark.measure import (
-    KINDS,
-    exact_gradients,
-    loss_of,
-    measure,
-    relative_error,
-    time_of_one_gemm,
-)
-from cut_cross_entropy import __version__, record_filter
-from cut_cross_entropy.device_support import triton_version
+from benchmark.environment import environment
+from benchmark.measure import KINDS
+from benchmark.methods import METHODS, installed
+from benchmark.runs import Session, Task, measure_all
+from benchmark.shapes import SHAPES, SMALL, Shape
 
-GPU_METHODS = ("cce", "cce_exact", "torch_compile", "chunked", "baseline")
-CPU_METHODS = ("chunked", "baseline")
-CPU_SHAPE = Shape("small", 16384, 256)
+SWEEP_TOKENS = [2**i for i in range(10, 18)]
+SWEEP_CLASSES = [65536, 98304, 131072, 196608, 262144]
+CPU_SWEEP_TOKENS = [128, 256, 512, 1024]
+CPU_SWEEP_CLASSES = [4096, 8192, 16384, 32768]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmark", description=__doc__)
-    parser.add_argument(
-        "--data", nargs="+", default=["gemma2"], choices=[*SHAPES, "all", "file"],
-        help="classifier shapes to measure; 'file' reads --file",
-    )  # fmt: skip
-    parser.add_argument("--file", type=Path, help="saved tensors e, c, t for --data file")
-    parser.add_argument(
-        "--tail", nargs="+", default=["structured"], choices=DATA_KINDS,
-        help="kind of data: like a trained model's (structured or diffuse tail), flat, or randn",
-    )  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens a batch (N)")
-    parser.add_argument("--methods", nargs="+", help="implementations; default: all that run here")
-    parser.add_argument(
-        "--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="passes to measure"
-    )
-    parser.add_argument("--repetitions", type=int, default=7, help="timed runs of each")
-    parser.add_argument("--no-errors", action="store_true", help="skip the float32 reference")
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    return parser.parse_args()
+    add = parser.add_argument
+    # fmt: off
+    add("--data", nargs="+", default=["gemma2"], choices=[*SHAPES, "all", "file"],
+        help="classifier shapes to measure; 'file' reads --file")
+    add("--file", type=Path, help="hidden states that `python -m benchmark.hidden` wrote")
+    add("--tail", nargs="+", default=["structured"], choices=DATA_KINDS,
+        help="data: like a trained model's (structured or diffuse tail), flat, or randn")
+    add("--tokens", nargs="+", type=int, help="tokens a batch (N); default 8192, on a CPU 512")
+    add("--classes", nargs="+", type=int, help="classes (V), instead of the shape's")
+    add("--sweep", choices=("tokens", "classes"), help="loss-fw-bw over N or over V")
+    add("--ignored", nargs="+", type=float, default=[0.0], metavar="FRACTION",
+        help="share of the targets that are ignored")
+    add("--frozen", nargs="+", default=["none"], choices=("none", "e", "c"),
+        help="the input that needs no gradient")
+    add("--methods", nargs="+", choices=[name for name in METHODS if name != "gemm"],
+        help="default: all that run here, other packages if they are installed")
+    add("--peer", nargs="+", default=[], metavar="METHOD=PATH",
+        help="folder with another package, for instance apple=PATH")
+    add("--kinds", nargs="+", choices=KINDS, help="passes to measure; default all")
+    add("--repetitions", type=int, default=12, help="timed runs of each, in rounds of three")
+    add("--no-errors", action="store_true", help="skip the float32 reference")
+    add("--json", type=Path, help="write everything measured to this file")
+    add("--csv", type=Path, help="write the rows to this file")
+    add("--plots", type=Path, help="write PNG plots into this folder")
+    add("--commit", help="commit to name where there is no history (or COMMIT)")
+    add("--time-limit", type=float, default=3600.0, help="seconds for everything")
+    # fmt: on
+    parsed = parser.parse_args(arguments)
+    if "file" in parsed.data and parsed.file is None:
+        parser.error("--data file needs --file")
+    try:
+        parsed.peer = dict(entry.split("=", 1) for entry in parsed.peer)
+    except ValueError:
+        parser.error(f"--peer must be METHOD=PATH, got {parsed.peer}")
+    unknown = set(parsed.peer) - {name for name, method in METHODS.items() if method.peer}
+    if unknown:
+        parser.error(f"--peer names no other package: {', '.join(sorted(unknown))}")
+    return parsed
 
 
-def environment() -> dict[str, str]:
-    """Where the figures come from."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    on_gpu = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU",
-        "torch": torch.__version__,
-        "triton": ".".join(map(str, triton_version() or ())) or "none",
-        "cut_cross_entropy": __version__,
-        "commit": commit or "unknown",
-    }
-
-
-def problems(arguments: argparse.Namespace, device: str) -> Any:
-    """Name and data of every problem asked for, one at a time."""
-    if device == "cpu":
-        yield "small", make(arguments.tail[0], 512, CPU_SHAPE, torch.float32)
-        return
+def tasks(arguments: argparse.Namespace, on_gpu: bool) -> list[Task]:
+    """The problems that the command line asks for."""
+    kinds = arguments.kinds or list(KINDS)
+    tokens = arguments.tokens or [8192 if on_gpu else 512]
+    classes: list[int | None] = list(arguments.classes or [None])
+    if arguments.sweep:
+        kinds = arguments.kinds or ["loss-fw-bw"]
+    if arguments.sweep == "tokens":
+        tokens = arguments.tokens or (SWEEP_TOKENS if on_gpu else CPU_SWEEP_TOKENS)
+    if arguments.sweep == "classes":
+        classes = list(arguments.classes or (SWEEP_CLASSES if on_gpu else CPU_SWEEP_CLASSES))
     names = list(SHAPES) if "all" in arguments.data else arguments.data
-    for name in names:
-        if name == "file":
-            saved = torch.load(arguments.file)
-            data = (saved["e"].to(device), saved["c"].to(device), saved["t"].long().to(device))
-            yield arguments.file.stem, Problem(*data)
-            continue
-        for tail in arguments.tail:
-            yield f"{name}-{tail}", make(tail, arguments.tokens, SHAPES[name], device=device)
+    shapes = [name for name in names if name != "file"]
+    chosen = [SHAPES[name] for name in shapes]
+    if not on_gpu:
+        chosen = [SMALL] if shapes else []
+    options: dict[str, Any] = {
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "kinds": kinds,
+        "errors": not arguments.no_errors and not arguments.sweep,
+    }
+    result = []
+    for ignored, frozen in itertools.product(arguments.ignored, arguments.frozen):
+        more = {**options, "ignored": ignored, "frozen": None if frozen == "none" else frozen}
+        suffix = f"-ignored{ignored:g}" * bool(ignored) + f"-frozen-{frozen}" * (frozen != "none")
+        for shape, tail, n, v in itertools.product(chosen, arguments.tail, tokens, classes):
+            name = f"{shape.name}-{tail}"
+            if v is not None:
+                shape = dataclasses.replace(shape, num_classes=v)
+                name += f"-V{v}"
+            if len(tokens) > 1:
+                name += f"-N{n}"
+            result.append(Task(name + suffix, tail, n, shape, **more))
+        if "file" in names:
+            name = arguments.file.name.split(".")[0]
+            shape = Shape(name, 0, 0)
+            result.append(Task(name + suffix, "file", 0, shape, file=str(arguments.file), **more))
+    return result
 
 
-def measure_problem(
-    name: str, problem: Problem, methods: list[str], arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Rows of the table for one problem."""
-    problem = dataclasses.replace(
-        problem, e=problem.e.requires_grad_(), c=problem.c.requires_grad_()
+def chosen_methods(arguments: argparse.Namespace, on_gpu: bool) -> list[str]:
+    """The methods to start, the product that all are compared with included."""
+    names = arguments.methods or [
+        name for name in METHODS if name != "gemm" and installed(name, arguments.peer)
+    ]
+    if not on_gpu:
+        names = [name for name in names if METHODS[name].cpu]
+    return ["gemm", *names]
+
+
+def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure; the JSON file is written anew after every problem."""
+    on_gpu = torch.cuda.is_available()
+    where = environment(arguments.commit)
+    if not on_gpu:
+        say("No GPU: the CPU implementations at a small size, which says nothing about a GPU.")
+    say("  ".join(f"{key} {value}" for key, value in where.items()))
+    results: dict[str, Any] = {
+        "part": "benchmark",
+        "command": " ".join(["python -m benchmark", *map(str, sys.argv[1:])]),
+        "environment": where,
+        "rows": [],
+        "failures": [],
+        "data": {},
+    }
+    todo = tasks(arguments, on_gpu)
+    progress = output.Progress(len(todo))
+
+    def done(rows: list[dict[str, Any]], session: Session) -> None:
+        results["rows"] += rows
+        results["failures"], results["data"] = session.failures, session.data
+        progress.step()
+        say("\n" + output.table(rows))
+        if arguments.json:
+            output.write_json(arguments.json, results)
+
+    session = measure_all(
+        todo,
+        chosen_methods(arguments, on_gpu),
+        arguments.peer,
+        seconds=arguments.time_limit,
+        repetitions=arguments.repetitions,
+        progress=progress.say,
+        done=done,
     )
-    gemm = time_of_one_gemm(problem, arguments.repetitions)
-    exact = None if arguments.no_errors else exact_gradients(problem)
-    rows = []
-    for method in methods:
-        errors: dict[str, Any] = {}
-        if exact is not None:
-            with record_filter() as records:
-                loss = loss_of(method, problem)
-                grad_e, grad_c = torch.autograd.grad(loss, (problem.e, problem.c))
-            errors = {
-                "error_e": relative_error(grad_e, exact.grad_e),
-                "error_c": relative_error(grad_c, exact.grad_c),
-                "rounding_e": exact.rounding_e,
-                "rounding_c": exact.rounding_c,
-                "loss_error": abs(loss.item() - exact.loss),
-                "filter": [dataclasses.asdict(record) for record in records],
-            }
-            del grad_e, grad_c, loss
-        for kind in arguments.kinds:
-            result = dataclasses.asdict(measure(method, kind, problem, arguments.repetitions))
-            rows.append({**result, "test_data": name, "gemms": result["runtime_ms"] / gemm,
-                         "gemm_ms": gemm, **errors})  # fmt: skip
-            print(format_row(len(rows) - 1, rows[-1]), flush=True)
-    return rows
+    progress.close()
+    results["failures"] = session.failures
+    for failure in session.failures:
+        say("not measured: {test_data}, {method}, {what}: {error}".format(**failure))
+    return results
 
 
-HEADER = (
-    f"{'':>3} {'method':>14} {'kind':>11} {'runtime_ms':>11} {'op_mem_mb':>10} {'test_data':>24} "
-    f"{'gemms':>6} {'error dE':>9} {'error dC':>9}"
-)
-
-
-def format_row(index: int, row: dict[str, Any]) -> str:
-    """A row as the terminal shows it; errors in percent, and as multiples of rounding."""
-    text = (
-        f"{index:>3} {row['method']:>14} {row['kind']:>11} {row['runtime_ms']:>11.2f} "
-        f"{row['op_mem_mb']:>10.1f} {row['test_data']:>24} {row['gemms']:>6.2f}"
-    )
-    if "error_e" in row:
-        text += f" {row['error_e']:>9.3%} {row['error_c']:>9.3%}"
-    return text
-
-
-def main() -> None:
-    """Measure and print."""
-    arguments = parse_arguments()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        print("No GPU: the CPU implementations at a small size, which says nothing about a GPU.")
-    methods = arguments.methods or list(GPU_METHODS if device == "cuda" else CPU_METHODS)
-    where = environment()
-    print("  ".join(f"{key} {value}" for key, value in where.items()))
-    results: dict[str, Any] = {"environment": where, "rows": [], "data": {}}
-    for name, problem in problems(arguments, device):
-        results["data"][name] = describe(problem)
-        print(HEADER)
-        results["rows"] += measure_problem(name, problem, methods, arguments)
-        if device == "cuda":
-            torch.cuda.empty_cache()
+def write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    """The files that the command line asks for."""
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=1))
+        output.write_json(arguments.json, results)
+    if arguments.csv:
+        output.write_csv(arguments.csv, results)
+    if arguments.plots:
+        from benchmark.plots import plot_all
+
+        for path in plot_all([results], arguments.plots):
+            print(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parsed = parse_arguments(arguments)
+    write(parsed, run(parsed))
 
 
 if __name__ == "__main__":

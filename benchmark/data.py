@@ -7,35 +7,21 @@ likely classes a token over a Zipf background of about 5 %, a tail that no two t
 stress case for anything that drops parts of the gradient. ``flat`` is a freshly initialised model.
 """
 
+import dataclasses
+import lzma
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmark.shapes import SHAPES, Shape
+
+__all__ = ["KINDS", "SHAPES", "Problem", "Shape", "describe", "ignore", "make", "read"]
+
 KINDS = ("structured", "diffuse", "flat", "randn")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Classifier of a model: V classes, D features, and its softcap."""
-
-    name: str
-    num_classes: int
-    dim: int
-    softcap: float | None = None
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("gemma2", 256000, 2304, 30.0),
-        Shape("llama3-8b", 128256, 4096),
-        Shape("mistral-nemo", 131072, 5120),
-        Shape("qwen3-0.6b", 151936, 1024),
-        Shape("phi3.5", 32064, 3072),
-    )
-}
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -72,6 +58,43 @@ def make(
     c = torch.randn(shape.num_classes, shape.dim, device=device, generator=generator)
     targets = torch.randint(shape.num_classes, (num_tokens,), device=device, generator=generator)
     return Problem(e, c.mul_(scale).to(dtype), targets, shape.softcap)
+
+
+def read(path: Path, device: str | torch.device = "cpu") -> Problem:
+    """A problem from a file with the tensors e, c and t, as ``benchmark.hidden`` writes it.
+
+    A file whose name ends in ``.xz`` is decompressed.
+
+    Raises:
+        ValueError: the file lacks one of them.
+    """
+    if path.suffix == ".xz":
+        with lzma.open(path) as file:
+            saved = torch.load(file, weights_only=True)
+    else:
+        saved = torch.load(path, weights_only=True)
+    missing = {"e", "c", "t"} - set(saved)
+    if missing:
+        raise ValueError(f"{path} must hold tensors e, c and t, lacks {', '.join(sorted(missing))}")
+    return Problem(saved["e"].to(device), saved["c"].to(device), saved["t"].long().to(device))
+
+
+def ignore(problem: Problem, fraction: float, seed: int = 0) -> Problem:
+    """The same problem with a share of its targets ignored, at random places.
+
+    Raises:
+        ValueError: a fraction outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"ignored must be a fraction from 0 to below 1, got {fraction}")
+    if fraction == 0:
+        return problem
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(problem.targets.shape[0], generator=generator).argsort()
+    chosen = order[: round(fraction * len(order))].to(problem.targets.device)
+    targets = problem.targets.clone()
+    targets[chosen] = IGNORE_INDEX
+    return dataclasses.replace(problem, targets=targets)
 
 
 def _trained_like(

@@ -1,0 +1,202 @@
+"""What can be measured: this package's implementations, PyTorch's own, and other packages.
+
+A method is built inside a process of its own, so nothing here imports a package before it is
+asked for. ``build`` gets a problem and gives a function without arguments that computes its mean
+loss. Apple's releases import under the same name as this package; a path to one goes first on
+``sys.path`` of that process.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmark.data import Problem
+
+Loss = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the tables.
+
+    Args:
+        build: makes the loss of a problem.
+        package: what has to be importable; None for PyTorch itself.
+        cpu: whether it runs without a GPU.
+        softcap: whether it can cap logits.
+        peer: whether it is somebody else's package.
+        title: what the tables call it.
+    """
+
+    build: Callable[[Problem], Loss]
+    package: str | None = "cut_cross_entropy"
+    cpu: bool = False
+    softcap: bool = True
+    peer: bool = False
+    title: str = ""
+
+
+def _ours(impl: str) -> Callable[[Problem], Loss]:
+    def build(problem: Problem) -> Loss:
+        from cut_cross_entropy import linear_cross_entropy
+
+        def loss() -> Tensor:
+            value = linear_cross_entropy(
+                problem.e, problem.c, problem.targets, softcap=problem.softcap, impl=impl
+            )
+            assert isinstance(value, Tensor)
+            return value
+
+        return loss
+
+    return build
+
+
+def _baseline(problem: Problem) -> Loss:
+    def loss() -> Tensor:
+        logits = F.linear(problem.e, problem.c).float()
+        if problem.softcap is not None:
+            logits = problem.softcap * torch.tanh(logits / problem.softcap)
+        return F.cross_entropy(logits, problem.targets)
+
+    return loss
+
+
+def _gemm(problem: Problem) -> Loss:
+    """Not a loss: the library's ``e @ c.T``, by parts that fit the memory."""
+    e, c = problem.e.detach(), problem.c.detach()
+    part = min(c.shape[0], max(8192, 2**29 // e.shape[0]))
+    out = torch.empty((e.shape[0], part), dtype=e.dtype, device=e.device)
+
+    def run() -> Tensor:
+        for start in range(0, c.shape[0], part):
+            rows = c[start : start + part]
+            torch.mm(e, rows.T, out=out[:, : rows.shape[0]])
+        return out
+
+    return run
+
+
+def _apple(problem: Problem) -> Loss:
+    package = importlib.import_module("cut_cross_entropy")
+    if hasattr(package, "record_filter"):
+        raise ImportError("apple needs --peer apple=PATH, a folder that holds Apple's package")
+
+    def loss() -> Tensor:
+        value: Tensor = package.linear_cross_entropy(
+            problem.e, problem.c, problem.targets, softcap=problem.softcap, impl="cce"
+        )
+        return value
+
+    return loss
+
+
+def _liger(problem: Problem) -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    module = LigerFusedLinearCrossEntropyLoss(softcap=problem.softcap)
+
+    def loss() -> Tensor:
+        value: Tensor = module(problem.c, problem.e, problem.targets)
+        return value
+
+    return loss
+
+
+def _quack(problem: Problem) -> Loss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def loss() -> Tensor:
+        value: Tensor = chunked_linear_cross_entropy(
+            problem.e, problem.c, problem.targets, tuned=False
+        )
+        return value
+
+    return loss
+
+
+def _trl(problem: Problem) -> Loss:
+    from trl.kernels import ChunkedLogProbFunction
+
+    chunk = 32768  # classes; what TRL's own forward passes
+
+    def loss() -> Tensor:
+        counted = problem.targets != -100
+        log_probability = ChunkedLogProbFunction.apply(
+            problem.e[counted], problem.c, None, problem.targets[counted], 1.0, chunk,
+            problem.softcap, 1.0, (),
+        )[0]  # fmt: skip
+        value: Tensor = -log_probability.sum() / counted.sum().clamp(min=1)
+        return value
+
+    return loss
+
+
+def _torch(problem: Problem) -> Loss:
+    function: Any = getattr(F, "linear_cross_entropy", None)
+    options: Any = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if function is None or options is None:
+        raise ImportError(f"PyTorch {torch.__version__} has no linear_cross_entropy")
+
+    def loss() -> Tensor:
+        value: Tensor = function(
+            problem.e, problem.c, problem.targets, options=options(allow_retain_graph=True)
+        )
+        return value
+
+    return loss
+
+
+METHODS = {
+    "gemm": Method(_gemm, None, cpu=True, title="one product `e @ c.T`"),
+    "cce": Method(_ours("cce"), title="`cce`"),
+    "cce_exact": Method(_ours("cce_exact"), title="`cce_exact`"),
+    "torch_compile": Method(_ours("torch_compile"), cpu=True, title="`torch_compile`"),
+    "chunked": Method(_ours("chunked"), cpu=True, title="`chunked`"),
+    "baseline": Method(_baseline, None, cpu=True, title="full logits, eager"),
+    "apple": Method(_apple, peer=True, title="Apple's `cce`"),
+    "liger": Method(_liger, "liger_kernel", peer=True, title="Liger"),
+    "quack": Method(_quack, "quack", softcap=False, peer=True, title="quack"),
+    "trl": Method(_trl, "trl", cpu=True, peer=True, title="TRL, chunked"),
+    "torch": Method(_torch, None, cpu=True, softcap=False, title="`F.linear_cross_entropy`"),
+}
+
+
+def installed(name: str, peers: dict[str, str]) -> bool:
+    """Whether the method is worth starting a process for; what fails there is reported."""
+    method = METHODS[name]
+    if name in peers:
+        return True
+    if name == "torch":
+        return hasattr(torch.nn, "LinearCrossEntropyOptions")
+    if name == "apple":
+        return False  # the name is this package's own
+    return method.package is None or importlib.util.find_spec(method.package) is not None
+
+
+def version_of(name: str) -> str:
+    """Version of the package behind a method, in the process that imported it."""
+    method = METHODS[name]
+    if method.package is None:
+        return torch.__version__
+    module = sys.modules.get(method.package)
+    found = getattr(module, "__version__", None)
+    if isinstance(found, str):
+        return found
+    # A folder of unpacked wheels carries the version in the name of its metadata.
+    from importlib.metadata import distributions, packages_distributions
+
+    names = packages_distributions().get(method.package, [])
+    for folder in getattr(module, "__path__", []):
+        root = folder.rsplit("/", 1)[0]
+        for distribution in distributions(path=[root]):
+            if distribution.metadata["Name"] in names:
+                return distribution.version
+    return "unknown"

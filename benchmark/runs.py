@@ -1,0 +1,276 @@
+"""One problem, all methods: what the coordinator asks for, and the rows that come of it."""
+
+import dataclasses
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmark.measure import KINDS
+from benchmark.methods import METHODS
+from benchmark.pool import Clock, Process, WorkerError, processes, take_turns
+from benchmark.shapes import Shape
+
+TUNES_ITSELF = ("apple", "quack")
+"""Methods whose first call times kernels against each other: nothing may run beside it."""
+
+PASSES = {"loss-fw": 1, "loss-bw": 2, "loss-fw-bw": 3}
+"""Products that an exact computation cannot do without: what TFLOP/s count."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to measure on one problem.
+
+    Args:
+        name: of the data, as the tables show it.
+        kind: of the data, see ``benchmark.data``.
+        file: saved hidden states instead of made ones.
+        ignored: share of the targets that are ignored.
+        frozen: ``"e"`` or ``"c"``: the input that needs no gradient.
+        kinds: passes.
+        errors: whether to compare with float32.
+    """
+
+    name: str
+    kind: str
+    tokens: int
+    shape: Shape
+    dtype: str = "bfloat16"
+    file: str | None = None
+    ignored: float = 0.0
+    frozen: str | None = None
+    kinds: Sequence[str] = KINDS
+    errors: bool = True
+
+    def data(self) -> dict[str, Any]:
+        """Arguments of a worker's ``load``."""
+        return {
+            "kind": self.kind,
+            "tokens": self.tokens,
+            "shape": dataclasses.asdict(self.shape),
+            "dtype": self.dtype,
+            "file": self.file,
+            "ignored": self.ignored,
+            "frozen": self.frozen,
+        }
+
+
+@dataclass
+class Session:
+    """The processes and what was asked of them so far.
+
+    Args:
+        pool: processes by method; those that end are taken out.
+        clock: when everything has to be over.
+        rounds, burst: turns of each method, and timed repetitions a turn.
+        first_limit: seconds that a first call may take.
+        progress: told of every step.
+    """
+
+    pool: dict[str, Process]
+    clock: Clock
+    rounds: int = 4
+    burst: int = 3
+    first_limit: float = 150.0
+    progress: Callable[[str], None] = lambda text: None
+    failures: list[dict[str, str]] = field(default_factory=list)
+    started: set[str] = field(default_factory=set)
+    data: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def fail(self, task: Task, method: str, what: str, reason: str) -> None:
+        """Keep a failure; a process that ended takes no further part."""
+        self.failures.append(
+            {"test_data": task.name, "method": method, "what": what, "error": reason}
+        )
+        if method in self.pool and not self.pool[method].alive:
+            self.pool.pop(method).close()
+
+
+def measure(task: Task, session: Session) -> list[dict[str, Any]]:
+    """Rows of one problem: one a method and kind. Failures are kept in the session."""
+    loaded = _load(task, session)
+    found: dict[str, dict[str, Any]] = {name: {} for name in loaded}
+    _first_calls(task, session, found)
+    if task.errors:
+        if "gemm" in session.pool:
+            answer: dict[str, Any] = {}
+            _ask_for(task, session, "gemm", "describe", answer)
+            session.data[task.name] = answer.get("data", {})
+            _quietly(session, "gemm", "release")
+        for name in [name for name in loaded if name in session.pool and name != "gemm"]:
+            session.progress(f"{task.name}: errors of {name}")
+            _ask_for(task, session, name, "errors", found[name])
+            _quietly(session, name, "release")
+    rows = []
+    for kind in task.kinds:
+        rows += _rows_of_kind(task, session, kind, loaded, found)
+    return rows
+
+
+def _load(task: Task, session: Session) -> dict[str, dict[str, Any]]:
+    session.progress(f"{task.name}: data")
+    loaded = {}
+    for process in list(session.pool.values()):
+        try:
+            process.send("load", **task.data())
+        except WorkerError as error:
+            session.fail(task, process.name, "load", str(error))
+    for name, process in list(session.pool.items()):
+        try:
+            loaded[name] = process.receive(session.clock.left(180.0))
+        except WorkerError as error:
+            session.fail(task, name, "load", str(error))
+    return loaded
+
+
+def _first_calls(task: Task, session: Session, found: dict[str, dict[str, Any]]) -> None:
+    """Cold starts, at the same time where there is a core for each, or one after the other."""
+    names = list(found)
+    together = [name for name in names if name not in TUNES_ITSELF]
+    if (os.cpu_count() or 1) < 2 * len(together):
+        together = []
+    groups = [together, *([name] for name in names if name not in together)]
+    for group in groups:
+        session.progress(f"{task.name}: first call of {', '.join(group)}")
+        sent = []
+        for name in group:
+            kind = "gemm" if name == "gemm" else task.kinds[-1]
+            try:
+                session.pool[name].send("first", kind=kind)
+                sent.append(name)
+            except WorkerError as error:
+                session.fail(task, name, "first call", str(error))
+                found.pop(name)
+        clock = Clock(session.clock.left(session.first_limit))
+        for name in sent:
+            try:
+                answer = session.pool[name].receive(clock.left())
+            except WorkerError as error:
+                session.fail(task, name, "first call", str(error))
+                found.pop(name)
+                continue
+            found[name] = {"first_ms": answer["ms"], "cold": name not in session.started}
+            session.started.add(name)
+
+
+def _ask_for(
+    task: Task, session: Session, name: str, do: str, result: dict[str, Any], **arguments: Any
+) -> None:
+    try:
+        answer = session.pool[name].ask(do, timeout=session.clock.left(120.0), **arguments)
+    except WorkerError as error:
+        session.fail(task, name, do, str(error))
+        return
+    result.update(answer)
+
+
+def _quietly(session: Session, name: str, do: str) -> None:
+    """A command whose failure shows in what follows."""
+    try:
+        session.pool[name].ask(do, timeout=session.clock.left(60.0))
+    except (KeyError, WorkerError):
+        return
+
+
+def _rows_of_kind(
+    task: Task,
+    session: Session,
+    kind: str,
+    loaded: dict[str, dict[str, Any]],
+    found: dict[str, dict[str, Any]],
+) -> list[dict[str, Any]]:
+    memory: dict[str, dict[str, Any]] = {}
+    for name in [name for name in found if name in session.pool and name != "gemm"]:
+        session.progress(f"{task.name}: memory of {name}, {kind}")
+        memory[name] = {}
+        _ask_for(task, session, name, "memory", memory[name], kind=kind)
+        _quietly(session, name, "release")
+    ready = [name for name in found if name == "gemm" or "mib" in memory.get(name, {})]
+    session.progress(f"{task.name}: {kind}, {session.rounds} rounds")
+    times = take_turns(
+        {name: session.pool[name] for name in ready if name in session.pool},
+        lambda name: {
+            "do": "time",
+            "kind": "gemm" if name == "gemm" else kind,
+            "count": session.burst,
+        },
+        session.rounds,
+        session.clock,
+        lambda name, reason: session.fail(task, name, kind, reason),
+    )
+    for name in times:
+        _quietly(session, name, "release")
+    gemm = statistics.median(times["gemm"]) if times.get("gemm") else None
+    return [
+        _row(task, kind, name, values, gemm, memory[name]["mib"], loaded[name], found[name])
+        for name, values in times.items()
+        if name != "gemm" and values
+    ]
+
+
+def _row(
+    task: Task,
+    kind: str,
+    name: str,
+    times: list[float],
+    gemm: float | None,
+    mib: float,
+    loaded: dict[str, Any],
+    found: dict[str, Any],
+) -> dict[str, Any]:
+    median = statistics.median(times)
+    tokens, classes, dim = loaded["tokens"], loaded["classes"], loaded["dim"]
+    passes = PASSES[kind]
+    if task.frozen and kind != "loss-fw":
+        passes -= 1
+    flop = 2.0 * tokens * classes * dim * passes * (1 - task.ignored)
+    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [median] * 3
+    row: dict[str, Any] = {
+        "method": name,
+        "kind": kind,
+        "runtime_ms": median,
+        "op_mem_mb": mib,
+        "test_data": task.name,
+        "spread_ms": max(times) - min(times),
+        "q1_ms": quartiles[0],
+        "q3_ms": quartiles[2],
+        "repetitions": len(times),
+        "gemms": None if gemm is None else median / gemm,
+        "gemm_ms": gemm,
+        "tflops": flop / median / 1e9,
+        "tokens": tokens,
+        "classes": classes,
+        "dim": dim,
+        "dtype": loaded["dtype"],
+        "kind_of_data": "file" if task.file else task.kind,
+        "ignored": task.ignored,
+        "frozen": task.frozen,
+        "version": loaded["version"],
+        "peer": METHODS[name].peer,
+    }
+    row.update({key: value for key, value in found.items() if key not in row})
+    return row
+
+
+def measure_all(
+    todo: Sequence[Task],
+    methods: Sequence[str],
+    peers: dict[str, str],
+    *,
+    seconds: float,
+    repetitions: int,
+    progress: Callable[[str], None] = lambda text: None,
+    done: Callable[[list[dict[str, Any]], Session], None] = lambda rows, session: None,
+) -> Session:
+    """Measure the problems one by one; ``done`` gets the rows of each as soon as they are there."""
+    burst = min(3, repetitions)
+    with processes(methods, peers) as pool:
+        session = Session(pool, Clock(seconds), -(-repetitions // burst), burst, progress=progress)
+        for task in todo:
+            if session.clock.left() < 5:
+                session.fail(task, "all", "time", "not measured: the time limit was reached")
+                continue
+            done(measure(task, session), session)
+    return session

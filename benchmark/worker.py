@@ -1,0 +1,205 @@
+"""The process of one method: takes a command a line on stdin, answers with a line on stdout.
+
+Both are JSON. A command is ``{"do": NAME, ...}``, an answer ``{"ok": true, ...}`` or ``{"ok":
+false, "error": TEXT}``. Whatever a library prints goes to stderr. The process ends with its stdin.
+
+- ``load``: make or read the problem and build the loss; answers with the versions.
+- ``first``: one call, its time with all that it compiles.
+- ``time``: milliseconds of each of ``count`` repetitions.
+- ``memory``: peak beyond what is allocated before.
+- ``errors``: relative errors of the gradients against float32, and what the filter did.
+- ``describe``: what the data are like.
+- ``release``: give back memory that nothing uses.
+- ``largest``: one step of a given number of tokens: does it fit the limit?
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmark.data import Problem, describe, ignore, make, read
+from benchmark.measure import exact_gradients, peak_mib, relative_error, synchronize, timed
+from benchmark.methods import METHODS, version_of
+from benchmark.shapes import Shape
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Worker:
+    """State of the process: one method on one problem."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.method = METHODS[name]
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.problem: Problem | None = None
+        self.loss: Callable[[], Tensor] | None = None
+        self.graph: Tensor | None = None
+        self.frozen: str | None = None
+
+    def load(
+        self,
+        kind: str,
+        tokens: int,
+        shape: dict[str, Any],
+        dtype: str,
+        file: str | None = None,
+        ignored: float = 0.0,
+        frozen: str | None = None,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Every worker makes the same data from the same seed."""
+        self.problem = self.loss = self.graph = None
+        self.release()
+        if file is not None:
+            problem = read(Path(file), self.device)
+            if self.device.type == "cpu":
+                problem = dataclasses.replace(problem, e=problem.e.float(), c=problem.c.float())
+        else:
+            problem = make(kind, tokens, Shape(**shape), DTYPES[dtype], self.device, seed)
+        problem = ignore(problem, ignored, seed)
+        if problem.softcap is not None and not self.method.softcap:
+            raise ValueError(f"{self.name} has no softcap")
+        problem.e.requires_grad_(frozen != "e")
+        problem.c.requires_grad_(frozen != "c")
+        self.frozen = frozen
+        self.problem, self.loss = problem, self.method.build(problem)
+        return {
+            "version": version_of(self.name),
+            "tokens": problem.e.shape[0],
+            "classes": problem.c.shape[0],
+            "dim": problem.e.shape[1],
+            "dtype": str(problem.e.dtype).removeprefix("torch."),
+        }
+
+    def inputs(self) -> list[Tensor]:
+        """What needs a gradient."""
+        assert self.problem is not None
+        return [x for x in (self.problem.e, self.problem.c) if x.requires_grad]
+
+    def pass_of(self, kind: str) -> Callable[[], object]:
+        """What one repetition runs."""
+        loss = self.loss
+        assert loss is not None
+        self.graph = None
+        if kind == "gemm":
+            return loss
+        inputs = self.inputs()
+        if kind == "loss-bw":
+            graph = self.graph = loss()
+            return lambda: torch.autograd.grad(graph, inputs, retain_graph=True)
+        if kind == "loss-fw":
+            return torch.no_grad()(loss)
+        return lambda: torch.autograd.grad(loss(), inputs)
+
+    def first(self, kind: str) -> dict[str, Any]:
+        """The first call, from an empty cache if the process is fresh."""
+        start = time.perf_counter()
+        run = self.pass_of(kind)
+        run()
+        synchronize(self.device)
+        return {"ms": (time.perf_counter() - start) * 1e3}
+
+    def time(self, kind: str, count: int) -> dict[str, Any]:
+        """Repetitions after one that does not count."""
+        return {"times": timed(self.pass_of(kind), self.device, count)}
+
+    def memory(self, kind: str) -> dict[str, Any]:
+        """Peak of one repetition; a backward's without its forward's."""
+        run = self.pass_of(kind)
+        run()
+        return {"mib": peak_mib(run, self.device)}
+
+    def errors(self) -> dict[str, Any]:
+        """Against full logits in float32 on the same data."""
+        assert self.problem is not None
+        assert self.loss is not None
+        exact = exact_gradients(self.problem)
+        records: list[Any] = []
+        if self.name.startswith("cce"):
+            from cut_cross_entropy import record_filter
+
+            with record_filter() as records:
+                loss = self.loss()
+                grads = torch.autograd.grad(loss, self.inputs())
+        else:
+            loss = self.loss()
+            grads = torch.autograd.grad(loss, self.inputs())
+        result: dict[str, Any] = {
+            "loss_error": abs(loss.item() - exact.loss),
+            "filter": [dataclasses.asdict(record) for record in records],
+        }
+        needed = [name for name in "ec" if name != self.frozen]
+        for name, grad in zip(needed, grads, strict=True):
+            expected = exact.grad_e if name == "e" else exact.grad_c
+            result[f"error_{name}"] = relative_error(grad, expected)
+            result[f"rounding_{name}"] = getattr(exact, f"rounding_{name}")
+        return result
+
+    def describe(self) -> dict[str, Any]:
+        """What the distribution of the tokens looks like."""
+        assert self.problem is not None
+        with torch.no_grad():
+            return {"data": describe(self.problem)}
+
+    def release(self) -> dict[str, Any]:
+        """Give back what the caching allocator keeps."""
+        self.graph = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {}
+
+    def largest(self, tokens: int, limit_gib: float) -> dict[str, Any]:
+        """Peak of a step with this many tokens, everything included, or that it did not fit."""
+        assert self.problem is not None
+        c = self.problem.c
+        self.release()
+        torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        try:
+            e = self.problem.e.detach()
+            e = e.repeat(-(-tokens // e.shape[0]), 1)[:tokens].requires_grad_()
+            targets = self.problem.targets.repeat(-(-tokens // self.problem.targets.shape[0]))
+            problem = Problem(e, c, targets[:tokens].contiguous(), self.problem.softcap)
+            grads = torch.autograd.grad(self.method.build(problem)(), (e, c))
+            torch.cuda.synchronize()
+            del grads
+        except torch.cuda.OutOfMemoryError:
+            return {"fits": False, "gib": None}
+        gib = torch.cuda.max_memory_allocated() / 2**30
+        seconds = time.perf_counter() - start
+        return {"fits": gib <= limit_gib, "gib": gib, "seconds": seconds}
+
+
+def serve(worker: Worker, commands: Any, answers: Any) -> None:
+    """Answer commands until there are no more."""
+    for line in commands:
+        command = json.loads(line)
+        name = command.pop("do")
+        try:
+            answer = {"ok": True, **getattr(worker, name)(**command)}
+        except Exception as error:
+            traceback.print_exc()
+            text = (str(error).strip().splitlines() or [""])[0]
+            answer = {"ok": False, "error": f"{type(error).__name__}: {text}"[:300]}
+            worker.graph = None
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def main(name: str) -> None:
+    """Serve on the process's own stdin and stdout."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # from here on, stdout is for answers alone
+    serve(Worker(name), sys.stdin, answers)
