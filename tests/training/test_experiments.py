@@ -1,0 +1,226 @@
+"""The experiments run, compare like with like, and their page is what their records say."""
+
+import hashlib
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from experiments import corpus, finetune, pretrain, report
+from experiments.figures import source_of
+from experiments.loop import (
+    REORDERED,
+    Schedule,
+    cut_windows,
+    draw_batches,
+    token_losses,
+    train,
+)
+from experiments.record import Clock, Record
+from training.models import load_model
+
+CPU = torch.device("cpu")
+SCHEDULE = Schedule(learning_rate=1e-2, warmup_steps=2, weight_decay=0.0)
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    """Packages with sources, docstrings, a duplicate, a table and a file that is no text."""
+    root = tmp_path_factory.mktemp("packages")
+    for i in range(150):
+        folder = root / f"part{i}"
+        folder.mkdir()
+        words = " ".join(f"word{(i * j) % 97}" for j in range(120))
+        (folder / "module.py").write_text(
+            f'"""Package {i}.\n\n    {words}\n"""\nx = {i}\n', encoding="utf-8"
+        )
+    shutil.copy(root / "part0/module.py", root / "part1/same.py")
+    (root / "part2/table.txt").write_bytes(b"1 " * corpus.LARGEST_FILE)
+    (root / "part3/latin.py").write_bytes(b"# \xe9\xff")
+    return [root]
+
+
+class TestCorpus:
+    def test_folders_are_held_out_whole_and_nothing_comes_twice(self, roots):
+        split = corpus.sources(roots, 30_000, held_out_share=0.2)
+        assert split.train
+        assert split.held_out
+        texts = split.train + split.held_out
+        assert len(set(texts)) == len(texts)
+        assert not any("1 1 1" in text for text in texts)
+        assert sum(map(len, split.train)) >= 30_000
+        again = corpus.sources(roots, 30_000, held_out_share=0.2)
+        assert again == split
+
+    def test_docstrings_are_cleaned(self, roots):
+        texts = corpus.docstrings(roots, 10**9)
+        assert any(text.startswith("Package 7.\n\nword") for text in texts)
+        assert not any("x = " in text for text in texts if text.startswith("Package"))
+
+    def test_no_text(self, tmp_path):
+        with pytest.raises(ValueError, match=r"roots hold no text for train, got \["):
+            corpus.sources([tmp_path], 100)
+
+
+def test_batches_show_every_window_before_any_comes_again():
+    windows = cut_windows(torch.arange(103), 10)
+    assert windows.shape == (10, 10)
+    batches = draw_batches(windows, steps=4, batch_size=5, seed=1)
+    assert batches.shape == (4, 5, 10)
+    for epoch in batches.view(2, -1):
+        assert epoch.sort().values.tolist() == list(range(100))
+    assert not torch.equal(batches, draw_batches(windows, 4, 5, seed=2))
+
+
+def test_rate_rises_and_falls():
+    rates = [SCHEDULE.rate(step, 10) for step in range(11)]
+    assert rates[:2] == [5e-3, 1e-2]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[10] == pytest.approx(1e-3)
+
+
+def test_judge_measures_every_token_by_full_logits(model_folder):
+    model, _ = load_model(str(model_folder), torch.float32, CPU)
+    windows = torch.randint(256, (5, 12), generator=torch.Generator().manual_seed(0))
+    classes = torch.arange(256) < 40
+    losses, mass = token_losses(model, windows, batch_size=2, autocast=False, classes=classes)
+    with torch.no_grad():
+        logits = model.eval()(windows).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), windows[:, 1:], reduction="none"
+    )
+    torch.testing.assert_close(losses, expected)
+    assert mass == pytest.approx(float(logits.softmax(-1)[..., :40].sum(-1).mean()))
+
+
+def test_methods_see_the_same_and_the_yardstick_is_close(model_folder):
+    windows = cut_windows(torch.arange(600) % 256, 20)
+    batches = draw_batches(windows, 6, 4, seed=0)
+    results = {}
+    for method in ("full", "chunked", REORDERED):
+        model, _ = load_model(str(model_folder), torch.float32, CPU)
+        model.config.attention_dropout = 0.0
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.0
+        results[method] = train(
+            model, method, batches, SCHEDULE, False, lambda step: {"asked": step}, judge_interval=4
+        )
+    full = results["full"]["losses"]
+    assert len(full) == 6
+    assert [said["step"] for said in results["full"]["judged"]] == [4, 6]
+    assert full[-1] < full[0]
+    for method in ("chunked", REORDERED):
+        assert results[method]["losses"] == pytest.approx(full, abs=1e-4)
+
+
+def test_rarity_groups():
+    losses = torch.arange(8.0)
+    seen = torch.tensor([0, 0, 5, 9, 10, 99, 100, 5000])
+    found = pretrain.by_rarity(losses, seen)
+    sizes = {bucket["from"]: (bucket["targets"], bucket["loss"]) for bucket in found["buckets"]}
+    assert sizes == {0: (2, 0.5), 1: (2, 2.5), 10: (2, 4.5), 100: (1, 6.0), 1000: (1, 7.0)}
+    assert found["rarest_tenth"] == {"at_most": 0, "targets": 2, "loss": 0.5}
+
+
+def test_clock_and_record(tmp_path, monkeypatch):
+    clock = Clock(100.0)
+    assert clock.fits()
+    clock.note(1000.0)
+    assert not clock.fits()
+    path = tmp_path / "new" / "record.json"
+    record = Record(path, "finetune", {"steps": 1}, {}, CPU, commit="abc")
+    record.add_run({"method": "full", "seed": 0})
+    record.skip({"method": "cce", "seed": 0}, "late")
+    content = json.loads(path.read_text())
+    assert content["machine"]["commit"] == "abc"
+    assert content["machine"]["versions"]["torch"] == torch.__version__
+    assert content["runs"] == [{"method": "full", "seed": 0}]
+    assert content["skipped"] == [{"method": "cce", "seed": 0, "reason": "late"}]
+    assert [p.name for p in path.parent.iterdir()] == ["record.json"]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, roots, model_folder):
+    """A repository with the page and the records of both experiments, at their tiniest."""
+    root = tmp_path_factory.mktemp("site")
+    (root / "docs").mkdir()
+    shutil.copy(report.ROOT / report.PAGE, root / report.PAGE)
+    out = str(root / report.MEASUREMENTS)
+    common = ["--smoke", "--out", out, "--roots", str(roots[0]), "--device", "cpu"]
+    tiny = ["--megabytes", "0.02", "--held-out", "2"]
+    assert finetune.main([*common, *tiny, "--model", str(model_folder), "--seeds", "2"]) == 0
+    assert pretrain.main([*common, *tiny, "--vocabulary", "400"]) == 0
+    return root
+
+
+def test_records_hold_the_runs(site):
+    found = json.loads((site / report.MEASUREMENTS / "finetune_cpu.json").read_text())
+    runs = {(run["method"], run["seed"]): run for run in found["runs"]}
+    assert len(runs) == 6
+    for seed in (0, 1):
+        full, chunked = (runs[method, seed]["losses"] for method in ("full", "chunked"))
+        assert len(full) == found["settings"]["steps"] == 3
+        assert chunked == pytest.approx(full, abs=0.05)
+    assert runs["full", 0]["losses"] != runs["full", 1]["losses"]
+    found = json.loads((site / report.MEASUREMENTS / "pretrain_cpu.json").read_text())
+    vocabulary = found["settings"]["vocabulary"]
+    assert 257 < vocabulary <= 400  # as many as the text has merges for
+    for run in found["runs"]:
+        last = run["judged"][-1]
+        assert last["held_out_loss"] == pytest.approx(math.log(vocabulary), abs=0.5)
+        assert 0 < last["unseen_mass"] < 1
+        targets = sum(bucket["targets"] for bucket in last["buckets"])
+        assert targets == found["data"]["held_out_tokens"] * 15 / 16
+
+
+def test_report_makes_the_page_and_its_pictures(site, capsys):
+    pytest.importorskip("matplotlib")
+    assert report.main(["--root", str(site), "--check"]) == 1
+    assert "is stale: run python -m experiments.report" in capsys.readouterr().err
+    assert report.main(["--root", str(site)]) == 0
+    assert report.main(["--root", str(site), "--check"]) == 0
+    page = (site / report.PAGE).read_text(encoding="utf-8")
+    assert page.count("\n| `chunked` |") == 2
+    assert page.count("| `full` | 2 |") == 1
+    for name in ("finetune_cpu", "pretrain_cpu", "pretrain_cpu_rare"):
+        assert f"(images/{name}.png)" in page
+        assert (site / report.IMAGES / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_names_a_broken_record(tmp_path, capsys):
+    folder = tmp_path / report.MEASUREMENTS
+    folder.mkdir(parents=True)
+    shutil.copy(report.ROOT / report.PAGE, tmp_path / report.PAGE)
+    (folder / "finetune_x.json").write_text("{")
+    assert report.main(["--root", str(tmp_path)]) == 2
+    assert "finetune_x.json is no record of an experiment" in capsys.readouterr().err
+    (folder / "finetune_x.json").write_text('{"runs": [{"method": "cce", "seed": 0}]}')
+    assert report.main(["--root", str(tmp_path)]) == 2
+    assert "no run with full logits" in capsys.readouterr().err
+
+
+def test_the_page_in_the_repository_is_current():
+    assert report.main(["--check"]) == 0
+    for record in (report.ROOT / report.MEASUREMENTS).glob("*.json"):
+        pictures = list((report.ROOT / report.IMAGES).glob(f"{record.stem}*.png"))
+        assert pictures
+        for picture in pictures:
+            assert source_of(picture) == hashlib.sha256(record.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("module", [finetune, pretrain])
+def test_every_argument_has_help(module):
+    for action in module.build_parser()._actions:
+        assert action.help, action.option_strings
+
+
+def test_wrong_input_is_named(roots, tmp_path, capsys):
+    arguments = ["--smoke", "--device", "cpu", "--out", str(tmp_path)]
+    assert pretrain.main([*arguments, "--roots", str(tmp_path)]) == 2
+    assert "pretrain: error: roots hold no text" in capsys.readouterr().err
+    missing = ["--model", "missing.gguf", "--roots", str(roots[0])]
+    assert finetune.main([*arguments, *missing]) == 2
+    assert "finetune: error: model 'missing.gguf'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
