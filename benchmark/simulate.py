@@ -204,8 +204,8 @@ def main() -> None:
     if arguments.file:
         todo.append((arguments.file.name.split(".")[0], partial(read, arguments.file, device)))
     for shape, kind in product(shapes if arguments.data else [], ("structured", "diffuse")):
-        load = partial(make, kind, arguments.tokens, shape, device=device)
-        todo.append((f"{shape.name}-{kind}", load))
+        made = partial(make, kind, arguments.tokens, shape, device=device)
+        todo.append((f"{shape.name}-{kind}", made))
     for name, load in todo:
         problem = load()
         n = arguments.tokens
