@@ -1,11 +1,14 @@
 """Chooses the implementation of a call and says what can run where."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cut_cross_entropy.device_support import kernels_unavailable, triton_is_interpreted
+from cut_cross_entropy.distributed.exchange import combine_shards
+from cut_cross_entropy.distributed.options import Shard
 from cut_cross_entropy.implementations import full_logits, reference
 from cut_cross_entropy.kernel_operators import cce_losses
 from cut_cross_entropy.operators import chunked_losses
@@ -18,6 +21,9 @@ FILTER_TOLERANCE = 4e-4
 Measured on SmolLM2-135M's hidden states over real text, what is dropped, after the tail stands for
 it, changes dE by about three times this: with the rounding of the gradient itself that stays under
 twice the error of rounding an exact gradient to bfloat16 (docs/numerics.md)."""
+
+FULL_IMPLS = {"reference": reference, "torch_compile": full_logits}
+"""Implementations of full logits, which PyTorch differentiates."""
 
 AUTO_EPS = 2.0**-12
 """Apple's threshold for bfloat16 under "auto": a float ``filter_eps`` scales with it."""
@@ -77,18 +83,19 @@ def token_losses(
     compute_dtype: torch.dtype,
     memory_budget: int,
     kernel_options: CCEPreset,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of every token, each (N,), 0 for ignored tokens."""
+    """Loss and log-sum-exp of every token, each (N,), 0 for ignored tokens.
+
+    With a ``shard`` the rows of ``c`` and ``bias`` are its classes; the results are those of all
+    classes, and the gradient of ``e`` is the part that its classes have in it.
+    """
     impl = choose_impl(impl, e.device, compute_dtype)
+    if shard is not None and impl in FULL_IMPLS and c.shape[0] == 0:
+        impl = "chunked"  # the sums of full logits need a class; the results are the same
+    first_class, group = (0, None) if shard is None else (shard.start, shard.group)
     if impl == "chunked":
         nll, lse = chunked_losses(
-            e, c, targets, bias, ignore_index, softcap, compute_dtype, memory_budget
-        )
-        return nll, lse
-    if impl in KERNEL_IMPLS:
-        preset = CCEPresets.build_for_impl(impl, kernel_options)
-        inputs = (e, c) if bias is None else (e, c, bias)
-        nll, lse, _, _ = cce_losses(
             e,
             c,
             targets,
@@ -97,25 +104,48 @@ def token_losses(
             softcap,
             compute_dtype,
             memory_budget,
-            filter_tolerance(preset["filter_eps"]),
-            preset["filter_e_grad"],
-            preset["filter_c_grad"],
-            torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+            first_class,
+            group,
         )
         return nll, lse
-    if not torch.compiler.is_compiling():
-        check_target_range(targets, c.shape[0], ignore_index)
-    full: Callable[..., tuple[Tensor, Tensor]] = (
-        reference.token_losses if impl == "reference" else full_logits.token_losses
-    )
-    # compute_dtype has its say already; meta tensors have no autocast to turn off.
-    with torch.autocast("cpu" if e.is_meta else e.device.type, enabled=False):
-        return full(
+    if impl in KERNEL_IMPLS:
+        preset = CCEPresets.build_for_impl(impl, kernel_options)
+        inputs = (e, c) if bias is None else (e, c, bias)
+        # Each process drops its own strips; the budget is one for all of them, and energies add.
+        parts = 1 if shard is None else shard.world_size
+        nll, lse, *_ = cce_losses(
             e,
             c,
             targets,
             bias,
-            ignore_index=ignore_index,
+            ignore_index,
+            softcap,
+            compute_dtype,
+            memory_budget,
+            filter_tolerance(preset["filter_eps"]) / math.sqrt(parts),
+            preset["filter_e_grad"],
+            preset["filter_c_grad"],
+            torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+            first_class,
+            group,
+        )
+        return nll, lse
+    if shard is None and not torch.compiler.is_compiling():
+        check_target_range(targets, c.shape[0], ignore_index)
+    full: Callable[..., tuple[Tensor, Tensor]] = FULL_IMPLS[impl].target_logits_and_lse
+    kept = targets != ignore_index
+    # compute_dtype has its say already; meta tensors have no autocast to turn off.
+    with torch.autocast("cpu" if e.is_meta else e.device.type, enabled=False):
+        logit, lse = full(
+            e,
+            c,
+            targets - first_class if first_class else targets,
+            bias,
+            kept,
             softcap=softcap,
             compute_dtype=compute_dtype,
         )
+        if group is not None:
+            logit, lse = combine_shards(logit, lse, group)
+        nll = torch.where(logit == torch.inf, torch.nan, lse - logit)
+        return torch.where(kept, nll, 0), torch.where(kept, lse, 0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.constants import BLOCK_TOKENS
-from cut_cross_entropy.operators import fake_gradients, refuse_double_backward
+from cut_cross_entropy.operators import SHARD_OPTIONS, fake_gradients, refuse_double_backward
 
 _OPTIONS = (
     "int ignore_index, float? softcap, ScalarType compute_dtype, int memory_budget, "
@@ -21,8 +21,8 @@ _OPTIONS = (
     "cut_cross_entropy::cce",
     mutates_args=(),
     schema=(
-        f"(Tensor e, Tensor c, Tensor targets, Tensor? bias, {_OPTIONS}) "
-        "-> (Tensor, Tensor, Tensor, Tensor)"
+        f"(Tensor e, Tensor c, Tensor targets, Tensor? bias, {_OPTIONS}, {SHARD_OPTIONS}) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def cce_losses(
@@ -38,8 +38,13 @@ def cce_losses(
     filter_e: bool,
     filter_c: bool,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``nll`` and ``lse`` (N,), and what the backward needs of the forward."""
+    first_class: int = 0,
+    group: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``nll`` and ``lse`` (N,), and what the backward needs of the forward.
+
+    With a ``group`` the rows of ``c`` are the classes from ``first_class`` on.
+    """
     from cut_cross_entropy.kernels import pipeline
 
     with torch.autocast(e.device.type, enabled=False):
@@ -53,6 +58,8 @@ def cce_losses(
             compute_dtype,
             with_energy=_with_energy(training, tolerance, filter_e, filter_c),
             compact=training,
+            first_class=first_class,
+            group=group,
         )
 
 
@@ -74,14 +81,18 @@ def _(
     filter_e: bool,
     filter_c: bool,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first_class: int = 0,
+    group: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens = targets.shape[0]
     nll, lse = (e.new_empty(num_tokens, dtype=torch.float32) for _ in range(2))
     if not _with_energy(training, tolerance, filter_e, filter_c):
-        return nll, lse, e.new_empty(0, dtype=torch.uint8), e.new_empty(0, dtype=torch.float32)
+        spread, shard = (e.new_empty(0, dtype=torch.float32) for _ in range(2))
+        return nll, lse, e.new_empty(0, dtype=torch.uint8), spread, shard
     num_blocks = (num_tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     energy = e.new_empty((num_blocks, c.shape[0]), dtype=torch.uint8)
-    return nll, lse, energy, e.new_empty(num_tokens, dtype=torch.float32)
+    spread = e.new_empty(num_tokens, dtype=torch.float32)
+    return nll, lse, energy, spread, spread.new_empty(0 if group is None else num_tokens)
 
 
 @torch.library.custom_op(
@@ -89,8 +100,9 @@ def _(
     mutates_args=(),
     schema=(
         "(Tensor grad_nll, Tensor grad_lse, Tensor e, Tensor c, Tensor targets, Tensor? bias, "
-        f"Tensor nll, Tensor lse, Tensor energy, Tensor spread, {_OPTIONS}, "
-        "bool need_e, bool need_c, bool need_bias) -> (Tensor, Tensor, Tensor)"
+        "Tensor nll, Tensor lse, Tensor energy, Tensor spread, Tensor shard, "
+        f"{_OPTIONS}, bool need_e, bool need_c, bool need_bias, {SHARD_OPTIONS}) "
+        "-> (Tensor, Tensor, Tensor)"
     ),
 )
 def cce_gradients(
@@ -104,6 +116,7 @@ def cce_gradients(
     lse: Tensor,  # (N,)
     energy: Tensor,  # (blocks, V)
     spread: Tensor,  # (N,)
+    shard: Tensor,  # (N,) or empty
     ignore_index: int,
     softcap: float | None,
     compute_dtype: torch.dtype,
@@ -115,6 +128,8 @@ def cce_gradients(
     need_e: bool,
     need_c: bool,
     need_bias: bool,
+    first_class: int = 0,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``e``, ``c`` and ``bias``; an empty tensor for each that is not needed."""
     from cut_cross_entropy.kernels import pipeline
@@ -131,6 +146,7 @@ def cce_gradients(
             lse,
             energy,
             spread,
+            shard,
             ignore_index,
             softcap,
             compute_dtype,
@@ -141,6 +157,7 @@ def cce_gradients(
             need_e,
             need_c,
             need_bias,
+            first_class,
         )
 
 
@@ -156,6 +173,7 @@ def _(
     lse: Tensor,
     energy: Tensor,
     spread: Tensor,
+    shard: Tensor,
     ignore_index: int,
     softcap: float | None,
     compute_dtype: torch.dtype,
@@ -167,29 +185,29 @@ def _(
     need_e: bool,
     need_c: bool,
     need_bias: bool,
+    first_class: int = 0,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_gradients(e, c, bias, need_e, need_c, need_bias)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    e, c, targets, bias, *ctx.settings = inputs
-    ctx.mark_non_differentiable(output[2], output[3])
+    e, c, targets, bias, *settings = inputs
+    ctx.settings, ctx.shard = settings[:-2], settings[-2:]
+    ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(e, c, targets, bias, *output)
 
 
-def _cce_autograd(
-    ctx: Any, grad_nll: Tensor, grad_lse: Tensor, grad_energy: Any, grad_spread: Any
-) -> tuple[Any, ...]:
+def _cce_autograd(ctx: Any, grad_nll: Tensor, grad_lse: Tensor, *nothing: Any) -> tuple[Any, ...]:
     need_e, need_c, _, need_bias = ctx.needs_input_grad[:4]
-    grad_e, grad_c, grad_bias = cce_gradients(
-        grad_nll, grad_lse, *ctx.saved_tensors, *ctx.settings, need_e, need_c, need_bias
-    )
+    settings = (*ctx.settings, need_e, need_c, need_bias, *ctx.shard)
+    grad_e, grad_c, grad_bias = cce_gradients(grad_nll, grad_lse, *ctx.saved_tensors, *settings)
     return (
         grad_e if need_e else None,
         grad_c if need_c else None,
         None,
         grad_bias if need_bias else None,
-        *(None for _ in ctx.settings),
+        *(None for _ in (*ctx.settings, *ctx.shard)),
     )
 
 

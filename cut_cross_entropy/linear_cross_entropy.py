@@ -1,6 +1,7 @@
 """The public function and module. What computes the loss is chosen in ``dispatch``."""
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +10,11 @@ from torch import Tensor, nn
 
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.dispatch import token_losses
-from cut_cross_entropy.distributed.options import VocabParallelOptions
+from cut_cross_entropy.distributed.dtensor import is_dtensor, resolve
+from cut_cross_entropy.distributed.exchange import group_name
+from cut_cross_entropy.distributed.gathered import gather, gathered_again
+from cut_cross_entropy.distributed.options import DataParallelOptions, VocabParallelOptions
+from cut_cross_entropy.distributed.tokens import own_tokens, share_tokens
 from cut_cross_entropy.options import (
     LCE_IMPL_DEFAULT,
     CCEPreset,
@@ -39,6 +44,7 @@ def linear_cross_entropy(
     vocab_parallel_options: VocabParallelOptions | None = None,
     *,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    data_parallel_options: DataParallelOptions | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the logits ``e @ c.T + bias`` without storing them.
 
@@ -73,9 +79,13 @@ def linear_cross_entropy(
             in float32 or wider.
         filter_e_grad, filter_c_grad: whether the filter may apply to the gradient of ``e``, ``c``.
         impl: ``"auto"`` chooses by device. See the README for the list.
-        vocab_parallel_options: the classes of this process; not supported yet.
+        vocab_parallel_options: the classes of this process, whose rows ``c`` and ``bias`` hold,
+            when the classes are spread over processes. All get the same loss. See
+            docs/distributed.md for this and for DTensors.
         memory_budget: bytes of scratch memory beyond results and accumulators, for
             implementations that bound it.
+        data_parallel_options: what to do with ``c`` and ``bias`` that are DTensors spread by
+            ``fully_shard``. Without it the names of their mesh's dimensions say what they mean.
 
     Returns:
         The loss: a scalar, or with ``reduction="none"`` the shape of ``targets`` less ``shift`` at
@@ -87,8 +97,9 @@ def linear_cross_entropy(
         TypeError: an argument or a tensor of the wrong type or dtype.
         ValueError: shapes or devices that do not fit, an option out of range, on the CPU a target
             out of range. (On a GPU the loss is then NaN; ``CCE_DEBUG=1`` raises there too.)
-        RuntimeError: an explicit ``impl`` that cannot run here.
-        NotImplementedError: DTensors, vocabulary-parallel options.
+        RuntimeError: an explicit ``impl`` that cannot run here; another process is gone.
+        NotImplementedError: DTensors whose sharding has no meaning here; the message says what to
+            do instead.
     """
     if isinstance(bias, int) and not isinstance(bias, bool):
         if ignore_index != IGNORE_INDEX:
@@ -100,49 +111,80 @@ def linear_cross_entropy(
     check_options(ignore_index, softcap, reduction, shift, memory_budget)
     check_filter_eps(filter_eps)
     shift = int(shift)
-    check_tensors(e, c, targets, bias, ignore_index, shift)
+    e, c, targets, bias, shards, data = resolve(
+        e, c, targets, bias, vocab_parallel_options, data_parallel_options
+    )
+    wholes: list[tuple[Any, Tensor]] = []
+    if data is not None:
+        dtype = data.param_dtype or _gathered_dtype(e, c)
+        whole = gather(c, "c", dtype, data)
+        wholes.append((c, whole))
+        c = whole
+        if bias is not None and is_dtensor(bias):
+            whole = gather(bias, "bias", bias.dtype, data)
+            wholes.append((bias, whole))
+            bias = whole
+        del whole
+    num_classes = None if shards is None else shards.stop - shards.start
+    check_tensors(e, c, targets, bias, ignore_index, shift, num_classes)
     compute_dtype = _compute_dtype(e, c, bias)
-    if vocab_parallel_options is not None:
-        raise NotImplementedError(
-            "vocab_parallel_options is not supported yet; pass the whole classifier and None"
-        )
 
     if shift:
         # Shifting the targets instead of the embeddings copies N integers, not N x D features;
         # the last tokens of each sequence have no target and are ignored.
         targets = F.pad(targets[..., shift:], (0, shift), value=ignore_index)
-    nll, lse = token_losses(
-        impl,
-        e.reshape(-1, e.shape[-1]),
-        c,
-        targets.reshape(-1),
-        bias,
-        ignore_index=ignore_index,
-        softcap=None if softcap is None else float(softcap),
-        compute_dtype=compute_dtype,
-        memory_budget=memory_budget,
-        kernel_options=CCEPreset(
-            filter_eps=filter_eps,
-            accum_e_fp32=accum_e_fp32,
-            accum_c_fp32=accum_c_fp32,
-            filter_e_grad=filter_e_grad,
-            filter_c_grad=filter_c_grad,
-        ),
-    )
+    tokens, flat_targets, shard = e.reshape(-1, e.shape[-1]), targets.reshape(-1), None
+    if shards is not None:
+        shard = shards.shard()
+        tokens, flat_targets = share_tokens(
+            tokens, flat_targets, ignore_index, compute_dtype, shards
+        )
+    with gathered_again(wholes) if wholes else nullcontext():
+        nll, lse = token_losses(
+            impl,
+            tokens,
+            c,
+            flat_targets,
+            bias,
+            ignore_index=ignore_index,
+            softcap=None if softcap is None else float(softcap),
+            compute_dtype=compute_dtype,
+            memory_budget=memory_budget,
+            kernel_options=CCEPreset(
+                filter_eps=filter_eps,
+                accum_e_fp32=accum_e_fp32,
+                accum_c_fp32=accum_c_fp32,
+                filter_e_grad=filter_e_grad,
+                filter_c_grad=filter_c_grad,
+            ),
+            shard=shard,
+        )
 
     if reduction == "none":
-        loss = _per_token(nll, targets, shift)
+        loss = _per_token(nll, targets, shift, shards)
     else:
         loss = nll.sum()
         if reduction == "mean":
             # All ignored: 0 / 1, not 0 / 0.
-            loss = loss / (targets != ignore_index).sum().clamp_min(1)
-    return (loss, _per_token(lse, targets, shift)) if return_lse else loss
+            loss = loss / (flat_targets != ignore_index).sum().clamp_min(1)
+    return (loss, _per_token(lse, targets, shift, shards)) if return_lse else loss
 
 
-def _per_token(values: Tensor, targets: Tensor, shift: int) -> Tensor:
+def _per_token(
+    values: Tensor, targets: Tensor, shift: int, shards: VocabParallelOptions | None
+) -> Tensor:
+    if shards is not None and shards.gather_e:
+        values = own_tokens(values, group_name(shards.group))
     values = values.reshape(targets.shape)
     return values[..., :-shift] if shift else values
+
+
+def _gathered_dtype(e: Tensor, c: Tensor) -> torch.dtype:
+    """In which dtype a classifier is gathered: that of the product, if it is narrower."""
+    device_type = e.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return e.dtype if e.dtype.itemsize < c.dtype.itemsize else c.dtype
 
 
 def _compute_dtype(e: Tensor, c: Tensor, bias: Tensor | None) -> torch.dtype:

@@ -18,10 +18,14 @@ _INPUTS = (
     "Tensor e, Tensor c, Tensor targets, Tensor? bias, int ignore_index, float? softcap, "
     "ScalarType compute_dtype, int memory_budget"
 )
+SHARD_OPTIONS = "int first_class=0, str? group=None"
+"""Of a classifier that is one shard: its first class, and the processes that hold the others."""
 
 
 @torch.library.custom_op(
-    "cut_cross_entropy::chunked", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
+    "cut_cross_entropy::chunked",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {SHARD_OPTIONS}) -> (Tensor, Tensor)",
 )
 def chunked_losses(
     e: Tensor,  # (N, D)
@@ -32,11 +36,22 @@ def chunked_losses(
     softcap: float | None,
     compute_dtype: torch.dtype,
     memory_budget: int,
+    first_class: int = 0,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``nll`` and ``lse``, each (N,), by the memory-bounded PyTorch implementation."""
     with torch.autocast(e.device.type, enabled=False):
         return chunked.forward(
-            e, c, targets, bias, ignore_index, softcap, compute_dtype, memory_budget
+            e,
+            c,
+            targets,
+            bias,
+            ignore_index,
+            softcap,
+            compute_dtype,
+            memory_budget,
+            first_class,
+            group,
         )
 
 
@@ -50,6 +65,8 @@ def _(
     softcap: float | None,
     compute_dtype: torch.dtype,
     memory_budget: int,
+    first_class: int = 0,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(compute_dtype, torch.float32)
     return tuple(torch.empty(targets.shape, dtype=dtype, device=e.device) for _ in range(2))  # type: ignore[return-value]
@@ -61,7 +78,8 @@ def _(
     schema=(
         "(Tensor grad_nll, Tensor grad_lse, Tensor e, Tensor c, Tensor targets, Tensor? bias, "
         "Tensor lse, int ignore_index, float? softcap, ScalarType compute_dtype, "
-        "int memory_budget, bool need_e, bool need_c, bool need_bias) -> (Tensor, Tensor, Tensor)"
+        f"int memory_budget, bool need_e, bool need_c, bool need_bias, {SHARD_OPTIONS}) "
+        "-> (Tensor, Tensor, Tensor)"
     ),
 )
 def chunked_gradients(
@@ -79,6 +97,8 @@ def chunked_gradients(
     need_e: bool,
     need_c: bool,
     need_bias: bool,
+    first_class: int = 0,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``e``, ``c`` and ``bias``; an empty tensor for each that is not needed."""
     with torch.autocast(e.device.type, enabled=False):
@@ -97,6 +117,8 @@ def chunked_gradients(
             need_e,
             need_c,
             need_bias,
+            first_class,
+            group,
         )
 
 
@@ -130,27 +152,34 @@ def _(
     need_e: bool,
     need_c: bool,
     need_bias: bool,
+    first_class: int = 0,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_gradients(e, c, bias, need_e, need_c, need_bias)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    e, c, targets, bias, *ctx.settings = inputs
-    ctx.save_for_backward(e, c, targets, bias, output[1])
+    e, c, targets, bias, *settings = inputs
+    ctx.settings, ctx.shard = settings[:-2], settings[-2:]
+    nll, lse = output
+    ctx.save_for_backward(e, c, targets, bias, lse, None if ctx.shard[1] is None else nll)
 
 
 def _chunked_autograd(ctx: Any, grad_nll: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    e, c, targets, bias, lse = ctx.saved_tensors
+    e, c, targets, bias, lse, nll = ctx.saved_tensors
     need_e, need_c, _, need_bias = ctx.needs_input_grad[:4]
+    if nll is not None:  # a shard alone cannot know that no other holds the target
+        grad_nll = torch.where(nll.isnan(), nll, grad_nll)
+    settings = (*ctx.settings, need_e, need_c, need_bias, *ctx.shard)
     grad_e, grad_c, grad_bias = chunked_gradients(
-        grad_nll, grad_lse, e, c, targets, bias, lse, *ctx.settings, need_e, need_c, need_bias
+        grad_nll, grad_lse, e, c, targets, bias, lse, *settings
     )
     return (
         grad_e if need_e else None,
         grad_c if need_c else None,
         None,
         grad_bias if need_bias else None,
-        *(None for _ in ctx.settings),
+        *(None for _ in (*ctx.settings, *ctx.shard)),
     )
 
 

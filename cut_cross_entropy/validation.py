@@ -18,14 +18,20 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def check_tensors(
-    e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, shift: int
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    shift: int,
+    num_classes: int | None = None,
 ) -> None:
-    """Check types, dtypes, devices and shapes.
+    """Check types, dtypes, devices and shapes; ``num_classes`` are those of a shard.
 
     Raises:
         TypeError: not a tensor, or a dtype that is not supported.
         ValueError: shapes or devices that do not fit together, or ``ignore_index`` and targets.
-        NotImplementedError: a ``DTensor``.
+        NotImplementedError: a ``DTensor`` that nothing has made local before.
     """
     named = {"e": e, "c": c, "targets": targets}
     if bias is not None:
@@ -34,9 +40,7 @@ def check_tensors(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if type(tensor).__name__ == "DTensor":
-            raise NotImplementedError(
-                f"{name} is a DTensor, which is not supported: gather it with .full_tensor() first"
-            )
+            raise NotImplementedError(f"{name} is a DTensor, which is not supported here")
         if tensor.device != e.device:
             raise ValueError(f"{name} must be on the device of e, {e.device}, got {tensor.device}")
 
@@ -57,7 +61,12 @@ def check_tensors(
         raise ValueError(f"e must have shape (..., D), got {tuple(e.shape)}")
     if c.ndim != 2:
         raise ValueError(f"c must have shape (V, D), got {tuple(c.shape)}")
-    if c.shape[0] < 1 or c.shape[1] < 1:
+    if num_classes is not None and c.shape[0] != num_classes:
+        raise ValueError(
+            f"c must have the {num_classes} rows that vocab_parallel_options name, "
+            f"got {tuple(c.shape)}"
+        )
+    if (c.shape[0] < 1 and num_classes is None) or c.shape[1] < 1:
         raise ValueError(f"c must have at least one row and one column, got {tuple(c.shape)}")
     if e.shape[-1] != c.shape[1]:
         raise ValueError(

@@ -1,5 +1,9 @@
-"""Options for classifiers whose classes are spread over processes."""
+"""Classifiers that are spread over processes; see docs/distributed.md."""
 
-from cut_cross_entropy.distributed.options import VocabParallelOptions, partition_n_into_range
+from cut_cross_entropy.distributed.options import (
+    DataParallelOptions,
+    VocabParallelOptions,
+    partition_n_into_range,
+)
 
-__all__ = ["VocabParallelOptions", "partition_n_into_range"]
+__all__ = ["DataParallelOptions", "VocabParallelOptions", "partition_n_into_range"]

@@ -1,12 +1,29 @@
-"""Which classes a process holds when the vocabulary is spread over a process group."""
+"""How a classifier is spread over processes: by classes, or by the sharding of data parallelism."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
+
+from cut_cross_entropy.distributed.exchange import group_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+class Shard(NamedTuple):
+    """The classes of this process as the implementations need to know them.
+
+    Args:
+        start: the first one.
+        group: name of the process group.
+        world_size: processes of the group.
+    """
+
+    start: int
+    group: str
+    world_size: int
 
 
 def partition_n_into_range(n: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -29,32 +46,51 @@ def partition_n_into_range(n: int, rank: int, world_size: int) -> tuple[int, int
 
 @dataclass
 class VocabParallelOptions:
-    """The classes ``[start, stop)`` whose rows of the classifier this process holds.
+    """The classes ``[start, stop)`` whose rows of the classifier (and bias) this process holds.
+
+    All processes of the group make the same call with their own rows, and get the same loss. What
+    they compute from it has to be the same too, so that each can make its part of the gradients
+    without asking the others.
 
     Args:
         start: first class of this process.
-        stop: one past its last class.
+        stop: one past its last class; ``start`` if it holds none.
         group: the processes that hold the vocabulary together; None is the default group.
         reduce_e_grad: sum the gradient of ``e`` over the group, or leave each process its part.
+        gather_e: every process has tokens of its own (sequence parallelism), as many as the others
+            (pad with ``ignore_index``): ``e`` is gathered and its gradient reduce-scattered.
+            ``"mean"`` and ``"sum"`` are over the tokens of all; losses and log-sum-exps by token
+            are those of this process, and what the processes add to their loss from these adds up
+            over the group.
 
     Raises:
-        ValueError: not 0 <= start <= stop.
+        ValueError: not 0 <= start <= stop, or ``gather_e`` without ``reduce_e_grad``.
     """
 
     start: int
     stop: int
     group: "ProcessGroup | None" = None
     reduce_e_grad: bool = True
+    gather_e: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop:
             raise ValueError(
                 f"start and stop must satisfy 0 <= start <= stop, got {self.start} and {self.stop}"
             )
+        if self.gather_e and not self.reduce_e_grad:
+            raise ValueError(
+                "reduce_e_grad must be True with gather_e: tokens of other processes have no "
+                "gradient here that could be left unsummed"
+            )
 
     @classmethod
     def from_vocab(
-        cls, vocab_size: int, group: "ProcessGroup | None" = None, reduce_e_grad: bool = True
+        cls,
+        vocab_size: int,
+        group: "ProcessGroup | None" = None,
+        reduce_e_grad: bool = True,
+        gather_e: bool = False,
     ) -> "VocabParallelOptions":
         """The options of this process when ``vocab_size`` classes are spread evenly.
 
@@ -66,6 +102,56 @@ class VocabParallelOptions:
                 "VocabParallelOptions.from_vocab needs torch.distributed.init_process_group first"
             )
         rank = torch.distributed.get_rank(group)
-        world_size = torch.distributed.get_world_size(group)
-        start, stop = partition_n_into_range(vocab_size, rank, world_size)
-        return cls(start, stop, group, reduce_e_grad)
+        size = torch.distributed.get_world_size(group)
+        start, stop = partition_n_into_range(vocab_size, rank, size)
+        return cls(start, stop, group, reduce_e_grad, gather_e)
+
+    @classmethod
+    def from_dtensor(
+        cls, c: Tensor, reduce_e_grad: bool = True, gather_e: bool = False
+    ) -> "VocabParallelOptions":
+        """The options of this process when ``c`` (V, D) or (V,) is a DTensor sharded by rows.
+
+        Raises:
+            TypeError: ``c`` is no DTensor.
+            NotImplementedError: a mesh or placements that do not divide the classes.
+        """
+        from cut_cross_entropy.distributed.dtensor import classes_of
+
+        start, stop, group = classes_of(c)
+        return cls(start, stop, group, reduce_e_grad, gather_e)
+
+    def shard(self) -> Shard:
+        """What the implementations need to know."""
+        size = torch.distributed.get_world_size(self.group)
+        return Shard(self.start, group_name(self.group), size)
+
+
+@dataclass
+class DataParallelOptions:
+    """What happens to a classifier (and bias) that ``fully_shard`` has spread over processes.
+
+    They are gathered before the loss, freed after it, gathered again for the gradients, and the
+    gradients reduce-scattered. The names are those of FSDP2's ``MixedPrecisionPolicy``.
+
+    Args:
+        param_dtype: to which they are cast before they are gathered; None is the dtype of autocast,
+            or of ``e`` if that is narrower than theirs.
+        reduce_dtype: of the gradients between the processes; None is that in which they come.
+        average: whether the gradient is the mean over the processes, as FSDP has it, or the sum.
+
+    Raises:
+        TypeError: something else than a floating point dtype.
+    """
+
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    average: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("param_dtype", "reduce_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None and not (
+                isinstance(dtype, torch.dtype) and dtype.is_floating_point
+            ):
+                raise TypeError(f"{name} must be None or a floating point dtype, got {dtype!r}")

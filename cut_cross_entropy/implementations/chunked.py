@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cut_cross_entropy.distributed.exchange import combine
 from cut_cross_entropy.validation import check_target_range
 
 MAX_TOKENS = 8192
@@ -30,11 +31,28 @@ def forward(
     softcap: float | None,
     compute_dtype: torch.dtype,
     memory_budget: int,
+    first_class: int = 0,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of every token, each of shape (N,), float32 (float64 for float64)."""
-    problem = _Problem(e, c, targets, bias, ignore_index, softcap, compute_dtype, memory_budget)
+    """Loss and log-sum-exp of every token, each of shape (N,), float32 (float64 for float64).
+
+    With a ``group`` the rows of ``c`` are the classes from ``first_class`` on, its other processes
+    hold the rest, and the results are those of all classes.
+    """
+    problem = _Problem(
+        e,
+        c,
+        targets,
+        bias,
+        ignore_index,
+        softcap,
+        compute_dtype,
+        memory_budget,
+        first_class,
+        group,
+    )
     lse = torch.full((problem.num_kept,), -torch.inf, dtype=problem.wide, device=e.device)
-    target_logit = torch.full_like(lse, torch.nan)  # stays NaN where the target is out of range
+    target_logit = torch.full_like(lse, torch.inf)  # stays where the target is not here
 
     for tokens in problem.token_blocks():
         e_block, target_block = problem.embeddings(tokens), problem.targets[tokens]
@@ -43,6 +61,10 @@ def forward(
             lse[tokens] = torch.logaddexp(lse[tokens], torch.logsumexp(logits, dim=1))
             rows, columns = _targets_within(target_block, classes)
             target_logit[tokens][rows] = logits[rows, columns]
+
+    if group is not None:
+        target_logit, lse = combine(target_logit, lse, group)
+    target_logit.masked_fill_(target_logit == torch.inf, torch.nan)  # out of range
 
     # lse is a rounded sum; it must not fall below one of its terms, or a probability exceeds 1.
     nll = (lse - target_logit).clamp_min(0)
@@ -64,13 +86,27 @@ def backward(
     need_e: bool,
     need_c: bool,
     need_bias: bool,
+    first_class: int = 0,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of e, c and bias in their own dtypes; an empty tensor for each not needed.
 
     The gradient of the logits is ``a * p - b * onehot`` with ``a`` the gradient of loss plus lse
-    and ``b`` that of the loss.
+    and ``b`` that of the loss. With a ``group`` the gradient of e is the part of the classes that
+    are here; nothing is exchanged.
     """
-    problem = _Problem(e, c, targets, bias, ignore_index, softcap, compute_dtype, memory_budget)
+    problem = _Problem(
+        e,
+        c,
+        targets,
+        bias,
+        ignore_index,
+        softcap,
+        compute_dtype,
+        memory_budget,
+        first_class,
+        group,
+    )
     wide, device = problem.wide, e.device
     b = problem.gather(grad_nll.to(wide))
     a = b + problem.gather(grad_lse.to(wide))
@@ -158,6 +194,8 @@ class _Problem:
         softcap: float | None,
         compute_dtype: torch.dtype,
         memory_budget: int,
+        first_class: int,
+        group: str | None,
     ) -> None:
         self.e, self.c, self.bias, self.softcap = e, c, bias, softcap
         self.compute_dtype = compute_dtype
@@ -167,13 +205,15 @@ class _Problem:
         # elsewhere the factors are widened, which changes none of their values.
         self.half_products = compute_dtype.itemsize == 2 and _has_wide_products(e.device)
 
-        check_target_range(targets, c.shape[0], ignore_index)
+        if group is None:
+            check_target_range(targets, c.shape[0], ignore_index)
         kept = targets != ignore_index
         self.num_tokens = targets.shape[0]
         self.num_kept = int(kept.sum())
         self.rows = None if self.num_kept == self.num_tokens else kept.nonzero().squeeze(1)
-        self.targets = self.gather(targets).long()
-        self.in_range = (self.targets >= 0) & (self.targets < c.shape[0])
+        self.targets = self.gather(targets).long() - first_class
+        in_range = (self.targets >= 0) & (self.targets < c.shape[0])
+        self.in_range = in_range if group is None else torch.ones_like(in_range)
         self.block = choose_blocks(
             self.num_kept, c.shape[0], c.shape[1], self.wide.itemsize, memory_budget
         )

@@ -19,17 +19,19 @@ MAX_VARIANTS = 128
 """Compilations of one function: dtypes, bias, softcap, needed gradients and layouts multiply."""
 
 
-def token_losses(
+def target_logits_and_lse(
     e: Tensor,  # (N, D)
     c: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
+    targets: Tensor,  # (N,) counted from the first row of c
     bias: Tensor | None,  # (V,)
+    kept: Tensor,  # (N,) bool
     *,
-    ignore_index: int,
     softcap: float | None,
     compute_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of every token, each of shape (N,).
+    """Logit of the target and log-sum-exp of every token, (N,) each.
+
+    The logit is +inf where the target is no row of ``c``. Tokens that are not kept mean nothing.
 
     Raises:
         RuntimeError: ``torch.compile`` has no compiler to work with on this machine.
@@ -41,7 +43,7 @@ def token_losses(
     if bias is not None:
         bias = bias.to(wide)
     if torch.compiler.is_compiling():
-        return _token_losses(e, c, targets, bias, ignore_index, softcap)
+        return _logits_and_lse(e, c, targets, bias, kept, softcap)
     missing = missing_compiler(e.device.type)
     if missing is not None:
         raise RuntimeError(
@@ -52,7 +54,7 @@ def token_losses(
 
     # PyTorch refuses a ninth compilation of a function, which ordinary use of the options reaches.
     with config.patch(cache_size_limit=MAX_VARIANTS):
-        return _compiled()(e, c, targets, bias, ignore_index, softcap)
+        return _compiled()(e, c, targets, bias, kept, softcap)
 
 
 def missing_compiler(device_type: str) -> str | None:
@@ -68,19 +70,13 @@ def missing_compiler(device_type: str) -> str | None:
 
 @functools.cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_token_losses, fullgraph=True, dynamic=True)
+    return torch.compile(_logits_and_lse, fullgraph=True, dynamic=True)
 
 
-def _token_losses(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
+def _logits_and_lse(
+    e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, kept: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    kept = targets != ignore_index
-    in_range = (targets >= 0) & (targets < c.shape[0])
+    here = (targets >= 0) & (targets < c.shape[0])
 
     # An ignored token contributes nothing, whatever its embedding holds (0 * NaN is NaN).
     logits = torch.where(kept[:, None], e, 0) @ c.T
@@ -90,8 +86,6 @@ def _token_losses(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
 
-    lse = torch.logsumexp(logits, dim=1)
-    safe = torch.where(in_range, targets, 0).long()
-    nll = lse - logits.gather(1, safe[:, None]).squeeze(1)
-    nll = torch.where(in_range, nll, torch.nan)
-    return torch.where(kept, nll, 0), torch.where(kept, lse, 0)
+    safe = torch.where(here, targets, 0).long()
+    logit = logits.gather(1, safe[:, None]).squeeze(1)
+    return torch.where(here, logit, torch.inf), torch.logsumexp(logits, dim=1)

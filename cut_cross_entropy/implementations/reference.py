@@ -8,20 +8,22 @@ import torch
 from torch import Tensor
 
 
-def token_losses(
+def target_logits_and_lse(
     e: Tensor,  # (N, D)
     c: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
+    targets: Tensor,  # (N,) counted from the first row of c
     bias: Tensor | None,  # (V,)
+    kept: Tensor,  # (N,) bool
     *,
-    ignore_index: int,
     softcap: float | None,
     compute_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of every token, each of shape (N,)."""
+    """Logit of the target and log-sum-exp of every token, (N,) each.
+
+    The logit is +inf where the target is no row of ``c``. Tokens that are not kept mean nothing.
+    """
     wide = torch.promote_types(compute_dtype, torch.float32)
-    kept = targets != ignore_index
-    in_range = (targets >= 0) & (targets < c.shape[0])
+    here = (targets >= 0) & (targets < c.shape[0])
 
     # An ignored token contributes nothing, whatever its embedding holds: a NaN there would reach
     # the classifier's gradient as 0 * NaN.
@@ -32,8 +34,6 @@ def token_losses(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
 
-    lse = torch.logsumexp(logits, dim=1)
-    safe = torch.where(in_range, targets, 0).long()
-    nll = lse - logits.gather(1, safe[:, None]).squeeze(1)
-    nll = torch.where(in_range, nll, torch.nan)
-    return torch.where(kept, nll, 0), torch.where(kept, lse, 0)
+    safe = torch.where(here, targets, 0).long()
+    logit = logits.gather(1, safe[:, None]).squeeze(1)
+    return torch.where(here, logit, torch.inf), torch.logsumexp(logits, dim=1)

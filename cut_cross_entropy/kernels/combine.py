@@ -8,12 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cut_cross_entropy.distributed.exchange import gather_shards, maximum_over_group
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.config import launch_device
 from cut_cross_entropy.kernels.prepare import Tokens
 from cut_cross_entropy.kernels.primitives import FORCED
 
 LN2 = tl.constexpr(0.6931471805599453)
+GROUPS = 1024  # of classes, whose probabilities the forward has at hand when one process walks them
 
 
 @triton.jit
@@ -128,3 +130,43 @@ def finish(
             BLOCK_T=BLOCK_T,
         )
     return nll, lse, spread
+
+
+def exchange_bound(bound: Tensor, group: str) -> None:
+    """Raise ``bound`` (N,) to the highest of the shards, in place: N floats."""
+    maximum_over_group(bound, group)
+
+
+def finish_shards(
+    parts: tuple[Tensor, Tensor],  # lse and spread by segment of this shard, (segments, N) each
+    logits: Tensor,  # (N,) +inf where the target is in another shard
+    tokens: Tokens,
+    energy: Tensor | None,  # (blocks, V)
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`finish`, of all shards; and the probability of the classes of this one, in front.
+
+    Every process finishes from the same gathered numbers, so all have the same bits. With energies
+    the spread travels beside the pairs of lse and logit. The last two results are empty without.
+    """
+    own = _sum_of_powers(parts[0])
+    numbers = [own, logits] if energy is None else [own, logits, _sum_of_powers(parts[1])]
+    gathered = gather_shards(torch.stack(numbers), group)  # (shards, 2 or 3, N)
+    lse_parts, spread_parts = (gathered[:, i].contiguous() for i in (0, -1))
+    least = gathered[:, 1].amin(0)
+    least = torch.where(least == torch.inf, torch.nan, least)  # no shard holds the target
+    nll, lse, spread = finish((lse_parts, spread_parts), least, tokens, energy)
+    if energy is None:
+        return nll, lse, spread, nll.new_empty(0)
+    # Shards have more and finer groups than one process has. Were a token's classes strewn over
+    # GROUPS of them, this many more would meet in one; what counts as flat then stays the same.
+    groups = 64 * parts[0].shape[0] * gathered.shape[0]
+    if groups > GROUPS:
+        spread = -torch.log2(torch.exp2(-spread) + (1 / GROUPS - 1 / groups))
+    return nll, lse, spread, torch.exp2(own - _sum_of_powers(lse_parts))
+
+
+def _sum_of_powers(parts: Tensor) -> Tensor:
+    """Log2 of the sum of 2^x over the first axis: (parts, N) to (N,)."""
+    ln2 = 0.6931471805599453
+    return torch.logsumexp(parts * ln2, 0) / ln2

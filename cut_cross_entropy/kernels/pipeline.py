@@ -8,9 +8,10 @@ import math
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.distributed.exchange import world_size
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T, filtered
-from cut_cross_entropy.kernels.combine import finish, raise_bound
+from cut_cross_entropy.kernels.combine import exchange_bound, finish, finish_shards, raise_bound
 from cut_cross_entropy.kernels.config import tiles_on
 from cut_cross_entropy.kernels.forward import walk_classes
 from cut_cross_entropy.kernels.prepare import prepare_backward, score_targets
@@ -28,13 +29,20 @@ def forward(
     compute_dtype: torch.dtype,
     with_energy: bool,
     compact: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """nll and lse (N,) in the caller's order; strip energies and spread for the backward.
+    first_class: int = 0,
+    group: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """nll and lse (N,) in the caller's order; what the backward needs: strip energies, spread, and
+    the probability of the classes that are here.
 
-    Without ``with_energy`` the last two are empty. With ``compact`` ignored tokens cost nothing but
-    a copy of ``e``, which is freed on return; without, whole blocks of them cost nothing.
+    Without ``with_energy`` the last three are empty. With ``compact`` ignored tokens cost nothing
+    but a copy of ``e``, which is freed on return; without, whole blocks of them cost nothing.
+
+    With a ``group`` the rows of ``c`` are the classes from ``first_class`` on, its other processes
+    hold the rest, and nll and lse are those of all classes. The last result is empty without one.
     """
-    check_target_range(targets, c.shape[0], ignore_index)
+    if group is None:
+        check_target_range(targets, c.shape[0], ignore_index)
     tiles = tiles_on(e.device)
     num_tokens, num_classes = e.shape[0], c.shape[0]
     num_blocks = -(-num_tokens // BLOCK_T)
@@ -42,29 +50,45 @@ def forward(
     energy = e.new_zeros((num_blocks, num_classes) if with_energy else 0, dtype=torch.uint8)
     if num_tokens == 0:
         nothing = e.new_zeros(0, dtype=torch.float32)
-        return nothing, nothing.clone(), energy, nothing.clone()
+        return nothing, nothing.clone(), energy, nothing.clone(), nothing.clone()
 
     c = c.to(compute_dtype).contiguous()
     bias = None if bias is None else bias.contiguous()
     tokens, target, bound = score_targets(
-        e, c, bias, targets, ignore_index, softcap, compact=compact
+        e, c, bias, targets, ignore_index, softcap, compact, first_class, sharded=group is not None
     )
     flags = torch.zeros(num_blocks, dtype=torch.int32, device=e.device)
 
     # Tokenizers number frequent classes first, so a short walk over these gives a tight bound.
     hot = min(max(1024, num_classes // 64), 8192) // tiles.block_v * tiles.block_v
-    if hot < num_classes:
+    if group is not None:
+        # They are in the first shard; an eighth of it is what the others can be made to wait for.
+        # A shard without the target has no bound at all before this walk, however few its classes.
+        hot = min(
+            max(1024, num_classes * world_size(group) // 64), 8192, max(1024, num_classes // 8)
+        )
+        hot = min(hot // tiles.block_v * tiles.block_v, num_classes)
+    if 0 < hot < num_classes or (group is not None and hot > 0):
         few = (c[:hot], None if bias is None else bias[:hot])
         frequent, _ = walk_classes(
             tokens.e, *few, bound, softcap, tiles, energy=None, flags=flags, online=True
         )
         raise_bound(bound, frequent)
+    if group is not None and with_energy:
+        exchange_bound(bound, group)  # bytes of all shards stand against the same bound
 
     out = energy if with_energy else None
-    parts = walk_classes(tokens.e, c, bias, bound, softcap, tiles, out, flags)
-    walk_classes(tokens.e, c, bias, bound, softcap, tiles, out, flags, True, True, parts)
-    nll, lse, spread = finish(parts, target, tokens, out)
-    return nll, lse, energy, spread
+    if num_classes > 0:
+        parts = walk_classes(tokens.e, c, bias, bound, softcap, tiles, out, flags)
+        walk_classes(tokens.e, c, bias, bound, softcap, tiles, out, flags, True, True, parts)
+    else:
+        nothing = torch.full_like(bound, -torch.inf)[None]
+        parts = (nothing, nothing)
+    if group is None:
+        nll, lse, spread = finish(parts, target, tokens, out)
+        return nll, lse, energy, spread, nll.new_empty(0)
+    nll, lse, spread, shard = finish_shards(parts, target, tokens, out, group)
+    return nll, lse, energy, spread, shard
 
 
 def backward(
@@ -78,6 +102,7 @@ def backward(
     lse: Tensor,  # (N,)
     energy: Tensor,  # (blocks, V) uint8, or empty
     spread: Tensor,  # (N,)
+    shard: Tensor,  # (N,) or empty
     ignore_index: int,
     softcap: float | None,
     compute_dtype: torch.dtype,
@@ -88,9 +113,11 @@ def backward(
     need_e: bool,
     need_c: bool,
     need_bias: bool,
+    first_class: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of e, c and bias in their own dtypes; an empty tensor for each not needed.
 
+    That of e is the part of the classes that are here; nothing is exchanged.
     ``tolerance`` 0, or an empty ``energy``, means no filter. The filtered path reads the number of
     kept strips from the device: the one synchronisation of a step.
     """
@@ -99,7 +126,7 @@ def backward(
         torch.empty(c.shape, dtype=c.dtype, device=c.device) if need_c else None,
         bias.new_empty(bias.shape) if bias is not None and need_bias else None,
     )
-    if e.shape[0] == 0:
+    if e.shape[0] == 0 or c.shape[0] == 0:
         for grad in (result.c, result.bias):
             if grad is not None:
                 grad.zero_()
@@ -117,8 +144,10 @@ def backward(
             ignore_index,
             compute_dtype,
             math.log2(filtered.FLAT_GROUPS),
+            first_class,
         )
-        problem = assemble(moved, c, bias, softcap, compute_dtype, memory_budget)
+        own = shard if shard.numel() > 0 else None
+        problem = assemble(moved, c, bias, softcap, compute_dtype, memory_budget, own)
         sparse = Gradients(
             result.e if use_filter and filter_e else None,
             result.c if use_filter and filter_c else None,

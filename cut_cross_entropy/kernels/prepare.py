@@ -98,7 +98,7 @@ def score_targets_kernel(
     origin_ptr,  # (N,)
     e_ptr,  # (N, D) out if COPY, else in
     targets_ptr,  # (N,) out
-    logits_ptr,  # (N,) out: logit of the target, log2; NaN if it is out of range
+    logits_ptr,  # (N,) out: logit of the target, log2; NaN (+inf if SHARDED) if it is not here
     bound_ptr,  # (N,) out: where to start from; +inf for no token
     N,
     V,
@@ -106,9 +106,11 @@ def score_targets_kernel(
     stride_n,
     stride_d,
     softcap,
+    first_class,
     COPY: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SHARDED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Moves one token to its place and computes the logit of its target."""
@@ -122,6 +124,7 @@ def score_targets_kernel(
     lane = tl.zeros((1,), tl.int64)
     present = (origin + lane) < N
     target = tl.load(all_targets_ptr + origin + lane, mask=present, other=-1).to(tl.int64)
+    target -= first_class
     usable = present & (target >= 0) & (target < V)
     target = tl.where(usable, target, -1)
     first = tl.max(target, 0)
@@ -138,7 +141,9 @@ def score_targets_kernel(
     logit = tl.reshape(logit, (1,))
     bound = tl.where(logit < float("inf"), logit, 0.0)  # NaN and +inf: the walk finds them again
     tl.store(targets_ptr + row + lane, target)
-    tl.store(logits_ptr + row + lane, tl.where(usable, logit, float("nan")))
+    # In a shard of the classes: the least over the shards is that of the shard that holds it.
+    absent = float("inf") if SHARDED else float("nan")
+    tl.store(logits_ptr + row + lane, tl.where(usable, logit, absent))
     tl.store(bound_ptr + row + lane, tl.where(present, bound, float("inf")))
 
 
@@ -150,9 +155,13 @@ def score_targets(
     ignore_index: int,
     softcap: float | None,
     compact: bool,
+    first_class: int = 0,
+    sharded: bool = False,
 ) -> tuple[Tokens, Tensor, Tensor]:
     """The tokens, the logits of their targets and a first bound, (N,) each, log2.
 
+    The targets of the tokens are counted from ``first_class``. Logits of targets that are no row of
+    ``c`` are NaN, or +inf where ``c`` is one shard of the classes, and their bound is -inf.
     With ``compact`` the tokens that count are moved to the front; without, every token keeps its
     place and nothing is copied if ``e`` is contiguous and of the compute dtype.
     """
@@ -183,9 +192,11 @@ def score_targets(
             e.stride(0),
             e.stride(1),
             softcap or 0.0,
+            first_class,
             COPY=compact,
             HAS_BIAS=bias is not None,
             SOFTCAP=softcap is not None,
+            SHARDED=sharded,
             BLOCK_D=min(1024, triton.next_power_of_2(dim)),
         )
     return Tokens(front, placed, origin), logits, bound
@@ -213,6 +224,7 @@ def backward_tokens_kernel(
     stride_n,
     stride_d,
     flat_spread,
+    first_class,
     HAS_SPREAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -223,13 +235,14 @@ def backward_tokens_kernel(
     lane = tl.zeros((1,), tl.int64)
     place = origin + lane
     present = place < N
-    target = tl.load(all_targets_ptr + place, mask=present, other=-1).to(tl.int64)
+    target = tl.load(all_targets_ptr + place, mask=present, other=-1).to(tl.int64) - first_class
     usable = present & (target >= 0) & (target < V)
     b = tl.load(grad_nll_ptr + place, mask=present, other=0.0).to(tl.float32)
     a = b + tl.load(grad_lse_ptr + place, mask=present, other=0.0).to(tl.float32)
-    a = tl.where(present & (usable == 0), float("nan"), a)  # never a plausible number
     lse = tl.load(lse_in_ptr + place, mask=present, other=float("inf")) * LOG2E
     nll = tl.load(nll_in_ptr + place, mask=present, other=0.0)
+    # No shard of the classes holds the target: never a plausible number.
+    a = tl.where((usable == 0) & (nll != nll), float("nan"), a)
     miss = 1.0 - tl.exp2(0.0 - nll * LOG2E)
     energy = tl.where(present, miss * miss, -2.0)
     if HAS_SPREAD:
@@ -273,6 +286,7 @@ def prepare_backward(
     ignore_index: int,
     compute_dtype: torch.dtype,
     flat_spread: float,
+    first_class: int = 0,
 ) -> BackwardTokens:
     """Move the tokens that count, and their gradients, to the front."""
     num_tokens, dim = e.shape
@@ -305,6 +319,7 @@ def prepare_backward(
             e.stride(0),
             e.stride(1),
             flat_spread,
+            first_class,
             HAS_SPREAD=spread.numel() > 0,
             BLOCK_D=min(1024, triton.next_power_of_2(dim)),
         )

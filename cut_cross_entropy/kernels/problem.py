@@ -28,6 +28,7 @@ class Problem:
     softcap: float | None
     tiles: Tiles
     memory_budget: int
+    shard: Tensor | None  # (N,) probability of the classes that are here; None: all are
 
     def of(self, places: Tensor) -> "Problem":
         """The tokens at ``places`` alone."""
@@ -65,6 +66,7 @@ def assemble(
     softcap: float | None,
     compute_dtype: torch.dtype,
     memory_budget: int,
+    shard: Tensor | None,
 ) -> Problem:
     """The problem of tokens moved to the front; in float16 with the scale that keeps a * p."""
     scale = moved.a.new_ones(())
@@ -85,6 +87,7 @@ def assemble(
         softcap,
         tiles_on(c.device),
         memory_budget,
+        shard,
     )
 
 

@@ -1,0 +1,185 @@
+"""DTensors as arguments: what their sharding means, and the local tensors that stand for it.
+
+A classifier sharded by rows means one of two things. ``parallelize_module`` spreads the *work*:
+each process has the same tokens and keeps its classes (vocabulary-parallel, nothing is gathered).
+``fully_shard`` spreads the *storage*: each process has tokens of its own and needs all classes
+(data-parallel, see ``gathered``). The names of the mesh's dimensions say which, or an option of the
+call does; nothing is guessed.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.distributed.options import DataParallelOptions, VocabParallelOptions
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+TENSOR_NAMES = ("tp", "tensor", "tensor_parallel", "vocab", "vocab_parallel")
+DATA_NAMES = (
+    "dp",
+    "data",
+    "data_parallel",
+    "fsdp",
+    "dp_shard",
+    "dp_replicate",
+    "dp_shard_cp",
+    "shard",
+    "replicate",
+)
+"""Names of mesh dimensions and what they mean; those of PyTorch's and torchtitan's examples."""
+
+
+class Resolved(NamedTuple):
+    """Arguments of a call without DTensors, except a data-parallel classifier and bias.
+
+    Args:
+        vocab_parallel: set if the classifier is one shard of the classes.
+        data_parallel: set if the classifier (and bias) are DTensors that have to be gathered.
+    """
+
+    e: Tensor
+    c: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    vocab_parallel: VocabParallelOptions | None
+    data_parallel: DataParallelOptions | None
+
+
+def is_dtensor(x: object) -> bool:
+    """Whether ``x`` is a DTensor, without importing what defines them."""
+    return isinstance(x, Tensor) and any(t.__name__ == "DTensor" for t in type(x).__mro__)
+
+
+def resolve(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    vocab_parallel: VocabParallelOptions | None,
+    data_parallel: DataParallelOptions | None,
+) -> Resolved:
+    """Find out what DTensors mean, and make local what can be.
+
+    Raises:
+        ValueError: both options, or options that the sharding contradicts.
+        NotImplementedError: a mesh, a placement or a mixture that has no meaning here.
+    """
+    if vocab_parallel is not None and data_parallel is not None:
+        raise ValueError(
+            "vocab_parallel_options and data_parallel_options exclude each other: a classifier is "
+            "either divided by classes or gathered"
+        )
+    if is_dtensor(c) and vocab_parallel is None and data_parallel is None:
+        if _meaning(c) == "data":
+            data_parallel = DataParallelOptions()
+        else:
+            vocab_parallel = VocabParallelOptions.from_dtensor(c)
+    if vocab_parallel is not None:
+        c, bias = (_own_rows(x, name, vocab_parallel) for x, name in ((c, "c"), (bias, "bias")))  # type: ignore[assignment]
+        if is_dtensor(targets):
+            targets = targets.full_tensor()  # type: ignore[attr-defined]
+        if is_dtensor(e):
+            e, vocab_parallel = _all_tokens(e, vocab_parallel)
+        return Resolved(e, c, targets, bias, vocab_parallel, None)
+    if is_dtensor(bias) and not is_dtensor(c):
+        raise NotImplementedError(
+            "bias is a DTensor and c is not: pass both as DTensors, or bias.to_local()"
+        )
+    for name, x in (("e", e), ("targets", targets)):
+        if is_dtensor(x):
+            raise NotImplementedError(
+                f"{name} is a DTensor ({_describe(x)}) beside a classifier that is not divided by "
+                f"classes: pass the tokens of this process, {name}.to_local()"
+            )
+    # What fully_shard has gathered already (within the module's forward) is a tensor like others.
+    return Resolved(e, c, targets, bias, None, data_parallel if is_dtensor(c) else None)
+
+
+def _meaning(c: Any) -> str:
+    """ "data" or "tensor", by the names of the mesh's dimensions."""
+    names = c.device_mesh.mesh_dim_names
+    if names is not None and all(name in DATA_NAMES for name in names):
+        return "data"
+    if names is not None and len(names) == 1 and names[0] in TENSOR_NAMES:
+        return "tensor"
+    if names is not None and any(name in TENSOR_NAMES for name in names):
+        raise NotImplementedError(
+            f"c is a DTensor on a mesh of several dimensions ({_describe(c)}): call from the "
+            "forward of the module that fully_shard manages, where c has its tensor-parallel "
+            f"dimension alone, or gather the others with c.redistribute first"
+        )
+    raise NotImplementedError(
+        f"c is a DTensor ({_describe(c)}), and the mesh does not say what for: name its dimensions "
+        f"({', '.join(DATA_NAMES)}: gathered; {', '.join(TENSOR_NAMES)}: divided by classes), or "
+        "pass data_parallel_options=DataParallelOptions() or "
+        "vocab_parallel_options=VocabParallelOptions.from_dtensor(c)"
+    )
+
+
+def classes_of(c: Any) -> tuple[int, int, "ProcessGroup"]:
+    """First and one past the last row of this process, and the group that holds all rows.
+
+    Raises:
+        TypeError: ``c`` is no DTensor.
+        NotImplementedError: not sharded by rows over a mesh of one dimension.
+    """
+    if not is_dtensor(c):
+        raise TypeError(f"c must be a DTensor, got {type(c).__name__}")
+    mesh = c.device_mesh
+    if mesh.ndim != 1 or not c.placements[0].is_shard(0):
+        raise NotImplementedError(
+            f"c must be sharded by rows, Shard(0), over a mesh of one dimension, got a DTensor "
+            f"({_describe(c)})"
+        )
+    # As torch.chunk divides: all but the last have as many rows.
+    rows = -(-c.shape[0] // mesh.size())
+    start = min(mesh.get_local_rank() * rows, c.shape[0])
+    return start, min(start + rows, c.shape[0]), mesh.get_group()
+
+
+def _own_rows(x: Any, name: str, options: VocabParallelOptions) -> Tensor | None:
+    """The rows of this process; a plain tensor holds nothing else."""
+    if not is_dtensor(x):
+        return x  # type: ignore[no-any-return]
+    start, stop, _ = classes_of(x)
+    if (start, stop) != (options.start, options.stop):
+        raise ValueError(
+            f"{name} has the rows [{start}, {stop}) on this process, and vocab_parallel_options "
+            f"the classes [{options.start}, {options.stop})"
+        )
+    return x.to_local()  # type: ignore[no-any-return]
+
+
+def _all_tokens(e: Any, options: VocabParallelOptions) -> tuple[Tensor, VocabParallelOptions]:
+    """``e`` with all tokens, and who sums its gradient: DTensor's own backward or the call."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    mesh, (placement, *_) = e.device_mesh, e.placements
+    group = options.group or torch.distributed.group.WORLD
+    if mesh.ndim != 1 or mesh.get_group() != group:
+        raise NotImplementedError(
+            f"e is a DTensor ({_describe(e)}) on another mesh than the classes: pass the tokens "
+            "that all processes of vocab_parallel_options.group have in common, e.to_local()"
+        )
+    if options.gather_e:
+        raise ValueError(
+            "gather_e is for plain tensors: a DTensor e says itself how its tokens are sharded"
+        )
+    if placement.is_shard(e.ndim - 1):
+        raise NotImplementedError(
+            f"e is a DTensor sharded by features ({_describe(e)}): redistribute it to Replicate() "
+            "or to a sharding by tokens"
+        )
+    whole = e.redistribute(placements=[Replicate()])
+    if options.reduce_e_grad and not placement.is_shard():
+        return whole.to_local(), options
+    # Sharded tokens need the sum of their own gradient only: a reduce-scatter by DTensor.
+    return whole.to_local(grad_placements=[Partial()]), replace(options, reduce_e_grad=False)
+
+
+def _describe(x: Any) -> str:
+    return f"placements {tuple(x.placements)}, mesh dimensions {x.device_mesh.mesh_dim_names}"

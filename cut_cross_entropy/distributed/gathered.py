@@ -1,0 +1,107 @@
+"""A data-parallel classifier: gathered while it is needed, its gradient reduce-scattered.
+
+Outside of the forward of its module, ``fully_shard`` keeps a parameter as a DTensor, (Shard(0),) or
+for HSDP (Replicate(), Shard(0)). The whole exists during the forward and, gathered once more,
+during the backward of the loss; between them only the shard does. At the peak, in the backward, a
+process holds the whole classifier and the whole of its gradient, (V, D) each.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.distributed.options import DataParallelOptions
+
+
+class _Whole(torch.autograd.Function):
+    """The whole of a DTensor; the gradient comes back as a DTensor sharded like it."""
+
+    @staticmethod
+    def forward(ctx: Any, sharded: Any, dtype: torch.dtype, options: DataParallelOptions) -> Tensor:
+        ctx.sharding = (sharded.device_mesh, sharded.placements, sharded.dtype)
+        ctx.options = options
+        return _whole(sharded, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, None, None]:  # type: ignore[override]
+        from torch.distributed.tensor import DTensor, Partial
+
+        mesh, placements, dtype = ctx.sharding
+        if ctx.options.reduce_dtype is not None:
+            grad = grad.to(ctx.options.reduce_dtype)
+        if ctx.options.average:
+            grad = grad / mesh.size()  # before the sum, which could leave the range of float16
+        parts = DTensor.from_local(grad, mesh, [Partial()] * mesh.ndim, run_check=False)
+        return parts.redistribute(placements=placements).to(dtype), None, None
+
+
+def _whole(sharded: Any, dtype: torch.dtype) -> Tensor:
+    with torch.no_grad():  # cast first: fewer bytes travel
+        return sharded.detach().to(dtype).full_tensor()  # type: ignore[no-any-return]
+
+
+def gather(sharded: Any, name: str, dtype: torch.dtype, options: DataParallelOptions) -> Tensor:
+    """The whole of a DTensor in ``dtype``, differentiable.
+
+    Raises:
+        NotImplementedError: within ``torch.compile``, or sharded otherwise than by rows.
+    """
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{name} is a DTensor that has to be gathered, which torch.compile cannot trace: call "
+            "linear_cross_entropy outside of the compiled region, or within the forward of the "
+            "module that fully_shard manages"
+        )
+    for placement in sharded.placements:
+        if not (placement.is_shard(0) or placement.is_replicate()):
+            raise NotImplementedError(
+                f"{name} must be sharded by rows to be gathered, got placements "
+                f"{tuple(sharded.placements)}"
+            )
+    return _Whole.apply(sharded, dtype, options)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def gathered_again(pairs: list[tuple[Any, Tensor]]) -> Iterator[None]:
+    """What is saved for the backward within this context holds no gathered tensor of ``pairs``.
+
+    Each is a DTensor and its whole. In the backward it is gathered once more, by all processes in
+    the same order, and shared while anything of the backward holds it.
+    """
+    storages = {whole.untyped_storage().data_ptr(): i for i, (_, whole) in enumerate(pairs)}
+    recipes = [(sharded, whole.dtype, _version(sharded)) for sharded, whole in pairs]
+    again: dict[int, Any] = {}
+    del pairs
+
+    def pack(saved: Tensor) -> Any:
+        i = storages.get(saved.untyped_storage().data_ptr()) if saved.numel() else None
+        if i is None:
+            return saved
+        return i, saved.shape, saved.stride(), saved.storage_offset()
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        i, shape, stride, offset = packed
+        whole = again[i]() if i in again else None
+        if whole is None:
+            sharded, dtype, version = recipes[i]
+            if _version(sharded) != version:
+                raise RuntimeError(
+                    "a sharded classifier or bias was modified by an inplace operation between "
+                    "the loss and its backward"
+                )
+            whole = _whole(sharded, dtype)
+            again[i] = ref(whole)
+        return whole.as_strided(shape, stride, offset)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _version(sharded: Any) -> int:
+    return int(sharded._local_tensor._version)
