@@ -10,23 +10,14 @@ from torch import Tensor
 
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.grad_c import find_unions
 from cut_cross_entropy.kernels.grad_c import grad_c as compute_grad_c
-from cut_cross_entropy.kernels.grad_c import order_classes
 from cut_cross_entropy.kernels.grad_e import grad_e as compute_grad_e
+from cut_cross_entropy.kernels.listing import Counts, Places, StripList, find_places, list_strips
 from cut_cross_entropy.kernels.problem import Gradients, Problem, write_dense
-from cut_cross_entropy.kernels.selection import (
-    CHUNK,
-    Counts,
-    Kept,
-    Places,
-    StripList,
-    class_offsets,
-    find_places,
-    keep_strips,
-    list_strips,
-)
+from cut_cross_entropy.kernels.selection import CHUNK, Kept, keep_strips
 from cut_cross_entropy.kernels.strips import strip_gradients, sum_by_class
-from cut_cross_entropy.kernels.tail import share_moments, weighted_row_sum, write_tails
+from cut_cross_entropy.kernels.tail import weighted_row_sum, write_tails
 
 STRIP_BYTES = 2 * BLOCK_T + 8  # a strip's logit gradient and its place in the lists
 DENSE_FRACTION = 0.45  # of strips kept: beyond it the dense path is faster
@@ -42,10 +33,10 @@ def write_filtered(problem: Problem, grads: Gradients, energy: Tensor, tolerance
             "graph cannot capture; use impl='cce_exact' or filter_eps=None"
         )
     kept = keep_strips(energy, problem.sharp, tolerance)
+    counts = Counts(kept)
     selected = _Selected.of(kept, problem)
-    counts = kept.read()  # the one synchronisation: all before it is queued, all after is short
+    num_strips = sum(counts.by_block)  # the one wait for the device, while it makes ``selected``
 
-    num_strips = int(counts.strips.sum())
     possible = -(-counts.tokens // BLOCK_T) * energy.shape[1]
     too_flat = (
         counts.flat_tokens > FLAT_FRACTION * counts.tokens or num_strips > DENSE_FRACTION * possible
@@ -75,33 +66,23 @@ class _Selected:
     """What follows from the selection without knowing how much it kept.
 
     Args:
-        shares: (V,) of the tail's mass.
-        moments: (2,) see share_moments; only with a softcap.
-        center: (D,) mean row of c over the tail.
-        offsets: (groups, V) see class_offsets.
-        order: (V,) see order_classes.
         places: of all strips.
+        center: (D,) mean row of c over the tail.
+        order: (V,) see :meth:`Kept.order`.
+        unions: see find_unions.
     """
 
-    shares: Tensor
-    moments: Tensor | None
-    center: Tensor
-    offsets: Tensor
-    order: Tensor
     places: Places
+    center: Tensor
+    order: Tensor
+    unions: tuple[Tensor, Tensor]
 
     @classmethod
     def of(cls, kept: Kept, problem: Problem) -> "_Selected":
-        # Weights are non-negative: where their sum is 0, so are they.
-        shares = kept.weights / kept.weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
-        return cls(
-            shares,
-            None if problem.softcap is None else share_moments(shares),
-            weighted_row_sum(shares, problem.c),
-            class_offsets(kept.sizes),
-            order_classes(kept.masks, 0, kept.masks.shape[1]),
-            find_places(kept, (0, kept.shape[0]), (0, kept.shape[1])),
-        )
+        places = find_places(kept)
+        order = kept.order(0, kept.keys.shape[0])
+        unions = find_unions(order, kept.masks)
+        return cls(places, weighted_row_sum(kept.weights, problem.c, places.tail), order, unions)
 
 
 def _strips_and_tail(
@@ -112,20 +93,22 @@ def _strips_and_tail(
     num_classes = c.shape[0]
     num_blocks, num_chunks = kept.shape
     all_blocks, all_chunks = (0, num_blocks), (0, num_chunks)
-    by_block, by_chunk = counts.strips.sum(1).tolist(), counts.strips.sum(0).tolist()
     capacity = max(1, problem.memory_budget // STRIP_BYTES)
-    whole = sum(by_block) <= capacity
-    tails = torch.zeros(problem.a.shape[0], dtype=torch.float32, device=c.device)
-    mass = torch.zeros_like(tails)
+    whole = sum(counts.by_block) <= capacity
+    held, tails, mass = torch.zeros(
+        (3, problem.a.shape[0]), dtype=torch.float32, device=c.device
+    ).unbind()
 
     def compute(
         blocks: tuple[int, int], chunks: tuple[int, int], by_class: bool
     ) -> tuple[StripList, Tensor, Tensor, Tensor]:
         """Strips of a rectangle: their list, gradients, sums, and what each token's hold."""
-        offsets = selected.offsets if by_class else None
-        first = sum(by_chunk[: chunks[0]])
-        places = selected.places if whole else find_places(kept, blocks, chunks)
-        strips = list_strips(kept, counts, blocks, chunks, places, offsets, first)
+        first, places, sizes = 0, selected.places, counts.by_block
+        if not whole:
+            first = sum(counts.by_chunk[: chunks[0]])
+            places = find_places(kept, blocks, chunks, selected.places)
+            sizes = counts.strips[slice(*blocks), slice(*chunks)].sum(1).tolist()
+        strips = list_strips(kept, sizes, blocks, chunks, places, by_class, first)
         return strips, *strip_gradients(
             tokens.e,
             c,
@@ -141,15 +124,16 @@ def _strips_and_tail(
             bias_grad=grads.bias is not None,
         )
 
-    def add_tails(held: Tensor, first_block: int) -> None:
+    def add_tails(strips: StripList, held_by_tile: Tensor) -> None:
         write_tails(
-            held,
+            held_by_tile,
+            strips,
             problem.a,
             problem.lse,
             problem.sharp,
-            selected.moments,
             problem.softcap,
-            first_block,
+            problem.shard,
+            held,
             tails,
             mass,
         )
@@ -157,9 +141,9 @@ def _strips_and_tail(
     # What is stored at once is bounded: in rounds over blocks for dE, over classes for dC.
     need_classes = grads.c is not None or grads.bias is not None
     if whole or grads.e is not None:
-        for blocks in [all_blocks] if whole else _ranges(by_block, capacity):
-            strips, stored, sums, held = compute(blocks, all_chunks, by_class=whole)
-            add_tails(held, blocks[0])
+        for blocks in [all_blocks] if whole else _ranges(counts.by_block, capacity):
+            strips, stored, sums, held_by_tile = compute(blocks, all_chunks, by_class=whole)
+            add_tails(strips, held_by_tile)
             if grads.e is not None:
                 compute_grad_e(
                     stored,
@@ -173,38 +157,41 @@ def _strips_and_tail(
                     tiles,
                 )
     elif need_classes:  # the mass has to be known before the first round
-        held = torch.zeros((num_blocks, BLOCK_T), dtype=torch.float32, device=c.device)
-        for chunks in _ranges(by_chunk, capacity):
-            held += compute(all_blocks, chunks, by_class=True)[3]
-        add_tails(held, 0)
+        for chunks in _ranges(counts.by_chunk, capacity):
+            strips, _, _, held_by_tile = compute(all_blocks, chunks, by_class=True)
+            add_tails(strips, held_by_tile)
     if not need_classes:
         return mass
 
     mean = weighted_row_sum(tails, tokens.e)
-    for chunks in [all_chunks] if whole else _ranges(by_chunk, capacity):
+    order, unions = selected.order, selected.unions
+    for chunks in [all_chunks] if whole else _ranges(counts.by_chunk, capacity):
+        classes = (chunks[0] * CHUNK, min(num_classes, chunks[1] * CHUNK))
+        first = sum(counts.by_chunk[: chunks[0]])
         if not whole:
             _, stored, sums, _ = compute(all_blocks, chunks, by_class=True)
-        first = sum(by_chunk[: chunks[0]])
-        classes = (chunks[0] * CHUNK, min(num_classes, chunks[1] * CHUNK))
+            order = kept.order(*classes)
+            unions = find_unions(order, kept.masks)
         if grads.c is not None:
             compute_grad_c(
                 stored,
                 tokens.e,
-                kept.masks,
-                selected.offsets,
+                kept,
+                selected.places,
                 first,
-                selected.order if whole else order_classes(kept.masks, *classes),
-                int(counts.active[slice(*chunks)].sum()),
+                order,
+                unions,
+                counts.active(chunks),
                 problem.scale,
-                selected.shares,
                 mean,
                 grads.c,
                 tiles,
             )
         if grads.bias is not None:
             here = slice(*classes)
-            by_class = sum_by_class(sums, selected.offsets, first, classes)
-            grads.bias[here] = (by_class + selected.shares[here] * tails.sum()).to(grads.bias.dtype)
+            by_class = sum_by_class(sums, kept, selected.places, first, classes)
+            rest = kept.weights[here] * (selected.places.tail[0] * tails.sum())
+            grads.bias[here] = (by_class + rest).to(grads.bias.dtype)
     return mass
 
 

@@ -1,8 +1,8 @@
 """dC from the stored strips: tiles of classes that share token blocks, one owner a tile.
 
-Most classes keep a strip in a few blocks only. Sorted by their membership masks, classes with like
-masks fall into one tile, and the tile walks the union of its blocks. Rows of classes with no strip
-hold the tail alone. Shape legend: ``cut_cross_entropy.kernels``.
+Most classes keep a strip in a few blocks only. Sorted by likeness (``selection``), classes with
+like masks fall into one tile, and the tile walks the union of its blocks. Rows of classes with no
+strip hold the tail alone. Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 import torch
@@ -17,8 +17,9 @@ from cut_cross_entropy.kernels.config import (
     launch_device,
     rows_operand,
 )
+from cut_cross_entropy.kernels.listing import Places
 from cut_cross_entropy.kernels.primitives import load_rows
-from cut_cross_entropy.kernels.selection import GROUP
+from cut_cross_entropy.kernels.selection import CHUNK, GROUP, Kept
 
 BLOCK_C = 128  # classes a tile
 BLOCK_K = 64  # tokens a step
@@ -58,11 +59,13 @@ def grad_c_kernel(
     e,  # (N, D)
     order_ptr,  # (classes,)
     masks_ptr,  # (groups, V)
-    offsets_ptr,  # (groups, V)
+    offsets_ptr,  # (groups, V) number of a class's first strip in its chunk
+    chunk_starts_ptr,  # (chunks,) number of a chunk's first strip
     unions_ptr,  # (tiles, groups, GROUP)
     sizes_ptr,  # (tiles, groups)
     scale_ptr,  # ()
     weights_ptr,  # (V,) of the tail
+    inverse_ptr,  # () 1 / sum of the weights
     mean_ptr,  # (D,) tail-weighted sum of e
     out_ptr,  # (V, D)
     num_listed,
@@ -78,6 +81,7 @@ def grad_c_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """One tile of classes, BLOCK_N features."""
     column = tl.program_id(0) * BLOCK_N
@@ -88,11 +92,12 @@ def grad_c_kernel(
     total = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
     lanes = tl.arange(0, BLOCK_K)
     parts: tl.constexpr = BLOCK_T // BLOCK_K
+    first = tl.load(chunk_starts_ptr + classes // CHUNK, mask=inside, other=0) - first_number
     for group in range(num_groups):
         member = tl.cast(group, tl.int64) * V + classes
         masks = tl.load(masks_ptr + member, mask=inside, other=0)
         # Strips of a class are numbered in the order of its blocks, which is that of the walk.
-        number = (tl.load(offsets_ptr + member, mask=inside, other=0) - first_number).to(tl.int32)
+        number = first + tl.load(offsets_ptr + member, mask=inside, other=0)
         row = tile * num_groups + group
         for i in range(tl.load(sizes_ptr + row) * parts):
             bit = tl.load(unions_ptr + row * GROUP + i // parts)
@@ -109,7 +114,7 @@ def grad_c_kernel(
             total = tl.dot(grads, e_tile, total, input_precision="ieee")
             number += (kept & (part == parts - 1)).to(tl.int32)
     columns = column + tl.arange(0, BLOCK_N)
-    weights = tl.load(weights_ptr + classes, mask=inside, other=0.0)
+    weights = tl.load(weights_ptr + classes, mask=inside, other=0.0) * tl.load(inverse_ptr)
     mean = tl.load(mean_ptr + columns, mask=columns < D, other=0.0)
     total = total / tl.load(scale_ptr) + weights[:, None] * mean[None, :]
     tl.store(
@@ -123,6 +128,7 @@ def grad_c_kernel(
 def tail_rows_kernel(
     order_ptr,  # (rows,)
     weights_ptr,  # (V,)
+    inverse_ptr,  # () 1 / sum of the weights
     mean_ptr,  # (D,)
     out_ptr,  # (V, D)
     num_rows,
@@ -136,7 +142,7 @@ def tail_rows_kernel(
     places = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = places < num_rows
     classes = tl.load(order_ptr + places, mask=inside, other=0)
-    weights = tl.load(weights_ptr + classes, mask=inside, other=0.0)
+    weights = tl.load(weights_ptr + classes, mask=inside, other=0.0) * tl.load(inverse_ptr)
     mean = tl.load(mean_ptr + columns, mask=columns < D, other=0.0)
     tl.store(
         out_ptr + classes.to(tl.int64)[:, None] * stride_out + columns[None, :],
@@ -145,55 +151,16 @@ def tail_rows_kernel(
     )
 
 
-def order_classes(masks: Tensor, first: int, stop: int) -> Tensor:
-    """The classes [first, stop): those without a strip, then like masks side by side, int64."""
-    part = masks[:, first:stop]
-    # One key holds 64 blocks, in the order of unsigned integers; for more, the number of groups
-    # that a class touches is a start.
-    single = part.shape[0] == 1
-    key = part[0] ^ torch.iinfo(torch.int64).min if single else (part != 0).sum(0)
-    return first + torch.sort(key, stable=True).indices
+def find_unions(order: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """The token blocks of every tile of classes (tiles, groups, GROUP), and how many: int32.
 
-
-def grad_c(
-    grads: Tensor,  # (K, 128)
-    e: Tensor,  # (N, D)
-    masks: Tensor,  # (groups, V)
-    offsets: Tensor,  # (groups, V)
-    first_number: int,
-    order: Tensor,  # (classes,) from order_classes
-    num_active: int,
-    scale: Tensor,  # ()
-    weights: Tensor,  # (V,)
-    mean: Tensor,  # (D,)
-    out: Tensor,  # (V, D)
-    tiles: Tiles,
-) -> None:
-    """Write the rows of ``out`` in ``order``, the last ``num_active`` of which keep strips."""
-    idle, order = order[: order.shape[0] - num_active], order[order.shape[0] - num_active :]
+    ``order`` (classes,) from :meth:`Kept.order`; tiles of idle classes alone touch none.
+    """
     num_groups, num_classes = masks.shape
-    num_tiles, dim = triton.cdiv(order.shape[0], BLOCK_C), e.shape[1]
-    unions = torch.empty((num_tiles, num_groups, GROUP), dtype=torch.int32, device=e.device)
-    sizes = torch.empty((num_tiles, num_groups), dtype=torch.int32, device=e.device)
-    block_n = min(tiles.block_n, max(32, triton.next_power_of_2(dim)))
-    block_k = min(BLOCK_K, tiles.block_d)
-    e_operand, e_tma = rows_operand(e, block_k, block_n, tiles)
-    with launch_device(e.device):
-        if idle.shape[0]:
-            block_r, block_d = 32, min(512, triton.next_power_of_2(dim))
-            tail_rows_kernel[(triton.cdiv(dim, block_d), triton.cdiv(idle.shape[0], block_r))](
-                idle,
-                weights,
-                mean,
-                out,
-                idle.shape[0],
-                dim,
-                out.stride(0),
-                BLOCK_R=block_r,
-                BLOCK_D=block_d,
-            )
-        if not num_active:
-            return
+    num_tiles = triton.cdiv(order.shape[0], BLOCK_C)
+    unions = torch.empty((num_tiles, num_groups, GROUP), dtype=torch.int32, device=masks.device)
+    sizes = torch.empty((num_tiles, num_groups), dtype=torch.int32, device=masks.device)
+    with launch_device(masks.device):
         union_kernel[(num_tiles, num_groups)](
             order,
             masks,
@@ -205,30 +172,71 @@ def grad_c(
             BLOCK_C=BLOCK_C,
             GROUP=GROUP,
         )
-        grad_c_kernel[(triton.cdiv(dim, block_n), num_tiles)](
-            grads,
-            e_operand,
-            order,
-            masks,
-            offsets,
-            unions,
-            sizes,
-            scale,
-            weights,
-            mean,
-            out,
-            order.shape[0],
-            e.shape[0],
-            num_classes,
-            dim,
-            num_groups,
-            first_number,
-            out.stride(0),
-            E_TMA=e_tma,
-            BLOCK_C=BLOCK_C,
-            BLOCK_K=block_k,
-            BLOCK_T=BLOCK_T,
-            BLOCK_N=block_n,
-            GROUP=GROUP,
-            **half_of_a_processor(e.device, tiles),
-        )
+    return unions, sizes
+
+
+def grad_c(
+    grads: Tensor,  # (K, 128)
+    e: Tensor,  # (N, D)
+    kept: Kept,
+    places: Places,
+    first_number: int,
+    order: Tensor,  # (classes,) from Kept.order
+    unions: tuple[Tensor, Tensor],  # from find_unions
+    num_active: int,
+    scale: Tensor,  # ()
+    mean: Tensor,  # (D,)
+    out: Tensor,  # (V, D)
+    tiles: Tiles,
+) -> None:
+    """Write the rows of ``out`` in ``order``, the first ``num_active`` of which keep strips."""
+    num_groups, num_classes = kept.masks.shape
+    num_idle, dim = order.shape[0] - num_active, e.shape[1]
+    block_n = min(tiles.block_n, max(32, triton.next_power_of_2(dim)))
+    block_k = min(BLOCK_K, tiles.block_d)
+    with launch_device(e.device):
+        if num_active:
+            e_operand, e_tma = rows_operand(e, block_k, block_n, tiles)
+            grad_c_kernel[(triton.cdiv(dim, block_n), triton.cdiv(num_active, BLOCK_C))](
+                grads,
+                e_operand,
+                order,
+                kept.masks,
+                kept.offsets,
+                places.chunk_starts,
+                *unions,
+                scale,
+                kept.weights,
+                places.tail,
+                mean,
+                out,
+                num_active,
+                e.shape[0],
+                num_classes,
+                dim,
+                num_groups,
+                first_number,
+                out.stride(0),
+                E_TMA=e_tma,
+                BLOCK_C=BLOCK_C,
+                BLOCK_K=block_k,
+                BLOCK_T=BLOCK_T,
+                BLOCK_N=block_n,
+                GROUP=GROUP,
+                CHUNK=CHUNK,
+                **half_of_a_processor(e.device, tiles),
+            )
+        if num_idle:
+            block_r, block_d = 32, min(512, triton.next_power_of_2(dim))
+            tail_rows_kernel[(triton.cdiv(dim, block_d), triton.cdiv(num_idle, block_r))](
+                order[num_active:],
+                kept.weights,
+                places.tail,
+                mean,
+                out,
+                num_idle,
+                dim,
+                out.stride(0),
+                BLOCK_R=block_r,
+                BLOCK_D=block_d,
+            )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.config import Tiles, half_of_a_processor, launch_device
-from cut_cross_entropy.kernels.selection import StripList
+from cut_cross_entropy.kernels.listing import StripList
 
 BLOCK_K = 64  # strips a step
 
@@ -79,7 +79,7 @@ def grad_e(
     tiles: Tiles,
 ) -> None:
     """Write the rows of ``out`` that belong to the blocks of ``strips``."""
-    num_blocks, dim = strips.block_starts.shape[0] - 1, c.shape[1]
+    num_blocks, dim = strips.places.starts.shape[0], c.shape[1]
     block_n = min(tiles.block_n, max(32, triton.next_power_of_2(dim)))
     with launch_device(c.device):
         grad_e_kernel[(triton.cdiv(dim, block_n), num_blocks)](
@@ -87,7 +87,7 @@ def grad_e(
             c,
             strips.classes,
             strips.numbers,
-            strips.block_starts,
+            strips.places.block_starts,
             scale,
             tail,
             center,

@@ -17,8 +17,9 @@ from cut_cross_entropy.kernels.config import (
     launch_device,
     rows_operand,
 )
+from cut_cross_entropy.kernels.listing import TILE, Places, StripList
 from cut_cross_entropy.kernels.primitives import load_rows, logit_slope, transform_logits
-from cut_cross_entropy.kernels.selection import TILE, StripList
+from cut_cross_entropy.kernels.selection import CHUNK, Kept
 
 
 @triton.jit
@@ -108,17 +109,15 @@ def strip_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logit gradients (K, 128) times ``scale``, their sums (K,), and what each token's strips hold.
 
-    The last is (blocks of the list, 128): the probability of the kept classes.
+    The last is (tiles, 128): the probability of the classes of each tile of strips.
     """
-    num_strips = strips.classes.shape[0]
-    device, num_blocks = e.device, strips.block_starts.shape[0] - 1
+    num_strips, num_tiles = strips.classes.shape[0], strips.tile_block.shape[0]
+    device = e.device
     grads = torch.empty((num_strips, BLOCK_T), dtype=e.dtype, device=device)
     bias_grads = torch.empty(num_strips if bias_grad else 0, dtype=torch.float32, device=device)
-    held = torch.empty((num_blocks, BLOCK_T), dtype=torch.float32, device=device)
-    num_tiles = strips.tile_block.shape[0]
+    held = torch.empty((num_tiles, BLOCK_T), dtype=torch.float32, device=device)
     if num_tiles == 0:
-        return grads, bias_grads, held.zero_()
-    held_by_tile = torch.empty((num_tiles, BLOCK_T), dtype=torch.float32, device=device)
+        return grads, bias_grads, held
     e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
     with launch_device(device):
         strip_gradients_kernel[(num_tiles,)](
@@ -132,12 +131,12 @@ def strip_gradients(
             scale,
             strips.classes,
             strips.numbers,
-            strips.block_starts,
+            strips.places.block_starts,
             strips.tile_block,
             strips.tile_start,
             grads,
             bias_grads,
-            held_by_tile,
+            held,
             e.shape[0],
             e.shape[1],
             softcap or 0.0,
@@ -151,45 +150,32 @@ def strip_gradients(
             BLOCK_D=tiles.block_d,
             **half_of_a_processor(device, tiles),
         )
-        sum_tiles_kernel[(num_blocks,)](held_by_tile, strips.first_tile, held, BLOCK_T=BLOCK_T)
     return grads, bias_grads, held
-
-
-@triton.jit
-def sum_tiles_kernel(
-    held_by_tile_ptr,  # (tiles, BLOCK_T)
-    first_tile_ptr,  # (blocks + 1,)
-    out_ptr,  # (blocks, BLOCK_T) out
-    BLOCK_T: tl.constexpr,
-):
-    """Sums the tiles of a block in their order."""
-    block = tl.program_id(0)
-    lanes = tl.arange(0, BLOCK_T)
-    total = tl.zeros((BLOCK_T,), tl.float32)
-    first, stop = tl.load(first_tile_ptr + block), tl.load(first_tile_ptr + block + 1)
-    for tile in range(first, stop):
-        total += tl.load(held_by_tile_ptr + tile * BLOCK_T + lanes)
-    tl.store(out_ptr + block * BLOCK_T + lanes, total)
 
 
 @triton.jit
 def sum_classes_kernel(
     values_ptr,  # (K,) by strip, numbered by class
-    offsets_ptr,  # (V,) number of a class's first strip
+    offsets_ptr,  # (V,) number of a class's first strip in its chunk
+    chunk_starts_ptr,  # (chunks,) number of a chunk's first strip
     out_ptr,  # (classes,) out
     first_class,
     num_listed,
     V,
     first_number,
     stop_number,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sums the strips of each class in their order."""
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = places < num_listed
     classes = first_class + places
-    start = tl.load(offsets_ptr + classes, mask=inside, other=stop_number)
-    stop = tl.load(offsets_ptr + classes + 1, mask=inside & (classes + 1 < V), other=stop_number)
+    start = tl.load(chunk_starts_ptr + classes // CHUNK, mask=inside, other=stop_number)
+    start += tl.load(offsets_ptr + classes, mask=inside, other=0)
+    follows = inside & (classes + 1 < V)
+    stop = tl.load(chunk_starts_ptr + (classes + 1) // CHUNK, mask=follows, other=stop_number)
+    stop += tl.load(offsets_ptr + classes + 1, mask=follows, other=0)
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(tl.max(tl.where(inside, stop - start, 0), 0)):
         number = start + i
@@ -199,7 +185,8 @@ def sum_classes_kernel(
 
 def sum_by_class(
     values: Tensor,  # (K,) of the strips of a range of classes
-    offsets: Tensor,  # (groups, V) from class_offsets
+    kept: Kept,
+    places: Places,
     first_number: int,
     classes: tuple[int, int],
 ) -> Tensor:
@@ -210,13 +197,15 @@ def sum_by_class(
     with launch_device(values.device):
         sum_classes_kernel[(triton.cdiv(num_listed, block),)](
             values,
-            offsets,
+            kept.offsets,
+            places.chunk_starts,
             out,
             classes[0],
             num_listed,
-            offsets.shape[1],
+            kept.offsets.shape[1],
             first_number,
             first_number + values.shape[0],
+            CHUNK=CHUNK,
             BLOCK=block,
         )
     return out

@@ -18,6 +18,7 @@ from cut_cross_entropy.kernels import (
     forward,
     grad_c,
     grad_e,
+    listing,
     prepare,
     selection,
     strips,
@@ -34,10 +35,10 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 2**10),
 }
 
-_INT64 = {"origin_ptr", "all_targets_ptr", "masks_ptr", "offsets_ptr", "order_ptr",
-          "targets_ptr"}  # fmt: skip
-_INT32 = {"starts_ptr", "tile_block_ptr", "tile_start_ptr", "first_tile_ptr", "flag_ptr",
-          "threshold_ptr", "classes_ptr", "numbers_ptr", "unions_ptr", "sizes_ptr"}  # fmt: skip
+_INT64 = {"origin_ptr", "all_targets_ptr", "masks_ptr", "order_ptr", "targets_ptr"}
+_INT32 = {"starts_ptr", "block_starts_ptr", "chunk_starts_ptr", "offsets_ptr", "keys_ptr",
+          "tile_block_ptr", "tile_start_ptr", "first_tile_ptr", "flag_ptr", "threshold_ptr",
+          "classes_ptr", "numbers_ptr", "unions_ptr", "sizes_ptr"}  # fmt: skip
 _HALF = {"c_ptr", "e_ptr", "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c"}
 
 
@@ -97,7 +98,7 @@ def variants(tiles: Tiles) -> list[Variant]:
             f"strips-{label}",
             strips.strip_gradients_kernel,
             {**flags, "BIAS_GRAD": bias, "E_TMA": tma, "BLOCK_T": BLOCK_T,
-             "BLOCK_S": selection.TILE, "BLOCK_D": tiles.block_d},
+             "BLOCK_S": listing.TILE, "BLOCK_D": tiles.block_d},
             boxes={"e": e_box},
             num_warps=8,
             num_stages=few,
@@ -106,7 +107,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         add(
             f"score-{label}",
             prepare.score_targets_kernel,
-            {**flags, "COPY": True, "BLOCK_D": 1024},
+            {**flags, "COPY": True, "SHARDED": bias, "BLOCK_D": 1024},
             types=(("logits_ptr", "*fp32"),),
         )
     block_k = min(64, tiles.block_d)
@@ -122,7 +123,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         "grad_c",
         grad_c.grad_c_kernel,
         {"E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C, "BLOCK_K": block_k, "BLOCK_T": BLOCK_T,
-         "BLOCK_N": tiles.block_n, "GROUP": 64},
+         "BLOCK_N": tiles.block_n, "GROUP": 64, "CHUNK": 1024},
         boxes={"e": (block_k, tiles.block_n)},
         num_warps=8,
         num_stages=few,
@@ -136,21 +137,21 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("threshold", selection.threshold_kernel, {"BLOCK": 4096},
         types=(("histogram_ptr", "*i64"), ("numbers_ptr", "*i32")))  # fmt: skip
     add("tail_rows", grad_c.tail_rows_kernel, {"BLOCK_R": 32, "BLOCK_D": 512})
-    add("tails", tail.tails_kernel, {"SOFTCAP": True, "BLOCK": BLOCK_T})
+    add("tails", tail.tails_kernel, {"SOFTCAP": True, "SHARDED": True, "BLOCK": BLOCK_T})
     add("scatter", prepare.scatter_rows_kernel, {"BLOCK_D": 1024}, types=(("rows_ptr", "*fp32"),))
-    add("histogram", selection.histogram_kernel, {"PER_PROGRAM": 2**17, "BLOCK": 2**12},
+    add("histogram", selection.histogram_kernel, {"BLOCK": 2**12},
         types=(("energy_ptr", "*u8"), ("counts_ptr", "*i64")))  # fmt: skip
-    add("kept", selection.kept_strips_kernel, {"GROUP": 64, "CHUNK": 1024},
+    add("kept", selection.kept_strips_kernel, {"IDLE": selection.IDLE, "GROUP": 64, "CHUNK": 1024},
         types=(("energy_ptr", "*u8"), ("counts_ptr", "*i32"), ("active_ptr", "*i32")))  # fmt: skip
-    add("list", selection.list_strips_kernel, {"BY_CLASS": True, "GROUP": 64, "CHUNK": 1024})
-    add("tile_table", selection.tile_table_kernel, {"TILE": selection.TILE, "BLOCK": 64},
-        types=tuple((name, "*i32") for name in (
-            "block_starts_ptr", "first_tile_ptr", "tile_block_ptr", "tile_start_ptr")))  # fmt: skip
-    add("row_sum", tail.weighted_row_sum_kernel, {"BLOCK_R": 32, "BLOCK_D": 256},
+    add("places", listing.places_kernel,
+        {"WHOLE": True, "TILE": listing.TILE, "ROWS": 16, "COLUMNS": 256}, num_warps=8,
+        types=(("counts_ptr", "*i32"),))  # fmt: skip
+    add("list", listing.list_strips_kernel,
+        {"BY_CLASS": True, "GROUP": 64, "CHUNK": 1024, "TILE": listing.TILE})  # fmt: skip
+    add("row_sum", tail.weighted_row_sum_kernel,
+        {"HAS_FACTOR": True, "BLOCK_R": 32, "BLOCK_D": 256},
         types=(("out_ptr", "*fp32"),))  # fmt: skip
-    add("sum_tiles", strips.sum_tiles_kernel, {"BLOCK_T": BLOCK_T},
-        types=(("out_ptr", "*fp32"),))  # fmt: skip
-    add("sum_classes", strips.sum_classes_kernel, {"BLOCK": 128},
+    add("sum_classes", strips.sum_classes_kernel, {"CHUNK": 1024, "BLOCK": 128},
         types=(("out_ptr", "*fp32"),))  # fmt: skip
     return result
 

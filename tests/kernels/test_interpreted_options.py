@@ -146,9 +146,9 @@ def test_expanded_inputs(route):
 @pytest.mark.parametrize("path", ["filtered", "full_c", "full_e"])
 def test_several_groups_of_blocks(path, budget, request, monkeypatch):
     """A group is 64 blocks, 8192 tokens; with groups of one block, 133 tokens have two."""
-    from cut_cross_entropy.kernels import grad_c, selection
+    from cut_cross_entropy.kernels import grad_c, listing, selection
 
-    for module in (grad_c, selection):
+    for module in (grad_c, listing, selection):
         monkeypatch.setattr(module, "GROUP", 1)
     request.getfixturevalue("drops_nothing")
     request.getfixturevalue("always_filtered")

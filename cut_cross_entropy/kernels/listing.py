@@ -1,0 +1,320 @@
+"""Where the kept strips are stored and who computes them: lists by block, numbers by class.
+
+dE walks the strips of a block, so they are listed by block; dC walks those of a class, so they are
+stored by class. The host needs a few of the counts; it reads them while the device goes on. Shape
+legend: ``cut_cross_entropy.kernels``.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cut_cross_entropy.kernels.config import launch_device
+from cut_cross_entropy.kernels.primitives import popcount
+from cut_cross_entropy.kernels.selection import CHUNK, GROUP, Kept
+
+TILE = 128  # strips whose logits are made again together
+COUNTS_AT_ONCE = 4096  # counts that one step of the scan holds
+
+
+@triton.jit
+def places_kernel(
+    counts_ptr,  # (all blocks, all chunks) int32
+    sums_ptr,  # (3, chunks) of w, w log(w) and w log(w)^2; only if WHOLE
+    starts_ptr,  # (blocks, chunks) int32, out
+    block_starts_ptr,  # (blocks + 1,) int32, out
+    first_tile_ptr,  # (blocks + 1,) int32, out
+    chunk_starts_ptr,  # (chunks,) int32, out; only if WHOLE
+    tail_ptr,  # (3,) out: 1 / W, means of log(share) and of its square; only if WHOLE
+    first_block,
+    first_chunk,
+    num_blocks,
+    num_chunks,
+    all_chunks,
+    WHOLE: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program: exclusive sums of the counts of a rectangle, by row, by tile and by column."""
+    chunks = tl.arange(0, COLUMNS)
+    wanted = chunks < num_chunks
+    strips_before = 0
+    tiles_before = 0
+    by_chunk = tl.zeros((COLUMNS,), tl.int32)
+    for first in range(0, num_blocks, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        inside = rows < num_blocks
+        here = inside[:, None] & wanted[None, :]
+        source = (first_block + rows)[:, None] * all_chunks + (first_chunk + chunks)[None, :]
+        counts = tl.load(counts_ptr + source, mask=here, other=0)
+        sizes = tl.sum(counts, 1)
+        tiles = (sizes + (TILE - 1)) // TILE
+        block_starts = strips_before + tl.cumsum(sizes, 0) - sizes
+        starts = block_starts[:, None] + tl.cumsum(counts, 1) - counts
+        tl.store(starts_ptr + rows[:, None] * num_chunks + chunks[None, :], starts, mask=here)
+        tl.store(block_starts_ptr + rows, block_starts, mask=inside)
+        first_tile = tiles_before + tl.cumsum(tiles, 0) - tiles
+        tl.store(first_tile_ptr + rows, first_tile, mask=inside)
+        strips_before += tl.sum(sizes, 0)
+        tiles_before += tl.sum(tiles, 0)
+        by_chunk += tl.sum(counts, 0)
+    tl.store(block_starts_ptr + num_blocks, strips_before)
+    tl.store(first_tile_ptr + num_blocks, tiles_before)
+    if WHOLE:
+        tl.store(chunk_starts_ptr + chunks, tl.cumsum(by_chunk, 0) - by_chunk, mask=wanted)
+        total = tl.sum(tl.load(sums_ptr + chunks, mask=wanted, other=0.0), 0)
+        first_moment = tl.sum(tl.load(sums_ptr + num_chunks + chunks, mask=wanted, other=0.0), 0)
+        second = tl.sum(tl.load(sums_ptr + 2 * num_chunks + chunks, mask=wanted, other=0.0), 0)
+        # Weights are non-negative: where their sum is 0, so are they. A NaN goes on.
+        inverse = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
+        log_total = tl.log(tl.where(total == 0, 1.0, total))
+        mean = first_moment * inverse
+        tl.store(tail_ptr, inverse)
+        tl.store(tail_ptr + 1, mean - log_total)
+        tl.store(tail_ptr + 2, second * inverse - log_total * (2.0 * mean - log_total))
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the strips of a rectangle of blocks and class chunks go, on the device.
+
+    Args:
+        starts: (blocks, chunks) int32: place of the first strip in the list.
+        block_starts: (blocks + 1,) int32: where each block's strips begin.
+        first_tile: (blocks + 1,) int32: where each block's tiles of TILE strips begin.
+        chunk_starts: (chunks,) int32: number of the first strip of each chunk of classes.
+        tail: (3,) float32: 1 / sum of the dropped weights, and the mean of log(share) and of its
+            square, where the share of a class is its part of that sum.
+    """
+
+    starts: Tensor
+    block_starts: Tensor
+    first_tile: Tensor
+    chunk_starts: Tensor
+    tail: Tensor
+
+
+def find_places(
+    kept: Kept,
+    blocks: tuple[int, int] | None = None,
+    chunks: tuple[int, int] | None = None,
+    whole: Places | None = None,
+) -> Places:
+    """Where the strips of a range of blocks and of class chunks go; does not wait.
+
+    Without ranges it is about all strips; with, ``whole`` says what concerns all of them.
+    """
+    blocks, chunks = blocks or (0, kept.shape[0]), chunks or (0, kept.shape[1])
+    num_blocks, num_chunks = blocks[1] - blocks[0], chunks[1] - chunks[0]
+    device = kept.masks.device
+    starts = torch.empty((num_blocks, num_chunks), dtype=torch.int32, device=device)
+    block_starts, first_tile = torch.empty((2, num_blocks + 1), dtype=torch.int32, device=device)
+    columns = triton.next_power_of_2(num_chunks)
+    places = Places(
+        starts,
+        block_starts,
+        first_tile,
+        torch.empty(num_chunks, dtype=torch.int32, device=device)
+        if whole is None
+        else whole.chunk_starts,
+        torch.empty(3, dtype=torch.float32, device=device) if whole is None else whole.tail,
+    )
+    with launch_device(device):
+        places_kernel[(1,)](
+            kept.statistics,
+            kept.sums,
+            starts,
+            block_starts,
+            first_tile,
+            places.chunk_starts,
+            places.tail,
+            blocks[0],
+            chunks[0],
+            num_blocks,
+            num_chunks,
+            kept.shape[1],
+            WHOLE=whole is None,
+            TILE=TILE,
+            ROWS=max(1, COUNTS_AT_ONCE // columns),
+            COLUMNS=columns,
+            num_warps=8,
+        )
+    return places
+
+
+class Counts:
+    """How much is kept where, on the host.
+
+    Made before the device is done; the first attribute that is asked for waits for it.
+    """
+
+    def __init__(self, kept: Kept) -> None:
+        self._shape, statistics = kept.shape, kept.statistics
+        self._copied: torch.cuda.Event | None = None
+        if statistics.is_cuda:
+            # What is queued behind this keeps the device busy while the host waits and goes on.
+            self._values = torch.empty(statistics.shape, dtype=statistics.dtype, pin_memory=True)
+            self._values.copy_(statistics, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._values = statistics
+
+    @functools.cached_property
+    def _parts(self) -> tuple[Tensor, ...]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        num_blocks, num_chunks = self._shape
+        return tuple(self._values.split([num_blocks * num_chunks, num_chunks, 2]))
+
+    @functools.cached_property
+    def strips(self) -> Tensor:
+        """(blocks, chunks) int32: kept strips."""
+        return self._parts[0].view(self._shape)
+
+    @functools.cached_property
+    def by_block(self) -> list[int]:
+        """Kept strips of each block."""
+        return list(self.strips.sum(1).tolist())
+
+    @functools.cached_property
+    def by_chunk(self) -> list[int]:
+        """Kept strips of each chunk of classes."""
+        return list(self.strips.sum(0).tolist())
+
+    def active(self, chunks: tuple[int, int]) -> int:
+        """Classes in a range of chunks that keep a strip."""
+        return int(self._parts[1][slice(*chunks)].sum())
+
+    @functools.cached_property
+    def flat_tokens(self) -> int:
+        """Tokens whose distribution is flat."""
+        return int(self._parts[2][0])
+
+    @functools.cached_property
+    def tokens(self) -> int:
+        """Tokens that are not ignored."""
+        return int(self._parts[2][1])
+
+
+@triton.jit
+def list_strips_kernel(
+    masks_ptr,  # (groups, V)
+    offsets_ptr,  # (groups, V) number of a class's first strip in its chunk; only if BY_CLASS
+    chunk_starts_ptr,  # (chunks,) number of a chunk's first strip; only if BY_CLASS
+    starts_ptr,  # (blocks, chunks) place of the first strip in the list
+    block_starts_ptr,  # (blocks + 1,)
+    first_tile_ptr,  # (blocks + 1,)
+    classes_ptr,  # (K,) out: class of each strip, by block
+    numbers_ptr,  # (K,) out: number of each strip
+    tile_block_ptr,  # (tiles,) out
+    tile_start_ptr,  # (tiles,) out
+    V,
+    first_block,
+    first_chunk,
+    num_chunks,
+    first_number,
+    BY_CLASS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Lists the strips of one block and one chunk of classes, in class order."""
+    chunk = tl.program_id(0)
+    block = tl.program_id(1)
+    classes = (first_chunk + chunk) * CHUNK + tl.arange(0, CHUNK)
+    inside = classes < V
+    bit = (first_block + block) % GROUP
+    row = ((first_block + block) // GROUP).to(tl.int64) * V
+    mask = tl.load(masks_ptr + row + classes, mask=inside, other=0)
+    kept = ((mask >> bit) & 1) != 0
+    place = tl.load(starts_ptr + block * num_chunks + chunk)
+    place += tl.cumsum(kept.to(tl.int32), 0) - 1
+    tl.store(classes_ptr + place, classes, mask=kept)
+    if BY_CLASS:
+        one = tl.full((CHUNK,), 1, tl.int64)
+        number = tl.load(chunk_starts_ptr + first_chunk + chunk) - first_number
+        number += tl.load(offsets_ptr + row + classes, mask=kept, other=0)
+        number += popcount(mask & ((one << bit) - 1))
+    else:
+        number = place
+    tl.store(numbers_ptr + place, number, mask=kept)
+    if chunk == 0:
+        first = tl.load(first_tile_ptr + block)
+        count = tl.load(first_tile_ptr + block + 1) - first
+        start = tl.load(block_starts_ptr + block)
+        for i in range(0, count, CHUNK):
+            tile = i + tl.arange(0, CHUNK)
+            tl.store(tile_block_ptr + first + tile, block + tile * 0, mask=tile < count)
+            tl.store(tile_start_ptr + first + tile, start + tile * TILE, mask=tile < count)
+
+
+@dataclass(frozen=True)
+class StripList:
+    """Kept strips of a rectangle of blocks and classes, by block, with their storage numbers.
+
+    Args:
+        classes: (K,) int32.
+        numbers: (K,) int32: row of each strip's logit gradient.
+        tile_block, tile_start: (tiles,) int32: block, counted from ``first_block``, and first strip
+            of each tile of TILE strips.
+        places: of the rectangle.
+        first_block: its first block.
+    """
+
+    classes: Tensor
+    numbers: Tensor
+    tile_block: Tensor
+    tile_start: Tensor
+    places: Places
+    first_block: int
+
+
+def list_strips(
+    kept: Kept,
+    sizes: list[int],
+    blocks: tuple[int, int],
+    chunks: tuple[int, int],
+    places: Places,
+    by_class: bool,
+    first_number: int,
+) -> StripList:
+    """List the strips of a range of blocks and a range of class chunks.
+
+    ``sizes`` are the strips of each block. With ``by_class`` strips are numbered by class, from
+    ``first_number`` on; without, by block.
+    """
+    device = kept.masks.device
+    num_blocks, num_chunks = blocks[1] - blocks[0], chunks[1] - chunks[0]
+    num_strips, num_tiles = sum(sizes), sum(-(-size // TILE) for size in sizes)
+    classes, numbers = torch.empty((2, num_strips), dtype=torch.int32, device=device)
+    tile_block, tile_start = torch.empty((2, num_tiles), dtype=torch.int32, device=device)
+    if num_strips:
+        with launch_device(device):
+            list_strips_kernel[(num_chunks, num_blocks)](
+                kept.masks,
+                kept.offsets,
+                places.chunk_starts,
+                places.starts,
+                places.block_starts,
+                places.first_tile,
+                classes,
+                numbers,
+                tile_block,
+                tile_start,
+                kept.masks.shape[1],
+                blocks[0],
+                chunks[0],
+                num_chunks,
+                first_number,
+                BY_CLASS=by_class,
+                GROUP=GROUP,
+                CHUNK=CHUNK,
+                TILE=TILE,
+            )
+    return StripList(classes, numbers, tile_block, tile_start, places, blocks[0])
