@@ -63,7 +63,9 @@ def forward(
             target_logit[tokens][rows] = logits[rows, columns]
 
     if group is not None:
-        target_logit, lse = combine(target_logit, lse, group)
+        # All N tokens, so that shards whose implementations differ exchange the same.
+        whole = combine(problem.scatter(target_logit), problem.scatter(lse), group)
+        target_logit, lse = (problem.gather(x) for x in whole)
     target_logit.masked_fill_(target_logit == torch.inf, torch.nan)  # out of range
 
     # lse is a rounded sum; it must not fall below one of its terms, or a probability exceeds 1.

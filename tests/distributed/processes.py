@@ -1,0 +1,86 @@
+"""Several processes over gloo that run many cases, and tell for each how it ended.
+
+Starting processes takes seconds and a case milliseconds, so a test module starts them once. A case
+is a function of this process's rank that raises if something is wrong. After a case that failed
+anywhere, everybody gets a new process group, so the next one starts clean.
+"""
+
+import datetime
+import functools
+import multiprocessing
+import os
+import traceback
+import warnings
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessException
+
+TIMEOUT = 60  # seconds that a collective waits for the other processes
+
+
+def run_cases(cases, world_size, folder, *, device="cpu", timeout=TIMEOUT):
+    """Run ``{name: function}`` in ``world_size`` processes.
+
+    Returns:
+        By name: a list with, for each rank, None or the text of what was raised.
+    """
+    # The server imports once; what it forks has run no backward pass, which a fork cannot follow.
+    multiprocessing.set_forkserver_preload(["torch", "tests.support", "cut_cross_entropy"])
+    method = "forkserver" if device == "cpu" else "spawn"
+    arguments = (list(cases.items()), world_size, str(folder), timeout)
+    died = "not run"
+    try:
+        mp.start_processes(_process, arguments, nprocs=world_size, start_method=method)
+    except ProcessException as error:
+        died = f"in this case or one before it: {error}"
+    store = dist.FileStore(f"{folder}/store", world_size)
+
+    def outcome(key):
+        return (store.get(key).decode() or None) if store.check([key]) else died
+
+    return {name: [outcome(f"{name}/{rank}") for rank in range(world_size)] for name in cases}
+
+
+def _process(rank, cases, world_size, folder, timeout):
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    # What PyTorch says about itself: compiled code and DTensors in processes.
+    of_pytorch = ("`torch.jit.", "The .grad attribute", ".*autograd.function.Function'> should not")
+    for message in of_pytorch:
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+    store = dist.FileStore(f"{folder}/store", world_size)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    generation, start = 0, functools.partial(_new_group, store, rank, world_size, timeout)
+    start(generation)
+    for name, case in cases:
+        try:
+            case(rank)
+            outcome = ""
+        except Exception:
+            outcome = traceback.format_exc() or "failed"
+        store.set(f"{name}/{rank}", outcome)
+        outcomes = [store.get(f"{name}/{other}") for other in range(world_size)]
+        if any(outcomes):
+            generation += 1
+            dist.destroy_process_group()
+            start(generation)
+    dist.destroy_process_group()
+
+
+def _new_group(store, rank, world_size, timeout, generation):
+    dist.init_process_group(
+        "gloo",
+        store=dist.PrefixStore(f"generation{generation}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+
+
+def assert_passed(outcomes):
+    """Fail with the text of each rank that failed."""
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if text is not None]
+    assert not failed, "\n".join(failed)

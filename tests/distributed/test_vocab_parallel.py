@@ -1,0 +1,295 @@
+"""Four processes that hold a vocabulary together, against one process with all of it."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy
+from tests.distributed.processes import assert_passed, run_cases
+from tests.distributed.sharded import check, rows
+from tests.support import IMPLS, make_problem
+
+WORLD = 4
+RAGGED = ((0, 1), (1, 130), (130, 130), (130, 300))  # one class; and none at all
+PLAIN = ("chunked", "reference")
+OPTIONS = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "none-shift-bias-softcap": {"reduction": "none", "shift": 2, "bias": True, "softcap": 5.0},
+    "bias": {"bias": True, "reduction": "none"},
+    "only-e": {"needed": ("e",)},
+    "only-c": {"needed": ("c",)},
+    "no-gradient": {"needed": ()},
+}
+CASES = {}
+
+
+def case(*parameters):
+    """Registers a case for each parameter, or a single one."""
+
+    def register(function):
+        if not parameters:
+            CASES[function.__name__] = function
+        for parameter in parameters:
+            values = parameter if isinstance(parameter, tuple) else (parameter,)
+            name = "-".join([function.__name__, *map(str, values)])
+            CASES[name] = functools.partial(_call, function, values)
+        return function
+
+    return register
+
+
+def _call(function, values, rank):
+    function(rank, *values)
+
+
+@case(*((impl, name) for impl in PLAIN for name in OPTIONS))
+def options(rank, impl, name):
+    """Tokens are ignored, and most targets live on another process, with every option."""
+    own = dict(OPTIONS[name])
+    problem = make_problem(bias=own.pop("bias", False))
+    check(problem, impl, **own)
+
+
+@case(*PLAIN)
+def ragged(rank, impl):
+    start, stop = RAGGED[rank]
+    problem = make_problem(bias=True)
+    check(problem, impl, VocabParallelOptions(start, stop), softcap=5.0)
+
+
+@case(*PLAIN)
+def all_targets_on_one_process(rank, impl):
+    problem = make_problem(ignored=0.0)
+    problem.targets.clamp_(max=70)
+    check(problem, impl)
+
+
+@case(*PLAIN)
+def all_ignored(rank, impl):
+    problem = make_problem(ignored=1.0)
+    ours = check(problem, impl)
+    assert ours.loss == 0
+    assert not ours.grad_e.any()
+
+
+def no_tokens(rank):
+    check(make_problem((0,)), "chunked")
+
+
+CASES["no_tokens"] = no_tokens
+
+
+@case(*PLAIN)
+def parts_of_the_gradient(rank, impl):
+    """``reduce_e_grad=False`` leaves each its part, and the sum of the parts is the gradient."""
+    check(make_problem(), impl, VocabParallelOptions.from_vocab(300, reduce_e_grad=False))
+
+
+@case(*((impl, dtype) for impl in PLAIN for dtype in ("float64", "bfloat16", "float16")))
+def dtypes(rank, impl, dtype):
+    problem = make_problem(dtype=getattr(torch, dtype), bias=True)
+    check(problem, impl, softcap=5.0)
+
+
+@case()
+def small_budget(rank):
+    check(make_problem(), "chunked", memory_budget=1)
+
+
+@case()
+def the_same_as_one_process(rank):
+    """Not within a budget of errors only: float32 results differ in the last digits at most."""
+    problem = make_problem()
+    own = VocabParallelOptions.from_vocab(300)
+    whole = linear_cross_entropy(problem.e, problem.c, problem.targets, reduction="none")
+    part = rows(problem, own)
+    mine = linear_cross_entropy(
+        part.e, part.c, part.targets, reduction="none", vocab_parallel_options=own
+    )
+    torch.testing.assert_close(mine, whole, rtol=1e-6, atol=1e-6)
+
+
+@case()
+def subgroups(rank):
+    """Two groups of two, each with a vocabulary and data of its own."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    problem = make_problem((7 + rank // 2,), classes=100 + rank // 2, seed=rank // 2)
+    classes = problem.c.shape[0]
+    check(problem, "chunked", VocabParallelOptions.from_vocab(classes, groups[rank // 2]))
+
+
+@case()
+def autocast(rank):
+    problem = make_problem()
+    own = VocabParallelOptions.from_vocab(300)
+    part = rows(problem, own)
+    e, c = part.e.requires_grad_(), part.c.requires_grad_()
+    for impl in PLAIN:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(e, c, part.targets, impl=impl, vocab_parallel_options=own)
+            expected = linear_cross_entropy(problem.e, problem.c, problem.targets, impl=impl)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        assert e.grad.dtype == c.grad.dtype == torch.float32
+        e.grad = c.grad = None
+
+
+@case(*PLAIN)
+def out_of_range(rank, impl):
+    """The same error on every process; on a GPU, where nobody looks, NaN and no plausible number."""
+    problem = make_problem((5,), ignored=0.0)
+    problem.targets[3] = 300
+    own = VocabParallelOptions.from_vocab(300)
+    part = rows(problem, own)
+    with pytest.raises(ValueError, match=r"targets must lie in \[0, V\) with V = 300"):
+        linear_cross_entropy(part.e, part.c, part.targets, impl=impl, vocab_parallel_options=own)
+
+
+@case("chunked", "reference")
+def out_of_range_unseen(rank, impl):
+    from cut_cross_entropy.distributed import exchange
+
+    problem = make_problem((5,), ignored=0.0)
+    problem.targets[3] = 300
+    own = VocabParallelOptions.from_vocab(300)
+    part = rows(problem, own)
+    e = part.e.requires_grad_()
+    original, exchange.check_target_range = exchange.check_target_range, lambda *_: None
+    try:
+        loss = linear_cross_entropy(
+            e, part.c, part.targets, impl=impl, vocab_parallel_options=own, reduction="none"
+        )
+    finally:
+        exchange.check_target_range = original
+    assert torch.equal(loss.isnan(), torch.tensor([False, False, False, True, False]))
+    loss.sum().backward()
+    assert not e.grad[:3].isnan().any()
+    if impl == "chunked":
+        assert e.grad[3].isnan().all()
+
+
+@case(*PLAIN)
+def no_second_derivative(rank, impl):
+    own = VocabParallelOptions.from_vocab(300)
+    part = rows(make_problem(), own)
+    e = part.e.requires_grad_()
+    loss = linear_cross_entropy(e, part.c, part.targets, impl=impl, vocab_parallel_options=own)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(loss, e, create_graph=True)
+
+
+@case(*((impl, reduction) for impl in PLAIN for reduction in ("mean", "sum", "none")))
+def own_tokens(rank, impl, reduction):
+    """Sequence parallel: each process has tokens of its own, and as many gradients of them."""
+    from cut_cross_entropy.utils import compute_z_loss
+
+    problem = make_problem((WORLD, 6), bias=True, ignored=0.3)
+    problem.targets[2] = -100  # a process without a token that counts
+    tokens = problem.targets.numel()
+    own = VocabParallelOptions.from_vocab(300, gather_e=True)
+    part = rows(problem, own)
+    leaves = [x.clone().requires_grad_() for x in (problem.e[rank], part.c, part.bias)]
+    settings = {"impl": impl, "reduction": reduction, "return_lse": True, "softcap": 5.0}
+    weights = torch.rand(WORLD, 6, generator=torch.Generator().manual_seed(0))
+
+    def objective(loss, lse, targets, weights):
+        z = compute_z_loss(lse, targets, reduction="sum") / tokens
+        return (loss * weights).sum() + z if reduction == "none" else loss + z
+
+    e, c, bias = leaves
+    mine, lse = linear_cross_entropy(
+        e, c, problem.targets[rank], bias, vocab_parallel_options=own, **settings
+    )
+    objective(mine, lse, problem.targets[rank], weights[rank]).backward()
+
+    wholes = [x.clone().requires_grad_() for x in (problem.e, problem.c, problem.bias)]
+    loss, all_lse = linear_cross_entropy(wholes[0], wholes[1], problem.targets, wholes[2], **settings)
+    objective(loss, all_lse, problem.targets, weights).backward()
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    close(mine, loss[rank] if reduction == "none" else loss)
+    close(lse, all_lse[rank])
+    close(e.grad, wholes[0].grad[rank])
+    here = slice(own.start, own.stop)
+    close(c.grad, wholes[1].grad[here])
+    close(bias.grad, wholes[2].grad[here])
+
+
+@case()
+def own_tokens_with_shift_under_autocast(rank):
+    problem = make_problem((WORLD, 2, 6))
+    own = VocabParallelOptions.from_vocab(300, gather_e=True)
+    part = rows(problem, own)
+    e, c = problem.e[rank].clone().requires_grad_(), part.c.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(
+            e, c, problem.targets[rank], shift=1, reduction="none", vocab_parallel_options=own
+        )
+        expected = linear_cross_entropy(
+            problem.e, problem.c, problem.targets, shift=1, reduction="none"
+        )
+    torch.testing.assert_close(loss, expected[rank])
+    loss.sum().backward()
+    assert e.grad.shape == (2, 6, 16)
+    assert e.grad.dtype == torch.float32
+    assert not e.grad[:, -1].any()
+    assert e.grad[:, :-1].any()
+
+
+@case(*PLAIN)
+def compiled(rank, impl):
+    """``torch.compile`` traces the call as a whole, exchanges included."""
+    own = VocabParallelOptions.from_vocab(300)
+    part = rows(make_problem(bias=True), own)
+    results = []
+    for backend in (None, "aot_eager"):
+        torch._dynamo.reset()
+        e, c, bias = (x.clone().requires_grad_() for x in (part.e, part.c, part.bias))
+
+        def model(e, c, bias):
+            return linear_cross_entropy(
+                torch.sin(e), c, part.targets, bias, impl=impl, vocab_parallel_options=own
+            )
+
+        run = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
+        loss = run(e, c, bias)
+        loss.backward()
+        results.append((loss.detach(), e.grad, c.grad, bias.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@case()
+def compiled_with_own_tokens(rank):
+    own = VocabParallelOptions.from_vocab(300, gather_e=True)
+    problem = make_problem((WORLD, 6))
+    part = rows(problem, own)
+    results = []
+    for backend in (None, "aot_eager"):
+        torch._dynamo.reset()
+        e, c = (x.clone().requires_grad_() for x in (problem.e[rank], part.c))
+
+        def model(e, c):
+            return linear_cross_entropy(
+                e, c, problem.targets[rank], reduction="none", vocab_parallel_options=own
+            )
+
+        run = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
+        loss = run(e, c)
+        loss.sum().backward()
+        results.append((loss.detach(), e.grad, c.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    return run_cases(CASES, WORLD, tmp_path_factory.mktemp("vocab_parallel"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vocab_parallel(outcomes, name):
+    assert_passed(outcomes[name])
+
+
+assert set(PLAIN) < set(IMPLS)
