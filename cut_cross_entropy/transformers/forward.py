@@ -15,6 +15,7 @@ from cut_cross_entropy.transformers.forward_record import (
     enter,
     leave,
 )
+from cut_cross_entropy.transformers.gathering import gathers, is_sharded
 from cut_cross_entropy.transformers.heads import find_heads, num_rows, why_not_intercept
 from cut_cross_entropy.transformers.outputs import replace_lazy
 from cut_cross_entropy.transformers.utils import PatchOptions
@@ -95,7 +96,7 @@ def _intercepted(
                 record.not_captured = reason
         output = original(model, *args, **kwargs)
         if outer is None:
-            output = replace_lazy(output, _replacement(model, record))
+            output = replace_lazy(output, _replacement(model, heads, record))
     finally:
         leave(record)
         for head in installed:
@@ -104,10 +105,12 @@ def _intercepted(
     return output
 
 
-def _replacement(model: nn.Module, record: ForwardRecord) -> Callable[[Any], Any]:
+def _replacement(
+    model: nn.Module, heads: list[nn.Module], record: ForwardRecord
+) -> Callable[[Any], Any]:
     if model.training:
         return lambda lazy: None
-    if interception.is_sharded(model):
+    if is_sharded(model) or any(map(gathers, heads)):
         # The weights may be gone after the forward, and only all processes together get them back.
         return lambda lazy: _real(lazy, record)
     return DeferredLogits
@@ -136,7 +139,7 @@ def _traced(
     sizes: list[int] = []
     for head in find_heads(model):
         reason = why_not_intercept(model, head)
-        if reason is None and interception.is_sharded(head):
+        if reason is None and gathers(head):
             reason = "its head is sharded by itself and traced by torch.compile"
         rows = num_rows(head)
         if reason is not None:

@@ -7,6 +7,15 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cut_cross_entropy.transformers.gathering import (
+    gathers,
+    is_partitioned,
+    own_parameter,
+    product_of,
+    whole_shape,
+    why_not_deferred,
+)
+
 # Where the heads of a model without output embeddings were found last; each call looks there
 # again, since adapters and resizing replace the modules, but walking all modules is slow.
 _found_names: "WeakKeyDictionary[nn.Module, tuple[str, ...]]" = WeakKeyDictionary()
@@ -32,7 +41,9 @@ def find_heads(model: nn.Module) -> list[nn.Module]:
     found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features in sizes
+        if isinstance(product := product_of(module), nn.Linear)
+        and product.out_features in sizes
+        and not name.endswith("_fsdp_wrapped_module")  # what wraps it was found before
     }
     _found_names[model] = tuple(found)
     return list(found.values())
@@ -44,23 +55,18 @@ def why_not_intercept(model: nn.Module, head: nn.Module) -> str | None:
         return "its head has backward hooks, which need the logits"
     if head.__dict__.get("_hf_tp_plan"):
         return "its head is tensor-parallel"
-    weight = head._parameters["weight"] if "weight" in head._parameters else _weight(head)
-    if hasattr(weight, "ds_id"):
-        return "its head is partitioned by DeepSpeed ZeRO-3"
-    return None
+    return why_not_deferred(head) if gathers(head) else None
 
 
 def num_rows(head: nn.Module) -> int | None:
     """The number of classes of ``head``, or None if it does not say."""
-    weight = _weight(head)
-    if isinstance(weight, Tensor) and weight.ndim == 2:
-        return weight.shape[0]
     features = getattr(head, "out_features", None)
+    if isinstance(features, int) and is_partitioned(head):
+        return features  # no look at the weight, which would gather it
+    weight = own_parameter(head, "weight")
+    if isinstance(weight, Tensor) and len(whole_shape(weight)) == 2:
+        return int(whole_shape(weight)[0])
     return features if isinstance(features, int) else None
-
-
-def _weight(head: nn.Module) -> Any:
-    return getattr(head, "weight", None)
 
 
 def vocabulary_sizes(config: Any, depth: int = 3) -> Iterator[int]:

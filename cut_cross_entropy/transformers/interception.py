@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cut_cross_entropy.transformers.forward_record import ForwardRecord, active_record
+from cut_cross_entropy.transformers.gathering import (
+    gathers,
+    own_parameter,
+    product_of,
+    promised_dtype,
+)
 from cut_cross_entropy.transformers.heads import num_rows
 from cut_cross_entropy.transformers.lazy_logits import LazyLogits
 from cut_cross_entropy.transformers.origin import Origin, current_autocast, depends_on
@@ -24,15 +30,22 @@ class HeadForward:
     """Stands in for ``head.forward`` while at least one labelled forward runs.
 
     It is an attribute of the head for that time only. Threads that are in no such forward get the
-    head's own forward.
+    head's own forward. A head that gathers its weight is not called at first (see ``gathering``).
+
+    Args:
+        head: what the model calls.
     """
 
     def __init__(self, head: nn.Module) -> None:
         self.head = head
+        self.product = product = product_of(head)
         self.users = 0
-        self.instance_forward = head.__dict__.get("forward")
-        self.forward = head.forward
-        self.is_plain = self.instance_forward is None and type(head).forward is nn.Linear.forward
+        self.instance_forward = product.__dict__.get("forward")
+        self.forward = product.forward
+        self.is_plain = self.instance_forward is None and type(product).forward is nn.Linear.forward
+        self.gathers = gathers(head)
+        self.instance_call = head.__dict__.get("_compiled_call_impl")
+        self.defers = self.gathers and self.is_plain and self.instance_call is None
 
     def __call__(
         self, *args: Any, cce_request: Request | None = None, **kwargs: Any
@@ -44,42 +57,71 @@ class HeadForward:
         record = active_record()
         if record is None or (record.suspended and cce_request is None) or not args:
             return self.forward(*args, **kwargs)  # type: ignore[no-any-return]
+        if cce_request is not None:
+            return self._answer(record, cce_request, args, kwargs)
         record.heads_called += 1
         result = self._capture(record, args, kwargs)
-        if cce_request is not None:
-            assert isinstance(result, LazyLogits)  # as it was in the call that is repeated here
-            return cce_request(result.recipe)
-        if isinstance(result, LazyLogits) and is_sharded(self.head):
-            x = args[0]
-            origin = result.origin
-            reentering = Origin(
-                record,
-                origin.requires_grad,
-                origin.grad_enabled,
-                origin.device_type,
-                origin.autocast_dtype,
-                depends_on(x),
-                self.head,
-            )
-            return LazyLogits(
-                Recipe(((x, None),), None),
-                result.dtype,
-                result.num_classes,
-                result.device,
-                reentering,
-            )
+        if self.gathers and isinstance(result, LazyLogits):
+            return self._deferred(record, args[0], result.dtype)
         return result
+
+    def call(self, *args: Any, **kwargs: Any) -> LazyLogits | Tensor:
+        """The whole call of a head that defers: no hook of it runs yet."""
+        record = active_record()
+        if record is None or record.suspended or kwargs or len(args) != 1:
+            return self.head._call_impl(*args, **kwargs)  # type: ignore[no-any-return]
+        x = args[0]
+        record.heads_called += 1
+        record.captured += 1
+        return self._deferred(
+            record, x, promised_dtype(self.head, x, current_autocast(x.device.type))
+        )
+
+    def _deferred(self, record: ForwardRecord, x: Tensor, dtype: torch.dtype) -> LazyLogits:
+        grad_enabled = torch.is_grad_enabled()
+        origin = Origin(
+            record,
+            grad_enabled
+            and (x.requires_grad or any(p.requires_grad for p in self.head.parameters())),
+            grad_enabled,
+            x.device.type,
+            current_autocast(x.device.type),
+            depends_on(x),
+            self.head,
+        )
+        num_classes = num_rows(self.product)
+        assert num_classes is not None
+        return LazyLogits(Recipe(((x, None),), None), dtype, num_classes, x.device, origin)
+
+    def _answer(
+        self,
+        record: ForwardRecord,
+        request: Request,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """What ``request`` makes of the recipe, while the weight is there."""
+        suspended, record.suspended = record.suspended, 0
+        try:
+            result = self._capture(record, args, kwargs)
+        finally:
+            record.suspended = suspended
+        if not isinstance(result, LazyLogits):
+            raise RuntimeError(
+                f"{record.model_name}: its head did not give the product that it promised: "
+                f"{record.not_captured}. Use cce_unpatch for this model"
+            )
+        return request(result.recipe)
 
     def _capture(
         self, record: ForwardRecord, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> LazyLogits | Tensor:
+        product = self.product
         if self.is_plain and len(args) == 1 and not kwargs:
-            own: Any = self.head._parameters
-            if "weight" not in own or "bias" not in own:  # under a parametrization, for one
-                own = {"weight": self.head.weight, "bias": self.head.bias}
-            lazy = lazy_linear(record, args[0], own["weight"], own["bias"])
+            weight, bias = own_parameter(product, "weight"), own_parameter(product, "bias")
+            lazy = lazy_linear(record, args[0], weight, bias)
             return self.forward(*args) if lazy is None else lazy
-        rows = num_rows(self.head)
+        rows = num_rows(product)
         with HeadMode(record, () if rows is None else (rows,), args[0].shape[:-1]):
             result: LazyLogits | Tensor = self.forward(*args, **kwargs)
         return result
@@ -184,34 +226,32 @@ def _why_not(x: Any, weight: Any, autocast_dtype: torch.dtype | None) -> str | N
 def install(head: nn.Module) -> None:
     """Intercept the calls of ``head`` until :func:`remove`; may be nested."""
     with _lock:
-        forward = head.__dict__.get("forward")
+        attributes = product_of(head).__dict__
+        forward = attributes.get("forward")
         if not isinstance(forward, HeadForward):
             forward = HeadForward(head)
-            head.__dict__["forward"] = forward
+            attributes["forward"] = forward
+            if forward.defers:  # where nn.Module.__call__ looks before it runs any hook
+                head.__dict__["_compiled_call_impl"] = forward.call
         forward.users += 1
 
 
 def remove(head: nn.Module) -> None:
     """Undo one :func:`install`."""
     with _lock:
-        forward = head.__dict__["forward"]
+        attributes = product_of(head).__dict__
+        forward = attributes["forward"]
         forward.users -= 1
         if forward.users:
             return
+        if forward.defers:
+            del head.__dict__["_compiled_call_impl"]
         if forward.instance_forward is None:
-            del head.__dict__["forward"]
+            del attributes["forward"]
         else:
-            head.__dict__["forward"] = forward.instance_forward
+            attributes["forward"] = forward.instance_forward
 
 
 def is_intercepted(head: nn.Module) -> bool:
     """Whether ``head`` is intercepted now."""
-    return isinstance(head.__dict__.get("forward"), HeadForward)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether the module gathers its own parameters around its forward: FSDP, of both kinds."""
-    if type(module) is nn.Linear:
-        return False
-    names = [base.__name__ for base in type(module).__mro__]
-    return "FSDPModule" in names or "FullyShardedDataParallel" in names
+    return isinstance(product_of(head).__dict__.get("forward"), HeadForward)

@@ -184,7 +184,8 @@ def language_model(model: nn.Module) -> nn.Module:
         if get_base_model is not None:
             inner = get_base_model()
         else:
-            inner = model._modules.get("module") or model._modules.get("_orig_mod")
+            names = ("module", "_orig_mod", "_fsdp_wrapped_module")
+            inner = next((model._modules[name] for name in names if name in model._modules), None)
         if not isinstance(inner, nn.Module):
             break
         model = inner

@@ -1,60 +1,19 @@
 """Two processes over gloo: DDP and FSDP2."""
 
-import multiprocessing
-import os
-import pickle
 import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from cut_cross_entropy.transformers import call_count, cce_patch, cce_unpatch, is_patched
-from tests.transformers.models import assert_same_step, batch, llama, loss_and_grads
-
-WORLD = 2
-
-
-def run_in_processes(case, tmp_path, *args):
-    """``case(rank, *args)`` in two processes with a process group; its results by rank."""
-    # The server imports once; what it forks has run no backward pass, which a fork cannot follow.
-    multiprocessing.set_forkserver_preload(["torch", "tests.transformers.models"])
-    arguments = (case, str(tmp_path), args)
-    mp.start_processes(_process, arguments, nprocs=WORLD, start_method="forkserver")
-    return [pickle.loads((tmp_path / f"result{rank}").read_bytes()) for rank in range(WORLD)]
+from tests.transformers.models import assert_same_step, llama, loss_and_grads
+from tests.transformers.processes import WORLD, own_batch, reference, run_in_processes
 
 
-def _process(rank, case, folder, args):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank))
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
-    )
-    warnings.filterwarnings("error", message=".*(patch|logits).*")
-    result = case(rank, *args)
-    with open(f"{folder}/result{rank}", "wb") as file:
-        pickle.dump(result, file)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def own_batch(rank):
-    return batch(seed=10 + rank)
-
-
-def mean_of_both():
-    """What both processes have to arrive at: the mean of their losses' gradients."""
-    model = llama()
-    losses = torch.stack([model(**own_batch(rank)).loss for rank in range(WORLD)])
-    losses.mean().backward()
-    return losses.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def check(results):
-    losses, grads = mean_of_both()
+def check(results, **changes):
+    losses, grads = reference(**changes)
     for rank, (loss, rank_grads, count) in enumerate(results):
-        assert_same_step((losses[rank], grads), (loss, rank_grads))
+        assert_same_step((losses[0, rank], grads), (loss, rank_grads))
         assert count == 1
 
 
@@ -107,26 +66,27 @@ def fsdp2(rank, when, sharded_head, tied, reshard_root):
     return loss, grads, count
 
 
-@pytest.mark.parametrize(
-    ("when", "sharded_head", "tied", "reshard_root"),
-    [
-        ("before", False, False, True),
-        ("after", True, False, True),
-        ("before", True, False, None),
-        ("after", False, True, None),
-    ],
-    ids=["whole", "head-by-itself", "head-by-itself-before", "tied"],
-)
-def test_fsdp2(tmp_path, when, sharded_head, tied, reshard_root):
-    results = run_in_processes(fsdp2, tmp_path, when, sharded_head, tied, reshard_root)
-    if tied:
-        for loss, grads, count in results:
-            assert count == 1
-            assert loss.isfinite()
-            assert "lm_head.weight" not in grads
-        torch.testing.assert_close(results[0][1], results[1][1])
-        return
-    check(results)
+FSDP2 = {
+    "whole": ("before", False, False, True),
+    "head by itself": ("after", True, False, True),
+    "head by itself, patched before": ("before", True, False, None),
+    "tied": ("after", False, True, None),
+}
+
+
+def fsdp2_cases(rank):
+    scaled = fsdp2_with_a_scaled_head(rank)
+    return {name: fsdp2(rank, *case) for name, case in FSDP2.items()}, scaled
+
+
+@pytest.fixture(scope="module")
+def fsdp2_results(tmp_path_factory):
+    return run_in_processes(fsdp2_cases, tmp_path_factory.mktemp("fsdp2"))
+
+
+@pytest.mark.parametrize("name", FSDP2)
+def test_fsdp2(fsdp2_results, name):
+    check([cases[name] for cases, _ in fsdp2_results], tie_word_embeddings=FSDP2[name][2])
 
 
 def fsdp2_with_a_scaled_head(rank):
@@ -147,8 +107,8 @@ def fsdp2_with_a_scaled_head(rank):
     return expected, (loss, {name: g.full_tensor() for name, g in grads.items()}), call_count(model)
 
 
-def test_fsdp2_with_a_softcap_after_a_sharded_head(tmp_path):
-    for expected, actual, count in run_in_processes(fsdp2_with_a_scaled_head, tmp_path):
+def test_fsdp2_with_a_softcap_after_a_sharded_head(fsdp2_results):
+    for _, (expected, actual, count) in fsdp2_results:
         assert_same_step(expected, actual)
         assert count == 1
 
