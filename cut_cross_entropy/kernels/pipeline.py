@@ -121,17 +121,18 @@ def backward(
     ``tolerance`` 0, or an empty ``energy``, means no filter. The filtered path reads the number of
     kept strips from the device: the one synchronisation of a step.
     """
+    use_filter = tolerance > 0 and energy.numel() > 0
     result = Gradients(
-        torch.zeros(e.shape, dtype=e.dtype, device=e.device) if need_e else None,
+        None,
         torch.empty(c.shape, dtype=c.dtype, device=c.device) if need_c else None,
         bias.new_empty(bias.shape) if bias is not None and need_bias else None,
     )
     if e.shape[0] == 0 or c.shape[0] == 0:
+        result.e = torch.zeros_like(e, memory_format=torch.contiguous_format) if need_e else None
         for grad in (result.c, result.bias):
             if grad is not None:
                 grad.zero_()
     else:
-        use_filter = tolerance > 0 and energy.numel() > 0
         moved = prepare_backward(
             grad_nll,
             grad_lse,
@@ -149,7 +150,7 @@ def backward(
         own = shard if shard.numel() > 0 else None
         problem = assemble(moved, c, bias, softcap, compute_dtype, memory_budget, own)
         sparse = Gradients(
-            result.e if use_filter and filter_e else None,
+            e.new_zeros(e.shape) if need_e and use_filter and filter_e else None,
             result.c if use_filter and filter_c else None,
             result.bias if use_filter and filter_c else None,
         )
@@ -160,11 +161,13 @@ def backward(
         elif not filtered.write_filtered(problem, sparse, energy, tolerance):
             sparse = Gradients(None, None, None)
         rest = Gradients(
-            None if sparse.e is not None else result.e,
+            None,
             None if sparse.c is not None else result.c,
             None if sparse.bias is not None else result.bias,
         )
-        write_dense(problem, rest, accumulate=False)
+        new_e = e.dtype if need_e and sparse.e is None else None
+        write_dense(problem, rest, accumulate=False, new_e=new_e)
+        result.e = rest.e if sparse.e is None else sparse.e
     empty = e.new_empty(0)
     grads = (result.e, result.c, result.bias)
     out = [empty.clone() if grad is None else grad for grad in grads]

@@ -91,9 +91,16 @@ def assemble(
     )
 
 
-def write_dense(problem: Problem, grads: Gradients, accumulate: bool) -> None:
-    """Write the gradients that are asked for from all strips; ``accumulate`` adds to dC, dbias."""
-    if grads.e is None and grads.c is None and grads.bias is None:
+def write_dense(
+    problem: Problem, grads: Gradients, accumulate: bool, new_e: torch.dtype | None = None
+) -> None:
+    """Write the gradients that are asked for from all strips; ``accumulate`` adds to dC, dbias.
+
+    With ``new_e`` dE is made here, in that dtype, and where it can be in place of the embeddings:
+    the problem cannot be used again.
+    """
+    need_e = grads.e is not None or new_e is not None
+    if not need_e and grads.c is None and grads.bias is None:
         return
     tokens = problem.tokens
     total = dense_gradients(
@@ -108,10 +115,13 @@ def write_dense(problem: Problem, grads: Gradients, accumulate: bool) -> None:
         problem.softcap,
         problem.tiles,
         problem.memory_budget,
-        grads.e is not None,
+        need_e,
         grads.c,
         grads.bias,
         accumulate,
     )
+    if new_e is not None:
+        same = tokens.e.dtype == new_e
+        grads.e = tokens.e.zero_() if same else torch.zeros_like(tokens.e, dtype=new_e)
     if total is not None and grads.e is not None:
         scatter_rows(total, tokens.origin, grads.e)
