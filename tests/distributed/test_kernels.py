@@ -79,7 +79,7 @@ def ragged(rank, impl):
 @case(("cce_exact",), ("cce",))
 def more_classes_than_are_hot(rank, impl):
     with filter_of(1e-15):
-        check(make_problem((5,), 2500, 16), impl)
+        check(make_problem((5,), 2200, 16), impl)
 
 
 @case(("cce_exact",), ("cce",))
@@ -119,30 +119,29 @@ def default_stays_within_the_rounding_of_bfloat16(rank):
         assert error <= 2 * rounding.norm(), (name, error, rounding.norm())
 
 
-@case((None,), (30.0,))
-def tail_stands_for_what_a_shard_dropped(rank, softcap):
+@case()
+def tail_stands_for_what_a_shard_dropped(rank):
     """Without it, or with the mass of all classes, a shard's sums over classes would be off."""
     problem = sharp()
     own = VocabParallelOptions.from_vocab(problem.c.shape[0])
-    settings = {"reduction": "sum", "lse_weight": 0.0, "softcap": softcap}
+    settings = {"reduction": "sum", "lse_weight": 0.0}
     with filter_of():
         results, (record,) = results_of(problem, own, filter_eps=0.1, **settings)
     truth = rows_of(run(full_logits, problem.to(torch.float64), **settings), own)
     assert record.dropped_mass > 1e-4
-    total = truth.grad_bias.abs().sum()
     difference = (results.grad_bias.sum() - truth.grad_bias.sum()).abs()
-    assert difference < (1e-5 if softcap is None else 1e-3) * total
+    assert difference < 1e-5 * truth.grad_bias.abs().sum()
 
 
-@case()
-def energy_dropped_by_all_is_that_of_one_process(rank):
-    """The budget is one: however many processes share it, dE errs about as much."""
-    problem = sharp(tokens=64)
+@case((None,), (30.0,))
+def budget_of_all_is_that_of_one_process(rank, softcap):
+    """However many processes share the budget of the filter, dE errs about as much."""
+    problem = sharp(24)
     own = VocabParallelOptions.from_vocab(problem.c.shape[0])
-    truth = run(full_logits, problem.to(torch.float64)).grad_e
+    truth = run(full_logits, problem.to(torch.float64), softcap=softcap).grad_e
     with filter_of(0.02):
-        alone = run_ours(problem, "cce").grad_e
-        together = results_of(problem, own)[0].grad_e
+        alone = run_ours(problem, "cce", softcap=softcap).grad_e
+        together = results_of(problem, own, softcap=softcap)[0].grad_e
     one, two = ((x - truth).norm().item() for x in (alone, together))
     assert 0 < two < 1.5 * one, (one, two)
 
@@ -165,10 +164,10 @@ def flat_tokens_among_sharp_ones_are_exact(rank):
 @case()
 def loose_bounds_overflow_and_are_walked_again(rank):
     """The likely class of a token is neither among the hot ones nor its target."""
-    problem = make_problem((5,), 4600, 16, ignored=0.0)
+    problem = make_problem((5,), 2200, 16, ignored=0.0)
     problem.targets.fill_(3)
     c = problem.c.clone()
-    c[[2200, 4500]] = 60 * problem.e[:2] / problem.e[:2].square().sum(1, keepdim=True) ** 0.5
+    c[[1060, 2190]] = 60 * problem.e[:2] / problem.e[:2].square().sum(1, keepdim=True) ** 0.5
     with filter_of(1e-15):
         check(Problem(problem.e, c, problem.targets), "cce")
         check(Problem(problem.e, c, problem.targets), "cce_exact")
