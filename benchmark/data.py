@@ -190,8 +190,9 @@ def describe(problem: Problem, tokens: int = 512) -> dict[str, float]:
     for share in (0.9, 0.95, 0.98, 0.99, 0.999):
         result[f"classes_{share}"] = ((running < share).sum(1) + 1.0).mean().item()
     result["above_2^-12"] = (p > 2**-12).sum(1).float().mean().item()
-    strips = p[: tokens // 128 * 128].view(-1, 128, p.shape[1]).sum(1)
-    mass = strips.sort(dim=1, descending=True).values.cumsum(1) / 128
+    block = min(128, p.shape[0])
+    strips = p[: p.shape[0] // block * block].view(-1, block, p.shape[1]).sum(1)
+    mass = strips.sort(dim=1, descending=True).values.cumsum(1) / block
     result["strips_98%"] = ((mass < 0.98).float().mean()).item()
     result["entropy"] = -(p * p.clamp_min(1e-30).log()).sum(1).mean().item()
     return result

@@ -215,12 +215,13 @@ def ranks(content: dict[str, Any], name: str = "ranks") -> Plot:
 def plots_of(device: Device, prefix: str = "") -> list[Plot]:
     """Every plot that a device's measurements suffice for."""
     found: list[Plot | None] = []
+    first = device.rows[0] if device.rows else {}
+    plain = {"ignored": first.get("ignored"), "frozen": first.get("frozen")}
     for name in in_order([row["test_data"] for row in device.rows], []):
-        rows = device.select(test_data=name, kind="loss-fw-bw", ignored=0.0, frozen=None)
+        rows = device.select(test_data=name, kind="loss-fw-bw", **plain)
         if rows and rows[0]["part"] in ("table", "benchmark"):
             title = f"{name}, N = {rows[0]['tokens']:,}, {device.name}"
             found.append(bars(rows, f"{prefix}bars_{name}", title))
-    plain = {"ignored": 0.0, "frozen": None}
     swept = device.select("sweeps", **plain) or device.select("benchmark", **plain)
     both = [row for row in swept if row["kind"] == "loss-fw-bw"]
     for size, other in (("tokens", "classes"), ("classes", "tokens")):

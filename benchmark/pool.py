@@ -58,8 +58,10 @@ class Process:
             env=environment,
             text=True,
         )
+        self.words: str | None = None  # the last ones, once it has ended
         self.answers: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -109,10 +111,11 @@ class Process:
         return self.process.poll() is None
 
     def _last_words(self) -> str:
-        self.process.poll()
-        self.log.flush()
-        lines = Path(self.log.name).read_text(errors="replace").strip().splitlines()
-        return (lines or [f"exit code {self.process.returncode}"])[-1][:300]
+        if self.words is None:
+            self.process.poll()
+            lines = Path(self.log.name).read_text(errors="replace").strip().splitlines()
+            self.words = (lines or [f"exit code {self.process.returncode}"])[-1][:300]
+        return self.words
 
     def close(self) -> None:
         """End the process and remove its caches."""
@@ -124,9 +127,12 @@ class Process:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.reader.join(timeout=5)  # the pipe has ended with the process
         assert self.process.stdout is not None
         self.process.stdout.close()
         self.log.close()
+        if Path(self.scratch).exists():
+            self._last_words()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 

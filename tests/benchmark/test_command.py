@@ -1,0 +1,125 @@
+"""``python -m benchmark`` from the command line to its files, on a CPU."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from benchmark import output
+from benchmark.__main__ import chosen_methods, main, parse_arguments, tasks
+from benchmark.plots import digest_of
+from benchmark.shapes import SHAPES
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A tiny sweep with everything that can be written."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    saved = {
+        "e": torch.randn(40, 16).bfloat16(),
+        "c": torch.randn(300, 16).bfloat16(),
+        "t": torch.randint(300, (40,)),
+    }
+    torch.save(saved, folder / "saved.pt")
+    main(
+        [
+            *("--data", "gemma2", "file", "--file", str(folder / "saved.pt")),
+            *("--tokens", "16", "32", "64", "--classes", "384", "--ignored", "0.5"),
+            *("--methods", "chunked", "baseline", "--repetitions", "2", "--commit", "abc"),
+            *("--json", str(folder / "rows.json"), "--csv", str(folder / "rows.csv")),
+            *("--plots", str(folder / "plots")),
+        ]
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(written):
+    return json.loads((written / "rows.json").read_text())
+
+
+def test_every_method_and_kind_has_a_row(results):
+    assert results["failures"] == []
+    assert results["environment"]["commit"] == "abc"
+    assert results["environment"]["torch"] == torch.__version__
+    found = {(row["test_data"], row["method"], row["kind"]) for row in results["rows"]}
+    names = {f"small-structured-V384-N{n}-ignored0.5" for n in (16, 32, 64)} | {"saved-ignored0.5"}
+    kinds = {"loss-fw", "loss-bw", "loss-fw-bw"}
+    assert found == {(n, m, k) for n in names for m in ("chunked", "baseline") for k in kinds}
+    assert len(results["rows"]) == len(found)
+
+
+def test_rows_are_complete_and_plausible(results):
+    for row in results["rows"]:
+        assert set(output.COLUMNS) <= set(row)
+        assert row["runtime_ms"] > 0
+        assert row["q1_ms"] <= row["runtime_ms"] <= row["q3_ms"]
+        assert row["repetitions"] == 2
+        assert row["gemms"] == pytest.approx(row["runtime_ms"] / row["gemm_ms"])
+        assert row["tflops"] > 0
+        assert row["op_mem_mb"] > 0
+        assert row["ignored"] == 0.5
+        assert max(row["error_e"], row["error_c"]) < 1e-5  # float32 against float32
+        assert row["loss_error"] < 1e-5
+
+
+def test_only_the_first_problem_is_a_cold_start(results):
+    for row in results["rows"]:
+        assert row["cold"] == (row["test_data"] == results["rows"][0]["test_data"])
+
+
+def test_csv_says_the_same_as_json(written, results):
+    with (written / "rows.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert tuple(lines[0])[:5] == output.COLUMNS
+    assert [float(line["runtime_ms"]) for line in lines] == [
+        row["runtime_ms"] for row in results["rows"]
+    ]
+    assert {line["commit"] for line in lines} == {"abc"}
+
+
+def test_plots_carry_the_hash_of_their_points(written):
+    names = {path.name: digest_of(path) for path in (written / "plots").iterdir()}
+    assert {"sweep_tokens.png", "bars_saved-ignored0.5.png"} <= set(names)
+    assert all(names.values())
+
+
+def test_table_has_the_published_columns(results):
+    lines = output.table(results["rows"]).splitlines()
+    assert lines[0].split()[:5] == ["method", "kind", "runtime_ms", "op_mem_mb", "test_data"]
+    assert len(lines) == len(results["rows"]) + 1
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_sweeps_and_options_make_problems():
+    swept = tasks(parse_arguments(["--sweep", "classes", "--data", "llama3.2-1b"]), on_gpu=True)
+    assert [task.shape.num_classes for task in swept] == [65536, 98304, 131072, 196608, 262144]
+    assert all(task.kinds == ["loss-fw-bw"] and not task.errors for task in swept)
+    both = tasks(parse_arguments(["--data", "all", "--frozen", "none", "c"]), on_gpu=True)
+    assert len(both) == 2 * len(SHAPES)
+    assert len({task.name for task in both}) == len(both)
+
+
+def test_a_cpu_runs_what_runs_on_a_cpu():
+    arguments = parse_arguments(["--peer", "apple=somewhere"])
+    assert "apple" in chosen_methods(arguments, on_gpu=True)
+    on_cpu = chosen_methods(arguments, on_gpu=False)
+    assert on_cpu[0] == "gemm"
+    assert not {"apple", "cce", "cce_exact"} & set(on_cpu)
+    assert {task.shape.name for task in tasks(arguments, on_gpu=False)} == {"small"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "file"], "--data file needs --file"),
+        (["--peer", "apple"], "--peer must be METHOD=PATH"),
+        (["--peer", "cce=x"], "--peer names no other package: cce"),
+        (["--data", "gpt5"], "invalid choice: 'gpt5'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(arguments)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""Tables and plots of the documentation: made from what is kept, and not stale."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmark import remake, report
+from benchmark.plots import Plot, digest_of, figure
+from benchmark.remake import BLOCKS, Measurements, fill, stale
+from benchmark.results import complete, of_results, read_all
+from benchmark.suite import ALL, PARTS, tasks_of, unpack
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def row(method, data="gemma2-structured", kind="loss-fw-bw", **more):
+    """As the command writes it."""
+    return {
+        "method": method, "kind": kind, "runtime_ms": 20.0, "op_mem_mb": 1300.0,
+        "test_data": data, "gemms": 1.5, "gemm_ms": 13.3, "tflops": 900.0, "tokens": 8192,
+        "classes": 256000, "dim": 2304, "dtype": "bfloat16", "error_e": 0.003,
+        "error_c": 0.0025, "rounding_e": 0.0016, "rounding_c": 0.0016, "ignored": 0.0,
+        "frozen": None, "cold": True, "first_ms": 9000.0, "repetitions": 9, "q1_ms": 19.0,
+        "q3_ms": 21.0, **more,
+    }  # fmt: skip
+
+
+ENVIRONMENT = {"device": "Some GPU", "torch": "2.11", "triton": "3.6", "commit": "abc"}
+
+
+@pytest.fixture
+def found(tmp_path):
+    """Measurements of two devices."""
+    folder = tmp_path / "measurements"
+    folder.mkdir()
+    table = {
+        "part": "table",
+        "environment": ENVIRONMENT,
+        "rows": [
+            row("cce"),
+            row("baseline", runtime_ms=90.0, op_mem_mb=32000.0, error_e=0.0012),
+            row("cce", kind="loss-fw"),
+        ],
+        "failures": [{"method": "liger", "what": "load", "error": "ImportError: no"}],
+    }
+    (folder / "table.json").write_text(json.dumps(table))
+    largest = {
+        "part": "largest", "environment": ENVIRONMENT, "most": 1000,
+        "rows": [
+            {"method": "cce", "limit_gib": 16.0, "tokens": 1000, "forecast": 90000},
+            {"method": "baseline", "limit_gib": 16.0, "tokens": 512, "forecast": 520},
+        ],
+    }  # fmt: skip
+    (folder / "largest.json").write_text(json.dumps(largest))
+    old = {"environment": {**ENVIRONMENT, "device": "Old GPU"}, "rows": [row("cce_exact")]}
+    (folder / "old.json").write_text(json.dumps(old))
+    return Measurements(read_all(folder))
+
+
+def test_the_documentation_is_what_the_command_makes():
+    kept = Measurements(read_all(ROOT / "docs" / "measurements"))
+    assert stale(ROOT, kept) == []
+
+
+def test_every_measurement_says_where_it_comes_from():
+    for device in read_all(ROOT / "docs" / "measurements"):
+        for name, content in device.files.items():
+            assert {"device", "torch", "triton", "commit"} <= set(content["environment"]), name
+
+
+def test_the_device_with_the_most_measurements_comes_first(found):
+    assert [device.name for device in found.devices] == ["Some GPU", "Old GPU"]
+
+
+def test_a_verdict_for_every_column(found):
+    table = report.against_others(found.main)
+    assert "**won**: 20.0, full logits, eager 90.0" in table
+    assert "**won**: 1,300, full logits, eager 32,000" in table
+    assert "lost: 1.88, full logits, eager 0.75" in table
+
+
+def test_tables_show_the_rows(found):
+    assert report.like_the_seed(found.main.rows).count("\n") == 5
+    assert "| 0.30% (1.9) | 0.25% (1.6) |" in report.like_the_seed(found.main.rows)
+    assert "Gemma 2 2B (V 256,000, D 2,304, softcap) | 20.0 ms | 1.50 |" in report.headline(
+        found.main
+    )
+    largest = remake.largest(found)
+    assert "1,000 ran; about 90,000" in largest
+    assert "| full logits, eager | 512 |" in largest
+    assert "| `cce` | 9.0 s |" in report.cold_starts(found.main)
+    assert "Liger load: ImportError: no" in report.failures(found.main)
+    assert "### Old GPU" in remake.other_devices(found)
+
+
+def test_blocks_are_replaced_and_the_rest_is_not(found):
+    page = "before\n<!-- begin where -->\nold\n<!-- end where -->\nafter\n"
+    made = fill(page, found)
+    assert made.startswith("before\n<!-- begin where -->\n\nSome GPU, PyTorch 2.11")
+    assert made.endswith("\n\n<!-- end where -->\nafter\n")
+    assert "old" not in made
+    assert fill(made, found) == made
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_block_can_be_made_from_little(name, found):
+    assert isinstance(BLOCKS[name](found), str)
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("<!-- begin where -->\n", "markers must come in pairs"),
+        ("<!-- begin nothing -->\n<!-- end nothing -->", "blocks must be of .* got nothing"),
+    ],
+)
+def test_wrong_markers_are_named(page, message, found):
+    with pytest.raises(ValueError, match=message):
+        fill(page, found)
+
+
+def test_a_measurement_without_a_device_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"x\.json must name environment\.device"):
+        read_all(tmp_path)
+
+
+def test_rows_of_older_files_are_completed():
+    old = {"test_data": "gemma2-structured", "kind": "loss-fw", "runtime_ms": 16.0}
+    made = complete(old)
+    assert made["classes"] == 256000
+    assert made["tflops"] == pytest.approx(2 * 8192 * 256000 * 2304 / 16.0 / 1e9)
+
+
+def test_a_picture_carries_the_hash_of_its_points(tmp_path):
+    plot = Plot("dot", [1, 2], lambda points: figure()[0])
+    assert digest_of(plot.save(tmp_path)) == plot.digest()
+    assert Plot("dot", [1, 3], plot.draw).digest() != plot.digest()
+
+
+def test_parts_of_the_suite_are_problems_that_the_tables_find(tmp_path):
+    names = {}
+    for part in PARTS:
+        if not PARTS[part].command:
+            names[part] = [task.name for task in tasks_of(part, tmp_path / "smollm2.pt", True)]
+            assert len(set(names[part])) == len(names[part])
+            assert set(PARTS[part].methods) <= set(ALL)
+    assert names["table"] == ["gemma2-structured", "smollm2", "llama3-8b-structured"]
+    rows = [row("cce", data=name, part=part, tokens=8192) for part in names for name in names[part]]
+    contents = [
+        {"part": part, "environment": ENVIRONMENT, "rows": [r for r in rows if r["part"] == part]}
+        for part in names
+    ]
+    device = of_results(contents)
+    assert "90% of the targets ignored" in report.options(device)
+    assert "`e` needs no gradient" in report.options(device)
+    assert report.sweep(device, "tokens").startswith("| N, µs a token")
+    assert report.headline(device).count("\n") == 2 + 12
+
+
+def test_wheels_are_unpacked_by_method(tmp_path):
+    import zipfile
+
+    for name in ("liger_kernel-0.1-py3-none-any.whl", "other-1-py3-none-any.whl"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("liger_kernel/__init__.py", "")
+    peers = unpack(tmp_path, tmp_path / "out")
+    assert list(peers) == ["liger"]
+    assert (Path(peers["liger"]) / "liger_kernel" / "__init__.py").is_file()
