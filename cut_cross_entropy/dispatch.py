@@ -83,6 +83,7 @@ def token_losses(
     compute_dtype: torch.dtype,
     memory_budget: int,
     kernel_options: CCEPreset,
+    filter_mass: float = 1.0,
     shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp of every token, each (N,), 0 for ignored tokens.
@@ -123,6 +124,7 @@ def token_losses(
             compute_dtype,
             memory_budget,
             filter_tolerance(preset["filter_eps"]) / math.sqrt(parts),
+            filter_mass / parts,
             preset["filter_e_grad"],
             preset["filter_c_grad"],
             torch.is_grad_enabled() and any(x.requires_grad for x in inputs),

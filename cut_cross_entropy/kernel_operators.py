@@ -13,7 +13,7 @@ from cut_cross_entropy.operators import SHARD_OPTIONS, fake_gradients, refuse_do
 
 _OPTIONS = (
     "int ignore_index, float? softcap, ScalarType compute_dtype, int memory_budget, "
-    "float tolerance, bool filter_e, bool filter_c, bool training"
+    "float tolerance, float filter_mass, bool filter_e, bool filter_c, bool training"
 )
 
 
@@ -35,6 +35,7 @@ def cce_losses(
     compute_dtype: torch.dtype,
     memory_budget: int,
     tolerance: float,
+    filter_mass: float,
     filter_e: bool,
     filter_c: bool,
     training: bool,
@@ -78,6 +79,7 @@ def _(
     compute_dtype: torch.dtype,
     memory_budget: int,
     tolerance: float,
+    filter_mass: float,
     filter_e: bool,
     filter_c: bool,
     training: bool,
@@ -122,6 +124,7 @@ def cce_gradients(
     compute_dtype: torch.dtype,
     memory_budget: int,
     tolerance: float,
+    filter_mass: float,
     filter_e: bool,
     filter_c: bool,
     training: bool,
@@ -152,6 +155,7 @@ def cce_gradients(
             compute_dtype,
             memory_budget,
             tolerance,
+            filter_mass,
             filter_e,
             filter_c,
             need_e,
@@ -179,6 +183,7 @@ def _(
     compute_dtype: torch.dtype,
     memory_budget: int,
     tolerance: float,
+    filter_mass: float,
     filter_e: bool,
     filter_c: bool,
     training: bool,

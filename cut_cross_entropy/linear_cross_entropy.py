@@ -20,6 +20,7 @@ from cut_cross_entropy.options import (
     CCEPreset,
     LinearCrossEntropyImpl,
     check_filter_eps,
+    check_filter_mass,
     impl_name,
 )
 from cut_cross_entropy.validation import check_compute_dtypes, check_options, check_tensors
@@ -43,6 +44,7 @@ def linear_cross_entropy(
     impl: str | LinearCrossEntropyImpl = LCE_IMPL_DEFAULT,
     vocab_parallel_options: VocabParallelOptions | None = None,
     *,
+    filter_mass: float | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     data_parallel_options: DataParallelOptions | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -73,8 +75,9 @@ def linear_cross_entropy(
         shift: position t predicts target t + shift; True is 1. In [0, T).
         return_lse: also return the log-sum-exp of the logits.
         filter_eps: how much of the gradient the kernels may skip: None nothing, ``"auto"`` what
-            the dtype cannot represent, ``"high"`` less, or a threshold on the probabilities. The
-            PyTorch implementations are exact and ignore it.
+            the dtype cannot represent, ``"high"`` half of that, or a float, which stands to
+            ``"auto"`` as a threshold on the probabilities stands to 2^-12, its meaning in Apple's
+            releases. The PyTorch implementations are exact and ignore it.
         accum_e_fp32, accum_c_fp32: accepted for compatibility; gradients are always accumulated
             in float32 or wider.
         filter_e_grad, filter_c_grad: whether the filter may apply to the gradient of ``e``, ``c``.
@@ -82,6 +85,9 @@ def linear_cross_entropy(
         vocab_parallel_options: the classes of this process, whose rows ``c`` and ``bias`` hold,
             when the classes are spread over processes. All get the same loss. See
             docs/distributed.md for this and for DTensors.
+        filter_mass: at most this part of the probability, a mean over tokens, may be replaced by
+            its rank-one tail; a limit beside that of ``filter_eps``. None sets no limit, and
+            ``record_filter`` shows how much it is. In [0, 1].
         memory_budget: bytes of scratch memory beyond results and accumulators, for
             implementations that bound it.
         data_parallel_options: what to do with ``c`` and ``bias`` that are DTensors spread by
@@ -110,6 +116,7 @@ def linear_cross_entropy(
     impl = impl_name(impl)
     check_options(ignore_index, softcap, reduction, shift, memory_budget)
     check_filter_eps(filter_eps)
+    check_filter_mass(filter_mass)
     shift = int(shift)
     e, c, targets, bias, shards, data = resolve(
         e, c, targets, bias, vocab_parallel_options, data_parallel_options
@@ -157,6 +164,7 @@ def linear_cross_entropy(
                 filter_e_grad=filter_e_grad,
                 filter_c_grad=filter_c_grad,
             ),
+            filter_mass=1.0 if filter_mass is None else float(filter_mass),
             shard=shard,
         )
 

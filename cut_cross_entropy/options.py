@@ -141,3 +141,19 @@ def check_filter_eps(filter_eps: float | str | None) -> None:
         raise TypeError(f"filter_eps must be {allowed}, got {type(filter_eps).__name__}")
     if not math.isfinite(filter_eps) or filter_eps < 0:
         raise ValueError(f"filter_eps must be {allowed}, got {filter_eps!r}")
+
+
+def check_filter_mass(filter_mass: float | None) -> None:
+    """Accept ``None`` or a number from 0 to 1.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if filter_mass is None:
+        return
+    if isinstance(filter_mass, bool) or not isinstance(filter_mass, (int, float)):
+        raise TypeError(
+            f"filter_mass must be None or a float from 0 to 1, got {type(filter_mass).__name__}"
+        )
+    if not 0 <= filter_mass <= 1:
+        raise ValueError(f"filter_mass must be None or a float from 0 to 1, got {filter_mass!r}")

@@ -183,6 +183,16 @@ OPTIONS = {
         {"memory_budget": 0},
         "memory_budget must be at least 1 byte, got 0",
     ),
+    "filter_mass word": (
+        TypeError,
+        {"filter_mass": "2%"},
+        "filter_mass must be None or a float from 0 to 1, got str",
+    ),
+    "filter_mass above 1": (
+        ValueError,
+        {"filter_mass": 2},
+        "filter_mass must be None or a float from 0 to 1, got 2",
+    ),
     "filter_eps word": (
         ValueError,
         {"filter_eps": "low"},

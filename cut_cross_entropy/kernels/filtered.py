@@ -25,14 +25,16 @@ FLAT_FRACTION = 0.5  # of tokens that are flat: beyond it all are treated so
 FLAT_GROUPS = 400  # effective number of class groups from which a token counts as flat
 
 
-def write_filtered(problem: Problem, grads: Gradients, energy: Tensor, tolerance: float) -> bool:
+def write_filtered(
+    problem: Problem, grads: Gradients, energy: Tensor, tolerance: float, filter_mass: float
+) -> bool:
     """Gradients of the kept strips plus the tail; False if the data is too flat for that."""
     if energy.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "the filtered gradient reads the number of kept strips from the device, which a CUDA "
             "graph cannot capture; use impl='cce_exact' or filter_eps=None"
         )
-    kept = keep_strips(energy, problem.sharp, tolerance)
+    kept = keep_strips(energy, problem.sharp, tolerance, filter_mass)
     counts = Counts(kept)
     selected = _Selected.of(kept, problem)
     num_strips = sum(counts.by_block)  # the one wait for the device, while it makes ``selected``

@@ -108,6 +108,7 @@ def backward(
     compute_dtype: torch.dtype,
     memory_budget: int,
     tolerance: float,
+    filter_mass: float,
     filter_e: bool,
     filter_c: bool,
     need_e: bool,
@@ -158,7 +159,7 @@ def backward(
             if recording():
                 count = int((problem.sharp != -2).sum())
                 report(FilterRecord("exact", 1.0, 0.0, 0, count))
-        elif not filtered.write_filtered(problem, sparse, energy, tolerance):
+        elif not filtered.write_filtered(problem, sparse, energy, tolerance, filter_mass):
             sparse = Gradients(None, None, None)
         rest = Gradients(
             None,

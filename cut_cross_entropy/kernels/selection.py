@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.config import launch_device
 from cut_cross_entropy.kernels.primitives import (
     ENERGY_FLOOR,
@@ -56,9 +57,11 @@ def threshold_kernel(
     histogram_ptr,  # (256,) int64
     sharp_ptr,  # (N,) energy of the gradient at the target; -1: flat, -2: no token
     tolerance,
+    filter_mass,
     threshold_ptr,  # () out: the first byte that is kept
     numbers_ptr,  # (2,) out: flat tokens, tokens
     N,
+    BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: how light a strip may be to be dropped."""
@@ -80,7 +83,12 @@ def threshold_kernel(
     # The bytes stand against a bound and overstate; the misses at the targets do not, and the
     # gradient's energy is at least theirs.
     allowed = tolerance * tolerance * at_targets
-    below = tl.sum((dropped <= allowed).to(tl.int32), 0)
+    # The mass of a strip is at most the root of BLOCK_T times its energy, and that is below what the
+    # next byte stands for.
+    most = tl.exp2(0.5 * ((bins.to(tl.float32) + 1.0) / ENERGY_STEPS + ENERGY_FLOOR))
+    mass = tl.cumsum(tl.where(energy > 0, counts * most, 0.0), 0)
+    light = (dropped <= allowed) & (mass * tl.sqrt(BLOCK_T * 1.0) <= filter_mass * num_tokens)
+    below = tl.sum(light.to(tl.int32), 0)
     tl.store(threshold_ptr, tl.minimum(tl.maximum(below, 1), FORCED))
     tl.store(numbers_ptr, num_flat)
     tl.store(numbers_ptr + 1, num_tokens)
@@ -90,11 +98,13 @@ def choose_threshold(
     energy: Tensor,  # (blocks, V) uint8
     sharp: Tensor,  # (N,) from prepare_backward
     tolerance: float,
+    filter_mass: float,
     numbers: Tensor,  # (2,) int32, out: flat tokens, tokens
 ) -> Tensor:
     """The first byte that is kept, () int32 on the device.
 
-    ``tolerance`` is the root of the dropped energy beside that of the whole gradient.
+    ``tolerance`` is the root of the dropped energy beside that of the whole gradient,
+    ``filter_mass`` the most probability that may be dropped, a mean over tokens.
     """
     block = 2**12
     # Enough programs to fill a GPU, few enough not to queue up at the counters.
@@ -106,7 +116,15 @@ def choose_threshold(
             energy, histogram, energy.numel(), per_program, BLOCK=block
         )
         threshold_kernel[(1,)](
-            histogram, sharp, tolerance, threshold, numbers, sharp.shape[0], BLOCK=4096
+            histogram,
+            sharp,
+            tolerance,
+            filter_mass,
+            threshold,
+            numbers,
+            sharp.shape[0],
+            BLOCK_T=BLOCK_T,
+            BLOCK=4096,
         )
     return threshold
 
@@ -226,6 +244,7 @@ def keep_strips(
     energy: Tensor,  # (blocks, V) uint8
     sharp: Tensor,  # (N,)
     tolerance: float,
+    filter_mass: float,
 ) -> Kept:
     """Choose the strips to keep; nothing here waits for the device."""
     num_blocks, num_classes = energy.shape
@@ -241,7 +260,7 @@ def keep_strips(
         statistics=statistics,
         shape=(num_blocks, num_chunks),
     )
-    threshold = choose_threshold(energy, sharp, tolerance, statistics[-2:])
+    threshold = choose_threshold(energy, sharp, tolerance, filter_mass, statistics[-2:])
     with launch_device(device):
         kept_strips_kernel[(num_chunks,)](
             energy,

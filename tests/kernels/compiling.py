@@ -134,7 +134,7 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("backward_tokens", prepare.backward_tokens_kernel, {"HAS_SPREAD": True, "BLOCK_D": 1024})
     add("bound", combine.bound_kernel, {"BLOCK_T": BLOCK_T})
     add("finish", combine.finish_kernel, {"HAS_ENERGY": True, "BLOCK_T": BLOCK_T})
-    add("threshold", selection.threshold_kernel, {"BLOCK": 4096},
+    add("threshold", selection.threshold_kernel, {"BLOCK_T": BLOCK_T, "BLOCK": 4096},
         types=(("histogram_ptr", "*i64"), ("numbers_ptr", "*i32")))  # fmt: skip
     add("tail_rows", grad_c.tail_rows_kernel, {"BLOCK_R": 32, "BLOCK_D": 512})
     add("tails", tail.tails_kernel, {"SOFTCAP": True, "SHARDED": True, "BLOCK": BLOCK_T})
@@ -189,7 +189,9 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
         elif name.endswith("_ptr"):
             signature[name] = "*fp32"
         else:
-            signature[name] = "fp32" if name in ("softcap", "tolerance", "flat_spread") else "i32"
+            signature[name] = (
+                "fp32" if name in ("softcap", "tolerance", "filter_mass", "flat_spread") else "i32"
+            )
         if signature[name].startswith("*") or name in ("N", "V", "D", "stride_out"):
             divisible[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, variant.constants, divisible)

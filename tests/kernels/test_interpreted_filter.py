@@ -224,3 +224,17 @@ def test_recording_when_one_gradient_is_filtered_and_not_asked_for():
 def test_dial(filter_eps, tolerance):
     scaled = dispatch.filter_tolerance(filter_eps)
     assert math.isclose(scaled, tolerance * dispatch.FILTER_TOLERANCE)
+
+
+def test_mass_that_may_be_dropped(monkeypatch, always_filtered):
+    """The second dial holds whatever the first allows, and 0 drops nothing that counts."""
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 0.3)
+    kept, dropped = [], []
+    for limit in (None, 0.1, 1e-2, 1e-3, 0.0):
+        _, (record,) = recorded(sharp(), filter_mass=limit)
+        assert record.dropped_mass <= (1.0 if limit is None else limit) + 1e-6
+        kept.append(record.strips_kept)
+        dropped.append(record.dropped_mass)
+    assert kept == sorted(kept), kept
+    assert dropped[0] > 0.05, "the first dial alone drops more than 1e-2"
+    assert dropped[0] > dropped[-2], dropped

@@ -14,7 +14,7 @@ BUDGET = 2**20
 
 
 def settings(tolerance=TOLERANCE, *, filter_e=True, filter_c=True, training=True):
-    return (-100, None, torch.float32, BUDGET, tolerance, filter_e, filter_c, training)
+    return (-100, None, torch.float32, BUDGET, tolerance, 1.0, filter_e, filter_c, training)
 
 
 @pytest.fixture
