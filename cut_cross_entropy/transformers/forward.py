@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cut_cross_entropy.distributed.dtensor import is_dtensor
 from cut_cross_entropy.transformers import interception
 from cut_cross_entropy.transformers.deferred_logits import DeferredLogits
 from cut_cross_entropy.transformers.forward_record import (
@@ -15,7 +16,7 @@ from cut_cross_entropy.transformers.forward_record import (
     enter,
     leave,
 )
-from cut_cross_entropy.transformers.gathering import gathers, is_sharded
+from cut_cross_entropy.transformers.gathering import gathers, is_sharded, own_parameter
 from cut_cross_entropy.transformers.heads import find_heads, num_rows, why_not_intercept
 from cut_cross_entropy.transformers.outputs import replace_lazy
 from cut_cross_entropy.transformers.utils import PatchOptions
@@ -110,7 +111,9 @@ def _replacement(
 ) -> Callable[[Any], Any]:
     if model.training:
         return lambda lazy: None
-    if is_sharded(model) or any(map(gathers, heads)):
+    if is_sharded(model) or any(
+        gathers(head) or is_dtensor(own_parameter(head, "weight")) for head in heads
+    ):
         # The weights may be gone after the forward, and only all processes together get them back.
         return lambda lazy: _real(lazy, record)
     return DeferredLogits

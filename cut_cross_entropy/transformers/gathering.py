@@ -58,6 +58,8 @@ def whole_shape(weight: Any) -> Any:
 
 def why_not_deferred(head: nn.Module) -> str | None:
     """Why a head that gathers has to be called where the model calls it, or None."""
+    if head.__dict__.get("_distribute_module_applied"):
+        return "its head is sharded by itself and tensor-parallel too"
     if is_partitioned(head) and type(head).forward is not nn.Linear.forward:
         return "its head has parts that DeepSpeed ZeRO-3 partitions by themselves"
     product = product_of(head)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from cut_cross_entropy.distributed.dtensor import is_dtensor
 from cut_cross_entropy.transformers.forward_record import ForwardRecord, active_record
 from cut_cross_entropy.transformers.gathering import (
     gathers,
@@ -18,6 +19,11 @@ from cut_cross_entropy.transformers.gathering import (
 )
 from cut_cross_entropy.transformers.heads import num_rows
 from cut_cross_entropy.transformers.lazy_logits import LazyLogits
+from cut_cross_entropy.transformers.lazy_shards import (
+    LazyShards,
+    lazy_shards,
+    why_not_vocab_parallel,
+)
 from cut_cross_entropy.transformers.origin import Origin, current_autocast, depends_on
 from cut_cross_entropy.transformers.recorded import Recipe
 
@@ -49,7 +55,7 @@ class HeadForward:
 
     def __call__(
         self, *args: Any, cce_request: Request | None = None, **kwargs: Any
-    ) -> LazyLogits | Tensor:
+    ) -> LazyLogits | LazyShards | Tensor:
         """The head's forward, or its lazy logits.
 
         With ``cce_request``, what that returns for the recipe of the lazy logits.
@@ -65,7 +71,7 @@ class HeadForward:
             return self._deferred(record, args[0], result.dtype)
         return result
 
-    def call(self, *args: Any, **kwargs: Any) -> LazyLogits | Tensor:
+    def call(self, *args: Any, **kwargs: Any) -> LazyLogits | LazyShards | Tensor:
         """The whole call of a head that defers: no hook of it runs yet."""
         record = active_record()
         if record is None or record.suspended or kwargs or len(args) != 1:
@@ -115,7 +121,7 @@ class HeadForward:
 
     def _capture(
         self, record: ForwardRecord, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> LazyLogits | Tensor:
+    ) -> LazyLogits | LazyShards | Tensor:
         product = self.product
         if self.is_plain and len(args) == 1 and not kwargs:
             weight, bias = own_parameter(product, "weight"), own_parameter(product, "bias")
@@ -123,7 +129,7 @@ class HeadForward:
             return self.forward(*args) if lazy is None else lazy
         rows = num_rows(product)
         with HeadMode(record, () if rows is None else (rows,), args[0].shape[:-1]):
-            result: LazyLogits | Tensor = self.forward(*args, **kwargs)
+            result: LazyLogits | LazyShards | Tensor = self.forward(*args, **kwargs)
         return result
 
 
@@ -161,30 +167,37 @@ class HeadMode(TorchFunctionMode):
                 return lazy
         return func(*args, **kwargs)
 
-    def _linear(self, input: Any, weight: Any, bias: Any = None) -> LazyLogits | None:
+    def _linear(self, input: Any, weight: Any, bias: Any = None) -> LazyLogits | LazyShards | None:
         if weight.shape[0] not in self.num_classes:
             return None
         if self.weights is not None and not any(weight is known for known in self.weights):
             return None
-        if self.leading is not None and input.shape[:-1] != self.leading:
+        if (
+            self.leading is not None
+            and input.shape[:-1] != self.leading
+            and not is_dtensor(input)  # of which the head itself got a part, perhaps
+        ):
             return None
         return lazy_linear(self.record, input, weight, bias)
 
 
-def lazy_linear(record: ForwardRecord, x: Any, weight: Any, bias: Any) -> LazyLogits | None:
+def lazy_linear(
+    record: ForwardRecord, x: Any, weight: Any, bias: Any
+) -> LazyLogits | LazyShards | None:
     """``F.linear(x, weight, bias)`` as lazy logits, or None where that is not possible."""
     if not isinstance(x, Tensor):
         record.not_captured = f"its head got {type(x).__name__}"
         return None
     device, dtype = x.device, x.dtype
     autocast_dtype = current_autocast(device.type)
-    if not (
+    is_usual = (
         type(weight) is nn.Parameter  # what nearly every call has, without a look at the rest
         and dtype == weight.dtype
         and dtype.is_floating_point
         and type(x) is Tensor
         and x.shape[-1] == weight.shape[-1]
-    ):
+    )
+    if not is_usual:
         reason = _why_not(x, weight, autocast_dtype)
         if reason is not None:
             record.not_captured = reason
@@ -205,6 +218,8 @@ def lazy_linear(record: ForwardRecord, x: Any, weight: Any, bias: Any) -> LazyLo
     if autocast_dtype is not None and dtype != torch.float64:
         dtype = autocast_dtype
     record.captured += 1
+    if not is_usual and is_dtensor(weight):
+        return lazy_shards(x, weight, bias, dtype, origin)
     return LazyLogits(Recipe(((x, weight),), bias), dtype, weight.shape[0], device, origin)
 
 
@@ -212,8 +227,10 @@ def _why_not(x: Any, weight: Any, autocast_dtype: torch.dtype | None) -> str | N
     if not isinstance(weight, Tensor):
         return f"the weight of its head is no tensor but a {type(weight).__name__}"
     for tensor in (x, weight):
-        if type(tensor).__name__ == "DTensor":
-            return "its head is tensor-parallel (a DTensor)"
+        if is_dtensor(tensor):
+            reason = why_not_vocab_parallel(x, weight)
+            if reason is not None:
+                return reason
         if not tensor.is_floating_point():
             return f"its head is quantised ({tensor.dtype})"
     if x.dtype != weight.dtype and autocast_dtype is None:

@@ -205,7 +205,7 @@ class LazyLogits(Unevaluated):
 
 def concrete(value: Any, operation: str) -> Any:
     """``value`` with real logits in the place of lazy ones, in tuples, lists and dictionaries."""
-    if isinstance(value, LazyLogits):
+    if isinstance(value, Unevaluated):
         return value.materialise(operation)
     if isinstance(value, (tuple, list)):
         return type(value)([concrete(item, operation) for item in value])

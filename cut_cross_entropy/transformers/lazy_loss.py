@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cut_cross_entropy.distributed.options import VocabParallelOptions
 from cut_cross_entropy.linear_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.transformers.origin import current_autocast
 from cut_cross_entropy.transformers.recorded import Recipe, Unevaluated, fold, is_foldable
@@ -56,6 +57,9 @@ def cross_entropy(
                 bias=folded.bias,
                 softcap=folded.softcap,
                 ignore_index=ignore_index,
+                vocab_parallel_options=(
+                    VocabParallelOptions.from_dtensor(c) if recipe.is_divided else None
+                ),
                 **options,
             )
             assert isinstance(result, Tensor)

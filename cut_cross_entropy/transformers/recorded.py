@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cut_cross_entropy.distributed.dtensor import is_dtensor
+
 CAST, DEVICE = "cast", "device"
 SCALE, DIVIDE, TANH = "scale", "divide", "tanh"
 BIAS, CLASSES = "bias", "classes"
@@ -69,6 +71,11 @@ class Recipe:
         return all(name in (CAST, SCALE, DIVIDE) for name, _ in self.steps)
 
     @property
+    def is_divided(self) -> bool:
+        """Whether the classes are divided over processes: a DTensor, the head tensor-parallel."""
+        return is_dtensor(self.terms[0][1])
+
+    @property
     def has_tanh(self) -> bool:
         """Whether a tanh was recorded: nothing but a scale can follow it."""
         return any(name == TANH for name, _ in self.steps)
@@ -87,12 +94,23 @@ class Folded:
 def replay(recipe: Recipe) -> Tensor:
     """The logits (..., V), by the operations that the model asked for, in its order."""
     (e, c), *rest = recipe.terms
-    logits: Tensor = F.linear(e, c, recipe.bias)  # type: ignore[arg-type]  # reentry fills the weight in
+    if recipe.is_divided:
+        logits: Any = product(e, c, recipe.bias).full_tensor()  # type: ignore[attr-defined]
+    else:
+        logits = F.linear(e, c, recipe.bias)  # type: ignore[arg-type]  # reentry fills the weight in
     for e, c in rest:
         logits = logits + F.linear(e, c)  # type: ignore[arg-type]
     for name, value in recipe.steps:
         logits = _apply(logits, name, value)
-    return logits
+    return logits  # type: ignore[no-any-return]
+
+
+def product(e: Tensor, c: Any, bias: Tensor | None) -> Tensor:
+    """The product with a DTensor of features that every process of its mesh has, a DTensor."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    features = DTensor.from_local(e, c.device_mesh, [Replicate()], run_check=False)
+    return F.linear(features, c, bias)
 
 
 def _apply(logits: Any, name: str, value: Any) -> Any:

@@ -141,7 +141,7 @@ def _getitem(lazy: Any, index: Any) -> Any:
     if classes is None or classes == slice(None):
         return lazy.alias(recipe)
     start, stop, step = classes.indices(lazy.num_classes)
-    if step != 1 or stop <= start:
+    if step != 1 or stop <= start or recipe.is_divided:
         return NotImplemented
     return lazy.alias(recipe.then(CLASSES, slice(start, stop)), num_classes=stop - start)
 
@@ -161,7 +161,7 @@ def _mul(lazy: Any, other: Any) -> Any:
         return NotImplemented
     dtype = _promoted(lazy, other)
     if _is_per_class(lazy, other):
-        if not lazy.recipe.is_linear or lazy.origin.reenters:
+        if not lazy.recipe.is_linear or lazy.origin.reenters or lazy.recipe.is_divided:
             return NotImplemented
         return lazy.derived(scale_classes(lazy.recipe, other.reshape(-1)), dtype=dtype)
     recipe = lazy.recipe
@@ -187,12 +187,13 @@ def _div(lazy: Any, other: Any, *, rounding_mode: Any = None) -> Any:
 
 
 def _add(lazy: Any, other: Any, *, alpha: Any = 1) -> Any:
-    if alpha != 1 or lazy.recipe.has_tanh:
+    if alpha != 1 or lazy.recipe.has_tanh or lazy.recipe.is_divided:
         return NotImplemented
     if isinstance(other, Unevaluated):
         if (
             not (lazy.recipe.is_linear and other.recipe.is_linear)
             or other.pinned
+            or other.recipe.is_divided
             or lazy.shape != other.shape
             or lazy.origin.reenters
             or other.origin.reenters

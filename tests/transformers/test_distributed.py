@@ -1,13 +1,11 @@
 """Two processes over gloo: DDP and FSDP2."""
 
-import warnings
-
 import pytest
 import torch
 
 from cut_cross_entropy.transformers import call_count, cce_patch, cce_unpatch, is_patched
 from tests.transformers.models import assert_same_step, llama, loss_and_grads
-from tests.transformers.processes import WORLD, own_batch, reference, run_in_processes
+from tests.transformers.processes import own_batch, reference, run_in_processes
 
 
 def check(results, **changes):
@@ -111,26 +109,3 @@ def test_fsdp2_with_a_softcap_after_a_sharded_head(fsdp2_results):
     for _, (expected, actual, count) in fsdp2_results:
         assert_same_step(expected, actual)
         assert count == 1
-
-
-def tensor_parallel(rank):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    model = llama(vocab_size=132)
-    expected = loss_and_grads(model)
-    mesh = init_device_mesh("cpu", (WORLD,))
-    parallelize_module(model.lm_head, mesh, ColwiseParallel(output_layouts=Replicate()))
-    cce_patch(model)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        loss, grads = loss_and_grads(model)
-    full = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
-    return expected, (loss, full), [str(w.message) for w in caught]
-
-
-def test_a_tensor_parallel_head_keeps_its_logits_and_says_so(tmp_path):
-    for expected, actual, messages in run_in_processes(tensor_parallel, tmp_path):
-        assert_same_step(expected, actual)
-        assert any("tensor-parallel" in message for message in messages), messages

@@ -1,0 +1,124 @@
+"""Logits of a tensor-parallel head before its hooks have made an ordinary tensor of them.
+
+A tensor-parallel head (``parallelize_module``, or the ``tp_plan`` of transformers) multiplies
+DTensors, each process its classes, and then redistributes the logits. What stands for the product
+answers the few questions that such code asks of a DTensor. Whole logits on every process are lazy
+again; then the loss is vocabulary-parallel and no process has more than its classes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.distributed.dtensor import is_dtensor
+from cut_cross_entropy.transformers.lazy_logits import LazyLogits, concrete
+from cut_cross_entropy.transformers.origin import Origin
+from cut_cross_entropy.transformers.recorded import Recipe, Unevaluated, product
+
+
+def why_not_vocab_parallel(x: Any, weight: Any) -> str | None:
+    """Why ``F.linear`` of these DTensors is no vocabulary-parallel product, or None."""
+    if not is_dtensor(weight):
+        return "its head got a DTensor and has none"
+    if weight.device_mesh.ndim != 1 or not weight.placements[0].is_shard(0):
+        return f"its head is a DTensor that is not divided by classes ({weight.placements})"
+    if not is_dtensor(x) or x.device_mesh != weight.device_mesh:
+        return "its head is a DTensor and its features are none on the same mesh"
+    if not x.placements[0].is_replicate():
+        return f"its head is tensor-parallel and its features are divided ({x.placements})"
+    return None
+
+
+class LazyShards(Unevaluated):
+    """The logits (..., V) as a DTensor that is not computed.
+
+    Args:
+        lazy: the whole logits, from features that every process has and the DTensor's rows.
+        placements: how the logits are said to be distributed.
+    """
+
+    def __init__(self, lazy: LazyLogits, placements: tuple[Any, ...]) -> None:
+        self.lazy = lazy
+        self.placements = placements
+        self.recipe, self.origin = lazy.recipe, lazy.origin
+        self.dtype, self.device = lazy.dtype, lazy.device
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # transformers asks whether it has a DTensor
+        from torch.distributed.tensor import DTensor
+
+        return DTensor
+
+    @property
+    def device_mesh(self) -> Any:
+        """The processes that the classes are divided over."""
+        classifier: Any = self.recipe.terms[0][1]
+        return classifier.device_mesh
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole logits."""
+        return self.lazy.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return self.lazy.ndim
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return self.lazy.ndim
+
+    def redistribute(
+        self, device_mesh: Any = None, placements: Any = None, *, async_op: bool = False
+    ) -> Any:
+        """As of a DTensor; nothing is sent."""
+        known = device_mesh is None or device_mesh == self.device_mesh
+        if known and tuple(placements) == self.placements:
+            return self
+        if known and all(placement.is_replicate() for placement in placements):
+            return LazyShards(self.lazy, tuple(placements))
+        logits: Any = self.materialise("redistribute")
+        return logits.redistribute(device_mesh, placements)
+
+    def to_local(self, *, grad_placements: Any = None) -> Any:
+        """The whole logits, lazy, if every process was to have them; else the real part."""
+        if all(placement.is_replicate() for placement in self.placements):
+            return self.lazy
+        logits: Any = self.materialise("to_local")
+        return logits.to_local(grad_placements=grad_placements)
+
+    def materialise(self, operation: str) -> Tensor:
+        """The DTensor that the head would have given."""
+
+        def compute(recipe: Recipe) -> Tensor:
+            (e, c), *_ = recipe.terms
+            assert c is not None
+            logits: Any = product(e, c, recipe.bias)
+            return logits.redistribute(placements=self.placements)  # type: ignore[no-any-return]
+
+        logits = self.origin.compute(self.recipe, compute)
+        self.origin.note_read(operation)
+        return logits  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "lazy":
+            raise AttributeError(name)
+        return getattr(self.materialise(name), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return func(*concrete(args, func.__name__), **concrete(kwargs or {}, func.__name__))
+
+
+def lazy_shards(x: Any, weight: Any, bias: Any, dtype: torch.dtype, origin: Origin) -> LazyShards:
+    """``F.linear(x, weight, bias)`` of DTensors that :func:`why_not_vocab_parallel` accepts."""
+    from torch.distributed.tensor import Shard
+
+    local = x.to_local()
+    recipe = Recipe(((local, weight),), bias)
+    lazy = LazyLogits(recipe, dtype, weight.shape[0], local.device, origin)
+    return LazyShards(lazy, (Shard(x.ndim - 1),))
