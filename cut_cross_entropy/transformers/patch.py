@@ -6,6 +6,7 @@ from typing import Any, overload
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET
 from cut_cross_entropy.options import LCE_IMPL_DEFAULT, LinearCrossEntropyImpl
 from cut_cross_entropy.transformers import install
 from cut_cross_entropy.transformers.registry import (
@@ -35,6 +36,8 @@ def cce_patch(
     filter_c_grad: bool = ...,
     train_only: bool = ...,
     remote_model_id: str | None = ...,
+    *,
+    memory_budget: int = ...,
 ) -> TransformersModelT: ...
 
 
@@ -50,6 +53,8 @@ def cce_patch(
     filter_c_grad: bool = ...,
     train_only: bool = ...,
     remote_model_id: str | None = ...,
+    *,
+    memory_budget: int = ...,
 ) -> None: ...
 
 
@@ -64,6 +69,8 @@ def cce_patch(
     filter_c_grad: bool = True,
     train_only: bool = False,
     remote_model_id: str | None = None,
+    *,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Any:
     """Compute the loss of a language model without its logits.
 
@@ -81,6 +88,7 @@ def cce_patch(
         train_only: leave calls in evaluation mode alone.
         remote_model_id: the repository or folder whose own code defines the model type. That code
             runs.
+        memory_budget: as there, bytes.
 
     Returns:
         ``model_or_type`` itself if it is a model, patched in place; None for a type or a config.
@@ -99,6 +107,7 @@ def cce_patch(
         filter_e_grad,
         filter_c_grad,
         train_only,
+        memory_budget=memory_budget,
     )
     if isinstance(model_or_type, nn.Module):
         model_type = getattr(

@@ -1,12 +1,13 @@
 """Options of a patch, and the loss as a function for model code that calls it directly."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
 import transformers
 from torch import Tensor
 
+from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.linear_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.options import (
     LCE_IMPL_DEFAULT,
@@ -14,7 +15,7 @@ from cut_cross_entropy.options import (
     check_filter_eps,
     impl_name,
 )
-from cut_cross_entropy.validation import REDUCTIONS
+from cut_cross_entropy.validation import check_options
 
 TransformersModelT = TypeVar("TransformersModelT", bound=transformers.PreTrainedModel)
 """A model of transformers; what goes in as one class comes back as the same class."""
@@ -34,10 +35,11 @@ class PatchOptions:
         filter_e_grad: whether the filter may apply to the gradient of the embeddings.
         filter_c_grad: whether the filter may apply to the gradient of the classifier.
         train_only: leave calls in evaluation mode alone.
+        memory_budget: see ``linear_cross_entropy``; by keyword only.
 
     Raises:
         TypeError: an option of the wrong type.
-        ValueError: an unknown implementation or reduction, or ``filter_eps`` out of range.
+        ValueError: an unknown implementation or reduction, or another option out of range.
     """
 
     impl: "str | LinearCrossEntropyImpl" = LCE_IMPL_DEFAULT
@@ -48,19 +50,17 @@ class PatchOptions:
     filter_e_grad: bool = True
     filter_c_grad: bool = True
     train_only: bool = False
+    memory_budget: int = field(default=DEFAULT_MEMORY_BUDGET, kw_only=True)
     _kwargs: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "impl", impl_name(self.impl))
-        if not isinstance(self.reduction, str):
-            raise TypeError(f"reduction must be a string, got {type(self.reduction).__name__}")
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(
-                f"reduction must be one of {', '.join(REDUCTIONS)}, got {self.reduction!r}"
-            )
+        check_options(IGNORE_INDEX, None, self.reduction, 0, self.memory_budget)
         check_filter_eps(self.filter_eps)
         kwargs = asdict(self)
         del kwargs["train_only"]
+        if self.memory_budget == DEFAULT_MEMORY_BUDGET:
+            del kwargs["memory_budget"]  # which functions of other releases do not know
         object.__setattr__(self, "_kwargs", kwargs)  # every loss asks for it
 
     def to_kwargs(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from cut_cross_entropy import LinearCrossEntropyImpl
+from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
 from cut_cross_entropy.transformers import (
     CutCrossEntropyWarning,
     PatchOptions,
@@ -139,7 +139,8 @@ def test_other_wrong_arguments_name_themselves():
 
 
 def test_the_order_of_the_arguments():
-    names = list(inspect.signature(cce_patch).parameters)
+    parameters = inspect.signature(cce_patch).parameters
+    names = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
     assert names == [
         "model_or_type",
         "impl",
@@ -152,6 +153,23 @@ def test_the_order_of_the_arguments():
         "train_only",
         "remote_model_id",
     ]
+
+
+def test_memory_budget_reaches_the_operator(monkeypatch):
+    model, seen = llama(), []
+    expected = loss_and_grads(model)
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs.get("memory_budget"))
+        return linear_cross_entropy(*args, **kwargs)
+
+    monkeypatch.setattr("cut_cross_entropy.transformers.lazy_loss.linear_cross_entropy", spy)
+    assert_same_step(expected, loss_and_grads(cce_patch(model, memory_budget=1)))
+    assert_same_step(expected, loss_and_grads(cce_patch(model)))
+    assert seen == [1, None]
+    assert PatchOptions(memory_budget=1).to_kwargs()["memory_budget"] == 1
+    with pytest.raises(ValueError, match="memory_budget must be at least 1 byte, got 0"):
+        cce_patch(model, memory_budget=0)
 
 
 def test_train_only_leaves_evaluation_alone():
