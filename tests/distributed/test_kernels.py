@@ -41,7 +41,11 @@ def filter_of(tolerance=dispatch.FILTER_TOLERANCE, dense=2.0, flat=math.inf):
     from cut_cross_entropy.kernels import filtered
 
     before = (dispatch.FILTER_TOLERANCE, filtered.DENSE_FRACTION, filtered.FLAT_GROUPS)
-    dispatch.FILTER_TOLERANCE, filtered.DENSE_FRACTION, filtered.FLAT_GROUPS = tolerance, dense, flat
+    dispatch.FILTER_TOLERANCE, filtered.DENSE_FRACTION, filtered.FLAT_GROUPS = (
+        tolerance,
+        dense,
+        flat,
+    )
     try:
         yield
     finally:

@@ -206,7 +206,9 @@ def own_tokens(rank, impl, reduction):
     objective(mine, lse, problem.targets[rank], weights[rank]).backward()
 
     wholes = [x.clone().requires_grad_() for x in (problem.e, problem.c, problem.bias)]
-    loss, all_lse = linear_cross_entropy(wholes[0], wholes[1], problem.targets, wholes[2], **settings)
+    loss, all_lse = linear_cross_entropy(
+        wholes[0], wholes[1], problem.targets, wholes[2], **settings
+    )
     objective(loss, all_lse, problem.targets, weights).backward()
     close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
     close(mine, loss[rank] if reduction == "none" else loss)

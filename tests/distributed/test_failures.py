@@ -1,0 +1,148 @@
+"""What goes wrong on one process ends in an error on every process, and within the time-out."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy
+from tests.distributed.processes import Die, assert_passed, run_cases
+from tests.distributed.sharded import check, rows
+from tests.support import make_problem
+
+TIMEOUT = 4  # seconds
+DISAGREEMENTS = {}
+DEATHS = {}
+
+
+def disagreement(function):
+    DISAGREEMENTS[function.__name__] = function
+    return function
+
+
+def call(problem, own, **options):
+    part = rows(problem, own)
+    return linear_cross_entropy(
+        part.e.requires_grad_(),
+        part.c.requires_grad_(),
+        part.targets,
+        vocab_parallel_options=own,
+        **options,
+    )
+
+
+@disagreement
+def tokens(rank):
+    """Processes would wait for bytes that never come, or end without a word."""
+    problem = make_problem((5 + rank,))
+    for options in ({}, {"gather_e": True}):
+        own = VocabParallelOptions.from_vocab(300, **options)
+        with pytest.raises(ValueError, match="as many tokens on every rank .*, got 5, 6"):
+            call(problem, own)
+
+
+@disagreement
+def features(rank):
+    problem = make_problem(dim=16 + rank)
+    with pytest.raises(ValueError, match="as many features on every rank .*, got 16, 17"):
+        call(problem, VocabParallelOptions.from_vocab(300))
+
+
+@disagreement
+def dtypes(rank):
+    problem = make_problem(dtype=(torch.float32, torch.bfloat16)[rank])
+    with pytest.raises(ValueError, match=r"same dtype .*, got torch.float32, torch.bfloat16"):
+        call(problem, VocabParallelOptions.from_vocab(300))
+
+
+@disagreement
+def targets(rank):
+    problem = make_problem(seed=rank)
+    with pytest.raises(ValueError, match="targets must be the same on every rank.*gather_e=True"):
+        call(problem, VocabParallelOptions.from_vocab(300))
+
+
+@disagreement
+def shards(rank):
+    """A gap, an overlap, and a first class that nobody has."""
+    for bounds in (((0, 140), (150, 300)), ((0, 160), (150, 300)), ((1, 150), (150, 300))):
+        own = VocabParallelOptions(*bounds[rank])
+        (start, stop), (next_start, next_stop) = bounds
+        got = rf"\[{start}, {stop}\), \[{next_start}, {next_stop}\)"
+        with pytest.raises(ValueError, match=f"without gaps or overlaps, got by rank {got}"):
+            call(make_problem(), own)
+
+
+@disagreement
+def targets_of_one_process_out_of_range(rank):
+    problem = make_problem((2, 5))
+    problem.targets[1] = 300
+    own = VocabParallelOptions.from_vocab(300, gather_e=True)
+    part = rows(problem, own)
+    with pytest.raises(ValueError, match=r"\[0, V\) with V = 300.* got 300 \(5 out of range\)"):
+        linear_cross_entropy(
+            part.e[rank], part.c, part.targets[rank], vocab_parallel_options=own
+        )
+
+
+@disagreement
+def the_next_call_is_unharmed(rank):
+    check(make_problem(), "chunked")
+
+
+@disagreement
+def rows_of_one_process(rank):
+    """What a process sees alone it says at once; the others wait for it, but not for ever."""
+    problem = make_problem()
+    own = VocabParallelOptions.from_vocab(300)
+    part = rows(problem, own)
+    start = time.monotonic()
+    if rank == 1:
+        with pytest.raises(ValueError, match=r"c must have the 150 rows .*, got \(149, 16\)"):
+            linear_cross_entropy(part.e, part.c[1:], part.targets, vocab_parallel_options=own)
+        time.sleep(2 * TIMEOUT)
+    else:
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+            linear_cross_entropy(part.e, part.c, part.targets, vocab_parallel_options=own)
+        assert time.monotonic() - start < 2 * TIMEOUT
+
+
+def a_peer_dies(rank):
+    """Of one pair of processes before the loss, of the other between loss and gradients."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    own = VocabParallelOptions.from_vocab(300, groups[rank // 2])
+    problem = make_problem()
+    call(problem, own)
+    if rank == 1:
+        raise Die
+    if rank == 0:
+        with pytest.raises(RuntimeError):
+            call(problem, own)
+        return
+    loss = call(problem, own)
+    if rank == 3:
+        raise Die
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
+DEATHS["a_peer_dies"] = a_peer_dies
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("failures")
+    return run_cases(DISAGREEMENTS, 2, folder, timeout=TIMEOUT)
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_disagreement(outcomes, name):
+    assert_passed(outcomes[name])
+
+
+def test_a_peer_dies(tmp_path):
+    start = time.monotonic()
+    outcomes = run_cases(DEATHS, 4, tmp_path, timeout=TIMEOUT)
+    assert_passed(outcomes["a_peer_dies"])
+    assert time.monotonic() - start < 60
