@@ -16,13 +16,13 @@ import torch
 
 from benchmark.environment import environment
 from benchmark.output import write_json
-from benchmark.pool import Clock, Process, WorkerError
+from benchmark.pool import Clock, Process, WorkerError, processes
 from benchmark.runs import Task
 from benchmark.shapes import SHAPES
 
 UNIT = 128  # tokens: what batches are rounded to
 PROBES = (4096, 16384)
-METHODS = ("cce", "cce_exact", "torch_compile", "chunked", "baseline", "apple", "liger", "trl")
+METHODS = ("cce", "baseline", "cce_exact", "torch_compile", "chunked")
 
 Ask = Callable[[int, float], dict[str, Any]]
 
@@ -79,27 +79,24 @@ def search(ask: Ask, limit_gib: float, most: int, tries: int = 6) -> dict[str, A
     return {**best, "forecast": expected}
 
 
-def measure(
-    method: str, arguments: argparse.Namespace, clock: Clock, peers: dict[str, str]
-) -> list[dict[str, Any]]:
+def measure(process: Process, arguments: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
     """Rows of one method, one a limit."""
     shape = SHAPES[arguments.data]
     task = Task(f"{shape.name}-structured", "structured", 2048, shape)
-    process = Process(method, peers.get(method))
+    process.ask("load", timeout=clock.left(120), **task.data())
+    peaks: dict[int, float | None] = {}
+
+    def ask(tokens: int, limit_gib: float) -> dict[str, Any]:
+        if tokens not in peaks:
+            limit = clock.left(90)
+            peaks[tokens] = process.ask("largest", timeout=limit, tokens=tokens)["gib"]
+        gib = peaks[tokens]
+        return {"fits": gib is not None and gib <= limit_gib, "gib": gib}
+
     rows = []
-    try:
-        process.ask("load", timeout=clock.left(120), **task.data())
-
-        def ask(tokens: int, limit_gib: float) -> dict[str, Any]:
-            return process.ask(
-                "largest", timeout=clock.left(90), tokens=tokens, limit_gib=limit_gib
-            )
-
-        for limit in arguments.limits:
-            found = search(ask, limit, arguments.most)
-            rows.append({"method": method, "limit_gib": limit, **found})
-    finally:
-        process.close()
+    for limit in arguments.limits:
+        found = search(ask, limit, arguments.most)
+        rows.append({"method": process.name, "limit_gib": limit, **found})
     return rows
 
 
@@ -127,14 +124,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rows": [],
         "failures": [],
     }
-    for method in parsed.methods:
-        try:
-            results["rows"] += measure(method, parsed, clock, peers)
-            print(*results["rows"][-len(parsed.limits) :], sep="\n", flush=True)
-        except WorkerError as error:
-            results["failures"].append({"method": method, "error": str(error)})
-            print(f"{method}: {error}", flush=True)
-        write_json(parsed.json, results)
+    with processes(parsed.methods, peers) as pool:  # all of them import at the same time
+        for method, process in pool.items():
+            try:
+                results["rows"] += measure(process, parsed, clock)
+                print(*results["rows"][-len(parsed.limits) :], sep="\n", flush=True)
+            except WorkerError as error:
+                results["failures"].append({"method": method, "error": str(error)})
+                print(f"{method}: {error}", flush=True)
+            process.close()
+            write_json(parsed.json, results)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,17 @@ from benchmark.data import IGNORE_INDEX, Problem
 
 KINDS = ("loss-fw", "loss-bw", "loss-fw-bw")
 
+ROOMY_GIB = 120  # of GPU memory: from here on what all methods keep fits at once
+MANY_LOGITS = 2**32  # full logits of this many take a GPU to themselves
+
+
+def is_roomy() -> bool:
+    """Whether several methods can hold their memory on this GPU at the same time."""
+    return (
+        torch.cuda.is_available()
+        and torch.cuda.get_device_properties(0).total_memory >= ROOMY_GIB * 2**30
+    )
+
 
 def synchronize(device: torch.device) -> None:
     """Wait for the device."""

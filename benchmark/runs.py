@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmark.measure import KINDS
+from benchmark.measure import KINDS, MANY_LOGITS, is_roomy
 from benchmark.methods import METHODS
 from benchmark.pool import Clock, Process, WorkerError, processes, take_turns
 from benchmark.shapes import Shape
 
 TUNES_ITSELF = ("apple", "quack")
 """Methods whose first call times kernels against each other: nothing may run beside it."""
+
+FULL_LOGITS = ("baseline", "torch_compile")
 
 PASSES = {"loss-fw": 1, "loss-bw": 2, "loss-fw-bw": 3}
 """Products that an exact computation cannot do without: what TFLOP/s count."""
@@ -111,48 +113,61 @@ def measure(task: Task, session: Session) -> list[dict[str, Any]]:
 
 def _load(task: Task, session: Session) -> dict[str, dict[str, Any]]:
     session.progress(f"{task.name}: data")
-    loaded = {}
-    for process in list(session.pool.values()):
-        try:
-            process.send("load", **task.data())
-        except WorkerError as error:
-            session.fail(task, process.name, "load", str(error))
-    for name, process in list(session.pool.items()):
-        try:
-            loaded[name] = process.receive(session.clock.left(180.0))
-        except WorkerError as error:
-            session.fail(task, name, "load", str(error))
+    loaded: dict[str, dict[str, Any]] = {}
+    names = list(session.pool)
+    # Making the data takes several times their size.
+    for group in [names] if is_roomy() else [[name] for name in names]:
+        loaded |= _ask_group(task, session, group, "load", 180.0, dict.fromkeys(group, task.data()))
     return loaded
 
 
 def _first_calls(task: Task, session: Session, found: dict[str, dict[str, Any]]) -> None:
     """Cold starts, at the same time where there is a core for each, or one after the other."""
     names = list(found)
-    together = [name for name in names if name not in TUNES_ITSELF]
-    if (os.cpu_count() or 1) < 2 * len(together):
+    alone = list(TUNES_ITSELF)
+    if task.tokens * task.shape.num_classes > MANY_LOGITS:
+        alone += FULL_LOGITS
+    together = [name for name in names if name not in alone]
+    if (os.cpu_count() or 1) < 2 * len(together) or not is_roomy():
         together = []
-    groups = [together, *([name] for name in names if name not in together)]
-    for group in groups:
+    for group in (together, *([name] for name in names if name not in together)):
+        if not group:
+            continue
         session.progress(f"{task.name}: first call of {', '.join(group)}")
-        sent = []
+        kinds = {name: {"kind": "gemm" if name == "gemm" else task.kinds[-1]} for name in group}
+        answers = _ask_group(task, session, group, "first", session.first_limit, kinds)
         for name in group:
-            kind = "gemm" if name == "gemm" else task.kinds[-1]
-            try:
-                session.pool[name].send("first", kind=kind)
-                sent.append(name)
-            except WorkerError as error:
-                session.fail(task, name, "first call", str(error))
-                found.pop(name)
-        clock = Clock(session.clock.left(session.first_limit))
-        for name in sent:
-            try:
-                answer = session.pool[name].receive(clock.left())
-            except WorkerError as error:
-                session.fail(task, name, "first call", str(error))
+            if name not in answers:
                 found.pop(name)
                 continue
-            found[name] = {"first_ms": answer["ms"], "cold": name not in session.started}
+            cold = name not in session.started
+            found[name] = {"first_ms": answers[name]["ms"], "cold": cold}
             session.started.add(name)
+
+
+def _ask_group(
+    task: Task,
+    session: Session,
+    names: Sequence[str],
+    do: str,
+    limit: float,
+    arguments: dict[str, dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """The same command to several processes at once; answers of those that could."""
+    sent, answers = [], {}
+    for name in names:
+        try:
+            session.pool[name].send(do, **arguments[name])
+            sent.append(name)
+        except WorkerError as error:
+            session.fail(task, name, do, str(error))
+    clock = Clock(session.clock.left(limit))
+    for name in sent:
+        try:
+            answers[name] = session.pool[name].receive(clock.left())
+        except WorkerError as error:
+            session.fail(task, name, do, str(error))
+    return answers
 
 
 def _ask_for(

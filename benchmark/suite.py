@@ -27,13 +27,14 @@ import torch
 
 from benchmark import output
 from benchmark.environment import environment
-from benchmark.methods import METHODS
+from benchmark.methods import METHODS, installed
 from benchmark.pool import ROOT
 from benchmark.runs import Session, Task, measure_all
 from benchmark.shapes import SHAPES, SMALL
 
 OURS = ("cce", "cce_exact")
 ALL = ("cce", "cce_exact", "torch_compile", "chunked", "baseline", "apple", "liger", "trl", "torch")
+LARGEST = ("cce", "baseline", "apple", "liger", "cce_exact", "torch_compile", "trl", "chunked")
 BOTH = ("loss-fw-bw",)
 WHEELS = {"cut_cross_entropy": "apple", "liger_kernel": "liger", "trl": "trl"}
 """Beginnings of the names of wheels, and the methods that they hold."""
@@ -59,11 +60,11 @@ class Part:
 PARTS = {
     "table": Part(210, ALL),
     "shapes": Part(130, OURS, 6),
-    "largest": Part(90, command=("benchmark.largest",)),
+    "largest": Part(130, command=("benchmark.largest",)),
     "simulate": Part(50, command=("benchmark.simulate", "--tokens", "4096")),
-    "sweeps": Part(150, ("cce", "cce_exact", "chunked", "baseline", "liger"), 6),
-    "options": Part(70, ("cce", "cce_exact", "baseline"), 6),
-    "tails": Part(80, ("cce", "cce_exact", "baseline", "apple", "liger"), 6),
+    "sweeps": Part(160, ("cce", "cce_exact", "chunked", "baseline", "liger"), 6),
+    "options": Part(60, ("cce", "cce_exact", "baseline"), 6),
+    "tails": Part(75, ("cce", "cce_exact", "baseline", "apple", "liger"), 6),
 }
 
 
@@ -94,11 +95,12 @@ def tasks_of(part: str, hidden: Path | None, on_gpu: bool) -> list[Task]:
         counts = [2**i for i in range(10, 18)]
         sizes = [65536, 98304, 131072, 196608, 262144]
         scale = 1 if on_gpu else 64
-        result = [replace(plain, name=f"N{n}", tokens=n // scale) for n in counts]
+        result = []
         for v in sizes:
             shape = replace(plain.shape, num_classes=v // scale)
             result.append(replace(plain, name=f"V{v}", shape=shape))
-        return result
+        # The largest batches last: they take the longest.
+        return result + [replace(plain, name=f"N{n}", tokens=n // scale) for n in counts]
     if part == "options":
         shares = [
             replace(plain, name=f"ignored-{share}", ignored=share) for share in (0, 0.5, 0.75, 0.9)
@@ -129,7 +131,7 @@ def run_part(name: str, arguments: argparse.Namespace, peers: dict[str, str]) ->
 
     methods = ["gemm"]
     for method in part.methods:
-        if METHODS[method].peer and method not in peers:
+        if not installed(method, peers) or (METHODS[method].peer and method not in peers):
             continue
         if on_gpu or METHODS[method].cpu:
             methods.append(method)
@@ -171,7 +173,7 @@ def run_apart(
     if part.command:
         command = [*part.command, "--json", file, *commit]
         if name == "largest":
-            known = [m for m in ALL if m != "torch" and (not METHODS[m].peer or m in peers)]
+            known = [m for m in LARGEST if not METHODS[m].peer or m in peers]
             command += ["--methods", *known, "--time-limit", str(seconds - 10)]
             command += ["--peer", *peer] if peer else []
         elif arguments.hidden is not None:

@@ -10,7 +10,7 @@ false, "error": TEXT}``. Whatever a library prints goes to stderr. The process e
 - ``errors``: relative errors of the gradients against float32, and what the filter did.
 - ``describe``: what the data are like.
 - ``release``: give back memory that nothing uses.
-- ``largest``: one step of a given number of tokens: does it fit the limit?
+- ``largest``: the peak of one step with a given number of tokens.
 """
 
 import dataclasses
@@ -28,11 +28,18 @@ import torch
 from torch import Tensor
 
 from benchmark.data import Problem, describe, ignore, make, read
-from benchmark.measure import exact_gradients, peak_mib, relative_error, synchronize, timed
+from benchmark.measure import (
+    MANY_LOGITS,
+    exact_gradients,
+    is_roomy,
+    peak_mib,
+    relative_error,
+    synchronize,
+    timed,
+)
 from benchmark.methods import METHODS, version_of
 from benchmark.shapes import Shape
 
-ROOMY_GIB = 120  # from here on all methods' caches fit at once
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,11 +54,6 @@ class Worker:
         self.loss: Callable[[], Tensor] | None = None
         self.graph: Tensor | None = None
         self.frozen: str | None = None
-        # Where memory is short, a process that waits for its turn keeps none for later.
-        self.shares_memory = (
-            self.device.type == "cuda"
-            and torch.cuda.get_device_properties(0).total_memory < ROOMY_GIB * 2**30
-        )
 
     def load(
         self,
@@ -80,6 +82,7 @@ class Worker:
         problem.c.requires_grad_(frozen != "c")
         self.frozen = frozen
         self.problem, self.loss = problem, self.method.build(problem)
+        self.release()
         return {
             "version": version_of(self.name),
             "tokens": problem.e.shape[0],
@@ -87,6 +90,12 @@ class Worker:
             "dim": problem.e.shape[1],
             "dtype": str(problem.e.dtype).removeprefix("torch."),
         }
+
+    def crowded(self) -> bool:
+        """Whether memory is short: a process that waits for its turn then keeps none for later."""
+        assert self.problem is not None
+        logits = self.problem.e.shape[0] * self.problem.c.shape[0]
+        return self.device.type == "cuda" and (logits > MANY_LOGITS or not is_roomy())
 
     def inputs(self) -> list[Tensor]:
         """What needs a gradient."""
@@ -122,7 +131,7 @@ class Worker:
     def time(self, kind: str, count: int) -> dict[str, Any]:
         """Repetitions after one that does not count."""
         times = timed(self.pass_of(kind), self.device, count)
-        if self.shares_memory:
+        if self.crowded():
             self.release()
         return {"times": times}
 
@@ -172,8 +181,8 @@ class Worker:
             torch.cuda.empty_cache()
         return {}
 
-    def largest(self, tokens: int, limit_gib: float) -> dict[str, Any]:
-        """Peak of a step with this many tokens, everything included, or that it did not fit."""
+    def largest(self, tokens: int) -> dict[str, Any]:
+        """Peak of a step with this many tokens, everything included; None if it did not fit."""
         assert self.problem is not None
         c = self.problem.c
         self.release()
@@ -187,11 +196,12 @@ class Worker:
             grads = torch.autograd.grad(self.method.build(problem)(), (e, c))
             torch.cuda.synchronize()
             del grads
-        except torch.cuda.OutOfMemoryError:
-            return {"fits": False, "gib": None}
+        except RuntimeError as error:  # PyTorch's own error of this kind, or a launch's
+            if "out of memory" not in str(error):
+                raise
+            return {"gib": None}
         gib = torch.cuda.max_memory_allocated() / 2**30
-        seconds = time.perf_counter() - start
-        return {"fits": gib <= limit_gib, "gib": gib, "seconds": seconds}
+        return {"gib": gib, "seconds": time.perf_counter() - start}
 
 
 def serve(worker: Worker, commands: Any, answers: Any) -> None:
@@ -205,7 +215,8 @@ def serve(worker: Worker, commands: Any, answers: Any) -> None:
             traceback.print_exc()
             text = (str(error).strip().splitlines() or [""])[0]
             answer = {"ok": False, "error": f"{type(error).__name__}: {text}"[:300]}
-            worker.graph = None
+            error.__traceback__ = None  # it holds what the call had allocated
+            worker.release()
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
