@@ -51,7 +51,8 @@ class Resolved(NamedTuple):
 
 def is_dtensor(x: object) -> bool:
     """Whether ``x`` is a DTensor, without importing what defines them."""
-    return isinstance(x, Tensor) and any(t.__name__ == "DTensor" for t in type(x).__mro__)
+    # A parameter that is a DTensor is of no class of its own. Dynamo cannot walk the bases of one.
+    return isinstance(x, Tensor) and type(x).__name__ == "DTensor"
 
 
 def resolve(
