@@ -128,7 +128,8 @@ def refuse_second_derivative() -> None:
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise NotImplementedError(
-            "a vocabulary-parallel loss has no second derivative (create_graph=True)"
+            "a loss that several processes compute together has no second derivative "
+            "(create_graph=True)"
         )
 
 

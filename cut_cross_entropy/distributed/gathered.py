@@ -14,6 +14,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.distributed.exchange import refuse_second_derivative
 from cut_cross_entropy.distributed.options import DataParallelOptions
 
 
@@ -30,11 +31,14 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, None, None]:  # type: ignore[override]
         from torch.distributed.tensor import DTensor, Partial
 
+        refuse_second_derivative()
         mesh, placements, dtype = ctx.sharding
         if ctx.options.reduce_dtype is not None:
             grad = grad.to(ctx.options.reduce_dtype)
         if ctx.options.average:
-            grad = grad / mesh.size()  # before the sum, which could leave the range of float16
+            # Before the sum, which could leave the range of float16; in place, because it is as
+            # large as the whole and nobody else has it.
+            grad = grad.div_(mesh.size())
         parts = DTensor.from_local(grad, mesh, [Partial()] * mesh.ndim, run_check=False)
         return parts.redistribute(placements=placements).to(dtype), None, None
 
@@ -104,4 +108,4 @@ def gathered_again(pairs: list[tuple[Any, Tensor]]) -> Iterator[None]:
 
 
 def _version(sharded: Any) -> int:
-    return int(sharded._local_tensor._version)
+    return int(sharded._version + sharded._local_tensor._version)

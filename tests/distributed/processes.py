@@ -66,7 +66,7 @@ def _process(rank, cases, world_size, folder, timeout):
         except Die:
             store.set(f"{name}/{rank}", "")
             os._exit(0)
-        except Exception:
+        except BaseException:  # what pytest raises is no Exception
             outcome = traceback.format_exc() or "failed"
         store.set(f"{name}/{rank}", outcome)
         outcomes = [store.get(f"{name}/{other}") for other in range(world_size)]

@@ -81,9 +81,7 @@ def targets_of_one_process_out_of_range(rank):
     own = VocabParallelOptions.from_vocab(300, gather_e=True)
     part = rows(problem, own)
     with pytest.raises(ValueError, match=r"\[0, V\) with V = 300.* got 300 \(5 out of range\)"):
-        linear_cross_entropy(
-            part.e[rank], part.c, part.targets[rank], vocab_parallel_options=own
-        )
+        linear_cross_entropy(part.e[rank], part.c, part.targets[rank], vocab_parallel_options=own)
 
 
 @disagreement
