@@ -31,7 +31,6 @@ def check_tensors(
     Raises:
         TypeError: not a tensor, or a dtype that is not supported.
         ValueError: shapes or devices that do not fit together, or ``ignore_index`` and targets.
-        NotImplementedError: a ``DTensor`` that nothing has made local before.
     """
     named = {"e": e, "c": c, "targets": targets}
     if bias is not None:
@@ -39,8 +38,6 @@ def check_tensors(
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if type(tensor).__name__ == "DTensor":
-            raise NotImplementedError(f"{name} is a DTensor, which is not supported here")
         if tensor.device != e.device:
             raise ValueError(f"{name} must be on the device of e, {e.device}, got {tensor.device}")
 

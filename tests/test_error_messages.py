@@ -223,10 +223,20 @@ OPTIONS = {
         {"impl": "CCE"},
         f"impl must be one of {', '.join(ALL_IMPLS)}, got 'CCE'",
     ),
-    "vocabulary parallel": (
-        NotImplementedError,
+    "vocabulary parallel alone": (
+        RuntimeError,
         {"vocab_parallel_options": VocabParallelOptions(0, 5)},
-        "vocab_parallel_options is not supported yet; pass the whole classifier and None",
+        "vocab_parallel_options needs torch.distributed.init_process_group first",
+    ),
+    "vocabulary parallel type": (
+        TypeError,
+        {"vocab_parallel_options": (0, 5)},
+        "vocab_parallel_options must be None or VocabParallelOptions, got tuple",
+    ),
+    "data parallel type": (
+        TypeError,
+        {"data_parallel_options": True},
+        "data_parallel_options must be None or DataParallelOptions, got bool",
     ),
 }
 
@@ -265,20 +275,6 @@ def test_refused_calls_compute_nothing():
     with pytest.raises(ValueError, match="reduction"):
         call(e=e, reduction="avg", impl="torch_compile")
     assert e.grad is None
-
-
-def test_dtensor():
-    from torch.distributed.tensor import DTensor
-
-    class FakeMesh(torch.Tensor):
-        """Stands in for a DTensor, which needs a process group: the name is what is looked at."""
-
-    FakeMesh.__name__ = DTensor.__name__
-    refused(
-        NotImplementedError,
-        "c is a DTensor, which is not supported: gather it with .full_tensor() first",
-        c=torch.zeros(5, 4).as_subclass(FakeMesh),
-    )
 
 
 def test_torch_compile_without_a_compiler(monkeypatch):

@@ -66,9 +66,22 @@ def resolve(
     """Find out what DTensors mean, and make local what can be.
 
     Raises:
+        TypeError: options of another type.
         ValueError: both options, or options that the sharding contradicts.
+        RuntimeError: there are no processes to share a vocabulary with.
         NotImplementedError: a mesh, a placement or a mixture that has no meaning here.
     """
+    for name, value, wanted in (
+        ("vocab_parallel_options", vocab_parallel, VocabParallelOptions),
+        ("data_parallel_options", data_parallel, DataParallelOptions),
+    ):
+        if value is not None and not isinstance(value, wanted):
+            raise TypeError(f"{name} must be None or {wanted.__name__}, got {type(value).__name__}")
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if vocab_parallel is not None and not distributed:
+        raise RuntimeError(
+            "vocab_parallel_options needs torch.distributed.init_process_group first"
+        )
     if vocab_parallel is not None and data_parallel is not None:
         raise ValueError(
             "vocab_parallel_options and data_parallel_options exclude each other: a classifier is "

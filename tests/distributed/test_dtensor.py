@@ -175,7 +175,7 @@ def fsdp_and_tensor_parallel(rank):
     close(loss, results[rank // 2][0])
     close(e.grad, results[rank // 2][1])
     close(head.output.weight.grad.full_tensor(), (results[0][2] + results[1][2]) / 2)
-    with pytest.raises(NotImplementedError, match="mesh of several dimensions.*'dp', 'tp'"):
+    with pytest.raises(NotImplementedError, match=r"mesh of several dimensions.*'dp', 'tp'"):
         linear_cross_entropy(e.detach(), head.output.weight, problem.targets)
 
 

@@ -38,14 +38,14 @@ def tokens(rank):
     problem = make_problem((5 + rank,))
     for options in ({}, {"gather_e": True}):
         own = VocabParallelOptions.from_vocab(300, **options)
-        with pytest.raises(ValueError, match="as many tokens on every rank .*, got 5, 6"):
+        with pytest.raises(ValueError, match=r"as many tokens on every rank .*, got 5, 6"):
             call(problem, own)
 
 
 @disagreement
 def features(rank):
     problem = make_problem(dim=16 + rank)
-    with pytest.raises(ValueError, match="as many features on every rank .*, got 16, 17"):
+    with pytest.raises(ValueError, match=r"as many features on every rank .*, got 16, 17"):
         call(problem, VocabParallelOptions.from_vocab(300))
 
 
@@ -59,7 +59,7 @@ def dtypes(rank):
 @disagreement
 def targets(rank):
     problem = make_problem(seed=rank)
-    with pytest.raises(ValueError, match="targets must be the same on every rank.*gather_e=True"):
+    with pytest.raises(ValueError, match=r"targets must be the same on every rank.*gather_e=True"):
         call(problem, VocabParallelOptions.from_vocab(300))
 
 

@@ -139,7 +139,7 @@ def autocast(rank):
 
 @case(*PLAIN)
 def out_of_range(rank, impl):
-    """The same error on every process; on a GPU, where nobody looks, NaN and no plausible number."""
+    """The same error on every process; where nobody looks (a GPU) NaN, no plausible number."""
     problem = make_problem((5,), ignored=0.0)
     problem.targets[3] = 300
     own = VocabParallelOptions.from_vocab(300)
