@@ -47,8 +47,9 @@ def cce_losses(
     With a ``group`` the rows of ``c`` are the classes from ``first_class`` on.
     """
     from cut_cross_entropy.kernels import pipeline
+    from cut_cross_entropy.kernels.config import launch_device
 
-    with torch.autocast(e.device.type, enabled=False):
+    with torch.autocast(e.device.type, enabled=False), launch_device(e.device):
         return pipeline.forward(
             e,
             c,
@@ -136,8 +137,9 @@ def cce_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``e``, ``c`` and ``bias``; an empty tensor for each that is not needed."""
     from cut_cross_entropy.kernels import pipeline
+    from cut_cross_entropy.kernels.config import launch_device
 
-    with torch.autocast(e.device.type, enabled=False):
+    with torch.autocast(e.device.type, enabled=False), launch_device(e.device):
         return pipeline.backward(
             grad_nll,
             grad_lse,

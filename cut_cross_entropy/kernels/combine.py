@@ -10,7 +10,6 @@ from torch import Tensor
 
 from cut_cross_entropy.distributed.exchange import gather_shards, maximum_over_group
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.config import launch_device
 from cut_cross_entropy.kernels.prepare import Tokens
 from cut_cross_entropy.kernels.primitives import FORCED
 
@@ -91,10 +90,9 @@ def finish_kernel(
 def raise_bound(bound: Tensor, lse_parts: Tensor) -> None:
     """Raise ``bound`` (N,) to the log-sum-exp over the segments (segments, N), in place."""
     num_segments, num_tokens = lse_parts.shape
-    with launch_device(bound.device):
-        bound_kernel[(triton.cdiv(num_tokens, BLOCK_T),)](
-            lse_parts, bound, num_tokens, num_segments, BLOCK_T=BLOCK_T
-        )
+    bound_kernel[(triton.cdiv(num_tokens, BLOCK_T),)](
+        lse_parts, bound, num_tokens, num_segments, BLOCK_T=BLOCK_T
+    )
 
 
 def finish(
@@ -112,23 +110,22 @@ def finish(
     nll = torch.zeros(num_tokens, dtype=torch.float32, device=device)
     lse = torch.zeros(num_tokens, dtype=torch.float32, device=device)
     spread = nll.new_empty(0 if energy is None else num_tokens)
-    with launch_device(device):
-        finish_kernel[(triton.cdiv(num_tokens, BLOCK_T),)](
-            parts[0],
-            parts[1],
-            logits,
-            tokens.targets,
-            tokens.origin,
-            nll,
-            lse,
-            spread,
-            energy,
-            num_tokens,
-            0 if energy is None else energy.shape[1],
-            num_segments,
-            HAS_ENERGY=energy is not None,
-            BLOCK_T=BLOCK_T,
-        )
+    finish_kernel[(triton.cdiv(num_tokens, BLOCK_T),)](
+        parts[0],
+        parts[1],
+        logits,
+        tokens.targets,
+        tokens.origin,
+        nll,
+        lse,
+        spread,
+        energy,
+        num_tokens,
+        0 if energy is None else energy.shape[1],
+        num_segments,
+        HAS_ENERGY=energy is not None,
+        BLOCK_T=BLOCK_T,
+    )
     return nll, lse, spread
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.config import Tiles, launch_device, rows_operand
+from cut_cross_entropy.kernels.config import Tiles, rows_operand
 from cut_cross_entropy.kernels.primitives import (
     load_rows,
     logit_slope,
@@ -119,35 +119,34 @@ def dense_gradients(
     for first in range(0, num_classes, chunk):
         size = min(chunk, num_classes - first)
         chunk_tiles = triton.cdiv(size, tiles.block_v)
-        with launch_device(e.device):
-            chunk_gradients_kernel[(chunk_tiles * num_blocks,)](
-                e_operand,
-                c_operand,
-                bias,
-                lse,
-                a,
-                b,
-                targets,
-                scale,
-                buffer,
-                num_tokens,
-                num_classes,
-                dim,
-                softcap or 0.0,
-                first,
-                num_blocks,
-                GROUP_TILES,
-                chunk_tiles,
-                HAS_BIAS=bias is not None,
-                SOFTCAP=softcap is not None,
-                E_TMA=e_tma,
-                C_TMA=c_tma,
-                BLOCK_T=BLOCK_T,
-                BLOCK_V=tiles.block_v,
-                BLOCK_D=tiles.block_d,
-                num_warps=tiles.num_warps,
-                num_stages=tiles.num_stages,
-            )
+        chunk_gradients_kernel[(chunk_tiles * num_blocks,)](
+            e_operand,
+            c_operand,
+            bias,
+            lse,
+            a,
+            b,
+            targets,
+            scale,
+            buffer,
+            num_tokens,
+            num_classes,
+            dim,
+            softcap or 0.0,
+            first,
+            num_blocks,
+            GROUP_TILES,
+            chunk_tiles,
+            HAS_BIAS=bias is not None,
+            SOFTCAP=softcap is not None,
+            E_TMA=e_tma,
+            C_TMA=c_tma,
+            BLOCK_T=BLOCK_T,
+            BLOCK_V=tiles.block_v,
+            BLOCK_D=tiles.block_d,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
         grads, part = buffer[:size], slice(first, first + size)
         if total is not None:
             add_product(total, grads.T, c[part])

@@ -8,13 +8,17 @@ bound be so loose that a sum overflows, the block is flagged and walked again wi
 maximum (``ONLINE``). Shape legend: ``cut_cross_entropy.kernels``.
 """
 
+import functools
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.config import Tiles, group_size, launch_device, rows_operand
+from cut_cross_entropy.kernels.config import Tiles, group_size, rows_operand
 from cut_cross_entropy.kernels.primitives import (
     energy_to_byte,
     fold_rows,
@@ -118,24 +122,50 @@ def walk_classes_kernel(
             tl.store(flag_ptr + block, 1)
 
 
+@dataclass(frozen=True)
+class Walk:
+    """What all walks of one forward share.
+
+    Args:
+        e: (N, D) contiguous, tokens that count in front.
+        c: (V, D) contiguous, of the dtype of ``e``.
+        bias: (V,) contiguous.
+        softcap, tiles: of the problem.
+        flags: (blocks,) int32: blocks whose sums overflowed; written by the walks.
+    """
+
+    e: Tensor
+    c: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    tiles: Tiles
+    flags: Tensor
+
+    @functools.cached_property
+    def operands(self) -> tuple[tuple[Any, bool], tuple[Any, bool]]:
+        """How the kernels read ``e`` and ``c``; made once, since the host pays for it."""
+        tiles = self.tiles
+        return (
+            rows_operand(self.e, BLOCK_T, tiles.block_d, tiles),
+            rows_operand(self.c, tiles.block_v, tiles.block_d, tiles),
+        )
+
+
 def walk_classes(
-    e: Tensor,  # (N, D) contiguous
-    c: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
+    walk: Walk,
+    num_classes: int,
     bound: Tensor,  # (N,)
-    softcap: float | None,
-    tiles: Tiles,
     energy: Tensor | None,  # (blocks, V) uint8, out
-    flags: Tensor,  # (blocks,) int32, out
     online: bool = False,
     only_flagged: bool = False,
     results: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and spread by segment, (segments, N) each, in units of log2.
+    """Log-sum-exp and spread of the first classes by segment, (segments, N) each, log2.
 
     ``results`` of an earlier walk are written again where ``only_flagged``.
     """
-    (num_tokens, dim), num_classes = e.shape, c.shape[0]
+    e, tiles = walk.e, walk.tiles
+    num_tokens, dim = e.shape
     num_blocks = triton.cdiv(num_tokens, BLOCK_T)
     num_tiles = triton.cdiv(num_classes, tiles.block_v)
     segment_tiles = triton.cdiv(num_tiles, MAX_SEGMENTS)
@@ -147,37 +177,35 @@ def walk_classes(
             torch.empty(shape, dtype=torch.float32, device=e.device),
             torch.empty(spread_shape, dtype=torch.float32, device=e.device),
         )
-    e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
-    c_operand, c_tma = rows_operand(c, tiles.block_v, tiles.block_d, tiles)
-    with launch_device(e.device):
-        walk_classes_kernel[(num_blocks * num_segments,)](
-            e_operand,
-            c_operand,
-            bias,
-            bound,
-            results[0],
-            results[1],
-            energy,
-            flags,
-            num_tokens,
-            num_classes,
-            dim,
-            softcap or 0.0,
-            segment_tiles,
-            num_segments,
-            num_blocks,
-            group_size(num_blocks, e),
-            HAS_BIAS=bias is not None,
-            SOFTCAP=softcap is not None,
-            WRITE_ENERGY=energy is not None,
-            ONLINE=online,
-            ONLY_FLAGGED=only_flagged,
-            E_TMA=e_tma,
-            C_TMA=c_tma,
-            BLOCK_T=BLOCK_T,
-            BLOCK_V=tiles.block_v,
-            BLOCK_D=tiles.block_d,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-        )
+    (e_operand, e_tma), (c_operand, c_tma) = walk.operands
+    walk_classes_kernel[(num_blocks * num_segments,)](
+        e_operand,
+        c_operand,
+        walk.bias,
+        bound,
+        results[0],
+        results[1],
+        energy,
+        walk.flags,
+        num_tokens,
+        num_classes,
+        dim,
+        walk.softcap or 0.0,
+        segment_tiles,
+        num_segments,
+        num_blocks,
+        group_size(num_blocks, e),
+        HAS_BIAS=walk.bias is not None,
+        SOFTCAP=walk.softcap is not None,
+        WRITE_ENERGY=energy is not None,
+        ONLINE=online,
+        ONLY_FLAGGED=only_flagged,
+        E_TMA=e_tma,
+        C_TMA=c_tma,
+        BLOCK_T=BLOCK_T,
+        BLOCK_V=tiles.block_v,
+        BLOCK_D=tiles.block_d,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
     return results

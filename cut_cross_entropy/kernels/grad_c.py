@@ -14,7 +14,6 @@ from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.config import (
     Tiles,
     half_of_a_processor,
-    launch_device,
     rows_operand,
 )
 from cut_cross_entropy.kernels.listing import Places
@@ -160,18 +159,17 @@ def find_unions(order: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     num_tiles = triton.cdiv(order.shape[0], BLOCK_C)
     unions = torch.empty((num_tiles, num_groups, GROUP), dtype=torch.int32, device=masks.device)
     sizes = torch.empty((num_tiles, num_groups), dtype=torch.int32, device=masks.device)
-    with launch_device(masks.device):
-        union_kernel[(num_tiles, num_groups)](
-            order,
-            masks,
-            unions,
-            sizes,
-            order.shape[0],
-            num_classes,
-            num_groups,
-            BLOCK_C=BLOCK_C,
-            GROUP=GROUP,
-        )
+    union_kernel[(num_tiles, num_groups)](
+        order,
+        masks,
+        unions,
+        sizes,
+        order.shape[0],
+        num_classes,
+        num_groups,
+        BLOCK_C=BLOCK_C,
+        GROUP=GROUP,
+    )
     return unions, sizes
 
 
@@ -194,49 +192,48 @@ def grad_c(
     num_idle, dim = order.shape[0] - num_active, e.shape[1]
     block_n = min(tiles.block_n, max(32, triton.next_power_of_2(dim)))
     block_k = min(BLOCK_K, tiles.block_d)
-    with launch_device(e.device):
-        if num_active:
-            e_operand, e_tma = rows_operand(e, block_k, block_n, tiles)
-            grad_c_kernel[(triton.cdiv(dim, block_n), triton.cdiv(num_active, BLOCK_C))](
-                grads,
-                e_operand,
-                order,
-                kept.masks,
-                kept.offsets,
-                places.chunk_starts,
-                *unions,
-                scale,
-                kept.weights,
-                places.tail,
-                mean,
-                out,
-                num_active,
-                e.shape[0],
-                num_classes,
-                dim,
-                num_groups,
-                first_number,
-                out.stride(0),
-                E_TMA=e_tma,
-                BLOCK_C=BLOCK_C,
-                BLOCK_K=block_k,
-                BLOCK_T=BLOCK_T,
-                BLOCK_N=block_n,
-                GROUP=GROUP,
-                CHUNK=CHUNK,
-                **half_of_a_processor(e.device, tiles),
-            )
-        if num_idle:
-            block_r, block_d = 32, min(512, triton.next_power_of_2(dim))
-            tail_rows_kernel[(triton.cdiv(dim, block_d), triton.cdiv(num_idle, block_r))](
-                order[num_active:],
-                kept.weights,
-                places.tail,
-                mean,
-                out,
-                num_idle,
-                dim,
-                out.stride(0),
-                BLOCK_R=block_r,
-                BLOCK_D=block_d,
-            )
+    if num_active:
+        e_operand, e_tma = rows_operand(e, block_k, block_n, tiles)
+        grad_c_kernel[(triton.cdiv(dim, block_n), triton.cdiv(num_active, BLOCK_C))](
+            grads,
+            e_operand,
+            order,
+            kept.masks,
+            kept.offsets,
+            places.chunk_starts,
+            *unions,
+            scale,
+            kept.weights,
+            places.tail,
+            mean,
+            out,
+            num_active,
+            e.shape[0],
+            num_classes,
+            dim,
+            num_groups,
+            first_number,
+            out.stride(0),
+            E_TMA=e_tma,
+            BLOCK_C=BLOCK_C,
+            BLOCK_K=block_k,
+            BLOCK_T=BLOCK_T,
+            BLOCK_N=block_n,
+            GROUP=GROUP,
+            CHUNK=CHUNK,
+            **half_of_a_processor(e.device, tiles),
+        )
+    if num_idle:
+        block_r, block_d = 32, min(512, triton.next_power_of_2(dim))
+        tail_rows_kernel[(triton.cdiv(dim, block_d), triton.cdiv(num_idle, block_r))](
+            order[num_active:],
+            kept.weights,
+            places.tail,
+            mean,
+            out,
+            num_idle,
+            dim,
+            out.stride(0),
+            BLOCK_R=block_r,
+            BLOCK_D=block_d,
+        )

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.config import Tiles, half_of_a_processor, launch_device
+from cut_cross_entropy.kernels.config import Tiles, half_of_a_processor
 from cut_cross_entropy.kernels.listing import StripList
 
 BLOCK_K = 64  # strips a step
@@ -81,24 +81,23 @@ def grad_e(
     """Write the rows of ``out`` that belong to the blocks of ``strips``."""
     num_blocks, dim = strips.places.starts.shape[0], c.shape[1]
     block_n = min(tiles.block_n, max(32, triton.next_power_of_2(dim)))
-    with launch_device(c.device):
-        grad_e_kernel[(triton.cdiv(dim, block_n), num_blocks)](
-            grads,
-            c,
-            strips.classes,
-            strips.numbers,
-            strips.places.block_starts,
-            scale,
-            tail,
-            center,
-            origin,
-            out,
-            out.shape[0],
-            dim,
-            strips.first_block,
-            out.stride(0),
-            BLOCK_T=BLOCK_T,
-            BLOCK_K=min(BLOCK_K, tiles.block_d),
-            BLOCK_N=block_n,
-            **half_of_a_processor(c.device, tiles),
-        )
+    grad_e_kernel[(triton.cdiv(dim, block_n), num_blocks)](
+        grads,
+        c,
+        strips.classes,
+        strips.numbers,
+        strips.places.block_starts,
+        scale,
+        tail,
+        center,
+        origin,
+        out,
+        out.shape[0],
+        dim,
+        strips.first_block,
+        out.stride(0),
+        BLOCK_T=BLOCK_T,
+        BLOCK_K=min(BLOCK_K, tiles.block_d),
+        BLOCK_N=block_n,
+        **half_of_a_processor(c.device, tiles),
+    )

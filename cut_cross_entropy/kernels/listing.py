@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cut_cross_entropy.kernels.config import launch_device
 from cut_cross_entropy.kernels.primitives import popcount
 from cut_cross_entropy.kernels.selection import CHUNK, GROUP, Kept
 
@@ -124,26 +123,25 @@ def find_places(
         else whole.chunk_starts,
         torch.empty(3, dtype=torch.float32, device=device) if whole is None else whole.tail,
     )
-    with launch_device(device):
-        places_kernel[(1,)](
-            kept.statistics,
-            kept.sums,
-            starts,
-            block_starts,
-            first_tile,
-            places.chunk_starts,
-            places.tail,
-            blocks[0],
-            chunks[0],
-            num_blocks,
-            num_chunks,
-            kept.shape[1],
-            WHOLE=whole is None,
-            TILE=TILE,
-            ROWS=max(1, COUNTS_AT_ONCE // columns),
-            COLUMNS=columns,
-            num_warps=8,
-        )
+    places_kernel[(1,)](
+        kept.statistics,
+        kept.sums,
+        starts,
+        block_starts,
+        first_tile,
+        places.chunk_starts,
+        places.tail,
+        blocks[0],
+        chunks[0],
+        num_blocks,
+        num_chunks,
+        kept.shape[1],
+        WHOLE=whole is None,
+        TILE=TILE,
+        ROWS=max(1, COUNTS_AT_ONCE // columns),
+        COLUMNS=columns,
+        num_warps=8,
+    )
     return places
 
 
@@ -295,26 +293,25 @@ def list_strips(
     classes, numbers = torch.empty((2, num_strips), dtype=torch.int32, device=device)
     tile_block, tile_start = torch.empty((2, num_tiles), dtype=torch.int32, device=device)
     if num_strips:
-        with launch_device(device):
-            list_strips_kernel[(num_chunks, num_blocks)](
-                kept.masks,
-                kept.offsets,
-                places.chunk_starts,
-                places.starts,
-                places.block_starts,
-                places.first_tile,
-                classes,
-                numbers,
-                tile_block,
-                tile_start,
-                kept.masks.shape[1],
-                blocks[0],
-                chunks[0],
-                num_chunks,
-                first_number,
-                BY_CLASS=by_class,
-                GROUP=GROUP,
-                CHUNK=CHUNK,
-                TILE=TILE,
-            )
+        list_strips_kernel[(num_chunks, num_blocks)](
+            kept.masks,
+            kept.offsets,
+            places.chunk_starts,
+            places.starts,
+            places.block_starts,
+            places.first_tile,
+            classes,
+            numbers,
+            tile_block,
+            tile_start,
+            kept.masks.shape[1],
+            blocks[0],
+            chunks[0],
+            num_chunks,
+            first_number,
+            BY_CLASS=by_class,
+            GROUP=GROUP,
+            CHUNK=CHUNK,
+            TILE=TILE,
+        )
     return StripList(classes, numbers, tile_block, tile_start, places, blocks[0])

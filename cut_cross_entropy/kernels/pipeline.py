@@ -13,7 +13,7 @@ from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T, filtered
 from cut_cross_entropy.kernels.combine import exchange_bound, finish, finish_shards, raise_bound
 from cut_cross_entropy.kernels.config import tiles_on
-from cut_cross_entropy.kernels.forward import walk_classes
+from cut_cross_entropy.kernels.forward import Walk, walk_classes
 from cut_cross_entropy.kernels.prepare import prepare_backward, score_targets
 from cut_cross_entropy.kernels.problem import Gradients, assemble, write_dense
 from cut_cross_entropy.validation import check_target_range
@@ -58,6 +58,7 @@ def forward(
         e, c, bias, targets, ignore_index, softcap, compact, first_class, sharded=group is not None
     )
     flags = torch.zeros(num_blocks, dtype=torch.int32, device=e.device)
+    walk = Walk(tokens.e, c, bias, softcap, tiles, flags)
 
     # Tokenizers number frequent classes first, so a short walk over these gives a tight bound.
     hot = min(max(1024, num_classes // 64), 8192) // tiles.block_v * tiles.block_v
@@ -69,18 +70,15 @@ def forward(
         )
         hot = min(hot // tiles.block_v * tiles.block_v, num_classes)
     if 0 < hot < num_classes or (group is not None and hot > 0):
-        few = (c[:hot], None if bias is None else bias[:hot])
-        frequent, _ = walk_classes(
-            tokens.e, *few, bound, softcap, tiles, energy=None, flags=flags, online=True
-        )
+        frequent, _ = walk_classes(walk, hot, bound, energy=None, online=True)
         raise_bound(bound, frequent)
     if group is not None and with_energy:
         exchange_bound(bound, group)  # bytes of all shards stand against the same bound
 
     out = energy if with_energy else None
     if num_classes > 0:
-        parts = walk_classes(tokens.e, c, bias, bound, softcap, tiles, out, flags)
-        walk_classes(tokens.e, c, bias, bound, softcap, tiles, out, flags, True, True, parts)
+        parts = walk_classes(walk, num_classes, bound, out)
+        walk_classes(walk, num_classes, bound, out, online=True, only_flagged=True, results=parts)
     else:
         nothing = torch.full_like(bound, -torch.inf)[None]
         parts = (nothing, nothing)

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cut_cross_entropy.kernels.config import launch_device
 from cut_cross_entropy.kernels.primitives import LOG2E, transform_logits
 
 SCAN = 4096  # tokens a step of the scan
@@ -51,10 +50,9 @@ def list_tokens(targets: Tensor, ignore_index: int, compact: bool) -> Tensor:
         places = torch.arange(num_tokens, device=targets.device)
         return torch.where(targets != ignore_index, places, num_tokens)
     origin = torch.empty(num_tokens, dtype=torch.int64, device=targets.device)
-    with launch_device(targets.device):
-        compact_kernel[(1,)](
-            targets.contiguous(), origin, num_tokens, ignore_index, BLOCK=SCAN, num_warps=8
-        )
+    compact_kernel[(1,)](
+        targets.contiguous(), origin, num_tokens, ignore_index, BLOCK=SCAN, num_warps=8
+    )
     return origin
 
 
@@ -175,30 +173,29 @@ def score_targets(
     )
     placed = torch.empty(num_tokens, dtype=torch.int64, device=device)
     logits, bound = torch.empty((2, num_tokens), dtype=torch.float32, device=device)
-    with launch_device(device):
-        score_targets_kernel[(num_tokens,)](
-            e,
-            c,
-            bias,
-            targets.contiguous(),
-            origin,
-            front,
-            placed,
-            logits,
-            bound,
-            num_tokens,
-            c.shape[0],
-            dim,
-            e.stride(0),
-            e.stride(1),
-            softcap or 0.0,
-            first_class,
-            COPY=compact,
-            HAS_BIAS=bias is not None,
-            SOFTCAP=softcap is not None,
-            SHARDED=sharded,
-            BLOCK_D=min(1024, triton.next_power_of_2(dim)),
-        )
+    score_targets_kernel[(num_tokens,)](
+        e,
+        c,
+        bias,
+        targets.contiguous(),
+        origin,
+        front,
+        placed,
+        logits,
+        bound,
+        num_tokens,
+        c.shape[0],
+        dim,
+        e.stride(0),
+        e.stride(1),
+        softcap or 0.0,
+        first_class,
+        COPY=compact,
+        HAS_BIAS=bias is not None,
+        SOFTCAP=softcap is not None,
+        SHARDED=sharded,
+        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+    )
     return Tokens(front, placed, origin), logits, bound
 
 
@@ -297,32 +294,31 @@ def prepare_backward(
     front = torch.empty((num_tokens, dim), dtype=compute_dtype, device=device)
     placed = torch.empty(num_tokens, dtype=torch.int64, device=device)
     a, b, own_lse, sharp = torch.empty((4, num_tokens), dtype=torch.float32, device=device)
-    with launch_device(device):
-        backward_tokens_kernel[(num_tokens,)](
-            e,
-            targets.contiguous(),
-            grad_nll.contiguous(),
-            grad_lse.contiguous(),
-            nll,
-            lse,
-            spread,
-            origin,
-            front,
-            placed,
-            a,
-            b,
-            own_lse,
-            sharp,
-            num_tokens,
-            num_classes,
-            dim,
-            e.stride(0),
-            e.stride(1),
-            flat_spread,
-            first_class,
-            HAS_SPREAD=spread.numel() > 0,
-            BLOCK_D=min(1024, triton.next_power_of_2(dim)),
-        )
+    backward_tokens_kernel[(num_tokens,)](
+        e,
+        targets.contiguous(),
+        grad_nll.contiguous(),
+        grad_lse.contiguous(),
+        nll,
+        lse,
+        spread,
+        origin,
+        front,
+        placed,
+        a,
+        b,
+        own_lse,
+        sharp,
+        num_tokens,
+        num_classes,
+        dim,
+        e.stride(0),
+        e.stride(1),
+        flat_spread,
+        first_class,
+        HAS_SPREAD=spread.numel() > 0,
+        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+    )
     return BackwardTokens(Tokens(front, placed, origin), a, b, own_lse, sharp)
 
 
@@ -351,7 +347,6 @@ def scatter_rows(rows: Tensor, origin: Tensor, out: Tensor) -> None:
     num_rows, dim = rows.shape
     if num_rows == 0:
         return
-    with launch_device(out.device):
-        scatter_rows_kernel[(num_rows,)](
-            rows, origin, out, out.shape[0], dim, BLOCK_D=min(1024, triton.next_power_of_2(dim))
-        )
+    scatter_rows_kernel[(num_rows,)](
+        rows, origin, out, out.shape[0], dim, BLOCK_D=min(1024, triton.next_power_of_2(dim))
+    )

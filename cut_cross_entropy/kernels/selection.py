@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.config import launch_device
 from cut_cross_entropy.kernels.primitives import (
     ENERGY_FLOOR,
     ENERGY_STEPS,
@@ -83,8 +82,8 @@ def threshold_kernel(
     # The bytes stand against a bound and overstate; the misses at the targets do not, and the
     # gradient's energy is at least theirs.
     allowed = tolerance * tolerance * at_targets
-    # The mass of a strip is at most the root of BLOCK_T times its energy, and that is below what the
-    # next byte stands for.
+    # The mass of a strip is at most the root of BLOCK_T times its energy, and that is below what
+    # the next byte stands for.
     most = tl.exp2(0.5 * ((bins.to(tl.float32) + 1.0) / ENERGY_STEPS + ENERGY_FLOOR))
     mass = tl.cumsum(tl.where(energy > 0, counts * most, 0.0), 0)
     light = (dropped <= allowed) & (mass * tl.sqrt(BLOCK_T * 1.0) <= filter_mass * num_tokens)
@@ -111,21 +110,20 @@ def choose_threshold(
     per_program = min(2**17, max(block, triton.next_power_of_2(energy.numel()) // 512))
     histogram = torch.zeros(256, dtype=torch.int64, device=energy.device)
     threshold = torch.empty((), dtype=torch.int32, device=energy.device)
-    with launch_device(energy.device):
-        histogram_kernel[(triton.cdiv(energy.numel(), per_program),)](
-            energy, histogram, energy.numel(), per_program, BLOCK=block
-        )
-        threshold_kernel[(1,)](
-            histogram,
-            sharp,
-            tolerance,
-            filter_mass,
-            threshold,
-            numbers,
-            sharp.shape[0],
-            BLOCK_T=BLOCK_T,
-            BLOCK=4096,
-        )
+    histogram_kernel[(triton.cdiv(energy.numel(), per_program),)](
+        energy, histogram, energy.numel(), per_program, BLOCK=block
+    )
+    threshold_kernel[(1,)](
+        histogram,
+        sharp,
+        tolerance,
+        filter_mass,
+        threshold,
+        numbers,
+        sharp.shape[0],
+        BLOCK_T=BLOCK_T,
+        BLOCK=4096,
+    )
     return threshold
 
 
@@ -261,23 +259,22 @@ def keep_strips(
         shape=(num_blocks, num_chunks),
     )
     threshold = choose_threshold(energy, sharp, tolerance, filter_mass, statistics[-2:])
-    with launch_device(device):
-        kept_strips_kernel[(num_chunks,)](
-            energy,
-            threshold,
-            kept.masks,
-            kept.keys,
-            kept.offsets,
-            kept.weights,
-            kept.sums,
-            statistics,
-            statistics[num_blocks * num_chunks :],
-            num_classes,
-            num_blocks,
-            num_groups,
-            num_chunks,
-            IDLE=IDLE,
-            GROUP=GROUP,
-            CHUNK=CHUNK,
-        )
+    kept_strips_kernel[(num_chunks,)](
+        energy,
+        threshold,
+        kept.masks,
+        kept.keys,
+        kept.offsets,
+        kept.weights,
+        kept.sums,
+        statistics,
+        statistics[num_blocks * num_chunks :],
+        num_classes,
+        num_blocks,
+        num_groups,
+        num_chunks,
+        IDLE=IDLE,
+        GROUP=GROUP,
+        CHUNK=CHUNK,
+    )
     return kept

@@ -14,7 +14,6 @@ from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.config import (
     Tiles,
     half_of_a_processor,
-    launch_device,
     rows_operand,
 )
 from cut_cross_entropy.kernels.listing import TILE, Places, StripList
@@ -119,37 +118,36 @@ def strip_gradients(
     if num_tiles == 0:
         return grads, bias_grads, held
     e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
-    with launch_device(device):
-        strip_gradients_kernel[(num_tiles,)](
-            e_operand,
-            c,
-            bias,
-            lse,
-            a,
-            b,
-            targets,
-            scale,
-            strips.classes,
-            strips.numbers,
-            strips.places.block_starts,
-            strips.tile_block,
-            strips.tile_start,
-            grads,
-            bias_grads,
-            held,
-            e.shape[0],
-            e.shape[1],
-            softcap or 0.0,
-            strips.first_block,
-            HAS_BIAS=bias is not None,
-            SOFTCAP=softcap is not None,
-            BIAS_GRAD=bias_grad,
-            E_TMA=e_tma,
-            BLOCK_T=BLOCK_T,
-            BLOCK_S=TILE,
-            BLOCK_D=tiles.block_d,
-            **half_of_a_processor(device, tiles),
-        )
+    strip_gradients_kernel[(num_tiles,)](
+        e_operand,
+        c,
+        bias,
+        lse,
+        a,
+        b,
+        targets,
+        scale,
+        strips.classes,
+        strips.numbers,
+        strips.places.block_starts,
+        strips.tile_block,
+        strips.tile_start,
+        grads,
+        bias_grads,
+        held,
+        e.shape[0],
+        e.shape[1],
+        softcap or 0.0,
+        strips.first_block,
+        HAS_BIAS=bias is not None,
+        SOFTCAP=softcap is not None,
+        BIAS_GRAD=bias_grad,
+        E_TMA=e_tma,
+        BLOCK_T=BLOCK_T,
+        BLOCK_S=TILE,
+        BLOCK_D=tiles.block_d,
+        **half_of_a_processor(device, tiles),
+    )
     return grads, bias_grads, held
 
 
@@ -194,18 +192,17 @@ def sum_by_class(
     num_listed = classes[1] - classes[0]
     out = torch.empty(num_listed, dtype=torch.float32, device=values.device)
     block = 128
-    with launch_device(values.device):
-        sum_classes_kernel[(triton.cdiv(num_listed, block),)](
-            values,
-            kept.offsets,
-            places.chunk_starts,
-            out,
-            classes[0],
-            num_listed,
-            kept.offsets.shape[1],
-            first_number,
-            first_number + values.shape[0],
-            CHUNK=CHUNK,
-            BLOCK=block,
-        )
+    sum_classes_kernel[(triton.cdiv(num_listed, block),)](
+        values,
+        kept.offsets,
+        places.chunk_starts,
+        out,
+        classes[0],
+        num_listed,
+        kept.offsets.shape[1],
+        first_number,
+        first_number + values.shape[0],
+        CHUNK=CHUNK,
+        BLOCK=block,
+    )
     return out

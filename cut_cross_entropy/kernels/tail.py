@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.config import launch_device
 from cut_cross_entropy.kernels.listing import StripList
 from cut_cross_entropy.kernels.primitives import LOG2E
 
@@ -62,20 +61,19 @@ def weighted_row_sum(weights: Tensor, rows: Tensor, factor: Tensor | None = None
     per_split = block_r * triton.cdiv(triton.cdiv(num_rows, block_r), MAX_SPLITS)
     splits = triton.cdiv(num_rows, per_split)
     partial = torch.empty((splits, dim), dtype=torch.float32, device=rows.device)
-    with launch_device(rows.device):
-        weighted_row_sum_kernel[(triton.cdiv(dim, block_d), splits)](
-            weights,
-            factor,
-            rows,
-            partial,
-            num_rows,
-            dim,
-            per_split,
-            HAS_FACTOR=factor is not None,
-            BLOCK_R=block_r,
-            BLOCK_D=block_d,
-            num_warps=8,
-        )
+    weighted_row_sum_kernel[(triton.cdiv(dim, block_d), splits)](
+        weights,
+        factor,
+        rows,
+        partial,
+        num_rows,
+        dim,
+        per_split,
+        HAS_FACTOR=factor is not None,
+        BLOCK_R=block_r,
+        BLOCK_D=block_d,
+        num_warps=8,
+    )
     return partial.sum(0)
 
 
@@ -144,22 +142,21 @@ def write_tails(
     Once all lists of a block were seen, its tails and masses are those of the tail.
     """
     num_blocks = strips.places.starts.shape[0]
-    with launch_device(a.device):
-        tails_kernel[(num_blocks,)](
-            held_by_tile,
-            strips.places.first_tile,
-            held,
-            a,
-            lse,
-            sharp,
-            strips.places.tail,
-            shard,
-            tails,
-            mass,
-            strips.first_block,
-            a.shape[0],
-            softcap or 0.0,
-            SOFTCAP=softcap is not None,
-            SHARDED=shard is not None,
-            BLOCK=BLOCK_T,
-        )
+    tails_kernel[(num_blocks,)](
+        held_by_tile,
+        strips.places.first_tile,
+        held,
+        a,
+        lse,
+        sharp,
+        strips.places.tail,
+        shard,
+        tails,
+        mass,
+        strips.first_block,
+        a.shape[0],
+        softcap or 0.0,
+        SOFTCAP=softcap is not None,
+        SHARDED=shard is not None,
+        BLOCK=BLOCK_T,
+    )
