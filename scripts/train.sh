@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# A full fine-tune of all parameters. Further arguments go to training/train.py and win over the
-# ones here: scripts/train.sh --steps 500 --output out/mine [--resume]
+# Trains a full model. Further arguments go to training/train.py and win over the ones here:
+#
+#   scripts/train.sh --steps 500 --output out/mine [--resume]
+#   PROCESSES=8 scripts/train.sh                                   one process a GPU, by torchrun
+#   PROCESSES=8 scripts/train.sh --deepspeed training/zero3.json   weights spread over the GPUs
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,9 +13,15 @@ if [[ -z $python ]]; then
     [[ -x .venv/bin/python ]] && python=.venv/bin/python
 fi
 
-exec "$python" training/train.py \
+launch=("$python")
+if [[ -n ${PROCESSES:-} ]]; then
+    launch+=(-m torch.distributed.run --standalone --nproc-per-node "$PROCESSES")
+fi
+
+exec "${launch[@]}" training/train.py \
     --model smollm2 \
     --data builtin \
+    --eval-fraction 0.02 \
     --loss auto \
     --steps 1000 \
     --batch-size 4 \

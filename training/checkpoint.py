@@ -1,23 +1,21 @@
 """Checkpoints that are either complete or not there.
 
-A checkpoint is a folder ``step-00000042`` with one file for each part and a manifest of their
-sizes and SHA-256 sums. It is written under a temporary name and renamed when everything is on the
-disk; only then do older ones go. Reading checks every sum before anything is loaded.
+A checkpoint is a folder ``checkpoint-42``, named after the steps done, of whatever files the
+trainer writes, and a manifest of their sizes and SHA-256 sums. It is written under a temporary name
+and renamed when everything is on the disk; only then do older ones go. Before a resume every sum
+is checked.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
-
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-_PREFIX = "step-"
+_PREFIX = "checkpoint-"
 _PARTIAL = ".partial-"
 
 
@@ -25,53 +23,73 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or is damaged."""
 
 
-def save_checkpoint(root: Path, step: int, parts: Mapping[str, Any], keep: int) -> Path:
-    """Write ``parts`` as the checkpoint of ``step`` and remove all but the ``keep`` newest.
+def begin_checkpoint(root: Path, step: int) -> Path:
+    """The folder that the files of ``step`` are written to; what was half-written before goes."""
+    root.mkdir(parents=True, exist_ok=True)
+    remove_partial(root)
+    partial = partial_folder(root, step)
+    partial.mkdir()
+    return partial
+
+
+def partial_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is while it is written."""
+    return root / f"{_PARTIAL}{_PREFIX}{step}"
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is when it is complete."""
+    return root / f"{_PREFIX}{step}"
+
+
+def commit_checkpoint(root: Path, step: int, keep: int, best: Path | None = None) -> Path:
+    """Make what was written for ``step`` the checkpoint, and remove all but the ``keep`` newest.
 
     Args:
-        root: folder of the checkpoints; made if missing.
-        step: steps done.
-        parts: what ``torch.save`` takes and ``torch.load(weights_only=True)`` gives back, by name.
+        root: folder of the checkpoints.
+        step: as :func:`begin_checkpoint` had it.
         keep: complete checkpoints that stay, this one included; at least 1.
+        best: one that stays in any case.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
-        CheckpointError: it cannot be written (disk full, say). What was there before still is.
+        OSError: it cannot be written; call :func:`abandon_checkpoint` then.
     """
-    target = root / f"{_PREFIX}{step:08d}"
-    partial = root / f"{_PARTIAL}{target.name}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        remove_partial(root)
-        partial.mkdir()
-        files = {f"{name}.pt": _write_part(partial / f"{name}.pt", parts[name]) for name in parts}
-        manifest = {"format": FORMAT, "step": step, "files": files}
-        _write_synced(partial / MANIFEST, json.dumps(manifest, indent=2).encode())
-        _sync_folder(partial)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        _sync_folder(root)
-    except (OSError, RuntimeError) as error:  # torch.save wraps some I/O errors in RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        left = latest_checkpoint(root)
-        kept = f"; the checkpoint {left} is intact" if left else ""
-        raise CheckpointError(f"cannot write checkpoint {target}: {error}{kept}") from error
+    partial, target = partial_folder(root, step), checkpoint_folder(root, step)
+    names = sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file())
+    files = {name: _sync_and_sum(partial / name) for name in names}
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    _write_synced(partial / MANIFEST, json.dumps(manifest, indent=2).encode())
+    _sync_folder(partial)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    _sync_folder(root)
     for old in list_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+        if best is None or old.name != best.name:
+            shutil.rmtree(old)
     return target
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The parts of the checkpoint in ``folder``, tensors on the CPU.
+def abandon_checkpoint(root: Path, step: int, error: BaseException) -> CheckpointError:
+    """Remove what was written for ``step``; the error to raise, which names what is left."""
+    shutil.rmtree(partial_folder(root, step), ignore_errors=True)
+    left = latest_checkpoint(root)
+    kept = f"; the checkpoint {left} is intact" if left else ""
+    return CheckpointError(
+        f"cannot write checkpoint {checkpoint_folder(root, step)}: {error}{kept}"
+    )
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Check every file of the checkpoint in ``folder`` against its manifest.
 
     Raises:
-        CheckpointError: a file is missing or not as it was written; nothing has been loaded then.
+        CheckpointError: a file is missing or not as it was written.
     """
-    manifest = _read_manifest(folder)
-    for name, expected in manifest["files"].items():
+    for name, expected in _read_manifest(folder)["files"].items():
         path = folder / name
         if not path.is_file():
             raise _damaged(folder, f"{name} is missing")
@@ -80,15 +98,12 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
             raise _damaged(folder, f"{name} has {size} bytes, written were {expected['size']}")
         if _sha256(path) != expected["sha256"]:
             raise _damaged(folder, f"the content of {name} has changed (SHA-256 differs)")
-    return {
-        name.removesuffix(".pt"): torch.load(folder / name, map_location="cpu", weights_only=True)
-        for name in manifest["files"]
-    }
 
 
 def list_checkpoints(root: Path) -> list[Path]:
     """The checkpoints in ``root``, oldest first."""
-    return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir())
+    found = [p for p in root.glob(f"{_PREFIX}*") if p.is_dir() and p.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -123,29 +138,13 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
     return CheckpointError(f"checkpoint {folder} is damaged: {what}. Nothing was loaded{hint}")
 
 
-class _HashingFile:
-    """A file for ``torch.save`` that sums what it writes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sum, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.file.write(data)
-        self.sum.update(data)
-        self.size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _write_part(path: Path, part: Any) -> dict[str, Any]:
-    with path.open("wb") as file:
-        hashing = _HashingFile(file)
-        torch.save(part, hashing)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": hashing.size, "sha256": hashing.sum.hexdigest()}
+def _sync_and_sum(path: Path) -> dict[str, Any]:
+    descriptor = os.open(path, os.O_RDWR)  # Windows syncs only what may be written
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _write_synced(path: Path, data: bytes) -> None:

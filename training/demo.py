@@ -23,14 +23,14 @@ if not __package__:  # started by its path: Python then puts this folder first, 
 import torch
 from torch import Tensor
 
-from training.config import TrainConfig, add_run_arguments, config_from
+from training.arguments import add_run_arguments, config_from
+from training.config import SETUP_ERRORS, TrainConfig
 from training.data import Windows, load_text, tokenize
+from training.loop import StepLoop, StepRecord
 from training.losses import FULL, Loss, hidden_states, make_loss
 from training.memory import HOW, peak_bytes
 from training.models import load_model
 from training.plot import plot_losses
-from training.train import SETUP_ERRORS
-from training.trainer import StepRecord, Trainer
 
 MIB = 2**20
 
@@ -141,7 +141,7 @@ def compare(config: TrainConfig, window_count: int) -> Comparison:
     logs = []
     for name, loss in losses.items():
         model.load_state_dict(start)
-        logs.append(_train(Trainer(model, windows, loss, config), name))
+        logs.append(_train(StepLoop(model, windows, loss, config), name))
     return Comparison(
         config.loss,
         logs[0],
@@ -153,15 +153,15 @@ def compare(config: TrainConfig, window_count: int) -> Comparison:
     )
 
 
-def _train(trainer: Trainer, name: str) -> list[StepRecord]:
+def _train(loop: StepLoop, name: str) -> list[StepRecord]:
     from tqdm import tqdm
 
-    with tqdm(total=trainer.config.steps, desc=f"training, {name:>12}", unit="step") as bar:
-        for _ in range(trainer.config.steps):
-            record = trainer.train_step()
+    with tqdm(total=loop.config.steps, desc=f"training, {name:>12}", unit="step") as bar:
+        for _ in range(loop.config.steps):
+            record = loop.train_step()
             bar.update()
             bar.set_postfix(loss=f"{record['loss']:.4f}")
-    return trainer.log
+    return loop.log
 
 
 def _measure_memory(

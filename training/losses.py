@@ -5,10 +5,13 @@ are the model's. A patch decides what happens inside. The training loop and the 
 never ask which one they have. Legend: B sequences, T tokens each, D features.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cut_cross_entropy import linear_cross_entropy
 
@@ -25,6 +28,18 @@ class Loss(Protocol):
 
     def prepare(self, model: Any) -> None:
         """Make ``model`` compute this loss when it is called with labels."""
+        ...
+
+    def guard(self, model: Any) -> Any:
+        """A context for one call of a prepared ``model``; checks that the loss went this way."""
+        ...
+
+    def token_losses(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Loss of each token but the first of each sequence, (B, T - 1), 0 where it is ignored.
+
+        ``inputs`` are those of a call of ``model``, ``labels`` (B, T) among them. Not
+        differentiable.
+        """
         ...
 
     def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
@@ -48,6 +63,20 @@ class FullLogits:
         from cut_cross_entropy.transformers import cce_unpatch
 
         cce_unpatch(model)
+
+    @contextmanager
+    def guard(self, model: Any) -> Iterator[None]:
+        """See :class:`Loss`."""
+        yield
+
+    @torch.no_grad()
+    def token_losses(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """See :class:`Loss`."""
+        others = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = model(**others, use_cache=False).logits[:, :-1]
+        return F.cross_entropy(
+            logits.float().transpose(1, 2), inputs["labels"][:, 1:], reduction="none"
+        )
 
     def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
         """See :class:`Loss`."""
@@ -82,7 +111,25 @@ class CutLogits:
 
         cce_patch(model, impl=self.impl)
 
-    def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
+    @torch.no_grad()
+    def token_losses(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """See :class:`Loss`.
+
+        Raises:
+            IdlePatchError: the losses came from full logits all the same.
+        """
+        from cut_cross_entropy.transformers import cce_patch
+
+        cce_patch(model, impl=self.impl, reduction="none")
+        try:
+            with self.guard(model):
+                losses: Tensor = model(**inputs, use_cache=False).loss
+        finally:
+            self.prepare(model)
+        return losses
+
+    @contextmanager
+    def guard(self, model: Any) -> Iterator[None]:
         """See :class:`Loss`.
 
         Raises:
@@ -91,14 +138,22 @@ class CutLogits:
         from cut_cross_entropy.transformers import call_count, is_patched
 
         before = call_count(model)
-        loss = _loss_of_call(model, input_ids)
+        yield
         if call_count(model) == before:
             what = "did nothing (a warning says why)" if is_patched(model) else "is not there"
             raise IdlePatchError(
                 f"loss={self.impl!r} was asked for, but the patch of {type(model).__name__} {what} "
                 f"and its loss came from full logits; loss={FULL!r} allows that"
             )
-        return loss
+
+    def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
+        """See :class:`Loss`.
+
+        Raises:
+            IdlePatchError: the loss came from full logits all the same.
+        """
+        with self.guard(model):
+            return _loss_of_call(model, input_ids)
 
     def head(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
         """See :class:`Loss`."""

@@ -1,6 +1,8 @@
 """Models and tokenizers by name, folder or GGUF file."""
 
 import importlib.util
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +32,93 @@ def find_smollm2() -> Path:
     )
 
 
-def load_model(source: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+def load_model(
+    source: str,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    tokenizer_source: str | None = None,
+    from_scratch: bool = False,
+    overrides: Sequence[str] = (),
+) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
     Args:
         source: ``"smollm2"``, a ``.gguf`` file, a folder that ``save_pretrained`` wrote, or a name
             that transformers finds.
         dtype: of the parameters.
-        device: where they go.
+        device: where they go; None leaves them where they are.
+        tokenizer_source: where the tokenizer is, if not with the model.
+        from_scratch: take only the configuration of the model, with random weights; a tokenizer
+            from elsewhere then decides the size of the vocabulary.
+        overrides: changes of that configuration, ``NAME=VALUE`` with the value in JSON.
 
     Raises:
         FileNotFoundError: no such file, folder or name.
-        ValueError: a file of another kind, or one that cannot be read.
+        ValueError: a file of another kind, one that cannot be read, or an unfit change.
         ImportError: a GGUF file without the package ``gguf``.
     """
+    if overrides and not from_scratch:
+        raise ValueError("config_override needs from_scratch: trained weights have their shapes")
+    path, name, options = _locate(source)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model: Any  # its class depends on what is loaded
+    try:
+        if tokenizer_source is None:
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        else:
+            _, tokenizer_name, tokenizer_options = _locate(tokenizer_source)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **tokenizer_options)
+        if from_scratch:
+            config = AutoConfig.from_pretrained(name, **options)
+            if tokenizer_source is not None:
+                config.vocab_size = len(tokenizer)
+            override_config(config, overrides)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers, the hub client and gguf have no common class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if path.exists():
+            raise ValueError(f"model {source!r} cannot be loaded: {reason}") from error
+        raise FileNotFoundError(
+            f"model must be {SMOLLM2!r}, a folder, a .gguf file or a name that transformers "
+            f"finds, got {source!r}: {reason}"
+        ) from error
+    if options:
+        _forget_quantization(model)
+    return model if device is None else model.to(device), tokenizer
+
+
+class ConfigError(ValueError):
+    """A change of a configuration that it does not allow."""
+
+
+def override_config(config: Any, overrides: Sequence[str]) -> None:
+    """Change ``config`` by ``NAME=VALUE``, the value in JSON or else a string.
+
+    Raises:
+        ConfigError: no such name, or no value.
+    """
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"config_override must be NAME=VALUE, got {override!r}")
+        if not hasattr(config, name):
+            known = ", ".join(sorted(config.to_dict()))
+            raise ConfigError(f"config_override: no {name!r}; the configuration has {known}")
+        try:
+            setattr(config, name, json.loads(value))
+        except json.JSONDecodeError:
+            setattr(config, name, value)
+
+
+def _locate(source: str) -> tuple[Path, str, dict[str, str]]:
+    """The path, and what transformers calls the model: a name and options."""
     path = find_smollm2() if source == SMOLLM2 else Path(source)
     options: dict[str, str] = {}
     name = source
@@ -55,26 +130,7 @@ def load_model(source: str, dtype: torch.dtype, device: torch.device) -> tuple[A
         name, options = str(path.parent), {"gguf_file": path.name}
     elif path.is_file():
         raise ValueError(f"model must be a folder, a .gguf file or a name, got the file {source!r}")
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model: Any  # its class depends on what is loaded
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except Exception as error:  # transformers, the hub client and gguf have no common class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if path.exists():
-            raise ValueError(f"model {source!r} cannot be loaded: {reason}") from error
-        raise FileNotFoundError(
-            f"model must be {SMOLLM2!r}, a folder, a .gguf file or a name that transformers "
-            f"finds, got {source!r}: {reason}"
-        ) from error
-    if options:
-        _forget_quantization(model)
-    return model.to(device), tokenizer
+    return path, name, options
 
 
 def _forget_quantization(model: Any) -> None:

@@ -1,7 +1,8 @@
-"""Fine-tune a causal language model; see ``--help``.
+"""Fine-tune or pretrain a causal language model; see ``--help`` and ``docs/training.md``.
 
     python training/train.py --loss auto --steps 200 --output out/run
     python training/train.py --loss auto --steps 400 --output out/run --resume
+    torchrun --nproc-per-node 8 training/train.py --output out/run
 
 An interrupt (Ctrl-C, SIGTERM) finishes the step, writes a checkpoint and ends with exit code 128
 plus the signal's number. On a CPU a resumed run has, bit for bit, the losses of one that was never
@@ -15,63 +16,40 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 if not __package__:  # started by its path: Python then puts this folder first, not the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from training.checkpoint import (
-    CheckpointError,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from training.config import LATEST, TrainConfig, build_parser, config_from
-from training.data import Windows, load_text, tokenize
+import torch
+
+from training.arguments import build_parser, config_from
+from training.callbacks import Console, Interrupts, StopSignals, TensorBoard
+from training.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
+from training.config import DTYPES, LATEST, SETUP_ERRORS, TrainConfig
+from training.data import documents
 from training.losses import IdlePatchError, make_loss
 from training.models import load_model
-from training.trainer import Trainer, parameter_dtype
+from training.packing import collate, one_by_one, pack
+from training.rows import LoadedRows, RowMaker, StreamedRows
+from training.trainer import Trainer, check_same_run
 
-SETUP_ERRORS = (ValueError, OSError, ImportError, RuntimeError, NotImplementedError)
-"""What wrong input raises before the first step: shown as one line."""
-
-
-class StopSignals:
-    """Remembers the first SIGINT or SIGTERM inside a ``with``; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> "StopSignals":
-        self._previous = {s: signal.signal(s, self._handle) for s in self._signals()}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    @staticmethod
-    def _signals() -> tuple[signal.Signals, ...]:
-        return signal.SIGINT, signal.SIGTERM
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        for each in self._signals():
-            signal.signal(each, signal.SIG_DFL)
+TRAIN_ERRORS = (CheckpointError, IdlePatchError, FloatingPointError, ValueError, OSError)
+"""What may end a run that has begun: shown as one line."""
 
 
-def set_up(config: TrainConfig, checkpoints: Path, resume: str | None) -> tuple[Trainer, Any]:
+def set_up(config: TrainConfig, output: Path, resume: str | None) -> tuple[Trainer, Path | None]:
     """Load all that a run needs.
 
     Args:
         config: settings of the run.
-        checkpoints: folder of its checkpoints.
+        output: folder for what it writes; its checkpoints are in ``checkpoints``.
         resume: None, ``"latest"``, or the folder of a checkpoint.
 
     Returns:
-        The trainer, resumed if asked, and the tokenizer.
+        The trainer, and the checkpoint to go on from.
 
     Raises:
         FileExistsError: checkpoints are there and nothing says to resume.
@@ -80,18 +58,151 @@ def set_up(config: TrainConfig, checkpoints: Path, resume: str | None) -> tuple[
         ValueError, RuntimeError, ImportError: see the modules that load things.
     """
     # What is cheap to check comes first; loading a model takes a while.
-    source = _checkpoint_to_resume(checkpoints, resume)
+    source = _checkpoint_to_resume(output / "checkpoints", resume)
     device = config.torch_device()
     loss = make_loss(config.loss, device)
-    text = load_text(config.data, config.data_split, config.data_column)
-    state = load_checkpoint(source) if source else None
-    model, tokenizer = load_model(config.model, parameter_dtype(config), device)
-    windows = Windows(tokenize(text, tokenizer), config.sequence_length, config.seed)
-    trainer = Trainer(model, windows, loss, config)
-    if state is not None:
-        trainer.load_state(state)
-        print(f"resumed from {source} at step {trainer.step}")
-    return trainer, tokenizer
+    board = [TensorBoard(output / "tensorboard")] if config.tensorboard else []
+    if source is not None:
+        verify_checkpoint(source)
+    # Before the model: with DeepSpeed they decide how its weights are loaded.
+    arguments = training_arguments(config, output / "checkpoints", device)
+    torch.manual_seed(config.seed)
+    model, tokenizer = load_model(
+        config.model,
+        DTYPES[config.dtype],
+        None,
+        config.tokenizer,
+        config.from_scratch,
+        config.config_override,
+    )
+    if config.gradient_checkpointing:
+        # Newer releases of transformers have another name for it.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
+    data, held_out = load_data(config, tokenizer)
+    run = {**config.decisive(), "data_hash": data.fingerprint(), "processes": arguments.world_size}
+    if source is not None:
+        check_same_run(run, source)
+    trainer = Trainer(
+        loss,
+        run,
+        config.keep_checkpoints,
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=held_out,
+        data_collator=partial(collate, pad_id=tokenizer.pad_token_id or 0),
+        processing_class=tokenizer,
+        callbacks=[Console(arguments.process_index == 0)],
+    )
+    if arguments.process_index == 0:
+        for callback in board:
+            trainer.add_callback(callback)
+    return trainer, source
+
+
+def training_arguments(config: TrainConfig, folder: Path, device: torch.device) -> Any:
+    """The settings in the terms of transformers.
+
+    Raises:
+        ImportError: DeepSpeed is asked for and not installed.
+        ValueError: its configuration cannot be used.
+    """
+    from transformers import TrainingArguments
+
+    if config.deepspeed is not None and not Path(config.deepspeed).is_file():
+        raise FileNotFoundError(f"deepspeed: there is no file {config.deepspeed!r}")
+    cpu = device.type == "cpu"
+    evaluation: dict[str, Any] = {}
+    if config.evaluates:
+        evaluation = {
+            "eval_strategy": "steps",
+            "eval_steps": config.checkpoint_interval,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+        }
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=(
+            "constant_with_warmup" if config.schedule == "constant" else config.schedule
+        ),
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.dtype == "autocast",
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and "WORLD_SIZE" in os.environ else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=not cpu,
+        seed=config.seed,
+        logging_steps=config.log_interval,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.checkpoint_interval,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+        deepspeed=config.deepspeed,
+        **evaluation,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process a GPU: never nn.DataParallel
+    return arguments
+
+
+def load_data(config: TrainConfig, tokenizer: Any) -> tuple[Any, LoadedRows | None]:
+    """The rows to train on and those that are held out.
+
+    Raises:
+        FileNotFoundError: no such data.
+        ValueError: it cannot be read, or is too short.
+    """
+    make = _row_maker(config, tokenizer, config.data, config.data_split)
+    held_out = None
+    if config.eval_data is not None:
+        held_out = _load(_row_maker(config, tokenizer, config.eval_data, config.eval_split), config)
+    if config.streaming:
+        if next(make(), None) is None:
+            raise _too_short(config)
+        return StreamedRows(make, config.data, config.seed, config.shuffle_buffer), held_out
+    data = _load(make, config)
+    if config.eval_fraction:
+        count = max(1, round(config.eval_fraction * len(data)))
+        if count == len(data):
+            raise ValueError(f"eval_fraction leaves nothing of {len(data)} sequences to train on")
+        data, held_out = data.without(count, config.seed)
+    return data, held_out
+
+
+def _row_maker(config: TrainConfig, tokenizer: Any, source: str, split: str) -> RowMaker:
+    def make() -> Any:
+        found = documents(source, split, config.data_column, config.streaming)
+        if config.packing:
+            return pack(found, tokenizer, config.sequence_length, config.isolate_documents)
+        return one_by_one(found, tokenizer, config.sequence_length)
+
+    return make
+
+
+def _load(make: RowMaker, config: TrainConfig) -> LoadedRows:
+    rows = list(make())
+    if not rows:
+        raise _too_short(config)
+    return LoadedRows(rows)
+
+
+def _too_short(config: TrainConfig) -> ValueError:
+    return ValueError(
+        f"data makes no sequence to learn from: with packing it needs at least "
+        f"{config.sequence_length} tokens (sequence_length), without it two"
+    )
 
 
 def _checkpoint_to_resume(checkpoints: Path, resume: str | None) -> Path | None:
@@ -109,7 +220,7 @@ def _checkpoint_to_resume(checkpoints: Path, resume: str | None) -> Path | None:
     return source
 
 
-def train(trainer: Trainer, output: Path, checkpoints: Path) -> signal.Signals | None:
+def train(trainer: Trainer, source: Path | None) -> signal.Signals | None:
     """Train to the last step, or to the first interrupt, and leave a checkpoint there.
 
     Returns:
@@ -119,87 +230,84 @@ def train(trainer: Trainer, output: Path, checkpoints: Path) -> signal.Signals |
         CheckpointError: a checkpoint could not be written.
         FloatingPointError: the loss is no longer finite.
         IdlePatchError: the loss does not go the way that was asked for.
+        ValueError: the data is damaged, where it is read while training.
     """
-    from tqdm import tqdm
-
-    config = trainer.config
-    saved_step = trainer.step
-    with (
-        StopSignals() as stop,
-        # disable=None: no bar where the output is not a terminal.
-        tqdm(total=config.steps, initial=trainer.step, unit="step", disable=None) as bar,
-    ):
-        while trainer.step < config.steps and stop.received is None:
-            record = trainer.train_step()
-            bar.update()
-            last = trainer.step == config.steps or stop.received is not None
-            if last or trainer.step % config.log_interval == 0:
-                bar.write(
-                    f"step {record['step']}: loss {record['loss']:.6f}, {record['seconds']:.2f} s"
-                )
-                sys.stdout.flush()
-            if last or trainer.step % config.checkpoint_interval == 0:
-                save_checkpoint(checkpoints, trainer.step, trainer.state(), config.keep_checkpoints)
-                saved_step = trainer.step
-        if saved_step != trainer.step:  # a signal between the look above and the loop's condition
-            save_checkpoint(checkpoints, trainer.step, trainer.state(), config.keep_checkpoints)
-    write_losses(output / "losses.csv", trainer)
+    with StopSignals() as stop:
+        trainer.add_callback(Interrupts(stop))
+        trainer.train(resume_from_checkpoint=str(source) if source else None)
     return stop.received
 
 
-def write_losses(path: Path, trainer: Trainer) -> None:
-    """Write the loss of every step as CSV, in one piece."""
-    partial = path.with_name(f".{path.name}")
+def write_log(path: Path, history: list[dict[str, Any]]) -> None:
+    """Write the losses, held-out losses and learning rates as CSV, in one piece."""
+    columns = ["step", "loss", "learning_rate", "grad_norm", "eval_loss", "eval_perplexity"]
+    rows: dict[int, dict[str, Any]] = {}
+    for entry in history:
+        rows.setdefault(entry["step"], {}).update({k: entry[k] for k in columns if k in entry})
+    unfinished = path.with_name(f".{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["step", "loss", "seconds"])
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(trainer.log)
-    os.replace(partial, path)
+        writer.writerows(row for _, row in sorted(rows.items()) if len(row) > 1)
+    os.replace(unfinished, path)
 
 
-def export(model: Any, tokenizer: Any, folder: Path) -> None:
+def export(trainer: Trainer, folder: Path) -> None:
     """Write the model and its tokenizer to ``folder``, which is replaced when all is written."""
-    partial = folder.with_name(f".{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    unfinished = folder.with_name(f".{folder.name}")
+    main = trainer.is_world_process_zero()
+    if main:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(unfinished), _internal_call=True)
+    trainer.accelerator.wait_for_everyone()
+    if main:
+        (unfinished / "training_args.bin").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the parsed ``arguments`` say; the exit code."""
+    main = int(os.environ.get("RANK", "0")) == 0
+    say = print if main else lambda *_, **__: None
     checkpoints = arguments.output / "checkpoints"
     try:
-        trainer, tokenizer = set_up(config_from(arguments), checkpoints, arguments.resume)
+        trainer, source = set_up(config_from(arguments), arguments.output, arguments.resume)
     except SETUP_ERRORS as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        say(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted before the first step; nothing to save", file=sys.stderr)
+        say("interrupted before the first step; nothing to save", file=sys.stderr)
         return 128 + signal.SIGINT
+    if source is not None:
+        say(f"resumed from {source}")
     try:
-        stopped_by = train(trainer, arguments.output, checkpoints)
+        stopped_by = train(trainer, source)
+        step = trainer.state.global_step
+        if main:
+            write_log(arguments.output / "losses.csv", trainer.state.log_history)
         if stopped_by is not None:
-            print(
-                f"{stopped_by.name} at step {trainer.step}: the checkpoint is written; "
-                "go on with --resume"
-            )
+            say(f"{stopped_by.name} at step {step}: checkpoint written; go on with --resume")
             return 128 + stopped_by
         if arguments.export:
-            export(trainer.model, tokenizer, arguments.output / "model")
-            print(f"model written to {arguments.output / 'model'}")
-    except (CheckpointError, IdlePatchError, FloatingPointError, OSError) as error:
+            export(trainer, arguments.output / "model")
+            say(f"model written to {arguments.output / 'model'}")
+    except TRAIN_ERRORS as error:
+        # Whichever process it is: the others only learn that this one ended.
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
-    print(f"step {trainer.step} of {trainer.config.steps} done; checkpoints in {checkpoints}")
+    say(f"step {step} of {trainer.args.max_steps} done; checkpoints in {checkpoints}")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code is 0 done, 1 failed while training, 2 wrong input."""
-    return run(build_parser().parse_args(argv))
+    code = run(build_parser().parse_args(argv))
+    if code == 0 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

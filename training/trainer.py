@@ -1,144 +1,177 @@
-"""One training step after the other, and the state that makes them repeatable."""
+"""The Trainer of transformers with any of our losses and with checkpoints that are complete."""
 
-import random
-import time
-from typing import Any, TypedDict
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
+from transformers.trainer_callback import ExportableState
 
-from training.config import DTYPES, TrainConfig
-from training.data import Windows
+from training.checkpoint import (
+    CheckpointError,
+    abandon_checkpoint,
+    begin_checkpoint,
+    checkpoint_folder,
+    commit_checkpoint,
+    partial_folder,
+)
 from training.losses import Loss
+from training.packing import IGNORED
+
+RUN_FILE = "run.json"
+"""What of the settings and the data decides the numbers, in each checkpoint."""
+
+STATE_FILE = "trainer_state.json"
 
 
-class StepRecord(TypedDict):
-    """What the log keeps of a step; steps count from 1."""
-
-    step: int
-    loss: float
-    seconds: float
-
-
-class Trainer:
-    """AdamW on one model, one step a call.
+class Trainer(transformers.Trainer):
+    """Trains with one of our losses; as transformers has it, one process a device.
 
     Args:
-        model: a causal language model of transformers, on its device; ``loss`` prepares it.
-        windows: the data.
         loss: how the loss is computed.
-        config: settings of the run.
-
-    Raises:
-        RuntimeError: the loss cannot be computed with this model.
+        run: what a run that goes on from a checkpoint has to have in common with this one.
+        keep: newest checkpoints that stay on the disk; the best stays too.
+        options: for ``transformers.Trainer``.
     """
 
-    def __init__(self, model: Any, windows: Windows, loss: Loss, config: TrainConfig) -> None:
-        self.model, self.windows, self.loss, self.config = model, windows, loss, config
-        self.device: torch.device = next(model.parameters()).device
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        self.position = 0  # windows consumed
-        self.log: list[StepRecord] = []
-        random.seed(config.seed)
-        torch.manual_seed(config.seed)
-        loss.prepare(model)
-        model.train()
+    def __init__(self, loss: Loss, run: dict[str, Any], keep: int, **options: Any) -> None:
+        loss.prepare(options["model"])
+        super().__init__(**options)
+        self.loss, self.run, self.keep = loss, run, keep
+        self.root = Path(str(self.args.output_dir))
+        # Our own callbacks write the console.
+        self.remove_callback(transformers.PrinterCallback)
+        transformers.utils.logging.disable_progress_bar()
 
-    @property
-    def step(self) -> int:
-        """Steps done."""
-        return len(self.log)
+    def compute_loss(self, model: Any, *arguments: Any, **options: Any) -> Any:
+        """The loss of one batch; see ``transformers.Trainer``.
 
-    def train_step(self) -> StepRecord:
-        """Do one step; after an error the parameters are as they were.
+        Raises:
+            IdlePatchError: it does not go the way that was asked for.
+        """
+        with self.loss.guard(model):
+            return super().compute_loss(model, *arguments, **options)
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Note numbers; see ``transformers.Trainer``.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite.
+        """
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                what = name.replace("grad_norm", "norm of the gradient")
+                raise FloatingPointError(
+                    f"the {what} of step {self.state.global_step}, or of one since the last "
+                    f"line, is {logs[name]}"
+                )
+        super().log(logs, *arguments, **options)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean loss of all held-out tokens, each counting the same, and its perplexity.
 
         Returns:
-            Its record, which is in the log too.
-
-        Raises:
-            FloatingPointError: the loss is not finite.
-            IdlePatchError: the loss does not go the way that was asked for.
+            ``eval_loss``, ``eval_perplexity`` and ``eval_tokens``.
         """
-        started = time.perf_counter()
-        batch = self.windows.batch(self.position, self.config.batch_size).to(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.dtype == "autocast"
-        ):
-            loss = self.loss(self.model, batch)
-        value = float(loss.detach())
-        if value - value != 0:  # infinite or NaN
-            raise FloatingPointError(f"the loss of step {self.step + 1} is {value}")
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # or the clock would stop too early
-
-        self.position += self.config.batch_size
-        record = StepRecord(step=self.step + 1, loss=value, seconds=time.perf_counter() - started)
-        self.log.append(record)
-        return record
-
-    def _learning_rate(self) -> float:
-        rise = (self.step + 1) / max(1, self.config.warmup_steps)
-        return self.config.learning_rate * min(1.0, rise)
-
-    def state(self) -> dict[str, Any]:
-        """All that a later process needs to go on, by parts, as a checkpoint stores them."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "progress": {
-                "position": self.position,
-                "log": [dict(record) for record in self.log],
-                "config": self.config.decisive(),
-                "data": self.windows.fingerprint(),
-            },
-            "rng": self._rng_state(),
+        # Those hold the weights in pieces, which their wrapper puts together.
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        model: Any = self.model_wrapped if sharded else self.model
+        training = model.training
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device="cpu")
+        for batch in self.get_eval_dataloader(eval_dataset):
+            inputs = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                losses = self.loss.token_losses(model, inputs)
+            counted = inputs["labels"][:, 1:] != IGNORED
+            sums = torch.stack([losses.float().sum(1), counted.sum(1)], dim=1)
+            # Processes get equally many sequences, if need be some twice; those are dropped here.
+            gathered: Tensor = self.accelerator.gather_for_metrics(sums)
+            total += gathered.double().sum(0).cpu()
+        model.train(training)
+        loss = float(total[0] / total[1])
+        metrics: dict[str, float] = {
+            "eval_loss": loss,
+            "eval_perplexity": math.exp(min(loss, 700.0)),
+            "eval_tokens": int(total[1]),
         }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``.
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint that is complete or not there.
 
         Raises:
-            ValueError: it belongs to a run with other settings or data; nothing was loaded.
+            CheckpointError: it cannot be written; those that were there still are.
         """
-        progress = state["progress"]
-        given = self.config.decisive()
-        for name, saved in progress["config"].items():
-            if given.get(name) != saved:
+        step, main = self.state.global_step, self.is_world_process_zero()
+        best = self._note_best()
+        try:
+            if main:
+                begin_checkpoint(self.root, step)
+            self.accelerator.wait_for_everyone()
+            partial = str(partial_folder(self.root, step))
+            self.save_model(partial, _internal_call=True)
+            self._save_optimizer_and_scheduler(partial)
+            self._save_scaler(partial)
+            self._save_rng_state(partial)
+            if main:
+                self._save_state(Path(partial))
+            self.accelerator.wait_for_everyone()
+            if main:
+                commit_checkpoint(self.root, step, self.keep, best)
+            self.accelerator.wait_for_everyone()
+        # The writers of transformers, safetensors and PyTorch have no common class of errors.
+        except Exception as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise abandon_checkpoint(self.root, step, error) from error
+
+    def _note_best(self) -> Path | None:
+        """The best checkpoint so far, this one if it is."""
+        if not self.state.best_global_step:
+            return None
+        best = checkpoint_folder(self.root, self.state.best_global_step)
+        if best.exists() or self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(best)
+        return best
+
+    def _save_state(self, partial: Path) -> None:
+        for part in (*self.callback_handler.callbacks, self.control):
+            if isinstance(part, ExportableState):
+                states: Any = self.state.stateful_callbacks
+                states[type(part).__name__] = part.state()
+        self.state.save_to_json(str(partial / STATE_FILE))
+        (partial / RUN_FILE).write_text(json.dumps(self.run, indent=1), encoding="utf-8")
+
+
+def check_same_run(run: Mapping[str, Any], folder: Path) -> None:
+    """Check that the checkpoint in ``folder`` belongs to a run like ``run``.
+
+    Raises:
+        ValueError: other settings or other data decided its numbers.
+    """
+    saved: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    for name, value in saved.items():
+        if name == "data_hash":
+            if run[name] != value:
                 raise ValueError(
-                    f"{name} must be {saved!r}, as in the run that is resumed, "
-                    f"got {given.get(name)!r}"
+                    f"data {run['data']!r} gives other tokens than in the run that is resumed"
                 )
-        if progress["data"] != self.windows.fingerprint():
+        elif run.get(name) != value:
             raise ValueError(
-                f"data {self.config.data!r} gives other tokens than in the run that is resumed"
+                f"{name} must be {value!r}, as in the run that is resumed, got {run.get(name)!r}"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.position = progress["position"]
-        self.log = list(progress["log"])
-        self._set_rng_state(state["rng"])
-
-    def _rng_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"python": random.getstate(), "cpu": torch.get_rng_state()}
-        if self.device.type != "cpu":
-            state[self.device.type] = torch.get_device_module(self.device).get_rng_state()
-        return state
-
-    def _set_rng_state(self, state: dict[str, Any]) -> None:
-        random.setstate(state["python"])
-        torch.set_rng_state(state["cpu"])
-        device_state: Tensor | None = state.get(self.device.type)
-        if self.device.type != "cpu" and device_state is not None:
-            torch.get_device_module(self.device).set_rng_state(device_state)
-
-
-def parameter_dtype(config: TrainConfig) -> torch.dtype:
-    """The dtype that the model is loaded in."""
-    return DTYPES[config.dtype]

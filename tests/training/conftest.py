@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from training.config import TrainConfig
+from training.config import DTYPES, TrainConfig
+from training.data import Windows, load_text, tokenize
+from training.loop import StepLoop
+from training.losses import make_loss
+from training.models import load_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -50,6 +54,15 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def make_loop(config: TrainConfig) -> StepLoop:
+    """The plain loop that the demo has, on the CPU."""
+    device = torch.device("cpu")
+    model, tokenizer = load_model(config.model, DTYPES[config.dtype], device)
+    tokens = tokenize(load_text(config.data), tokenizer)
+    windows = Windows(tokens, config.sequence_length, config.seed)
+    return StepLoop(model, windows, make_loss(config.loss, device), config)
+
+
 @pytest.fixture
 def config(model_folder: Path, text_file: Path) -> TrainConfig:
     return TrainConfig(
@@ -64,6 +77,7 @@ def config(model_folder: Path, text_file: Path) -> TrainConfig:
         device="cpu",
         log_interval=1,
         checkpoint_interval=4,
+        tensorboard=False,
     )
 
 
@@ -73,7 +87,7 @@ def arguments(model_folder: Path, text_file: Path, tmp_path: Path) -> list[str]:
     return (
         f"--model {model_folder} --data {text_file} --loss chunked --steps 10 --batch-size 8 "
         "--sequence-length 16 --learning-rate 1e-2 --warmup-steps 3 --device cpu --log-interval 1 "
-        f"--checkpoint-interval 4 --output {tmp_path}/run"
+        f"--checkpoint-interval 4 --no-tensorboard --output {tmp_path}/run"
     ).split()
 
 

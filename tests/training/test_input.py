@@ -7,14 +7,15 @@ import types
 import pytest
 import torch
 
+from tests.training.conftest import make_loop
 from training import models
-from training.checkpoint import load_checkpoint
-from training.config import TrainConfig, build_parser
+from training.arguments import build_parser
+from training.config import TrainConfig
 from training.data import Windows, load_text, tokenize
 from training.demo import build_parser as build_demo_parser
 from training.losses import make_loss
 from training.models import find_smollm2, load_model
-from training.train import main, set_up
+from training.train import main
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,12 @@ def test_every_argument_has_help(parser):
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be finite and > 0, got 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be finite and > 0, got nan"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be finite and > 0, got 0.0"),
+        ({"eval_fraction": 1.0}, r"eval_fraction must be in \[0, 1\), got 1.0"),
+        ({"eval_fraction": 0.1, "eval_data": "a"}, "eval_data and eval_fraction exclude"),
+        ({"eval_fraction": 0.1, "streaming": True}, "use eval_data with streaming"),
+        ({"isolate_documents": True, "packing": False}, "isolate_documents needs packing"),
+        ({"schedule": "zigzag"}, "schedule must be one of constant, linear, cosine, got 'zigzag'"),
         ({"weight_decay": -1.0}, "weight_decay must be finite and >= 0, got -1.0"),
         ({"loss": "best"}, "loss must be one of full, auto, .* got 'best'"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, autocast, got 'int8'"),
@@ -56,7 +63,12 @@ def test_settings_out_of_range(changed, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--sequence-length", "2000"], "sequence length must be at most the 1000 tokens"),
+        (["--sequence-length", "2000"], "data makes no sequence to learn from"),
+        (["--data", "missing.txt"], "there is no such file"),
+        (["--deepspeed", "missing.json"], "deepspeed: there is no file 'missing.json'"),
+        (["--config-override", "hidden_size=3"], "config_override needs from_scratch"),
+        (["--from-scratch", "--config-override", "size=3"], "no 'size'; the configuration has"),
+        (["--from-scratch", "--config-override", "size"], "must be NAME=VALUE, got 'size'"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--model", "missing.gguf"], "'missing.gguf': there is no such file"),
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
@@ -104,17 +116,18 @@ class TestText:
         with pytest.raises(
             FileNotFoundError, match="no such file, and `datasets` is not installed"
         ):
-            load_text("missing.txt")
+            load_text("missing")
 
     @pytest.fixture
     def fake_datasets(self, monkeypatch):
-        class Split(dict):
+        class Split(list):
             column_names = ("text", "title")
 
-        def load_dataset(name, configuration):
+        def load_dataset(name, configuration, streaming):
             if (name, configuration) != ("poems", "short"):
                 raise ValueError(f"Couldn't find {name}\nmore")
-            return {"train": Split(text=["roses", "violets"], title=["a", "b"])}
+            rows = [{"text": "roses", "title": "a"}, {"text": "violets", "title": "b"}]
+            return {"train": Split(rows)}
 
         module = types.ModuleType("datasets")
         module.load_dataset = load_dataset
@@ -160,10 +173,12 @@ class TestModel:
 
     def test_gguf_file_trains_and_its_export_loads(self, arguments, gguf_file, tmp_path):
         assert main([*arguments, "--model", str(gguf_file), "--steps", "2"]) == 0
-        trained = load_checkpoint(tmp_path / "run/checkpoints/step-00000002")["model"]
-        model, _ = load_model(str(tmp_path / "run/model"), torch.float32, CPU)
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, trained[name]), name
+        folders = (tmp_path / "run/checkpoints/checkpoint-2", tmp_path / "run/model")
+        trained, exported = (load_model(str(f), torch.float32, CPU)[0] for f in folders)
+        start, _ = load_model(str(gguf_file), torch.float32, CPU)
+        for name, tensor in exported.state_dict().items():
+            assert torch.equal(tensor, trained.state_dict()[name]), name
+        assert not torch.equal(exported.lm_head.weight, start.lm_head.weight)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_dtype(self, model_folder, dtype):
@@ -214,9 +229,9 @@ def test_tokens_of_a_text(model_folder):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("loss", ["full", "chunked"])
-def test_other_dtypes_train(config, tmp_path, dtype, loss):
-    trainer, _ = set_up(dataclasses.replace(config, dtype=dtype, loss=loss), tmp_path, None)
-    records = [trainer.train_step() for _ in range(5)]
+def test_other_dtypes_train(config, dtype, loss):
+    loop = make_loop(dataclasses.replace(config, dtype=dtype, loss=loss))
+    records = [loop.train_step() for _ in range(5)]
     assert records[-1]["loss"] < records[0]["loss"]
 
 

@@ -11,12 +11,13 @@ import transformers
 
 from cut_cross_entropy.transformers import CutCrossEntropyWarning, is_patched
 from cut_cross_entropy.transformers.notices import forget_warnings
+from tests.training.conftest import make_loop
 from training import demo
-from training.checkpoint import load_checkpoint
+from training.checkpoint import list_checkpoints
+from training.loop import StepLoop
 from training.losses import CutLogits, FullLogits, IdlePatchError
 from training.memory import peak_bytes
 from training.train import export, main, set_up
-from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -38,10 +39,10 @@ def one_step(model, loss, batch):
 
 
 @pytest.mark.parametrize("impl", ["auto", "chunked", "reference"])
-def test_same_loss_and_gradients(config, tmp_path, impl):
-    trainer, _ = set_up(config, tmp_path, None)
-    model = trainer.model.eval()  # dropout would draw twice
-    batch = trainer.windows.batch(0, 4)
+def test_same_loss_and_gradients(config, impl):
+    loop = make_loop(config)
+    model = loop.model.eval()  # dropout would draw twice
+    batch = loop.windows.batch(0, 4)
     assert_same_step(model, impl, batch)
 
 
@@ -53,11 +54,11 @@ def assert_same_step(model, impl, batch):
         torch.testing.assert_close(cut_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_training_curves_agree(config, tmp_path):
+def test_training_curves_agree(config):
     curves = []
     for loss in ("full", "chunked"):
-        trainer, _ = set_up(dataclasses.replace(config, loss=loss), tmp_path, None)
-        curves.append([trainer.train_step()["loss"] for _ in range(10)])
+        loop = make_loop(dataclasses.replace(config, loss=loss))
+        curves.append([loop.train_step()["loss"] for _ in range(10)])
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
     assert curves[0][-1] < curves[0][0]
 
@@ -101,29 +102,29 @@ def tiny_model(family, **options):
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
-def test_softcap_and_scales_of_a_family(family, config, tmp_path, impl):
-    batch = set_up(config, tmp_path, None)[0].windows.batch(0, 4)
+def test_softcap_and_scales_of_a_family(family, config, impl):
+    batch = make_loop(config).windows.batch(0, 4)
     changed, unchanged = (one_step(model, CutLogits(impl), batch)[0] for model in family)
     assert abs(changed - unchanged) > 0.01
     assert_same_step(family[0], impl, batch)
 
 
-def test_training_curves_of_a_family_agree(family, config, tmp_path):
-    windows = set_up(config, tmp_path, None)[0].windows
+def test_training_curves_of_a_family_agree(family, config):
+    windows = make_loop(config).windows
     curves = []
     for loss in (FullLogits(), CutLogits("chunked")):
-        trainer = Trainer(copy.deepcopy(family[0]), windows, loss, config)
-        curves.append([trainer.train_step()["loss"] for _ in range(10)])
+        loop = StepLoop(copy.deepcopy(family[0]), windows, loss, config)
+        curves.append([loop.train_step()["loss"] for _ in range(10)])
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
     assert curves[0][-1] < curves[0][0]
 
 
-def test_a_model_is_patched_for_the_loss_that_asks_for_it(config, tmp_path):
-    trainer, _ = set_up(config, tmp_path, None)
-    assert is_patched(trainer.model)
-    trainer.train_step()
+def test_a_model_is_patched_for_the_loss_that_asks_for_it(config):
+    loop = make_loop(config)
+    assert is_patched(loop.model)
+    loop.train_step()
     # The demo trains one model with one loss after the other.
-    full = Trainer(trainer.model, trainer.windows, FullLogits(), config)
+    full = StepLoop(loop.model, loop.windows, FullLogits(), config)
     assert not is_patched(full.model)
     assert type(full.model) is transformers.LlamaForCausalLM
     full.train_step()
@@ -131,13 +132,13 @@ def test_a_model_is_patched_for_the_loss_that_asks_for_it(config, tmp_path):
 
 def test_patched_run_leaves_what_a_plain_model_does(config, arguments, tmp_path):
     assert main([*arguments, "--steps", "2"]) == 0
-    plain, tokenizer = set_up(dataclasses.replace(config, loss="full"), tmp_path / "none", None)
-    trained = load_checkpoint(tmp_path / "run/checkpoints/step-00000002")["model"]
-    assert trained.keys() == plain.model.state_dict().keys()
-    plain.model.load_state_dict(trained)
+    folder = tmp_path / "run/checkpoints/checkpoint-2"
+    plain = dataclasses.replace(config, model=str(folder), loss="full")
+    trainer, _ = set_up(plain, tmp_path / "none", None)
+    assert type(trainer.model) is transformers.LlamaForCausalLM
 
     # The export of a patched model is that of a plain one.
-    export(plain.model, tokenizer, tmp_path / "plain")
+    export(trainer, tmp_path / "plain")
     for folder in (tmp_path / "run/model", tmp_path / "plain"):
         config_file = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         assert config_file["architectures"] == ["LlamaForCausalLM"]
@@ -166,18 +167,18 @@ class TestIdlePatch:
         monkeypatch.setattr(CutLogits, "prepare", prepare)
 
     @pytest.mark.usefixtures("with_idle_patch")
-    def test_stops_before_the_first_update(self, config, tmp_path):
-        trainer, _ = set_up(config, tmp_path, None)
-        before = copy.deepcopy(trainer.model.state_dict())
+    def test_stops_before_the_first_update(self, config):
+        loop = make_loop(config)
+        before = copy.deepcopy(loop.model.state_dict())
         with (
             pytest.warns(CutCrossEntropyWarning, match="backward hooks"),
             pytest.raises(
                 IdlePatchError, match=r"loss='chunked' .* LlamaForCausalLM did nothing .*'full'"
             ),
         ):
-            trainer.train_step()
-        assert trainer.step == 0
-        for name, value in trainer.model.state_dict().items():
+            loop.train_step()
+        assert loop.log == []
+        for name, value in loop.model.state_dict().items():
             assert torch.equal(value, before[name]), name
 
     @pytest.mark.usefixtures("with_idle_patch")
@@ -185,16 +186,16 @@ class TestIdlePatch:
     def test_ends_the_scripts(self, arguments, tmp_path, capsys):
         assert main(arguments) == 1
         assert capsys.readouterr().err.startswith("train.py: error: loss='chunked' was asked for")
-        assert not (tmp_path / "run/checkpoints").exists()
+        assert not list_checkpoints(tmp_path / "run/checkpoints")
         assert demo.main(demo_arguments(arguments, tmp_path)) == 2
         assert "demo.py: error: loss='chunked' was asked for" in capsys.readouterr().err
 
-    def test_patch_that_is_gone(self, config, tmp_path):
-        trainer, _ = set_up(config, tmp_path, None)
-        trainer.train_step()
-        FullLogits().prepare(trainer.model)
+    def test_patch_that_is_gone(self, config):
+        loop = make_loop(config)
+        loop.train_step()
+        FullLogits().prepare(loop.model)
         with pytest.raises(IdlePatchError, match="LlamaForCausalLM is not there"):
-            trainer.train_step()
+            loop.train_step()
 
 
 def test_peak_is_what_the_work_held():
@@ -212,7 +213,8 @@ def test_peak_is_what_the_work_held():
 def demo_arguments(arguments, tmp_path):
     """The arguments of the training script that the demo has too."""
     drop = {"--warmup-steps", "--checkpoint-interval"}
-    pairs = zip(arguments[::2], arguments[1::2], strict=True)
+    shared = [word for word in arguments if word != "--no-tensorboard"]
+    pairs = zip(shared[::2], shared[1::2], strict=True)
     return [word for flag, value in pairs if flag not in drop for word in (flag, value)]
 
 

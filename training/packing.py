@@ -1,0 +1,146 @@
+"""Documents to rows of tokens: chat templates, masks of prompts, packing, batches."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.data import Document
+
+IGNORED = -100
+"""Label of a token that no loss is computed for."""
+
+Row = dict[str, Tensor]
+"""``input_ids``, ``labels`` and perhaps ``position_ids`` of one sequence, (T,), int64."""
+
+
+def encode(document: Document, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids and labels of ``document``; where it ends, the end-of-text token if there is one.
+
+    Raises:
+        ValueError: a conversation that the tokenizer has no template for, or an unfit template.
+    """
+    if document.messages is not None:
+        return encode_chat(document.messages, tokenizer)
+    ids = list(tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"])
+    if document.ends and tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return ids, list(ids)
+
+
+def encode_chat(messages: Sequence[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """A conversation through the chat template; only what the assistant says has labels.
+
+    Prompt and answer are tokenized apart, as they are when the model answers, so that no token
+    spans both. The end of a turn that the template writes after an answer belongs to it.
+
+    Raises:
+        ValueError: no template, or one that changes what came before when a message is added.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("data holds conversations, but the tokenizer has no chat template")
+
+    def render(count: int, ask: bool) -> str:
+        text: str = tokenizer.apply_chat_template(
+            list(messages[:count]), tokenize=False, add_generation_prompt=ask
+        )
+        return text
+
+    ids: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for index, message in enumerate(messages):
+        parts = [(index + 1, False, message["role"] == "assistant")]
+        if message["role"] == "assistant":
+            parts.insert(0, (index, True, False))  # up to where the model begins to answer
+        for count, ask, learned in parts:
+            text = render(count, ask)
+            if not text.startswith(done):
+                raise ValueError(
+                    "the chat template of the tokenizer rewrites earlier messages when "
+                    f"message {index + 1} is added; prompts cannot be masked with it"
+                )
+            part = tokenizer(text[len(done) :], add_special_tokens=False, verbose=False)
+            ids += part["input_ids"]
+            labels += part["input_ids"] if learned else [IGNORED] * len(part["input_ids"])
+            done = text
+    return ids, labels
+
+
+def pack(
+    found: Iterable[Document], tokenizer: Any, length: int, isolate: bool = False
+) -> Iterator[Row]:
+    """Documents one after the other in rows of exactly ``length`` tokens; the rest is left out.
+
+    Args:
+        found: the documents.
+        tokenizer: for :func:`encode`.
+        length: tokens a row.
+        isolate: add ``position_ids`` that begin anew with each document, by which transformers
+            keeps attention inside it; and no document predicts the first token of the next.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    position = 0
+    for document in found:
+        new_ids, new_labels = encode(document, tokenizer)
+        if isolate and position == 0 and new_labels:
+            new_labels[0] = IGNORED
+        ids += new_ids
+        labels += new_labels
+        positions += range(position, position + len(new_ids))
+        position = 0 if document.ends else position + len(new_ids)
+        start = 0
+        while len(ids) - start >= length:
+            part = slice(start, start + length)
+            row = {"input_ids": torch.tensor(ids[part]), "labels": torch.tensor(labels[part])}
+            if isolate:
+                row["position_ids"] = _from_zero(torch.tensor(positions[part]))
+            yield row
+            start += length
+        del ids[:start], labels[:start], positions[:start]
+
+
+def _from_zero(positions: Tensor) -> Tensor:
+    """Positions whose first document, begun in an earlier row, begins at 0."""
+    begins = (positions == 0).nonzero()
+    end = int(begins[0]) if len(begins) else len(positions)
+    positions[:end] -= positions[0].clone()
+    return positions
+
+
+def one_by_one(found: Iterable[Document], tokenizer: Any, length: int) -> Iterator[Row]:
+    """Each document in a row of its own, what is longer than ``length`` in several.
+
+    Rows without a label to learn are left out.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    for document in found:
+        new_ids, new_labels = encode(document, tokenizer)
+        ids += new_ids
+        labels += new_labels
+        ready = len(ids) if document.ends else len(ids) // length * length
+        for start in range(0, ready, length):
+            part = slice(start, min(start + length, ready))
+            row = {"input_ids": torch.tensor(ids[part]), "labels": torch.tensor(labels[part])}
+            if (row["labels"][1:] != IGNORED).any():
+                yield row
+        del ids[:ready], labels[:ready]
+
+
+def collate(rows: Sequence[Row], pad_id: int = 0) -> Row:
+    """A batch (B, T) of rows, shorter ones filled up and then with an ``attention_mask``."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    if all(len(row["input_ids"]) == longest for row in rows):
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    batch: Row = {}
+    for name, filler in (("input_ids", pad_id), ("labels", IGNORED)):
+        batch[name] = torch.full((len(rows), longest), filler)
+        for line, row in zip(batch[name], rows, strict=True):
+            line[: len(row[name])] = row[name]
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+    return batch
