@@ -114,7 +114,10 @@ class Worker:
             graph = self.graph = loss()
             return lambda: torch.autograd.grad(graph, inputs, retain_graph=True)
         if kind == "loss-fw":
-            return torch.no_grad()(loss)
+            # As in an evaluation, whose embeddings come out of a model without gradients.
+            assert self.problem is not None
+            plain = dataclasses.replace(self.problem, e=self.problem.e.detach())
+            return torch.no_grad()(self.method.build(plain))
         return lambda: torch.autograd.grad(loss(), inputs)
 
     def first(self, kind: str) -> dict[str, Any]:
