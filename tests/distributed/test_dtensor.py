@@ -347,6 +347,24 @@ def modification_between_forward_and_backward_is_caught(rank):
         loss.backward()
 
 
+# --- the set-ups of docs/distributed.md, as training code would call them
+
+
+@case()
+def every_setup_of_the_table(rank):
+    from benchmark.data import Problem
+    from benchmark.setups import SETUPS
+    from tests.distributed.run_many_gpus import errors, reference
+
+    made = make_problem((16,), classes=304, ignored=0.0)
+    problem = Problem(made.e, made.c, made.targets, 30.0)
+    expected = reference(problem)
+    for name, setup in SETUPS.items():
+        step = setup(problem, "chunked")
+        found = errors(step, step.run(), expected)
+        assert max(found) < 1e-5, (name, found)
+
+
 # --- what is refused
 
 

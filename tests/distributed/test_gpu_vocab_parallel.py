@@ -1,0 +1,105 @@
+"""The compiled kernels in several processes that share one GPU, over gloo."""
+
+import functools
+
+import pytest
+import torch
+
+from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy, record_filter
+from tests.distributed.processes import assert_passed, run_cases
+from tests.distributed.scenario import train
+
+pytestmark = pytest.mark.gpu
+
+WORLD = 4
+TRAINING = {
+    f"{impl}-{dtype}": functools.partial(
+        train, impl=impl, dtype=dtype, device="cuda", tokens=(4, 67), classes=1213, dim=512
+    )
+    for impl in ("cce_exact", "cce", "torch_compile", "chunked")
+    for dtype in ("float16", "bfloat16")
+}
+
+
+def relative_error(got, exact):
+    return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def filtered(rank, own_tokens, softcap):
+    """Data like a trained model's: filtered on every process, and as exact as on one."""
+    from benchmark.data import make
+    from benchmark.shapes import Shape
+
+    shape = Shape("shards", 32768, 1024, softcap)
+    problem = make("structured", 2048, shape, torch.bfloat16, "cuda")
+    own = VocabParallelOptions.from_vocab(32768, gather_e=own_tokens)
+    here = slice(own.start, own.stop)
+    tokens = slice(512 * rank, 512 * (rank + 1)) if own_tokens else slice(0, 2048)
+
+    def gradients(e, c, targets, impl="cce", **options):
+        e, c = (x.detach().clone().requires_grad_() for x in (e, c))
+        linear_cross_entropy(e, c, targets, softcap=softcap, impl=impl, **options).backward()
+        return e.grad, c.grad
+
+    exact_e, exact_c = gradients(
+        problem.e.float(), problem.c.float(), problem.targets, impl="chunked"
+    )
+    alone_e, alone_c = gradients(problem.e, problem.c, problem.targets)
+    with record_filter() as records:
+        grad_e, grad_c = gradients(
+            problem.e[tokens], problem.c[here], problem.targets[tokens], vocab_parallel_options=own
+        )
+    assert [record.path for record in records] == ["filtered"]
+    rounding = relative_error(exact_e.bfloat16(), exact_e)
+    found = relative_error(grad_e, exact_e[tokens])
+    # Beside what one process errs: each of four parts is rounded, and so is each of their sums.
+    assert found < relative_error(alone_e[tokens], exact_e[tokens]) + 2 * rounding, found
+    found = relative_error(grad_c, exact_c[here])
+    assert found < max(relative_error(alone_c[here], exact_c[here]), 2 * rounding) * 1.5, found
+
+
+FILTERED = {
+    f"{'own' if own else 'shared'}-{softcap}": functools.partial(
+        filtered, own_tokens=own, softcap=softcap
+    )
+    for own, softcap in ((False, None), (False, 30.0), (True, 30.0))
+}
+
+
+def unseen(rank):
+    """Nobody looks at the targets on a GPU: NaN on every process; and nothing waits for the device
+    in the forward after the first call."""
+    e = torch.randn(300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    c = torch.randn(512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    torch.distributed.broadcast(e.detach(), 0)
+    targets = torch.arange(300, device="cuda")
+    own = VocabParallelOptions(512 * rank, 512 * (rank + 1))
+
+    def loss():
+        return linear_cross_entropy(
+            e, c, targets, reduction="none", impl="cce", vocab_parallel_options=own
+        )
+
+    assert loss().isfinite().all()
+    targets[7] = 512 * WORLD
+    result = loss()
+    assert result.isnan().sum() == 1
+    assert result[7].isnan()
+    result.sum().backward()
+    assert e.grad[7].isnan().all()
+    assert e.grad[:7].isfinite().all()
+
+
+CASES = {**TRAINING, **FILTERED, "unseen": unseen}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    if not torch.cuda.is_available():
+        pytest.fail("there is no GPU", pytrace=False)
+    return run_cases(CASES, WORLD, tmp_path_factory.mktemp("gpu"), device="cuda")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_processes_on_one_gpu(outcomes, name):
+    assert_passed(outcomes[name])
