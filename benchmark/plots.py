@@ -76,6 +76,17 @@ def figure(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[A
     return made, list(axes[0])
 
 
+def plain_numbers(*axes: Any) -> None:
+    """Write the numbers of logarithmic axes out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    for axis in axes:
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
+        for which in (axis.set_major_formatter, axis.set_minor_formatter):
+            which(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 10 else f"{x:g}"))
+        axis.set_tick_params(which="both", labelsize=8)
+
+
 def label(method: str) -> str:
     """A method's name in a picture."""
     return METHODS[method].title.replace("`", "") or method if method in METHODS else method
@@ -107,6 +118,7 @@ def bars(rows: Sequence[Row], name: str, title: str) -> Plot | None:
             ax.margins(x=0.16)
             ax.tick_params(axis="y", length=0)
         right.set_xscale("log")
+        plain_numbers(right.xaxis)
         right.set_yticklabels([])
         left.set_xlabel("loss and both gradients, ms")
         right.set_xlabel("peak memory, gradients included, MiB")
@@ -142,6 +154,7 @@ def lines(rows: Sequence[Row], name: str, size: str, title: str) -> Plot | None:
         for ax in (left, right):
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")
+            plain_numbers(ax.yaxis)
             ax.set_xlabel("tokens a batch, N" if size == "tokens" else "classes, V")
         left.set_ylabel(f"loss and gradients, µs a {unit}")
         right.set_ylabel("peak memory, MiB")
@@ -174,6 +187,7 @@ def speed_and_error(rows: Sequence[Row], name: str, title: str) -> Plot | None:
         ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
         ax.set_xscale("log")
         ax.set_yscale("log")
+        plain_numbers(ax.xaxis, ax.yaxis)
         ax.set_xlabel("loss and gradients, library products (left is faster)")
         ax.set_ylabel("error of dE, roundings to bfloat16")
         ax.legend(fontsize=8, frameon=False, ncols=2)

@@ -52,7 +52,20 @@ class Measurements:
 
 def table_one(found: Measurements) -> str:
     """The paper's Table 1."""
-    return report.like_the_seed(found.main.select(test_data="gemma2-structured"))
+    text = report.like_the_seed(found.main.select(test_data="gemma2-structured"))
+    return text + picture(found, "bars_gemma2-structured", "Time and memory of all methods")
+
+
+def picture(found: Measurements, name: str, text: str) -> str:
+    """A link to a picture if there are measurements for it."""
+    names = [plot.name for plot in plots_of(found.main)]
+    return f"\n![{text}](images/{name}.png)\n" if name in names else ""
+
+
+def sweep(found: Measurements, size: str) -> str:
+    """Time per token or class as a table and a picture."""
+    text = "Time and memory against the size"
+    return report.sweep(found.main, size) + picture(found, f"sweep_{size}", text)
 
 
 def shapes(found: Measurements) -> str:
@@ -149,8 +162,9 @@ def headline(found: Measurements) -> str:
     rows = device.select(test_data="gemma2-structured", kind="loss-fw-bw")
     text = report.headline(device) + "\n"
     others = [row for row in rows if row["method"] not in ("cce", "cce_exact")]
-    if others:
-        text += "![Time and memory of all methods](docs/images/bars_gemma2-structured.png)\n\n"
+    shown = picture(found, "bars_gemma2-structured", "Time and memory of all methods")
+    if others and shown:
+        text += shown.replace("(images/", "(docs/images/").strip() + "\n\n"
     else:
         text += "Other methods have not been measured on this device.\n\n"
     return text + f"Measured on: {report.where(device)}\n"
@@ -170,8 +184,8 @@ BLOCKS: dict[str, Block] = {
     "filter": lambda found: report.filter_table(found.main),
     "cold-starts": lambda found: report.cold_starts(found.main),
     "options": lambda found: report.options(found.main),
-    "sweep-tokens": lambda found: report.sweep(found.main, "tokens"),
-    "sweep-classes": lambda found: report.sweep(found.main, "classes"),
+    "sweep-tokens": lambda found: sweep(found, "tokens"),
+    "sweep-classes": lambda found: sweep(found, "classes"),
     "largest": largest,
     "parts": parts,
     "ranks": rank_sentence,

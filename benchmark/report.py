@@ -150,7 +150,8 @@ def headline(device: Device) -> str:
 def against_others(device: Device) -> str:
     """Our default beside the best of all that is not this package, problem by problem."""
     lines = []
-    names = in_order([row["test_data"] for row in device.select(kind="loss-fw-bw")], [])
+    shown = [row for row in device.rows if row["part"] in ("table", "tails", "benchmark")]
+    names = in_order([row["test_data"] for row in shown], [])
     for name in names:
         rows = {row["method"]: row for row in device.select(test_data=name, kind="loss-fw-bw")}
         ours = rows.get("cce")
