@@ -197,7 +197,7 @@ def test_opcheck():
 
     problem = make_problem((300,), 1100, 72, bias=True, dtype=torch.bfloat16).on(DEVICE)
     inputs = (problem.e, problem.c, problem.targets, problem.bias)
-    settings = (-100, 5.0, torch.bfloat16, 2**28, TOLERANCE, True, True, True)
+    settings = (-100, 5.0, torch.bfloat16, 2**28, TOLERANCE, 1.0, True, True, True)
     saved = cce_losses(*inputs, *settings)
     upstream = (torch.ones_like(saved[0]), torch.zeros_like(saved[1]))
     with_grad = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
