@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark import report
+from benchmark import cells, evidence, report
 from benchmark.drawings import strips_and_tail
 from benchmark.plots import Plot, digest_of, plots_of, ranks
 from benchmark.results import Device, in_order, read_all, roundings
@@ -52,7 +52,7 @@ class Measurements:
 
 def table_one(found: Measurements) -> str:
     """The paper's Table 1."""
-    text = report.like_the_seed(found.main.select(test_data="gemma2-structured"))
+    text = report.all_kinds(found.main.select(test_data="gemma2-structured"))
     return text + picture(found, "bars_gemma2-structured", "Time and memory of all methods")
 
 
@@ -65,7 +65,7 @@ def picture(found: Measurements, name: str, text: str) -> str:
 def sweep(found: Measurements, size: str) -> str:
     """Time per token or class as a table and a picture."""
     text = "Time and memory against the size"
-    return report.sweep(found.main, size) + picture(found, f"sweep_{size}", text)
+    return evidence.sweep(found.main, size) + picture(found, f"sweep_{size}", text)
 
 
 def shapes(found: Measurements) -> str:
@@ -77,12 +77,12 @@ def shapes(found: Measurements) -> str:
 def all_methods(found: Measurements) -> str:
     """Every method on the problems that were measured with all."""
     names = [name for name in found.problems("table") if name != "gemma2-structured"]
-    return report.by_problem(found.main, names, report.ORDER)
+    return report.by_problem(found.main, names, cells.ORDER)
 
 
 def tails(found: Measurements) -> str:
     """Other kinds of data."""
-    return report.by_problem(found.main, found.problems("tails"), report.ORDER)
+    return report.by_problem(found.main, found.problems("tails"), cells.ORDER)
 
 
 def other_devices(found: Measurements) -> str:
@@ -91,8 +91,8 @@ def other_devices(found: Measurements) -> str:
     for device in found.devices[1:]:
         names = in_order([row["test_data"] for row in device.rows], [])
         if names:
-            text += f"### {device.name}\n\n{report.where(device)}\n\n"
-            text += report.by_problem(device, names, report.ORDER) + "\n"
+            text += f"### {device.name}\n\n{cells.where(device)}\n\n"
+            text += report.by_problem(device, names, cells.ORDER) + "\n"
             text += report.filter_table(device) + "\n"
     return text
 
@@ -113,19 +113,19 @@ def files(found: Measurements) -> str:
                     str(len(content.get("rows", content.get("curves", [])))),
                 )
             )
-    return report.markdown(("file", "device", "PyTorch", "Triton", "commit", "rows"), lines)
+    return cells.markdown(("file", "device", "PyTorch", "Triton", "commit", "rows"), lines)
 
 
 def largest(found: Measurements) -> str:
     """Largest batches."""
     part = found.part("largest")
-    return report.largest(part[0]) if part else ""
+    return evidence.largest(part[0]) if part else ""
 
 
 def parts(found: Measurements) -> str:
     """What each part buys."""
     part = found.part("simulate")
-    return report.parts(part[0], part[1] if part[1].rows else found.main) if part else ""
+    return evidence.parts(part[0], part[1] if part[1].rows else found.main) if part else ""
 
 
 def rank_sentence(found: Measurements) -> str:
@@ -134,7 +134,7 @@ def rank_sentence(found: Measurements) -> str:
     if part is None:
         return ""
     return "".join(
-        f"{report.data_title(name)}, {curve['tokens']:,} tokens: on average "
+        f"{cells.data_title(name)}, {curve['tokens']:,} tokens: on average "
         f"{curve['above_cutoff']:.0f} of {curve['classes']:,} classes lie above the cut-off, and "
         f"they hold {curve['mass_above_cutoff']:.1%} of the probability.\n"
         for name, curve in part[0]["curves"].items()
@@ -167,30 +167,30 @@ def headline(found: Measurements) -> str:
         text += shown.replace("(images/", "(docs/images/").strip() + "\n\n"
     else:
         text += "Other methods have not been measured on this device.\n\n"
-    return text + f"Measured on: {report.where(device)}\n"
+    return text + f"Measured on: {cells.where(device)}\n"
 
 
 Block = Callable[[Measurements], str]
 
 BLOCKS: dict[str, Block] = {
     "headline": headline,
-    "where": lambda found: report.where(found.main) + "\n",
-    "spread": lambda found: report.spread(found.main) + "\n",
+    "where": lambda found: cells.where(found.main) + "\n",
+    "spread": lambda found: evidence.spread(found.main) + "\n",
     "table-1": table_one,
     "all-methods": all_methods,
     "against-others": lambda found: report.against_others(found.main),
     "shapes": shapes,
     "tails": tails,
     "filter": lambda found: report.filter_table(found.main),
-    "cold-starts": lambda found: report.cold_starts(found.main),
-    "options": lambda found: report.options(found.main),
+    "cold-starts": lambda found: evidence.cold_starts(found.main),
+    "options": lambda found: evidence.options(found.main),
     "sweep-tokens": lambda found: sweep(found, "tokens"),
     "sweep-classes": lambda found: sweep(found, "classes"),
     "largest": largest,
     "parts": parts,
     "ranks": rank_sentence,
     "errors": errors_sentence,
-    "failures": lambda found: report.failures(found.main) or "Nothing failed.\n",
+    "failures": lambda found: evidence.failures(found.main) or "Nothing failed.\n",
     "other-devices": other_devices,
     "files": files,
 }

@@ -1,12 +1,12 @@
 """Markdown tables of measurements. ``python -m benchmark.report FILES`` prints those of files."""
 
 import json
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from benchmark.cells import ORDER, data_title, error, markdown, number, title, where
+from benchmark.evidence import failures
 from benchmark.methods import METHODS
 from benchmark.results import (
     Device,
@@ -18,56 +18,8 @@ from benchmark.results import (
 )
 from benchmark.shapes import SHAPES
 
-ORDER = list(METHODS)
-GIB = 1024.0
 
-
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    text = "| " + " | ".join(header) + " |\n"
-    text += "|:---|" + "---:|" * (len(header) - 1) + "\n"
-    return text + "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def title(method: str) -> str:
-    """What a table calls a method."""
-    return METHODS[method].title if method in METHODS else f"`{method}`"
-
-
-def data_title(name: str) -> str:
-    """What a table calls a problem."""
-    model, _, kind = name.rpartition("-")
-    if model in SHAPES:
-        return f"{SHAPES[model].title}, {kind}"
-    return {"smollm2": "SmolLM2, real text", "smol": "SmolLM2, real text"}.get(name, name)
-
-
-def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
-    """A figure, or nothing."""
-    return "" if value is None else format(value, form) + unit
-
-
-def error(row: Row, name: str) -> str:
-    """An error in percent, and in roundings of the exact gradient."""
-    value = row.get(f"error_{name}")
-    if value is None:
-        return ""
-    multiple = roundings(row, name)
-    return f"{value:.2%}" + (f" ({multiple:.1f})" if multiple is not None else "")
-
-
-def where(device: Device) -> str:
-    """One sentence for each environment."""
-    lines = []
-    for found in device.environments:
-        text = f"{found['device']}, PyTorch {found['torch']}, Triton {found['triton']}"
-        if "python" in found:
-            text += f", Python {found['python']}"
-        lines.append(text + f", commit {found['commit']}")
-    return "; ".join(lines) + "."
-
-
-def like_the_seed(rows: Sequence[Row]) -> str:
+def all_kinds(rows: Sequence[Row]) -> str:
     """Every method and kind of one problem: the columns of the command's own table."""
     kinds = ("loss-fw", "loss-bw", "loss-fw-bw")
     rows = sorted(rows, key=lambda row: (kinds.index(row["kind"]), row["runtime_ms"]))
@@ -179,105 +131,6 @@ def against_others(device: Device) -> str:
     return markdown(header, lines) if lines else ""
 
 
-def cold_starts(device: Device) -> str:
-    """First calls from empty caches."""
-    found: dict[str, float] = {}
-    for row in device.rows:
-        if row.get("cold") and row["part"] in ("table", "benchmark"):
-            found.setdefault(row["method"], row["first_ms"] / 1e3)
-    lines = [(title(m), f"{found[m]:.1f} s") for m in in_order(found, ORDER)]
-    return markdown(("method", "first call"), lines) if lines else ""
-
-
-def options(device: Device) -> str:
-    """Ignored targets and frozen inputs beside the plain call."""
-    rows = [row for row in device.select("options") if row["kind"] == "loss-fw-bw"]
-    names = in_order([row["test_data"] for row in rows], [])
-    methods = in_order([row["method"] for row in rows], ORDER)
-    if not rows:
-        return ""
-    cells = {(row["test_data"], row["method"]): row for row in rows}
-    lines = []
-    for name in names:
-        what, _, value = name.rpartition("-")
-        text = f"{float(value):.0%} of the targets ignored" if what == "ignored" else (
-            f"`{value}` needs no gradient")  # fmt: skip
-        found = [cells.get((name, method)) for method in methods]
-        lines.append(
-            (
-                text,
-                *(
-                    number(None if row is None else row["runtime_ms"], ".1f", " ms")
-                    for row in found
-                ),
-            )
-        )
-    return markdown(("", *map(title, methods)), lines)
-
-
-def sweep(device: Device, size: str) -> str:
-    """Time per token or per class."""
-    letter = "N" if size == "tokens" else "V"
-    rows = [row for row in device.select("sweeps") if row["test_data"].startswith(letter)]
-    if not rows:
-        return ""
-    methods = in_order([row["method"] for row in rows], ORDER)
-    cells = {(row[size], row["method"]): row for row in rows}
-    unit = "token" if size == "tokens" else "class"
-    lines = []
-    for n in sorted({row[size] for row in rows}):
-        line = [f"{n:,}"]
-        for method in methods:
-            row = cells.get((n, method))
-            line.append("" if row is None else f"{row['runtime_ms'] * 1e3 / n:.2f}")
-        lines.append(line)
-    return markdown((f"{letter}, µs a {unit}", *map(title, methods)), lines)
-
-
-def largest(content: dict[str, Any]) -> str:
-    """Largest batches."""
-    limits = sorted({row["limit_gib"] for row in content["rows"]})
-    methods = in_order([row["method"] for row in content["rows"]], ORDER)
-    cells = {(row["method"], row["limit_gib"]): row for row in content["rows"]}
-    lines = []
-    for method in methods:
-        line = [title(method)]
-        for limit in limits:
-            row = cells.get((method, limit))
-            if row is None:
-                line.append("")
-            elif row["tokens"] >= content["most"]:
-                line.append(f"{row['tokens']:,} ran; about {row['forecast']:,}")
-            else:
-                line.append(f"{row['tokens']:,}")
-        lines.append(line)
-    return markdown(("method", *(f"within {limit:g} GiB" for limit in limits)), lines)
-
-
-def parts(content: dict[str, Any], device: Device) -> str:
-    """What each part of the filter buys, simulated, with the times of what exists."""
-    exists = {"no filter": "cce_exact", "strips and tail, classes by membership": "cce",
-              "tiles, classes by mean logit": "apple"}  # fmt: skip
-    lines = []
-    for row in content["rows"]:
-        method = exists.get(row["part"])
-        timed = device.select(test_data=row["test_data"], method=method, kind="loss-fw-bw")
-        time = f"{timed[0]['runtime_ms']:.1f} ms ({title(method or '')})" if timed else ""
-        lines.append(
-            (
-                data_title(row["test_data"]),
-                row["part"],
-                f"{row['kept']:.1%}",
-                f"{row['error_e']:.3%} ({row['error_e'] / row['rounding_e']:.1f})",
-                f"{row['error_c']:.3%} ({row['error_c'] / row['rounding_c']:.1f})",
-                number(row.get("pairs"), ".1f"),
-                time,
-            )
-        )
-    header = ("data", "part", "kept", "error of dE", "of dC", "pairs in dC", "time measured")
-    return markdown(header, lines)
-
-
 def filter_table(device: Device) -> str:
     """What the filter kept and dropped."""
     lines = []
@@ -294,32 +147,6 @@ def filter_table(device: Device) -> str:
             )
     header = ("data", "strips kept", "dropped mass", "flat tokens", "path")
     return markdown(header, lines) if lines else ""
-
-
-def failures(device: Device) -> str:
-    """What could not be measured, and why."""
-    lines = [
-        f"- {file}: {found.get('test_data', '')} {title(found['method'])} "
-        f"{found.get('what', '')}: {found['error']}"
-        for file, content in device.files.items()
-        for found in content.get("failures", [])
-    ]
-    return "\n".join(lines) + "\n" if lines else ""
-
-
-def spread(device: Device) -> str:
-    """How far repetitions lie apart, in one sentence."""
-    shares = [
-        (row["q3_ms"] - row["q1_ms"]) / row["runtime_ms"]
-        for row in device.rows
-        if row.get("repetitions", 0) > 3
-    ]
-    if not shares:
-        return ""
-    return (
-        f"Between the quartiles of the repetitions of a row lie {statistics.median(shares):.1%} of "
-        f"its median (median row), {sorted(shares)[int(0.9 * len(shares))]:.1%} for one row in ten."
-    )
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmark import remake, report
+from benchmark import evidence, remake, report
 from benchmark.plots import Plot, digest_of, figure
 from benchmark.remake import BLOCKS, Measurements, fill, stale
 from benchmark.results import complete, of_results, read_all
@@ -81,16 +81,16 @@ def test_a_verdict_for_every_column(found):
 
 
 def test_tables_show_the_rows(found):
-    assert report.like_the_seed(found.main.rows).count("\n") == 5
-    assert "| 0.30% (1.9) | 0.25% (1.6) |" in report.like_the_seed(found.main.rows)
+    assert report.all_kinds(found.main.rows).count("\n") == 5
+    assert "| 0.30% (1.9) | 0.25% (1.6) |" in report.all_kinds(found.main.rows)
     assert "Gemma 2 2B (V 256,000, D 2,304, softcap) | 20.0 ms | 1.50 |" in report.headline(
         found.main
     )
     largest = remake.largest(found)
     assert "1,000 ran; about 90,000" in largest
     assert "| full logits, eager | 512 |" in largest
-    assert "| `cce` | 9.0 s |" in report.cold_starts(found.main)
-    assert "Liger load: ImportError: no" in report.failures(found.main)
+    assert "| `cce` | 9.0 s |" in evidence.cold_starts(found.main)
+    assert "Liger load: ImportError: no" in evidence.failures(found.main)
     assert "### Old GPU" in remake.other_devices(found)
 
 
@@ -153,9 +153,9 @@ def test_parts_of_the_suite_are_problems_that_the_tables_find(tmp_path):
         for part in names
     ]
     device = of_results(contents)
-    assert "90% of the targets ignored" in report.options(device)
-    assert "`e` needs no gradient" in report.options(device)
-    assert report.sweep(device, "tokens").startswith("| N, µs a token")
+    assert "90% of the targets ignored" in evidence.options(device)
+    assert "`e` needs no gradient" in evidence.options(device)
+    assert evidence.sweep(device, "tokens").startswith("| N, µs a token")
     assert report.headline(device).count("\n") == 2 + 12
 
 
