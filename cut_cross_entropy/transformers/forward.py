@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cut_cross_entropy.distributed.dtensor import is_dtensor
 from cut_cross_entropy.transformers import interception
 from cut_cross_entropy.transformers.deferred_logits import DeferredLogits
 from cut_cross_entropy.transformers.forward_record import (
@@ -16,7 +15,7 @@ from cut_cross_entropy.transformers.forward_record import (
     enter,
     leave,
 )
-from cut_cross_entropy.transformers.gathering import gathers, is_sharded, own_parameter
+from cut_cross_entropy.transformers.gathering import gathers, is_sharded
 from cut_cross_entropy.transformers.heads import find_heads, num_rows, why_not_intercept
 from cut_cross_entropy.transformers.outputs import replace_lazy
 from cut_cross_entropy.transformers.utils import PatchOptions
@@ -85,35 +84,32 @@ def _intercepted(
         return original(model, *args, **kwargs)  # a part of a patched model: the whole has them
 
     record = ForwardRecord(model, options, labels)
-    installed = []
+    installed: list[interception.HeadForward] = []
     enter(record)
     try:
         for head in heads:
-            reason = why_not_intercept(model, head)
+            reason = why_not_intercept(head)
             if reason is None:
-                interception.install(head)
-                installed.append(head)
+                installed.append(interception.install(head))
             else:
                 record.not_captured = reason
         output = original(model, *args, **kwargs)
         if outer is None:
-            output = replace_lazy(output, _replacement(model, heads, record))
+            output = replace_lazy(output, _replacement(model, installed, record))
     finally:
         leave(record)
-        for head in installed:
-            interception.remove(head)
+        for stand_in in installed:
+            interception.remove(stand_in)
     record.check_at_return(torch.is_grad_enabled())
     return output
 
 
 def _replacement(
-    model: nn.Module, heads: list[nn.Module], record: ForwardRecord
+    model: nn.Module, installed: list[interception.HeadForward], record: ForwardRecord
 ) -> Callable[[Any], Any]:
     if model.training:
         return lambda lazy: None
-    if is_sharded(model) or any(
-        gathers(head) or is_dtensor(own_parameter(head, "weight")) for head in heads
-    ):
+    if is_sharded(model) or any(stand_in.is_spread for stand_in in installed):
         # The weights may be gone after the forward, and only all processes together get them back.
         return lambda lazy: _real(lazy, record)
     return DeferredLogits
@@ -141,7 +137,7 @@ def _traced(
     weights: list[Tensor] = []
     sizes: list[int] = []
     for head in find_heads(model):
-        reason = why_not_intercept(model, head)
+        reason = why_not_intercept(head)
         if reason is None and gathers(head):
             reason = "its head is sharded by itself and traced by torch.compile"
         rows = num_rows(head)

@@ -16,16 +16,14 @@ _GATHERING_PACKAGES = ("torch", "deepspeed")
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP, of either kind, gathers the parameters of ``module`` around its forward."""
-    if type(module) is nn.Linear:
-        return False
-    names = [base.__name__ for base in type(module).__mro__]
-    return "FSDPModule" in names or "FullyShardedDataParallel" in names
+    cls = type(module)  # by what only these two have: to import them takes long
+    return hasattr(cls, "set_requires_gradient_sync") or hasattr(cls, "summon_full_params")
 
 
 def is_partitioned(module: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO-3 has partitioned parameters of ``module`` or of its parts."""
     if type(module) is nn.Linear:
-        return any(hasattr(p, "ds_id") for p in (own_parameter(module, "weight"),))
+        return hasattr(own_parameter(module, "weight"), "ds_id")
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 

@@ -49,7 +49,7 @@ def find_heads(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def why_not_intercept(model: nn.Module, head: nn.Module) -> str | None:
+def why_not_intercept(head: nn.Module) -> str | None:
     """Why the calls of ``head`` have to stay as they are, or None."""
     if head._backward_hooks or head._backward_pre_hooks:
         return "its head has backward hooks, which need the logits"

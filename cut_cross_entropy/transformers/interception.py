@@ -25,7 +25,7 @@ from cut_cross_entropy.transformers.lazy_shards import (
     why_not_vocab_parallel,
 )
 from cut_cross_entropy.transformers.origin import Origin, current_autocast, depends_on
-from cut_cross_entropy.transformers.recorded import Recipe
+from cut_cross_entropy.transformers.recorded import Recipe, Unevaluated
 
 Request = Callable[[Recipe], Tensor]
 
@@ -52,6 +52,11 @@ class HeadForward:
         self.gathers = gathers(head)
         self.instance_call = head.__dict__.get("_compiled_call_impl")
         self.defers = self.gathers and self.is_plain and self.instance_call is None
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether only all processes together can read its weight."""
+        return self.gathers or is_dtensor(own_parameter(self.product, "weight"))
 
     def __call__(
         self, *args: Any, cce_request: Request | None = None, **kwargs: Any
@@ -130,6 +135,10 @@ class HeadForward:
         rows = num_rows(product)
         with HeadMode(record, () if rows is None else (rows,), args[0].shape[:-1]):
             result: LazyLogits | LazyShards | Tensor = self.forward(*args, **kwargs)
+        if not isinstance(result, Unevaluated) and is_dtensor(own_parameter(product, "weight")):
+            record.not_captured = record.not_captured or (
+                "its head is tensor-parallel and multiplied its part of the classes by itself"
+            )
         return result
 
 
@@ -240,8 +249,8 @@ def _why_not(x: Any, weight: Any, autocast_dtype: torch.dtype | None) -> str | N
     return None
 
 
-def install(head: nn.Module) -> None:
-    """Intercept the calls of ``head`` until :func:`remove`; may be nested."""
+def install(head: nn.Module) -> HeadForward:
+    """Intercept the calls of ``head`` until :func:`remove` of the result; may be nested."""
     with _lock:
         attributes = product_of(head).__dict__
         forward = attributes.get("forward")
@@ -251,18 +260,18 @@ def install(head: nn.Module) -> None:
             if forward.defers:  # where nn.Module.__call__ looks before it runs any hook
                 head.__dict__["_compiled_call_impl"] = forward.call
         forward.users += 1
+        return forward
 
 
-def remove(head: nn.Module) -> None:
+def remove(forward: HeadForward) -> None:
     """Undo one :func:`install`."""
     with _lock:
-        attributes = product_of(head).__dict__
-        forward = attributes["forward"]
         forward.users -= 1
         if forward.users:
             return
+        attributes = forward.product.__dict__
         if forward.defers:
-            del head.__dict__["_compiled_call_impl"]
+            del forward.head.__dict__["_compiled_call_impl"]
         if forward.instance_forward is None:
             del attributes["forward"]
         else:

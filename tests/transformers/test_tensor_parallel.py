@@ -110,7 +110,12 @@ def by_transformers(rank, folder):
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").train()
-    return step(cce_patch(model))
+    trained = step(cce_patch(model))
+    model.eval()
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        output = model(**batch())
+    return trained, (output.loss, output.logits), [str(w.message) for w in caught]
 
 
 def tensor_parallel(rank, folder):
@@ -157,7 +162,10 @@ def test_evaluation_has_logits(results):
 
 
 def test_tensor_parallelism_of_transformers(results):
-    expected = loss_and_grads(llama(vocab_size=132))
-    for *_, (loss, grads, count) in results:
+    model = llama(vocab_size=132)
+    expected, evaluated = loss_and_grads(model), model.eval()(**batch())
+    for *_, ((loss, grads, count), output, messages) in results:
         assert_same_step(expected, (loss, grads))
         assert count == 1
+        torch.testing.assert_close(output, (evaluated.loss, evaluated.logits))
+        assert any("multiplied its part of the classes" in text for text in messages), messages
