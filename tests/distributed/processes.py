@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import traceback
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,15 @@ import torch.multiprocessing as mp
 from torch.multiprocessing.spawn import ProcessException
 
 TIMEOUT = 60  # seconds that a collective waits for the other processes
+
+PRELOADED = [
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "cut_cross_entropy.kernels.pipeline",
+    "tests.support",
+]
 
 
 class Die(Exception):
@@ -31,7 +41,7 @@ def run_cases(cases, world_size, folder, *, device="cpu", timeout=TIMEOUT):
         By name: a list with, for each rank, None or the text of what was raised.
     """
     # The server imports once; what it forks has run no backward pass, which a fork cannot follow.
-    multiprocessing.set_forkserver_preload(["torch", "tests.support", "cut_cross_entropy"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     method = "forkserver" if device == "cpu" else "spawn"
     arguments = (list(cases.items()), world_size, str(folder), timeout)
     died = "not run"
@@ -39,12 +49,15 @@ def run_cases(cases, world_size, folder, *, device="cpu", timeout=TIMEOUT):
         mp.start_processes(_process, arguments, nprocs=world_size, start_method=method)
     except ProcessException as error:
         died = f"in this case or one before it: {error}"
-    store = dist.FileStore(f"{folder}/store", world_size)
 
-    def outcome(key):
-        return (store.get(key).decode() or None) if store.check([key]) else died
+    def outcome(file):
+        return (file.read_text() or None) if file.exists() else died
 
-    return {name: [outcome(f"{name}/{rank}") for rank in range(world_size)] for name in cases}
+    # In files of their own: that of a store is gone with the last process.
+    files = [
+        [Path(f"{folder}/{i}-{rank}") for rank in range(world_size)] for i in range(len(cases))
+    ]
+    return {name: [outcome(f) for f in files[i]] for i, name in enumerate(cases)}
 
 
 def _process(rank, cases, world_size, folder, timeout):
@@ -59,15 +72,18 @@ def _process(rank, cases, world_size, folder, timeout):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     generation, start = 0, functools.partial(_new_group, store, rank, world_size, timeout)
     start(generation)
-    for name, case in cases:
+    for i, (name, case) in enumerate(cases):
+        report = Path(f"{folder}/{i}-{rank}")
         try:
             case(rank)
             outcome = ""
         except Die:
+            report.write_text("")
             store.set(f"{name}/{rank}", "")
             os._exit(0)
         except BaseException:  # what pytest raises is no Exception
             outcome = traceback.format_exc() or "failed"
+        report.write_text(outcome)
         store.set(f"{name}/{rank}", outcome)
         outcomes = [store.get(f"{name}/{other}") for other in range(world_size)]
         if any(outcomes):
