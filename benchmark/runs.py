@@ -101,7 +101,7 @@ def measure(task: Task, session: Session) -> list[dict[str, Any]]:
             _ask_for(task, session, "gemm", "describe", answer)
             session.data[task.name] = answer.get("data", {})
             _quietly(session, "gemm", "release")
-        for name in [name for name in loaded if name in session.pool and name != "gemm"]:
+        for name in [name for name in found if name in session.pool and name != "gemm"]:
             session.progress(f"{task.name}: errors of {name}")
             _ask_for(task, session, name, "errors", found[name])
             _quietly(session, name, "release")
