@@ -59,8 +59,9 @@ def forward(
         for classes in problem.class_blocks():
             logits, _ = problem.logits(e_block, classes)
             lse[tokens] = torch.logaddexp(lse[tokens], torch.logsumexp(logits, dim=1))
-            rows, columns = _targets_within(target_block, classes)
-            target_logit[tokens][rows] = logits[rows, columns]
+            here, columns = _targets_within(target_block, classes)
+            found = logits.gather(1, columns[:, None])[:, 0]
+            target_logit[tokens] = torch.where(here, found, target_logit[tokens])
 
     if group is not None:
         # All N tokens, so that shards whose implementations differ exchange the same.
@@ -135,8 +136,10 @@ def backward(
             exponent = logits.sub_(lse[tokens, None])
             F.threshold(exponent, problem.floor, -torch.inf, inplace=True)
             grad = exponent.exp_().mul_(a[tokens, None])
-            rows, columns = _targets_within(target_block, classes)
-            grad[rows, columns] -= b[tokens][rows]
+            here, columns = _targets_within(target_block, classes)
+            at_target = grad.gather(1, columns[:, None])
+            at_target -= torch.where(here, b[tokens], 0)[:, None]
+            grad.scatter_(1, columns[:, None], at_target)
             if slope is not None:
                 grad.mul_(slope)
             if need_bias:
@@ -157,9 +160,12 @@ def backward(
 
 
 def _targets_within(targets: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
-    """Rows of a block whose target lies in ``classes``, and its column there."""
-    rows = ((targets >= classes.start) & (targets < classes.stop)).nonzero().squeeze(1)
-    return rows, targets[rows] - classes.start
+    """Whether the target of each row lies in ``classes``, and its column there, or any column.
+
+    A list of those rows would be shorter, but the host would wait for its length at every block.
+    """
+    here = (targets >= classes.start) & (targets < classes.stop)
+    return here, (targets - classes.start).clamp(0, classes.stop - classes.start - 1)
 
 
 def choose_blocks(
@@ -211,8 +217,9 @@ class _Problem:
             check_target_range(targets, c.shape[0], ignore_index)
         kept = targets != ignore_index
         self.num_tokens = targets.shape[0]
-        self.num_kept = int(kept.sum())
-        self.rows = None if self.num_kept == self.num_tokens else kept.nonzero().squeeze(1)
+        rows = kept.nonzero().squeeze(1)  # on a GPU the host waits here, once a pass
+        self.num_kept = rows.shape[0]
+        self.rows = None if self.num_kept == self.num_tokens else rows
         self.targets = self.gather(targets).long() - first_class
         in_range = (self.targets >= 0) & (self.targets < c.shape[0])
         self.in_range = in_range if group is None else torch.ones_like(in_range)
