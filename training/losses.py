@@ -136,7 +136,9 @@ class CutLogits:
             IdlePatchError: the loss came from full logits all the same.
         """
         from cut_cross_entropy.transformers import call_count, is_patched
+        from cut_cross_entropy.transformers.patch import language_model
 
+        model = language_model(model)
         before = call_count(model)
         yield
         if call_count(model) == before:

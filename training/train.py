@@ -136,7 +136,7 @@ def training_arguments(config: TrainConfig, folder: Path, device: torch.device) 
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=config.dtype == "autocast",
-        use_cpu=cpu,
+        use_cpu=cpu and config.deepspeed is None,
         ddp_backend="gloo" if cpu and "WORLD_SIZE" in os.environ else None,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=not cpu,
@@ -270,13 +270,16 @@ def export(trainer: Trainer, folder: Path) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the parsed ``arguments`` say; the exit code."""
-    main = int(os.environ.get("RANK", "0")) == 0
+    rank = int(os.environ.get("RANK", "0"))
+    main = rank == 0
     say = print if main else lambda *_, **__: None
+    # Any process may be the one that fails: the others only learn that it ended.
+    failed = "train.py: error" if main else f"train.py, process {rank}: error"
     checkpoints = arguments.output / "checkpoints"
     try:
         trainer, source = set_up(config_from(arguments), arguments.output, arguments.resume)
     except SETUP_ERRORS as error:
-        say(f"train.py: error: {error}", file=sys.stderr)
+        print(f"{failed}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         say("interrupted before the first step; nothing to save", file=sys.stderr)
@@ -295,8 +298,7 @@ def run(arguments: argparse.Namespace) -> int:
             export(trainer, arguments.output / "model")
             say(f"model written to {arguments.output / 'model'}")
     except TRAIN_ERRORS as error:
-        # Whichever process it is: the others only learn that this one ended.
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"{failed}: {error}", file=sys.stderr)
         return 1
     say(f"step {step} of {trainer.args.max_steps} done; checkpoints in {checkpoints}")
     return 0

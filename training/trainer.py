@@ -89,15 +89,10 @@ class Trainer(transformers.Trainer):
         training = model.training
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device="cpu")
-        for batch in self.get_eval_dataloader(eval_dataset):
-            inputs = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager():
-                losses = self.loss.token_losses(model, inputs)
-            counted = inputs["labels"][:, 1:] != IGNORED
-            sums = torch.stack([losses.float().sum(1), counted.sum(1)], dim=1)
-            # Processes get equally many sequences, if need be some twice; those are dropped here.
-            gathered: Tensor = self.accelerator.gather_for_metrics(sums)
-            total += gathered.double().sum(0).cpu()
+        # A loader draws a number; the training is to be the same with and without evaluations.
+        with torch.random.fork_rng(devices=[]):
+            for batch in self.get_eval_dataloader(eval_dataset):
+                total += self._sums(model, self._prepare_inputs(batch))
         model.train(training)
         loss = float(total[0] / total[1])
         metrics: dict[str, float] = {
@@ -110,6 +105,16 @@ class Trainer(transformers.Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _sums(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Sum of the losses and number of the tokens in a batch, of all processes."""
+        with self.compute_loss_context_manager():
+            losses = self.loss.token_losses(model, inputs)
+        counted = inputs["labels"][:, 1:] != IGNORED
+        sums = torch.stack([losses.float().sum(1), counted.sum(1)], dim=1)
+        # Processes get equally many sequences, if need be some twice; those are dropped here.
+        gathered: Tensor = self.accelerator.gather_for_metrics(sums)
+        return gathered.double().sum(0).cpu()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint that is complete or not there.

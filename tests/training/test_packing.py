@@ -1,0 +1,260 @@
+"""Documents become rows: sources, chat masks, packing, streaming."""
+
+import json
+import random
+import sys
+import tracemalloc
+
+import pytest
+import torch
+import transformers
+
+from training.data import Document, documents
+from training.models import load_model
+from training.packing import IGNORED, collate, encode, encode_chat, one_by_one, pack
+from training.rows import LoadedRows, StreamedRows
+from training.train import main
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}|\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "Three?"},
+    {"role": "assistant", "content": "Four."},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder):
+    """One token a byte, with a chat template and an end of text."""
+    tokenizer = load_model(str(model_folder), torch.float32, None)[1]
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def with_end(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "eos_token_id", 7, raising=False)
+    return tokenizer
+
+
+class TestDocuments:
+    def test_a_text_file_comes_in_pieces_that_add_up(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("training.data.PIECE", 50)
+        path = tmp_path / "text.txt"
+        text = "".join(f"line {i} of the text\n" for i in range(40))
+        path.write_text(text, encoding="utf-8")
+        pieces = list(documents(str(path)))
+        assert "".join(piece.text for piece in pieces) == text
+        assert all(piece.text.endswith("\n") for piece in pieces)
+        assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+    def test_json_lines(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        rows = [{"text": "plain"}, {"messages": CHAT}, {"text": CHAT}]
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+        assert list(documents(str(path))) == [
+            Document("plain"),
+            Document(messages=tuple(CHAT)),
+            Document(messages=tuple(CHAT)),
+        ]
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ('{"text": "cut o', r"line 2: no JSON \("),
+            ('["a"]', "line 2: must be an object with 'text' or 'messages'"),
+            ('{"title": "a"}', "line 2: must be an object with 'text' or 'messages'"),
+            ('{"text": 3}', "line 2: must be a text or a list of messages .* got '3'"),
+            ('{"messages": [{"role": "user"}]}', "line 2: must be a text or a list of messages"),
+            ('{"messages": []}', "line 2: must be a text or a list of messages"),
+        ],
+    )
+    def test_damaged_line_is_named(self, tmp_path, line, message):
+        path = tmp_path / "rows.jsonl"
+        path.write_text('{"text": "fine"}\n' + line + "\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            list(documents(str(path)))
+
+    def test_a_folder_in_the_order_of_its_names(self, tmp_path):
+        (tmp_path / "b.txt").write_text("second")
+        (tmp_path / "a.jsonl").write_text('{"text": "first"}\n')
+        (tmp_path / "c.bin").write_bytes(b"\xff")
+        assert [document.text for document in documents(str(tmp_path))] == ["first", "second"]
+
+    def test_an_empty_folder(self, tmp_path):
+        with pytest.raises(ValueError, match="holds no text"):
+            list(documents(str(tmp_path)))
+
+    def test_a_path_that_is_not_there_is_not_looked_up(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        for name in ("missing.txt", "/no/such/folder"):
+            with pytest.raises(FileNotFoundError, match=r"there is no such file$"):
+                list(documents(name))
+
+
+class TestChat:
+    def test_only_answers_have_labels(self, tokenizer):
+        ids, labels = encode_chat(CHAT, tokenizer)
+        whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
+        assert tokenizer.decode(ids) == whole
+        learned = [i if i == label else None for i, label in zip(ids, labels, strict=True)]
+        assert set(labels) - set(ids) == {IGNORED}
+        answers = tokenizer.decode([i for i in learned if i is not None])
+        assert answers == "Two.|\nFour.|\n"
+
+    def test_no_template(self, model_folder):
+        plain = load_model(str(model_folder), torch.float32, None)[1]
+        with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+            encode(Document(messages=tuple(CHAT)), plain)
+
+    def test_a_template_that_rewrites_what_was_said(self, tokenizer, monkeypatch):
+        monkeypatch.setattr(
+            tokenizer, "chat_template", "{{ messages | length }}" + TEMPLATE, raising=False
+        )
+        with pytest.raises(ValueError, match="rewrites earlier messages when message 2 is added"):
+            encode_chat(CHAT, tokenizer)
+
+    def test_prompts_add_nothing_to_the_loss(self, tokenizer, model_folder):
+        model = load_model(str(model_folder), torch.float32, None)[0].eval()
+        (row,) = one_by_one([Document(messages=tuple(CHAT))], tokenizer, 200)
+        batch = collate([row])
+        with torch.no_grad():
+            loss = model(**batch).loss
+            logits = model(input_ids=batch["input_ids"]).logits[0, :-1]
+        targets = batch["labels"][0, 1:]
+        learned = targets != IGNORED
+        expected = torch.nn.functional.cross_entropy(logits[learned], targets[learned])
+        assert 0 < learned.sum() < len(targets)
+        torch.testing.assert_close(loss, expected)
+
+
+class TestPacking:
+    def test_rows_are_full_and_nothing_is_lost_but_the_rest(self, with_end):
+        found = [Document("abc"), Document("defgh", ends=False), Document("ij"), Document("k")]
+        rows = list(pack(found, with_end, length=4))
+        ids = torch.cat([row["input_ids"] for row in rows])
+        whole = [i for text in ("abc", "defghij", "k") for i in (*with_end(text).input_ids, 7)]
+        assert ids.tolist() == whole[: len(whole) // 4 * 4]
+        assert all(torch.equal(row["input_ids"], row["labels"]) for row in rows)
+
+    def test_isolated_documents_have_the_losses_they_have_alone(self, tokenizer, model_folder):
+        model = load_model(str(model_folder), torch.float32, None)[0].eval()
+        texts = ["first text", "another one", "end"]
+        (row,) = pack([Document(text) for text in texts], tokenizer, 24, isolate=True)
+        batch = collate([row])
+        assert batch["position_ids"][0].tolist() == [*range(10), *range(11), *range(3)]
+        with torch.no_grad():
+            logits = model(**batch, use_cache=False).logits[0]
+            start = 0
+            for text in texts:
+                alone = model(**tokenizer(text, return_tensors="pt")).logits[0]
+                torch.testing.assert_close(logits[start : start + len(alone)], alone)
+                assert row["labels"][start] == IGNORED
+                start += len(alone)
+
+    def test_a_document_that_goes_on_in_the_next_row_begins_at_zero(self, tokenizer):
+        rows = list(pack([Document("abcdef"), Document("gh")], tokenizer, 4, isolate=True))
+        assert [row["position_ids"].tolist() for row in rows] == [[0, 1, 2, 3], [0, 1, 0, 1]]
+
+    def test_one_by_one_cuts_pads_and_leaves_out_what_teaches_nothing(self, tokenizer):
+        found = [Document("abcdef"), Document("g"), Document("hi", ends=False), Document("jk")]
+        rows = list(one_by_one(found, tokenizer, 5))
+        texts = [tokenizer.decode(row["input_ids"]) for row in rows]
+        assert texts == ["abcde", "hijk"]
+        batch = collate(rows, pad_id=9)
+        assert batch["attention_mask"].tolist() == [[1] * 5, [1] * 4 + [0]]
+        assert batch["input_ids"][1, 4] == 9
+        assert batch["labels"][1, 4] == IGNORED
+
+
+class TestStreaming:
+    def test_each_pass_has_every_row_once_in_its_own_order(self, tokenizer):
+        def make():
+            return pack([Document("abcdefghijklmnopqrstuvwxyz" * 3)], tokenizer, 2)
+
+        once = [tuple(row["input_ids"].tolist()) for row in make()]
+        stream = iter(StreamedRows(make, "x", seed=0, buffer=8))
+        passes = [[tuple(next(stream)["input_ids"].tolist()) for _ in once] for _ in range(2)]
+        for each in passes:
+            assert sorted(each) == sorted(once)
+            assert each != once
+        assert passes[0] != passes[1]
+        random.seed(9)
+        again = iter(StreamedRows(make, "x", seed=0, buffer=8))
+        assert [tuple(next(again)["input_ids"].tolist()) for _ in once] == passes[0]
+
+    def test_memory_does_not_grow_with_the_file(self, tmp_path):
+        path = tmp_path / "large.txt"
+        block = "".join(f"{i} is a number\n" for i in range(5000))
+        with path.open("w", encoding="utf-8") as file:
+            for _ in range(150):
+                file.write(block)
+        tokenizer = _Words()
+        size = path.stat().st_size
+        assert size > 10_000_000
+
+        def make():
+            return pack(documents(str(path)), tokenizer, 512)
+
+        stream = StreamedRows(make, str(path), seed=0, buffer=16)
+        tracemalloc.start()
+        count = sum(1 for _ in stream._one_pass(0))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert count == size // 10 // 512
+        assert peak < size / 4
+
+    def test_fingerprint_follows_the_file(self, tmp_path):
+        path = tmp_path / "text.txt"
+        found = []
+        for text in ("one", "two", "three"):
+            path.write_text(text)
+            found.append(StreamedRows(list, str(path), 0, 1).fingerprint())
+        assert len(set(found)) == 3
+
+    def test_a_line_that_is_damaged_later_ends_the_run(self, arguments, tmp_path, capsys):
+        path = tmp_path / "rows.jsonl"
+        lines = [json.dumps({"text": f"A text for row {i}, long enough."}) for i in range(400)]
+        path.write_text("\n".join([*lines, '{"text": "cut o']), encoding="utf-8")
+        changed = ["--data", str(path), "--streaming", "--shuffle-buffer", "1", "--steps", "200"]
+        assert main([*arguments, *changed, "--no-export", "--checkpoint-interval", "20"]) == 1
+        assert "line 401: no JSON" in capsys.readouterr().err
+        assert (tmp_path / "run/checkpoints/checkpoint-80").is_dir()
+
+
+class _Words:
+    """A tokenizer that needs no memory of its own: ten characters are a token."""
+
+    eos_token_id = None
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(text[i]) for i in range(0, len(text), 10)]}
+
+
+def test_held_out_rows_are_not_trained_on():
+    rows = [{"input_ids": torch.tensor([i, i]), "labels": torch.tensor([i, i])} for i in range(20)]
+    data, held_out = LoadedRows(rows).without(5, seed=3)
+    firsts = [[int(row["input_ids"][0]) for row in part.rows] for part in (data, held_out)]
+    assert len(firsts[1]) == 5
+    assert sorted(firsts[0] + firsts[1]) == list(range(20))
+    assert data.fingerprint() != held_out.fingerprint()
+
+
+def test_conversations_train_from_the_command_line(arguments, tokenizer, tmp_path, model_folder):
+    folder = tmp_path / "chat_model"
+    transformers.AutoModelForCausalLM.from_pretrained(model_folder).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": CHAT}) for _ in range(30)))
+    common = [*arguments, "--model", str(folder), "--data", str(path), "--steps", "4"]
+    for kind in ("--packing", "--no-packing"):
+        output = tmp_path / kind
+        assert main([*common, kind, "--sequence-length", "64", "--output", str(output)]) == 0
+        history = json.loads((output / "checkpoints/checkpoint-4/trainer_state.json").read_text())[
+            "log_history"
+        ]
+        assert history[-1]["loss"] < history[0]["loss"]

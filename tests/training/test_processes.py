@@ -1,0 +1,156 @@
+"""Two processes train as one does, resume exactly, and stop together; ZeRO-3 works with it."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training.checkpoint import list_checkpoints, verify_checkpoint
+from training.train import main
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def launch(processes, arguments):
+    """Start ``training/train.py`` in so many processes; stderr comes with stdout."""
+    return subprocess.Popen(
+        [sys.executable, *TORCHRUN, str(processes), "training/train.py", *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(processes, arguments):
+    with launch(processes, arguments) as process:
+        output = process.communicate(timeout=200)[0]
+    return process.returncode, output
+
+
+def free_port():
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        return any_port.getsockname()[1]
+
+
+def log(output: Path, *names):
+    with (output / "losses.csv").open(encoding="utf-8") as file:
+        return [tuple(row[name] for name in names) for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def still(model_folder, tmp_path):
+    """The arguments that take the dropout out: processes draw their own numbers."""
+    folder = tmp_path / "still"
+    folder.mkdir()
+    for path in model_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
+    return ["--model", str(folder)]
+
+
+def test_two_processes_are_one_with_twice_the_batch(arguments, still, tmp_path):
+    # 62 sequences less 2 that are held out: no batch of the first five steps is short.
+    common = [*arguments, *still, "--eval-fraction", "0.04", "--steps", "5", "--log-interval", "1"]
+    code, output = run(
+        2, [*common, "--batch-size", "4", "--output", str(tmp_path / "two"), "--no-export"]
+    )
+    assert code == 0, output
+    assert output.count("step 5: loss") == 1  # one process writes
+    assert main([*common, "--output", str(tmp_path / "one"), "--no-export"]) == 0
+    one, two = (log(tmp_path / name, "loss", "eval_loss") for name in ("one", "two"))
+    assert len(one) == len(two) == 5
+    for a, b in zip(one, two, strict=True):
+        assert float(b[0]) == pytest.approx(float(a[0]), abs=1e-5)
+    assert float(two[-1][1]) == pytest.approx(float(one[-1][1]), abs=1e-4)
+    a, b = (
+        load_file(tmp_path / name / "checkpoints/checkpoint-5/model.safetensors")
+        for name in ("one", "two")
+    )
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_signal_stops_both_after_the_same_step_and_the_rest_is_bit_identical(arguments, tmp_path):
+    common = [*arguments, "--no-export", "--batch-size", "4"]
+    with launch(2, [*common, "--steps", "100000", "--checkpoint-interval", "100000"]) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 2:"):
+                break
+        process.send_signal(signal.SIGTERM)  # torchrun hands it on
+        process.communicate(timeout=100)
+    (saved,) = list_checkpoints(tmp_path / "run/checkpoints")
+    verify_checkpoint(saved)
+    done = json.loads((saved / "trainer_state.json").read_text())["global_step"]
+    steps = str(done + 3)
+    code, output = run(2, [*common, "--resume", "--steps", steps])
+    assert code == 0, output
+    code, output = run(2, [*common, "--steps", steps, "--output", str(tmp_path / "whole")])
+    assert code == 0, output
+    parts, whole = (log(tmp_path / name, "loss", "grad_norm") for name in ("run", "whole"))
+    assert len(whole) == done + 3
+    assert parts == whole
+
+
+def test_zero3_configuration():
+    """The file has what the Trainer fills in, and a stage that spreads the weights."""
+    settings = json.loads((ROOT / "training/zero3.json").read_text())
+    assert settings["zero_optimization"]["stage"] == 3
+    assert settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"):
+        assert settings[name] == "auto"
+
+
+def test_zero3_trains_resumes_and_needs_no_logits(arguments, still, tmp_path):
+    """One process: accelerate starts no more of them with DeepSpeed on CPUs."""
+    pytest.importorskip("deepspeed")
+    # A kernel that one process does without; DeepSpeed would compile it first.
+    start = (
+        "import deepspeed, runpy, sys; deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = "
+        "False; sys.argv = sys.argv[1:]; runpy.run_path('training/train.py', run_name='__main__')"
+    )
+    environment = {
+        **ENVIRONMENT,
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "LOCAL_WORLD_SIZE": "1",
+    }
+    common = [*arguments, *still, "--eval-fraction", "0.04"]
+    zero3 = ["training/train.py", *common, "--deepspeed", "training/zero3.json"]
+    for extra in (["--steps", "4"], ["--steps", "6", "--resume"]):
+        done = subprocess.run(
+            [sys.executable, "-c", start, *zero3, *extra],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    # --loss chunked: a loss that took the model's own logits would have ended the run.
+    assert main([*common, "--steps", "6", "--output", str(tmp_path / "plain")]) == 0
+    ours, plain = (log(tmp_path / name, "loss", "eval_loss") for name in ("run", "plain"))
+    assert len(ours) == len(plain) == 6
+    for a, b in zip(ours, plain, strict=True):
+        assert float(a[0]) == pytest.approx(float(b[0]), abs=2e-3)
+    exported = load_file(tmp_path / "run/model/model.safetensors")
+    assert exported["model.embed_tokens.weight"].shape == (256, 32)
