@@ -1,5 +1,7 @@
 """The last stage of a pipeline computes the loss from embeddings, as docs/distributed.md says."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -65,14 +67,8 @@ def pipeline(rank, schedule):
     torch.testing.assert_close(mine, wanted)
 
 
-def register(schedule):
-    import functools
-
-    CASES[schedule] = functools.partial(pipeline, schedule=schedule)
-
-
 for name in ("ScheduleGPipe", "Schedule1F1B"):
-    register(name)
+    CASES[name] = functools.partial(pipeline, schedule=name)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Four processes that hold a vocabulary together, against one process with all of it."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy
 from tests.distributed.processes import assert_passed, run_cases
 from tests.distributed.sharded import check, rows
 from tests.support import IMPLS, make_problem
+from tests.test_snippets import PLACEHOLDERS
 
 WORLD = 4
 RAGGED = ((0, 1), (1, 130), (130, 130), (130, 300))  # one class; and none at all
@@ -238,6 +240,18 @@ def own_tokens_with_shift_under_autocast(rank):
     assert e.grad.dtype == torch.float32
     assert not e.grad[:, -1].any()
     assert e.grad[:, :-1].any()
+
+
+@case()
+def block_of_the_page(rank):
+    """The first block of docs/distributed.md, as a reader would run it in every process."""
+    page = (Path(__file__).parents[2] / "docs/distributed.md").read_text(encoding="utf-8")
+    code = page.split("```py\n", 1)[1].split("```", 1)[0]
+    names = {"vocab_size": 50}
+    exec(PLACEHOLDERS, names)
+    exec(code, names)
+    whole = linear_cross_entropy(names["embeddings"], names["classifier"], names["labels"])
+    torch.testing.assert_close(names["loss"], whole)
 
 
 @case(*PLAIN)
