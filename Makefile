@@ -18,7 +18,7 @@ ENVIRONMENT := $(VENV)/.complete
 endif
 
 # mypy refuses a folder without modules.
-TYPED := cut_cross_entropy training $(patsubst %/__init__.py,%,$(wildcard benchmark/__init__.py))
+TYPED := cut_cross_entropy training experiments $(patsubst %/__init__.py,%,$(wildcard benchmark/__init__.py))
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
