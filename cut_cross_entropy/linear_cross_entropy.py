@@ -12,7 +12,7 @@ from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.dispatch import token_losses
 from cut_cross_entropy.distributed.dtensor import is_dtensor, resolve
 from cut_cross_entropy.distributed.exchange import group_name
-from cut_cross_entropy.distributed.gathered import gather, gathered_again
+from cut_cross_entropy.distributed.gathered import Like, gather, gathered_again
 from cut_cross_entropy.distributed.options import DataParallelOptions, VocabParallelOptions
 from cut_cross_entropy.distributed.tokens import own_tokens, share_tokens
 from cut_cross_entropy.options import (
@@ -124,11 +124,11 @@ def linear_cross_entropy(
     wholes: list[tuple[Any, Tensor]] = []
     if data is not None:
         dtype = data.param_dtype or _gathered_dtype(e, c)
-        whole = gather(c, "c", dtype, data)
+        whole = gather(c, "c", Like(e.device, dtype), data)
         wholes.append((c, whole))
         c = whole
         if bias is not None and is_dtensor(bias):
-            whole = gather(bias, "bias", bias.dtype, data)
+            whole = gather(bias, "bias", Like(e.device, bias.dtype), data)
             wholes.append((bias, whole))
             bias = whole
         del whole

@@ -8,7 +8,7 @@ process holds the whole classifier and the whole of its gradient, (V, D) each.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -22,17 +22,17 @@ class _Whole(torch.autograd.Function):
     """The whole of a DTensor; the gradient comes back as a DTensor sharded like it."""
 
     @staticmethod
-    def forward(ctx: Any, sharded: Any, dtype: torch.dtype, options: DataParallelOptions) -> Tensor:
-        ctx.sharding = (sharded.device_mesh, sharded.placements, sharded.dtype)
-        ctx.options = options
-        return _whole(sharded, dtype)
+    def forward(ctx: Any, sharded: Any, like: "Like", options: DataParallelOptions) -> Tensor:
+        ctx.sharding = (sharded.device_mesh, sharded.placements)
+        ctx.like, ctx.options = Like(sharded.device, sharded.dtype), options
+        return _whole(sharded, like)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, None, None]:  # type: ignore[override]
         from torch.distributed.tensor import DTensor, Partial
 
         refuse_second_derivative()
-        mesh, placements, dtype = ctx.sharding
+        mesh, placements = ctx.sharding
         if ctx.options.reduce_dtype is not None:
             grad = grad.to(ctx.options.reduce_dtype)
         if ctx.options.average:
@@ -40,16 +40,25 @@ class _Whole(torch.autograd.Function):
             # large as the whole and nobody else has it.
             grad = grad.div_(mesh.size())
         parts = DTensor.from_local(grad, mesh, [Partial()] * mesh.ndim, run_check=False)
-        return parts.redistribute(placements=placements).to(dtype), None, None
+        return parts.redistribute(placements=placements).to(**ctx.like._asdict()), None, None
 
 
-def _whole(sharded: Any, dtype: torch.dtype) -> Tensor:
+class Like(NamedTuple):
+    """Where a tensor is, and of what dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def _whole(sharded: Any, like: Like) -> Tensor:
     with torch.no_grad():  # cast first: fewer bytes travel
-        return sharded.detach().to(dtype).full_tensor()  # type: ignore[no-any-return]
+        return sharded.detach().to(**like._asdict()).full_tensor()  # type: ignore[no-any-return]
 
 
-def gather(sharded: Any, name: str, dtype: torch.dtype, options: DataParallelOptions) -> Tensor:
-    """The whole of a DTensor in ``dtype``, differentiable.
+def gather(sharded: Any, name: str, like: Like, options: DataParallelOptions) -> Tensor:
+    """The whole of a DTensor, of a dtype and on a device (which offloaded shards are not on).
+
+    Differentiable; the gradient goes back to where the shard is.
 
     Raises:
         NotImplementedError: within ``torch.compile``, or sharded otherwise than by rows.
@@ -66,7 +75,7 @@ def gather(sharded: Any, name: str, dtype: torch.dtype, options: DataParallelOpt
                 f"{name} must be sharded by rows to be gathered, got placements "
                 f"{tuple(sharded.placements)}"
             )
-    return _Whole.apply(sharded, dtype, options)  # type: ignore[no-any-return]
+    return _Whole.apply(sharded, like, options)  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -77,7 +86,9 @@ def gathered_again(pairs: list[tuple[Any, Tensor]]) -> Iterator[None]:
     the same order, and shared while anything of the backward holds it.
     """
     storages = {whole.untyped_storage().data_ptr(): i for i, (_, whole) in enumerate(pairs)}
-    recipes = [(sharded, whole.dtype, _version(sharded)) for sharded, whole in pairs]
+    recipes = [
+        (sharded, Like(whole.device, whole.dtype), _version(sharded)) for sharded, whole in pairs
+    ]
     again: dict[int, Any] = {}
     del pairs
 
@@ -93,13 +104,13 @@ def gathered_again(pairs: list[tuple[Any, Tensor]]) -> Iterator[None]:
         i, shape, stride, offset = packed
         whole = again[i]() if i in again else None
         if whole is None:
-            sharded, dtype, version = recipes[i]
+            sharded, like, version = recipes[i]
             if _version(sharded) != version:
                 raise RuntimeError(
                     "a sharded classifier or bias was modified by an inplace operation between "
                     "the loss and its backward"
                 )
-            whole = _whole(sharded, dtype)
+            whole = _whole(sharded, like)
             again[i] = ref(whole)
         return whole.as_strided(shape, stride, offset)
 

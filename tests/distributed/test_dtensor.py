@@ -243,7 +243,7 @@ def mixed_precision(rank, how):
     if how == "option":
         options["data_parallel_options"] = DataParallelOptions(torch.bfloat16, torch.float32)
     original = gathered._whole
-    gathered._whole = lambda sharded, dtype: (seen.append(dtype), original(sharded, dtype))[1]
+    gathered._whole = lambda sharded, like: (seen.append(like.dtype), original(sharded, like))[1]
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
             loss = linear_cross_entropy(e, head.weight, problem.targets, **options)
@@ -293,8 +293,8 @@ def the_whole_lives_while_it_is_needed(rank, impl):
     head = head_of(problem.c, mesh_of("fsdp"))
     wholes, original, e = [], gathered._whole, problem.e.requires_grad_()
 
-    def watched(sharded, dtype):
-        whole = original(sharded, dtype)
+    def watched(sharded, like):
+        whole = original(sharded, like)
         wholes.append(ref(whole.untyped_storage()))
         return whole
 

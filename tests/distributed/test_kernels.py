@@ -8,7 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cut_cross_entropy import VocabParallelOptions, dispatch, record_filter
+from cut_cross_entropy import (
+    VocabParallelOptions,
+    dispatch,
+    linear_cross_entropy,
+    record_filter,
+)
 from tests.distributed.processes import assert_passed, run_cases
 from tests.distributed.sharded import assert_same_bits, check, rows, rows_of
 from tests.kernels.test_interpreted_filter import sharp
@@ -194,6 +199,24 @@ def out_of_range_unseen(rank, impl):
     assert torch.equal(results.loss.isnan(), wrong)
     assert torch.equal(results.grad_e.isnan().all(1), wrong)
     assert results.grad_c.isnan().all()
+
+
+@case()
+def compiled(rank):
+    own = VocabParallelOptions.from_vocab(300)
+    part = rows(make_problem((5,)), own)
+    e, c = part.e.requires_grad_(), part.c.requires_grad_()
+
+    def loss(e, c):
+        return linear_cross_entropy(
+            torch.sin(e), c, part.targets, impl="cce", vocab_parallel_options=own
+        )
+
+    torch.compile(loss, backend="aot_eager", fullgraph=True)(e, c).backward()
+    got = (e.grad, c.grad)
+    e.grad = c.grad = None
+    loss(e, c).backward()
+    torch.testing.assert_close(got, (e.grad, c.grad))
 
 
 @case()

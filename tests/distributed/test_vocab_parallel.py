@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy
 from tests.distributed.processes import assert_passed, run_cases
@@ -240,6 +241,35 @@ def own_tokens_with_shift_under_autocast(rank):
     assert e.grad.dtype == torch.float32
     assert not e.grad[:, -1].any()
     assert e.grad[:, :-1].any()
+
+
+@case(*((impl, reentrant) for impl in PLAIN for reentrant in (False, True)))
+def activation_checkpointing(rank, impl, reentrant):
+    own = VocabParallelOptions.from_vocab(300)
+    part = rows(make_problem(), own)
+    e, c = part.e.requires_grad_(), part.c.requires_grad_()
+
+    def head(e, c):
+        return linear_cross_entropy(e * 2, c, part.targets, impl=impl, vocab_parallel_options=own)
+
+    checkpoint(head, e, c, use_reentrant=reentrant).backward()
+    got = (e.grad, c.grad)
+    e.grad = c.grad = None
+    head(e, c).backward()
+    assert torch.equal(got[0], e.grad)
+    assert torch.equal(got[1], c.grad)
+
+
+@case(*PLAIN)
+def inference(rank, impl):
+    own = VocabParallelOptions.from_vocab(300)
+    problem = make_problem()
+    part = rows(problem, own)
+    with torch.inference_mode():
+        loss = linear_cross_entropy(
+            part.e, part.c, part.targets, impl=impl, vocab_parallel_options=own
+        )
+    torch.testing.assert_close(loss, linear_cross_entropy(problem.e, problem.c, problem.targets))
 
 
 @case()
