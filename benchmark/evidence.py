@@ -84,7 +84,7 @@ def largest(content: dict[str, Any]) -> str:
 
 def parts(content: dict[str, Any], device: Device) -> str:
     """What each part of the filter buys, simulated, with the times of what exists."""
-    exists = {"no filter": "cce_exact", "strips and tail, classes by membership": "cce",
+    exists = {"no filter": "cce_exact", "strips and tail, classes by mask": "cce",
               "tiles, classes by mean logit": "apple"}  # fmt: skip
     lines = []
     for row in content["rows"]:

@@ -90,7 +90,8 @@ class Process:
             line = self.answers.get(timeout=max(0.0, timeout))
         except queue.Empty:
             self.close()
-            raise WorkerError(f"no answer within {timeout:.0f} s") from None
+            late = f"no answer within {timeout:.0f} s" if timeout > 0.5 else "no time was left"
+            raise WorkerError(late) from None
         if line is None:
             words = self._last_words()
             self.close()

@@ -1,21 +1,15 @@
 """One problem, all methods: what the coordinator asks for, and the rows that come of it."""
 
 import dataclasses
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmark.measure import KINDS, MANY_LOGITS, is_roomy
+from benchmark.measure import KINDS, is_roomy
 from benchmark.methods import METHODS
 from benchmark.pool import Clock, Process, WorkerError, processes, take_turns
 from benchmark.shapes import Shape
-
-TUNES_ITSELF = ("apple", "quack")
-"""Methods whose first call times kernels against each other: nothing may run beside it."""
-
-FULL_LOGITS = ("baseline", "torch_compile")
 
 PASSES = {"loss-fw": 1, "loss-bw": 2, "loss-fw-bw": 3}
 """Products that an exact computation cannot do without: what TFLOP/s count."""
@@ -86,6 +80,7 @@ class Session:
         self.failures.append(
             {"test_data": task.name, "method": method, "what": what, "error": reason}
         )
+        self.progress(f"{task.name}: {method} failed, {what}: {reason}")
         if method in self.pool and not self.pool[method].alive:
             self.pool.pop(method).close()
 
@@ -122,27 +117,18 @@ def _load(task: Task, session: Session) -> dict[str, dict[str, Any]]:
 
 
 def _first_calls(task: Task, session: Session, found: dict[str, dict[str, Any]]) -> None:
-    """Cold starts, at the same time where there is a core for each, or one after the other."""
-    names = list(found)
-    alone = list(TUNES_ITSELF)
-    if task.tokens * task.shape.num_classes > MANY_LOGITS:
-        alone += FULL_LOGITS
-    together = [name for name in names if name not in alone]
-    if (os.cpu_count() or 1) < 2 * len(together) or not is_roomy():
-        together = []
-    for group in (together, *([name] for name in names if name not in together)):
-        if not group:
+    """One after the other: compilers use every core, and some methods tune themselves."""
+    for name in list(found):
+        session.progress(f"{task.name}: first call of {name}")
+        kind = "gemm" if name == "gemm" else task.kinds[-1]
+        limit = session.first_limit
+        answers = _ask_group(task, session, [name], "first", limit, {name: {"kind": kind}})
+        if name not in answers:
+            found.pop(name)
             continue
-        session.progress(f"{task.name}: first call of {', '.join(group)}")
-        kinds = {name: {"kind": "gemm" if name == "gemm" else task.kinds[-1]} for name in group}
-        answers = _ask_group(task, session, group, "first", session.first_limit, kinds)
-        for name in group:
-            if name not in answers:
-                found.pop(name)
-                continue
-            cold = name not in session.started
-            found[name] = {"first_ms": answers[name]["ms"], "cold": cold}
-            session.started.add(name)
+        cold = name not in session.started
+        found[name] = {"first_ms": answers[name]["ms"], "cold": cold}
+        session.started.add(name)
 
 
 def _ask_group(
@@ -287,5 +273,10 @@ def measure_all(
             if session.clock.left() < 5:
                 session.fail(task, "all", "time", "not measured: the time limit was reached")
                 continue
-            done(measure(task, session), session)
+            try:
+                rows = measure(task, session)
+            except Exception as error:  # one problem must not take the others with it
+                session.fail(task, "all", "measure", f"{type(error).__name__}: {error}")
+                rows = []
+            done(rows, session)
     return session

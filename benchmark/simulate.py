@@ -21,10 +21,10 @@ from benchmark.data import Problem, make, read
 from benchmark.environment import environment
 from benchmark.output import write_json
 from benchmark.shapes import SHAPES, SMALL
+from cut_cross_entropy.dispatch import FILTER_TOLERANCE
 
 BLOCK = 128  # tokens of a strip or a tile, classes of a tile
 TILE_THRESHOLD = 2.0**-12  # of Apple's releases for bfloat16
-TOLERANCE = 4e-4  # of this package's filter
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def mask_order(kept: Tensor) -> Tensor:
     return order
 
 
-def simulate(problem: Problem, tolerance: float = TOLERANCE) -> list[dict[str, Any]]:
+def simulate(problem: Problem, tolerance: float = FILTER_TOLERANCE) -> list[dict[str, Any]]:
     """One row a part: what is kept, and the errors."""
     gradient = Gradient.of(problem)
     rows: list[dict[str, Any]] = [
@@ -170,7 +170,7 @@ def simulate(problem: Problem, tolerance: float = TOLERANCE) -> list[dict[str, A
     rows.append({"part": "strips and tail", "kept": fraction, "pairs": natural, **errors})
     rows.append(
         {
-            "part": "strips and tail, classes by membership",
+            "part": "strips and tail, classes by mask",
             "kept": fraction,
             "pairs": by_mask,
             "dropped_mass": float(values.sum(1).mean()),
@@ -197,6 +197,7 @@ def main() -> None:
         "part": "simulate",
         "environment": environment(arguments.commit),
         "tokens": arguments.tokens,
+        "tolerance": FILTER_TOLERANCE,
         "rows": [],
     }
     shapes = [SHAPES[name] for name in arguments.data] if device == "cuda" else [SMALL]

@@ -58,8 +58,8 @@ class Part:
 
 
 PARTS = {
-    "table": Part(210, ALL),
-    "shapes": Part(130, OURS, 6),
+    "table": Part(230, ALL),
+    "shapes": Part(150, OURS, 6),
     "largest": Part(130, command=("benchmark.largest",)),
     "simulate": Part(50, command=("benchmark.simulate", "--tokens", "4096")),
     "sweeps": Part(160, ("cce", "cce_exact", "chunked", "baseline", "liger"), 6),

@@ -63,7 +63,7 @@ def test_parts_of_the_filter_in_the_order_of_their_errors(structured):
     assert tail["error_e"] < dropped["error_e"]
     assert tail["error_c"] < dropped["error_c"]
     assert rows["tiles, classes by mean logit"]["kept"] <= rows["tiles"]["kept"]
-    membership = rows["strips and tail, classes by membership"]
+    membership = rows["strips and tail, classes by mask"]
     assert 1 <= membership["pairs"] <= tail["pairs"]
 
 

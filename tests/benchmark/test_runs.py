@@ -62,41 +62,46 @@ def test_rows_of_all_methods_and_kinds():
 
 
 def test_a_failure_of_one_method_leaves_the_others_alone():
-    fails = {"cce": ("errors",), "baseline": ("memory",), "chunked": ("load",)}
-    session = session_of(["gemm", "cce", "baseline", "chunked", "liger"], [], fails)
+    fails = {"cce": ("errors",), "baseline": ("memory",), "chunked": ("load",), "trl": ("first",)}
+    session = session_of(["gemm", "cce", "baseline", "chunked", "trl", "liger"], [], fails)
     rows = measure(TASK, session)
     assert {row["method"] for row in rows} == {"cce", "liger"}
     assert "error_e" not in next(row for row in rows if row["method"] == "cce")
     failed = {(failure["method"], failure["what"]) for failure in session.failures}
-    assert failed == {("cce", "errors"), ("baseline", "memory"), ("chunked", "load")}
+    assert failed == {(name, what) for name, (what,) in fails.items()}
 
 
-def first_groups(monkeypatch, task, roomy):
-    monkeypatch.setattr(runs, "is_roomy", lambda: roomy)
-    monkeypatch.setattr(runs.os, "cpu_count", lambda: 64)
+def test_first_calls_do_not_overlap():
     log = []
-    measure(task, session_of(["gemm", "cce", "baseline", "apple"], log))
-    groups, sending = [], False
-    for what, name in log:
-        if what == "send first":
-            if not sending:
-                groups.append([])
-            groups[-1].append(name)
-        if what.endswith("first"):
-            sending = what.startswith("send")
-    return groups
+    measure(TASK, session_of(["gemm", "cce", "apple"], log))
+    first = [entry for entry in log if entry[0].endswith("first")]
+    names = ("gemm", "cce", "apple")
+    assert first == [(f"{do} first", name) for name in names for do in ("send", "receive")]
 
 
-def test_what_tunes_itself_runs_alone(monkeypatch):
-    assert first_groups(monkeypatch, TASK, True) == [["gemm", "cce", "baseline"], ["apple"]]
+@pytest.mark.parametrize("roomy", [True, False])
+def test_data_are_made_together_where_memory_suffices(monkeypatch, roomy):
+    monkeypatch.setattr(runs, "is_roomy", lambda: roomy)
+    log = []
+    measure(TASK, session_of(["gemm", "cce"], log))
+    order = [what for what, _ in log[:4]]
+    assert order == (["send load"] * 2 + ["receive load"] * 2 if roomy else
+                     ["send load", "receive load"] * 2)  # fmt: skip
 
 
-def test_on_a_small_gpu_everything_runs_alone(monkeypatch):
-    groups = first_groups(monkeypatch, TASK, False)
-    assert groups == [["gemm"], ["cce"], ["baseline"], ["apple"]]
+def test_an_error_of_the_coordinator_costs_one_problem(monkeypatch):
+    calls = []
 
+    def broken(task, session):
+        calls.append(task)
+        if len(calls) == 1:
+            raise KeyError("trl")
+        return [{"row": 1}]
 
-def test_very_large_full_logits_run_alone(monkeypatch):
-    task = Task("large", "structured", 2**17, Shape("large", 2**17, 64))
-    groups = first_groups(monkeypatch, task, True)
-    assert groups == [["gemm", "cce"], ["baseline"], ["apple"]]
+    monkeypatch.setattr(runs, "measure", broken)
+    found = []
+    session = runs.measure_all(
+        [TASK, TASK], [], {}, seconds=60, repetitions=3, done=lambda rows, _: found.append(rows)
+    )
+    assert found == [[], [{"row": 1}]]
+    assert session.failures[0]["error"] == "KeyError: 'trl'"
