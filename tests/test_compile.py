@@ -73,7 +73,7 @@ def test_transposed_classifier_within_a_compiled_function():
 def test_more_variants_than_the_compiler_grants_a_function(monkeypatch):
     """Eight compilations of one function is PyTorch's limit; options multiply to more."""
     captured = torch.compile(  # no code generation: the limit counts what is captured
-        full_logits._token_losses, backend="eager", fullgraph=True, dynamic=True
+        full_logits._logits_and_lse, backend="eager", fullgraph=True, dynamic=True
     )
     monkeypatch.setattr(full_logits, "_compiled", lambda: captured)
     variants = 0
