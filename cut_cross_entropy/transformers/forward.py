@@ -88,9 +88,10 @@ def _intercepted(
     enter(record)
     try:
         for head in heads:
-            reason = why_not_intercept(head)
+            its_own = gathers(head)
+            reason = why_not_intercept(head, its_own)
             if reason is None:
-                installed.append(interception.install(head))
+                installed.append(interception.install(head, its_own))
             else:
                 record.not_captured = reason
         output = original(model, *args, **kwargs)
@@ -137,8 +138,9 @@ def _traced(
     weights: list[Tensor] = []
     sizes: list[int] = []
     for head in find_heads(model):
-        reason = why_not_intercept(head)
-        if reason is None and gathers(head):
+        its_own = gathers(head)
+        reason = why_not_intercept(head, its_own)
+        if reason is None and its_own:
             reason = "its head is sharded by itself and traced by torch.compile"
         rows = num_rows(head)
         if reason is not None:

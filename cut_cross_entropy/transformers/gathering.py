@@ -22,13 +22,13 @@ def is_sharded(module: nn.Module) -> bool:
 
 def is_partitioned(module: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO-3 has partitioned parameters of ``module`` or of its parts."""
-    if type(module) is nn.Linear:
-        return hasattr(own_parameter(module, "weight"), "ds_id")
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 def gathers(head: nn.Module) -> bool:
     """Whether ``head`` has its weight only while it is called."""
+    if type(head) is nn.Linear:  # nearly always; and FSDP gives the head a class of its own
+        return hasattr(head._parameters.get("weight"), "ds_id")
     return is_sharded(head) or is_partitioned(head)
 
 

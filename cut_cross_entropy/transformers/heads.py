@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cut_cross_entropy.transformers.gathering import (
-    gathers,
     is_partitioned,
     own_parameter,
     product_of,
@@ -49,13 +48,17 @@ def find_heads(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def why_not_intercept(head: nn.Module) -> str | None:
-    """Why the calls of ``head`` have to stay as they are, or None."""
+def why_not_intercept(head: nn.Module, gathers: bool) -> str | None:
+    """Why the calls of ``head`` have to stay as they are, or None.
+
+    Args:
+        gathers: whether it has its weight only while it is called.
+    """
     if head._backward_hooks or head._backward_pre_hooks:
         return "its head has backward hooks, which need the logits"
     if head.__dict__.get("_hf_tp_plan"):
         return "its head is tensor-parallel"
-    return why_not_deferred(head) if gathers(head) else None
+    return why_not_deferred(head) if gathers else None
 
 
 def num_rows(head: nn.Module) -> int | None:

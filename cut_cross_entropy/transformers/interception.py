@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 from cut_cross_entropy.distributed.dtensor import is_dtensor
 from cut_cross_entropy.transformers.forward_record import ForwardRecord, active_record
 from cut_cross_entropy.transformers.gathering import (
-    gathers,
     own_parameter,
     product_of,
     promised_dtype,
@@ -40,16 +39,17 @@ class HeadForward:
 
     Args:
         head: what the model calls.
+        gathers: whether it has its weight only while it is called.
     """
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, gathers: bool) -> None:
         self.head = head
         self.product = product = product_of(head)
         self.users = 0
         self.instance_forward = product.__dict__.get("forward")
         self.forward = product.forward
         self.is_plain = self.instance_forward is None and type(product).forward is nn.Linear.forward
-        self.gathers = gathers(head)
+        self.gathers = gathers
         self.instance_call = head.__dict__.get("_compiled_call_impl")
         self.defers = self.gathers and self.is_plain and self.instance_call is None
 
@@ -249,13 +249,13 @@ def _why_not(x: Any, weight: Any, autocast_dtype: torch.dtype | None) -> str | N
     return None
 
 
-def install(head: nn.Module) -> HeadForward:
+def install(head: nn.Module, gathers: bool) -> HeadForward:
     """Intercept the calls of ``head`` until :func:`remove` of the result; may be nested."""
     with _lock:
         attributes = product_of(head).__dict__
         forward = attributes.get("forward")
         if not isinstance(forward, HeadForward):
-            forward = HeadForward(head)
+            forward = HeadForward(head, gathers)
             attributes["forward"] = forward
             if forward.defers:  # where nn.Module.__call__ looks before it runs any hook
                 head.__dict__["_compiled_call_impl"] = forward.call

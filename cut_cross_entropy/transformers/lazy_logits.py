@@ -149,14 +149,10 @@ class LazyLogits(Unevaluated):
         return self.value
 
     def apply(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """The method ``name`` of a tensor, recorded if possible."""
+        """The method ``name`` of a tensor, which cannot be recorded."""
         if self.pinned:
             assert self.value is not None
             return getattr(self.value, name)(*concrete(args, name), **concrete(kwargs, name))
-        if name in RECORDED:
-            result = RECORDED[name](self, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
         if name in _PINNING or (name.endswith("_") and not name.endswith("__")):
             return self._change(name, args, kwargs)
         value = self.materialise(name)
@@ -215,7 +211,13 @@ def concrete(value: Any, operation: str) -> Any:
 
 
 def _operator(name: str) -> Any:
+    record = RECORDED.get(name)
+
     def method(self: LazyLogits, *args: Any, **kwargs: Any) -> Any:
+        if record is not None and not self.pinned:
+            result = record(self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
         return self.apply(name, *args, **kwargs)
 
     return method

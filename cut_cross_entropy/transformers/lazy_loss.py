@@ -35,7 +35,23 @@ def cross_entropy(
     if record.options.reduction != "mean":
         reduction = record.options.reduction
 
-    missing = _what_is_missing(input, target, weight, size_average, reduce, label_smoothing)
+    is_usual = (
+        weight is None
+        and size_average is None
+        and reduce is None
+        and not label_smoothing
+        and not input.pinned
+        and type(target) is Tensor
+        and target.dtype == torch.int64
+        and input.ndim == 2
+        and target.ndim == 1
+        and not input.recipe.has_tanh
+    )
+    missing = (
+        None
+        if is_usual
+        else _what_is_missing(input, target, weight, size_average, reduce, label_smoothing)
+    )
     if missing is not None:
         logits = input.materialise(missing)
         loss = F.cross_entropy(

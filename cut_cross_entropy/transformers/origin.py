@@ -96,6 +96,7 @@ class Origin:
         return result
 
     def _check_fresh(self) -> None:
+        finished = self.record.finished
         for tensor, version in self.versions:
             if version is not None and tensor._version != version:
                 raise RuntimeError(
@@ -103,7 +104,7 @@ class Origin:
                     "weight or an activation that they depend on has changed since the forward "
                     "(optimizer.step() does that). Read outputs.logits before, or pass no labels"
                 )
-            if self.record.finished and tensor.untyped_storage().size() == 0 and tensor.numel():
+            if finished and tensor.untyped_storage().size() == 0 and tensor.numel():
                 raise RuntimeError(
                     f"{self.model_name}: the logits are computed when they are first read, and a "
                     "weight that they depend on was resharded after the forward. Pass no labels "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from cut_cross_entropy.transformers.recorded import Unevaluated
@@ -40,9 +41,10 @@ def _replace_fields(output: ModelOutput, replacement: Callable[[Any], Any]) -> M
         }
         return type(output)(**fields)
     for name, value in tuple(output.items()):
-        if not isinstance(value, _MAY_HOLD_LAZY):
+        if type(value) is Tensor or not isinstance(value, _MAY_HOLD_LAZY):
             continue
-        replaced = replace_lazy(value, replacement)
+        is_lazy = isinstance(value, Unevaluated)
+        replaced = replacement(value) if is_lazy else replace_lazy(value, replacement)
         if replaced is None:
             # An output class allows no deletion; its None fields are no keys.
             OrderedDict.__delitem__(output, name)

@@ -39,6 +39,11 @@ class Unevaluated:
         """Of the logits."""
         raise NotImplementedError
 
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        raise NotImplementedError
+
     def materialise(self, operation: str) -> Tensor:
         """The logits in full, because of ``operation``."""
         raise NotImplementedError

@@ -21,6 +21,7 @@ from cut_cross_entropy.transformers.recorded import (
     DIVIDE,
     SCALE,
     TANH,
+    Recipe,
     Unevaluated,
     add,
     scale_classes,
@@ -82,14 +83,17 @@ def _view(lazy: Any, *shape: Any, **kwargs: Any) -> Any:
         shape = tuple(shape[0])
     if not shape or not isinstance(shape[-1], (int, torch.SymInt)):
         return NotImplemented  # view(dtype)
-    *leading, last = shape
+    leading: Any = shape[:-1]
+    last: Any = shape[-1]
     if last == -1:
         known = math.prod(leading)
         last = lazy.numel() // known if known > 0 else None
     if last != lazy.num_classes:
         return NotImplemented
     # The logits would be contiguous where the features need not be: no view, but reshape.
-    return lazy.alias(lazy.recipe.on_features(lambda e: e.reshape(*leading, e.shape[-1])))
+    recipe = lazy.recipe
+    terms = tuple([(e.reshape(*leading, e.shape[-1]), c) for e, c in recipe.terms])
+    return lazy.alias(Recipe(terms, recipe.bias, recipe.steps))
 
 
 def _flatten(lazy: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
