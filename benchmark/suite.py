@@ -36,8 +36,15 @@ OURS = ("cce", "cce_exact")
 ALL = ("cce", "cce_exact", "torch_compile", "chunked", "baseline", "apple", "liger", "trl", "torch")
 LARGEST = ("cce", "baseline", "apple", "liger", "cce_exact", "torch_compile", "trl", "chunked")
 BOTH = ("loss-fw-bw",)
-WHEELS = {"cut_cross_entropy": "apple", "liger_kernel": "liger", "trl": "trl"}
-"""Beginnings of the names of wheels, and the methods that they hold."""
+WHEELS = {
+    "cut_cross_entropy": "apple",
+    "liger_kernel": "liger",
+    "trl": "trl",
+    "datasets": "trl",  # which TRL imports, and what that needs
+    "dill": "trl",
+    "multiprocess": "trl",
+}
+"""Beginnings of the names of wheels, and the methods that they are for."""
 
 
 @dataclass(frozen=True)
