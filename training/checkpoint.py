@@ -15,6 +15,9 @@ from typing import Any
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+ALMOST_FULL = 1 << 26
+"""Bytes under which an error says how many are left."""
+
 _PREFIX = "checkpoint-"
 _PARTIAL = ".partial-"
 
@@ -75,11 +78,14 @@ def commit_checkpoint(root: Path, step: int, keep: int, best: Path | None = None
 
 def abandon_checkpoint(root: Path, step: int, error: BaseException) -> CheckpointError:
     """Remove what was written for ``step``; the error to raise, which names what is left."""
+    free = shutil.disk_usage(root).free if root.exists() else 0
+    # Some writers only say that something went wrong.
+    full = f" ({free} bytes are left on the disk)" if free < ALMOST_FULL else ""
     shutil.rmtree(partial_folder(root, step), ignore_errors=True)
     left = latest_checkpoint(root)
     kept = f"; the checkpoint {left} is intact" if left else ""
     return CheckpointError(
-        f"cannot write checkpoint {checkpoint_folder(root, step)}: {error}{kept}"
+        f"cannot write checkpoint {checkpoint_folder(root, step)}: {error}{full}{kept}"
     )
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import resource
+import shutil
 import sys
 
 import pytest
@@ -141,3 +142,11 @@ def test_what_a_killed_process_left_is_ignored_and_cleaned(tmp_path):
     save(tmp_path, 3, keep=2)
     assert not partial.exists()
     assert before.exists()
+
+
+def test_an_error_on_a_full_disk_says_so(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=123))
+    error = abandon_checkpoint(tmp_path, 2, RuntimeError("unexpected pos"))
+    assert "unexpected pos (123 bytes are left on the disk); the checkpoint" in str(error)
