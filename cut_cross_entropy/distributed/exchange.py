@@ -55,7 +55,7 @@ def gather_shards(tensor: Tensor, name: str) -> Tensor:
 def sum_own_part(tensor: Tensor, name: str) -> Tensor:
     """Reduce-scatter: of a tensor (R, ...) the sum over the processes of this one's part."""
     group = group_of(name)
-    if group.name() == "gloo" and tensor.is_cuda:  # has no reduce-scatter of its own there
+    if tensor.is_cuda and torch.distributed.get_backend(group) == "gloo":  # has none there
         total = tensor.clone()
         torch.distributed.all_reduce(total, group=group)
         return total[group.rank()].clone()
@@ -71,7 +71,7 @@ def maximum_over_group(tensor: Tensor, name: str) -> None:
 
 @functools.cache
 def _collective(what: str) -> Any:
-    """``torch.distributed`` renamed its collectives on single tensors in 2.12."""
+    """A collective on single tensors, whose names newer releases of PyTorch have changed."""
     old = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}[what]
     function = getattr(torch.distributed, f"{what}_single", None) or getattr(torch.distributed, old)
     return lambda out, source, group: function(out, source, group=group)
