@@ -1,7 +1,9 @@
 """DeepSpeed ZeRO-3 on two processes over gloo on the CPU."""
 
+import json
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,12 +95,27 @@ def case_initialised_in_parts(rank):
     return Engine(cce_patch(model)).steps(rank)
 
 
+def case_provided_configuration(rank):
+    """The configuration of the training script; a trainer fills in what it leaves to one."""
+    provided = json.loads((Path(__file__).parents[2] / "training" / "zero3.json").read_text())
+    settings = without_auto(provided) | {"train_micro_batch_size_per_gpu": 2}
+    assert settings["zero_optimization"]["stage"] == 3
+    settings["zero_allow_untested_optimizer"] = True
+    return Engine(cce_patch(llama()), settings).steps(rank)
+
+
+def without_auto(settings):
+    kept = {key: value for key, value in settings.items() if value != "auto"}
+    return {k: without_auto(v) if isinstance(v, dict) else v for k, v in kept.items()}
+
+
 EXACT = {
     "patched before": (case_patched_before, {}),
     "patched after": (case_patched_after, {}),
     "tied": (case_tied, {"tie_word_embeddings": True}),
     "accumulated": (case_accumulated, {"steps": 3}),
     "checkpointed": (case_checkpointed, {}),
+    "provided configuration": (case_provided_configuration, {}),
     "initialised in parts": (case_initialised_in_parts, {}),
 }
 
