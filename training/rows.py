@@ -5,11 +5,14 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from training.packing import Row
+from training.config import TrainConfig
+from training.data import documents
+from training.packing import Row, one_by_one, pack
 
 RowMaker = Callable[[], Iterator[Row]]
 """Reads the source from its beginning."""
@@ -99,3 +102,51 @@ class StreamedRows(IterableDataset):
                 file.seek(max(0, size - (1 << 20)))
                 total.update(file.read())
         return total.hexdigest()
+
+
+def load_data(config: TrainConfig, tokenizer: Any) -> tuple[Any, LoadedRows | None]:
+    """The rows to train on and those that are held out.
+
+    Raises:
+        FileNotFoundError: no such data.
+        ValueError: it cannot be read, or is too short.
+    """
+    make = _row_maker(config, tokenizer, config.data, config.data_split)
+    held_out = None
+    if config.eval_data is not None:
+        held_out = _load(_row_maker(config, tokenizer, config.eval_data, config.eval_split), config)
+    if config.streaming:
+        if next(make(), None) is None:
+            raise _too_short(config)
+        return StreamedRows(make, config.data, config.seed, config.shuffle_buffer), held_out
+    data = _load(make, config)
+    if config.eval_fraction:
+        count = max(1, round(config.eval_fraction * len(data)))
+        if count == len(data):
+            raise ValueError(f"eval_fraction leaves nothing of {len(data)} sequences to train on")
+        data, held_out = data.without(count, config.seed)
+    return data, held_out
+
+
+def _row_maker(config: TrainConfig, tokenizer: Any, source: str, split: str) -> RowMaker:
+    def make() -> Any:
+        found = documents(source, split, config.data_column, config.streaming)
+        if config.packing:
+            return pack(found, tokenizer, config.sequence_length, config.isolate_documents)
+        return one_by_one(found, tokenizer, config.sequence_length)
+
+    return make
+
+
+def _load(make: RowMaker, config: TrainConfig) -> LoadedRows:
+    rows = list(make())
+    if not rows:
+        raise _too_short(config)
+    return LoadedRows(rows)
+
+
+def _too_short(config: TrainConfig) -> ValueError:
+    return ValueError(
+        f"data makes no sequence to learn from: with packing it needs at least "
+        f"{config.sequence_length} tokens (sequence_length), without it two"
+    )

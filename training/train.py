@@ -29,11 +29,10 @@ from training.arguments import build_parser, config_from
 from training.callbacks import Console, Interrupts, StopSignals, TensorBoard
 from training.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
 from training.config import DTYPES, LATEST, SETUP_ERRORS, TrainConfig
-from training.data import documents
 from training.losses import IdlePatchError, make_loss
 from training.models import load_model
-from training.packing import collate, one_by_one, pack
-from training.rows import LoadedRows, RowMaker, StreamedRows
+from training.packing import collate
+from training.rows import load_data
 from training.trainer import Trainer, check_same_run
 
 TRAIN_ERRORS = (CheckpointError, IdlePatchError, FloatingPointError, ValueError, OSError)
@@ -155,54 +154,6 @@ def training_arguments(config: TrainConfig, folder: Path, device: torch.device) 
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process a GPU: never nn.DataParallel
     return arguments
-
-
-def load_data(config: TrainConfig, tokenizer: Any) -> tuple[Any, LoadedRows | None]:
-    """The rows to train on and those that are held out.
-
-    Raises:
-        FileNotFoundError: no such data.
-        ValueError: it cannot be read, or is too short.
-    """
-    make = _row_maker(config, tokenizer, config.data, config.data_split)
-    held_out = None
-    if config.eval_data is not None:
-        held_out = _load(_row_maker(config, tokenizer, config.eval_data, config.eval_split), config)
-    if config.streaming:
-        if next(make(), None) is None:
-            raise _too_short(config)
-        return StreamedRows(make, config.data, config.seed, config.shuffle_buffer), held_out
-    data = _load(make, config)
-    if config.eval_fraction:
-        count = max(1, round(config.eval_fraction * len(data)))
-        if count == len(data):
-            raise ValueError(f"eval_fraction leaves nothing of {len(data)} sequences to train on")
-        data, held_out = data.without(count, config.seed)
-    return data, held_out
-
-
-def _row_maker(config: TrainConfig, tokenizer: Any, source: str, split: str) -> RowMaker:
-    def make() -> Any:
-        found = documents(source, split, config.data_column, config.streaming)
-        if config.packing:
-            return pack(found, tokenizer, config.sequence_length, config.isolate_documents)
-        return one_by_one(found, tokenizer, config.sequence_length)
-
-    return make
-
-
-def _load(make: RowMaker, config: TrainConfig) -> LoadedRows:
-    rows = list(make())
-    if not rows:
-        raise _too_short(config)
-    return LoadedRows(rows)
-
-
-def _too_short(config: TrainConfig) -> ValueError:
-    return ValueError(
-        f"data makes no sequence to learn from: with packing it needs at least "
-        f"{config.sequence_length} tokens (sequence_length), without it two"
-    )
 
 
 def _checkpoint_to_resume(checkpoints: Path, resume: str | None) -> Path | None:
