@@ -284,6 +284,39 @@ def under_fsdp_s_own_gathering(rank):
     assert (head.weight.grad.full_tensor() - exact).norm() < 0.01 * exact.norm()
 
 
+@case((None,), (True,), (False,))
+def loss_beside_a_model_that_fsdp_manages(rank, reshard):
+    """Kept whole after the root's forward the head is a plain tensor, resharded a DTensor; twice,
+    since gradients of two micro-batches add up."""
+    from torch.distributed.fsdp import fully_shard
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.head = nn.Linear(16, 16), nn.Linear(16, V, bias=False)
+
+        def forward(self, x):
+            return torch.tanh(self.body(x))
+
+    def step(model, problem):
+        loss = linear_cross_entropy(model(problem.e), model.head.weight, problem.targets)
+        loss.backward()
+        return loss.detach()
+
+    reference, losses = Model(), []
+    for other in range(WORLD):
+        losses.append(step(reference, own_problem(other)))
+        step(reference, own_problem(other + WORLD))
+    model = Model()
+    fully_shard(model, mesh=mesh_of("dp"), reshard_after_forward=reshard)
+    close(step(model, own_problem(rank)), losses[rank])
+    step(model, own_problem(rank + WORLD))
+    for (name, wanted), got in zip(reference.named_parameters(), model.parameters(), strict=True):
+        grad = got.grad.full_tensor()
+        close(grad, wanted.grad / WORLD, msg=lambda text, n=name: f"{n}: {text}")
+
+
 @case(("chunked",), ("reference",))
 def the_whole_lives_while_it_is_needed(rank, impl):
     """Gathered once for the loss and once for the gradients, and there at no other time."""
