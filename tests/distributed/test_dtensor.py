@@ -104,6 +104,19 @@ def tensor_parallel_gathers_nothing(rank):
 
 
 @case()
+def tensor_parallel_within_a_compiled_function(rank):
+    problem = make_problem(classes=V)
+    loss, grad_e, grad_c, _ = expected(problem)
+    c, e = by_rows(problem.c, mesh_of("tp")), problem.e.requires_grad_()
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    mine = compiled(e, c, problem.targets)
+    mine.backward()
+    close(mine, loss)
+    close(e.grad, grad_e)
+    close(c.grad.full_tensor(), grad_c)
+
+
+@case()
 def tensor_parallel_by_an_option(rank):
     """The mesh has no names; parallelize_module made the head."""
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
