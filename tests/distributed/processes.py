@@ -9,6 +9,8 @@ import datetime
 import functools
 import multiprocessing
 import os
+import pickle
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -58,6 +60,26 @@ def run_cases(cases, world_size, folder, *, device="cpu", timeout=TIMEOUT):
         [Path(f"{folder}/{i}-{rank}") for rank in range(world_size)] for i in range(len(cases))
     ]
     return {name: [outcome(f) for f in files[i]] for i, name in enumerate(cases)}
+
+
+def outcomes_of(cases, world_size, factory, name, **options):
+    """:func:`run_cases` once, even if several workers of pytest share the tests of a module."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return run_cases(cases, world_size, factory.mktemp(name), **options)
+    folder = factory.getbasetemp().parent / name
+    finished = folder / "outcomes"
+    try:
+        folder.mkdir()
+    except FileExistsError:  # another worker was first
+        deadline = time.monotonic() + 600
+        while not finished.exists():
+            assert time.monotonic() < deadline, f"no outcomes of {name} from another worker"
+            time.sleep(0.1)
+        return pickle.loads(finished.read_bytes())
+    outcomes = run_cases(cases, world_size, folder, **options)
+    (folder / "writing").write_bytes(pickle.dumps(outcomes))
+    (folder / "writing").rename(finished)
+    return outcomes
 
 
 def _process(rank, cases, world_size, folder, timeout):

@@ -11,7 +11,7 @@ from torch import nn
 
 from cut_cross_entropy import LinearCrossEntropy, VocabParallelOptions, linear_cross_entropy
 from cut_cross_entropy.distributed import DataParallelOptions
-from tests.distributed.processes import assert_passed, run_cases
+from tests.distributed.processes import assert_passed, outcomes_of
 from tests.support import make_problem
 from tests.test_memory import peak_bytes
 
@@ -476,7 +476,7 @@ def refusals(rank):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run_cases(CASES, WORLD, tmp_path_factory.mktemp("dtensor"))
+    return outcomes_of(CASES, WORLD, tmp_path_factory, "dtensor")
 
 
 @pytest.mark.parametrize("name", CASES)

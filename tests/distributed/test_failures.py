@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy
-from tests.distributed.processes import Die, assert_passed, run_cases
+from tests.distributed.processes import Die, assert_passed, outcomes_of, run_cases
 from tests.distributed.sharded import check, rows
 from tests.support import make_problem
 
@@ -137,8 +137,7 @@ DEATHS["a_peer_dies"] = a_peer_dies
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("failures")
-    return run_cases(DISAGREEMENTS, 2, folder)
+    return outcomes_of(DISAGREEMENTS, 2, tmp_path_factory, "failures")
 
 
 @pytest.mark.parametrize("name", DISAGREEMENTS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy, record_filter
-from tests.distributed.processes import assert_passed, run_cases
+from tests.distributed.processes import assert_passed, outcomes_of
 from tests.distributed.scenario import train
 
 pytestmark = pytest.mark.gpu
@@ -97,7 +97,7 @@ CASES = {**TRAINING, **FILTERED, "unseen": unseen}
 def outcomes(tmp_path_factory):
     if not torch.cuda.is_available():
         pytest.fail("there is no GPU", pytrace=False)
-    return run_cases(CASES, WORLD, tmp_path_factory.mktemp("gpu"), device="cuda")
+    return outcomes_of(CASES, WORLD, tmp_path_factory, "gpu", device="cuda")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -14,7 +14,7 @@ from cut_cross_entropy import (
     linear_cross_entropy,
     record_filter,
 )
-from tests.distributed.processes import assert_passed, run_cases
+from tests.distributed.processes import assert_passed, outcomes_of
 from tests.distributed.sharded import assert_same_bits, check, rows, rows_of
 from tests.kernels.test_interpreted_filter import sharp
 from tests.support import Problem, full_logits, make_problem, run, run_ours
@@ -267,7 +267,7 @@ def exchanged():
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run_cases(CASES, WORLD, tmp_path_factory.mktemp("kernels"))
+    return outcomes_of(CASES, WORLD, tmp_path_factory, "kernels")
 
 
 @pytest.mark.parametrize("name", CASES)

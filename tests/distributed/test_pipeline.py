@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cut_cross_entropy import linear_cross_entropy
-from tests.distributed.processes import assert_passed, run_cases
+from tests.distributed.processes import assert_passed, outcomes_of
 
 CASES = {}
 BATCH, TIME, D, V = 8, 5, 16, 50
@@ -73,7 +73,7 @@ for name in ("ScheduleGPipe", "Schedule1F1B"):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run_cases(CASES, 2, tmp_path_factory.mktemp("pipeline"))
+    return outcomes_of(CASES, 2, tmp_path_factory, "pipeline")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from tests.distributed.processes import assert_passed, run_cases
+from tests.distributed.processes import assert_passed, outcomes_of
 from tests.distributed.scenario import train
 
 # The kernels are interpreted here, and the interpreter computes products of bfloat16 wrongly.
@@ -24,7 +24,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run_cases(CASES, 4, tmp_path_factory.mktemp("scenario"))
+    return outcomes_of(CASES, 4, tmp_path_factory, "scenario")
 
 
 @pytest.mark.interpret

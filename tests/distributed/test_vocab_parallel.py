@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy
-from tests.distributed.processes import assert_passed, run_cases
+from tests.distributed.processes import assert_passed, outcomes_of
 from tests.distributed.sharded import check, rows
 from tests.support import IMPLS, make_problem
 from tests.test_snippets import PLACEHOLDERS
@@ -330,7 +330,7 @@ def compiled_with_own_tokens(rank):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run_cases(CASES, WORLD, tmp_path_factory.mktemp("vocab_parallel"))
+    return outcomes_of(CASES, WORLD, tmp_path_factory, "vocab_parallel")
 
 
 @pytest.mark.parametrize("name", CASES)
