@@ -44,11 +44,14 @@ def error(row: Row, name: str) -> str:
 
 
 def where(device: Device) -> str:
-    """One sentence for each environment."""
-    lines = []
+    """A sentence: the device, the versions and the commits."""
+    commits: dict[str, list[str]] = {}
     for found in device.environments:
         text = f"{found['device']}, PyTorch {found['torch']}, Triton {found['triton']}"
         if "python" in found:
             text += f", Python {found['python']}"
-        lines.append(text + f", commit {found['commit']}")
-    return "; ".join(lines) + "."
+        commits.setdefault(text, []).append(found["commit"])
+    return "; ".join(
+        f"{text}, commit{'s' * (len(names) > 1)} {' and '.join(names)}"
+        for text, names in commits.items()
+    ) + "."  # fmt: skip

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,41 +32,60 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(run: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
-    """Milliseconds of each repetition after one that does not count.
+    """Milliseconds of each repetition after one that does not count."""
+    return timed_after(lambda: None, lambda _: run(), device, repetitions)
+
+
+def timed_after(
+    prepare: Callable[[], Any],
+    run: Callable[[Any], object],
+    device: torch.device,
+    repetitions: int,
+) -> list[float]:
+    """The same, where each repetition gets what ``prepare`` gives, which is not timed.
 
     On a GPU by events, without waiting in between, as in training.
     """
-    run()
+    run(prepare())
     if device.type != "cuda":
         times = []
         for _ in range(repetitions):
+            prepared = prepare()
             start = time.perf_counter()
-            run()
+            run(prepared)
             times.append((time.perf_counter() - start) * 1e3)
         return times
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
-    events[0].record()
-    for event in events[1:]:
-        run()
-        event.record()
+    events = []
+    for _ in range(repetitions):
+        prepared = prepare()
+        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        pair[0].record()
+        run(prepared)
+        pair[1].record()
+        events.append(pair)
     torch.cuda.synchronize(device)
-    return [first.elapsed_time(last) for first, last in itertools.pairwise(events)]
+    return [first.elapsed_time(last) for first, last in events]
 
 
-def peak_mib(run: Callable[[], object], device: torch.device) -> float:
+def peak_mib(
+    run: Callable[[Any], object],
+    device: torch.device,
+    prepare: Callable[[], Any] = lambda: None,
+) -> float:
     """Peak memory of ``run`` beyond what was allocated before, MiB, results included."""
+    prepared = prepare()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        kept = run()
+        kept = run(prepared)
         torch.cuda.synchronize(device)
         del kept
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        kept = run()
+        kept = run(prepared)
     del kept
     results = profile.profiler.kineto_results  # type: ignore[union-attr]
     events = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]

@@ -35,7 +35,7 @@ from benchmark.measure import (
     peak_mib,
     relative_error,
     synchronize,
-    timed,
+    timed_after,
 )
 from benchmark.methods import METHODS, version_of
 from benchmark.shapes import Shape
@@ -52,7 +52,6 @@ class Worker:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.problem: Problem | None = None
         self.loss: Callable[[], Tensor] | None = None
-        self.graph: Tensor | None = None
         self.frozen: str | None = None
 
     def load(
@@ -67,7 +66,7 @@ class Worker:
         seed: int = 0,
     ) -> dict[str, Any]:
         """Every worker makes the same data from the same seed."""
-        self.problem = self.loss = self.graph = None
+        self.problem = self.loss = None
         self.release()
         if file is not None:
             problem = read(Path(file), self.device)
@@ -102,47 +101,51 @@ class Worker:
         assert self.problem is not None
         return [x for x in (self.problem.e, self.problem.c) if x.requires_grad]
 
-    def pass_of(self, kind: str) -> Callable[[], object]:
-        """What one repetition runs."""
+    def pass_of(self, kind: str) -> tuple[Callable[[Any], object], Callable[[], Any]]:
+        """What one repetition runs, and what it needs that is not measured: a backward's graph.
+
+        Every backward gets a graph of its own: compiled ones cannot run twice, and some methods
+        change what they have saved.
+        """
         loss = self.loss
         assert loss is not None
-        self.graph = None
         if kind == "gemm":
-            return loss
+            return lambda _: loss(), lambda: None
         inputs = self.inputs()
         if kind == "loss-bw":
-            graph = self.graph = loss()
-            return lambda: torch.autograd.grad(graph, inputs, retain_graph=True)
+            return lambda graph: torch.autograd.grad(graph, inputs), loss
         if kind == "loss-fw":
             # As in an evaluation, whose embeddings come out of a model without gradients.
             assert self.problem is not None
             plain = dataclasses.replace(self.problem, e=self.problem.e.detach())
-            return torch.no_grad()(self.method.build(plain))
-        return lambda: torch.autograd.grad(loss(), inputs)
+            forward = torch.no_grad()(self.method.build(plain))
+            return lambda _: forward(), lambda: None
+        return lambda _: torch.autograd.grad(loss(), inputs), lambda: None
 
     def first(self, kind: str) -> dict[str, Any]:
         """The first call, from an empty cache if the process is fresh."""
         start = time.perf_counter()
-        run = self.pass_of(kind)
-        run()
+        run, prepare = self.pass_of(kind)
+        run(prepare())
         synchronize(self.device)
         ms = (time.perf_counter() - start) * 1e3
-        del run
+        del run, prepare
         self.release()
         return {"ms": ms}
 
     def time(self, kind: str, count: int) -> dict[str, Any]:
         """Repetitions after one that does not count."""
-        times = timed(self.pass_of(kind), self.device, count)
+        run, prepare = self.pass_of(kind)
+        times = timed_after(prepare, run, self.device, count)
         if self.crowded():
             self.release()
         return {"times": times}
 
     def memory(self, kind: str) -> dict[str, Any]:
         """Peak of one repetition; a backward's without its forward's."""
-        run = self.pass_of(kind)
-        run()
-        return {"mib": peak_mib(run, self.device)}
+        run, prepare = self.pass_of(kind)
+        run(prepare())
+        return {"mib": peak_mib(run, self.device, prepare)}
 
     def errors(self) -> dict[str, Any]:
         """Against full logits in float32 on the same data."""
@@ -178,7 +181,6 @@ class Worker:
 
     def release(self) -> dict[str, Any]:
         """Give back what the caching allocator keeps."""
-        self.graph = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -133,6 +133,13 @@ def test_rows_of_older_files_are_completed():
     assert made["tflops"] == pytest.approx(2 * 8192 * 256000 * 2304 / 16.0 / 1e9)
 
 
+def test_ratios_to_an_unaligned_product_are_left_out():
+    odd = row("cce", data="gpt2-structured", classes=50257)
+    assert complete(odd)["gemms"] is None
+    assert complete({**odd, "gemm_aligned": True})["gemms"] == 1.5
+    assert complete(row("cce"))["gemms"] == 1.5
+
+
 def test_a_picture_carries_the_hash_of_its_points(tmp_path):
     plot = Plot("dot", [1, 2], lambda points: figure()[0])
     assert digest_of(plot.save(tmp_path)) == plot.digest()
