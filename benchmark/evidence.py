@@ -57,7 +57,7 @@ def sweep(device: Device, size: str) -> str:
         line = [f"{n:,}"]
         for method in methods:
             row = cells.get((n, method))
-            line.append("" if row is None else f"{row['runtime_ms'] * 1e3 / n:.2f}")
+            line.append("" if row is None else f"{row['runtime_ms'] * 1e3 / n:.3g}")
         lines.append(line)
     return markdown((f"{letter}, µs a {unit}", *map(title, methods)), lines)
 
