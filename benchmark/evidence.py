@@ -1,5 +1,6 @@
 """Markdown tables of sweeps, options, cold starts, largest batches and parts of the filter."""
 
+import re
 import statistics
 from typing import Any
 
@@ -107,14 +108,20 @@ def parts(content: dict[str, Any], device: Device) -> str:
 
 
 def failures(device: Device) -> str:
-    """What could not be measured, and why."""
-    lines = [
-        f"- {file}: {found.get('test_data', '')} {title(found['method'])} "
-        f"{found.get('what', '')}: {found['error']}"
-        for file, content in device.files.items()
-        for found in content.get("failures", [])
-    ]
-    return "\n".join(lines) + "\n" if lines else ""
+    """What could not be measured, and why; a method that ran out of time is named once."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for file, content in device.files.items():
+        for failure in content.get("failures", []):
+            reason = failure["error"].split(". ")[0]
+            if re.fullmatch(r"no answer within (-\d+|0) s", reason):
+                reason = "no time was left"
+            what = "" if reason == "no time was left" else f" ({failure.get('what', '')})"
+            key = (file, data_title(failure.get("test_data", "")), reason)
+            found.setdefault(key, []).append(title(failure["method"]) + what)
+    return "".join(
+        f"- {file}: {data}{': ' if data else ''}{', '.join(dict.fromkeys(methods))}: {reason}\n"
+        for (file, data, reason), methods in found.items()
+    )
 
 
 def spread(device: Device) -> str:
