@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.grad_c import find_unions
+from cut_cross_entropy.kernels.grad_c import classes_at_once, find_unions
 from cut_cross_entropy.kernels.grad_c import grad_c as compute_grad_c
 from cut_cross_entropy.kernels.grad_e import grad_e as compute_grad_e
 from cut_cross_entropy.kernels.listing import Counts, Places, StripList, find_places, list_strips
@@ -70,7 +70,7 @@ class _Selected:
     Args:
         places: of all strips.
         center: (D,) mean row of c over the tail.
-        order: (V,) see :meth:`Kept.order`.
+        order: (groups, V) see :meth:`Kept.order`.
         unions: see find_unions.
     """
 
@@ -82,7 +82,7 @@ class _Selected:
     @classmethod
     def of(cls, kept: Kept, problem: Problem) -> "_Selected":
         places = find_places(kept)
-        order = kept.order(0, kept.keys.shape[0])
+        order = kept.order(0, kept.keys.shape[1])
         unions = find_unions(order, kept.masks)
         return cls(places, weighted_row_sum(kept.weights, problem.c, places.tail), order, unions)
 
@@ -95,8 +95,14 @@ def _strips_and_tail(
     num_classes = c.shape[0]
     num_blocks, num_chunks = kept.shape
     all_blocks, all_chunks = (0, num_blocks), (0, num_chunks)
-    capacity = max(1, problem.memory_budget // STRIP_BYTES)
-    whole = sum(counts.by_block) <= capacity
+    # What is stored at once is bounded. The sums of dC take their half of it, if there are any.
+    budget, most_chunks = problem.memory_budget, num_chunks
+    if kept.masks.shape[0] > 1 and grads.c is not None:
+        budget //= 2
+        most_chunks = classes_at_once(c.shape[1], budget) // CHUNK
+    capacity = max(1, budget // STRIP_BYTES)
+    num_strips = sum(counts.by_block)
+    whole = num_strips <= capacity
     held, tails, mass = torch.zeros(
         (3, problem.a.shape[0]), dtype=torch.float32, device=c.device
     ).unbind()
@@ -140,7 +146,7 @@ def _strips_and_tail(
             mass,
         )
 
-    # What is stored at once is bounded: in rounds over blocks for dE, over classes for dC.
+    # In rounds over blocks for dE, over classes for dC.
     need_classes = grads.c is not None or grads.bias is not None
     if whole or grads.e is not None:
         for blocks in [all_blocks] if whole else _ranges(counts.by_block, capacity):
@@ -166,12 +172,14 @@ def _strips_and_tail(
         return mass
 
     mean = weighted_row_sum(tails, tokens.e)
-    order, unions = selected.order, selected.unions
-    for chunks in [all_chunks] if whole else _ranges(counts.by_chunk, capacity):
+    for chunks in _ranges(counts.by_chunk, num_strips if whole else capacity, most_chunks):
         classes = (chunks[0] * CHUNK, min(num_classes, chunks[1] * CHUNK))
-        first = sum(counts.by_chunk[: chunks[0]])
+        first = 0
         if not whole:
+            first = sum(counts.by_chunk[: chunks[0]])
             _, stored, sums, _ = compute(all_blocks, chunks, by_class=True)
+        order, unions = selected.order, selected.unions
+        if chunks != all_chunks:
             order = kept.order(*classes)
             unions = find_unions(order, kept.masks)
         if grads.c is not None:
@@ -180,6 +188,7 @@ def _strips_and_tail(
                 tokens.e,
                 kept,
                 selected.places,
+                classes,
                 first,
                 order,
                 unions,
@@ -197,11 +206,14 @@ def _strips_and_tail(
     return mass
 
 
-def _ranges(counts: list[int], capacity: int) -> list[tuple[int, int]]:
-    """Consecutive ranges whose counts sum to at most ``capacity`` (or hold a single element)."""
+def _ranges(counts: list[int], capacity: int, most: int | None = None) -> list[tuple[int, int]]:
+    """Consecutive ranges whose counts sum to at most ``capacity`` (or hold a single element).
+
+    None has more than ``most`` elements.
+    """
     ranges, start, total = [], 0, 0
     for i, count in enumerate(counts):
-        if total + count > capacity and i > start:
+        if i > start and (total + count > capacity or i - start == most):
             ranges.append((start, i))
             start, total = i, 0
         total += count

@@ -168,7 +168,9 @@ class Counts:
         if self._copied is not None:
             self._copied.synchronize()
         num_blocks, num_chunks = self._shape
-        return tuple(self._values.split([num_blocks * num_chunks, num_chunks, 2]))
+        strips = num_blocks * num_chunks
+        active = self._values.shape[0] - strips - 2
+        return tuple(self._values.split([strips, active, 2]))
 
     @functools.cached_property
     def strips(self) -> Tensor:
@@ -185,9 +187,10 @@ class Counts:
         """Kept strips of each chunk of classes."""
         return list(self.strips.sum(0).tolist())
 
-    def active(self, chunks: tuple[int, int]) -> int:
-        """Classes in a range of chunks that keep a strip."""
-        return int(self._parts[1][slice(*chunks)].sum())
+    def active(self, chunks: tuple[int, int]) -> list[int]:
+        """Classes in a range of chunks that keep a strip in each group of blocks."""
+        by_group = self._parts[1].view(-1, self._shape[1])
+        return list(by_group[:, slice(*chunks)].sum(1).tolist())
 
     @functools.cached_property
     def flat_tokens(self) -> int:

@@ -5,8 +5,8 @@ set of dropped strips does to the gradient is about the root of their energy bes
 whole gradient, so the lightest strips are dropped while that stays under a tolerance: one
 threshold for all blocks, found in a histogram of the bytes. Strips that hold a target are kept.
 
-Which blocks keep a class is a mask of int64s, one for each group of 64 blocks. A key made of the
-mask puts classes side by side that are kept by like blocks, which is what the tiles of dC need.
+Which blocks keep a class is a mask of int64s, one for each group of 64 blocks. A key made of each
+puts classes side by side that are kept by like blocks, which is what the tiles of dC need.
 Shape legend: ``cut_cross_entropy.kernels``.
 """
 
@@ -28,7 +28,7 @@ from cut_cross_entropy.kernels.primitives import (
 
 GROUP = 64  # token blocks whose bits share an int64
 CHUNK = 1024  # classes that one program of the selection looks at
-IDLE = 2**31 - 1  # key of a class that keeps no strip: behind all others
+IDLE = 2**31 - 1  # key of a class that keeps no strip in a group: behind all others
 
 
 @triton.jit
@@ -148,12 +148,12 @@ def kept_strips_kernel(
     energy_ptr,  # (blocks, V)
     threshold_ptr,  # ()
     masks_ptr,  # (groups, V) int64, out
-    keys_ptr,  # (V,) int32, out
+    keys_ptr,  # (groups, V) int32, out
     offsets_ptr,  # (groups, V) int32, out: number of the first strip, counted from the chunk's
     weights_ptr,  # (V,) out: what was dropped of each class
     sums_ptr,  # (3, chunks) out: of w, w log(w) and w log(w)^2 over the weights
     counts_ptr,  # (blocks, chunks) int32, out
-    active_ptr,  # (chunks,) int32, out
+    active_ptr,  # (groups, chunks) int32, out
     V,
     num_blocks,
     num_groups,
@@ -169,12 +169,13 @@ def kept_strips_kernel(
     threshold = tl.load(threshold_ptr)
     total = tl.zeros((CHUNK,), tl.int32)
     weights = tl.zeros((CHUNK,), tl.float32)
-    ranges8 = tl.zeros((CHUNK,), tl.int32)
-    ranges16 = tl.zeros((CHUNK,), tl.int32)
-    fold7 = tl.zeros((CHUNK,), tl.int32)
     for group in range(num_groups):
         mask = tl.zeros((CHUNK,), tl.int64)
-        for bit in range(min(GROUP, num_blocks - group * GROUP)):
+        ranges8 = tl.zeros((CHUNK,), tl.int32)
+        ranges16 = tl.zeros((CHUNK,), tl.int32)
+        fold7 = tl.zeros((CHUNK,), tl.int32)
+        size = min(GROUP, num_blocks - group * GROUP)
+        for bit in range(size):
             block = group * GROUP + bit
             byte = tl.load(
                 energy_ptr + tl.cast(block, tl.int64) * V + classes, mask=inside, other=0
@@ -186,15 +187,16 @@ def kept_strips_kernel(
             weights += tl.where(kept, 0.0, byte_to_weight(byte))
             number = kept.to(tl.int32)
             tl.store(counts_ptr + block * num_chunks + chunk, tl.sum(number, 0))
-            ranges8 |= number << (block * 8 // num_blocks)
-            ranges16 |= number << (block * 16 // num_blocks)
-            fold7 |= number << (block % 7)
-        tl.store(masks_ptr + tl.cast(group, tl.int64) * V + classes, mask, mask=inside)
+            ranges8 |= number << (bit * 8 // size)
+            ranges16 |= number << (bit * 16 // size)
+            fold7 |= number << (bit % 7)
+        member = tl.cast(group, tl.int64) * V + classes
+        tl.store(masks_ptr + member, mask, mask=inside)
+        active = mask != 0
+        key = tl.where(active, likeness_key(ranges8, ranges16, fold7), IDLE)
+        tl.store(keys_ptr + member, key, mask=inside)
+        tl.store(active_ptr + group * num_chunks + chunk, tl.sum(active.to(tl.int32), 0))
         total += popcount(mask)
-    active = total > 0
-    key = tl.where(active, likeness_key(ranges8, ranges16, fold7), IDLE)
-    tl.store(keys_ptr + classes, key, mask=inside)
-    tl.store(active_ptr + chunk, tl.sum(active.to(tl.int32), 0))
     first = tl.cumsum(total, 0) - total
     tl.debug_barrier()  # the masks are read again
     for group in range(num_groups):
@@ -214,13 +216,13 @@ class Kept:
 
     Args:
         masks: (groups, V) int64: bit i of group g says that block 64 g + i keeps the class.
-        keys: (V,) int32: order of the classes; IDLE for those that keep no strip.
+        keys: (groups, V) int32: order of the classes; IDLE for those that keep no strip there.
         offsets: (groups, V) int32: number of the first strip of (group, class) in its chunk, where
             strips are numbered by class, then by block.
         weights: (V,) float32: root energies dropped of each class, summed over the blocks.
         sums: (3, chunks) float32: of w, w log(w) and w log(w)^2 over the weights.
-        statistics: int32: counts (blocks, chunks), active classes (chunks,), the number of flat
-            tokens and of tokens, in a row.
+        statistics: int32: counts (blocks, chunks), active classes (groups, chunks), the number of
+            flat tokens and of tokens, in a row.
         shape: blocks and chunks of CHUNK classes.
     """
 
@@ -233,8 +235,11 @@ class Kept:
     shape: tuple[int, int]
 
     def order(self, first: int, stop: int) -> Tensor:
-        """The classes [first, stop), like ones side by side and idle ones last, int64."""
-        indices = torch.sort(self.keys[first:stop], stable=True).indices
+        """The classes [first, stop) for each group, like ones side by side and idle ones last.
+
+        (groups, classes) int64.
+        """
+        indices = torch.sort(self.keys[:, first:stop], dim=1, stable=True).indices
         return indices if first == 0 else first + indices
 
 
@@ -248,10 +253,11 @@ def keep_strips(
     num_blocks, num_classes = energy.shape
     num_groups, num_chunks = triton.cdiv(num_blocks, GROUP), triton.cdiv(num_classes, CHUNK)
     device = energy.device
-    statistics = torch.empty((num_blocks + 1) * num_chunks + 2, dtype=torch.int32, device=device)
+    numbers = (num_blocks + num_groups) * num_chunks + 2
+    statistics = torch.empty(numbers, dtype=torch.int32, device=device)
     kept = Kept(
         masks=torch.empty((num_groups, num_classes), dtype=torch.int64, device=device),
-        keys=torch.empty(num_classes, dtype=torch.int32, device=device),
+        keys=torch.empty((num_groups, num_classes), dtype=torch.int32, device=device),
         offsets=torch.empty((num_groups, num_classes), dtype=torch.int32, device=device),
         weights=torch.empty(num_classes, dtype=torch.float32, device=device),
         sums=torch.empty((3, num_chunks), dtype=torch.float32, device=device),

@@ -119,16 +119,20 @@ def variants(tiles: Tiles) -> list[Variant]:
         num_stages=few,
         max_registers=128,
     )
-    add(
-        "grad_c",
-        grad_c.grad_c_kernel,
-        {"E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C, "BLOCK_K": block_k, "BLOCK_T": BLOCK_T,
-         "BLOCK_N": tiles.block_n, "GROUP": 64, "CHUNK": 1024},
-        boxes={"e": (block_k, tiles.block_n)},
-        num_warps=8,
-        num_stages=few,
-        max_registers=128,
-    )  # fmt: skip
+    for partial in (False, True):
+        add(
+            f"grad_c-{partial:d}",
+            grad_c.grad_c_kernel,
+            {"PARTIAL": partial, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C, "BLOCK_K": block_k,
+             "BLOCK_T": BLOCK_T, "BLOCK_N": tiles.block_n, "GROUP": 64, "CHUNK": 1024},
+            boxes={"e": (block_k, tiles.block_n)},
+            num_warps=8,
+            num_stages=few,
+            max_registers=128,
+            types=(("out_ptr", "*fp32"),) if partial else (),
+        )  # fmt: skip
+        add(f"tail_rows-{partial:d}", grad_c.tail_rows_kernel,
+            {"SUMS": partial, "BLOCK_R": 32, "BLOCK_D": 512})  # fmt: skip
     add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "GROUP": 64})
     add("compact", prepare.compact_kernel, {"BLOCK": prepare.SCAN}, num_warps=8)
     add("backward_tokens", prepare.backward_tokens_kernel, {"HAS_SPREAD": True, "BLOCK_D": 1024})
@@ -136,7 +140,6 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("finish", combine.finish_kernel, {"HAS_ENERGY": True, "BLOCK_T": BLOCK_T})
     add("threshold", selection.threshold_kernel, {"BLOCK_T": BLOCK_T, "BLOCK": 4096},
         types=(("histogram_ptr", "*i64"), ("numbers_ptr", "*i32")))  # fmt: skip
-    add("tail_rows", grad_c.tail_rows_kernel, {"BLOCK_R": 32, "BLOCK_D": 512})
     add("tails", tail.tails_kernel, {"SOFTCAP": True, "SHARDED": True, "BLOCK": BLOCK_T})
     add("scatter", prepare.scatter_rows_kernel, {"BLOCK_D": 1024}, types=(("rows_ptr", "*fp32"),))
     add("histogram", selection.histogram_kernel, {"BLOCK": 2**12},

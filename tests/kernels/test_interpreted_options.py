@@ -153,3 +153,23 @@ def test_several_groups_of_blocks(path, budget, request, monkeypatch):
     request.getfixturevalue("drops_nothing")
     request.getfixturevalue("always_filtered")
     ROUTES[path].check(two_blocks(bias=True), memory_budget=budget)
+
+
+def test_sums_of_dc_in_several_ranges(request, monkeypatch):
+    """All strips are stored at once, and the sums of several groups are not."""
+    from cut_cross_entropy.kernels import filtered, grad_c, listing, selection
+
+    for module in (grad_c, listing, selection):
+        monkeypatch.setattr(module, "GROUP", 1)
+    monkeypatch.setattr(filtered, "STRIP_BYTES", 1)
+    ranges = []
+    write = filtered.compute_grad_c
+    monkeypatch.setattr(
+        filtered, "compute_grad_c", lambda *args: (ranges.append(args[4]), write(*args))
+    )
+    request.getfixturevalue("drops_nothing")
+    request.getfixturevalue("always_filtered")
+    problem = make_problem((133,), 1100, 8, bias=True)
+    budget = 2 * 4 * problem.e.shape[-1] * selection.CHUNK
+    ROUTES["filtered"].check(problem, memory_budget=budget)
+    assert ranges == [(0, selection.CHUNK), (selection.CHUNK, 1100)]
