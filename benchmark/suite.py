@@ -65,7 +65,7 @@ class Part:
 
 
 PARTS = {
-    "table": Part(230, ALL),
+    "table": Part(300, ALL),
     "shapes": Part(150, OURS, 6),
     "largest": Part(130, command=("benchmark.largest",)),
     "simulate": Part(50, command=("benchmark.simulate", "--tokens", "4096")),
