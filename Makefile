@@ -8,7 +8,7 @@ VENV := .venv
 INSTALL = $(VENV)/bin/python -m pip install --quiet
 TORCH := torch==2.13.0
 # What the optional parts of the tests work with.
-TEST_PEERS := datasets peft trl
+TEST_PEERS := datasets deepspeed peft trl
 
 ifdef PYTHON
 ENVIRONMENT :=
@@ -32,7 +32,8 @@ test: $(ENVIRONMENT)  ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not gpu" $(ARGS)
 
 test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU
-	$(PYTHON) -m pytest -m gpu $(ARGS) tests/kernels
+	$(PYTHON) -m pytest -m gpu $(ARGS) tests/kernels tests/transformers/test_gpu.py \
+		tests/distributed/test_gpu_vocab_parallel.py
 
 benchmark: $(ENVIRONMENT)  ## time, memory and error of all implementations
 	$(PYTHON) -m benchmark $(ARGS)
