@@ -144,15 +144,16 @@ def rank_sentence(found: Measurements) -> str:
 def errors_sentence(found: Measurements) -> str:
     """The range of the errors of our default."""
     rows = found.main.select(method="cce", kind="loss-fw-bw")
-    text = []
+    text, problems = [], 0
     for name in "ec":
         values = [value for row in rows if (value := roundings(row, name)) is not None]
+        problems = max(problems, len(values))  # of a sweep the times alone are measured
         if values:
             gradient = "dE" if name == "e" else "dC"
             text.append(f"{gradient} {min(values):.1f} to {max(values):.1f}")
     return (
         f"Measured for `cce` on the {found.main.name}, in roundings: " + ", ".join(text)
-        + f" ({len(rows)} problems).\n"
+        + f" ({problems} problems).\n"
     ) if text else ""  # fmt: skip
 
 

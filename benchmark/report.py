@@ -69,7 +69,7 @@ def by_problem(device: Device, names: Sequence[str], methods: Sequence[str]) -> 
             )
     header = ("data", "method", "loss", "gradients", "both", "both, ms", "peak, MiB", "error of dE",
               "of dC")  # fmt: skip
-    return markdown(header, lines)
+    return markdown(header, lines) if lines else ""
 
 
 def headline(device: Device) -> str:

@@ -39,7 +39,7 @@ OWN_IMPLS = ("auto", "chunked", "reference")
 
 ALL_IMPLS = (*OWN_IMPLS, "torch_compile", *KERNEL_IMPLS)
 
-# The seed document promises torch_compile as the default on macOS, where Triton does not exist.
+# Apple's releases have torch_compile as the default on macOS, where Triton does not exist.
 # Elsewhere the choice has to wait for the call, since it depends on the device of the tensors.
 LCE_IMPL_DEFAULT = "torch_compile" if platform.system() == "Darwin" else "auto"
 """Default of ``impl=``."""

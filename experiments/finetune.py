@@ -1,6 +1,6 @@
 """Fine-tune one model with full logits and without, several seeds each, and keep the curves.
 
-    python -m experiments.finetune --out docs/measurements
+    python -m experiments.finetune
 
 Every method starts from the same weights and sees the same batches in the same order; the seed
 decides the order. A judge that is the same for all (full logits in float32) measures the loss on

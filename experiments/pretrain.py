@@ -1,6 +1,6 @@
 """Pretrain a small model with a large vocabulary from scratch, with full logits and without.
 
-    python -m experiments.pretrain --out docs/measurements
+    python -m experiments.pretrain
 
 A tokenizer is trained on the text of the installed Python packages; its many tokens are mostly
 rare. Every method starts from the same weights and sees the same batches. The judge (full logits

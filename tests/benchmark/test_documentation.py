@@ -103,6 +103,20 @@ def test_blocks_are_replaced_and_the_rest_is_not(found):
     assert fill(made, found) == made
 
 
+def test_problems_without_errors_are_not_counted_as_problems_with_small_ones(found):
+    device = found.main
+    without = {**device.rows[0], "test_data": "N1024", "part": "sweeps"}
+    for key in ("error_e", "error_c", "rounding_e", "rounding_c"):
+        del without[key]
+    device.rows.append(without)
+    assert "dE 1.9 to 1.9, dC 1.6 to 1.6 (1 problems)" in remake.errors_sentence(found)
+
+
+def test_a_part_that_was_not_measured_says_so(found):
+    page = "<!-- begin tails -->\n<!-- end tails -->\n"
+    assert "Not measured yet." in fill(page, found)
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_block_can_be_made_from_little(name, found):
     assert isinstance(BLOCKS[name](found), str)
