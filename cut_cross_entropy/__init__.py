@@ -1,6 +1,6 @@
 """Cross-entropy of ``e @ c.T`` without the logits: memory for a vocabulary of any size."""
 
-from cut_cross_entropy.distributed.options import VocabParallelOptions
+from cut_cross_entropy.distributed.options import DataParallelOptions, VocabParallelOptions
 from cut_cross_entropy.filter_report import FilterRecord, record_filter
 from cut_cross_entropy.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from cut_cross_entropy.options import LinearCrossEntropyImpl
@@ -8,6 +8,7 @@ from cut_cross_entropy.options import LinearCrossEntropyImpl
 __version__ = "0.1.0"
 
 __all__ = [
+    "DataParallelOptions",
     "FilterRecord",
     "LinearCrossEntropy",
     "LinearCrossEntropyImpl",

@@ -28,6 +28,8 @@ STACK = {
     # Two programs share a multiprocessor, which leaves each 128 registers.
     "strips-plain": 192,
     "strips-softcap-bias": 768,
+    "grad_c-0": 16,
+    "grad_c-1": 192,  # after its loop, where the sums of earlier groups come in
     "": 0,  # all others
 }
 
