@@ -46,10 +46,25 @@ def cce_losses(
 
     With a ``group`` the rows of ``c`` are the classes from ``first_class`` on.
     """
-    from cut_cross_entropy.kernels import pipeline
+    from cut_cross_entropy.kernels import ahead, pipeline
     from cut_cross_entropy.kernels.config import launch_device
 
+    with_energy = _with_energy(training, tolerance, filter_e, filter_c)
     with torch.autocast(e.device.type, enabled=False), launch_device(e.device):
+        ahead.compile_step(
+            e,
+            c,
+            targets,
+            bias,
+            ignore_index,
+            softcap,
+            compute_dtype,
+            memory_budget,
+            tolerance,
+            filter_mass,
+            with_energy,
+            training,
+        )
         return pipeline.forward(
             e,
             c,
@@ -58,7 +73,7 @@ def cce_losses(
             ignore_index,
             softcap,
             compute_dtype,
-            with_energy=_with_energy(training, tolerance, filter_e, filter_c),
+            with_energy=with_energy,
             compact=training,
             first_class=first_class,
             group=group,

@@ -153,7 +153,7 @@ def check_target_range(targets: Tensor, num_classes: int, ignore_index: int) -> 
     Raises:
         ValueError: a target that is neither in [0, V) nor ``ignore_index``.
     """
-    if isinstance(targets, FakeTensor):  # has a shape and no values
+    if isinstance(targets, FakeTensor) or targets.is_meta:  # a shape and no values
         return
     if targets.device.type != "cpu" and os.environ.get("CCE_DEBUG", "0") != "1":
         return

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cut_cross_entropy.distributed.exchange import gather_shards, maximum_over_group
 from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.prepare import Tokens
 from cut_cross_entropy.kernels.primitives import FORCED
 
@@ -32,7 +33,7 @@ def logsumexp2(ptr, tokens, present, N, num_segments, BLOCK_T: tl.constexpr):
     return base + tl.log2(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_segments"])
 def bound_kernel(
     lse_ptr,  # (segments, N)
     bound_ptr,  # (N,) in, out
@@ -50,7 +51,7 @@ def bound_kernel(
     tl.store(bound_ptr + tokens, higher, mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_segments"])
 def finish_kernel(
     lse_parts_ptr,  # (segments, N) log2
     spread_parts_ptr,  # (segments, N) log2
@@ -90,8 +91,14 @@ def finish_kernel(
 def raise_bound(bound: Tensor, lse_parts: Tensor) -> None:
     """Raise ``bound`` (N,) to the log-sum-exp over the segments (segments, N), in place."""
     num_segments, num_tokens = lse_parts.shape
-    bound_kernel[(triton.cdiv(num_tokens, BLOCK_T),)](
-        lse_parts, bound, num_tokens, num_segments, BLOCK_T=BLOCK_T
+    launch(
+        bound_kernel,
+        (triton.cdiv(num_tokens, BLOCK_T),),
+        lse_parts,
+        bound,
+        num_tokens,
+        num_segments,
+        BLOCK_T=BLOCK_T,
     )
 
 
@@ -110,7 +117,9 @@ def finish(
     nll = torch.zeros(num_tokens, dtype=torch.float32, device=device)
     lse = torch.zeros(num_tokens, dtype=torch.float32, device=device)
     spread = nll.new_empty(0 if energy is None else num_tokens)
-    finish_kernel[(triton.cdiv(num_tokens, BLOCK_T),)](
+    launch(
+        finish_kernel,
+        (triton.cdiv(num_tokens, BLOCK_T),),
         parts[0],
         parts[1],
         logits,

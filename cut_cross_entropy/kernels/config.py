@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cut_cross_entropy.constants import BLOCK_TOKENS
 from cut_cross_entropy.device_support import triton_is_interpreted, triton_version
+from cut_cross_entropy.kernels.launch import planned_device
 
 GROUP_BYTES = 34 * 2**20
 """Embeddings of the token blocks that are walked side by side; an L2 cache holds them."""
@@ -73,7 +74,7 @@ def _tiles_of(device: torch.device) -> Tiles:
 
 def tiles_on(device: torch.device) -> Tiles:
     """The block sizes for ``device``."""
-    return _tiles_of(device)
+    return _tiles_of(planned_device(device))
 
 
 @functools.cache
@@ -118,6 +119,6 @@ def half_of_a_processor(device: torch.device, tiles: Tiles) -> dict[str, int]:
     NVIDIA that takes at most 128 registers a thread.
     """
     options = {"num_warps": 8, "num_stages": min(3, tiles.num_stages)}
-    if device.type == "cuda" and torch.version.hip is None:
+    if planned_device(device).type == "cuda" and torch.version.hip is None:
         options["maxnreg"] = 128
     return options

@@ -1,7 +1,7 @@
 """Exact gradients by chunks of classes, where nothing can be skipped.
 
-A kernel makes the logit gradient of a chunk for all tokens; the two products with c and e are the
-vendor library's. Rows of dC are complete after their chunk, dE is summed in float32. Shape legend:
+A kernel makes the logit gradients of a chunk; the two products with c and e are the vendor
+library's. Rows of dC are complete after their chunk, dE is summed in float32. Shape legend:
 ``cut_cross_entropy.kernels``.
 """
 
@@ -12,19 +12,60 @@ from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.config import Tiles, rows_operand
+from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import (
     load_rows,
     logit_slope,
+    place_program,
     transform_logits,
 )
 
 MAX_SCRATCH_BYTES = 160 * 2**20  # of dE's sum and a chunk: larger chunks gain little
 MIN_CHUNK_BYTES = 32 * 2**20  # dE's sum is read and written once a chunk
 MAX_ELEMENTS = 2**30  # of any factor or result of a library product: 32 bits reach them
-GROUP_TILES = 8  # class tiles that walk the token blocks together
+MAX_TOKENS = 16384  # whose logit gradients are stored together
+SIDE_BY_SIDE = 128  # programs that fill a GPU, of which GROUP_BLOCKS share their classes
+GROUP_BLOCKS = 16
 
 
 @triton.jit
+def store_gradients(
+    product,  # (BLOCK_T, classes) rows of e times rows of c
+    grad_ptr,  # (N, chunk) out
+    bias_ptr,  # (V,)
+    classes,  # (classes,) class ids
+    tokens,  # (BLOCK_T,)
+    lse,  # (BLOCK_T,) log2, like the three that follow
+    a,
+    b,
+    targets,
+    scale,
+    N,
+    V,
+    softcap,
+    first_class,
+    stride_out,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Logit gradients of a tile of products."""
+    inside = classes < V
+    logits = transform_logits(
+        product, bias_ptr, classes, inside, softcap, HAS_BIAS, SOFTCAP, TOKEN_AXIS=0
+    )
+    grad = tl.exp2(logits - lse[:, None]) * a[:, None]
+    grad -= tl.where(classes[None, :] == targets[:, None], b[:, None], 0.0)
+    if SOFTCAP:
+        grad *= tl.where(inside[None, :], logit_slope(logits, softcap), 0.0)
+    # 32 bits reach: a chunk is bounded in elements
+    out = tokens[:, None] * stride_out + (classes - first_class)[None, :]
+    grad = (grad * scale).to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + out, grad, mask=(tokens < N)[:, None] & inside[None, :])
+
+
+@triton.jit(
+    do_not_specialize=["first_class", "segment_tiles", "num_segments", "num_blocks", "group_blocks"]
+)
 def chunk_gradients_kernel(
     e,  # (N, D)
     c,  # (V, D)
@@ -34,54 +75,213 @@ def chunk_gradients_kernel(
     b_ptr,  # (N,)
     targets_ptr,  # (N,)
     scale_ptr,  # ()
-    grad_ptr,  # (chunk, N) out
+    grad_ptr,  # (N, chunk) out
     N,
     V,
     D,
     softcap,
     first_class,
+    stop_class,
+    stride_out,
+    segment_tiles,
+    num_segments,
     num_blocks,
-    group_tiles,
-    num_tiles,
+    group_blocks,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     E_TMA: tl.constexpr,
     C_TMA: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of classes against one block of tokens."""
-    program = tl.program_id(0)
-    # Groups of class tiles walk the token blocks together, so both operands stay in the L2 cache.
-    group = program // (group_tiles * num_blocks)
-    tiles_here = min(num_tiles - group * group_tiles, group_tiles)
-    inside_group = program % (group_tiles * num_blocks)
-    tile = group * group_tiles + inside_group % tiles_here
-    block = inside_group // tiles_here
-    v = first_class + tile * BLOCK_V
-    product = tl.zeros((BLOCK_V, BLOCK_T), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        c_tile = load_rows(c, v, V, d, D, C_TMA, BLOCK_V, BLOCK_D)
-        e_tile = load_rows(e, block * BLOCK_T, N, d, D, E_TMA, BLOCK_T, BLOCK_D)
-        product = tl.dot(c_tile, e_tile.T, product, input_precision="ieee")
+    """One block of tokens against one segment of a chunk of the classes.
+
+    Tiles are (tokens, classes) here: nothing is summed over tokens, and what belongs to a token is
+    then needed in few threads.
+    """
+    block, segment = place_program(num_blocks, group_blocks, num_segments)
     tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = tokens < N
     lse = tl.load(lse_ptr + tokens, mask=is_token, other=float("inf"))
     a = tl.load(a_ptr + tokens, mask=is_token, other=0.0)
     b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
-    targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1)
-    classes = v + tl.arange(0, BLOCK_V)
-    inside = classes < V
-    logits = transform_logits(product, bias_ptr, classes, inside, softcap, HAS_BIAS, SOFTCAP)
-    grad = tl.exp2(logits - lse[None, :]) * a[None, :]
-    grad -= tl.where(classes[:, None] == targets[None, :], b[None, :], 0.0)
-    if SOFTCAP:
-        grad *= tl.where(inside[:, None], logit_slope(logits, softcap), 0.0)
-    # 32 bits reach: a chunk is bounded in bytes
-    out = (classes - first_class)[:, None] * N + tokens[None, :]
-    grad = (grad * tl.load(scale_ptr)).to(grad_ptr.dtype.element_ty)
-    tl.store(grad_ptr + out, grad, mask=inside[:, None] & is_token[None, :])
+    targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1).to(tl.int32)
+    scale = tl.load(scale_ptr)
+    start = first_class + segment * segment_tiles * BLOCK_V
+    tiles = min(segment_tiles, tl.cdiv(stop_class - start, BLOCK_V))
+    steps = tl.cdiv(D, BLOCK_D)
+    # A wide tile ends in two halves, which need fewer registers at a time.
+    half: tl.constexpr = BLOCK_V // 2 if HALVES else BLOCK_V
+    product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    # One loop over tiles and features, so that loads of the next tile overlap a tile's end.
+    for i in tl.range(0, tiles * steps, flatten=True):
+        step = i % steps
+        v = start + (i // steps) * BLOCK_V
+        e_tile = load_rows(e, block * BLOCK_T, N, step * BLOCK_D, D, E_TMA, BLOCK_T, BLOCK_D)
+        c_tile = load_rows(c, v, V, step * BLOCK_D, D, C_TMA, BLOCK_V, BLOCK_D)
+        product = tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
+        if step == steps - 1:
+            classes = v + tl.arange(0, half)
+            if HALVES:
+                left, right = tl.split(
+                    tl.permute(tl.reshape(product, (BLOCK_T, 2, half)), (0, 2, 1))
+                )
+                store_gradients(
+                    left,
+                    grad_ptr,
+                    bias_ptr,
+                    classes,
+                    tokens,
+                    lse,
+                    a,
+                    b,
+                    targets,
+                    scale,
+                    N,
+                    V,
+                    softcap,
+                    first_class,
+                    stride_out,
+                    HAS_BIAS,
+                    SOFTCAP,
+                )
+                store_gradients(
+                    right,
+                    grad_ptr,
+                    bias_ptr,
+                    classes + half,
+                    tokens,
+                    lse,
+                    a,
+                    b,
+                    targets,
+                    scale,
+                    N,
+                    V,
+                    softcap,
+                    first_class,
+                    stride_out,
+                    HAS_BIAS,
+                    SOFTCAP,
+                )
+            else:
+                store_gradients(
+                    product,
+                    grad_ptr,
+                    bias_ptr,
+                    classes,
+                    tokens,
+                    lse,
+                    a,
+                    b,
+                    targets,
+                    scale,
+                    N,
+                    V,
+                    softcap,
+                    first_class,
+                    stride_out,
+                    HAS_BIAS,
+                    SOFTCAP,
+                )
+            product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+
+
+def chunk_gradients(
+    e: Tensor,  # (N, D)
+    c: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    lse: Tensor,  # (N,) log2
+    a: Tensor,  # (N,)
+    b: Tensor,  # (N,)
+    targets: Tensor,  # (N,)
+    scale: Tensor,  # ()
+    classes: tuple[int, int],
+    softcap: float | None,
+    tiles: Tiles,
+    out: Tensor,  # (N, classes)
+) -> None:
+    """Write the logit gradients of a range of classes, times ``scale``."""
+    num_blocks = triton.cdiv(e.shape[0], BLOCK_T)
+    group_blocks = min(num_blocks, GROUP_BLOCKS)
+    num_tiles = triton.cdiv(classes[1] - classes[0], tiles.block_v)
+    segment_tiles = triton.cdiv(num_tiles, max(1, SIDE_BY_SIDE // group_blocks))
+    num_segments = triton.cdiv(num_tiles, segment_tiles)
+    e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
+    c_operand, c_tma = rows_operand(c, tiles.block_v, tiles.block_d, tiles)
+    launch(
+        chunk_gradients_kernel,
+        (num_blocks * num_segments,),
+        e_operand,
+        c_operand,
+        bias,
+        lse,
+        a,
+        b,
+        targets,
+        scale,
+        out,
+        e.shape[0],
+        c.shape[0],
+        e.shape[1],
+        softcap or 0.0,
+        classes[0],
+        classes[1],
+        out.stride(0),
+        segment_tiles,
+        num_segments,
+        num_blocks,
+        group_blocks,
+        HAS_BIAS=bias is not None,
+        SOFTCAP=softcap is not None,
+        E_TMA=e_tma,
+        C_TMA=c_tma,
+        HALVES=tiles.block_v > BLOCK_T,
+        BLOCK_T=BLOCK_T,
+        BLOCK_V=tiles.block_v,
+        BLOCK_D=tiles.block_d,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+
+
+class _Room:
+    """Where the logit gradients of a chunk are stored: in memory of its own, or where it can be in
+    the rows of dC that are not written yet, which hold more. The fewer chunks, the less often the
+    sums of dE are read and written.
+    """
+
+    def __init__(self, e: Tensor, block_v: int, num_bytes: int, lender: Tensor | None) -> None:
+        self._e, self._block_v, self._lender = e, block_v, lender
+        num_tokens, dim = min(e.shape[0], MAX_TOKENS), e.shape[1]
+        of_class = num_tokens * e.element_size() + (4 * dim if lender is None else 0)
+        self._tokens = num_tokens
+        self._most = self._tiled(MAX_ELEMENTS // max(num_tokens, dim))
+        self._own_classes = min(self._most, self._tiled(num_bytes // of_class))
+        self._own: Tensor | None = None
+
+    def _tiled(self, num_classes: int) -> int:
+        return max(1, num_classes // self._block_v) * self._block_v
+
+    def next(self, first: int, num_classes: int) -> tuple[int, Tensor]:
+        """How many classes from ``first`` on make the next chunk, and its (tokens, classes)."""
+        left, size, buffer = num_classes - first, self._own_classes, None
+        if self._lender is not None:
+            dim = self._lender.shape[1]
+            lent = min(
+                self._most, left * dim // (dim + self._tokens) // self._block_v * self._block_v
+            )
+            if lent > size:
+                size, buffer = lent, self._lender[first + lent :].view(-1)
+        size = min(size, left)
+        stride = -(-size // self._block_v) * self._block_v  # rows stay aligned
+        if buffer is None:
+            if self._own is None:
+                self._own = self._e.new_empty(self._tokens * stride)
+            buffer = self._own
+        return size, buffer[: self._tokens * stride].view(self._tokens, stride)[:, :size]
 
 
 def dense_gradients(
@@ -107,70 +307,63 @@ def dense_gradients(
     if num_tokens == 0:
         return total
     scratch = min(memory_budget, MAX_SCRATCH_BYTES)
-    room = max(MIN_CHUNK_BYTES, scratch - (num_tokens * dim * 4 if need_e else 0))
-    multiple = GROUP_TILES * tiles.block_v
-    most = min(room // (num_tokens * e.element_size()), MAX_ELEMENTS // max(num_tokens, dim))
-    chunk = max(multiple, most // multiple * multiple)
-    chunk = min(chunk, triton.cdiv(num_classes, tiles.block_v) * tiles.block_v)
-    num_blocks = triton.cdiv(num_tokens, BLOCK_T)
-    buffer = e.new_empty((chunk, num_tokens))
-    e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
-    c_operand, c_tma = rows_operand(c, tiles.block_v, tiles.block_d, tiles)
-    for first in range(0, num_classes, chunk):
-        size = min(chunk, num_classes - first)
-        chunk_tiles = triton.cdiv(size, tiles.block_v)
-        chunk_gradients_kernel[(chunk_tiles * num_blocks,)](
-            e_operand,
-            c_operand,
-            bias,
-            lse,
-            a,
-            b,
-            targets,
-            scale,
-            buffer,
-            num_tokens,
-            num_classes,
-            dim,
-            softcap or 0.0,
-            first,
-            num_blocks,
-            GROUP_TILES,
-            chunk_tiles,
-            HAS_BIAS=bias is not None,
-            SOFTCAP=softcap is not None,
-            E_TMA=e_tma,
-            C_TMA=c_tma,
-            BLOCK_T=BLOCK_T,
-            BLOCK_V=tiles.block_v,
-            BLOCK_D=tiles.block_d,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-        )
-        grads, part = buffer[:size], slice(first, first + size)
-        if total is not None:
-            add_product(total, grads.T, c[part])
-        if grad_c is not None:
-            _write(grad_c, part, grads, e, scale, accumulate)
+    num_bytes = max(MIN_CHUNK_BYTES, scratch - (num_tokens * dim * 4 if need_e else 0))
+    # A single product makes the rows of dC, in place.
+    direct = (
+        grad_c is not None
+        and not accumulate
+        and grad_c.dtype == e.dtype
+        and grad_c.is_contiguous()
+        and num_tokens <= MAX_TOKENS
+    )
+    room = _Room(e, tiles.block_v, num_bytes, grad_c if direct else None)
+    first = 0
+    while first < num_classes:
+        size, buffer = room.next(first, num_classes)
+        classes = (first, first + size)
+        rows, rows_bias = None, None
+        if grad_c is not None and not direct:
+            rows = e.new_zeros((size, dim), dtype=torch.float32)
         if grad_bias is not None:
-            sums = grads.sum(1, dtype=torch.float32) / scale
-            grad_bias[part] = sums + grad_bias[part] if accumulate else sums
+            rows_bias = e.new_zeros(size, dtype=torch.float32)
+        for start in range(0, num_tokens, MAX_TOKENS):
+            part = slice(start, min(num_tokens, start + MAX_TOKENS))
+            grads = buffer[: part.stop - part.start]
+            chunk_gradients(
+                e[part], c, bias, lse[part], a[part], b[part], targets[part], scale,
+                classes, softcap, tiles, grads,
+            )  # fmt: skip
+            if total is not None:
+                add_product(total[part], grads, c[slice(*classes)])
+            if rows is not None:
+                add_product(rows, grads.T, e[part])
+            elif grad_c is not None:
+                torch.mm(grads.T, e, out=grad_c[slice(*classes)])
+            if rows_bias is not None:
+                rows_bias += grads.sum(0, dtype=torch.float32)
+        _finish(grad_c, classes, rows, scale, accumulate)
+        _finish(grad_bias, classes, rows_bias, scale, accumulate)
+        first += size
     return None if total is None else total.div_(scale)
 
 
-def _write(
-    out: Tensor, part: slice, grads: Tensor, e: Tensor, scale: Tensor, accumulate: bool
+def _finish(
+    out: Tensor | None,  # (V, ...)
+    classes: tuple[int, int],
+    rows: Tensor | None,  # (classes, ...) float32; None: they are in ``out``
+    scale: Tensor,
+    accumulate: bool,
 ) -> None:
-    """Rows ``part`` of dC from the logit gradients of those classes."""
-    if not accumulate and out.dtype == e.dtype and out.is_contiguous():
-        torch.mm(grads, e, out=out[part])
-        if e.dtype == torch.float16:
-            out[part].div_(scale)
+    """Take the scale out of the gradients of a chunk's classes."""
+    if out is None:
         return
-    product = torch.zeros((grads.shape[0], e.shape[1]), dtype=torch.float32, device=e.device)
-    add_product(product, grads, e)
-    product.div_(scale)
-    out[part] = product + out[part] if accumulate else product
+    here = slice(*classes)
+    if rows is None:
+        if out.dtype == torch.float16:
+            out[here].div_(scale)
+        return
+    rows.div_(scale)
+    out[here] = rows + out[here] if accumulate else rows
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -3,6 +3,7 @@
 Shape legend: ``cut_cross_entropy.kernels``.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +11,13 @@ from torch import Tensor
 
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.grad_c import classes_at_once, find_unions
+from cut_cross_entropy.kernels.grad_c import Sums, bytes_of_sums, find_unions, write_rest
 from cut_cross_entropy.kernels.grad_c import grad_c as compute_grad_c
 from cut_cross_entropy.kernels.grad_e import grad_e as compute_grad_e
 from cut_cross_entropy.kernels.listing import Counts, Places, StripList, find_places, list_strips
 from cut_cross_entropy.kernels.problem import Gradients, Problem, write_dense
-from cut_cross_entropy.kernels.selection import CHUNK, Kept, keep_strips
-from cut_cross_entropy.kernels.strips import strip_gradients, sum_by_class
+from cut_cross_entropy.kernels.selection import CHUNK, GROUP, Kept, keep_strips
+from cut_cross_entropy.kernels.strips import add_by_class, strip_gradients
 from cut_cross_entropy.kernels.tail import weighted_row_sum, write_tails
 
 STRIP_BYTES = 2 * BLOCK_T + 8  # a strip's logit gradient and its place in the lists
@@ -50,7 +51,7 @@ def write_filtered(
         if counts.flat_tokens:
             flat_first = torch.sort(problem.sharp.sub(-1).abs(), stable=True).indices
             write_dense(problem.of(flat_first[: counts.flat_tokens]), grads, accumulate=True)
-    if recording():
+    if recording() and not energy.is_meta:
         report(
             FilterRecord(
                 path="dense" if too_flat else "filtered",
@@ -91,131 +92,273 @@ def _strips_and_tail(
     problem: Problem, grads: Gradients, kept: Kept, selected: _Selected, counts: Counts
 ) -> Tensor:
     """Writes the gradients; returns the dropped mass of each token, (N,)."""
-    tokens, c, tiles = problem.tokens, problem.c, problem.tiles
-    num_classes = c.shape[0]
+    work = _Work.of(problem, grads, kept, selected, counts)
     num_blocks, num_chunks = kept.shape
     all_blocks, all_chunks = (0, num_blocks), (0, num_chunks)
-    # What is stored at once is bounded. The sums of dC take their half of it, if there are any.
-    budget, most_chunks = problem.memory_budget, num_chunks
-    if kept.masks.shape[0] > 1 and grads.c is not None:
-        budget //= 2
-        most_chunks = classes_at_once(c.shape[1], budget) // CHUNK
-    capacity = max(1, budget // STRIP_BYTES)
+    num_groups = kept.masks.shape[0]
     num_strips = sum(counts.by_block)
-    whole = num_strips <= capacity
-    held, tails, mass = torch.zeros(
-        (3, problem.a.shape[0]), dtype=torch.float32, device=c.device
-    ).unbind()
+    # Where dC has sums that wait between groups, they and the strips share what may be stored.
+    row_bytes = bytes_of_sums(grads.c) if grads.c is not None and num_groups > 1 else 0
+    budget = problem.memory_budget
+    need_classes = grads.c is not None or grads.bias is not None
 
-    def compute(
-        blocks: tuple[int, int], chunks: tuple[int, int], by_class: bool
-    ) -> tuple[StripList, Tensor, Tensor, Tensor]:
-        """Strips of a rectangle: their list, gradients, sums, and what each token's hold."""
-        first, places, sizes = 0, selected.places, counts.by_block
-        if not whole:
-            first = sum(counts.by_chunk[: chunks[0]])
-            places = find_places(kept, blocks, chunks, selected.places)
+    if num_strips * STRIP_BYTES <= (budget if row_bytes == 0 else budget // 2):
+        stored = work.make(all_blocks, all_chunks, by_class=True)
+        work.finish_tokens(stored)
+        if need_classes:
+            ranges = _even_ranges(num_chunks, row_bytes * CHUNK, budget // 2)
+            for chunks in ranges:
+                work.begin_classes(chunks)
+                for group in range(num_groups):
+                    work.add_group(stored, group, chunks)
+                work.finish_classes(chunks)
+        return work.mass
+
+    if num_groups > 1:
+        ranges = _even_ranges(num_chunks, row_bytes * CHUNK, budget * 3 // 4)
+    else:
+        ranges = _ranges(counts.by_chunk[0], budget // STRIP_BYTES)
+    left = budget - max(stop - first for first, stop in ranges) * row_bytes * CHUNK
+    parts = {
+        (group, chunks): _ranges(counts.by_chunk[group], left // STRIP_BYTES, chunks)
+        for chunks in ranges
+        for group in range(num_groups)
+    }
+    # Strips of a group that are there for all classes serve its tokens as well.
+    shared = num_groups > 1 and all(part == [all_chunks] for part in parts.values())
+    if not (shared and need_classes):
+        for blocks in _ranges(counts.by_block, budget // STRIP_BYTES):
+            work.finish_tokens(work.make(blocks, all_chunks, by_class=False))
+    if need_classes:
+        for chunks in ranges:
+            work.begin_classes(chunks)
+            for group in range(num_groups):
+                blocks = (group * GROUP, min(num_blocks, (group + 1) * GROUP))
+                for part in parts[group, chunks]:
+                    stored = work.make(blocks, part, by_class=True)
+                    if shared:
+                        work.finish_tokens(stored)
+                    work.add_group(stored, group, part)
+                    del stored  # before the next ones are made
+            work.finish_classes(chunks)
+    return work.mass
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Strips of a rectangle with their logit gradients.
+
+    Args:
+        strips: their list.
+        grads: (K, 128), see strip_gradients; like the two that follow.
+        sums: (K,).
+        held: (tiles, 128).
+        first: number of the first one.
+    """
+
+    strips: StripList
+    grads: Tensor
+    sums: Tensor
+    held: Tensor
+    first: int
+
+
+@dataclass
+class _Work:
+    """The pieces of a filtered backward, which :func:`_strips_and_tail` puts in order.
+
+    Args:
+        problem, grads, kept, selected, counts: of the backward.
+        held: (N,) what the kept strips of each token hold so far.
+        tails: (N,) what each token's tail weighs, once all its strips were seen.
+        mass: (N,) its dropped mass, likewise.
+        sums: of the range of classes at hand, between groups of blocks.
+        bias_sums: (V,) float32.
+    """
+
+    problem: Problem
+    grads: Gradients
+    kept: Kept
+    selected: _Selected
+    counts: Counts
+    held: Tensor
+    tails: Tensor
+    mass: Tensor
+    sums: Sums | None
+    bias_sums: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        grads: Gradients,
+        kept: Kept,
+        selected: _Selected,
+        counts: Counts,
+    ) -> "_Work":
+        device = problem.c.device
+        held, tails, mass = torch.zeros(
+            (3, problem.a.shape[0]), dtype=torch.float32, device=device
+        ).unbind()
+        bias_sums = None
+        if grads.bias is not None:
+            bias_sums = torch.zeros(grads.bias.shape, dtype=torch.float32, device=device)
+        return cls(problem, grads, kept, selected, counts, held, tails, mass, None, bias_sums)
+
+    @functools.cached_property
+    def mean(self) -> Tensor:
+        """(D,) tail-weighted sum of the embeddings; for when the tails of all tokens are known."""
+        return weighted_row_sum(self.tails, self.problem.tokens.e)
+
+    def make(self, blocks: tuple[int, int], chunks: tuple[int, int], by_class: bool) -> _Stored:
+        """Strips of a rectangle: all blocks, or those of one group if ``by_class``."""
+        problem, counts = self.problem, self.counts
+        first, places, sizes = 0, self.selected.places, counts.by_block
+        if (blocks, chunks) != ((0, self.kept.shape[0]), (0, self.kept.shape[1])):
+            places = find_places(self.kept, blocks, chunks, self.selected.places)
             sizes = counts.strips[slice(*blocks), slice(*chunks)].sum(1).tolist()
-        strips = list_strips(kept, sizes, blocks, chunks, places, by_class, first)
-        return strips, *strip_gradients(
-            tokens.e,
-            c,
-            problem.bias,
-            problem.lse,
-            problem.a,
-            problem.b,
-            tokens.targets,
-            problem.scale,
+            if by_class:
+                first = counts.first_number(blocks[0] // GROUP, chunks[0])
+        strips = list_strips(self.kept, sizes, blocks, chunks, places, by_class, first)
+        return _Stored(
             strips,
-            problem.softcap,
-            tiles,
-            bias_grad=grads.bias is not None,
+            *strip_gradients(
+                problem.tokens.e,
+                problem.c,
+                problem.bias,
+                problem.lse,
+                problem.a,
+                problem.b,
+                problem.tokens.targets,
+                problem.scale,
+                strips,
+                problem.softcap,
+                problem.tiles,
+                bias_grad=self.bias_sums is not None,
+            ),
+            first,
         )
 
-    def add_tails(strips: StripList, held_by_tile: Tensor) -> None:
+    def finish_tokens(self, stored: _Stored) -> None:
+        """Tails, and rows of dE, of blocks whose strips are all here."""
+        problem = self.problem
         write_tails(
-            held_by_tile,
-            strips,
+            stored.held,
+            stored.strips,
             problem.a,
             problem.lse,
             problem.sharp,
             problem.softcap,
             problem.shard,
-            held,
-            tails,
-            mass,
+            self.held,
+            self.tails,
+            self.mass,
+        )
+        if self.grads.e is not None:
+            compute_grad_e(
+                stored.grads,
+                problem.c,
+                stored.strips,
+                problem.scale,
+                self.tails,
+                self.selected.center,
+                problem.tokens.origin,
+                self.grads.e,
+                problem.tiles,
+            )
+
+    def begin_classes(self, chunks: tuple[int, int]) -> None:
+        """Sums of a range of classes, if they have to wait between groups."""
+        self.sums = None  # frees those of the last range first
+        if self.grads.c is not None and self.kept.masks.shape[0] > 1:
+            self.sums = Sums.of(self.grads.c, self._classes(chunks))
+
+    def add_group(self, stored: _Stored, group: int, chunks: tuple[int, int]) -> None:
+        """What one group of blocks adds to a range of classes."""
+        selected, classes = self.selected, self._classes(chunks)
+        if self.bias_sums is not None:
+            add_by_class(
+                stored.sums,
+                self.kept,
+                selected.places,
+                group,
+                stored.first,
+                classes,
+                self.bias_sums,
+            )
+        if self.grads.c is None:
+            return
+        order, unions = (
+            selected.order[group],
+            (selected.unions[0][group], selected.unions[1][group]),
+        )
+        if chunks != (0, self.kept.shape[1]):
+            here = slice(group, group + 1)
+            own = self.kept.order(*classes, here)
+            found = find_unions(own, self.kept.masks[here])
+            order, unions = own[0], (found[0][0], found[1][0])
+        num_active = self.counts.active(group, chunks)
+        compute_grad_c(
+            stored.grads,
+            self.problem.tokens.e,
+            self.kept,
+            selected.places,
+            group,
+            num_active,
+            stored.first,
+            order,
+            unions,
+            self.problem.scale,
+            self.mean if self.sums is None else None,
+            self.grads.c,
+            self.sums,
+            self.problem.tiles,
+        )
+        if self.sums is None:
+            self._write_rest(order[num_active:])
+
+    def finish_classes(self, chunks: tuple[int, int]) -> None:
+        """Rows of dC and of dbias of a range of classes, when all groups were added."""
+        if self.sums is not None:
+            self._write_rest(None)
+        if self.bias_sums is not None and self.grads.bias is not None:
+            here = slice(*self._classes(chunks))
+            rest = self.kept.weights[here] * (self.selected.places.tail[0] * self.tails.sum())
+            self.grads.bias[here] = (self.bias_sums[here] + rest).to(self.grads.bias.dtype)
+
+    def _write_rest(self, idle: Tensor | None) -> None:
+        assert self.grads.c is not None
+        write_rest(
+            self.kept,
+            self.selected.places,
+            idle,
+            self.problem.scale,
+            self.mean,
+            self.grads.c,
+            self.sums,
         )
 
-    # In rounds over blocks for dE, over classes for dC.
-    need_classes = grads.c is not None or grads.bias is not None
-    if whole or grads.e is not None:
-        for blocks in [all_blocks] if whole else _ranges(counts.by_block, capacity):
-            strips, stored, sums, held_by_tile = compute(blocks, all_chunks, by_class=whole)
-            add_tails(strips, held_by_tile)
-            if grads.e is not None:
-                compute_grad_e(
-                    stored,
-                    c,
-                    strips,
-                    problem.scale,
-                    tails,
-                    selected.center,
-                    tokens.origin,
-                    grads.e,
-                    tiles,
-                )
-    elif need_classes:  # the mass has to be known before the first round
-        for chunks in _ranges(counts.by_chunk, capacity):
-            strips, _, _, held_by_tile = compute(all_blocks, chunks, by_class=True)
-            add_tails(strips, held_by_tile)
-    if not need_classes:
-        return mass
-
-    mean = weighted_row_sum(tails, tokens.e)
-    for chunks in _ranges(counts.by_chunk, num_strips if whole else capacity, most_chunks):
-        classes = (chunks[0] * CHUNK, min(num_classes, chunks[1] * CHUNK))
-        first = 0
-        if not whole:
-            first = sum(counts.by_chunk[: chunks[0]])
-            _, stored, sums, _ = compute(all_blocks, chunks, by_class=True)
-        order, unions = selected.order, selected.unions
-        if chunks != all_chunks:
-            order = kept.order(*classes)
-            unions = find_unions(order, kept.masks)
-        if grads.c is not None:
-            compute_grad_c(
-                stored,
-                tokens.e,
-                kept,
-                selected.places,
-                classes,
-                first,
-                order,
-                unions,
-                counts.active(chunks),
-                problem.scale,
-                mean,
-                grads.c,
-                tiles,
-            )
-        if grads.bias is not None:
-            here = slice(*classes)
-            by_class = sum_by_class(sums, kept, selected.places, first, classes)
-            rest = kept.weights[here] * (selected.places.tail[0] * tails.sum())
-            grads.bias[here] = (by_class + rest).to(grads.bias.dtype)
-    return mass
+    def _classes(self, chunks: tuple[int, int]) -> tuple[int, int]:
+        return chunks[0] * CHUNK, min(self.problem.c.shape[0], chunks[1] * CHUNK)
 
 
-def _ranges(counts: list[int], capacity: int, most: int | None = None) -> list[tuple[int, int]]:
-    """Consecutive ranges whose counts sum to at most ``capacity`` (or hold a single element).
-
-    None has more than ``most`` elements.
-    """
-    ranges, start, total = [], 0, 0
-    for i, count in enumerate(counts):
-        if i > start and (total + count > capacity or i - start == most):
+def _ranges(
+    counts: list[int], capacity: int, within: tuple[int, int] | None = None
+) -> list[tuple[int, int]]:
+    """Consecutive ranges whose counts sum to at most ``capacity`` (or hold a single element)."""
+    first, stop = within or (0, len(counts))
+    ranges, start, total = [], first, 0
+    for i in range(first, stop):
+        if i > start and total + counts[i] > capacity:
             ranges.append((start, i))
             start, total = i, 0
-        total += count
-    ranges.append((start, len(counts)))
+        total += counts[i]
+    ranges.append((start, stop))
     return ranges
+
+
+def _even_ranges(count: int, size: int, capacity: int) -> list[tuple[int, int]]:
+    """As few consecutive ranges as fit, of about the same length (at least 1)."""
+    most = count if size == 0 else min(count, max(1, capacity // size))
+    length = -(-count // -(-count // most))
+    return [(start, min(count, start + length)) for start in range(0, count, length)]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.config import Tiles, group_size, rows_operand
+from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import (
     energy_to_byte,
     fold_rows,
@@ -31,7 +32,7 @@ MAX_SEGMENTS = 16
 OVERFLOW = tl.constexpr(60.0)  # log2 of a sum beside its bound; its square overflows at 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "segment_tiles", "num_segments", "num_blocks", "group_blocks"])
 def walk_classes_kernel(
     e,  # (N, D) descriptor or pointer
     c,  # (V, D) descriptor or pointer
@@ -178,7 +179,9 @@ def walk_classes(
             torch.empty(spread_shape, dtype=torch.float32, device=e.device),
         )
     (e_operand, e_tma), (c_operand, c_tma) = walk.operands
-    walk_classes_kernel[(num_blocks * num_segments,)](
+    launch(
+        walk_classes_kernel,
+        (num_blocks * num_segments,),
         e_operand,
         c_operand,
         walk.bias,

@@ -2,8 +2,15 @@
 
 Most classes keep a strip in a few blocks only. Sorted by likeness (``selection``), classes with
 like masks fall into one tile, and the tile walks the union of its blocks. Rows of classes with no
-strip hold the tail alone. Shape legend: ``cut_cross_entropy.kernels``.
+strip hold the tail alone.
+
+The order is one for a group of 64 blocks: classes that are alike in one group are not in the next.
+With one group a tile's sums end in registers. With more, the sums of the rows wait in float32 from
+one group to the next: their upper halves in the result itself, their lower halves beside it.
+Shape legend: ``cut_cross_entropy.kernels``.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,6 +23,7 @@ from cut_cross_entropy.kernels.config import (
     half_of_a_processor,
     rows_operand,
 )
+from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.listing import Places
 from cut_cross_entropy.kernels.primitives import load_rows
 from cut_cross_entropy.kernels.selection import CHUNK, GROUP, Kept
@@ -24,7 +32,7 @@ BLOCK_C = 128  # classes a tile
 BLOCK_K = 64  # tokens a step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["order_ptr", "masks_ptr", "num_listed", "num_tiles"])
 def union_kernel(
     order_ptr,  # (groups, classes) class ids, like masks side by side
     masks_ptr,  # (groups, V)
@@ -54,12 +62,45 @@ def union_kernel(
 
 
 @triton.jit
+def load_sums(high_ptr, low_ptr, rows, low_rows, mask, SPLIT: tl.constexpr):
+    """float32 sums: as they are, or from their upper and lower halves."""
+    if SPLIT:
+        high = tl.load(high_ptr + rows, mask=mask, other=0).to(tl.int32)
+        low = tl.load(low_ptr + low_rows, mask=mask, other=0).to(tl.int32)
+        sums = ((high << 16) | (low & 0xFFFF)).to(tl.float32, bitcast=True)
+    else:
+        sums = tl.load(high_ptr + rows, mask=mask, other=0.0)
+    return sums
+
+
+@triton.jit
+def store_sums(high_ptr, low_ptr, rows, low_rows, sums, mask, SPLIT: tl.constexpr):
+    """What :func:`load_sums` reads."""
+    if SPLIT:
+        bits = sums.to(tl.int32, bitcast=True)
+        tl.store(high_ptr + rows, (bits >> 16).to(tl.int16), mask=mask)
+        tl.store(low_ptr + low_rows, bits.to(tl.int16), mask=mask)
+    else:
+        tl.store(high_ptr + rows, sums, mask=mask)
+
+
+# Rows of tables are aligned or not from one group to the next.
+_UNALIGNED = [
+    "order_ptr", "masks_ptr", "offsets_ptr", "unions_ptr", "sizes_ptr", "chunk_starts_ptr",
+]  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_listed", "N", "first_block", "first_number", "first_class", *_UNALIGNED
+    ]
+)  # fmt: skip
 def grad_c_kernel(
-    grad_ptr,  # (K, BLOCK_T) scaled logit gradients, numbered by class
+    grad_ptr,  # (K, BLOCK_T) scaled logit gradients, numbered by group and class
     e,  # (N, D)
-    order_ptr,  # (classes,) of the group, like masks_ptr and the three that follow
+    order_ptr,  # (classes,) of the group, like masks_ptr and the four that follow
     masks_ptr,  # (V,)
-    offsets_ptr,  # (V,) number of a class's first strip in its chunk
+    offsets_ptr,  # (V,) see Kept
     unions_ptr,  # (tiles, GROUP)
     sizes_ptr,  # (tiles,)
     chunk_starts_ptr,  # (chunks,) number of a chunk's first strip
@@ -67,7 +108,8 @@ def grad_c_kernel(
     weights_ptr,  # (V,) of the tail; unused if PARTIAL, like the two that follow
     inverse_ptr,  # () 1 / sum of the weights
     mean_ptr,  # (D,) tail-weighted sum of e
-    out_ptr,  # (V, D); (classes, D) float32 sums, in and out, if PARTIAL
+    out_ptr,  # (V, D), out; sums or their upper halves, in and out, if PARTIAL
+    low_ptr,  # (classes, D) lower halves of the sums, in and out; only if SPLIT
     num_listed,
     N,
     D,
@@ -76,6 +118,7 @@ def grad_c_kernel(
     first_class,
     stride_out,
     PARTIAL: tl.constexpr,
+    SPLIT: tl.constexpr,
     E_TMA: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -113,24 +156,23 @@ def grad_c_kernel(
         number += (kept & (part == parts - 1)).to(tl.int32)
     columns = column + tl.arange(0, BLOCK_N)
     here = inside[:, None] & (columns < D)[None, :]
+    rows = classes.to(tl.int64)[:, None] * stride_out + columns[None, :]
     if PARTIAL:
-        rows = out_ptr + (classes - first_class).to(tl.int64)[:, None] * D + columns[None, :]
-        tl.store(rows, tl.load(rows, mask=here, other=0.0) + total, mask=here)
+        low_rows = (classes - first_class).to(tl.int64)[:, None] * D + columns[None, :]
+        total += load_sums(out_ptr, low_ptr, rows, low_rows, here, SPLIT)
+        store_sums(out_ptr, low_ptr, rows, low_rows, total, here, SPLIT)
     else:
         weights = tl.load(weights_ptr + classes, mask=inside, other=0.0) * tl.load(inverse_ptr)
         mean = tl.load(mean_ptr + columns, mask=columns < D, other=0.0)
         total = total / tl.load(scale_ptr) + weights[:, None] * mean[None, :]
-        tl.store(
-            out_ptr + classes.to(tl.int64)[:, None] * stride_out + columns[None, :],
-            total.to(out_ptr.dtype.element_ty),
-            mask=here,
-        )
+        tl.store(out_ptr + rows, total.to(out_ptr.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "first_class"])
 def tail_rows_kernel(
     order_ptr,  # (rows,); unused if SUMS
-    sums_ptr,  # (rows, D) float32, of consecutive classes from first_class on; only if SUMS
+    high_ptr,  # (V, D) sums or their upper halves, in the memory of the result; only if SUMS
+    low_ptr,  # (rows, D) lower halves of the sums; only if SPLIT
     scale_ptr,  # (); only if SUMS
     weights_ptr,  # (V,)
     inverse_ptr,  # () 1 / sum of the weights
@@ -141,6 +183,7 @@ def tail_rows_kernel(
     first_class,
     stride_out,
     SUMS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -149,21 +192,18 @@ def tail_rows_kernel(
     places = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = places < num_rows
     here = inside[:, None] & (columns < D)[None, :]
-    if SUMS:  # noqa: SIM108 (order_ptr is None then)
-        classes = first_class + places
+    if SUMS:
+        classes = (first_class + places).to(tl.int64)
     else:
         classes = tl.load(order_ptr + places, mask=inside, other=0)
     weights = tl.load(weights_ptr + classes, mask=inside, other=0.0) * tl.load(inverse_ptr)
     mean = tl.load(mean_ptr + columns, mask=columns < D, other=0.0)
     values = weights[:, None] * mean[None, :]
+    rows = classes[:, None] * stride_out + columns[None, :]
     if SUMS:
-        rows = sums_ptr + places.to(tl.int64)[:, None] * D + columns[None, :]
-        values += tl.load(rows, mask=here, other=0.0) / tl.load(scale_ptr)
-    tl.store(
-        out_ptr + classes.to(tl.int64)[:, None] * stride_out + columns[None, :],
-        values.to(out_ptr.dtype.element_ty),
-        mask=here,
-    )
+        low_rows = places.to(tl.int64)[:, None] * D + columns[None, :]
+        values += load_sums(high_ptr, low_ptr, rows, low_rows, here, SPLIT) / tl.load(scale_ptr)
+    tl.store(out_ptr + rows, values.to(out_ptr.dtype.element_ty), mask=here)
 
 
 def find_unions(order: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +215,9 @@ def find_unions(order: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     num_tiles = triton.cdiv(num_listed, BLOCK_C)
     unions = torch.empty((num_groups, num_tiles, GROUP), dtype=torch.int32, device=masks.device)
     sizes = torch.empty((num_groups, num_tiles), dtype=torch.int32, device=masks.device)
-    union_kernel[(num_tiles, num_groups)](
+    launch(
+        union_kernel,
+        (num_tiles, num_groups),
         order,
         masks,
         unions,
@@ -189,9 +231,32 @@ def find_unions(order: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     return unions, sizes
 
 
-def classes_at_once(dim: int, memory: int) -> int:
-    """How many classes, a multiple of CHUNK, have float32 sums of dim features in memory."""
-    return max(1, memory // (4 * dim * CHUNK)) * CHUNK
+def bytes_of_sums(out: Tensor) -> int:
+    """Bytes that the sums of one row of ``out`` (V, D) need beside it."""
+    return 0 if out.dtype == torch.float32 else 2 * out.shape[1]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums of a range of rows of dC between groups of blocks.
+
+    Args:
+        high: (V, D) dC as float32 sums, or as int16 with their upper halves.
+        low: (classes, D) int16 lower halves; None beside float32 sums.
+        classes: the range.
+    """
+
+    high: Tensor
+    low: Tensor | None
+    classes: tuple[int, int]
+
+    @classmethod
+    def of(cls, out: Tensor, classes: tuple[int, int]) -> "Sums":
+        """Sums of 0 for a range of the rows of ``out`` (V, D)."""
+        rows = out[slice(*classes)].zero_()
+        if out.dtype == torch.float32:
+            return cls(out, None, classes)
+        return cls(out.view(torch.int16), torch.zeros_like(rows, dtype=torch.int16), classes)
 
 
 def grad_c(
@@ -199,79 +264,98 @@ def grad_c(
     e: Tensor,  # (N, D)
     kept: Kept,
     places: Places,
-    classes: tuple[int, int],
+    group: int,
+    num_active: int,
     first_number: int,
-    order: Tensor,  # (groups, classes) from Kept.order
-    unions: tuple[Tensor, Tensor],  # from find_unions
-    active: list[int],
+    order: Tensor,  # (classes,) of the group, from Kept.order
+    unions: tuple[Tensor, Tensor],  # of the group, from find_unions
     scale: Tensor,  # ()
-    mean: Tensor,  # (D,)
+    mean: Tensor | None,  # (D,); only without sums
     out: Tensor,  # (V, D)
+    sums: Sums | None,
     tiles: Tiles,
 ) -> None:
-    """Write the rows of a range of classes to ``out``.
+    """Write the rows of the active classes of one group to ``out``, or add them to ``sums``.
 
-    ``active`` says how many classes in front of each group's order keep strips there. With one
-    group a tile's sums end in registers. With more, classes that are alike in one group are not in
-    the next, so each has its own tiles, and the sums of the range are kept in float32 between them.
+    ``num_active`` classes in front of the order keep strips.
     """
-    num_groups, dim = order.shape[0], e.shape[1]
-    rows = classes[1] - classes[0]
-    sums = None if num_groups == 1 else e.new_zeros((rows, dim), dtype=torch.float32)
+    if num_active == 0:
+        return
+    dim = e.shape[1]
     block_n = min(tiles.block_n, max(32, triton.next_power_of_2(dim)))
     block_k = min(BLOCK_K, tiles.block_d)
     e_operand, e_tma = rows_operand(e, block_k, block_n, tiles)
-    for group in range(num_groups):
-        if active[group] == 0:
-            continue
-        grad_c_kernel[(triton.cdiv(dim, block_n), triton.cdiv(active[group], BLOCK_C))](
-            grads,
-            e_operand,
-            order[group],
-            kept.masks[group],
-            kept.offsets[group],
-            unions[0][group],
-            unions[1][group],
-            places.chunk_starts,
-            scale,
-            kept.weights,
-            places.tail,
-            mean,
-            out if sums is None else sums,
-            active[group],
-            e.shape[0],
-            dim,
-            group * GROUP,
-            first_number,
-            classes[0],
-            out.stride(0),
-            PARTIAL=sums is not None,
-            E_TMA=e_tma,
-            BLOCK_C=BLOCK_C,
-            BLOCK_K=block_k,
-            BLOCK_T=BLOCK_T,
-            BLOCK_N=block_n,
-            GROUP=GROUP,
-            CHUNK=CHUNK,
-            **half_of_a_processor(e.device, tiles),
-        )
-    idle = order[0, active[0] :] if sums is None else None
-    num_rows = rows if idle is None else idle.shape[0]
-    if num_rows:
-        block_r, block_d = 32, min(512, triton.next_power_of_2(dim))
-        tail_rows_kernel[(triton.cdiv(dim, block_d), triton.cdiv(num_rows, block_r))](
-            idle,
-            sums,
-            scale,
-            kept.weights,
-            places.tail,
-            mean,
-            out,
-            num_rows,
-            dim,
-            classes[0],
-            out.stride(0),
-            SUMS=sums is not None,
-            BLOCK_R=block_r,
-            BLOCK_D=block_d,
-        )
+    launch(
+        grad_c_kernel,
+        (triton.cdiv(dim, block_n), triton.cdiv(num_active, BLOCK_C)),
+        grads,
+        e_operand,
+        order,
+        kept.masks[group],
+        kept.offsets[group],
+        unions[0],
+        unions[1],
+        places.chunk_starts[group],
+        scale,
+        kept.weights,
+        places.tail,
+        mean,
+        out if sums is None else sums.high,
+        None if sums is None else sums.low,
+        num_active,
+        e.shape[0],
+        dim,
+        group * GROUP,
+        first_number,
+        0 if sums is None else sums.classes[0],
+        out.stride(0),
+        PARTIAL=sums is not None,
+        SPLIT=sums is not None and sums.low is not None,
+        E_TMA=e_tma,
+        BLOCK_C=BLOCK_C,
+        BLOCK_K=block_k,
+        BLOCK_T=BLOCK_T,
+        BLOCK_N=block_n,
+        GROUP=GROUP,
+        CHUNK=CHUNK,
+        **half_of_a_processor(e.device, tiles),
+    )
+
+
+def write_rest(
+    kept: Kept,
+    places: Places,
+    idle: Tensor | None,  # (classes,) without a strip; only without sums
+    scale: Tensor,  # ()
+    mean: Tensor,  # (D,)
+    out: Tensor,  # (V, D)
+    sums: Sums | None,
+) -> None:
+    """Write the rows that hold the tail alone, or all rows of the sums with their tail."""
+    dim = out.shape[1]
+    num_rows = idle.shape[0] if idle is not None else 0
+    if sums is not None:
+        num_rows = sums.classes[1] - sums.classes[0]
+    if num_rows == 0:
+        return
+    block_r, block_d = 32, min(512, triton.next_power_of_2(dim))
+    launch(
+        tail_rows_kernel,
+        (triton.cdiv(dim, block_d), triton.cdiv(num_rows, block_r)),
+        idle,
+        None if sums is None else sums.high,
+        None if sums is None else sums.low,
+        scale,
+        kept.weights,
+        places.tail,
+        mean,
+        out,
+        num_rows,
+        dim,
+        0 if sums is None else sums.classes[0],
+        out.stride(0),
+        SUMS=sums is not None,
+        SPLIT=sums is not None and sums.low is not None,
+        BLOCK_R=block_r,
+        BLOCK_D=block_d,
+    )

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.config import Tiles, half_of_a_processor
+from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.listing import StripList
 
 BLOCK_K = 64  # strips a step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "first_block"])
 def grad_e_kernel(
     grad_ptr,  # (K, BLOCK_T) scaled logit gradients
     c_ptr,  # (V, D)
@@ -81,7 +82,9 @@ def grad_e(
     """Write the rows of ``out`` that belong to the blocks of ``strips``."""
     num_blocks, dim = strips.places.starts.shape[0], c.shape[1]
     block_n = min(tiles.block_n, max(32, triton.next_power_of_2(dim)))
-    grad_e_kernel[(triton.cdiv(dim, block_n), num_blocks)](
+    launch(
+        grad_e_kernel,
+        (triton.cdiv(dim, block_n), num_blocks),
         grads,
         c,
         strips.classes,

@@ -1,8 +1,8 @@
 """Where the kept strips are stored and who computes them: lists by block, numbers by class.
 
-dE walks the strips of a block, so they are listed by block; dC walks those of a class, so they are
-stored by class. The host needs a few of the counts; it reads them while the device goes on. Shape
-legend: ``cut_cross_entropy.kernels``.
+dE walks the strips of a block, so they are listed by block; dC walks those of a class in a group of
+blocks, so they are stored by group and class. The host needs a few of the counts; it reads them
+while the device goes on. Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 import functools
@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import popcount
 from cut_cross_entropy.kernels.selection import CHUNK, GROUP, Kept
 
@@ -20,14 +22,16 @@ TILE = 128  # strips whose logits are made again together
 COUNTS_AT_ONCE = 4096  # counts that one step of the scan holds
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["first_block", "first_chunk", "num_blocks", "num_chunks", "all_chunks"]
+)
 def places_kernel(
     counts_ptr,  # (all blocks, all chunks) int32
     sums_ptr,  # (3, chunks) of w, w log(w) and w log(w)^2; only if WHOLE
     starts_ptr,  # (blocks, chunks) int32, out
     block_starts_ptr,  # (blocks + 1,) int32, out
     first_tile_ptr,  # (blocks + 1,) int32, out
-    chunk_starts_ptr,  # (chunks,) int32, out; only if WHOLE
+    chunk_starts_ptr,  # (groups, chunks) int32, out; only if WHOLE
     tail_ptr,  # (3,) out: 1 / W, means of log(share) and of its square; only if WHOLE
     first_block,
     first_chunk,
@@ -35,37 +39,45 @@ def places_kernel(
     num_chunks,
     all_chunks,
     WHOLE: tl.constexpr,
+    GROUP: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One program: exclusive sums of the counts of a rectangle, by row, by tile and by column."""
+    """One program: exclusive sums of the counts of a rectangle, by row, by tile and by column.
+
+    ROWS divides GROUP.
+    """
     chunks = tl.arange(0, COLUMNS)
     wanted = chunks < num_chunks
     strips_before = 0
     tiles_before = 0
-    by_chunk = tl.zeros((COLUMNS,), tl.int32)
-    for first in range(0, num_blocks, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        inside = rows < num_blocks
-        here = inside[:, None] & wanted[None, :]
-        source = (first_block + rows)[:, None] * all_chunks + (first_chunk + chunks)[None, :]
-        counts = tl.load(counts_ptr + source, mask=here, other=0)
-        sizes = tl.sum(counts, 1)
-        tiles = (sizes + (TILE - 1)) // TILE
-        block_starts = strips_before + tl.cumsum(sizes, 0) - sizes
-        starts = block_starts[:, None] + tl.cumsum(counts, 1) - counts
-        tl.store(starts_ptr + rows[:, None] * num_chunks + chunks[None, :], starts, mask=here)
-        tl.store(block_starts_ptr + rows, block_starts, mask=inside)
-        first_tile = tiles_before + tl.cumsum(tiles, 0) - tiles
-        tl.store(first_tile_ptr + rows, first_tile, mask=inside)
-        strips_before += tl.sum(sizes, 0)
-        tiles_before += tl.sum(tiles, 0)
-        by_chunk += tl.sum(counts, 0)
+    for group in range(tl.cdiv(num_blocks, GROUP)):
+        before_group = strips_before
+        by_chunk = tl.zeros((COLUMNS,), tl.int32)
+        for first in range(group * GROUP, min(num_blocks, (group + 1) * GROUP), ROWS):
+            rows = first + tl.arange(0, ROWS)
+            inside = rows < num_blocks
+            here = inside[:, None] & wanted[None, :]
+            source = (first_block + rows)[:, None] * all_chunks + (first_chunk + chunks)[None, :]
+            counts = tl.load(counts_ptr + source, mask=here, other=0)
+            sizes = tl.sum(counts, 1)
+            tiles = (sizes + (TILE - 1)) // TILE
+            block_starts = strips_before + tl.cumsum(sizes, 0) - sizes
+            starts = block_starts[:, None] + tl.cumsum(counts, 1) - counts
+            tl.store(starts_ptr + rows[:, None] * num_chunks + chunks[None, :], starts, mask=here)
+            tl.store(block_starts_ptr + rows, block_starts, mask=inside)
+            first_tile = tiles_before + tl.cumsum(tiles, 0) - tiles
+            tl.store(first_tile_ptr + rows, first_tile, mask=inside)
+            strips_before += tl.sum(sizes, 0)
+            tiles_before += tl.sum(tiles, 0)
+            by_chunk += tl.sum(counts, 0)
+        if WHOLE:
+            chunk_starts = before_group + tl.cumsum(by_chunk, 0) - by_chunk
+            tl.store(chunk_starts_ptr + group * num_chunks + chunks, chunk_starts, mask=wanted)
     tl.store(block_starts_ptr + num_blocks, strips_before)
     tl.store(first_tile_ptr + num_blocks, tiles_before)
     if WHOLE:
-        tl.store(chunk_starts_ptr + chunks, tl.cumsum(by_chunk, 0) - by_chunk, mask=wanted)
         total = tl.sum(tl.load(sums_ptr + chunks, mask=wanted, other=0.0), 0)
         first_moment = tl.sum(tl.load(sums_ptr + num_chunks + chunks, mask=wanted, other=0.0), 0)
         second = tl.sum(tl.load(sums_ptr + 2 * num_chunks + chunks, mask=wanted, other=0.0), 0)
@@ -86,7 +98,8 @@ class Places:
         starts: (blocks, chunks) int32: place of the first strip in the list.
         block_starts: (blocks + 1,) int32: where each block's strips begin.
         first_tile: (blocks + 1,) int32: where each block's tiles of TILE strips begin.
-        chunk_starts: (chunks,) int32: number of the first strip of each chunk of classes.
+        chunk_starts: (groups, chunks) int32: number of the first strip that each chunk of classes
+            keeps in each group of blocks.
         tail: (3,) float32: 1 / sum of the dropped weights, and the mean of log(share) and of its
             square, where the share of a class is its part of that sum.
     """
@@ -110,7 +123,7 @@ def find_places(
     """
     blocks, chunks = blocks or (0, kept.shape[0]), chunks or (0, kept.shape[1])
     num_blocks, num_chunks = blocks[1] - blocks[0], chunks[1] - chunks[0]
-    device = kept.masks.device
+    num_groups, device = kept.masks.shape[0], kept.masks.device
     starts = torch.empty((num_blocks, num_chunks), dtype=torch.int32, device=device)
     block_starts, first_tile = torch.empty((2, num_blocks + 1), dtype=torch.int32, device=device)
     columns = triton.next_power_of_2(num_chunks)
@@ -118,12 +131,14 @@ def find_places(
         starts,
         block_starts,
         first_tile,
-        torch.empty(num_chunks, dtype=torch.int32, device=device)
+        torch.empty((num_groups, num_chunks), dtype=torch.int32, device=device)
         if whole is None
         else whole.chunk_starts,
         torch.empty(3, dtype=torch.float32, device=device) if whole is None else whole.tail,
     )
-    places_kernel[(1,)](
+    launch(
+        places_kernel,
+        (1,),
         kept.statistics,
         kept.sums,
         starts,
@@ -137,8 +152,9 @@ def find_places(
         num_chunks,
         kept.shape[1],
         WHOLE=whole is None,
+        GROUP=GROUP,
         TILE=TILE,
-        ROWS=max(1, COUNTS_AT_ONCE // columns),
+        ROWS=min(GROUP, max(1, COUNTS_AT_ONCE // columns)),
         COLUMNS=columns,
         num_warps=8,
     )
@@ -154,7 +170,10 @@ class Counts:
     def __init__(self, kept: Kept) -> None:
         self._shape, statistics = kept.shape, kept.statistics
         self._copied: torch.cuda.Event | None = None
-        if statistics.is_cuda:
+        if statistics.is_meta:  # shapes without values: every chunk keeps a strip in every block
+            self._values = torch.ones(statistics.shape, dtype=statistics.dtype)
+            self._values[-2], self._values[-1] = 0, BLOCK_T * kept.shape[0]
+        elif statistics.is_cuda:
             # What is queued behind this keeps the device busy while the host waits and goes on.
             self._values = torch.empty(statistics.shape, dtype=statistics.dtype, pin_memory=True)
             self._values.copy_(statistics, non_blocking=True)
@@ -183,14 +202,18 @@ class Counts:
         return list(self.strips.sum(1).tolist())
 
     @functools.cached_property
-    def by_chunk(self) -> list[int]:
-        """Kept strips of each chunk of classes."""
-        return list(self.strips.sum(0).tolist())
+    def by_chunk(self) -> list[list[int]]:
+        """Kept strips of each chunk of classes in each group of blocks: (groups, chunks)."""
+        return [group.sum(0).tolist() for group in self.strips.split(GROUP)]
 
-    def active(self, chunks: tuple[int, int]) -> list[int]:
-        """Classes in a range of chunks that keep a strip in each group of blocks."""
+    def first_number(self, group: int, chunk: int) -> int:
+        """Number of the first strip that a chunk of classes keeps in a group of blocks."""
+        return sum(map(sum, self.by_chunk[:group])) + sum(self.by_chunk[group][:chunk])
+
+    def active(self, group: int, chunks: tuple[int, int]) -> int:
+        """Classes in a range of chunks that keep a strip in a group of blocks."""
         by_group = self._parts[1].view(-1, self._shape[1])
-        return list(by_group[:, slice(*chunks)].sum(1).tolist())
+        return int(by_group[group, slice(*chunks)].sum())
 
     @functools.cached_property
     def flat_tokens(self) -> int:
@@ -203,11 +226,13 @@ class Counts:
         return int(self._parts[2][1])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["first_block", "first_chunk", "num_chunks", "all_chunks", "first_number"]
+)
 def list_strips_kernel(
     masks_ptr,  # (groups, V)
-    offsets_ptr,  # (groups, V) number of a class's first strip in its chunk; only if BY_CLASS
-    chunk_starts_ptr,  # (chunks,) number of a chunk's first strip; only if BY_CLASS
+    offsets_ptr,  # (groups, V) see Kept; only if BY_CLASS
+    chunk_starts_ptr,  # (groups, all chunks) see Places; only if BY_CLASS
     starts_ptr,  # (blocks, chunks) place of the first strip in the list
     block_starts_ptr,  # (blocks + 1,)
     first_tile_ptr,  # (blocks + 1,)
@@ -219,6 +244,7 @@ def list_strips_kernel(
     first_block,
     first_chunk,
     num_chunks,
+    all_chunks,
     first_number,
     BY_CLASS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -231,7 +257,8 @@ def list_strips_kernel(
     classes = (first_chunk + chunk) * CHUNK + tl.arange(0, CHUNK)
     inside = classes < V
     bit = (first_block + block) % GROUP
-    row = ((first_block + block) // GROUP).to(tl.int64) * V
+    group = (first_block + block) // GROUP
+    row = group.to(tl.int64) * V
     mask = tl.load(masks_ptr + row + classes, mask=inside, other=0)
     kept = ((mask >> bit) & 1) != 0
     place = tl.load(starts_ptr + block * num_chunks + chunk)
@@ -239,7 +266,8 @@ def list_strips_kernel(
     tl.store(classes_ptr + place, classes, mask=kept)
     if BY_CLASS:
         one = tl.full((CHUNK,), 1, tl.int64)
-        number = tl.load(chunk_starts_ptr + first_chunk + chunk) - first_number
+        number = tl.load(chunk_starts_ptr + group * all_chunks + first_chunk + chunk)
+        number -= first_number
         number += tl.load(offsets_ptr + row + classes, mask=kept, other=0)
         number += popcount(mask & ((one << bit) - 1))
     else:
@@ -287,8 +315,8 @@ def list_strips(
 ) -> StripList:
     """List the strips of a range of blocks and a range of class chunks.
 
-    ``sizes`` are the strips of each block. With ``by_class`` strips are numbered by class, from
-    ``first_number`` on; without, by block.
+    ``sizes`` are the strips of each block. With ``by_class`` strips are numbered by group of blocks
+    and class, from ``first_number`` on; without, by block.
     """
     device = kept.masks.device
     num_blocks, num_chunks = blocks[1] - blocks[0], chunks[1] - chunks[0]
@@ -296,7 +324,9 @@ def list_strips(
     classes, numbers = torch.empty((2, num_strips), dtype=torch.int32, device=device)
     tile_block, tile_start = torch.empty((2, num_tiles), dtype=torch.int32, device=device)
     if num_strips:
-        list_strips_kernel[(num_chunks, num_blocks)](
+        launch(
+            list_strips_kernel,
+            (num_chunks, num_blocks),
             kept.masks,
             kept.offsets,
             places.chunk_starts,
@@ -311,6 +341,7 @@ def list_strips(
             blocks[0],
             chunks[0],
             num_chunks,
+            kept.shape[1],
             first_number,
             BY_CLASS=by_class,
             GROUP=GROUP,

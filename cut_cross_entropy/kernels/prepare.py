@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import LOG2E, transform_logits
 
 SCAN = 4096  # tokens a step of the scan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def compact_kernel(
     targets_ptr,  # (N,)
     origin_ptr,  # (N,) out: place of the i-th token that counts; N behind the last
@@ -50,8 +51,15 @@ def list_tokens(targets: Tensor, ignore_index: int, compact: bool) -> Tensor:
         places = torch.arange(num_tokens, device=targets.device)
         return torch.where(targets != ignore_index, places, num_tokens)
     origin = torch.empty(num_tokens, dtype=torch.int64, device=targets.device)
-    compact_kernel[(1,)](
-        targets.contiguous(), origin, num_tokens, ignore_index, BLOCK=SCAN, num_warps=8
+    launch(
+        compact_kernel,
+        (1,),
+        targets.contiguous(),
+        origin,
+        num_tokens,
+        ignore_index,
+        BLOCK=SCAN,
+        num_warps=8,
     )
     return origin
 
@@ -87,7 +95,7 @@ def copy_row(source_ptr, out_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D
         tl.store(out_ptr + row * D + d, value.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "stride_n", "first_class"])
 def score_targets_kernel(
     source_ptr,  # (N, D) embeddings of the caller
     c_ptr,  # (V, D)
@@ -173,7 +181,9 @@ def score_targets(
     )
     placed = torch.empty(num_tokens, dtype=torch.int64, device=device)
     logits, bound = torch.empty((2, num_tokens), dtype=torch.float32, device=device)
-    score_targets_kernel[(num_tokens,)](
+    launch(
+        score_targets_kernel,
+        (num_tokens,),
         e,
         c,
         bias,
@@ -199,7 +209,7 @@ def score_targets(
     return Tokens(front, placed, origin), logits, bound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "stride_n", "first_class"])
 def backward_tokens_kernel(
     source_ptr,  # (N, D) embeddings of the caller
     all_targets_ptr,  # (N,) of the caller, like all that follow
@@ -294,7 +304,9 @@ def prepare_backward(
     front = torch.empty((num_tokens, dim), dtype=compute_dtype, device=device)
     placed = torch.empty(num_tokens, dtype=torch.int64, device=device)
     a, b, own_lse, sharp = torch.empty((4, num_tokens), dtype=torch.float32, device=device)
-    backward_tokens_kernel[(num_tokens,)](
+    launch(
+        backward_tokens_kernel,
+        (num_tokens,),
         e,
         targets.contiguous(),
         grad_nll.contiguous(),
@@ -322,7 +334,7 @@ def prepare_backward(
     return BackwardTokens(Tokens(front, placed, origin), a, b, own_lse, sharp)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["out_rows"])
 def scatter_rows_kernel(
     rows_ptr,  # (N, D) contiguous
     origin_ptr,  # (N,) row of out; out_rows for none
@@ -347,6 +359,13 @@ def scatter_rows(rows: Tensor, origin: Tensor, out: Tensor) -> None:
     num_rows, dim = rows.shape
     if num_rows == 0:
         return
-    scatter_rows_kernel[(num_rows,)](
-        rows, origin, out, out.shape[0], dim, BLOCK_D=min(1024, triton.next_power_of_2(dim))
+    launch(
+        scatter_rows_kernel,
+        (num_rows,),
+        rows,
+        origin,
+        out,
+        out.shape[0],
+        dim,
+        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
     )

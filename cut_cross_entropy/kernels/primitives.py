@@ -49,28 +49,29 @@ def load_rows(
 
 @triton.jit
 def transform_logits(
-    product,  # (classes, tokens) rows of c times rows of e
+    product,  # (classes, tokens) rows of c times rows of e, or the other way round
     bias_ptr,  # (V,)
     classes,  # (classes,) class ids
     inside,  # (classes,) whether the id is a class
     softcap,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    TOKEN_AXIS: tl.constexpr = 1,
 ):
     """Logits in units of log2: bias, then softcap; -inf where there is no class."""
     nothing = tl.where(inside, 0.0, float("-inf"))
     if SOFTCAP:
         if HAS_BIAS:
             bias = tl.load(bias_ptr + classes, mask=inside, other=0.0).to(tl.float32)
-            product = product + bias[:, None]
+            product = product + tl.expand_dims(bias, TOKEN_AXIS)
         # tanh(z) = 1 - 2 / (exp(2 z) + 1), exact at both ends
         power = tl.exp2(product * (2 * LOG2E / softcap))
         capped = softcap * LOG2E - (2 * softcap * LOG2E) / (power + 1.0)
-        return capped + nothing[:, None]
+        return capped + tl.expand_dims(nothing, TOKEN_AXIS)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + classes, mask=inside, other=0.0).to(tl.float32)
         nothing = bias * LOG2E + nothing
-    return product * LOG2E + nothing[:, None]
+    return product * LOG2E + tl.expand_dims(nothing, TOKEN_AXIS)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import (
     ENERGY_FLOOR,
     ENERGY_STEPS,
@@ -31,7 +32,7 @@ CHUNK = 1024  # classes that one program of the selection looks at
 IDLE = 2**31 - 1  # key of a class that keeps no strip in a group: behind all others
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def histogram_kernel(
     energy_ptr,  # (blocks * V,)
     counts_ptr,  # (256,) int64, in, out
@@ -51,7 +52,7 @@ def histogram_kernel(
     tl.atomic_add(counts_ptr + bins, counts.to(tl.int64), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numbers_ptr", "N"])
 def threshold_kernel(
     histogram_ptr,  # (256,) int64
     sharp_ptr,  # (N,) energy of the gradient at the target; -1: flat, -2: no token
@@ -110,10 +111,18 @@ def choose_threshold(
     per_program = min(2**17, max(block, triton.next_power_of_2(energy.numel()) // 512))
     histogram = torch.zeros(256, dtype=torch.int64, device=energy.device)
     threshold = torch.empty((), dtype=torch.int32, device=energy.device)
-    histogram_kernel[(triton.cdiv(energy.numel(), per_program),)](
-        energy, histogram, energy.numel(), per_program, BLOCK=block
+    launch(
+        histogram_kernel,
+        (triton.cdiv(energy.numel(), per_program),),
+        energy,
+        histogram,
+        energy.numel(),
+        per_program,
+        BLOCK=block,
     )
-    threshold_kernel[(1,)](
+    launch(
+        threshold_kernel,
+        (1,),
         histogram,
         sharp,
         tolerance,
@@ -143,13 +152,13 @@ def likeness_key(ranges8, ranges16, fold7):
     return (rank << 23) | (ranges16 << 7) | fold7
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["active_ptr", "num_blocks", "num_groups", "num_chunks"])
 def kept_strips_kernel(
     energy_ptr,  # (blocks, V)
     threshold_ptr,  # ()
     masks_ptr,  # (groups, V) int64, out
     keys_ptr,  # (groups, V) int32, out
-    offsets_ptr,  # (groups, V) int32, out: number of the first strip, counted from the chunk's
+    offsets_ptr,  # (groups, V) int32, out: strips of the group in earlier classes of the chunk
     weights_ptr,  # (V,) out: what was dropped of each class
     sums_ptr,  # (3, chunks) out: of w, w log(w) and w log(w)^2 over the weights
     counts_ptr,  # (blocks, chunks) int32, out
@@ -167,7 +176,6 @@ def kept_strips_kernel(
     classes = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = classes < V
     threshold = tl.load(threshold_ptr)
-    total = tl.zeros((CHUNK,), tl.int32)
     weights = tl.zeros((CHUNK,), tl.float32)
     for group in range(num_groups):
         mask = tl.zeros((CHUNK,), tl.int64)
@@ -196,13 +204,8 @@ def kept_strips_kernel(
         key = tl.where(active, likeness_key(ranges8, ranges16, fold7), IDLE)
         tl.store(keys_ptr + member, key, mask=inside)
         tl.store(active_ptr + group * num_chunks + chunk, tl.sum(active.to(tl.int32), 0))
-        total += popcount(mask)
-    first = tl.cumsum(total, 0) - total
-    tl.debug_barrier()  # the masks are read again
-    for group in range(num_groups):
-        member = tl.cast(group, tl.int64) * V + classes
-        tl.store(offsets_ptr + member, first, mask=inside)
-        first += popcount(tl.load(masks_ptr + member, mask=inside, other=0))
+        strips = popcount(mask)
+        tl.store(offsets_ptr + member, tl.cumsum(strips, 0) - strips, mask=inside)
     tl.store(weights_ptr + classes, weights, mask=inside)
     log = tl.log(tl.where(weights > 0, weights, 1.0))
     tl.store(sums_ptr + chunk, tl.sum(weights, 0))
@@ -217,8 +220,8 @@ class Kept:
     Args:
         masks: (groups, V) int64: bit i of group g says that block 64 g + i keeps the class.
         keys: (groups, V) int32: order of the classes; IDLE for those that keep no strip there.
-        offsets: (groups, V) int32: number of the first strip of (group, class) in its chunk, where
-            strips are numbered by class, then by block.
+        offsets: (groups, V) int32: how many strips of the group earlier classes of the chunk keep.
+            Strips are numbered by group, then by class, then by block.
         weights: (V,) float32: root energies dropped of each class, summed over the blocks.
         sums: (3, chunks) float32: of w, w log(w) and w log(w)^2 over the weights.
         statistics: int32: counts (blocks, chunks), active classes (groups, chunks), the number of
@@ -234,12 +237,12 @@ class Kept:
     statistics: Tensor
     shape: tuple[int, int]
 
-    def order(self, first: int, stop: int) -> Tensor:
+    def order(self, first: int, stop: int, groups: slice = slice(None)) -> Tensor:
         """The classes [first, stop) for each group, like ones side by side and idle ones last.
 
         (groups, classes) int64.
         """
-        indices = torch.sort(self.keys[:, first:stop], dim=1, stable=True).indices
+        indices = torch.sort(self.keys[groups, first:stop], dim=1, stable=True).indices
         return indices if first == 0 else first + indices
 
 
@@ -265,7 +268,9 @@ def keep_strips(
         shape=(num_blocks, num_chunks),
     )
     threshold = choose_threshold(energy, sharp, tolerance, filter_mass, statistics[-2:])
-    kept_strips_kernel[(num_chunks,)](
+    launch(
+        kept_strips_kernel,
+        (num_chunks,),
         energy,
         threshold,
         kept.masks,

@@ -16,12 +16,18 @@ from cut_cross_entropy.kernels.config import (
     half_of_a_processor,
     rows_operand,
 )
+from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.listing import TILE, Places, StripList
-from cut_cross_entropy.kernels.primitives import load_rows, logit_slope, transform_logits
+from cut_cross_entropy.kernels.primitives import (
+    load_rows,
+    logit_slope,
+    popcount,
+    transform_logits,
+)
 from cut_cross_entropy.kernels.selection import CHUNK, Kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block"])
 def strip_gradients_kernel(
     e,  # (N, D)
     c_ptr,  # (V, D)
@@ -118,7 +124,9 @@ def strip_gradients(
     if num_tiles == 0:
         return grads, bias_grads, held
     e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
-    strip_gradients_kernel[(num_tiles,)](
+    launch(
+        strip_gradients_kernel,
+        (num_tiles,),
         e_operand,
         c,
         bias,
@@ -151,58 +159,62 @@ def strip_gradients(
     return grads, bias_grads, held
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "masks_ptr",
+        "offsets_ptr",
+        "chunk_starts_ptr",
+        "first_class",
+        "stop_class",
+        "first_number",
+    ]
+)
 def sum_classes_kernel(
     values_ptr,  # (K,) by strip, numbered by class
-    offsets_ptr,  # (V,) number of a class's first strip in its chunk
+    masks_ptr,  # (V,) of one group, like the two that follow
+    offsets_ptr,  # (V,) see Kept
     chunk_starts_ptr,  # (chunks,) number of a chunk's first strip
-    out_ptr,  # (classes,) out
+    out_ptr,  # (V,) float32, in, out
     first_class,
-    num_listed,
-    V,
+    stop_class,
     first_number,
-    stop_number,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums the strips of each class in their order."""
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < num_listed
-    classes = first_class + places
-    start = tl.load(chunk_starts_ptr + classes // CHUNK, mask=inside, other=stop_number)
+    """Adds the strips of each class in their order."""
+    classes = first_class + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = classes < stop_class
+    count = popcount(tl.load(masks_ptr + classes, mask=inside, other=0))
+    start = tl.load(chunk_starts_ptr + classes // CHUNK, mask=inside, other=0) - first_number
     start += tl.load(offsets_ptr + classes, mask=inside, other=0)
-    follows = inside & (classes + 1 < V)
-    stop = tl.load(chunk_starts_ptr + (classes + 1) // CHUNK, mask=follows, other=stop_number)
-    stop += tl.load(offsets_ptr + classes + 1, mask=follows, other=0)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(tl.max(tl.where(inside, stop - start, 0), 0)):
-        number = start + i
-        total += tl.load(values_ptr + number - first_number, mask=inside & (number < stop), other=0)
-    tl.store(out_ptr + places, total, mask=inside)
+    total = tl.load(out_ptr + classes, mask=inside, other=0.0)
+    for i in range(tl.max(count, 0)):
+        total += tl.load(values_ptr + start + i, mask=inside & (i < count), other=0.0)
+    tl.store(out_ptr + classes, total, mask=inside)
 
 
-def sum_by_class(
-    values: Tensor,  # (K,) of the strips of a range of classes
+def add_by_class(
+    values: Tensor,  # (K,) of the strips of a range of classes in one group of blocks
     kept: Kept,
     places: Places,
+    group: int,
     first_number: int,
     classes: tuple[int, int],
-) -> Tensor:
-    """Sum of per-strip values over the strips of each class in the range, float32."""
-    num_listed = classes[1] - classes[0]
-    out = torch.empty(num_listed, dtype=torch.float32, device=values.device)
+    out: Tensor,  # (V,) float32, in, out
+) -> None:
+    """Add per-strip values of one group of blocks to the sums of their classes."""
     block = 128
-    sum_classes_kernel[(triton.cdiv(num_listed, block),)](
+    launch(
+        sum_classes_kernel,
+        (triton.cdiv(classes[1] - classes[0], block),),
         values,
-        kept.offsets,
-        places.chunk_starts,
+        kept.masks[group],
+        kept.offsets[group],
+        places.chunk_starts[group],
         out,
         classes[0],
-        num_listed,
-        kept.offsets.shape[1],
+        classes[1],
         first_number,
-        first_number + values.shape[0],
         CHUNK=CHUNK,
         BLOCK=block,
     )
-    return out

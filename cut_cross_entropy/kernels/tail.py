@@ -12,13 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.listing import StripList
 from cut_cross_entropy.kernels.primitives import LOG2E
 
 MAX_SPLITS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "rows_per_split"])
 def weighted_row_sum_kernel(
     weights_ptr,  # (rows,)
     factor_ptr,  # () of all weights; only if HAS_FACTOR
@@ -61,7 +62,9 @@ def weighted_row_sum(weights: Tensor, rows: Tensor, factor: Tensor | None = None
     per_split = block_r * triton.cdiv(triton.cdiv(num_rows, block_r), MAX_SPLITS)
     splits = triton.cdiv(num_rows, per_split)
     partial = torch.empty((splits, dim), dtype=torch.float32, device=rows.device)
-    weighted_row_sum_kernel[(triton.cdiv(dim, block_d), splits)](
+    launch(
+        weighted_row_sum_kernel,
+        (triton.cdiv(dim, block_d), splits),
         weights,
         factor,
         rows,
@@ -77,7 +80,7 @@ def weighted_row_sum(weights: Tensor, rows: Tensor, factor: Tensor | None = None
     return partial.sum(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "first_block"])
 def tails_kernel(
     tiles_ptr,  # (tiles, BLOCK) what the strips of a tile hold of each token
     first_tile_ptr,  # (blocks of the list + 1,)
@@ -142,7 +145,9 @@ def write_tails(
     Once all lists of a block were seen, its tails and masses are those of the tail.
     """
     num_blocks = strips.places.starts.shape[0]
-    tails_kernel[(num_blocks,)](
+    launch(
+        tails_kernel,
+        (num_blocks,),
         held_by_tile,
         strips.places.first_tile,
         held,

@@ -89,7 +89,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         add(
             f"dense-{label}",
             dense.chunk_gradients_kernel,
-            {**walk, **flags},
+            {**walk, **flags, "HALVES": tiles.block_v > BLOCK_T},
             boxes={"e": e_box, "c": c_box},
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
@@ -119,20 +119,26 @@ def variants(tiles: Tiles) -> list[Variant]:
         num_stages=few,
         max_registers=128,
     )
-    for partial in (False, True):
+    # The sums of dC end in registers; wait in float32; wait in halves.
+    for partial, split in ((False, False), (True, False), (True, True)):
+        of_sums = (("out_ptr", "*fp32"), ("high_ptr", "*fp32")) if partial else ()
+        if split:
+            of_sums = (("out_ptr", "*i16"), ("high_ptr", "*i16"), ("low_ptr", "*i16"))
         add(
-            f"grad_c-{partial:d}",
+            f"grad_c-{partial:d}{split:d}",
             grad_c.grad_c_kernel,
-            {"PARTIAL": partial, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C, "BLOCK_K": block_k,
-             "BLOCK_T": BLOCK_T, "BLOCK_N": tiles.block_n, "GROUP": 64, "CHUNK": 1024},
+            {"PARTIAL": partial, "SPLIT": split, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C,
+             "BLOCK_K": block_k, "BLOCK_T": BLOCK_T, "BLOCK_N": tiles.block_n, "GROUP": 64,
+             "CHUNK": 1024},
             boxes={"e": (block_k, tiles.block_n)},
             num_warps=8,
             num_stages=few,
             max_registers=128,
-            types=(("out_ptr", "*fp32"),) if partial else (),
+            types=of_sums,
         )  # fmt: skip
-        add(f"tail_rows-{partial:d}", grad_c.tail_rows_kernel,
-            {"SUMS": partial, "BLOCK_R": 32, "BLOCK_D": 512})  # fmt: skip
+        add(f"tail_rows-{partial:d}{split:d}", grad_c.tail_rows_kernel,
+            {"SUMS": partial, "SPLIT": split, "BLOCK_R": 32, "BLOCK_D": 512},
+            types=(of_sums[1], ("low_ptr", "*i16")) if partial else ())  # fmt: skip
     add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "GROUP": 64})
     add("compact", prepare.compact_kernel, {"BLOCK": prepare.SCAN}, num_warps=8)
     add("backward_tokens", prepare.backward_tokens_kernel, {"HAS_SPREAD": True, "BLOCK_D": 1024})
@@ -147,7 +153,7 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("kept", selection.kept_strips_kernel, {"IDLE": selection.IDLE, "GROUP": 64, "CHUNK": 1024},
         types=(("energy_ptr", "*u8"), ("counts_ptr", "*i32"), ("active_ptr", "*i32")))  # fmt: skip
     add("places", listing.places_kernel,
-        {"WHOLE": True, "TILE": listing.TILE, "ROWS": 16, "COLUMNS": 256}, num_warps=8,
+        {"WHOLE": True, "GROUP": 64, "TILE": listing.TILE, "ROWS": 16, "COLUMNS": 256}, num_warps=8,
         types=(("counts_ptr", "*i32"),))  # fmt: skip
     add("list", listing.list_strips_kernel,
         {"BY_CLASS": True, "GROUP": 64, "CHUNK": 1024, "TILE": listing.TILE})  # fmt: skip
@@ -195,7 +201,8 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
             signature[name] = (
                 "fp32" if name in ("softcap", "tolerance", "filter_mass", "flat_spread") else "i32"
             )
-        if signature[name].startswith("*") or name in ("N", "V", "D", "stride_out"):
+        known = signature[name].startswith("*") or name in ("N", "V", "D", "stride_out")
+        if known and name not in variant.kernel.do_not_specialize:
             divisible[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, variant.constants, divisible)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}

@@ -29,7 +29,7 @@ STACK = {
     "strips-plain": 192,
     "strips-softcap-bias": 768,
     "grad_c-0": 16,
-    "grad_c-1": 192,  # after its loop, where the sums of earlier groups come in
+    "grad_c-1": 256,  # after its loop, where the sums of earlier groups come in
     "": 0,  # all others
 }
 

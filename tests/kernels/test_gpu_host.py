@@ -229,3 +229,17 @@ def test_no_access_out_of_bounds():
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "computed" in done.stdout
+
+
+def test_a_step_compiles_nothing_that_was_not_planned():
+    """The backward is compiled with the forward."""
+    from tests.kernels.compiled import variants_in_use
+
+    for options in ({"impl": "cce"}, {"impl": "cce", "softcap": 20.0}, {"impl": "cce_exact"}):
+        problem = sharp(tokens=1000, classes=5000, dim=72)
+        run_ours(problem, needed=(), **options)  # an evaluation compiles less
+        e, c = (x.clone().requires_grad_() for x in (problem.e, problem.c))
+        loss = linear_cross_entropy(e, c, problem.targets, **options)
+        before = variants_in_use()
+        loss.backward()
+        assert variants_in_use() == before, options

@@ -142,34 +142,66 @@ def test_expanded_inputs(route):
     route.check(replace(problem, c=problem.c[:1].expand(130, -1)))
 
 
+@pytest.fixture
+def several_groups(monkeypatch):
+    """A group is 64 blocks, 8192 tokens; with groups of one block, 133 tokens have two."""
+    from cut_cross_entropy.kernels import filtered, grad_c, listing, selection
+
+    for module in (filtered, grad_c, listing, selection):
+        monkeypatch.setattr(module, "GROUP", 1)
+
+
 @pytest.mark.parametrize("budget", [2**28, 1])
 @pytest.mark.parametrize("path", ["filtered", "full_c", "full_e"])
-def test_several_groups_of_blocks(path, budget, request, monkeypatch):
-    """A group is 64 blocks, 8192 tokens; with groups of one block, 133 tokens have two."""
-    from cut_cross_entropy.kernels import grad_c, listing, selection
-
-    for module in (grad_c, listing, selection):
-        monkeypatch.setattr(module, "GROUP", 1)
+def test_several_groups_of_blocks(path, budget, several_groups, request):
     request.getfixturevalue("drops_nothing")
     request.getfixturevalue("always_filtered")
     ROUTES[path].check(two_blocks(bias=True), memory_budget=budget)
 
 
-def test_sums_of_dc_in_several_ranges(request, monkeypatch):
-    """All strips are stored at once, and the sums of several groups are not."""
-    from cut_cross_entropy.kernels import filtered, grad_c, listing, selection
+ALL = (0, 2)  # blocks of 128 tokens, or chunks of 1024 classes
+EACH = [((0, 1), ALL), ((1, 2), ALL)]
+FIRST, SECOND = ([((group, group + 1), (chunk, chunk + 1)) for group in (0, 1)] for chunk in (0, 1))
 
-    for module in (grad_c, listing, selection):
-        monkeypatch.setattr(module, "GROUP", 1)
-    monkeypatch.setattr(filtered, "STRIP_BYTES", 1)
-    ranges = []
-    write = filtered.compute_grad_c
-    monkeypatch.setattr(
-        filtered, "compute_grad_c", lambda *args: (ranges.append(args[4]), write(*args))
-    )
+
+@pytest.mark.parametrize(
+    ("dtype", "budget", "strip_bytes", "made", "ranges"),
+    [
+        # All strips at once; 2200 of 264 bytes.
+        (torch.float32, 2**28, None, [(ALL, ALL)], [ALL]),
+        (torch.float16, 2**28, None, [(ALL, ALL)], [ALL]),
+        # The same, and the lower halves of the sums of one chunk at a time.
+        (torch.float16, 2 * 16 * 1024, 1, [(ALL, ALL)], [(0, 1), (1, 2)]),
+        # Those of a group at once, for its tokens and for all classes.
+        (torch.float32, 400_000, None, EACH, [ALL]),
+        (torch.float16, 400_000, None, EACH, [ALL]),
+        # Fewer: once for the tokens, once for the classes. Sums in dC itself, or a chunk's.
+        (torch.float32, 20_000, None, [*EACH, FIRST[0], SECOND[0], FIRST[1], SECOND[1]], [ALL]),
+        (torch.float16, 20_000, None, [*EACH, *FIRST, *SECOND], [(0, 1), (1, 2)]),
+    ],
+)  # fmt: skip
+def test_rounds_of_several_groups(
+    dtype, budget, strip_bytes, made, ranges, several_groups, request, monkeypatch
+):
+    from cut_cross_entropy.kernels import filtered
+
+    if strip_bytes is not None:
+        monkeypatch.setattr(filtered, "STRIP_BYTES", strip_bytes)
+    found_rounds, found_ranges = [], []
+    make, begin = filtered._Work.make, filtered._Work.begin_classes
+
+    def noting_make(self, blocks, chunks, by_class):
+        found_rounds.append((blocks, chunks))
+        return make(self, blocks, chunks, by_class)
+
+    def noting_begin(self, chunks):
+        found_ranges.append(chunks)
+        begin(self, chunks)
+
+    monkeypatch.setattr(filtered._Work, "make", noting_make)
+    monkeypatch.setattr(filtered._Work, "begin_classes", noting_begin)
     request.getfixturevalue("drops_nothing")
     request.getfixturevalue("always_filtered")
-    problem = make_problem((133,), 1100, 8, bias=True)
-    budget = 2 * 4 * problem.e.shape[-1] * selection.CHUNK
+    problem = make_problem((133,), 1100, 8, bias=True, ignored=0.0).to(dtype)
     ROUTES["filtered"].check(problem, memory_budget=budget)
-    assert ranges == [(0, selection.CHUNK), (selection.CHUNK, 1100)]
+    assert (found_rounds, found_ranges) == (made, ranges)

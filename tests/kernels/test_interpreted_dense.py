@@ -1,0 +1,93 @@
+"""Chunks of the path without a filter, interpreted: where they are stored, slices of the tokens."""
+
+import pytest
+import torch
+
+from cut_cross_entropy.kernels import dense
+from cut_cross_entropy.kernels.config import Tiles
+from tests.kernels.conftest import ROUTES
+from tests.support import make_problem
+
+pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """Classes and tokens of every chunk that is made."""
+    made = []
+    compute = dense.chunk_gradients
+
+    def noting(e, *arguments):
+        made.append((arguments[7], e.shape[0]))
+        return compute(e, *arguments)
+
+    monkeypatch.setattr(dense, "chunk_gradients", noting)
+    return made
+
+
+@pytest.fixture
+def little_room(monkeypatch):
+    """A chunk's own memory holds one tile of 128 classes."""
+    monkeypatch.setattr(dense, "MAX_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(dense, "MIN_CHUNK_BYTES", 1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_chunks_are_stored_in_rows_of_dc_to_come(dtype, bias, chunks, little_room):
+    """Of 64 features: 64 of 197 rows at most, in tiles of 128, while that is more than one tile."""
+    problem = make_problem((133,), 1100, 64, bias=bias, ignored=0.0).to(dtype)
+    ROUTES["exact"].check(problem)
+    assert [classes for classes, _ in chunks] == [
+        (0, 256), (256, 512), (512, 640), (640, 768), (768, 896), (896, 1024), (1024, 1100)
+    ]  # fmt: skip
+
+
+def test_nothing_is_lent_when_dc_is_not_needed(chunks, little_room):
+    problem = make_problem((133,), 300, 64, ignored=0.0)
+    ROUTES["exact"].check(problem, needed=("e",))
+    assert [classes for classes, _ in chunks] == [(0, 128), (128, 256), (256, 300)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("path", ["exact", "full_c", "full_e"])
+def test_slices_of_many_tokens(path, dtype, chunks, little_room, request, monkeypatch):
+    """dC is summed over slices of the tokens, whose logit gradients are stored one at a time."""
+    monkeypatch.setattr(dense, "MAX_TOKENS", 128)
+    request.getfixturevalue("drops_nothing")
+    request.getfixturevalue("always_filtered")
+    problem = make_problem((3, 46), 300, 24, bias=True, ignored=0.0).to(dtype)
+    ROUTES[path].check(problem)
+    first = [((0, 128), 128), ((0, 128), 10), ((128, 256), 128)]
+    assert chunks[:3] == first
+
+
+def test_largest_chunk_is_bounded_in_elements(chunks, monkeypatch):
+    """32 bits reach every element of a chunk."""
+    monkeypatch.setattr(dense, "MAX_ELEMENTS", 133 * 256)
+    problem = make_problem((133,), 1100, 8, ignored=0.0)
+    ROUTES["exact"].check(problem)
+    assert max(stop - start for (start, stop), _ in chunks) == 256
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("block_v", [128, 256])  # a tile of 256 classes ends in two halves
+def test_logit_gradients_of_a_chunk(block_v, softcap):
+    problem = make_problem((133,), 700, 24, bias=True, ignored=0.0)
+    logits = problem.e @ problem.c.T + problem.bias
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    lse = logits.logsumexp(1)
+    a, b = torch.rand(2, 133, generator=torch.Generator().manual_seed(0))
+    expected = (logits - lse[:, None]).exp() * a[:, None]
+    expected[torch.arange(133), problem.targets] -= b
+    if softcap is not None:
+        expected *= 1 - (logits / softcap) ** 2
+    buffer = torch.full((133, 512), torch.nan)
+    tiles = Tiles(block_v, 32, 4, 2, 64, use_tma=False)
+    dense.chunk_gradients(
+        problem.e, problem.c, problem.bias, lse * 1.4426950408889634, a, b, problem.targets,
+        torch.tensor(2.0), (256, 700), softcap, tiles, buffer[:, :444],
+    )  # fmt: skip
+    torch.testing.assert_close(buffer[:, :444], 2 * expected[:, 256:], rtol=1e-4, atol=1e-5)
+    assert buffer[:, 444:].isnan().all()

@@ -1,0 +1,100 @@
+"""What is compiled before a step is what the step launches, with the interpreter's launches."""
+
+import inspect
+
+import pytest
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+from cut_cross_entropy import dispatch
+from cut_cross_entropy.kernels import (
+    ahead,
+    combine,
+    dense,
+    filtered,
+    forward,
+    grad_c,
+    grad_e,
+    listing,
+    prepare,
+    selection,
+    strips,
+    tail,
+)
+from cut_cross_entropy.kernels.launch import Launch, launch, planning
+from tests.support import make_problem, run_ours
+
+pytestmark = pytest.mark.interpret
+
+MODULES = (
+    combine, dense, forward, grad_c, grad_e, listing, prepare, selection, strips, tail
+)  # fmt: skip
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Variants of all kernels that are launched; interpreted ones then know what is specialised."""
+    for module in MODULES:
+        for _, kernel in inspect.getmembers(module, lambda x: isinstance(x, InterpretedFunction)):
+            plain = kernel.kwargs["do_not_specialize"] or ()
+            monkeypatch.setattr(kernel, "do_not_specialize", plain, raising=False)
+    seen = {}
+    run = InterpretedFunction.run
+
+    def noting(self, *arguments, grid, warmup, **options):
+        seen[Launch(self, arguments, options).variant()] = self
+        return run(self, *arguments, grid=grid, warmup=warmup, **options)
+
+    monkeypatch.setattr(InterpretedFunction, "run", noting)
+    return seen
+
+
+CASES = {
+    "evaluation": {"needed": ()},
+    "exact": {"impl": "cce_exact"},
+    "filtered": {},
+    "plain": {"bias": False, "softcap": None},
+    "half": {"dtype": torch.float16},
+    "groups": {"group": 1},
+    "groups-half": {"group": 1, "dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_launches_what_was_planned(case, launched, always_filtered, monkeypatch):
+    options = {"impl": "cce", "bias": True, "softcap": 5.0, "dtype": torch.float32}
+    options |= CASES[case]
+    if "group" in options:
+        for module in (filtered, grad_c, listing, selection):
+            monkeypatch.setattr(module, "GROUP", options["group"])
+    problem = make_problem((3, 46), 1100, 16, bias=options["bias"]).to(options["dtype"])
+    needed = options.get("needed", ("e", "c", "bias") if options["bias"] else ("e", "c"))
+    tolerance = dispatch.FILTER_TOLERANCE if options["impl"] == "cce" and needed else 0.0
+    plan = ahead.plan_step(
+        problem.e.flatten(0, 1),
+        problem.c,
+        problem.targets.flatten(),
+        problem.bias,
+        -100,
+        options["softcap"],
+        options["dtype"],
+        2**28,
+        tolerance,
+        1.0,
+        training=bool(needed),
+    )
+    assert not launched, "a plan launches nothing"
+    run_ours(problem, options["impl"], softcap=options["softcap"], needed=needed)
+    planned = {one.variant() for one in plan.launches}
+    missing = [variant for variant in launched if variant not in planned]
+    assert not missing, missing
+    assert len(launched) > 3
+
+
+def test_planning_ends():
+    with planning(torch.device("cpu")) as plan:
+        launch(combine.bound_kernel, (1,), "anything")
+    assert [one.kernel for one in plan.launches] == [combine.bound_kernel]
+    with pytest.raises(RuntimeError), planning(torch.device("cpu")):
+        raise RuntimeError
+    assert len(plan.launches) == 1
