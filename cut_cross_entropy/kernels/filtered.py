@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.buffers import aligned_rows
 from cut_cross_entropy.kernels.grad_c import Sums, bytes_of_sums, find_unions, write_rest
 from cut_cross_entropy.kernels.grad_c import grad_c as compute_grad_c
 from cut_cross_entropy.kernels.grad_e import grad_e as compute_grad_e
@@ -197,9 +198,7 @@ class _Work:
         counts: Counts,
     ) -> "_Work":
         device = problem.c.device
-        held, tails, mass = torch.zeros(
-            (3, problem.a.shape[0]), dtype=torch.float32, device=device
-        ).unbind()
+        held, tails, mass = aligned_rows(3, problem.a.shape[0], torch.float32, device, zeros=True)
         bias_sums = None
         if grads.bias is not None:
             bias_sums = torch.zeros(grads.bias.shape, dtype=torch.float32, device=device)

@@ -4,7 +4,7 @@ Most classes keep a strip in a few blocks only. Sorted by likeness (``selection`
 like masks fall into one tile, and the tile walks the union of its blocks. Rows of classes with no
 strip hold the tail alone.
 
-The order is one for a group of 64 blocks: classes that are alike in one group are not in the next.
+The order is one for a group of 128 blocks: classes that are alike in one group are not in the next.
 With one group a tile's sums end in registers. With more, the sums of the rows wait in float32 from
 one group to the next: their upper halves in the result itself, their lower halves beside it.
 Shape legend: ``cut_cross_entropy.kernels``.
@@ -26,7 +26,7 @@ from cut_cross_entropy.kernels.config import (
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.listing import Places
 from cut_cross_entropy.kernels.primitives import load_rows
-from cut_cross_entropy.kernels.selection import CHUNK, GROUP, Kept
+from cut_cross_entropy.kernels.selection import CHUNK, GROUP, WORD, Kept
 
 BLOCK_C = 128  # classes a tile
 BLOCK_K = 64  # tokens a step
@@ -35,7 +35,7 @@ BLOCK_K = 64  # tokens a step
 @triton.jit(do_not_specialize=["order_ptr", "masks_ptr", "num_listed", "num_tiles"])
 def union_kernel(
     order_ptr,  # (groups, classes) class ids, like masks side by side
-    masks_ptr,  # (groups, V)
+    masks_ptr,  # (groups, 2, V)
     unions_ptr,  # (groups, tiles, GROUP) out: blocks of the union, in order
     sizes_ptr,  # (groups, tiles) out
     num_listed,
@@ -43,6 +43,7 @@ def union_kernel(
     num_tiles,
     BLOCK_C: tl.constexpr,
     GROUP: tl.constexpr,
+    WORD: tl.constexpr,
 ):
     """The token blocks that a tile of classes touches in one group."""
     tile = tl.program_id(0)
@@ -51,14 +52,18 @@ def union_kernel(
     inside = places < num_listed
     listed = order_ptr + tl.cast(group, tl.int64) * num_listed + places
     classes = tl.load(listed, mask=inside, other=0)
-    masks = tl.load(masks_ptr + tl.cast(group, tl.int64) * V + classes, mask=inside, other=0)
-    bits = tl.arange(0, GROUP)
-    members = ((masks[:, None] >> bits[None, :].to(tl.int64)) & 1).to(tl.int32)
-    used = tl.max(members, 0)
-    place = tl.cumsum(used, 0) - 1
+    words = masks_ptr + 2 * tl.cast(group, tl.int64) * V + classes
     row = group * num_tiles + tile
-    tl.store(unions_ptr + row * GROUP + place, bits, mask=used > 0)
-    tl.store(sizes_ptr + row, tl.sum(used, 0))
+    bits = tl.arange(0, WORD)
+    count = 0
+    for word in tl.static_range(2):
+        masks = tl.load(words + word * V, mask=inside, other=0)
+        members = ((masks[:, None] >> bits[None, :].to(tl.int64)) & 1).to(tl.int32)
+        used = tl.max(members, 0)
+        place = count + tl.cumsum(used, 0) - 1
+        tl.store(unions_ptr + row * GROUP + place, word * WORD + bits, mask=used > 0)
+        count += tl.sum(used, 0)
+    tl.store(sizes_ptr + row, count)
 
 
 @triton.jit
@@ -99,7 +104,7 @@ def grad_c_kernel(
     grad_ptr,  # (K, BLOCK_T) scaled logit gradients, numbered by group and class
     e,  # (N, D)
     order_ptr,  # (classes,) of the group, like masks_ptr and the four that follow
-    masks_ptr,  # (V,)
+    masks_ptr,  # (2, V)
     offsets_ptr,  # (V,) see Kept
     unions_ptr,  # (tiles, GROUP)
     sizes_ptr,  # (tiles,)
@@ -112,6 +117,7 @@ def grad_c_kernel(
     low_ptr,  # (classes, D) lower halves of the sums, in and out; only if SPLIT
     num_listed,
     N,
+    V,
     D,
     first_block,
     first_number,
@@ -125,6 +131,7 @@ def grad_c_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
+    WORD: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """One tile of classes, BLOCK_N features, one group of token blocks."""
@@ -136,13 +143,14 @@ def grad_c_kernel(
     total = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
     lanes = tl.arange(0, BLOCK_K)
     parts: tl.constexpr = BLOCK_T // BLOCK_K
-    masks = tl.load(masks_ptr + classes, mask=inside, other=0)
+    low = tl.load(masks_ptr + classes, mask=inside, other=0)
+    high = tl.load(masks_ptr + V + classes, mask=inside, other=0)
     # Strips of a class are numbered in the order of its blocks, which is that of the walk.
     number = tl.load(chunk_starts_ptr + classes // CHUNK, mask=inside, other=0) - first_number
     number += tl.load(offsets_ptr + classes, mask=inside, other=0)
     for i in range(tl.load(sizes_ptr + tile) * parts):
         bit = tl.load(unions_ptr + tile * GROUP + i // parts)
-        kept = ((masks >> bit.to(tl.int64)) & 1) != 0
+        kept = ((tl.where(bit < WORD, low, high) >> (bit % WORD).to(tl.int64)) & 1) != 0
         part = i % parts
         # 32 bits reach: the stored strips are bounded in bytes
         grads = tl.load(
@@ -168,7 +176,7 @@ def grad_c_kernel(
         tl.store(out_ptr + rows, total.to(out_ptr.dtype.element_ty), mask=here)
 
 
-@triton.jit(do_not_specialize=["num_rows", "first_class"])
+@triton.jit(do_not_specialize=["order_ptr", "num_rows", "first_class"])
 def tail_rows_kernel(
     order_ptr,  # (rows,); unused if SUMS
     high_ptr,  # (V, D) sums or their upper halves, in the memory of the result; only if SUMS
@@ -223,10 +231,12 @@ def find_unions(order: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         unions,
         sizes,
         num_listed,
-        masks.shape[1],
+        masks.shape[2],
         num_tiles,
         BLOCK_C=BLOCK_C,
         GROUP=GROUP,
+        WORD=WORD,
+        num_warps=8,
     )
     return unions, sizes
 
@@ -304,6 +314,7 @@ def grad_c(
         None if sums is None else sums.low,
         num_active,
         e.shape[0],
+        out.shape[0],
         dim,
         group * GROUP,
         first_number,
@@ -317,6 +328,7 @@ def grad_c(
         BLOCK_T=BLOCK_T,
         BLOCK_N=block_n,
         GROUP=GROUP,
+        WORD=WORD,
         CHUNK=CHUNK,
         **half_of_a_processor(e.device, tiles),
     )

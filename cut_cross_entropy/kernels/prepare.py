@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cut_cross_entropy.kernels.buffers import aligned_rows
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import LOG2E, transform_logits
 
@@ -180,7 +181,7 @@ def score_targets(
         else e.to(c.dtype).contiguous()
     )
     placed = torch.empty(num_tokens, dtype=torch.int64, device=device)
-    logits, bound = torch.empty((2, num_tokens), dtype=torch.float32, device=device)
+    logits, bound = aligned_rows(2, num_tokens, torch.float32, device)
     launch(
         score_targets_kernel,
         (num_tokens,),
@@ -303,7 +304,7 @@ def prepare_backward(
     # the embedding of an ignored token would reach dC as 0 * NaN.
     front = torch.empty((num_tokens, dim), dtype=compute_dtype, device=device)
     placed = torch.empty(num_tokens, dtype=torch.int64, device=device)
-    a, b, own_lse, sharp = torch.empty((4, num_tokens), dtype=torch.float32, device=device)
+    a, b, own_lse, sharp = aligned_rows(4, num_tokens, torch.float32, device)
     launch(
         backward_tokens_kernel,
         (num_tokens,),

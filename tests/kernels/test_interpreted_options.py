@@ -144,11 +144,27 @@ def test_expanded_inputs(route):
 
 @pytest.fixture
 def several_groups(monkeypatch):
-    """A group is 64 blocks, 8192 tokens; with groups of one block, 133 tokens have two."""
+    """A group is 128 blocks, 16,384 tokens; with groups of one block, 133 tokens have two."""
     from cut_cross_entropy.kernels import filtered, grad_c, listing, selection
 
     for module in (filtered, grad_c, listing, selection):
         monkeypatch.setattr(module, "GROUP", 1)
+
+
+@pytest.mark.parametrize("budget", [2**28, 1])
+@pytest.mark.parametrize("path", ["filtered", "full_e"])
+def test_groups_of_two_words(path, budget, request, monkeypatch):
+    """The bits of a group are in two words, here of one bit each; 259 tokens have three blocks."""
+    from cut_cross_entropy.kernels import filtered, grad_c, listing, selection
+
+    for module in (filtered, grad_c, listing, selection):
+        monkeypatch.setattr(module, "GROUP", 2)
+    for module in (grad_c, listing, selection):
+        monkeypatch.setattr(module, "WORD", 1)
+    request.getfixturevalue("drops_nothing")
+    request.getfixturevalue("always_filtered")
+    problem = make_problem((7, 37), 300, 8, ignored=0.0, bias=True)
+    ROUTES[path].check(problem, memory_budget=budget)
 
 
 @pytest.mark.parametrize("budget", [2**28, 1])
