@@ -89,30 +89,31 @@ def plan_step(
             compact=training,
         )
         if training:
-            pipeline.backward(
-                nll,
-                lse,
-                e_like,
-                c_like,
-                targets_like,
-                bias_like,
-                nll,
-                lse,
-                energy,
-                spread,
-                shard,
-                ignore_index,
-                softcap,
-                compute_dtype,
-                memory_budget,
-                tolerance,
-                filter_mass,
-                filter_e=True,
-                filter_c=True,
-                need_e=True,
-                need_c=True,
-                need_bias=bias is not None,
-            )
+            for own_tolerance in {tolerance, 0.0}:  # the data may be too flat for the filter
+                pipeline.backward(
+                    nll,
+                    lse,
+                    e_like,
+                    c_like,
+                    targets_like,
+                    bias_like,
+                    nll,
+                    lse,
+                    energy,
+                    spread,
+                    shard,
+                    ignore_index,
+                    softcap,
+                    compute_dtype,
+                    memory_budget,
+                    own_tolerance,
+                    filter_mass,
+                    filter_e=True,
+                    filter_c=True,
+                    need_e=True,
+                    need_c=True,
+                    need_bias=bias is not None,
+                )
     return plan
 
 

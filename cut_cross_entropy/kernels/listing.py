@@ -17,7 +17,7 @@ from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.buffers import aligned_rows
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import popcount
-from cut_cross_entropy.kernels.selection import CHUNK, GROUP, WORD, Kept
+from cut_cross_entropy.kernels.selection import CHUNK, GROUP, Kept
 
 TILE = 128  # strips whose logits are made again together
 COUNTS_AT_ONCE = 4096  # counts that one step of the scan holds
@@ -231,7 +231,7 @@ class Counts:
     do_not_specialize=["first_block", "first_chunk", "num_chunks", "all_chunks", "first_number"]
 )
 def list_strips_kernel(
-    masks_ptr,  # (groups, 2, V)
+    masks_ptr,  # (groups, V)
     offsets_ptr,  # (groups, V) see Kept; only if BY_CLASS
     chunk_starts_ptr,  # (groups, all chunks) see Places; only if BY_CLASS
     starts_ptr,  # (blocks, chunks) place of the first strip in the list
@@ -249,7 +249,6 @@ def list_strips_kernel(
     first_number,
     BY_CLASS: tl.constexpr,
     GROUP: tl.constexpr,
-    WORD: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -258,11 +257,10 @@ def list_strips_kernel(
     block = tl.program_id(1)
     classes = (first_chunk + chunk) * CHUNK + tl.arange(0, CHUNK)
     inside = classes < V
+    bit = (first_block + block) % GROUP
     group = (first_block + block) // GROUP
-    word = (first_block + block) % GROUP // WORD
-    bit = (first_block + block) % GROUP % WORD
     row = group.to(tl.int64) * V
-    mask = tl.load(masks_ptr + (2 * row + word * V) + classes, mask=inside, other=0)
+    mask = tl.load(masks_ptr + row + classes, mask=inside, other=0)
     kept = ((mask >> bit) & 1) != 0
     place = tl.load(starts_ptr + block * num_chunks + chunk)
     place += tl.cumsum(kept.to(tl.int32), 0) - 1
@@ -273,8 +271,6 @@ def list_strips_kernel(
         number -= first_number
         number += tl.load(offsets_ptr + row + classes, mask=kept, other=0)
         number += popcount(mask & ((one << bit) - 1))
-        first_word = tl.load(masks_ptr + 2 * row + classes, mask=kept, other=0)
-        number += tl.where(word > 0, popcount(first_word), 0)
     else:
         number = place
     tl.store(numbers_ptr + place, number, mask=kept)
@@ -342,7 +338,7 @@ def list_strips(
             numbers,
             tile_block,
             tile_start,
-            kept.masks.shape[2],
+            kept.masks.shape[1],
             blocks[0],
             chunks[0],
             num_chunks,
@@ -350,7 +346,6 @@ def list_strips(
             first_number,
             BY_CLASS=by_class,
             GROUP=GROUP,
-            WORD=WORD,
             CHUNK=CHUNK,
             TILE=TILE,
         )

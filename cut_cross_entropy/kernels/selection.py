@@ -5,9 +5,9 @@ set of dropped strips does to the gradient is about the root of their energy bes
 whole gradient, so the lightest strips are dropped while that stays under a tolerance: one
 threshold for all blocks, found in a histogram of the bytes. Strips that hold a target are kept.
 
-Which blocks keep a class is two int64s for each group of 128 blocks. A key made of both puts
-classes side by side that are kept by like blocks, which is what the tiles of dC need. Shape legend:
-``cut_cross_entropy.kernels``.
+Which blocks keep a class is a mask of int64s, one for each group of 64 blocks. A key made of each
+puts classes side by side that are kept by like blocks, which is what the tiles of dC need.
+Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,7 @@ from cut_cross_entropy.kernels.primitives import (
     popcount,
 )
 
-WORD = 64  # token blocks whose bits share an int64
-GROUP = 2 * WORD  # token blocks for which classes are ordered together
+GROUP = 64  # token blocks whose bits share an int64
 CHUNK = 1024  # classes that one program of the selection looks at
 IDLE = 2**31 - 1  # key of a class that keeps no strip in a group: behind all others
 
@@ -157,7 +156,7 @@ def likeness_key(ranges8, ranges16, fold7):
 def kept_strips_kernel(
     energy_ptr,  # (blocks, V)
     threshold_ptr,  # ()
-    masks_ptr,  # (groups, 2, V) int64, out
+    masks_ptr,  # (groups, V) int64, out
     keys_ptr,  # (groups, V) int32, out
     offsets_ptr,  # (groups, V) int32, out: strips of the group in earlier classes of the chunk
     weights_ptr,  # (V,) out: what was dropped of each class
@@ -170,7 +169,6 @@ def kept_strips_kernel(
     num_chunks,
     IDLE: tl.constexpr,
     GROUP: tl.constexpr,
-    WORD: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Membership of a chunk of classes in all blocks."""
@@ -180,35 +178,33 @@ def kept_strips_kernel(
     threshold = tl.load(threshold_ptr)
     weights = tl.zeros((CHUNK,), tl.float32)
     for group in range(num_groups):
-        strips = tl.zeros((CHUNK,), tl.int32)
+        mask = tl.zeros((CHUNK,), tl.int64)
         ranges8 = tl.zeros((CHUNK,), tl.int32)
         ranges16 = tl.zeros((CHUNK,), tl.int32)
         fold7 = tl.zeros((CHUNK,), tl.int32)
         size = min(GROUP, num_blocks - group * GROUP)
+        for bit in range(size):
+            block = group * GROUP + bit
+            byte = tl.load(
+                energy_ptr + tl.cast(block, tl.int64) * V + classes, mask=inside, other=0
+            )
+            byte = byte.to(tl.int32)
+            kept = (byte >= threshold) & inside
+            one = tl.full((CHUNK,), 1, tl.int64)
+            mask = tl.where(kept, mask | (one << bit), mask)
+            weights += tl.where(kept, 0.0, byte_to_weight(byte))
+            number = kept.to(tl.int32)
+            tl.store(counts_ptr + block * num_chunks + chunk, tl.sum(number, 0))
+            ranges8 |= number << (bit * 8 // size)
+            ranges16 |= number << (bit * 16 // size)
+            fold7 |= number << (bit % 7)
         member = tl.cast(group, tl.int64) * V + classes
-        for word in range(2):
-            mask = tl.zeros((CHUNK,), tl.int64)
-            for bit in range(min(WORD, size - word * WORD)):
-                place = word * WORD + bit
-                block = group * GROUP + place
-                byte = tl.load(
-                    energy_ptr + tl.cast(block, tl.int64) * V + classes, mask=inside, other=0
-                )
-                byte = byte.to(tl.int32)
-                kept = (byte >= threshold) & inside
-                one = tl.full((CHUNK,), 1, tl.int64)
-                mask = tl.where(kept, mask | (one << bit), mask)
-                weights += tl.where(kept, 0.0, byte_to_weight(byte))
-                number = kept.to(tl.int32)
-                tl.store(counts_ptr + block * num_chunks + chunk, tl.sum(number, 0))
-                ranges8 |= number << (place * 8 // size)
-                ranges16 |= number << (place * 16 // size)
-                fold7 |= number << (place % 7)
-            tl.store(masks_ptr + member + tl.cast(group + word, tl.int64) * V, mask, mask=inside)
-            strips += popcount(mask)
-        key = tl.where(strips > 0, likeness_key(ranges8, ranges16, fold7), IDLE)
+        tl.store(masks_ptr + member, mask, mask=inside)
+        active = mask != 0
+        key = tl.where(active, likeness_key(ranges8, ranges16, fold7), IDLE)
         tl.store(keys_ptr + member, key, mask=inside)
-        tl.store(active_ptr + group * num_chunks + chunk, tl.sum((strips > 0).to(tl.int32), 0))
+        tl.store(active_ptr + group * num_chunks + chunk, tl.sum(active.to(tl.int32), 0))
+        strips = popcount(mask)
         tl.store(offsets_ptr + member, tl.cumsum(strips, 0) - strips, mask=inside)
     tl.store(weights_ptr + classes, weights, mask=inside)
     log = tl.log(tl.where(weights > 0, weights, 1.0))
@@ -222,8 +218,7 @@ class Kept:
     """The strips that are kept, on the device.
 
     Args:
-        masks: (groups, 2, V) int64: bit i of word w of group g says that block 128 g + 64 w + i
-            keeps the class.
+        masks: (groups, V) int64: bit i of group g says that block 64 g + i keeps the class.
         keys: (groups, V) int32: order of the classes; IDLE for those that keep no strip there.
         offsets: (groups, V) int32: how many strips of the group earlier classes of the chunk keep.
             Strips are numbered by group, then by class, then by block.
@@ -264,7 +259,7 @@ def keep_strips(
     numbers = (num_blocks + num_groups) * num_chunks + 2
     statistics = torch.empty(numbers, dtype=torch.int32, device=device)
     kept = Kept(
-        masks=torch.empty((num_groups, 2, num_classes), dtype=torch.int64, device=device),
+        masks=torch.empty((num_groups, num_classes), dtype=torch.int64, device=device),
         keys=torch.empty((num_groups, num_classes), dtype=torch.int32, device=device),
         offsets=torch.empty((num_groups, num_classes), dtype=torch.int32, device=device),
         weights=torch.empty(num_classes, dtype=torch.float32, device=device),
@@ -291,7 +286,6 @@ def keep_strips(
         num_chunks,
         IDLE=IDLE,
         GROUP=GROUP,
-        WORD=WORD,
         CHUNK=CHUNK,
     )
     return kept

@@ -171,11 +171,10 @@ def strip_gradients(
 )
 def sum_classes_kernel(
     values_ptr,  # (K,) by strip, numbered by class
-    masks_ptr,  # (2, V) of one group
-    offsets_ptr,  # (V,) of the group, see Kept
+    masks_ptr,  # (V,) of one group, like the two that follow
+    offsets_ptr,  # (V,) see Kept
     chunk_starts_ptr,  # (chunks,) number of a chunk's first strip
     out_ptr,  # (V,) float32, in, out
-    V,
     first_class,
     stop_class,
     first_number,
@@ -186,7 +185,6 @@ def sum_classes_kernel(
     classes = first_class + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = classes < stop_class
     count = popcount(tl.load(masks_ptr + classes, mask=inside, other=0))
-    count += popcount(tl.load(masks_ptr + V + classes, mask=inside, other=0))
     start = tl.load(chunk_starts_ptr + classes // CHUNK, mask=inside, other=0) - first_number
     start += tl.load(offsets_ptr + classes, mask=inside, other=0)
     total = tl.load(out_ptr + classes, mask=inside, other=0.0)
@@ -214,7 +212,6 @@ def add_by_class(
         kept.offsets[group],
         places.chunk_starts[group],
         out,
-        out.shape[0],
         classes[0],
         classes[1],
         first_number,

@@ -111,7 +111,6 @@ def variants(tiles: Tiles) -> list[Variant]:
             types=(("logits_ptr", "*fp32"),),
         )
     block_k = min(64, tiles.block_d)
-    group = {"GROUP": selection.GROUP, "WORD": selection.WORD}
     add(
         "grad_e",
         grad_e.grad_e_kernel,
@@ -124,12 +123,12 @@ def variants(tiles: Tiles) -> list[Variant]:
     for partial, split in ((False, False), (True, False), (True, True)):
         of_sums = (("out_ptr", "*fp32"), ("high_ptr", "*fp32")) if partial else ()
         if split:
-            of_sums = (("out_ptr", "*i16"), ("high_ptr", "*i16"), ("low_ptr", "*i16"))
+            of_sums = (("out_ptr", "*i16"), ("high_ptr", "*i16"), ("low_ptr", "*u8"))
         add(
             f"grad_c-{partial:d}{split:d}",
             grad_c.grad_c_kernel,
             {"PARTIAL": partial, "SPLIT": split, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C,
-             "BLOCK_K": block_k, "BLOCK_T": BLOCK_T, "BLOCK_N": tiles.block_n, **group,
+             "BLOCK_K": block_k, "BLOCK_T": BLOCK_T, "BLOCK_N": tiles.block_n, "GROUP": 64,
              "CHUNK": 1024},
             boxes={"e": (block_k, tiles.block_n)},
             num_warps=8,
@@ -139,8 +138,8 @@ def variants(tiles: Tiles) -> list[Variant]:
         )  # fmt: skip
         add(f"tail_rows-{partial:d}{split:d}", grad_c.tail_rows_kernel,
             {"SUMS": partial, "SPLIT": split, "BLOCK_R": 32, "BLOCK_D": 512},
-            types=(of_sums[1], ("low_ptr", "*i16")) if partial else ())  # fmt: skip
-    add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, **group}, num_warps=8)
+            types=(of_sums[1], ("low_ptr", "*u8")) if partial else ())  # fmt: skip
+    add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "GROUP": 64})
     add("compact", prepare.compact_kernel, {"BLOCK": prepare.SCAN}, num_warps=8)
     add("backward_tokens", prepare.backward_tokens_kernel, {"HAS_SPREAD": True, "BLOCK_D": 1024})
     add("bound", combine.bound_kernel, {"BLOCK_T": BLOCK_T})
@@ -151,13 +150,13 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("scatter", prepare.scatter_rows_kernel, {"BLOCK_D": 1024}, types=(("rows_ptr", "*fp32"),))
     add("histogram", selection.histogram_kernel, {"BLOCK": 2**12},
         types=(("energy_ptr", "*u8"), ("counts_ptr", "*i64")))  # fmt: skip
-    add("kept", selection.kept_strips_kernel, {"IDLE": selection.IDLE, **group, "CHUNK": 1024},
+    add("kept", selection.kept_strips_kernel, {"IDLE": selection.IDLE, "GROUP": 64, "CHUNK": 1024},
         types=(("energy_ptr", "*u8"), ("counts_ptr", "*i32"), ("active_ptr", "*i32")))  # fmt: skip
     add("places", listing.places_kernel,
-        {"WHOLE": True, "GROUP": selection.GROUP, "TILE": listing.TILE, "ROWS": 16, "COLUMNS": 256},
-        num_warps=8, types=(("counts_ptr", "*i32"),))  # fmt: skip
+        {"WHOLE": True, "GROUP": 64, "TILE": listing.TILE, "ROWS": 16, "COLUMNS": 256}, num_warps=8,
+        types=(("counts_ptr", "*i32"),))  # fmt: skip
     add("list", listing.list_strips_kernel,
-        {"BY_CLASS": True, **group, "CHUNK": 1024, "TILE": listing.TILE})  # fmt: skip
+        {"BY_CLASS": True, "GROUP": 64, "CHUNK": 1024, "TILE": listing.TILE})  # fmt: skip
     add("row_sum", tail.weighted_row_sum_kernel,
         {"HAS_FACTOR": True, "BLOCK_R": 32, "BLOCK_D": 256},
         types=(("out_ptr", "*fp32"),))  # fmt: skip

@@ -98,9 +98,7 @@ def test_more_than_2_to_31_logits(impl):
             assert relative_error(e.grad[rows], p @ c.double()) < 0.01
 
 
-@pytest.mark.parametrize(
-    "tokens", [8192, 8193, 16384, 16500, 33000]
-)  # a word is 64 blocks of 128, a group two
+@pytest.mark.parametrize("tokens", [8192, 8193, 16384, 16500, 33000])  # a group is 64 blocks of 128
 @pytest.mark.parametrize("impl", ["cce", "cce_kahan_full_e"])
 def test_several_groups_of_blocks(tokens, impl, always_filtered):
     made = make("structured", tokens, Shape("test", 8192, 256), device=DEVICE)
