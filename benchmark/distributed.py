@@ -1,128 +1,292 @@
 """Times loss and gradients of the ways to spread them over GPUs.
 
-    torchrun --nproc-per-node 4 -m benchmark.distributed --data llama3-8b gemma2 --tokens 8192 32768
-    torchrun --nproc-per-node 2 -m benchmark.distributed --device cpu --data small --tokens 64
+    torchrun --nproc-per-node 2 -m benchmark.distributed --json docs/measurements/DEVICE
+    torchrun --nproc-per-node 2 -m benchmark.distributed --device cpu --data small --tokens 64 \
+        --impl chunked --beside
 
-``--tokens`` are those that a process would have without any sharing: where all processes have the
-same tokens (vocabulary- and tensor-parallel) that is as many, where each has its own (sequence
-parallel, FSDP2, DDP) as many on each. Times are the slowest process's median.
+One process measures what one GPU does alone. ``--tokens`` are those of a process: where all have
+the same tokens (vocabulary- and tensor-parallel) that is as many in all, where each has its own
+(sequence-parallel, FSDP2, DDP) as many on each. The file is written after every row, what matters
+most comes first, and no row begins after ``--time-limit``. docs/distributed.md defines what a row
+has.
 """
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import statistics
-from dataclasses import replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from benchmark.data import Problem, make
-from benchmark.measure import timed
-from benchmark.setups import SETUPS
+from benchmark.distributed_traffic import (
+    Replay,
+    back_to_back,
+    collectives,
+    measure_links,
+    slowest,
+    timed_together,
+)
+from benchmark.environment import environment
+from benchmark.measure import synchronize
+from benchmark.setups import ALONE, LOGITS, OWN_CLASSES, OWN_TOKENS, SETUPS
 from benchmark.shapes import SHAPES, SMALL
 
-OWN_TOKENS = ("vocabulary-parallel, own tokens", "FSDP2", "FSDP2, DTensor", "HSDP, DTensor", "DDP")
+WANTED = (
+    "vocabulary-parallel",
+    "vocabulary-parallel, own tokens",
+    "FSDP2",
+    "DDP",
+    "tensor-parallel DTensor",
+    "tensor-parallel full logits",
+)
+"""Set-ups by default, what matters most first."""
+
+BESIDE = ("vocabulary-parallel", "FSDP2", "one GPU")
+"""Set-ups that further implementations are measured in, at the smallest batch."""
+
+FIGURES = ("ms", "q1_ms", "q3_ms", "peak_mib", "sent_mib", "alone_ms", "exchange_ms")
+"""Of a row; None where there is none. The quartiles are those of the first process."""
+
+NO_MEMORY = "out of memory"
 
 
-def measure(name: str, problem: Problem, impl: str, repetitions: int) -> dict[str, Any]:
-    """Milliseconds and peak MiB of one set-up on this process."""
-    device = problem.e.device
-    step = SETUPS[name](problem, impl)
-    step.run()
-    dist.barrier()
-    memory = 0.0
+@dataclass(frozen=True)
+class Job:
+    """What one row measures; names as on the command line."""
+
+    data: str
+    tokens: int
+    setup: str
+    impl: str
+
+
+def jobs_of(arguments: argparse.Namespace, processes: int) -> list[Job]:
+    """The rows in their order: small batches first, further implementations last."""
+    setups = arguments.setups or (ALONE if processes == 1 else WANTED)
+    setups = [name for name in setups if not name.startswith("HSDP") or processes % 2 == 0]
+    least = min(arguments.tokens)
+    result = [
+        Job(data, tokens, setup, impl)
+        for tokens in sorted(arguments.tokens)
+        for data in arguments.data
+        for setup in setups
+        for impl in (["reference"] if setup in LOGITS else arguments.impl)
+    ]
+    result += [
+        Job(data, least, setup, impl)
+        for impl in arguments.beside
+        for data in arguments.data
+        for setup in setups
+        if setup in BESIDE
+    ]
+    # Full logits of a large batch are the one thing that may not fit, and come last.
+    return sorted(result, key=lambda job: job.setup in LOGITS and job.tokens > least)
+
+
+def measure(job: Job, problem: Problem, repetitions: int, row: dict[str, Any]) -> None:
+    """Fill one row: milliseconds of the slowest process, MiB of the one that needs most.
+
+    Args:
+        job: what to measure.
+        problem: its tokens: of all processes if each has its own.
+        repetitions: of everything that is timed.
+        row: gets every figure as soon as it is there.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+    """
+    device, processes = problem.e.device, dist.get_world_size()
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    step = (SETUPS | ALONE)[job.setup](problem, job.impl)
+    step.run()  # compiles, and what the first call of a group does only
+    peak = None
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
         step.run()
-        memory = (torch.cuda.max_memory_allocated() - before) / 2**20
-    times = timed(step.run, device, repetitions)
-    found = torch.tensor([statistics.median(times), memory], device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return {"setup": name, "impl": impl, "ms": float(found[0]), "peak_mib": float(found[1])}
+        synchronize(device)
+        peak = slowest((torch.cuda.max_memory_allocated(device) - before) / 2**20)
+    times = timed_together(step.run, device, repetitions)
+    first, middle, third = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    row.update(peak_mib=peak, ms=slowest(middle), q1_ms=first, q3_ms=third)
+    classes, dim = problem.c.shape
+    found = collectives(job.setup, job.tokens, classes, dim, job.impl, problem.e.dtype, processes)
+    if not found:  # one process, or a set-up whose collectives are not known
+        return
+    row["sent_mib"] = sum(one.sent(processes) for one in found) / 2**20
+    alone = without_communication(job, problem, step.run)
+    del step  # what it holds is not needed by work that needs no processes
+    row["alone_ms"] = slowest(statistics.median(timed_together(alone, device, repetitions)))
+    del alone
+    exchange = back_to_back(found, device)
+    row["exchange_ms"] = slowest(statistics.median(timed_together(exchange, device, repetitions)))
 
 
-def measure_links(device: torch.device) -> dict[str, float]:
-    """Bus bandwidth in GB/s of the collectives, at 256 MiB a process (1 MiB on a CPU)."""
-    world = dist.get_world_size()
-    count = (2**27 if device.type == "cuda" else 2**19) // world * world
-    whole = torch.ones(count, dtype=torch.bfloat16, device=device)
-    part = torch.empty(count // world, dtype=torch.bfloat16, device=device)
-    from cut_cross_entropy.distributed.exchange import gather_shards, sum_own_part
+def without_communication(
+    job: Job, problem: Problem, run: Callable[[], Tensor]
+) -> Callable[[], object]:
+    """The work of this process in a step, without the others.
 
-    runs = {
-        "all_reduce": (lambda: dist.all_reduce(whole), 2),
-        "all_gather": (lambda: gather_shards(part, ""), 1),
-        "reduce_scatter": (lambda: sum_own_part(whole.view(world, -1), ""), 1),
-    }
+    Where all classes and own tokens meet in one place that is what one GPU does. Where each process
+    has its classes, the step itself runs with the results of its collectives kept from another run;
+    with full logits, whose work does not depend on the numbers, a product of the same size.
+
+    Raises:
+        RuntimeError: the step without communication has another loss.
+    """
+    processes, rank = dist.get_world_size(), dist.get_rank()
+    if job.setup not in OWN_CLASSES:
+        size = job.tokens
+        own = slice(rank * size, (rank + 1) * size)
+        part = replace(problem, e=problem.e[own], targets=problem.targets[own])
+        return ALONE["one GPU"](part, job.impl).run
+    if job.setup in LOGITS:
+        rows = -(-problem.c.shape[0] // processes)
+        part = replace(problem, c=problem.c[:rows], targets=problem.targets % rows)
+        return ALONE["one GPU, full logits"](part, job.impl).run
+    replay = Replay(run)
+    if slowest(float(not torch.equal(replay.run(), replay.first))):  # so that all raise
+        raise RuntimeError(f"{job.setup} has another loss without its communication")
+    return replay.run
+
+
+def measure_or_note(job: Job, problem: Problem, repetitions: int) -> dict[str, Any]:
+    """A row, with the reason if something of it is missing; the memory that it took is free."""
+    times = dist.get_world_size() if job.setup in OWN_TOKENS else 1
+    tokens = slice(0, job.tokens * times)
+    given = replace(problem, e=problem.e[tokens], targets=problem.targets[tokens])
+    row: dict[str, Any] = {"repetitions": repetitions, **dict.fromkeys(FIGURES)}
+    try:
+        measure(job, given, repetitions, row)
+    except torch.OutOfMemoryError:
+        row["why"] = NO_MEMORY
+    except Exception as error:  # of whatever a set-up is made of: the other rows are still wanted
+        row["why"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    # Outside of the handler, whose exception holds what the step had allocated. All processes do
+    # the same, so all run out of memory in the same place.
+    gc.collect()
+    if problem.e.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def make_problems(jobs: list[Job], kind: str, device: torch.device) -> dict[str, Problem]:
+    """Data of each head for the largest batch of all processes, the same on all of them."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokens = max(job.tokens for job in jobs) * dist.get_world_size()
     result = {}
-    for name, (run, passes) in runs.items():
-        run()
-        milliseconds = statistics.median(timed(run, device, 10))
-        result[name] = passes * (world - 1) / world * whole.nbytes / milliseconds / 1e6
+    for name in dict.fromkeys(job.data for job in jobs):
+        shape = SMALL if name == "small" else SHAPES[name]
+        result[name] = make(kind, tokens, shape, dtype, device)
+        for tensor in (result[name].e, result[name].c, result[name].targets):
+            dist.broadcast(tensor, 0)
     return result
+
+
+def compile_ahead(jobs: list[Job], problems: dict[str, Problem]) -> None:
+    """Compile the kernels of different problems on different processes, which share a cache."""
+    needed = dict.fromkeys((job.impl, job.data) for job in jobs if job.setup not in LOGITS)
+    for i, (impl, data) in enumerate(needed):
+        if i % dist.get_world_size() == dist.get_rank():
+            few = slice(0, min(job.tokens for job in jobs))
+            part = problems[data]
+            part = replace(part, e=part.e[few], targets=part.targets[few])
+            ALONE["one GPU"](part, impl).run()
+    dist.barrier()
+
+
+def start(device: str) -> torch.device:
+    """Join the other processes; this one's device."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cpu":
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+        return torch.device("cpu")
+    own = torch.device("cuda", rank)
+    torch.cuda.set_device(own)
+    dist.init_process_group("nccl", timeout=datetime.timedelta(seconds=120), device_id=own)
+    return own
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="torchrun -m benchmark.distributed", description=(__doc__ or "").splitlines()[0]
+    )
+    add = parser.add_argument
+    add("--data", nargs="+", default=["llama3-8b", "gemma2"], choices=["small", *SHAPES])
+    add("--tokens", nargs="+", type=int, default=[8192, 32768], help="of a process")
+    add("--impl", nargs="+", default=["cce"], help="implementations of all rows")
+    add(
+        "--beside",
+        nargs="*",
+        default=["cce_exact"],
+        metavar="IMPL",
+        help=f"measured at the smallest batch too, in {', '.join(BESIDE)}",
+    )
+    add("--setups", nargs="+", choices=[*SETUPS, *ALONE], help="default: depends on the processes")
+    add("--kind", default="structured", help="of data, see benchmark/data.py")
+    add("--device", default="cuda", choices=("cuda", "cpu"))
+    add("--repetitions", type=int, default=7)
+    add("--time-limit", type=float, default=600.0, help="seconds; no row begins after it")
+    add("--commit", help="of the code, where the history is missing")
+    add("--json", type=Path, help="a file, or a folder for distributed_PROCESSES.json")
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Measure and print; ``--json`` writes the rows as well."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", nargs="+", default=["llama3-8b", "gemma2"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
-    parser.add_argument("--impl", nargs="+", default=["cce", "cce_exact"])
-    parser.add_argument("--setups", nargs="+", default=list(SETUPS), choices=list(SETUPS))
-    parser.add_argument("--kind", default="structured")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--repetitions", type=int, default=10)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", rank) if arguments.device == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=180))
-    world = dist.get_world_size()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    rows: list[dict[str, Any]] = []
-    links = measure_links(device)
-    if rank == 0:
-        shown = ", ".join(f"{kind} {speed:.3g} GB/s" for kind, speed in links.items())
-        print(f"{world} x {name}, PyTorch {torch.__version__}, {backend}: {shown}")
-    for data in arguments.data:
-        shape = SMALL if data == "small" else SHAPES[data]
-        for tokens in arguments.tokens:
-            problem = make(arguments.kind, tokens, shape, dtype, device)
-            for tensor in (problem.e, problem.c, problem.targets):
-                dist.broadcast(tensor, 0)
-            for setup in arguments.setups:
-                if setup.startswith("HSDP") and world % 2:
-                    continue
-                # Set-ups take the tokens of all processes; those with own tokens their part.
-                times = world if setup in OWN_TOKENS else 1
-                given = replace(
-                    problem, e=problem.e.repeat(times, 1), targets=problem.targets.repeat(times)
-                )
-                full = setup == "tensor-parallel full logits"
-                for impl in ["reference"] if full else arguments.impl:
-                    try:
-                        row = measure(setup, given, impl, arguments.repetitions)
-                    except torch.OutOfMemoryError:
-                        row = {"setup": setup, "impl": impl, "ms": None, "peak_mib": None}
-                    row = {"data": data, "tokens": tokens, "processes": world, **row}
-                    rows.append(row)
-                    if rank == 0:
-                        print(json.dumps(row), flush=True)
-                    if device.type == "cuda":
-                        torch.cuda.empty_cache()
-    if rank == 0 and arguments.json:
-        record = {"device": name, "torch": torch.__version__, "links": links, "rows": rows}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    begin = time.monotonic()
+    arguments = parse_arguments()
+    device = start(arguments.device)
+    world, first = dist.get_world_size(), dist.get_rank() == 0
+    jobs = jobs_of(arguments, world)
+    record: dict[str, Any] = {
+        "part": "distributed",
+        "processes": world,
+        "backend": dist.get_backend(),
+        "environment": environment(arguments.commit),
+        "links": measure_links(device) if world > 1 else {},
+        "rows": [],
+        "skipped": [],
+    }
+    path = arguments.json
+    if path is not None and path.suffix != ".json":
+        path = path / f"distributed_{world}.json"
+
+    def note(what: str) -> None:
+        if first:
+            print(f"[{time.monotonic() - begin:5.1f} s] {what}", flush=True)
+
+    note(f"{world} processes, {record['environment']['device']}: links {record['links']}")
+    problems = make_problems(jobs, arguments.kind, device)
+    note("data made")
+    compile_ahead(jobs, problems)
+    note("kernels compiled")
+    for job in jobs:
+        if slowest(time.monotonic() - begin) > arguments.time_limit:
+            record["skipped"].append(vars(job))
+        else:
+            row = {
+                **vars(job),
+                "processes": world,
+                **measure_or_note(job, problems[job.data], arguments.repetitions),
+            }
+            record["rows"].append(row)
+            note(json.dumps(row))
+        if first and path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")
+    note(f"done, {len(record['skipped'])} rows had no time")
     dist.destroy_process_group()
 
 

@@ -1,25 +1,25 @@
 """A model, not a measurement: time of loss and gradients of an output layer on many GPUs.
 
-Measured times of one GPU (docs/measurements/h100.json) plus bytes over stated link speeds. ``python
--m benchmark.distributed_model`` prints the table of docs/distributed.md, ``--write`` puts it there.
+Measured times of one H100 plus bytes over the speeds of links: those that ``benchmark.distributed``
+measured, or stated ones where it has not run. ``python -m benchmark.remake`` puts its tables into
+docs/distributed.md; ``python -m benchmark.distributed_model`` prints them.
 """
 
-import argparse
-import json
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmark.distributed_tables import records
+from benchmark.results import Device, read_all
 from benchmark.shapes import SHAPES, Shape
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs/distributed.md"
-MEASURED = ROOT / "docs/measurements/h100.json"
+GPU = "H100"
+HEADS = ("llama3-8b", "gemma2")
 
 TOKENS = 8192  # of each GPU
 NODE = 8  # GPUs of a node
-EFFICIENCY = 0.8  # of a link, that a large collective reaches
-NVLINK = 450e9 * EFFICIENCY  # bytes a second, a direction of one GPU: NVLink 4
+EFFICIENCY = 0.8  # of a link, that a large collective reaches, where that was not measured
+NVLINK = 450e9  # bytes a second, a direction of one GPU: NVLink 4
 NETWORK = 50e9 * EFFICIENCY  # bytes a second of one GPU's adapter: 400 Gbit/s
 STEP = 3e-6  # seconds that a ring needs for each of its members
 CALL = 20e-6  # seconds that any collective needs
@@ -50,9 +50,38 @@ def reduce(size: float, members: int, bandwidth: float) -> Cost:
     return gather(size, members, bandwidth) + gather(size, members, bandwidth)
 
 
-def across(gpus: int) -> float:
-    """Bandwidth of a ring over all GPUs: a node's adapters together carry what leaves it."""
-    return NVLINK if gpus <= NODE else min(NVLINK, NODE * NETWORK)
+@dataclass(frozen=True)
+class Speeds:
+    """Bytes a second that a GPU sends within a node, by the collective.
+
+    Args:
+        measured_on: how many GPUs they were measured on; None if they are assumed.
+    """
+
+    all_reduce: float = NVLINK * EFFICIENCY
+    all_gather: float = NVLINK * EFFICIENCY
+    reduce_scatter: float = NVLINK * EFFICIENCY
+    measured_on: int | None = None
+
+    def over(self, gpus: int) -> "Speeds":
+        """Of a ring over all GPUs: a node's adapters together carry what leaves it."""
+        if gpus <= NODE:
+            return self
+        most = NODE * NETWORK
+        return Speeds(
+            min(self.all_reduce, most), min(self.all_gather, most), min(self.reduce_scatter, most)
+        )
+
+
+def speeds_of(devices: Sequence[Device]) -> Speeds:
+    """Those of the measurement with the most GPUs of the model's kind, or the assumed ones."""
+    found = [record for device, record in records(devices) if GPU in device.name]
+    found = [record for record in found if record["processes"] > 1]
+    if not found:
+        return Speeds()
+    most = max(found, key=lambda record: int(record["processes"]))
+    in_bytes = {kind: 1e9 * speed for kind, speed in most["links"].items()}
+    return Speeds(**in_bytes, measured_on=most["processes"])
 
 
 @dataclass(frozen=True)
@@ -77,73 +106,126 @@ class Estimate:
         return self.compute + self.on_path.seconds + self.sync.seconds
 
 
-def vocab_parallel(shape: Shape, compute: float, gpus: int) -> Estimate:
+def vocab_parallel(shape: Shape, compute: float, gpus: int, speeds: Speeds) -> Estimate:
     """A node shares the vocabulary, every GPU has tokens of its own; nodes are replicas."""
-    tokens, weights = TOKENS * NODE, shape.num_classes * shape.dim * ITEM
+    node = min(gpus, NODE)
+    tokens, weights = TOKENS * node, shape.num_classes * shape.dim * ITEM
     embeddings = tokens * shape.dim * ITEM
-    # e, the targets, the bounds, three numbers a token; dE, and the gradients of the losses
-    path = gather(embeddings, NODE, NVLINK) + gather(tokens * 8, NODE, NVLINK)
-    path += reduce(tokens * 4, NODE, NVLINK) + gather(tokens * 12 * NODE, NODE, NVLINK)
-    path += gather(embeddings, NODE, NVLINK)
-    sync = reduce(weights / NODE, gpus // NODE, NETWORK)
+    # e, the targets, the bounds, three numbers a token; dE
+    path = gather(embeddings, node, speeds.all_gather)
+    path += gather(tokens * 8, node, speeds.all_gather)
+    path += reduce(tokens * 4, node, speeds.all_reduce)
+    path += gather(tokens * 12 * node, node, speeds.all_gather)
+    path += gather(embeddings, node, speeds.reduce_scatter)
     return Estimate(
         "vocabulary-parallel in a node, tokens of its own on each GPU",
         compute,
         path,
-        sync,
-        2 * weights / NODE + 2 * embeddings,
+        reduce(weights / node, gpus // node, NETWORK),
+        2 * weights / node + 2 * embeddings,
     )
 
 
-def fsdp(shape: Shape, compute: float, gpus: int) -> Estimate:
+def fsdp(shape: Shape, compute: float, gpus: int, speeds: Speeds) -> Estimate:
     """Sharded over all GPUs: gathered for the loss and for the gradients."""
-    weights, speed = shape.num_classes * shape.dim * ITEM, across(gpus)
-    path = gather(weights, gpus, speed) + gather(weights, gpus, speed)
-    sync = gather(weights, gpus, speed)
+    weights, ring = shape.num_classes * shape.dim * ITEM, speeds.over(gpus)
+    path = gather(weights, gpus, ring.all_gather) + gather(weights, gpus, ring.all_gather)
+    sync = gather(weights, gpus, ring.reduce_scatter)
     return Estimate("FSDP2 over all GPUs", compute, path, sync, 2 * weights / gpus + 2 * weights)
 
 
-def hsdp(shape: Shape, compute: float, gpus: int) -> Estimate:
+def hsdp(shape: Shape, compute: float, gpus: int, speeds: Speeds) -> Estimate:
     """Sharded within a node, replicated over the nodes."""
     weights = shape.num_classes * shape.dim * ITEM
-    path = gather(weights, NODE, NVLINK) + gather(weights, NODE, NVLINK)
-    sync = gather(weights, NODE, NVLINK) + reduce(weights / NODE, gpus // NODE, NETWORK)
+    path = gather(weights, NODE, speeds.all_gather) + gather(weights, NODE, speeds.all_gather)
+    sync = gather(weights, NODE, speeds.reduce_scatter)
+    sync += reduce(weights / NODE, gpus // NODE, NETWORK)
     return Estimate(
         "HSDP, sharded within a node", compute, path, sync, 2 * weights / NODE + 2 * weights
     )
 
 
-def data_parallel(shape: Shape, compute: float, gpus: int) -> Estimate:
+def data_parallel(shape: Shape, compute: float, gpus: int, speeds: Speeds) -> Estimate:
     """The whole classifier on every GPU."""
     weights = shape.num_classes * shape.dim * ITEM
-    return Estimate(
-        "DDP", compute, Cost(0.0, 0.0), reduce(weights, gpus, across(gpus)), 2 * weights
+    sync = reduce(weights, gpus, speeds.over(gpus).all_reduce)
+    return Estimate("DDP", compute, Cost(0.0, 0.0), sync, 2 * weights)
+
+
+MEASURED_AS = {
+    vocab_parallel: "vocabulary-parallel, own tokens",
+    fsdp: "FSDP2",
+    data_parallel: "DDP",
+}
+"""What ``benchmark.distributed`` calls them."""
+
+
+def one_gpu(devices: Sequence[Device], name: str) -> tuple[float, str]:
+    """Seconds of loss and gradients of ``TOKENS`` tokens by ``cce``, and the commit measured.
+
+    Raises:
+        ValueError: nothing was measured on the model's kind of GPU.
+    """
+    data = f"{name}-structured"
+    for device in devices:
+        if GPU in device.name:
+            for row in device.select(test_data=data, method="cce", kind="loss-fw-bw"):
+                commit = device.files[row["source"]]["environment"]["commit"]
+                return float(row["runtime_ms"]) / 1e3, str(commit)
+    raise ValueError(f"no measurement on an {GPU} has loss and gradients of `cce` for {data}")
+
+
+def is_known(devices: Sequence[Device]) -> bool:
+    """Whether one GPU of the model's kind was measured."""
+    return any(
+        device.select(test_data=f"{HEADS[0]}-structured", method="cce", kind="loss-fw-bw")
+        for device in devices
+        if GPU in device.name
     )
 
 
-def measured(name: str) -> float:
-    """Seconds of loss and gradients of ``TOKENS`` tokens on one H100 by ``cce``."""
-    wanted = ("cce", "loss-fw-bw", f"{name}-structured")
-    for row in json.loads(MEASURED.read_text())["rows"]:
-        if (row["method"], row["kind"], row["test_data"]) == wanted:
-            return float(row["runtime_ms"]) / 1e3
-    raise ValueError(f"{MEASURED.name} has no row {wanted}")
+def assumptions(devices: Sequence[Device]) -> str:
+    """What the tables rest on, in words; nothing without a measurement of one GPU."""
+    if not is_known(devices):
+        return ""
+    speeds = speeds_of(devices)
+    links = "NVLink of 450 GB/s a direction, an adapter of 400 Gbit/s for each GPU, 80 % of either"
+    text = "Assumed: 8 GPUs in a node, " + links + " reached; "
+    if speeds.measured_on is not None:
+        found = ", ".join(
+            f"{kind.replace('_', '-')} {getattr(speeds, kind) / 1e9:,.0f}"
+            for kind in ("all_reduce", "all_gather", "reduce_scatter")
+        )
+        text = (
+            f"Measured on {speeds.measured_on} GPUs, large collectives over NVLink, GB/s: {found}. "
+            "Assumed: 8 GPUs in a node that reach the same, an adapter of 400 Gbit/s for each GPU, "
+            "80 % of it reached; "
+        )
+    commits = dict.fromkeys(one_gpu(devices, name)[1] for name in HEADS)
+    return (
+        f"{text}20 microseconds for a collective and 3 for each member of its ring; a shard of "
+        "V / 8 classes and 8 times the tokens take as long as all classes and the tokens once; "
+        f"nothing overlaps. Time of one {GPU}: commit {' and '.join(commits)}.\n"
+    )
 
 
-def table() -> str:
-    """The table in Markdown."""
+def table(devices: Sequence[Device]) -> str:
+    """The model's times in Markdown; nothing without a measurement of one GPU."""
+    if not is_known(devices):
+        return ""
     lines = [
         "| head | GPUs | set-up | kernels, ms | exchanged on the way, ms | sum of dC, ms "
         "| all, ms | sent by a GPU, MiB | memory at the peak, MiB |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name in ("llama3-8b", "gemma2"):
-        shape, compute = SHAPES[name], measured(name)
+    speeds = speeds_of(devices)
+    for name in HEADS:
+        shape, compute = SHAPES[name], one_gpu(devices, name)[0]
         for gpus in (8, 64, 1024):
             for setup in (vocab_parallel, hsdp, fsdp, data_parallel):
                 if setup is hsdp and gpus == NODE:
                     continue  # FSDP2
-                row = setup(shape, compute, gpus)
+                row = setup(shape, compute, gpus, speeds)
                 sent = (row.on_path + row.sync).bytes / 2**20
                 milliseconds = [row.compute, row.on_path.seconds, row.sync.seconds, row.seconds]
                 cells = [
@@ -157,23 +239,38 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def fill(page: str) -> str:
-    """The page with the table between its markers."""
-    begin, end = "<!-- begin model -->\n", "<!-- end model -->"
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    if len(re.findall(pattern, page, re.DOTALL)) != 1:
-        raise ValueError(f"{PAGE.name} must have the markers of the model once")
-    return re.sub(pattern, lambda _: begin + table() + end, page, flags=re.DOTALL)
+def check(devices: Sequence[Device]) -> str:
+    """The model beside what was measured, for every count of GPUs; nothing without."""
+    if not is_known(devices):
+        return ""
+    lines = []
+    speeds = speeds_of(devices)
+    for device, record in records(devices):
+        gpus = record["processes"]
+        if GPU not in device.name or gpus == 1:
+            continue
+        for row in record["rows"]:
+            for setup, name in MEASURED_AS.items():
+                known = (row["setup"], row["impl"], row["tokens"]) == (name, "cce", TOKENS)
+                if not known or row["data"] not in HEADS or row["ms"] is None:
+                    continue
+                shape, compute = SHAPES[row["data"]], one_gpu(devices, row["data"])[0]
+                model = 1e3 * setup(shape, compute, gpus, speeds).seconds
+                cells = [shape.title, str(gpus), name, f"{model:.1f}", f"{row['ms']:.1f}"]
+                lines.append("| " + " | ".join([*cells, f"{row['ms'] / model:.2f}"]) + " |")
+    if not lines:
+        return ""
+    header = [
+        "| head | GPUs | set-up | model, ms | measured, ms | measured / model |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    return "\n".join([*header, *lines]) + "\n"
 
 
 def main() -> None:
-    """Print the table, or write it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into docs/distributed.md")
-    if parser.parse_args().write:
-        PAGE.write_text(fill(PAGE.read_text()))
-    else:
-        print(table())
+    """Print the tables."""
+    devices = read_all(Path(__file__).resolve().parent.parent / "docs" / "measurements")
+    print(assumptions(devices), table(devices), check(devices), sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark import cells, evidence, report
+from benchmark import cells, distributed_model, distributed_tables, evidence, report
 from benchmark.drawings import strips_and_tail
 from benchmark.plots import Plot, digest_of, plots_of, ranks
 from benchmark.results import Device, in_order, read_all, roundings
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/benchmarks.md", "docs/numerics.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/numerics.md",
+    "docs/distributed.md",
+    "docs/training.md",
+)
 NOTHING = "Not measured yet.\n"
 
 
@@ -171,6 +177,21 @@ def headline(found: Measurements) -> str:
     return text + f"Measured on: {cells.where(device)}\n"
 
 
+def training_processes(found: Measurements) -> str:
+    """One training in one process and in several."""
+    from training.compare_processes import PART, table
+
+    records = [one for device in found.devices for one in device.all_of(PART)]
+    return "\n".join(table(record) for record in records)
+
+
+def arguments(_: Measurements) -> str:
+    """Those of the training script."""
+    from training.arguments import build_parser, table
+
+    return table(build_parser())
+
+
 Block = Callable[[Measurements], str]
 
 BLOCKS: dict[str, Block] = {
@@ -194,6 +215,12 @@ BLOCKS: dict[str, Block] = {
     "failures": lambda found: evidence.failures(found.main) or "Nothing failed.\n",
     "other-devices": other_devices,
     "files": files,
+    "distributed": lambda found: distributed_tables.page(found.devices),
+    "model-assumptions": lambda found: distributed_model.assumptions(found.devices),
+    "model": lambda found: distributed_model.table(found.devices),
+    "model-check": lambda found: distributed_model.check(found.devices),
+    "training-processes": training_processes,
+    "arguments": arguments,
 }
 
 

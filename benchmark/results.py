@@ -11,6 +11,9 @@ from benchmark.shapes import SHAPES
 
 Row = dict[str, Any]
 
+OTHER_PAGES = ("distributed", "training-processes")
+"""Parts that are no rows of the benchmark's tables."""
+
 
 @dataclass
 class Device:
@@ -42,11 +45,17 @@ class Device:
                 return content
         return None
 
+    def all_of(self, part: str) -> list[dict[str, Any]]:
+        """All files of a part that has a form of its own."""
+        return [content for content in self.files.values() if content.get("part") == part]
+
     @property
     def environments(self) -> list[dict[str, str]]:
-        """The different ones, without repetitions."""
+        """The different ones of the benchmark's tables, without repetitions."""
         found: list[dict[str, str]] = []
         for content in self.files.values():
+            if content.get("part") in OTHER_PAGES:
+                continue
             if content["environment"] not in found:
                 found.append(content["environment"])
         return found
@@ -59,7 +68,8 @@ def read_all(folder: Path) -> list[Device]:
         ValueError: a file that says no device.
     """
     devices: dict[str, Device] = {}
-    for path in sorted(folder.rglob("*.json")):
+    # A device's own folder comes after the files beside it, which are older.
+    for path in sorted(folder.rglob("*.json"), key=lambda path: (len(path.parts), path)):
         if "experiments" in path.parts:  # training runs: a form and a report of their own
             continue
         content = json.loads(path.read_text())

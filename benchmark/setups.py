@@ -1,7 +1,8 @@
 """Ways to spread the loss over processes, as training code would call it: rows of one table.
 
-``benchmark/distributed.py`` times them, ``tests/distributed/run_many_gpus.py`` holds each against
-one process, and docs/distributed.md describes them.
+``benchmark/distributed.py`` times them, ``benchmark/distributed_traffic.py`` knows what they send,
+``tests/distributed/run_many_gpus.py`` holds each against one process, and docs/distributed.md
+describes them.
 """
 
 from collections.abc import Callable
@@ -151,7 +152,8 @@ def _fully_sharded(problem: Problem, impl: str, mesh: Any, inside: bool) -> Step
     from torch.distributed.fsdp import fully_shard
 
     head = _Head(problem, impl)
-    fully_shard(head, mesh=mesh)
+    # As within a model, whose root alone keeps its weights from the forward to the backward.
+    fully_shard(head, mesh=mesh, reshard_after_forward=True)
     tokens = _own_tokens(problem)
     e, targets = _leaf(problem.e[tokens]), problem.targets[tokens]
 
@@ -193,6 +195,31 @@ def data_parallel(problem: Problem, impl: str) -> Step:
     return _step(lambda: wrapped(e, targets), e, head.weight, tokens, classes, shared=False)
 
 
+def one_gpu(problem: Problem, impl: str) -> Step:
+    """No processes to share with: all tokens and classes of the problem here."""
+    e, c = _leaf(problem.e), _leaf(problem.c)
+
+    def loss() -> Tensor:
+        result = linear_cross_entropy(e, c, problem.targets, softcap=problem.softcap, impl=impl)
+        assert isinstance(result, Tensor)
+        return result
+
+    return _step(loss, e, c, slice(0, len(e)), slice(0, len(c)), shared=True)
+
+
+def one_gpu_logits(problem: Problem, impl: str) -> Step:
+    """The same with full logits, in the operations of :func:`tensor_parallel_logits`."""
+    e, c = _leaf(problem.e), _leaf(problem.c)
+
+    def loss() -> Tensor:
+        logits = F.linear(e, c).float()
+        if problem.softcap is not None:
+            logits = problem.softcap * torch.tanh(logits / problem.softcap)
+        return F.cross_entropy(logits, problem.targets)
+
+    return _step(loss, e, c, slice(0, len(e)), slice(0, len(c)), shared=True)
+
+
 SETUPS: dict[str, Callable[[Problem, str], Step]] = {
     "vocabulary-parallel": vocab_parallel,
     "vocabulary-parallel, own tokens": sequence_parallel,
@@ -204,3 +231,23 @@ SETUPS: dict[str, Callable[[Problem, str], Step]] = {
     "DDP": data_parallel,
 }
 """By the name in the tables. Each needs a process group, and HSDP an even number of processes."""
+
+ALONE: dict[str, Callable[[Problem, str], Step]] = {
+    "one GPU": one_gpu,
+    "one GPU, full logits": one_gpu_logits,
+}
+"""What one GPU does without the others; needs no process group."""
+
+LOGITS = ("tensor-parallel full logits", "one GPU, full logits")
+"""Those that have no implementation to choose."""
+
+OWN_TOKENS = ("vocabulary-parallel, own tokens", "FSDP2", "FSDP2, DTensor", "HSDP, DTensor", "DDP")
+"""Those whose processes have tokens of their own."""
+
+OWN_CLASSES = (
+    "vocabulary-parallel",
+    "vocabulary-parallel, own tokens",
+    "tensor-parallel DTensor",
+    "tensor-parallel full logits",
+)
+"""Those whose processes have classes of their own."""

@@ -3,7 +3,8 @@
 #
 #   scripts/train.sh --steps 500 --output out/mine [--resume]
 #   PROCESSES=8 scripts/train.sh                                   one process a GPU, by torchrun
-#   PROCESSES=8 scripts/train.sh --deepspeed training/zero3.json   weights spread over the GPUs
+#   PROCESSES=8 scripts/train.sh --fsdp                            weights spread over the GPUs
+#   PROCESSES=8 scripts/train.sh --deepspeed training/zero3.json   the same by DeepSpeed
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

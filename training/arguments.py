@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     switch("--gradient-checkpointing", "compute activations again in the backward pass")
     add("--dtype", choices=DTYPES, help=_DTYPE_HELP)
     add("--deepspeed", metavar="JSON", help="configuration of DeepSpeed: training/zero3.json")
+    switch("--fsdp", "spread weights, gradients and optimizer over the processes with FSDP2")
     parser.add_argument(
         "--output", type=Path, default=Path("out/train"), help="folder for all that is written"
     )

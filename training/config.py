@@ -83,6 +83,7 @@ class TrainConfig:
     dtype: str = "float32"
     device: str = "auto"
     deepspeed: str | None = None
+    fsdp: bool = False
     seed: int = 0
     log_interval: int = 10
     checkpoint_interval: int = 100
@@ -110,6 +111,8 @@ class TrainConfig:
             raise ValueError("eval_data and eval_fraction exclude each other")
         if self.streaming and self.eval_fraction:
             raise ValueError("eval_fraction needs all data in memory: use eval_data with streaming")
+        if self.fsdp and self.deepspeed is not None:
+            raise ValueError("fsdp and deepspeed exclude each other: both spread the weights")
         if self.isolate_documents and not self.packing:
             raise ValueError("isolate_documents needs packing: rows hold one document without")
 

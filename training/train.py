@@ -104,14 +104,19 @@ def training_arguments(config: TrainConfig, folder: Path, device: torch.device) 
     """The settings in the terms of transformers.
 
     Raises:
-        ImportError: DeepSpeed is asked for and not installed.
-        ValueError: its configuration cannot be used.
+        ImportError: DeepSpeed is asked for and not installed, or transformers is too old for FSDP2.
+        ValueError: its configuration cannot be used, or FSDP2 has no processes to spread over.
     """
     from transformers import TrainingArguments
 
+    if config.fsdp and "WORLD_SIZE" not in os.environ:
+        raise ValueError("fsdp needs processes: start with torchrun --nproc-per-node 2 or more")
     if config.deepspeed is not None and not Path(config.deepspeed).is_file():
         raise FileNotFoundError(f"deepspeed: there is no file {config.deepspeed!r}")
     cpu = device.type == "cpu"
+    sharding: dict[str, Any] = {}
+    if config.fsdp:
+        sharding = {"fsdp": True, "fsdp_config": {"version": 2}}
     evaluation: dict[str, Any] = {}
     if config.evaluates:
         evaluation = {
@@ -150,10 +155,32 @@ def training_arguments(config: TrainConfig, folder: Path, device: torch.device) 
         report_to="none",
         disable_tqdm=True,
         deepspeed=config.deepspeed,
+        **sharding,
         **evaluation,
     )
+    if config.fsdp:
+        set_precision(arguments, config.dtype)
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process a GPU: never nn.DataParallel
     return arguments
+
+
+def set_precision(arguments: Any, dtype: str) -> None:
+    """Tell FSDP2 what to compute in; under it accelerate does not switch autocast on.
+
+    For ``"autocast"`` float32 weights are gathered, and computed with, in bfloat16. Left to itself
+    accelerate would round the loss and the sums of the gradients to bfloat16 as well.
+
+    Raises:
+        ImportError: transformers is too old to be told.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if getattr(arguments, "fsdp_plugin_args", None) is None:
+        raise ImportError("fsdp needs transformers 5 or newer")
+    policy = MixedPrecisionPolicy()
+    if dtype == "autocast":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
 
 
 def _checkpoint_to_resume(checkpoints: Path, resume: str | None) -> Path | None:

@@ -47,6 +47,20 @@ class Trainer(transformers.Trainer):
         self.remove_callback(transformers.PrinterCallback)
         transformers.utils.logging.disable_progress_bar()
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set up accelerate; see ``transformers.Trainer``."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            # On CPUs accelerate takes no notice of it, though all that it does works there.
+            from accelerate import PartialState
+            from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+            state = self.accelerator.state
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            PartialState().distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
     def compute_loss(self, model: Any, *arguments: Any, **options: Any) -> Any:
         """The loss of one batch; see ``transformers.Trainer``.
 

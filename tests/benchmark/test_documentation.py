@@ -140,6 +140,22 @@ def test_a_measurement_without_a_device_is_refused(tmp_path):
         read_all(tmp_path)
 
 
+def test_a_folder_of_a_device_is_newer_than_a_file_beside_it(tmp_path):
+    (tmp_path / "gpu").mkdir()
+    for path, milliseconds in ((tmp_path / "gpu.json", 30.0), (tmp_path / "gpu/table.json", 20.0)):
+        content = {"environment": ENVIRONMENT, "rows": [row("cce", runtime_ms=milliseconds)]}
+        path.write_text(json.dumps(content))
+    (device,) = read_all(tmp_path)
+    assert [found["runtime_ms"] for found in device.select(method="cce")] == [20.0]
+
+
+def test_what_other_pages_show_is_not_among_the_commits(found):
+    other = {"part": "distributed", "environment": {**ENVIRONMENT, "commit": "later"}}
+    found.main.files["distributed_2.json"] = other
+    assert "later" not in fill("<!-- begin where -->\n<!-- end where -->\n", found)
+    assert found.main.all_of("distributed") == [other]
+
+
 def test_rows_of_older_files_are_completed():
     old = {"test_data": "gemma2-structured", "kind": "loss-fw", "runtime_ms": 16.0}
     made = complete(old)

@@ -1,18 +1,40 @@
-"""The table of docs/distributed.md is what its script computes, and the script's arithmetic."""
+"""The model of docs/distributed.md: its arithmetic, and what measurements replace in it."""
 
 import pytest
+import torch
 
 from benchmark import distributed_model as model
+from benchmark.distributed_traffic import collectives
+from benchmark.results import Device
+
+SHAPE = model.SHAPES["gemma2"]
 
 
-def test_page_has_the_table_of_the_script():
-    page = model.PAGE.read_text()
-    assert page == model.fill(page), "python -m benchmark.distributed_model --write"
-
-
-def test_a_page_without_markers_is_refused():
-    with pytest.raises(ValueError, match="markers of the model once"):
-        model.fill("# A page\n")
+def devices(distributed=True, milliseconds=20.0):
+    """An H100 with times of one GPU, and of two if asked for."""
+    device = Device("NVIDIA H100 80GB HBM3")
+    environment = {"device": device.name, "torch": "2", "triton": "3", "commit": "abc"}
+    device.files["table.json"] = {"part": "table", "environment": environment}
+    device.rows = [
+        {
+            "test_data": f"{name}-structured", "method": "cce", "kind": "loss-fw-bw",
+            "part": "table", "source": "table.json", "runtime_ms": milliseconds,
+        }
+        for name in model.HEADS
+    ]  # fmt: skip
+    if distributed:
+        row = {"tokens": 8192, "impl": "cce", "processes": 2, "ms": 30.0}
+        device.files["distributed_2.json"] = {
+            "part": "distributed", "processes": 2, "environment": environment, "skipped": [],
+            "links": {"all_reduce": 200.0, "all_gather": 300.0, "reduce_scatter": 250.0},
+            "rows": [
+                {**row, "data": "gemma2", "setup": "DDP"},
+                {**row, "data": "gemma2", "setup": "FSDP2", "ms": None, "why": "out of memory"},
+                {**row, "data": "gemma2", "setup": "DDP", "impl": "cce_exact"},
+                {**row, "data": "llama3-8b", "setup": "vocabulary-parallel, own tokens"},
+            ],
+        }  # fmt: skip
+    return [device]
 
 
 def test_ring():
@@ -25,5 +47,54 @@ def test_ring():
 
 def test_many_nodes_are_no_faster_than_one():
     for setup in (model.vocab_parallel, model.fsdp, model.hsdp, model.data_parallel):
-        times = [setup(model.SHAPES["gemma2"], 0.02, gpus).seconds for gpus in (8, 64, 1024)]
+        times = [setup(SHAPE, 0.02, gpus, model.Speeds()).seconds for gpus in (8, 64, 1024)]
         assert times == sorted(times)
+
+
+@pytest.mark.parametrize("gpus", [2, 8])
+@pytest.mark.parametrize("setup", model.MEASURED_AS)
+def test_the_model_sends_what_the_benchmark_counts(setup, gpus):
+    row = setup(SHAPE, 0.02, gpus, model.Speeds())
+    sizes = (model.TOKENS, SHAPE.num_classes, SHAPE.dim)
+    counted = collectives(model.MEASURED_AS[setup], *sizes, "cce", torch.bfloat16, gpus)
+    assert (row.on_path + row.sync).bytes == pytest.approx(sum(one.sent(gpus) for one in counted))
+
+
+def test_measured_links_replace_the_assumed_ones():
+    assert model.speeds_of(devices(False)) == model.Speeds()
+    speeds = model.speeds_of(devices())
+    assert speeds == model.Speeds(2e11, 3e11, 2.5e11, measured_on=2)
+    assert "Measured on 2 GPUs" in model.assumptions(devices())
+    assert "all-reduce 200, all-gather 300, reduce-scatter 250" in model.assumptions(devices())
+    assert model.assumptions(devices(False)).startswith("Assumed: 8 GPUs in a node, NVLink of 450")
+    assert model.table(devices()) != model.table(devices(False))
+
+
+def test_across_nodes_the_adapters_are_the_limit():
+    assert model.Speeds(1e9, 2e9, 1e15).over(64) == model.Speeds(1e9, 2e9, 8 * model.NETWORK)
+    assert model.Speeds(1e9, 2e9, 1e15).over(8).reduce_scatter == 1e15
+
+
+def test_the_newest_time_of_one_gpu_is_taken():
+    found = devices()
+    assert model.one_gpu(found, "gemma2") == (0.02, "abc")
+    newer = {**found[0].rows[0], "runtime_ms": 10.0, "test_data": "gemma2-structured"}
+    found[0].rows.append(newer)
+    assert model.one_gpu(found, "gemma2") == (0.01, "abc")
+    with pytest.raises(ValueError, match="no measurement on an H100 has loss and gradients"):
+        model.one_gpu([Device("Some GPU")], "gemma2")
+
+
+def test_model_beside_measurement():
+    lines = model.check(devices()).splitlines()
+    assert len(lines) == 2 + 2  # what did not fit and other implementations are left out
+    weights = SHAPE.num_classes * SHAPE.dim * 2
+    expected = 20 + 1e3 * model.reduce(weights, 2, 2e11).seconds
+    assert lines[2] == f"| Gemma 2 2B | 2 | DDP | {expected:.1f} | 30.0 | {30 / expected:.2f} |"
+    assert lines[3].startswith("| Llama 3 8B | 2 | vocabulary-parallel, own tokens | ")
+    assert model.check(devices(False)) == ""
+
+
+def test_without_an_h100_there_is_no_model():
+    for make in (model.assumptions, model.table, model.check):
+        assert make([Device("Some GPU")]) == ""

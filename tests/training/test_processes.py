@@ -106,6 +106,75 @@ def test_a_signal_stops_both_after_the_same_step_and_the_rest_is_bit_identical(a
     assert parts == whole
 
 
+def test_fsdp2_is_one_process_and_resumes(arguments, still, tmp_path):
+    common = [*arguments, *still, "--eval-fraction", "0.04"]
+    two = [*common, "--fsdp", "--batch-size", "4", "--output", str(tmp_path / "two")]
+    for extra in (["--steps", "4"], ["--steps", "6", "--resume"]):
+        code, output = run(2, [*two, *extra])
+        assert code == 0, output
+    assert main([*common, "--steps", "6", "--output", str(tmp_path / "one")]) == 0
+    one, two = (log(tmp_path / name, "loss", "eval_loss") for name in ("one", "two"))
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert float(b[0]) == pytest.approx(float(a[0]), abs=1e-5)
+    assert float(two[-1][1]) == pytest.approx(float(one[-1][1]), abs=1e-4)
+    a, b = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
+    head = b.pop("lm_head.weight")  # tied, and gathered by itself
+    assert torch.equal(head, b["model.embed_tokens.weight"])
+    assert set(a) == set(b)
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_fsdp2_spreads_the_weights(arguments, tmp_path):
+    """Each process has half of them, and the whole in bfloat16 while a layer computes."""
+    start = tmp_path / "start.py"
+    start.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from training import trainer\n"
+        "def say(*what):\n"
+        "    os.write(1, (' '.join(map(str, what)) + os.linesep).encode())  # in one piece\n"
+        "def looks(self, model, *rest, before=trainer.Trainer.compute_loss, **options):\n"
+        "    own = self.model.model.layers[0].mlp.gate_proj\n"
+        "    say('own', *own.weight.to_local().shape, own.weight.dtype)\n"
+        "    show = lambda own, _: say('inside', *own.weight.shape, own.weight.dtype)\n"
+        "    own.register_forward_pre_hook(show)\n"
+        "    loss = before(self, model, *rest, **options)\n"
+        "    say('loss', loss.dtype)\n"
+        "    return loss\n"
+        "trainer.Trainer.compute_loss = looks\n"
+        "from training.train import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    options = [*arguments, "--fsdp", "--steps", "1", "--no-export", "--dtype", "autocast"]
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, "2", str(start), *options],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in ("own 32 32 torch.float32", "inside 64 32 torch.bfloat16", "loss torch.float32"):
+        assert done.stdout.count(line) == 2, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([], "fsdp needs processes: start with torchrun"),
+        (["--deepspeed", "training/zero3.json"], "fsdp and deepspeed exclude each other"),
+    ],
+)
+def test_fsdp2_that_cannot_be_is_refused(extra, message, arguments, capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert main([*arguments, "--fsdp", *extra]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_zero3_configuration():
     """The file has what the Trainer fills in, and a stage that spreads the weights."""
     settings = json.loads((ROOT / "training/zero3.json").read_text())

@@ -1,0 +1,153 @@
+"""``benchmark.distributed`` in processes on a CPU, and the tables of what it writes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmark import distributed, distributed_tables
+from benchmark.data import Problem
+from benchmark.distributed import Job, jobs_of, measure_or_note, parse_arguments
+from benchmark.results import Device, read_all
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--device", "cpu", "--data", "small", "--impl", "chunked", "--repetitions", "2"]
+
+
+def launch(processes, folder, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += [str(processes), "-m", "benchmark.distributed", *SMALL, "--commit", "abc"]
+    done = subprocess.run(
+        [*command, *arguments, "--json", str(folder)],
+        cwd=ROOT,
+        env={**distributed.os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / f"distributed_{processes}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A folder with the files of one process and of two."""
+    folder = tmp_path_factory.mktemp("measurements")
+    setups = ["vocabulary-parallel", "FSDP2", "HSDP, DTensor", "tensor-parallel full logits"]
+    launch(2, folder / "cpu", "--tokens", "16", "--setups", *setups, "--beside", "reference")
+    launch(1, folder / "cpu", "--tokens", "16", "32", "--beside")
+    return folder
+
+
+def test_every_row_is_there_and_complete(measured):
+    record = json.loads((measured / "cpu" / "distributed_2.json").read_text())
+    assert record["part"] == "distributed"
+    assert record["environment"]["commit"] == "abc"
+    assert record["skipped"] == []
+    assert set(record["links"]) == {"all_reduce", "all_gather", "reduce_scatter"}
+    assert [(row["setup"], row["impl"]) for row in record["rows"]] == [
+        ("vocabulary-parallel", "chunked"),
+        ("FSDP2", "chunked"),
+        ("HSDP, DTensor", "chunked"),
+        ("tensor-parallel full logits", "reference"),
+        ("vocabulary-parallel", "reference"),
+        ("FSDP2", "reference"),
+    ]
+    for row in record["rows"]:
+        assert "why" not in row
+        assert row["ms"] > 0
+        if row["setup"] != "HSDP, DTensor":  # whose collectives are not those of all processes
+            assert min(row["alone_ms"], row["exchange_ms"], row["sent_mib"]) > 0
+    assert record["rows"][1]["sent_mib"] == 3 * 16384 * 256 * 4 / 2 / 2**20
+
+
+def test_page_of_measurements(measured):
+    page = distributed_tables.page(read_all(measured))
+    assert "### 2 GPUs: " in page
+    assert "### One GPU, for comparison: " in page
+    assert "commit abc." in page
+    assert "| small | 16 | FSDP2, `chunked` | " in page
+    assert "| small | 32 | one GPU, `chunked` | " in page
+    assert page.endswith("Not measured yet: 4 and 8 GPUs.\n")
+    assert distributed_tables.page([]) == ""
+
+
+def test_no_row_begins_after_the_limit(tmp_path):
+    record = launch(1, tmp_path, "--tokens", "16", "--time-limit", "0", "--beside")
+    assert record["rows"] == []
+    assert [job["setup"] for job in record["skipped"]] == ["one GPU", "one GPU, full logits"]
+    page = distributed_tables.page(read_all(tmp_path))
+    assert "No time was left for: small, 16 tokens, one GPU, `chunked`; small" in page
+
+
+def row(setup, **more):
+    return {
+        "data": "gemma2", "tokens": 8192, "setup": setup, "impl": "cce", "processes": 2, "ms": 25.0,
+        "alone_ms": 20.0, "exchange_ms": 10.0, "sent_mib": 1e3, "peak_mib": 2e3, **more,
+    }  # fmt: skip
+
+
+def test_efficiency_and_hidden_share():
+    alone = {"rows": [{**row("one GPU"), "ms": 20.0}]}
+    assert distributed_tables.efficiency(row("FSDP2"), alone) == 0.8
+    assert distributed_tables.efficiency(row("vocabulary-parallel"), alone) == 0.4
+    assert distributed_tables.efficiency(row("FSDP2", impl="cce_exact"), alone) is None
+    assert distributed_tables.efficiency(row("FSDP2"), None) is None
+    assert distributed_tables.hidden(row("FSDP2")) == 0.5
+    assert distributed_tables.hidden(row("FSDP2", alone_ms=None)) is None
+
+
+def test_what_does_not_fit_is_said():
+    device = Device("Some GPU")
+    nothing = dict.fromkeys(distributed.FIGURES)
+    large = row("tensor-parallel full logits", tokens=32768, **nothing, why="out of memory")
+    device.files["x.json"] = {
+        "part": "distributed", "processes": 2, "links": {}, "skipped": [],
+        "environment": {"device": "Some GPU", "torch": "2", "triton": "3", "commit": "abc"},
+        "rows": [large, row("FSDP2", alone_ms=None, exchange_ms=None, why="RuntimeError: no")],
+    }  # fmt: skip
+    page = distributed_tables.page([device])
+    assert (
+        "| Gemma 2 2B | 32,768 | tensor-parallel full logits | out of memory |  |  |  |  |  |  |"
+        in page
+    )
+    assert "Gemma 2 2B, 8,192 tokens, FSDP2, `cce`: incomplete, RuntimeError: no" in page
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (torch.OutOfMemoryError("72 GiB"), "out of memory"),
+        (ValueError("no such thing\nsecond line"), "ValueError: no such thing"),
+    ],
+)
+def test_a_row_that_fails_keeps_what_it_has(error, why, monkeypatch):
+    given = []
+
+    def fails(job, problem, repetitions, row):
+        given.append(problem.e.shape[0])
+        row["ms"] = 3.0
+        raise error
+
+    monkeypatch.setattr(distributed, "measure", fails)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 4)
+    problem = Problem(torch.ones(64, 2), torch.ones(8, 2), torch.zeros(64, dtype=torch.int64))
+    for setup in ("FSDP2", "vocabulary-parallel"):
+        row = measure_or_note(Job("small", 8, setup, "chunked"), problem, 2)
+        assert (row["ms"], row["alone_ms"], row["why"]) == (3.0, None, why)
+    assert given == [32, 8]
+
+
+def test_what_matters_most_comes_first():
+    jobs = jobs_of(parse_arguments([]), 2)
+    assert len(jobs) == 2 * 2 * 6 + 4
+    assert jobs[0].setup == "vocabulary-parallel"
+    assert {job.tokens for job in jobs[:12]} == {8192}
+    assert [job.impl for job in jobs[-6:]] == ["cce_exact"] * 4 + ["reference"] * 2
+    assert [job.tokens for job in jobs[-2:]] == [32768] * 2
+    alone = jobs_of(parse_arguments([]), 1)
+    assert {job.setup for job in alone} == {"one GPU", "one GPU, full logits"}

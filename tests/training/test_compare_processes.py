@@ -1,0 +1,131 @@
+"""``training/compare_processes.py``: what it starts, reads and says."""
+
+import itertools
+import json
+
+import pytest
+
+from training.compare_processes import (
+    WAYS,
+    command,
+    differences,
+    losses_of,
+    main,
+    parse_arguments,
+    table,
+)
+
+
+def options_of(way, tmp_path, *more):
+    parsed = parse_arguments(["--json", "x.json", *more])
+    words = command(WAYS[way], parsed, tmp_path)
+    return words, dict(itertools.pairwise(words))
+
+
+@pytest.mark.parametrize(
+    ("way", "processes", "batch", "parts"),
+    [
+        ("one", None, "8", "1"),
+        ("parts", None, "2", "4"),
+        ("fsdp2", "4", "2", "1"),
+        ("fsdp2-one", "1", "8", "1"),
+        ("zero3", "4", "2", "1"),
+        ("zero3-one", "1", "8", "1"),
+        ("ddp", "4", "2", "1"),
+    ],
+)
+def test_every_run_has_as_many_tokens_a_step(way, processes, batch, parts, tmp_path):
+    words, options = options_of(way, tmp_path, "--processes", "4")
+    assert options.get("--nproc-per-node") == processes
+    assert (options["--batch-size"], options["--gradient-accumulation"]) == (batch, parts)
+    assert ("--fsdp" in words) == way.startswith("fsdp2")
+    assert options.get("--deepspeed") == ("training/zero3.json" if "zero3" in way else None)
+    assert (options["--dtype"], options["--steps"], options["--seed"]) == ("autocast", "50", "0")
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--json", "x.json", "--batch-size", "3"])
+    assert "--batch-size must be a multiple of --processes, got 3" in capsys.readouterr().err
+
+
+def test_losses_are_read_between_other_output():
+    output = "a warning\nstep 1: loss 2.500000, learning rate 1e-5\rWriting: 1/1step 2: loss 2.25, "
+    assert losses_of(output) == [2.5, 2.25]
+    assert losses_of("") == []
+    with pytest.raises(ValueError, match="the loss of every step, got those of"):
+        losses_of("step 2: loss 2.5, x")
+
+
+ENVIRONMENT = {"device": "GPU", "torch": "2", "triton": "3", "python": "3.12", "commit": "abc"}
+SETTINGS = {
+    "steps": 3, "batch_size": 8, "sequence_length": 256, "dtype": "autocast", "loss": "auto",
+    "learning_rate": 2e-5,
+}  # fmt: skip
+
+
+def record(*rows):
+    return {
+        "environment": ENVIRONMENT, "versions": {"transformers": "5"}, "settings": SETTINGS,
+        "rows": list(rows),
+    }  # fmt: skip
+
+
+def row(name, losses, against=("one GPU",), code=0):
+    return {
+        "name": name, "against": list(against), "losses": losses, "processes": 2, "exit_code": code,
+    }  # fmt: skip
+
+
+def test_table_compares_every_run_with_its_own():
+    one = row("one GPU", [3.0, 2.0, 1.0], ())
+    zero3 = row("ZeRO-3", [3.5, 2.0, 1.0], ("one GPU", "ZeRO-3 on one GPU"))
+    alone = row("ZeRO-3 on one GPU", [3.5, 2.0, 1.0])
+    text = table(record(one, zero3, alone, row("FSDP2", [3.0, 2.5], code=1)))
+    assert "| one GPU | 2 | 3.0000 | 1.0000 |  |  |  |  |" in text
+    assert "| ZeRO-3 | 2 | 3.5000 | 1.0000 | one GPU | 5.0e-01 | 1.7e-01 | 1.7e-01 |" in text
+    assert "|  |  |  |  | ZeRO-3 on one GPU | 0.0e+00 | 0.0e+00 | 0.0e+00 |" in text
+    assert "FSDP2: 2 of 3 steps, exit code 1." in text
+    assert "Not run: FSDP2 on one GPU, one GPU, the batch in parts, DDP." in text
+    assert "GPU, PyTorch 2, Triton 3, Python 3.12, transformers 5, commit abc. 3 steps of" in text
+
+
+def test_a_run_without_losses_is_compared_with_nothing():
+    rows = [row("one GPU", [1.0], ()), row("FSDP2", [])]
+    assert list(differences(rows[1], rows)) == []
+    assert "| FSDP2 | 2 |  |  |  |  |  |  |" in table(record(*rows))
+
+
+def test_one_process_and_two_have_the_same_losses(model_folder, text_file, tmp_path):
+    path = tmp_path / "record.json"
+    settings = (
+        f"--model {model_folder} --data {text_file} --loss chunked --device cpu --steps 3 "
+        "--batch-size 8 --sequence-length 16 --learning-rate 1e-2 --dtype float32 --commit abc "
+        f"--ways one fsdp2 fsdp2-one --json {path}"
+    )
+    # The model has dropout, whose numbers every process draws for itself: another one without.
+    still = tmp_path / "still"
+    still.mkdir()
+    for file in model_folder.iterdir():
+        (still / file.name).write_bytes(file.read_bytes())
+    config = json.loads((still / "config.json").read_text())
+    (still / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
+    assert main(settings.replace(str(model_folder), str(still)).split()) == 0
+    written = json.loads(path.read_text())
+    assert written["part"] == "training-processes"
+    assert written["environment"]["commit"] == "abc"
+    compared = dict(differences(written["rows"][1], written["rows"]))
+    assert list(compared) == ["one GPU", "FSDP2 on one GPU"]
+    for found in compared.values():
+        assert len(found) == 3
+        assert max(found) < 1e-5
+
+
+def test_a_run_that_fails_is_on_record(tmp_path):
+    path = tmp_path / "record.json"
+    code = main(["--model", str(tmp_path / "x.gguf"), "--ways", "one", "--json", str(path)])
+    assert code == 1
+    (only,) = json.loads(path.read_text())["rows"]
+    assert only["exit_code"] == 2
+    assert only["losses"] == []
+    assert "there is no such file" in only["output"]

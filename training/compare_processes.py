@@ -1,0 +1,300 @@
+"""Train the same thing in one process and in several, and compare the losses of every step.
+
+    python training/compare_processes.py --json docs/measurements/DEVICE/training_processes.json
+
+Runs ``training/train.py`` on one GPU, and under FSDP2 and DeepSpeed ZeRO-3 on several; then both on
+one GPU, and one GPU with its batch in parts, which show what rounding and another order of the same
+sums do. All runs have the same start, data, seed and tokens in a step. The record is written after
+every run.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # started by its path: Python then puts this folder first, not the root
+    sys.path[0] = str(ROOT)
+
+PART = "training-processes"
+ZERO3 = "training/zero3.json"
+LINE = re.compile(r"step (\d+): loss ([\d.]+),")
+"""What train.py prints of a step: its loss with six decimals."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One run.
+
+    Args:
+        name: in the record and the table.
+        several: whether it has all processes; else one.
+        parts: batches whose gradients make a step of one process.
+        options: further ones of train.py.
+        torchrun: whether it needs a process group even if it is alone.
+        against: the runs that it is compared with.
+    """
+
+    name: str
+    several: bool = False
+    parts: bool = False
+    options: tuple[str, ...] = ()
+    torchrun: bool = False
+    against: tuple[str, ...] = ("one GPU",)
+
+
+WAYS = {
+    "one": Way("one GPU", against=()),
+    # Both compute with weights that are bfloat16 themselves, other than autocast: what several
+    # processes change shows beside the same on one.
+    "fsdp2": Way(
+        "FSDP2",
+        several=True,
+        options=("--fsdp",),
+        against=("one GPU", "FSDP2 on one GPU"),
+    ),
+    "zero3": Way(
+        "ZeRO-3",
+        several=True,
+        options=("--deepspeed", ZERO3),
+        against=("one GPU", "ZeRO-3 on one GPU"),
+    ),
+    "fsdp2-one": Way("FSDP2 on one GPU", options=("--fsdp",), torchrun=True),
+    "zero3-one": Way("ZeRO-3 on one GPU", options=("--deepspeed", ZERO3), torchrun=True),
+    "parts": Way("one GPU, the batch in parts", parts=True),
+    "ddp": Way("DDP", several=True),
+}
+"""By the name on the command line, what matters most first."""
+
+
+def command(way: Way, arguments: argparse.Namespace, output: Path) -> list[str]:
+    """How the run is started."""
+    processes = arguments.processes if way.several else 1
+    launch = [sys.executable]
+    if processes > 1 or way.torchrun:
+        launch += ["-m", "torch.distributed.run", "--standalone"]
+        launch += ["--nproc-per-node", str(processes)]
+    parts = arguments.processes if way.parts else processes
+    settings = {
+        "model": arguments.model,
+        "data": arguments.data,
+        "loss": arguments.loss,
+        "dtype": arguments.dtype,
+        "device": arguments.device,
+        "seed": arguments.seed,
+        "steps": arguments.steps,
+        "batch-size": arguments.batch_size // parts,
+        "gradient-accumulation": parts if way.parts else 1,
+        "sequence-length": arguments.sequence_length,
+        "learning-rate": arguments.learning_rate,
+        "warmup-steps": arguments.warmup_steps,
+        "log-interval": 1,
+        "checkpoint-interval": arguments.steps,
+        "output": output,
+    }
+    given = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    return [*launch, "training/train.py", *given, "--no-tensorboard", "--no-export", *way.options]
+
+
+def run(way: Way, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """Train once; the losses, and the end of the output if it failed.
+
+    Args:
+        seconds: after which it is given up.
+    """
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="compare_processes_") as folder:
+        started = command(way, arguments, Path(folder))
+        process = subprocess.Popen(
+            started,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=seconds)
+            code = process.returncode
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun hands it on, and train.py ends after the step
+            output, code = _end(process), None
+    losses = losses_of(output)
+    row: dict[str, Any] = {
+        "name": way.name,
+        "against": list(way.against),
+        "processes": arguments.processes if way.several else 1,
+        "losses": losses,
+        "seconds": round(time.monotonic() - begin, 1),
+        "exit_code": code,
+    }
+    if code != 0:
+        row["output"] = output[-4000:]
+    return row
+
+
+def _end(process: "subprocess.Popen[str]") -> str:
+    """What a process that was told to end has written; it and what it started are gone then."""
+    try:
+        return process.communicate(timeout=30)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0]
+
+
+def losses_of(output: str) -> list[float]:
+    """The losses that train.py printed, step by step.
+
+    Raises:
+        ValueError: a step is missing between them.
+    """
+    found = {int(step): float(loss) for step, loss in LINE.findall(output)}
+    if list(found) != list(range(1, len(found) + 1)):
+        raise ValueError(f"the output must have the loss of every step, got those of {list(found)}")
+    return list(found.values())
+
+
+def differences(
+    row: dict[str, Any], rows: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, list[float]]]:
+    """How far the losses are from those of each run it is compared with, step by step, in nats."""
+    losses = {one["name"]: one["losses"] for one in rows}
+    for name in row["against"]:
+        if losses.get(name) and row["losses"]:
+            yield name, [abs(a - b) for a, b in zip(row["losses"], losses[name], strict=False)]
+
+
+def table(record: dict[str, Any]) -> str:
+    """What was found, in Markdown, with what it was found on."""
+    where, settings = record["environment"], record["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines = [
+        f"{where['device']}, PyTorch {where['torch']}, Triton {where['triton']}, "
+        f"Python {where['python']}, {versions}, commit {where['commit']}. {settings['steps']} "
+        f"steps of {settings['batch_size']} x {settings['sequence_length']} tokens in all "
+        f"processes together, `--dtype {settings['dtype']}`, `--loss {settings['loss']}`, learning "
+        f"rate {settings['learning_rate']:g}.",
+        "",
+        "| run | processes | first loss | last loss | compared with | largest difference, nats "
+        "| mean | mean of the last ten steps |",
+        "|:---|---:|---:|---:|:---|---:|---:|---:|",
+    ]
+    rows = record["rows"]
+    for row in rows:
+        losses = row["losses"]
+        ends = [f"{losses[0]:.4f}", f"{losses[-1]:.4f}"] if losses else ["", ""]
+        cells = [row["name"], str(row["processes"]), *ends]
+        for name, found in list(differences(row, rows)) or [("", [])]:
+            cells += [name, *_three(found)]
+            lines.append("| " + " | ".join(cells) + " |")
+            cells = [""] * 4
+    short = [row for row in rows if len(row["losses"]) < settings["steps"] or row["exit_code"] != 0]
+    for row in short:
+        lines += [
+            "",
+            f"{row['name']}: {len(row['losses'])} of {settings['steps']} steps, exit code "
+            f"{row['exit_code']}.",
+        ]
+    missing = [way.name for way in WAYS.values() if way.name not in {row["name"] for row in rows}]
+    if missing:
+        lines += ["", f"Not run: {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _three(found: list[float]) -> list[str]:
+    if not found:
+        return ["", "", ""]
+    last = found[-10:]
+    return [f"{x:.1e}" for x in (max(found), sum(found) / len(found), sum(last) / len(last))]
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; settings that train.py knows have its names."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default="smollm2", help="see training/train.py, as for what follows")
+    add("--data", default="builtin")
+    add("--loss", default="auto")
+    add("--dtype", default="autocast")
+    add("--device", default="auto")
+    add("--seed", type=int, default=0)
+    add("--steps", type=int, default=50)
+    add("--batch-size", type=int, default=8, help="sequences of a step, in all processes together")
+    add("--sequence-length", type=int, default=256)
+    add("--learning-rate", type=float, default=2e-5)
+    add("--warmup-steps", type=int, default=5)
+    add("--processes", type=int, default=2, help="of the runs with several")
+    add("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="runs, in this order")
+    add("--time-limit", type=float, default=600.0, help="seconds, of all runs together")
+    add("--commit", default=None, help="of the code, where the history is missing")
+    add("--json", type=Path, required=True, help="the record that is written")
+    parsed = parser.parse_args(arguments)
+    if parsed.batch_size % parsed.processes:
+        parser.error(f"--batch-size must be a multiple of --processes, got {parsed.batch_size}")
+    return parsed
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that train, as far as they are installed."""
+    import importlib.metadata as metadata
+
+    found = {}
+    for name in ("transformers", "accelerate", "deepspeed"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and compare; the exit code is 1 if a run failed."""
+    from benchmark.environment import environment
+
+    begin = time.monotonic()
+    arguments = parse_arguments(argv)
+    names = ["steps", "batch_size", "sequence_length", "learning_rate", "warmup_steps", "seed"]
+    names += ["dtype", "loss", "data"]
+    record: dict[str, Any] = {
+        "part": PART,
+        "environment": environment(arguments.commit),
+        "versions": versions(),
+        "settings": {name: getattr(arguments, name) for name in names},
+        "rows": [],
+    }
+    for name in arguments.ways:
+        left = arguments.time_limit - (time.monotonic() - begin)
+        if left <= 0:
+            print(f"no time is left for {name}", flush=True)
+            continue
+        row = run(WAYS[name], arguments, left)
+        record["rows"].append(row)
+        print(
+            f"[{time.monotonic() - begin:5.1f} s] {row['name']}: {len(row['losses'])} steps, "
+            f"exit code {row['exit_code']}",
+            flush=True,
+        )
+        if row["exit_code"] != 0:
+            print(row["output"], flush=True)
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(table(record))
+    return int(any(row["exit_code"] != 0 for row in record["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
