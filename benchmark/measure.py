@@ -13,6 +13,7 @@ from benchmark.data import IGNORE_INDEX, Problem
 
 KINDS = ("loss-fw", "loss-bw", "loss-fw-bw")
 
+SOAK = 0.15  # seconds of work before a GPU is timed: one that has rested is faster than it can stay
 ROOMY_GIB = 120  # of GPU memory: from here on what all methods keep fits at once
 MANY_LOGITS = 2**32  # full logits of this many take a GPU to themselves
 
@@ -41,11 +42,17 @@ def timed_after(
     run: Callable[[Any], object],
     device: torch.device,
     repetitions: int,
+    soak: float = 0.0,
 ) -> list[float]:
     """The same, where each repetition gets what ``prepare`` gives, which is not timed.
 
-    On a GPU by events, without waiting in between, as in training.
+    On a GPU by events, without waiting in between, as in training, and after ``soak`` seconds of
+    repetitions that do not count (not for steps of several processes, which have to be as many).
     """
+    start = time.perf_counter()
+    while device.type == "cuda" and time.perf_counter() - start < soak:
+        run(prepare())
+        synchronize(device)
     run(prepare())
     if device.type != "cuda":
         times = []

@@ -138,6 +138,8 @@ def run_part(name: str, arguments: argparse.Namespace, peers: dict[str, str]) ->
 
     methods = ["gemm"]
     for method in part.methods:
+        if arguments.methods and method not in arguments.methods:
+            continue
         if not installed(method, peers) or (METHODS[method].peer and method not in peers):
             continue
         if on_gpu or METHODS[method].cpu:
@@ -180,7 +182,8 @@ def run_apart(
     if part.command:
         command = [*part.command, "--json", file, *commit]
         if name == "largest":
-            known = [m for m in LARGEST if not METHODS[m].peer or m in peers]
+            wanted = [m for m in LARGEST if not arguments.methods or m in arguments.methods]
+            known = [m for m in wanted if not METHODS[m].peer or m in peers]
             command += ["--methods", *known, "--time-limit", str(seconds - 10)]
             command += ["--peer", *peer] if peer else []
         elif arguments.hidden is not None:
@@ -188,6 +191,7 @@ def run_apart(
     else:
         command = ["benchmark.suite", "--inside", name, "--out", str(arguments.out), *commit]
         command += ["--peer", *peer] if peer else []
+        command += ["--methods", *arguments.methods] if arguments.methods else []
         if arguments.hidden is not None:
             command += ["--hidden", str(arguments.hidden)]
     start = time.monotonic()
@@ -211,6 +215,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for the JSON files")
     add("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="default: all")
+    add("--methods", nargs="+", choices=list(METHODS), help="these of a part alone; default: all")
     add("--hidden", type=Path, help="hidden states that `python -m benchmark.hidden` wrote")
     add("--wheels", type=Path, help="folder with wheels of other packages, unpacked for the run")
     add("--peer", nargs="+", default=[], metavar="METHOD=PATH", help="unpacked packages")

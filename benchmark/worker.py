@@ -30,6 +30,7 @@ from torch import Tensor
 from benchmark.data import Problem, describe, ignore, make, read
 from benchmark.measure import (
     MANY_LOGITS,
+    SOAK,
     exact_gradients,
     is_roomy,
     peak_mib,
@@ -134,9 +135,9 @@ class Worker:
         return {"ms": ms}
 
     def time(self, kind: str, count: int) -> dict[str, Any]:
-        """Repetitions after one that does not count."""
+        """Repetitions after some that do not count."""
         run, prepare = self.pass_of(kind)
-        times = timed_after(prepare, run, self.device, count)
+        times = timed_after(prepare, run, self.device, count, SOAK)
         if self.crowded():
             self.release()
         return {"times": times}
