@@ -93,7 +93,7 @@ def tasks_of(part: str, hidden: Path | None, on_gpu: bool) -> list[Task]:
         return [*result, made("llama3-8b", kinds=BOTH)]
     if part == "shapes":
         first = ("qwen3-0.6b", "phi3.5", "mistral-nemo", "qwen3-8b", "gpt-oss", "llama3.2-1b")
-        rest = ("gpt2", "gemma2-9b", "llama3-70b", "gemma2-27b")
+        rest = ("llama3-8b", "gpt2", "gemma2-9b", "llama3-70b", "gemma2-27b")
         return [made(name) for name in first + rest]
     if part == "tails":
         return [made("gemma2", kind, kinds=BOTH) for kind in ("diffuse", "randn", "flat")]

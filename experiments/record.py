@@ -24,7 +24,7 @@ class Record:
         settings: what decides the numbers.
         data: what identifies the data.
         device: where it runs.
-        commit: of the code; None asks git.
+        commit: of the code; None asks the variable COMMIT, then git.
     """
 
     def __init__(
@@ -108,6 +108,8 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"],

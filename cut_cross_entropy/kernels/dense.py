@@ -21,7 +21,7 @@ from cut_cross_entropy.kernels.primitives import (
 )
 
 MAX_SCRATCH_BYTES = 160 * 2**20  # of dE's sum and a chunk: larger chunks gain little
-MIN_CHUNK_BYTES = 32 * 2**20  # dE's sum is read and written once a chunk
+MIN_CHUNK_BYTES = 32 * 2**20  # dE's sum is read and written once a chunk, so half of it is fair
 MAX_ELEMENTS = 2**30  # of any factor or result of a library product: 32 bits reach them
 MAX_TOKENS = 16384  # whose logit gradients are stored together
 SIDE_BY_SIDE = 128  # programs that fill a GPU, of which GROUP_BLOCKS share their classes
@@ -307,7 +307,10 @@ def dense_gradients(
     if num_tokens == 0:
         return total
     scratch = min(memory_budget, MAX_SCRATCH_BYTES)
-    num_bytes = max(MIN_CHUNK_BYTES, scratch - (num_tokens * dim * 4 if need_e else 0))
+    sums = num_tokens * dim * 4 if need_e else 0
+    num_bytes = max(MIN_CHUNK_BYTES, scratch - sums)
+    if num_tokens > MAX_TOKENS:
+        num_bytes = max(num_bytes, min(memory_budget, sums // 2))
     # A single product makes the rows of dC, in place.
     direct = (
         grad_c is not None

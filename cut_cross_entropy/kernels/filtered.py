@@ -120,27 +120,25 @@ def _strips_and_tail(
     else:
         ranges = _ranges(counts.by_chunk[0], budget // STRIP_BYTES)
     left = budget - max(stop - first for first, stop in ranges) * row_bytes * CHUNK
-    parts = {
-        (group, chunks): _ranges(counts.by_chunk[group], left // STRIP_BYTES, chunks)
-        for chunks in ranges
-        for group in range(num_groups)
-    }
-    # Strips of a group that are there for all classes serve its tokens as well.
-    shared = num_groups > 1 and all(part == [all_chunks] for part in parts.values())
+    parts = {chunks: _rectangles(counts.by_chunk, chunks, left // STRIP_BYTES) for chunks in ranges}
+    # Strips that are there for all classes serve their tokens as well.
+    shared = num_groups > 1 and all(
+        part == all_chunks for rectangles in parts.values() for _, part in rectangles
+    )
     if not (shared and need_classes):
         for blocks in _ranges(counts.by_block, budget // STRIP_BYTES):
             work.finish_tokens(work.make(blocks, all_chunks, by_class=False))
     if need_classes:
         for chunks in ranges:
             work.begin_classes(chunks)
-            for group in range(num_groups):
-                blocks = (group * GROUP, min(num_blocks, (group + 1) * GROUP))
-                for part in parts[group, chunks]:
-                    stored = work.make(blocks, part, by_class=True)
-                    if shared:
-                        work.finish_tokens(stored)
+            for groups, part in parts[chunks]:
+                blocks = (groups[0] * GROUP, min(num_blocks, groups[1] * GROUP))
+                stored = work.make(blocks, part, by_class=True)
+                if shared:
+                    work.finish_tokens(stored)
+                for group in range(*groups):
                     work.add_group(stored, group, part)
-                    del stored  # before the next ones are made
+                del stored  # before the next ones are made
             work.finish_classes(chunks)
     return work.mass
 
@@ -154,14 +152,15 @@ class _Stored:
         grads: (K, 128), see strip_gradients; like the two that follow.
         sums: (K,).
         held: (tiles, 128).
-        first: number of the first one.
+        blocks, chunks: the rectangle.
     """
 
     strips: StripList
     grads: Tensor
     sums: Tensor
     held: Tensor
-    first: int
+    blocks: tuple[int, int]
+    chunks: tuple[int, int]
 
 
 @dataclass
@@ -174,6 +173,7 @@ class _Work:
         tails: (N,) what each token's tail weighs, once all its strips were seen.
         mass: (N,) its dropped mass, likewise.
         sums: of the range of classes at hand, between groups of blocks.
+        order, unions: of that range, for each group; see Kept.order and find_unions.
         bias_sums: (V,) float32.
     """
 
@@ -185,8 +185,10 @@ class _Work:
     held: Tensor
     tails: Tensor
     mass: Tensor
-    sums: Sums | None
     bias_sums: Tensor | None
+    sums: Sums | None = None
+    order: Tensor | None = None
+    unions: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(
@@ -202,7 +204,7 @@ class _Work:
         bias_sums = None
         if grads.bias is not None:
             bias_sums = torch.zeros(grads.bias.shape, dtype=torch.float32, device=device)
-        return cls(problem, grads, kept, selected, counts, held, tails, mass, None, bias_sums)
+        return cls(problem, grads, kept, selected, counts, held, tails, mass, bias_sums)
 
     @functools.cached_property
     def mean(self) -> Tensor:
@@ -210,15 +212,13 @@ class _Work:
         return weighted_row_sum(self.tails, self.problem.tokens.e)
 
     def make(self, blocks: tuple[int, int], chunks: tuple[int, int], by_class: bool) -> _Stored:
-        """Strips of a rectangle: all blocks, or those of one group if ``by_class``."""
+        """Strips of a rectangle; of whole groups of blocks if ``by_class``."""
         problem, counts = self.problem, self.counts
-        first, places, sizes = 0, self.selected.places, counts.by_block
+        places, sizes = self.selected.places, counts.by_block
         if (blocks, chunks) != ((0, self.kept.shape[0]), (0, self.kept.shape[1])):
             places = find_places(self.kept, blocks, chunks, self.selected.places)
             sizes = counts.strips[slice(*blocks), slice(*chunks)].sum(1).tolist()
-            if by_class:
-                first = counts.first_number(blocks[0] // GROUP, chunks[0])
-        strips = list_strips(self.kept, sizes, blocks, chunks, places, by_class, first)
+        strips = list_strips(self.kept, sizes, blocks, chunks, places, by_class)
         return _Stored(
             strips,
             *strip_gradients(
@@ -235,7 +235,8 @@ class _Work:
                 problem.tiles,
                 bias_grad=self.bias_sums is not None,
             ),
-            first,
+            blocks,
+            chunks,
         )
 
     def finish_tokens(self, stored: _Stored) -> None:
@@ -267,31 +268,29 @@ class _Work:
             )
 
     def begin_classes(self, chunks: tuple[int, int]) -> None:
-        """Sums of a range of classes, if they have to wait between groups."""
-        self.sums = None  # frees those of the last range first
-        if self.grads.c is not None and self.kept.masks.shape[0] > 1:
+        """Order of a range of classes, and their sums if they have to wait between groups."""
+        self.sums = self.order = self.unions = None  # frees those of the last range first
+        if self.grads.c is None:
+            return
+        self.order, self.unions = self.selected.order, self.selected.unions
+        if chunks != (0, self.kept.shape[1]):
+            self.order = self.kept.order(*self._classes(chunks))
+            self.unions = find_unions(self.order, self.kept.masks)
+        if self.kept.masks.shape[0] > 1:
             self.sums = Sums.of(self.grads.c, self._classes(chunks))
 
     def add_group(self, stored: _Stored, group: int, chunks: tuple[int, int]) -> None:
-        """What one group of blocks adds to a range of classes."""
+        """What one group of blocks adds to a range of classes, or to a part of it."""
         selected, classes = self.selected, self._classes(chunks)
+        first = self.counts.first_number(group, stored.blocks[0] // GROUP, stored.chunks)
         if self.bias_sums is not None:
             add_by_class(
-                stored.sums,
-                self.kept,
-                selected.places,
-                group,
-                stored.first,
-                classes,
-                self.bias_sums,
+                stored.sums, self.kept, selected.places, group, first, classes, self.bias_sums
             )
-        if self.grads.c is None:
+        if self.grads.c is None or self.order is None or self.unions is None:
             return
-        order, unions = (
-            selected.order[group],
-            (selected.unions[0][group], selected.unions[1][group]),
-        )
-        if chunks != (0, self.kept.shape[1]):
+        order, unions = self.order[group], (self.unions[0][group], self.unions[1][group])
+        if order.shape[0] != classes[1] - classes[0]:
             here = slice(group, group + 1)
             own = self.kept.order(*classes, here)
             found = find_unions(own, self.kept.masks[here])
@@ -304,7 +303,7 @@ class _Work:
             selected.places,
             group,
             num_active,
-            stored.first,
+            first,
             order,
             unions,
             self.problem.scale,
@@ -354,6 +353,29 @@ def _ranges(
         total += counts[i]
     ranges.append((start, stop))
     return ranges
+
+
+def _rectangles(
+    counts: list[list[int]], chunks: tuple[int, int], capacity: int
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Ranges of groups and of chunks that hold at most ``capacity`` strips (or a single chunk).
+
+    As many groups as fit, with all the chunks; of a group that does not fit, as many chunks.
+    """
+    result: list[tuple[tuple[int, int], tuple[int, int]]] = []
+    start = total = 0
+    for group, row in enumerate(counts):
+        size = sum(row[slice(*chunks)])
+        if group > start and total + size > capacity:
+            result.append(((start, group), chunks))
+            start, total = group, 0
+        total += size
+        if size > capacity:
+            result += [((group, group + 1), part) for part in _ranges(row, capacity, chunks)]
+            start, total = group + 1, 0
+    if start < len(counts):
+        result.append(((start, len(counts)), chunks))
+    return result
 
 
 def _even_ranges(count: int, size: int, capacity: int) -> list[tuple[int, int]]:

@@ -207,14 +207,21 @@ class Counts:
         """Kept strips of each chunk of classes in each group of blocks: (groups, chunks)."""
         return [group.sum(0).tolist() for group in self.strips.split(GROUP)]
 
-    def first_number(self, group: int, chunk: int) -> int:
-        """Number of the first strip that a chunk of classes keeps in a group of blocks."""
-        return sum(map(sum, self.by_chunk[:group])) + sum(self.by_chunk[group][:chunk])
+    def first_number(self, group: int, first_group: int, chunks: tuple[int, int]) -> int:
+        """What to take from the number of a group's strip among all strips, to have that among the
+        strips of a rectangle of groups from ``first_group`` on and a range of chunks.
+        """
+        before = sum(map(sum, self.by_chunk[:group])) + sum(self.by_chunk[group][: chunks[0]])
+        return before - sum(sum(row[slice(*chunks)]) for row in self.by_chunk[first_group:group])
+
+    @functools.cached_property
+    def active_by_chunk(self) -> list[list[int]]:
+        """Classes of each chunk that keep a strip in each group of blocks: (groups, chunks)."""
+        return list(self._parts[1].view(-1, self._shape[1]).tolist())
 
     def active(self, group: int, chunks: tuple[int, int]) -> int:
         """Classes in a range of chunks that keep a strip in a group of blocks."""
-        by_group = self._parts[1].view(-1, self._shape[1])
-        return int(by_group[group, slice(*chunks)].sum())
+        return sum(self.active_by_chunk[group][slice(*chunks)])
 
     @functools.cached_property
     def flat_tokens(self) -> int:
@@ -227,9 +234,7 @@ class Counts:
         return int(self._parts[2][1])
 
 
-@triton.jit(
-    do_not_specialize=["first_block", "first_chunk", "num_chunks", "all_chunks", "first_number"]
-)
+@triton.jit(do_not_specialize=["first_block", "first_chunk", "num_chunks", "all_chunks"])
 def list_strips_kernel(
     masks_ptr,  # (groups, V)
     offsets_ptr,  # (groups, V) see Kept; only if BY_CLASS
@@ -246,7 +251,6 @@ def list_strips_kernel(
     first_chunk,
     num_chunks,
     all_chunks,
-    first_number,
     BY_CLASS: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -267,8 +271,10 @@ def list_strips_kernel(
     tl.store(classes_ptr + place, classes, mask=kept)
     if BY_CLASS:
         one = tl.full((CHUNK,), 1, tl.int64)
-        number = tl.load(chunk_starts_ptr + group * all_chunks + first_chunk + chunk)
-        number -= first_number
+        # Behind the strips of earlier groups and, in its group, of earlier chunks of the rectangle.
+        starts = chunk_starts_ptr + group * all_chunks + first_chunk
+        number = tl.load(block_starts_ptr + group * GROUP - first_block)
+        number += tl.load(starts + chunk) - tl.load(starts)
         number += tl.load(offsets_ptr + row + classes, mask=kept, other=0)
         number += popcount(mask & ((one << bit) - 1))
     else:
@@ -312,12 +318,11 @@ def list_strips(
     chunks: tuple[int, int],
     places: Places,
     by_class: bool,
-    first_number: int,
 ) -> StripList:
     """List the strips of a range of blocks and a range of class chunks.
 
-    ``sizes`` are the strips of each block. With ``by_class`` strips are numbered by group of blocks
-    and class, from ``first_number`` on; without, by block.
+    ``sizes`` are the strips of each block. With ``by_class`` the blocks are those of whole groups,
+    and strips are numbered from 0 on by group and class; without, by block.
     """
     device = kept.masks.device
     num_blocks, num_chunks = blocks[1] - blocks[0], chunks[1] - chunks[0]
@@ -343,7 +348,6 @@ def list_strips(
             chunks[0],
             num_chunks,
             kept.shape[1],
-            first_number,
             BY_CLASS=by_class,
             GROUP=GROUP,
             CHUNK=CHUNK,

@@ -159,6 +159,27 @@ def test_several_groups_of_blocks(path, budget, several_groups, request):
     ROUTES[path].check(two_blocks(bias=True), memory_budget=budget)
 
 
+@pytest.fixture
+def rounds(monkeypatch):
+    """Rectangles of strips that are made, and ranges of classes, as they come."""
+    from cut_cross_entropy.kernels import filtered
+
+    found_rounds, found_ranges = [], []
+    make, begin = filtered._Work.make, filtered._Work.begin_classes
+
+    def noting_make(self, blocks, chunks, by_class):
+        found_rounds.append((blocks, chunks))
+        return make(self, blocks, chunks, by_class)
+
+    def noting_begin(self, chunks):
+        found_ranges.append(chunks)
+        begin(self, chunks)
+
+    monkeypatch.setattr(filtered._Work, "make", noting_make)
+    monkeypatch.setattr(filtered._Work, "begin_classes", noting_begin)
+    return found_rounds, found_ranges
+
+
 ALL = (0, 2)  # blocks of 128 tokens, or chunks of 1024 classes
 EACH = [((0, 1), ALL), ((1, 2), ALL)]
 FIRST, SECOND = ([((group, group + 1), (chunk, chunk + 1)) for group in (0, 1)] for chunk in (0, 1))
@@ -181,27 +202,42 @@ FIRST, SECOND = ([((group, group + 1), (chunk, chunk + 1)) for group in (0, 1)] 
     ],
 )  # fmt: skip
 def test_rounds_of_several_groups(
-    dtype, budget, strip_bytes, made, ranges, several_groups, request, monkeypatch
+    dtype, budget, strip_bytes, made, ranges, several_groups, rounds, request, monkeypatch
 ):
     from cut_cross_entropy.kernels import filtered
 
     if strip_bytes is not None:
         monkeypatch.setattr(filtered, "STRIP_BYTES", strip_bytes)
-    found_rounds, found_ranges = [], []
-    make, begin = filtered._Work.make, filtered._Work.begin_classes
-
-    def noting_make(self, blocks, chunks, by_class):
-        found_rounds.append((blocks, chunks))
-        return make(self, blocks, chunks, by_class)
-
-    def noting_begin(self, chunks):
-        found_ranges.append(chunks)
-        begin(self, chunks)
-
-    monkeypatch.setattr(filtered._Work, "make", noting_make)
-    monkeypatch.setattr(filtered._Work, "begin_classes", noting_begin)
     request.getfixturevalue("drops_nothing")
     request.getfixturevalue("always_filtered")
     problem = make_problem((133,), 1100, 8, bias=True, ignored=0.0).to(dtype)
     ROUTES["filtered"].check(problem, memory_budget=budget)
-    assert (found_rounds, found_ranges) == (made, ranges)
+    assert rounds == (made, ranges)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "budget", "strip_bytes", "made", "ranges"),
+    [
+        # Two groups fit, three do not; 3300 strips each, for the tokens too.
+        (torch.float32, 1_800_000, 264, [((0, 2), (0, 3)), ((2, 3), (0, 3))], [(0, 3)]),
+        # Two ranges of sums; the second is smaller, and all groups fit.
+        (
+            torch.float16,
+            25_000,
+            2,
+            [((0, 3), (0, 3)), ((0, 2), (0, 2)), ((2, 3), (0, 2)), ((0, 3), (2, 3))],
+            [(0, 2), (2, 3)],
+        ),
+    ],
+)
+def test_rounds_of_as_many_groups_as_fit(
+    dtype, budget, strip_bytes, made, ranges, several_groups, rounds, request, monkeypatch
+):
+    from cut_cross_entropy.kernels import filtered
+
+    monkeypatch.setattr(filtered, "STRIP_BYTES", strip_bytes)
+    request.getfixturevalue("drops_nothing")
+    request.getfixturevalue("always_filtered")
+    problem = make_problem((7, 37), 3000, 8, bias=True, ignored=0.0).to(dtype)
+    ROUTES["filtered"].check(problem, memory_budget=budget)
+    assert rounds == (made, ranges)
