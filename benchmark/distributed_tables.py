@@ -60,9 +60,15 @@ def efficiency(row: Row, alone: Record | None) -> float | None:
     return None
 
 
+TELLING = 0.1
+"""Collectives that take a smaller part of a step are lost in what a step varies by."""
+
+
 def hidden(row: Row) -> float | None:
-    """Share of the time of the collectives that does not show in the step."""
+    """Share of the time of the collectives that does not show in the step; None if too short."""
     if row.get("alone_ms") is None or not row.get("exchange_ms"):
+        return None
+    if row["exchange_ms"] < TELLING * row["ms"]:
         return None
     return float(1 - (row["ms"] - row["alone_ms"]) / row["exchange_ms"])
 

@@ -14,6 +14,7 @@ from benchmark.data import IGNORE_INDEX, Problem
 KINDS = ("loss-fw", "loss-bw", "loss-fw-bw")
 
 SOAK = 0.15  # seconds of work before a GPU is timed: one that has rested is faster than it can stay
+LONG_SOAK = 1.5  # the same, until its power limit shows as well
 ROOMY_GIB = 120  # of GPU memory: from here on what all methods keep fits at once
 MANY_LOGITS = 2**32  # full logits of this many take a GPU to themselves
 
@@ -32,6 +33,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def clock_mhz(device: torch.device) -> float | None:
+    """Clock of a GPU's multiprocessors now; None where the driver's library cannot be asked."""
+    try:
+        return float(torch.cuda.clock_rate(device))
+    except (ImportError, ModuleNotFoundError, RuntimeError, AttributeError):
+        return None
+
+
 def timed(run: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
     """Milliseconds of each repetition after one that does not count."""
     return timed_after(lambda: None, lambda _: run(), device, repetitions)
@@ -43,11 +52,13 @@ def timed_after(
     device: torch.device,
     repetitions: int,
     soak: float = 0.0,
+    watch: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """The same, where each repetition gets what ``prepare`` gives, which is not timed.
 
     On a GPU by events, without waiting in between, as in training, and after ``soak`` seconds of
     repetitions that do not count (not for steps of several processes, which have to be as many).
+    ``watch`` is called while the last repetition runs.
     """
     start = time.perf_counter()
     while device.type == "cuda" and time.perf_counter() - start < soak:
@@ -70,6 +81,7 @@ def timed_after(
         run(prepared)
         pair[1].record()
         events.append(pair)
+    watch()
     torch.cuda.synchronize(device)
     return [first.elapsed_time(last) for first, last in events]
 

@@ -166,12 +166,14 @@ def take_turns(
     clock: Clock,
     failed: Callable[[str, str], None],
     limit: float = 120.0,
+    answered: Callable[[str, dict[str, Any]], None] = lambda name, answer: None,
 ) -> dict[str, list[float]]:
     """Times of every process over some rounds; one that fails takes no more turns.
 
     Args:
         commands: the command for a process.
         failed: told of the process and the reason.
+        answered: told of the process and its whole answer.
         limit: seconds of one turn.
     """
     times: dict[str, list[float]] = {name: [] for name in pool}
@@ -180,7 +182,9 @@ def take_turns(
         shift = round_number % max(1, len(names))
         for name in names[shift:] + names[:shift]:
             try:
-                times[name] += pool[name].ask(timeout=clock.left(limit), **commands(name))["times"]
+                answer = pool[name].ask(timeout=clock.left(limit), **commands(name))
+                times[name] += answer["times"]
+                answered(name, answer)
             except WorkerError as error:
                 failed(name, str(error))
                 names = [other for other in names if other != name]

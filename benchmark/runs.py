@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmark.measure import KINDS, is_roomy
+from benchmark.measure import KINDS, SOAK, is_roomy
 from benchmark.methods import METHODS
 from benchmark.pool import Clock, Process, WorkerError, processes, take_turns
 from benchmark.shapes import Shape
@@ -62,6 +62,7 @@ class Session:
         clock: when everything has to be over.
         rounds, burst: turns of each method, and timed repetitions a turn.
         first_limit: seconds that a first call may take.
+        soak: seconds of work before repetitions count, on a GPU.
         progress: told of every step.
     """
 
@@ -70,6 +71,7 @@ class Session:
     rounds: int = 4
     burst: int = 3
     first_limit: float = 150.0
+    soak: float = SOAK
     progress: Callable[[str], None] = lambda text: None
     failures: list[dict[str, str]] = field(default_factory=list)
     started: set[str] = field(default_factory=set)
@@ -190,17 +192,27 @@ def _rows_of_kind(
         _quietly(session, name, "release")
     ready = [name for name in found if name == "gemm" or "mib" in memory.get(name, {})]
     session.progress(f"{task.name}: {kind}, {session.rounds} rounds")
+    clocks: dict[str, list[float]] = {name: [] for name in ready}
+
+    def note_clock(name: str, answer: dict[str, Any]) -> None:
+        if answer.get("clock_mhz") is not None:
+            clocks[name].append(answer["clock_mhz"])
+
     times = take_turns(
         {name: session.pool[name] for name in ready if name in session.pool},
         lambda name: {
             "do": "time",
             "kind": "gemm" if name == "gemm" else kind,
             "count": session.burst,
+            "soak": session.soak,
         },
         session.rounds,
         session.clock,
         lambda name, reason: session.fail(task, name, kind, reason),
+        answered=note_clock,
     )
+    for name, values in clocks.items():
+        found[name]["clock_mhz"] = statistics.median(values) if values else None
     for name in times:
         _quietly(session, name, "release")
     gemm = statistics.median(times["gemm"]) if times.get("gemm") else None
@@ -263,13 +275,15 @@ def measure_all(
     *,
     seconds: float,
     repetitions: int,
+    soak: float = SOAK,
     progress: Callable[[str], None] = lambda text: None,
     done: Callable[[list[dict[str, Any]], Session], None] = lambda rows, session: None,
 ) -> Session:
     """Measure the problems one by one; ``done`` gets the rows of each as soon as they are there."""
     burst = min(3, repetitions)
     with processes(methods, peers) as pool:
-        session = Session(pool, Clock(seconds), -(-repetitions // burst), burst, progress=progress)
+        rounds = -(-repetitions // burst)
+        session = Session(pool, Clock(seconds), rounds, burst, soak=soak, progress=progress)
         for task in todo:
             if session.clock.left() < 5:
                 session.fail(task, "all", "time", "not measured: the time limit was reached")

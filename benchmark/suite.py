@@ -27,6 +27,7 @@ import torch
 
 from benchmark import output
 from benchmark.environment import environment
+from benchmark.measure import LONG_SOAK, SOAK
 from benchmark.methods import METHODS, installed
 from benchmark.pool import ROOT
 from benchmark.runs import Session, Task, measure_all
@@ -55,12 +56,14 @@ class Part:
         seconds: limit, of which a part should need two thirds.
         methods: what runs; other packages only if they are there.
         repetitions: timed runs of each.
+        soak: seconds of work before them.
         command: a module with a command line of its own instead of tasks.
     """
 
     seconds: float
     methods: Sequence[str] = ()
     repetitions: int = 9
+    soak: float = SOAK
     command: Sequence[str] = ()
 
 
@@ -69,7 +72,8 @@ PARTS = {
     "shapes": Part(150, OURS, 6),
     "largest": Part(130, command=("benchmark.largest",)),
     "simulate": Part(50, command=("benchmark.simulate", "--tokens", "4096")),
-    "sweeps": Part(160, ("cce", "cce_exact", "chunked", "baseline", "liger"), 6),
+    # Sizes that are compared with each other: all of them at the clock of a long run.
+    "sweeps": Part(420, ("cce", "cce_exact", "chunked", "baseline", "liger"), 6, LONG_SOAK),
     "options": Part(60, ("cce", "cce_exact", "baseline"), 6),
     "tails": Part(75, ("cce", "cce_exact", "baseline", "apple", "liger"), 6),
 }
@@ -151,6 +155,7 @@ def run_part(name: str, arguments: argparse.Namespace, peers: dict[str, str]) ->
         peers,
         seconds=part.seconds - 15,
         repetitions=part.repetitions,
+        soak=part.soak,
         progress=lambda text: print(f"[{time.perf_counter() - start:5.0f} s] {text}", flush=True),
         done=keep,
     )

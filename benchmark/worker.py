@@ -31,6 +31,7 @@ from benchmark.data import Problem, describe, ignore, make, read
 from benchmark.measure import (
     MANY_LOGITS,
     SOAK,
+    clock_mhz,
     exact_gradients,
     is_roomy,
     peak_mib,
@@ -134,13 +135,18 @@ class Worker:
         self.release()
         return {"ms": ms}
 
-    def time(self, kind: str, count: int) -> dict[str, Any]:
-        """Repetitions after some that do not count."""
+    def time(self, kind: str, count: int, soak: float = SOAK) -> dict[str, Any]:
+        """Repetitions after ``soak`` seconds of some that do not count, and the clock."""
         run, prepare = self.pass_of(kind)
-        times = timed_after(prepare, run, self.device, count, SOAK)
+        clocks: list[float | None] = [None]
+
+        def watch() -> None:
+            clocks[0] = clock_mhz(self.device)
+
+        times = timed_after(prepare, run, self.device, count, soak, watch)
         if self.crowded():
             self.release()
-        return {"times": times}
+        return {"times": times, "clock_mhz": clocks[0]}
 
     def memory(self, kind: str) -> dict[str, Any]:
         """Peak of one repetition; a backward's without its forward's."""

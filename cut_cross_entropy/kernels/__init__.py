@@ -11,8 +11,9 @@ Tiles of logits are (classes, tokens): a strip's sum then runs inside a thread.
 
 Order of a step: ``prepare`` (drop ignored tokens), ``forward``, ``selection`` (which strips),
 ``strips`` (their logit gradients), ``grad_e``, ``grad_c``; ``dense`` where nothing can be skipped.
-``filtered`` strings the parts of a filtered backward together, ``pipeline`` the whole; it is the
-only entrance. Whoever enters makes the tensors' device the current one first.
+``filtered`` strings the parts of a filtered backward together, ``pipeline`` the whole; ``ahead``
+compiles what it will launch. These two are the only entrances. Whoever enters makes the tensors'
+device the current one first.
 """
 
 from cut_cross_entropy.constants import BLOCK_TOKENS as BLOCK_T

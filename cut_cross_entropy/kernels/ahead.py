@@ -36,6 +36,8 @@ def compile_step(
     """
     if triton_is_interpreted() or e.shape[0] == 0 or c.shape[0] == 0:
         return
+    if torch.cuda.is_current_stream_capturing():  # no thread may load machine code meanwhile
+        return
     tensors = (e, c, targets, bias)
     kinds = tuple(None if x is None else (x.dtype, x.is_contiguous()) for x in tensors)
     many = e.shape[0] > BLOCK_T * GROUP
