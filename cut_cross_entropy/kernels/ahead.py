@@ -4,6 +4,9 @@ Forward and backward run once on tensors of the meta device, which have shapes a
 launch nothing (``launch.planning``). What they would have launched is then compiled.
 """
 
+import threading
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from cut_cross_entropy.kernels.launch import Plan, compile_side_by_side, plannin
 from cut_cross_entropy.kernels.selection import GROUP
 
 _compiled: set[tuple[object, ...]] = set()
+_compiling = threading.Lock()
 
 
 def compile_step(
@@ -31,35 +35,41 @@ def compile_step(
 ) -> None:
     """Compile what a step on tensors like these launches, unless that has been done.
 
-    What it leaves out (a gradient of flat tokens, rounds within a small budget) is compiled when it
-    is first launched, as everything would be without this.
+    Not ahead, but when they are first launched, are compiled: what rounds within the budget need
+    (three small kernels, for large batches), gradients of shards of the vocabulary, and a frozen
+    bias beside inputs that are trained.
     """
     if triton_is_interpreted() or e.shape[0] == 0 or c.shape[0] == 0:
-        return
-    if torch.cuda.is_current_stream_capturing():  # no thread may load machine code meanwhile
         return
     tensors = (e, c, targets, bias)
     kinds = tuple(None if x is None else (x.dtype, x.is_contiguous()) for x in tensors)
     many = e.shape[0] > BLOCK_T * GROUP
     key = (e.device, kinds, c.shape, compute_dtype, softcap is None, with_energy, training, many)
-    if key in _compiled:
-        return
-    _compiled.add(key)
-    compile_side_by_side(
-        plan_step(
-            e,
-            c,
-            targets,
-            bias,
-            ignore_index,
-            softcap,
-            compute_dtype,
-            memory_budget,
-            tolerance if with_energy else 0.0,
-            filter_mass,
-            training,
-        )
-    )
+    if key in _compiled or torch.cuda.is_current_stream_capturing():
+        return  # while a graph is captured no thread may load machine code
+    with _compiling:  # another thread waits for what it would otherwise launch half loaded
+        if key in _compiled:
+            return
+        # It saves time and nothing else: without it kernels are compiled when they are launched.
+        try:
+            plan = plan_step(
+                e,
+                c,
+                targets,
+                bias,
+                ignore_index,
+                softcap,
+                compute_dtype,
+                memory_budget,
+                tolerance if with_energy else 0.0,
+                filter_mass,
+                training,
+            )
+            compile_side_by_side(plan)
+        except Exception as error:
+            warnings.warn(f"the kernels were not compiled ahead: {error!r}", stacklevel=2)
+        finally:
+            _compiled.add(key)
 
 
 def plan_step(

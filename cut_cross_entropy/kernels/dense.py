@@ -20,8 +20,10 @@ from cut_cross_entropy.kernels.primitives import (
     transform_logits,
 )
 
-MAX_SCRATCH_BYTES = 160 * 2**20  # of dE's sum and a chunk: larger chunks gain little
-MIN_CHUNK_BYTES = 32 * 2**20  # dE's sum is read and written once a chunk, so half of it is fair
+# The sums of dE are read and written once a chunk, so chunks are not made smaller than this; nor,
+# for more than MAX_TOKENS, than half of these sums, if the budget allows it.
+MIN_CHUNK_BYTES = 32 * 2**20
+MAX_SCRATCH_BYTES = 160 * 2**20  # of dE's sums and a chunk otherwise: larger chunks gain little
 MAX_ELEMENTS = 2**30  # of any factor or result of a library product: 32 bits reach them
 MAX_TOKENS = 16384  # whose logit gradients are stored together
 SIDE_BY_SIDE = 128  # programs that fill a GPU, of which GROUP_BLOCKS share their classes
@@ -64,7 +66,14 @@ def store_gradients(
 
 
 @triton.jit(
-    do_not_specialize=["first_class", "segment_tiles", "num_segments", "num_blocks", "group_blocks"]
+    do_not_specialize=[
+        "first_class",
+        "stop_class",
+        "segment_tiles",
+        "num_segments",
+        "num_blocks",
+        "group_blocks",
+    ]
 )
 def chunk_gradients_kernel(
     e,  # (N, D)
@@ -253,10 +262,12 @@ class _Room:
     sums of dE are read and written.
     """
 
-    def __init__(self, e: Tensor, block_v: int, num_bytes: int, lender: Tensor | None) -> None:
+    def __init__(
+        self, e: Tensor, block_v: int, num_bytes: int, row_bytes: int, lender: Tensor | None
+    ) -> None:
         self._e, self._block_v, self._lender = e, block_v, lender
         num_tokens, dim = min(e.shape[0], MAX_TOKENS), e.shape[1]
-        of_class = num_tokens * e.element_size() + (4 * dim if lender is None else 0)
+        of_class = num_tokens * e.element_size() + row_bytes
         self._tokens = num_tokens
         self._most = self._tiled(MAX_ELEMENTS // max(num_tokens, dim))
         self._own_classes = min(self._most, self._tiled(num_bytes // of_class))
@@ -311,15 +322,17 @@ def dense_gradients(
     num_bytes = max(MIN_CHUNK_BYTES, scratch - sums)
     if num_tokens > MAX_TOKENS:
         num_bytes = max(num_bytes, min(memory_budget, sums // 2))
-    # A single product makes the rows of dC, in place.
+    # A single product makes the rows of dC, in place. Not in float16: the logit gradients are
+    # scaled, and what overflows before the scale is taken out need not afterwards.
     direct = (
         grad_c is not None
         and not accumulate
-        and grad_c.dtype == e.dtype
+        and grad_c.dtype == e.dtype != torch.float16
         and grad_c.is_contiguous()
         and num_tokens <= MAX_TOKENS
     )
-    room = _Room(e, tiles.block_v, num_bytes, grad_c if direct else None)
+    row_bytes = 0 if grad_c is None or direct else 4 * dim
+    room = _Room(e, tiles.block_v, num_bytes, row_bytes, grad_c if direct else None)
     first = 0
     while first < num_classes:
         size, buffer = room.next(first, num_classes)
@@ -353,20 +366,16 @@ def dense_gradients(
 def _finish(
     out: Tensor | None,  # (V, ...)
     classes: tuple[int, int],
-    rows: Tensor | None,  # (classes, ...) float32; None: they are in ``out``
+    rows: Tensor | None,  # (classes, ...) float32; None: they are in ``out``, unscaled
     scale: Tensor,
     accumulate: bool,
 ) -> None:
     """Take the scale out of the gradients of a chunk's classes."""
-    if out is None:
+    if out is None or rows is None:
         return
     here = slice(*classes)
-    if rows is None:
-        if out.dtype == torch.float16:
-            out[here].div_(scale)
-        return
     rows.div_(scale)
-    out[here] = rows + out[here] if accumulate else rows
+    out[here] = rows.add_(out[here]) if accumulate else rows
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -21,7 +21,8 @@ from cut_cross_entropy.kernels.selection import CHUNK, GROUP, Kept, keep_strips
 from cut_cross_entropy.kernels.strips import add_by_class, strip_gradients
 from cut_cross_entropy.kernels.tail import weighted_row_sum, write_tails
 
-STRIP_BYTES = 2 * BLOCK_T + 8  # a strip's logit gradient and its place in the lists
+STRIP_BYTES = 2 * BLOCK_T + 16  # a strip's logit gradient, its sums, its place in the lists
+MAX_BUDGET = 2**32  # bytes: 32 bits reach the elements of the strips that are stored
 DENSE_FRACTION = 0.45  # of strips kept: beyond it the dense path is faster
 FLAT_FRACTION = 0.5  # of tokens that are flat: beyond it all are treated so
 FLAT_GROUPS = 400  # effective number of class groups from which a token counts as flat
@@ -100,7 +101,7 @@ def _strips_and_tail(
     num_strips = sum(counts.by_block)
     # Where dC has sums that wait between groups, they and the strips share what may be stored.
     row_bytes = bytes_of_sums(grads.c) if grads.c is not None and num_groups > 1 else 0
-    budget = problem.memory_budget
+    budget = min(problem.memory_budget, MAX_BUDGET)
     need_classes = grads.c is not None or grads.bias is not None
 
     if num_strips * STRIP_BYTES <= (budget if row_bytes == 0 else budget // 2):
@@ -150,14 +151,14 @@ class _Stored:
     Args:
         strips: their list.
         grads: (K, 128), see strip_gradients; like the two that follow.
-        sums: (K,).
+        bias_grads: (K,).
         held: (tiles, 128).
         blocks, chunks: the rectangle.
     """
 
     strips: StripList
     grads: Tensor
-    sums: Tensor
+    bias_grads: Tensor
     held: Tensor
     blocks: tuple[int, int]
     chunks: tuple[int, int]
@@ -285,7 +286,7 @@ class _Work:
         first = self.counts.first_number(group, stored.blocks[0] // GROUP, stored.chunks)
         if self.bias_sums is not None:
             add_by_class(
-                stored.sums, self.kept, selected.places, group, first, classes, self.bias_sums
+                stored.bias_grads, self.kept, selected.places, group, first, classes, self.bias_sums
             )
         if self.grads.c is None or self.order is None or self.unions is None:
             return

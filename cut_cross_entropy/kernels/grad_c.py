@@ -6,8 +6,8 @@ strip hold the tail alone.
 
 The order is one for a group of 64 blocks: classes that are alike in one group are not in the next.
 With one group a tile's sums end in registers. With more, the sums of the rows wait from one group
-to the next: their upper 16 bits in the result itself, and the next 8 bits, which leave an error of
-2^-17 a group, beside it.
+to the next: their upper 16 bits in the result itself, and the next 8 bits beside it, which leaves
+an error of 2^-16 at most a group.
 Shape legend: ``cut_cross_entropy.kernels``.
 """
 

@@ -170,7 +170,7 @@ def strip_gradients(
     ]
 )
 def sum_classes_kernel(
-    values_ptr,  # (K,) by strip, numbered by class
+    values_ptr,  # (K,) by strip, numbered by group and class
     masks_ptr,  # (V,) of one group, like the two that follow
     offsets_ptr,  # (V,) see Kept
     chunk_starts_ptr,  # (chunks,) number of a chunk's first strip
@@ -194,7 +194,7 @@ def sum_classes_kernel(
 
 
 def add_by_class(
-    values: Tensor,  # (K,) of the strips of a range of classes in one group of blocks
+    values: Tensor,  # (K,) of all strips that are stored
     kept: Kept,
     places: Places,
     group: int,
