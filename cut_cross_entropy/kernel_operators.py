@@ -51,7 +51,7 @@ def cce_losses(
 
     with_energy = _with_energy(training, tolerance, filter_e, filter_c)
     with torch.autocast(e.device.type, enabled=False), launch_device(e.device):
-        ahead.compile_step(
+        step = ahead.Step(
             e,
             c,
             targets,
@@ -60,11 +60,11 @@ def cce_losses(
             softcap,
             compute_dtype,
             memory_budget,
-            tolerance,
+            tolerance if with_energy else 0.0,
             filter_mass,
-            with_energy,
             training,
         )
+        ahead.compile_ahead(step)
         return pipeline.forward(
             e,
             c,

@@ -6,6 +6,7 @@ launch nothing (``launch.planning``). What they would have launched is then comp
 
 import threading
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,114 +20,105 @@ _compiled: set[tuple[object, ...]] = set()
 _compiling = threading.Lock()
 
 
-def compile_step(
-    e: Tensor,  # (N, D)
-    c: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
-    bias: Tensor | None,  # (V,)
-    ignore_index: int,
-    softcap: float | None,
-    compute_dtype: torch.dtype,
-    memory_budget: int,
-    tolerance: float,
-    filter_mass: float,
-    with_energy: bool,
-    training: bool,
-) -> None:
-    """Compile what a step on tensors like these launches, unless that has been done.
+@dataclass(frozen=True)
+class Step:
+    """A step as ``pipeline`` takes it; ``tolerance`` is 0 without a filter."""
 
-    Not ahead, but when they are first launched, are compiled: what rounds within the budget need
-    (three small kernels, for large batches), gradients of shards of the vocabulary, and a frozen
-    bias beside inputs that are trained.
-    """
-    if triton_is_interpreted() or e.shape[0] == 0 or c.shape[0] == 0:
-        return
-    tensors = (e, c, targets, bias)
-    kinds = tuple(None if x is None else (x.dtype, x.is_contiguous()) for x in tensors)
-    many = e.shape[0] > BLOCK_T * GROUP
-    key = (e.device, kinds, c.shape, compute_dtype, softcap is None, with_energy, training, many)
-    if key in _compiled or torch.cuda.is_current_stream_capturing():
-        return  # while a graph is captured no thread may load machine code
-    with _compiling:  # another thread waits for what it would otherwise launch half loaded
-        if key in _compiled:
-            return
-        # It saves time and nothing else: without it kernels are compiled when they are launched.
-        try:
-            plan = plan_step(
+    e: Tensor  # (N, D)
+    c: Tensor  # (V, D)
+    targets: Tensor  # (N,)
+    bias: Tensor | None  # (V,)
+    ignore_index: int
+    softcap: float | None
+    compute_dtype: torch.dtype
+    memory_budget: int
+    tolerance: float
+    filter_mass: float
+    training: bool
+
+    def kind(self) -> tuple[object, ...]:
+        """Steps of the same kind launch the same variants of the kernels."""
+        tensors = (self.e, self.c, self.targets, self.bias)
+        return (
+            self.e.device,
+            tuple(None if x is None else (x.dtype, x.is_contiguous()) for x in tensors),
+            self.c.shape,
+            self.compute_dtype,
+            self.softcap is None,
+            self.tolerance > 0,
+            self.training,
+            self.e.shape[0] > BLOCK_T * GROUP,
+        )
+
+    def plan(self) -> Plan:
+        """What it launches, all gradients included if it trains."""
+        e, c, targets = (_like(x) for x in (self.e, self.c, self.targets))
+        bias = None if self.bias is None else _like(self.bias)
+        with planning(self.e.device) as plan:
+            nll, lse, energy, spread, shard = pipeline.forward(
                 e,
                 c,
                 targets,
                 bias,
-                ignore_index,
-                softcap,
-                compute_dtype,
-                memory_budget,
-                tolerance if with_energy else 0.0,
-                filter_mass,
-                training,
+                self.ignore_index,
+                self.softcap,
+                self.compute_dtype,
+                with_energy=self.training and self.tolerance > 0,
+                compact=self.training,
             )
-            compile_side_by_side(plan)
-        except Exception as error:
-            warnings.warn(f"the kernels were not compiled ahead: {error!r}", stacklevel=2)
-        finally:
-            _compiled.add(key)
-
-
-def plan_step(
-    e: Tensor,  # (N, D)
-    c: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
-    bias: Tensor | None,  # (V,)
-    ignore_index: int,
-    softcap: float | None,
-    compute_dtype: torch.dtype,
-    memory_budget: int,
-    tolerance: float,
-    filter_mass: float,
-    training: bool,
-) -> Plan:
-    """What a step launches, all gradients included if ``training``; a filter if ``tolerance``."""
-    e_like, c_like, targets_like = (_like(x) for x in (e, c, targets))
-    bias_like = None if bias is None else _like(bias)
-    with planning(e.device) as plan:
-        nll, lse, energy, spread, shard = pipeline.forward(
-            e_like,
-            c_like,
-            targets_like,
-            bias_like,
-            ignore_index,
-            softcap,
-            compute_dtype,
-            with_energy=training and tolerance > 0,
-            compact=training,
-        )
-        if training:
-            for own_tolerance in {tolerance, 0.0}:  # the data may be too flat for the filter
+            # The data may be too flat for the filter.
+            for tolerance in {self.tolerance, 0.0} if self.training else ():
                 pipeline.backward(
                     nll,
                     lse,
-                    e_like,
-                    c_like,
-                    targets_like,
-                    bias_like,
+                    e,
+                    c,
+                    targets,
+                    bias,
                     nll,
                     lse,
                     energy,
                     spread,
                     shard,
-                    ignore_index,
-                    softcap,
-                    compute_dtype,
-                    memory_budget,
-                    own_tolerance,
-                    filter_mass,
+                    self.ignore_index,
+                    self.softcap,
+                    self.compute_dtype,
+                    self.memory_budget,
+                    tolerance,
+                    self.filter_mass,
                     filter_e=True,
                     filter_c=True,
                     need_e=True,
                     need_c=True,
                     need_bias=bias is not None,
                 )
-    return plan
+        return plan
+
+
+def compile_ahead(step: Step) -> None:
+    """Compile what steps of this kind launch, unless that has been done.
+
+    Not ahead, but when they are first launched, are compiled: what rounds within the budget need
+    (three small kernels, for large batches), gradients of shards of the vocabulary, and a frozen
+    bias beside inputs that are trained.
+    """
+    if triton_is_interpreted() or step.e.shape[0] == 0 or step.c.shape[0] == 0:
+        return
+    kind = step.kind()
+    if kind in _compiled:
+        return
+    if step.e.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # no thread may load machine code meanwhile
+    with _compiling:  # another thread waits for what it would otherwise launch half loaded
+        if kind in _compiled:
+            return
+        # It saves time and nothing else: without it kernels are compiled when they are launched.
+        try:
+            compile_side_by_side(step.plan())
+        except Exception as error:
+            warnings.warn(f"the kernels were not compiled ahead: {error!r}", stacklevel=2)
+        finally:
+            _compiled.add(kind)
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def test_a_step_launches_what_was_planned(case, launched, always_filtered, monke
     problem = make_problem((3, 46), 1100, 16, bias=options["bias"]).to(options["dtype"])
     needed = options.get("needed", ("e", "c", "bias") if options["bias"] else ("e", "c"))
     tolerance = dispatch.FILTER_TOLERANCE if options["impl"] == "cce" and needed else 0.0
-    plan = ahead.plan_step(
+    step = ahead.Step(
         problem.e.flatten(0, 1),
         problem.c,
         problem.targets.flatten(),
@@ -83,6 +83,7 @@ def test_a_step_launches_what_was_planned(case, launched, always_filtered, monke
         1.0,
         training=bool(needed),
     )
+    plan = step.plan()
     assert not launched, "a plan launches nothing"
     run_ours(problem, options["impl"], softcap=options["softcap"], needed=needed)
     planned = {one.variant() for one in plan.launches}
@@ -98,3 +99,48 @@ def test_planning_ends():
     with pytest.raises(RuntimeError), planning(torch.device("cpu")):
         raise RuntimeError
     assert len(plan.launches) == 1
+
+
+def test_a_plan_that_fails_is_said_and_fails_no_step(monkeypatch):
+    """Kernels are then compiled when they are launched; a second such step says nothing."""
+    problem = make_problem((9,), 130, 8)
+    step = ahead.Step(
+        problem.e, problem.c, problem.targets, None, -100, None, torch.float32, 2**28, 0.0, 1.0,
+        training=True,
+    )  # fmt: skip
+    monkeypatch.setattr(ahead, "triton_is_interpreted", lambda: False)
+    monkeypatch.setattr(ahead, "_compiled", set())
+    asked = []
+
+    def compile_nothing(plan):
+        asked.append(len(plan.launches))
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(ahead, "compile_side_by_side", compile_nothing)
+    with pytest.warns(UserWarning, match="not compiled ahead: OSError.*no space left"):
+        ahead.compile_ahead(step)
+    ahead.compile_ahead(step)
+    assert len(asked) == 1
+    assert asked[0] > 3
+
+
+def test_variants_are_compiled_once_each(monkeypatch):
+    """Launches that the same machine code serves are one task for the threads."""
+    from cut_cross_entropy.kernels import launch as module
+
+    compiled = []
+    monkeypatch.setattr(
+        module, "_compile", lambda one, device: compiled.append((one.kernel.fn.__name__, device))
+    )
+    monkeypatch.setattr(InterpretedFunction, "cache_key", "", raising=False)
+    vector = torch.empty(9, device="meta")
+    with planning(torch.device("cpu")) as plan:
+        for count in (9, 9, 32):
+            launch(combine.bound_kernel, (1,), vector, vector, count, 4, BLOCK_T=128)
+        launch(combine.bound_kernel, (1,), vector, vector, 9, 4, BLOCK_T=64)
+        launch(combine.bound_kernel, (1,), vector.double(), vector, 9, 4, BLOCK_T=64)
+    monkeypatch.setattr(
+        combine.bound_kernel, "do_not_specialize", ["N", "num_segments"], raising=False
+    )
+    module.compile_side_by_side(plan)
+    assert compiled == [("bound_kernel", torch.device("cpu"))] * 3
