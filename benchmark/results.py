@@ -101,11 +101,11 @@ def of_results(contents: Iterable[dict[str, Any]]) -> Device:
 def complete(row: Row) -> Row:
     """A row with sizes and speed, which older files lack; their batch was 8192 tokens.
 
-    Older files compare an odd V with a product of unaligned rows, far slower than an aligned one:
+    Older files compare an odd V with a product of as many classes, far slower than of a few less:
     their ratios are left out.
     """
     if "tokens" in row:
-        odd = row["classes"] % 8 and not row.get("gemm_aligned")
+        odd = row["classes"] % 8 and not row.get("gemm_even")
         return {**row, "gemms": None, "gemm_ms": None} if odd else row
     shape = SHAPES.get(row["test_data"].rsplit("-", 1)[0])
     if shape is None:

@@ -252,7 +252,7 @@ def _row(
         "repetitions": len(times),
         "gemms": None if gemm is None else median / gemm,
         "gemm_ms": gemm,
-        "gemm_aligned": True,
+        "gemm_even": True,
         "tflops": flop / median / 1e9,
         "tokens": tokens,
         "classes": classes,

@@ -163,10 +163,10 @@ def test_rows_of_older_files_are_completed():
     assert made["tflops"] == pytest.approx(2 * 8192 * 256000 * 2304 / 16.0 / 1e9)
 
 
-def test_ratios_to_an_unaligned_product_are_left_out():
+def test_ratios_to_a_product_of_odd_size_are_left_out():
     odd = row("cce", data="gpt2-structured", classes=50257)
     assert complete(odd)["gemms"] is None
-    assert complete({**odd, "gemm_aligned": True})["gemms"] == 1.5
+    assert complete({**odd, "gemm_even": True})["gemms"] == 1.5
     assert complete(row("cce"))["gemms"] == 1.5
 
 
