@@ -1,6 +1,6 @@
 """Cells and frames of the Markdown tables."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from benchmark.methods import METHODS
 from benchmark.results import Device, Row, roundings
@@ -43,14 +43,17 @@ def error(row: Row, name: str) -> str:
     return f"{value:.2%}" + (f" ({multiple:.1f})" if multiple is not None else "")
 
 
+def machine(environment: Mapping[str, str]) -> str:
+    """The device and the versions."""
+    text = "{device}, PyTorch {torch}, Triton {triton}".format_map(environment)
+    return f"{text}, Python {environment['python']}" if "python" in environment else text
+
+
 def where(device: Device) -> str:
     """A sentence: the device, the versions and the commits."""
     commits: dict[str, list[str]] = {}
     for found in device.environments:
-        text = f"{found['device']}, PyTorch {found['torch']}, Triton {found['triton']}"
-        if "python" in found:
-            text += f", Python {found['python']}"
-        commits.setdefault(text, []).append(found["commit"])
+        commits.setdefault(machine(found), []).append(found["commit"])
     return "; ".join(
         f"{text}, commit{'s' * (len(names) > 1)} {' and '.join(names)}"
         for text, names in commits.items()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from benchmark.cells import markdown, number
+from benchmark.cells import machine, markdown, number
 from benchmark.results import Device, Row
 from benchmark.setups import LOGITS, OWN_TOKENS
 from benchmark.shapes import SHAPES
@@ -37,11 +37,8 @@ def page(devices: Iterable[Device]) -> str:
 def where(record: Record) -> str:
     """The GPUs, versions and commit of a file, in a sentence."""
     found, count = record["environment"], record["processes"]
-    text = f"{count} x " if count > 1 else ""
-    text += f"{found['device']}, PyTorch {found['torch']}, Triton {found['triton']}"
-    if "python" in found:
-        text += f", Python {found['python']}"
-    return f"{text}, commit {found['commit']}."
+    several = f"{count} x " if count > 1 else ""
+    return f"{several}{machine(found)}, commit {found['commit']}."
 
 
 def efficiency(row: Row, alone: Record | None) -> float | None:

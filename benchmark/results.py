@@ -40,10 +40,7 @@ class Device:
 
     def data_of(self, part: str) -> dict[str, Any] | None:
         """The file of a part that has a form of its own."""
-        for content in self.files.values():
-            if content.get("part") == part:
-                return content
-        return None
+        return next(iter(self.all_of(part)), None)
 
     def all_of(self, part: str) -> list[dict[str, Any]]:
         """All files of a part that has a form of its own."""

@@ -138,15 +138,13 @@ class Worker:
     def time(self, kind: str, count: int, soak: float = SOAK) -> dict[str, Any]:
         """Repetitions after ``soak`` seconds of some that do not count, and the clock."""
         run, prepare = self.pass_of(kind)
-        clocks: list[float | None] = [None]
-
-        def watch() -> None:
-            clocks[0] = clock_mhz(self.device)
-
-        times = timed_after(prepare, run, self.device, count, soak, watch)
+        clocks: list[float | None] = []
+        times = timed_after(
+            prepare, run, self.device, count, soak, lambda: clocks.append(clock_mhz(self.device))
+        )
         if self.crowded():
             self.release()
-        return {"times": times, "clock_mhz": clocks[0]}
+        return {"times": times, "clock_mhz": clocks[0] if clocks else None}
 
     def memory(self, kind: str) -> dict[str, Any]:
         """Peak of one repetition; a backward's without its forward's."""

@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import contextvars
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ class FilterRecord:
 
 
 _collectors: list[list[FilterRecord]] = []
+_silent: contextvars.ContextVar[bool] = contextvars.ContextVar("silent", default=False)
 
 
 @contextlib.contextmanager
@@ -49,9 +51,19 @@ def record_filter() -> Iterator[list[FilterRecord]]:
         _collectors[:] = [other for other in _collectors if other is not records]
 
 
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Passes inside the block, in this thread, are none to report."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
 def recording() -> bool:
     """Whether anybody listens."""
-    return bool(_collectors)
+    return bool(_collectors) and not _silent.get()
 
 
 def report(record: FilterRecord) -> None:

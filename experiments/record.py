@@ -4,13 +4,14 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmark.environment import commit_of_checkout
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "cut-cross-entropy")
 
@@ -94,7 +95,7 @@ def describe_machine(device: torch.device, commit: str | None) -> dict[str, Any]
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
         "cuda": torch.version.cuda,
-        "commit": commit or _commit(),
+        "commit": commit or commit_of_checkout(),
         "command": " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
@@ -105,19 +106,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _commit() -> str | None:
-    if os.environ.get("COMMIT"):
-        return os.environ["COMMIT"]
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()

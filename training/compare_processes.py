@@ -177,11 +177,12 @@ def differences(
 
 def table(record: dict[str, Any]) -> str:
     """What was found, in Markdown, with what it was found on."""
+    from benchmark.cells import machine
+
     where, settings = record["environment"], record["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
-        f"{where['device']}, PyTorch {where['torch']}, Triton {where['triton']}, "
-        f"Python {where['python']}, {versions}, commit {where['commit']}. {settings['steps']} "
+        f"{machine(where)}, {versions}, commit {where['commit']}. {settings['steps']} "
         f"steps of {settings['batch_size']} x {settings['sequence_length']} tokens in all "
         f"processes together, `--dtype {settings['dtype']}`, `--loss {settings['loss']}`, learning "
         f"rate {settings['learning_rate']:g}.",

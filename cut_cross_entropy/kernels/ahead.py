@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.device_support import triton_is_interpreted
+from cut_cross_entropy.filter_report import unrecorded
 from cut_cross_entropy.kernels import BLOCK_T, pipeline
 from cut_cross_entropy.kernels.launch import Plan, compile_side_by_side, planning
 from cut_cross_entropy.kernels.selection import GROUP
@@ -54,7 +55,7 @@ class Step:
         """What it launches, all gradients included if it trains."""
         e, c, targets = (_like(x) for x in (self.e, self.c, self.targets))
         bias = None if self.bias is None else _like(self.bias)
-        with planning(self.e.device) as plan:
+        with planning(self.e.device) as plan, unrecorded():
             nll, lse, energy, spread, shard = pipeline.forward(
                 e,
                 c,

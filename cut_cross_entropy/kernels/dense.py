@@ -138,63 +138,18 @@ def chunk_gradients_kernel(
                     tl.permute(tl.reshape(product, (BLOCK_T, 2, half)), (0, 2, 1))
                 )
                 store_gradients(
-                    left,
-                    grad_ptr,
-                    bias_ptr,
-                    classes,
-                    tokens,
-                    lse,
-                    a,
-                    b,
-                    targets,
-                    scale,
-                    N,
-                    V,
-                    softcap,
-                    first_class,
-                    stride_out,
-                    HAS_BIAS,
-                    SOFTCAP,
-                )
+                    left, grad_ptr, bias_ptr, classes, tokens, lse, a, b, targets, scale,
+                    N, V, softcap, first_class, stride_out, HAS_BIAS, SOFTCAP,
+                )  # fmt: skip
                 store_gradients(
-                    right,
-                    grad_ptr,
-                    bias_ptr,
-                    classes + half,
-                    tokens,
-                    lse,
-                    a,
-                    b,
-                    targets,
-                    scale,
-                    N,
-                    V,
-                    softcap,
-                    first_class,
-                    stride_out,
-                    HAS_BIAS,
-                    SOFTCAP,
-                )
+                    right, grad_ptr, bias_ptr, classes + half, tokens, lse, a, b, targets, scale,
+                    N, V, softcap, first_class, stride_out, HAS_BIAS, SOFTCAP,
+                )  # fmt: skip
             else:
                 store_gradients(
-                    product,
-                    grad_ptr,
-                    bias_ptr,
-                    classes,
-                    tokens,
-                    lse,
-                    a,
-                    b,
-                    targets,
-                    scale,
-                    N,
-                    V,
-                    softcap,
-                    first_class,
-                    stride_out,
-                    HAS_BIAS,
-                    SOFTCAP,
-                )
+                    product, grad_ptr, bias_ptr, classes, tokens, lse, a, b, targets, scale,
+                    N, V, softcap, first_class, stride_out, HAS_BIAS, SOFTCAP,
+                )  # fmt: skip
             product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
 
 

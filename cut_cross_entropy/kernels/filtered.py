@@ -53,7 +53,7 @@ def write_filtered(
         if counts.flat_tokens:
             flat_first = torch.sort(problem.sharp.sub(-1).abs(), stable=True).indices
             write_dense(problem.of(flat_first[: counts.flat_tokens]), grads, accumulate=True)
-    if recording() and not energy.is_meta:
+    if recording():
         report(
             FilterRecord(
                 path="dense" if too_flat else "filtered",

@@ -154,7 +154,7 @@ def backward(
             result.bias if use_filter and filter_c else None,
         )
         if sparse.e is None and sparse.c is None and sparse.bias is None:
-            if recording() and not e.is_meta:
+            if recording():
                 count = int((problem.sharp != -2).sum())
                 report(FilterRecord("exact", 1.0, 0.0, 0, count))
         elif not filtered.write_filtered(problem, sparse, energy, tolerance, filter_mass):

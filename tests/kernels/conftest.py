@@ -98,3 +98,12 @@ def gpu():
         pytest.fail("there is no GPU", pytrace=False)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         pytest.fail("kernels are interpreted: use `make test-gpu` or pytest -m gpu", pytrace=False)
+
+
+@pytest.fixture
+def several_groups(monkeypatch):
+    """A group is 64 blocks, 8,192 tokens; with groups of one block, 133 tokens have two."""
+    from cut_cross_entropy.kernels import filtered, grad_c, listing, selection
+
+    for module in (filtered, grad_c, listing, selection):
+        monkeypatch.setattr(module, "GROUP", 1)

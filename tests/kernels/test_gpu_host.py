@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cut_cross_entropy import linear_cross_entropy
-from tests.kernels.gpu import DEVICE, requires_kernels
+from tests.kernels.gpu import DEVICE, requires_kernels, variants_in_use
 from tests.support import Problem, make_problem, run_ours
 
 pytestmark = [
@@ -233,8 +233,6 @@ def test_no_access_out_of_bounds():
 
 def test_a_step_compiles_nothing_that_was_not_planned():
     """The backward is compiled with the forward."""
-    from tests.kernels.compiled import variants_in_use
-
     for options in ({"impl": "cce"}, {"impl": "cce", "softcap": 20.0}, {"impl": "cce_exact"}):
         problem = sharp(tokens=1000, classes=5000, dim=72)
         run_ours(problem, needed=(), **options)  # an evaluation compiles less

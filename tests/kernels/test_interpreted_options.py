@@ -142,15 +142,6 @@ def test_expanded_inputs(route):
     route.check(replace(problem, c=problem.c[:1].expand(130, -1)))
 
 
-@pytest.fixture
-def several_groups(monkeypatch):
-    """A group is 64 blocks, 8,192 tokens; with groups of one block, 133 tokens have two."""
-    from cut_cross_entropy.kernels import filtered, grad_c, listing, selection
-
-    for module in (filtered, grad_c, listing, selection):
-        monkeypatch.setattr(module, "GROUP", 1)
-
-
 @pytest.mark.parametrize("budget", [2**28, 1])
 @pytest.mark.parametrize("path", ["filtered", "full_c", "full_e"])
 def test_several_groups_of_blocks(path, budget, several_groups, request):

@@ -6,12 +6,11 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from cut_cross_entropy import dispatch
+from cut_cross_entropy import dispatch, record_filter
 from cut_cross_entropy.kernels import (
     ahead,
     combine,
     dense,
-    filtered,
     forward,
     grad_c,
     grad_e,
@@ -55,18 +54,17 @@ CASES = {
     "filtered": {},
     "plain": {"bias": False, "softcap": None},
     "half": {"dtype": torch.float16},
-    "groups": {"group": 1},
-    "groups-half": {"group": 1, "dtype": torch.float16},
+    "groups": {"groups": True},
+    "groups-half": {"groups": True, "dtype": torch.float16},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_launches_what_was_planned(case, launched, always_filtered, monkeypatch):
+def test_a_step_launches_what_was_planned(case, launched, always_filtered, request):
     options = {"impl": "cce", "bias": True, "softcap": 5.0, "dtype": torch.float32}
     options |= CASES[case]
-    if "group" in options:
-        for module in (filtered, grad_c, listing, selection):
-            monkeypatch.setattr(module, "GROUP", options["group"])
+    if options.get("groups"):
+        request.getfixturevalue("several_groups")
     problem = make_problem((3, 46), 1100, 16, bias=options["bias"]).to(options["dtype"])
     needed = options.get("needed", ("e", "c", "bias") if options["bias"] else ("e", "c"))
     tolerance = dispatch.FILTER_TOLERANCE if options["impl"] == "cce" and needed else 0.0
@@ -90,6 +88,20 @@ def test_a_step_launches_what_was_planned(case, launched, always_filtered, monke
     missing = [variant for variant in launched if variant not in planned]
     assert not missing, missing
     assert len(launched) > 3
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 8e-4])
+def test_a_plan_is_no_pass_to_record(tolerance):
+    problem = make_problem((9,), 1100, 8)
+    step = ahead.Step(
+        problem.e, problem.c, problem.targets, None, -100, None, torch.float32, 2**28, tolerance,
+        1.0, training=True,
+    )  # fmt: skip
+    with record_filter() as records:
+        assert step.plan().launches
+        assert records == []
+        run_ours(problem, "cce_exact")
+    assert len(records) == 1
 
 
 def test_planning_ends():
