@@ -4,6 +4,7 @@ All cases of a kind run in one pair of processes, since starting them takes long
 """
 
 import gc
+import time
 import warnings
 from functools import partial
 
@@ -138,7 +139,7 @@ def gathers_and_memory(rank):
         model = patch(shard(llama()))
         count.clear()
         loss = model(**own_batch(rank)).loss
-        live.append(live_classifiers())
+        live.append(settled_classifiers())
         forward = len(count)
         loss.backward()
         gathers.append((forward, len(count)))
@@ -160,6 +161,18 @@ def live_classifiers():
         x.numel() >= VOCAB * HIDDEN and x.untyped_storage().nbytes() >= 4 * VOCAB * HIDDEN
         for x in tensors
     )
+
+
+def settled_classifiers():
+    """The same once it has settled: what computes may be done with a tensor a moment before the
+    threads that communicate let go of it. What the loss keeps stays, however long one waits.
+    """
+    for _ in range(20):
+        count = live_classifiers()
+        if count == 0:
+            break
+        time.sleep(0.1)
+    return count
 
 
 def lora(rank):
