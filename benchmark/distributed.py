@@ -17,6 +17,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -292,3 +293,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    # Not the way an interpreter ends: DistributedDataParallel keeps the threads of gloo, which may
+    # abort the process then (https://github.com/pytorch/pytorch/pull/179291).
+    os._exit(0)

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if not __package__:  # started by its path: Python then puts this folder first, not the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -290,5 +290,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def leave(code: int) -> NoReturn:
+    """End this process; as one of several without what the interpreter does when it ends.
+
+    DistributedDataParallel keeps the threads of gloo alive. One of them may still hold the tensor
+    of the last exchange, and aborts the process if it lets go of it while the interpreter ends
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    if "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -106,6 +106,26 @@ def test_a_signal_stops_both_after_the_same_step_and_the_rest_is_bit_identical(a
     assert parts == whole
 
 
+@pytest.mark.parametrize("processes", [None, "2"])
+def test_one_of_several_processes_leaves_without_the_end_of_the_interpreter(processes):
+    """The threads that communicate may abort a process there."""
+    program = "import atexit, os; from training.train import leave; print('all said'); "
+    program += "atexit.register(os.abort); leave(3)"
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "WORLD_SIZE"}
+    if processes is not None:
+        environment["WORLD_SIZE"] = processes
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "all said\n"
+    assert done.returncode == (-signal.SIGABRT if processes is None else 3), done.stderr
+
+
 def test_fsdp2_is_one_process_and_resumes(arguments, still, tmp_path):
     common = [*arguments, *still, "--eval-fraction", "0.04"]
     two = [*common, "--fsdp", "--batch-size", "4", "--output", str(tmp_path / "two")]
@@ -144,8 +164,8 @@ def test_fsdp2_spreads_the_weights(arguments, tmp_path):
         "    say('loss', loss.dtype)\n"
         "    return loss\n"
         "trainer.Trainer.compute_loss = looks\n"
-        "from training.train import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
+        "from training.train import leave, main\n"
+        "leave(main(sys.argv[1:]))\n"
     )
     options = [*arguments, "--fsdp", "--steps", "1", "--no-export", "--dtype", "autocast"]
     done = subprocess.run(

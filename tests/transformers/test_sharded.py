@@ -165,7 +165,8 @@ def live_classifiers():
 
 def settled_classifiers():
     """The same once it has settled: what computes may be done with a tensor a moment before the
-    threads that communicate let go of it. What the loss keeps stays, however long one waits.
+    threads of gloo, which hold what they sent, let go of it. What the loss keeps stays, however
+    long one waits.
     """
     for _ in range(20):
         count = live_classifiers()
