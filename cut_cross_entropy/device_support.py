@@ -45,6 +45,15 @@ def has_triton() -> bool:
     return triton_version() is not None
 
 
+def has_wide_products(device: torch.device) -> bool:
+    """Whether PyTorch multiplies half precision factors into a float32 result there.
+
+    ``out_dtype`` of ``torch.mm`` and ``torch.addmm``; for ROCm it came later.
+    """
+    since = (2, 8) if torch.version.hip is None else (2, 10)
+    return device.type == "cuda" and version_tuple(torch.__version__)[:2] >= since
+
+
 def triton_is_interpreted() -> bool:
     """Whether ``TRITON_INTERPRET=1`` asks for kernels to run on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

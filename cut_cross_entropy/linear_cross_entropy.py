@@ -146,6 +146,14 @@ def linear_cross_entropy(
         tokens, flat_targets = share_tokens(
             tokens, flat_targets, ignore_index, compute_dtype, shards
         )
+    # A literal: torch.compile of PyTorch 2.4 cannot follow a call of the class.
+    kernel_options: CCEPreset = {
+        "filter_eps": filter_eps,
+        "accum_e_fp32": accum_e_fp32,
+        "accum_c_fp32": accum_c_fp32,
+        "filter_e_grad": filter_e_grad,
+        "filter_c_grad": filter_c_grad,
+    }
     with gathered_again(wholes) if wholes else nullcontext():
         nll, lse = token_losses(
             impl,
@@ -157,13 +165,7 @@ def linear_cross_entropy(
             softcap=None if softcap is None else float(softcap),
             compute_dtype=compute_dtype,
             memory_budget=memory_budget,
-            kernel_options=CCEPreset(
-                filter_eps=filter_eps,
-                accum_e_fp32=accum_e_fp32,
-                accum_c_fp32=accum_c_fp32,
-                filter_e_grad=filter_e_grad,
-                filter_c_grad=filter_c_grad,
-            ),
+            kernel_options=kernel_options,
             filter_mass=1.0 if filter_mass is None else float(filter_mass),
             shard=shard,
         )

@@ -83,7 +83,7 @@ def test_more_variants_than_the_compiler_grants_a_function(monkeypatch):
                 problem = make_problem((4,), 10, 4, bias=bias)
                 check(problem, "torch_compile", softcap=softcap, needed=needed)
                 variants += 1
-    assert variants > torch._dynamo.config.recompile_limit
+    assert variants > torch._dynamo.config.cache_size_limit
 
 
 def test_graph_of_the_loss_has_no_logits():

@@ -4,6 +4,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from cut_cross_entropy import device_support, tl_utils
 
@@ -75,3 +76,20 @@ def test_triton_without_a_version(fake_triton):
     fake_triton("")
     assert device_support.triton_version() == (0,)
     assert device_support.has_triton()
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "hip", "device", "expected"),
+    [
+        ("2.7.1+cu126", None, "cuda", False),
+        ("2.8.0", None, "cuda", True),
+        ("2.11.0a0+git12", None, "cuda", True),
+        ("2.13.0+cpu", None, "cpu", False),
+        ("2.9.1+rocm6.4", "6.4", "cuda", False),
+        ("2.10.0+rocm7.0", "7.0", "cuda", True),
+    ],
+)
+def test_wide_products(torch_version, hip, device, expected, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert device_support.has_wide_products(torch.device(device)) is expected

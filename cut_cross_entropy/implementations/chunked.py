@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.distributed.exchange import combine
 from cut_cross_entropy.validation import check_target_range
 
@@ -211,7 +212,7 @@ class _Problem:
         self.floor = -600.0 if self.wide == torch.float64 else -60.0
         # PyTorch has products of half precision factors with a float32 result on CUDA only;
         # elsewhere the factors are widened, which changes none of their values.
-        self.half_products = compute_dtype.itemsize == 2 and _has_wide_products(e.device)
+        self.half_products = compute_dtype.itemsize == 2 and has_wide_products(e.device)
 
         if group is None:
             check_target_range(targets, c.shape[0], ignore_index)
@@ -285,12 +286,6 @@ class _Problem:
     def as_factor(self, grad: Tensor, scale: Tensor) -> Tensor:
         """A block of logit gradients as a factor of the products that follow."""
         return grad.mul_(scale).to(self.compute_dtype) if self.half_products else grad
-
-
-def _has_wide_products(device: torch.device) -> bool:
-    """Whether ``torch.mm(half, half, out_dtype=float32)`` exists (torch 2.8, CUDA)."""
-    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    return device.type == "cuda" and release >= (2, 8)
 
 
 def _slices(length: int, block: int) -> Iterator[slice]:

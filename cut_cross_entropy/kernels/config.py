@@ -41,10 +41,12 @@ class Tiles:
     use_tma: bool
 
 
+WITHOUT_TMA = 160 * 2**10  # bytes of shared memory that are used at most without descriptors
+
 # (smallest shared memory of a block in bytes, tiles); the first row that fits is taken
 _TABLE = (
     (220 * 2**10, Tiles(256, 64, 8, 4, 128, use_tma=True)),  # sm_90, sm_100
-    (160 * 2**10, Tiles(128, 64, 8, 3, 128, use_tma=False)),  # sm_80
+    (WITHOUT_TMA, Tiles(128, 64, 8, 3, 128, use_tma=False)),  # sm_80
     (99 * 2**10, Tiles(128, 32, 8, 3, 128, use_tma=False)),  # sm_86, sm_89, sm_120
     (0, Tiles(128, 32, 8, 2, 64, use_tma=False)),  # 64 KiB: AMD CDNA
 )
@@ -52,6 +54,8 @@ _TABLE = (
 
 def tiles_for(shared_memory: int, major: int = 9) -> Tiles:
     """The row of the table for a block's shared memory in bytes and a compute capability."""
+    if major < 9 or not _has_host_descriptors():
+        shared_memory = min(shared_memory, WITHOUT_TMA)
     tiles = next(tiles for needed, tiles in _TABLE if shared_memory >= needed)
     if major >= 10 and tiles.block_v > 128:
         # Accumulators live in a memory of their own there; what leaves it at once has to fit the
@@ -66,10 +70,7 @@ def _tiles_of(device: torch.device) -> Tiles:
         return Tiles(128, 32, 4, 2, 64, use_tma=False)
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 64 * 2**10)
-    tiles = tiles_for(shared, properties.major)
-    if tiles.use_tma and (properties.major < 9 or not _has_host_descriptors()):
-        return tiles_for(160 * 2**10)
-    return tiles
+    return tiles_for(shared, properties.major)
 
 
 def tiles_on(device: torch.device) -> Tiles:

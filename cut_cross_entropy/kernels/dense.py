@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.config import Tiles, rows_operand
 from cut_cross_entropy.kernels.launch import launch
@@ -24,6 +25,7 @@ from cut_cross_entropy.kernels.primitives import (
 # for more than MAX_TOKENS, than half of these sums, if the budget allows it.
 MIN_CHUNK_BYTES = 32 * 2**20
 MAX_SCRATCH_BYTES = 160 * 2**20  # of dE's sums and a chunk otherwise: larger chunks gain little
+COPIED_BYTES = 32 * 2**20  # of factors in float32 at a time, where the library needs them so
 MAX_ELEMENTS = 2**30  # of any factor or result of a library product: 32 bits reach them
 MAX_TOKENS = 16384  # whose logit gradients are stored together
 SIDE_BY_SIDE = 128  # programs that fill a GPU, of which GROUP_BLOCKS share their classes
@@ -335,9 +337,27 @@ def _finish(
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total += left @ right`` with float32 sums of half precision factors."""
+    if left.is_meta:  # only kernels are planned
+        return
     if left.dtype == torch.float32:
         total.addmm_(left, right)
-    elif left.is_cuda:
+    elif has_wide_products(left.device):
         torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
-    else:  # the interpreter's tests
-        total.addmm_(left.float(), right.float())
+    else:
+        _add_copied_product(total, left, right)
+
+
+def _add_copied_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """The same with factors copied to float32, where the library has no other way: older releases
+    of PyTorch, and the interpreter's tests.
+    """
+    step = max(16, COPIED_BYTES // (4 * (left.shape[0] + right.shape[1])))
+    library = torch.backends.cuda.matmul
+    allowed = library.allow_tf32
+    library.allow_tf32 = True  # holds half precision exactly
+    try:
+        for start in range(0, right.shape[0], step):
+            part = slice(start, start + step)
+            total.addmm_(left[:, part].float(), right[part].float())
+    finally:
+        library.allow_tf32 = allowed

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from cut_cross_entropy.device_support import triton_version
+
 KERNELS = Path(__file__).parents[2] / "cut_cross_entropy" / "kernels"
 
 # Bytes of stack a thread, where spills land, by the start of a variant's name; on sm_90, where the
-# kernels are tuned. 0 in the main loop of a plain loss; what was measured elsewhere, with a margin.
+# kernels are tuned, and with this release of Triton or newer: older ones spill more. 0 in the main
+# loop of a plain loss; what was measured elsewhere, with a margin.
+STACK_SINCE = (3, 9)
 STACK = {
     "forward-plain-001": 16,  # with the energy: training
     "forward-plain-000": 0,  # without: evaluation
@@ -73,7 +77,7 @@ def test_kernels_compile_and_fit(target):
         if usage["shared"] > usage["limit"]
     ]
     assert not too_large, "\n".join(too_large)
-    if target == "sm_90":
+    if target == "sm_90" and triton_version() >= STACK_SINCE:
         spilled = [
             f"{usage['name']}: {usage['stack']} > {allowed} bytes of stack"
             for usage in found
