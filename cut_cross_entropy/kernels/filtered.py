@@ -30,8 +30,10 @@ FLAT_GROUPS = 400  # effective number of class groups from which a token counts 
 
 def write_filtered(
     problem: Problem, grads: Gradients, energy: Tensor, tolerance: float, filter_mass: float
-) -> bool:
-    """Gradients of the kept strips plus the tail; False if the data is too flat for that."""
+) -> tuple[bool, int]:
+    """Gradients of the kept strips plus the tail, or False if the data is too flat for that; and
+    how many tokens count.
+    """
     if energy.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "the filtered gradient reads the number of kept strips from the device, which a CUDA "
@@ -63,7 +65,7 @@ def write_filtered(
                 tokens=counts.tokens,
             )
         )
-    return not too_flat
+    return not too_flat, counts.tokens
 
 
 @dataclass(frozen=True)

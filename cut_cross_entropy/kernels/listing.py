@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.buffers import aligned_rows
+from cut_cross_entropy.kernels.host_copy import HostCopy
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import popcount
 from cut_cross_entropy.kernels.selection import CHUNK, GROUP, Kept
@@ -170,27 +171,17 @@ class Counts:
 
     def __init__(self, kept: Kept) -> None:
         self._shape, statistics = kept.shape, kept.statistics
-        self._copied: torch.cuda.Event | None = None
         if statistics.is_meta:  # shapes without values: every chunk keeps a strip in every block
-            self._values = torch.ones(statistics.shape, dtype=statistics.dtype)
-            self._values[-2], self._values[-1] = 0, BLOCK_T * kept.shape[0]
-        elif statistics.is_cuda:
-            # What is queued behind this keeps the device busy while the host waits and goes on.
-            self._values = torch.empty(statistics.shape, dtype=statistics.dtype, pin_memory=True)
-            self._values.copy_(statistics, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        else:
-            self._values = statistics
+            statistics = torch.ones(statistics.shape, dtype=statistics.dtype)
+            statistics[-2], statistics[-1] = 0, BLOCK_T * kept.shape[0]
+        self._copy = HostCopy(statistics)
 
     @functools.cached_property
     def _parts(self) -> tuple[Tensor, ...]:
-        if self._copied is not None:
-            self._copied.synchronize()
+        values = self._copy.wait()
         num_blocks, num_chunks = self._shape
         strips = num_blocks * num_chunks
-        active = self._values.shape[0] - strips - 2
-        return tuple(self._values.split([strips, active, 2]))
+        return tuple(values.split([strips, values.shape[0] - strips - 2, 2]))
 
     @functools.cached_property
     def strips(self) -> Tensor:

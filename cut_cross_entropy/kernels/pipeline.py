@@ -117,10 +117,13 @@ def backward(
     """Gradients of e, c and bias in their own dtypes; an empty tensor for each not needed.
 
     That of e is the part of the classes that are here; nothing is exchanged.
-    ``tolerance`` 0, or an empty ``energy``, means no filter. The filtered path reads the number of
-    kept strips from the device: the one synchronisation of a step.
+    ``tolerance`` 0, or an empty ``energy``, means no filter. How many strips are kept, or without a
+    filter how many tokens count, is read from the device: the one synchronisation of a step.
     """
     use_filter = tolerance > 0 and energy.numel() > 0
+    filters = use_filter and (
+        (filter_e and need_e) or (filter_c and (need_c or (bias is not None and need_bias)))
+    )
     result = Gradients(
         None,
         torch.empty(c.shape, dtype=c.dtype, device=c.device) if need_c else None,
@@ -145,6 +148,7 @@ def backward(
             compute_dtype,
             math.log2(filtered.FLAT_GROUPS),
             first_class,
+            count_them=not filters,
         )
         own = shard if shard.numel() > 0 else None
         problem = assemble(moved, c, bias, softcap, compute_dtype, memory_budget, own)
@@ -153,19 +157,22 @@ def backward(
             result.c if use_filter and filter_c else None,
             result.bias if use_filter and filter_c else None,
         )
-        if sparse.e is None and sparse.c is None and sparse.bias is None:
-            if recording():
-                count = int((problem.sharp != -2).sum())
+        if filters:
+            count: int | None
+            done, count = filtered.write_filtered(problem, sparse, energy, tolerance, filter_mass)
+            if not done:
+                sparse = Gradients(None, None, None)
+        else:
+            count = None if moved.count is None else int(moved.count.wait())
+            if recording() and count is not None:
                 report(FilterRecord("exact", 1.0, 0.0, 0, count))
-        elif not filtered.write_filtered(problem, sparse, energy, tolerance, filter_mass):
-            sparse = Gradients(None, None, None)
         rest = Gradients(
             None,
             None if sparse.c is not None else result.c,
             None if sparse.bias is not None else result.bias,
         )
         new_e = e.dtype if need_e and sparse.e is None else None
-        write_dense(problem, rest, accumulate=False, new_e=new_e)
+        write_dense(problem, rest, accumulate=False, new_e=new_e, count=count)
         result.e = rest.e if sparse.e is None else sparse.e
     empty = e.new_empty(0)
     grads = (result.e, result.c, result.bias)

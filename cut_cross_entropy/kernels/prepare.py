@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels.buffers import aligned_rows
+from cut_cross_entropy.kernels.host_copy import HostCopy
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import LOG2E, transform_logits
 
@@ -273,6 +274,7 @@ class BackwardTokens:
         lse: log2; +inf where there is no token.
         sharp: (1 - p)^2 of the target, which the gradient's energy exceeds; -1 for tokens whose
             distribution is flat, -2 where there is no token.
+        count: how many they are; None if nobody asked, or nobody may wait for it.
     """
 
     tokens: Tokens
@@ -280,6 +282,7 @@ class BackwardTokens:
     b: Tensor
     lse: Tensor
     sharp: Tensor
+    count: HostCopy | None
 
 
 def prepare_backward(
@@ -295,11 +298,15 @@ def prepare_backward(
     compute_dtype: torch.dtype,
     flat_spread: float,
     first_class: int = 0,
+    count_them: bool = False,
 ) -> BackwardTokens:
     """Move the tokens that count, and their gradients, to the front."""
     num_tokens, dim = e.shape
     origin = list_tokens(targets, ignore_index, compact=True)
-    device = e.device
+    device, count = e.device, None
+    # On its way while the copy below is made. A CUDA graph takes all of them, whatever they are.
+    if count_them and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        count = None if e.is_meta else HostCopy((origin < num_tokens).sum())
     # A copy even where nothing is ignored: the products that follow read every row, and a NaN in
     # the embedding of an ignored token would reach dC as 0 * NaN.
     front = torch.empty((num_tokens, dim), dtype=compute_dtype, device=device)
@@ -332,7 +339,7 @@ def prepare_backward(
         HAS_SPREAD=spread.numel() > 0,
         BLOCK_D=min(1024, triton.next_power_of_2(dim)),
     )
-    return BackwardTokens(Tokens(front, placed, origin), a, b, own_lse, sharp)
+    return BackwardTokens(Tokens(front, placed, origin), a, b, own_lse, sharp, count)
 
 
 @triton.jit(do_not_specialize=["out_rows"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.config import Tiles, tiles_on
 from cut_cross_entropy.kernels.dense import dense_gradients
 from cut_cross_entropy.kernels.prepare import BackwardTokens, Tokens, scatter_rows
@@ -92,25 +93,30 @@ def assemble(
 
 
 def write_dense(
-    problem: Problem, grads: Gradients, accumulate: bool, new_e: torch.dtype | None = None
+    problem: Problem,
+    grads: Gradients,
+    accumulate: bool,
+    new_e: torch.dtype | None = None,
+    count: int | None = None,
 ) -> None:
     """Write the gradients that are asked for from all strips; ``accumulate`` adds to dC, dbias.
 
     With ``new_e`` dE is made here, in that dtype, and where it can be in place of the embeddings:
-    the problem cannot be used again.
+    the problem cannot be used again. ``count`` tokens count; None: nobody knows.
     """
     need_e = grads.e is not None or new_e is not None
     if not need_e and grads.c is None and grads.bias is None:
         return
     tokens = problem.tokens
+    front = slice(0, _places(count, tokens.e.shape[0]))
     total = dense_gradients(
-        tokens.e,
+        tokens.e[front],
         problem.c,
         problem.bias,
-        problem.lse,
-        problem.a,
-        problem.b,
-        tokens.targets,
+        problem.lse[front],
+        problem.a[front],
+        problem.b[front],
+        tokens.targets[front],
         problem.scale,
         problem.softcap,
         problem.tiles,
@@ -124,4 +130,18 @@ def write_dense(
         same = tokens.e.dtype == new_e
         grads.e = tokens.e.zero_() if same else torch.zeros_like(tokens.e, dtype=new_e)
     if total is not None and grads.e is not None:
-        scatter_rows(total, tokens.origin, grads.e)
+        scatter_rows(total, tokens.origin[front], grads.e)
+
+
+def _places(count: int | None, num_tokens: int) -> int:
+    """How many places to compute for ``count`` tokens in front of ``num_tokens`` places.
+
+    About a whole number of blocks; one with the same remainder where the kernels are compiled for
+    that (``kernels.launch``), so that none has to be compiled because a batch has more ignored
+    tokens than another.
+    """
+    if count is None:
+        return num_tokens
+    beside = 0 if num_tokens % 16 == 0 else 1
+    blocks = max(1, -(-(count + beside) // BLOCK_T))
+    return min(num_tokens, blocks * BLOCK_T - beside)

@@ -43,6 +43,41 @@ def test_chunks_are_stored_in_rows_of_dc_to_come(bias, chunks, little_room):
     ]  # fmt: skip
 
 
+PLACES = (  # tokens, those that count, places that are computed
+    (400, 400, 400),
+    (400, 129, 256),
+    (400, 128, 128),
+    (400, 1, 128),
+    (400, 0, 128),  # one block at least
+    (399, 128, 255),  # no multiple of 16 either: that would be another variant of the kernel
+    (399, 127, 127),
+    (399, 390, 399),
+    (5, 3, 5),
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "tokens", "counting", "places"),
+    [
+        (path, *numbers)
+        for path in ("exact", "dense", "full_c", "full_e")
+        for numbers in PLACES
+        if path != "dense" or numbers[1] > 0  # without a token nothing is too flat
+    ],
+)
+def test_ignored_tokens_are_not_multiplied(path, tokens, counting, places, chunks, request):
+    if path in ("full_c", "full_e"):
+        request.getfixturevalue("drops_nothing")
+        request.getfixturevalue("always_filtered")
+    if path == "dense":
+        request.getfixturevalue("never_filtered")
+    problem = make_problem((tokens,), 150, 16, bias=True, ignored=0.0)
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))
+    problem.targets[order[counting:]] = -100
+    ROUTES[path].check(problem)
+    assert {of for _, of in chunks} == {places}
+
+
 @pytest.mark.parametrize("impl", ["cce", "cce_exact"])
 def test_scaled_gradients_of_float16_do_not_overflow(impl, chunks, little_room):
     """256 tokens of mean 1/256 are scaled by 256; a gradient of 300 would then be 76,000."""
@@ -104,3 +139,18 @@ def test_logit_gradients_of_a_chunk(block_v, softcap):
     )  # fmt: skip
     torch.testing.assert_close(buffer[:, :444], 2 * expected[:, 256:], rtol=1e-4, atol=1e-5)
     assert buffer[:, 444:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_copied_factors_are_multiplied_in_slices(dtype, monkeypatch):
+    """Where the library has no products of half precision factors with float32 results."""
+    monkeypatch.setattr(dense, "COPIED_BYTES", 4 * (7 + 5) * 16)  # 16 of 41 at a time
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(41, 7, generator=generator).to(dtype).T
+    right = torch.randn(41, 5, generator=generator).to(dtype)
+    total = torch.randn(7, 5, generator=generator)
+    expected = total.double() + left.double() @ right.double()
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    dense.add_product(total, left, right)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.backends.cuda.matmul.allow_tf32 == allowed
