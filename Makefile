@@ -41,7 +41,7 @@ benchmark: $(ENVIRONMENT)  ## time, memory and error of all implementations
 docs: $(ENVIRONMENT)  ## tables and plots from the kept measurements, and the site in build/site
 	$(PYTHON) -m benchmark.remake
 	[ ! -f experiments/report.py ] || $(PYTHON) -m experiments.report
-	$(PYTHON) -m mkdocs build --strict --quiet
+	$(PYTHON) -m mkdocs build --strict
 
 lint: $(ENVIRONMENT)  ## format, style and types
 	$(PYTHON) -m ruff format --check .

@@ -76,7 +76,7 @@ def largest(content: dict[str, Any]) -> str:
             if row is None:
                 line.append("")
             elif row["tokens"] >= content["most"]:
-                line.append(f"{row['tokens']:,} ran; about {row['forecast']:,}")
+                line.append(f"{row['tokens']:,} or more")
             else:
                 line.append(f"{row['tokens']:,}")
         lines.append(line)

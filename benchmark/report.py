@@ -99,6 +99,10 @@ def headline(device: Device) -> str:
     return markdown(header, lines)
 
 
+FULL_LOGITS = ("baseline", "torch_compile", "torch")
+"""PyTorch's own ways, beside other packages; our name of the second stands for compiled code."""
+
+
 def against_others(device: Device) -> str:
     """Our default beside the best of all that is not this package, problem by problem."""
     lines = []
@@ -107,7 +111,7 @@ def against_others(device: Device) -> str:
     for name in names:
         rows = {row["method"]: row for row in device.select(test_data=name, kind="loss-fw-bw")}
         ours = rows.get("cce")
-        others = [r for m, r in rows.items() if METHODS[m].peer or m == "baseline" or m == "torch"]
+        others = [r for m, r in rows.items() if METHODS[m].peer or m in FULL_LOGITS]
         if ours is None or not others:
             continue
         cells = [data_title(name)]

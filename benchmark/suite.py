@@ -34,7 +34,10 @@ from benchmark.runs import Session, Task, measure_all
 from benchmark.shapes import SHAPES, SMALL
 
 OURS = ("cce", "cce_exact")
-ALL = ("cce", "cce_exact", "torch_compile", "chunked", "baseline", "apple", "liger", "trl", "torch")
+ALL = (
+    "cce", "cce_exact", "torch_compile", "chunked", "baseline", "apple", "liger", "quack", "trl",
+    "torch",
+)  # fmt: skip
 LARGEST = ("cce", "baseline", "apple", "liger", "cce_exact", "torch_compile", "trl", "chunked")
 BOTH = ("loss-fw-bw",)
 WHEELS = {

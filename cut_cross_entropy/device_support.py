@@ -12,6 +12,9 @@ import torch
 TRITON_FLOOR = (3, 3)
 """Oldest Triton release that the kernels support."""
 
+CAPABILITY_FLOOR = (8, 0)
+"""Oldest NVIDIA GPUs that they are built for: Ampere."""
+
 
 @functools.cache
 def triton_version() -> tuple[int, ...] | None:
@@ -59,22 +62,38 @@ def triton_is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def kernels_unavailable(device_type: str) -> str | None:
-    """Why the Triton kernels cannot run on ``device_type``, or None if they can."""
+def kernels_unavailable(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on ``device``, or None if they can."""
     if torch.compiler.is_compiling():
         # A traced program cannot look for modules; where it runs, a GPU's compiler is Triton, and
         # the operator refuses when it is called.
-        return None if device_type == "cuda" else _wrong_device(device_type)
+        return None if device.type == "cuda" else _wrong_device(device)
     version = triton_version()
     if version is None:
         return "Triton cannot be imported"
     if version < TRITON_FLOOR:
         floor = ".".join(map(str, TRITON_FLOOR))
         return f"Triton {'.'.join(map(str, version))} is older than {floor}"
-    return _wrong_device(device_type)
+    return _wrong_device(device)
 
 
-def _wrong_device(device_type: str) -> str | None:
-    if device_type == "cuda" or (device_type == "cpu" and triton_is_interpreted()):
+def _wrong_device(device: torch.device) -> str | None:
+    if device.type == "cpu" and triton_is_interpreted():
         return None
-    return f"the kernels need a GPU and the tensors are on {device_type!r}"
+    if device.type != "cuda":
+        return f"the kernels need a GPU and the tensors are on {device.type!r}"
+    if torch.compiler.is_compiling() or torch.version.hip is not None:
+        return None
+    capability = _capability(device.index)
+    if capability is None or capability >= CAPABILITY_FLOOR:
+        return None
+    needed, found = (".".join(map(str, x)) for x in (CAPABILITY_FLOOR, capability))
+    return (
+        f"the kernels need an NVIDIA GPU of compute capability {needed}, and this one has {found}"
+    )
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int] | None:
+    """Compute capability of a GPU; None where there is none, as for tensors that stand for some."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None

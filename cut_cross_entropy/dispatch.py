@@ -40,11 +40,11 @@ def choose_impl(impl: str, device: torch.device, compute_dtype: torch.dtype) -> 
     """
     half = compute_dtype in (torch.bfloat16, torch.float16)
     if impl == "auto":
-        usable = half and device.type == "cuda" and kernels_unavailable("cuda") is None
+        usable = half and device.type == "cuda" and kernels_unavailable(device) is None
         return "cce" if usable else "chunked"
     if impl not in KERNEL_IMPLS:
         return impl
-    unavailable = kernels_unavailable(device.type)
+    unavailable = kernels_unavailable(device)
     if unavailable is None and triton_is_interpreted() and compute_dtype == torch.bfloat16:
         unavailable = "Triton's interpreter computes bfloat16 products wrongly"
     if unavailable is not None:

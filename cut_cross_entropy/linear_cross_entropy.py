@@ -78,9 +78,11 @@ def linear_cross_entropy(
             the dtype cannot represent, ``"high"`` half of that, or a float, which stands to
             ``"auto"`` as a threshold on the probabilities stands to 2^-12, its meaning in Apple's
             releases. The PyTorch implementations are exact and ignore it.
-        accum_e_fp32, accum_c_fp32: accepted for compatibility; gradients are always accumulated
-            in float32 or wider.
-        filter_e_grad, filter_c_grad: whether the filter may apply to the gradient of ``e``, ``c``.
+        accum_e_fp32: accepted for compatibility; gradients are always accumulated in float32 or
+            wider.
+        accum_c_fp32: as ``accum_e_fp32``.
+        filter_e_grad: whether the filter may apply to the gradient of ``e``.
+        filter_c_grad: whether the filter may apply to the gradient of ``c`` and ``bias``.
         impl: ``"auto"`` chooses by device. See the README for the list.
         vocab_parallel_options: the classes of this process, whose rows ``c`` and ``bias`` hold,
             when the classes are spread over processes. All get the same loss. See

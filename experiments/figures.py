@@ -57,7 +57,7 @@ def plot_curves(runs: Runs, title: str, smooth: int, path: Path, source: str) ->
             name = label(method) if i == 0 else None
             below.plot(*_smooth(difference, smooth), color=_colour(method), lw=0.9, label=name)
     below.axhline(0, color="#999999", linewidth=0.8)
-    below.set_ylabel("less full logits,\nsame seed (nats)")
+    below.set_ylabel("minus full logits,\nsame seed (nats)")
     below.set_xlabel("step" if smooth == 1 else f"step (mean of {smooth})")
     below.legend(frameon=False, fontsize="small", ncols=3)
     _save(figure, (above, below), path, source)
@@ -90,7 +90,7 @@ def plot_rarity(runs: Runs, path: Path, source: str) -> None:
     above.set_title("Tokens by how often training saw them; one dot a seed")
     above.legend(frameon=False)
     below.axhline(0, color="#999999", linewidth=0.8)
-    below.set_ylabel("less full logits,\nsame seed (nats)")
+    below.set_ylabel("minus full logits,\nsame seed (nats)")
     below.set_xticks(range(len(names)), names)
     _save(figure, (above, below), path, source)
 

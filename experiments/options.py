@@ -34,7 +34,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, methods: list[str]) ->
     add("--device-label", help="name of the device in the file's name; unless given, its own name")
     add("--commit", help="commit of the code, where neither COMMIT nor git says it")
     add("--first-seed", type=int, default=0, help="first seed; the others follow")
-    add("--time-limit", type=float, default=150.0, help="seconds after which no run starts")
+    add("--time-limit", type=float, default=600.0, help="seconds after which no run starts")
     add("--roots", type=Path, nargs="+", help="folders of the text; unless given, Python's own")
     add(
         "--autocast",

@@ -11,7 +11,7 @@ import hashlib
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +75,17 @@ def finetune_section(path: Path, images: Path, draw: bool) -> str:
         plot_curves(runs, "Fine-tuning SmolLM2-135M", 1, picture, source)
     rows = [
         ["method", "seeds", "last training loss", "largest / mean difference from full logits",
-         "held-out loss", "less full logits, by seed", "ms a step", "peak MiB"]
+         "held-out loss", "minus full logits, by seed", "ms a step", "peak MiB"]
     ]  # fmt: skip
     for method, by_seed in runs.items():
+        shared = _shared(runs, method)
         rows.append(
             [
                 f"`{method}`",
                 str(len(by_seed)),
-                _mean(statistics.fmean(run["losses"][-LAST_STEPS:]) for run in by_seed.values()),
+                _mean(statistics.fmean(run["losses"][-LAST_STEPS:]) for run in shared),
                 _curve_difference(runs, method),
-                _mean(_judged(run)["held_out_loss"] for run in by_seed.values()),
+                _mean(_judged(run)["held_out_loss"] for run in shared),
                 _differences(runs, method, lambda run: _judged(run)["held_out_loss"]),
                 f"{statistics.median(run['ms_per_step'] for run in by_seed.values()):.1f}",
                 f"{max(run['peak_mib'] for run in by_seed.values()):.0f}",
@@ -95,7 +96,7 @@ def finetune_section(path: Path, images: Path, draw: bool) -> str:
         _heading(content),
         _table(rows),
         f"Held-out loss before training: {before:.4f}. Last training loss: mean of the last "
-        f"{LAST_STEPS} steps. {_seed_spread(runs)}",
+        f"{LAST_STEPS} steps. {_of_shared_seeds(runs)}{_seed_spread(runs)}",
         f"![Loss curves and their differences](images/{picture.name})",
         _skipped(content),
     ]
@@ -110,19 +111,20 @@ def pretrain_section(path: Path, images: Path, draw: bool) -> str:
         plot_curves(runs, "Pretraining from scratch", 25, curves, source)
         plot_rarity(runs, rarity, source)
     rows = [
-        ["method", "seeds", "held-out loss", "less full logits, by seed", "rarest tenth",
-         "less full logits, by seed", "probability on tokens never seen", "ms a step", "peak MiB"]
+        ["method", "seeds", "held-out loss", "minus full logits, by seed", "rarest tenth",
+         "minus full logits, by seed", "probability on tokens never seen", "ms a step", "peak MiB"]
     ]  # fmt: skip
     for method, by_seed in runs.items():
+        shared = _shared(runs, method)
         rows.append(
             [
                 f"`{method}`",
                 str(len(by_seed)),
-                _mean(_judged(run)["held_out_loss"] for run in by_seed.values()),
+                _mean(_judged(run)["held_out_loss"] for run in shared),
                 _differences(runs, method, lambda run: _judged(run)["held_out_loss"]),
-                _mean(_judged(run)["rarest_tenth"]["loss"] for run in by_seed.values()),
+                _mean(_judged(run)["rarest_tenth"]["loss"] for run in shared),
                 _differences(runs, method, lambda run: _judged(run)["rarest_tenth"]["loss"]),
-                f"{statistics.fmean(_judged(r)['unseen_mass'] for r in by_seed.values()):.2e}",
+                f"{statistics.fmean(_judged(run)['unseen_mass'] for run in shared):.2e}",
                 f"{statistics.median(run['ms_per_step'] for run in by_seed.values()):.1f}",
                 f"{max(run['peak_mib'] for run in by_seed.values()):.0f}",
             ]
@@ -130,6 +132,7 @@ def pretrain_section(path: Path, images: Path, draw: bool) -> str:
     lines = [
         _heading(content),
         _table(rows),
+        _of_shared_seeds(runs).strip(),
         _rarity_note(runs),
         _table(_rarity_rows(runs)),
         f"![Loss curves and their differences](images/{curves.name})",
@@ -143,6 +146,24 @@ SECTIONS: dict[str, Callable[[Path, Path, bool], str]] = {
     "finetune": finetune_section,
     "pretrain": pretrain_section,
 }
+
+
+def _shared_seeds(runs: Runs) -> set[int]:
+    return set.intersection(*(set(by_seed) for by_seed in runs.values()))
+
+
+def _shared(runs: Runs, method: str) -> list[Mapping[str, Any]]:
+    """Runs of a method with the seeds that all methods have, whose means can be compared."""
+    by_seed = runs[method]
+    return [by_seed[seed] for seed in _shared_seeds(runs) or by_seed]
+
+
+def _of_shared_seeds(runs: Runs) -> str:
+    shared = _shared_seeds(runs)
+    if not shared or all(len(by_seed) == len(shared) for by_seed in runs.values()):
+        return ""
+    names = ", ".join(map(str, sorted(shared)))
+    return f"Losses are means over the seeds that all methods have ({names}). "
 
 
 def _rarity_note(runs: Runs) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cut_cross_entropy import device_support, tl_utils
+from cut_cross_entropy.dispatch import choose_impl
 
 
 @pytest.fixture
@@ -69,7 +70,30 @@ def test_triton_greater_or_equal(fake_triton, installed, asked, answer):
 def test_kernels_unavailable(fake_triton, monkeypatch, version, device, interpreted, reason):
     fake_triton(version)
     monkeypatch.setenv("TRITON_INTERPRET", interpreted)
-    assert device_support.kernels_unavailable(device) == reason
+    assert device_support.kernels_unavailable(torch.device(device)) == reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"),
+    [
+        ((7, 5), None, "compute capability 8.0, and this one has 7.5"),
+        ((8, 0), None, None),
+        ((10, 0), None, None),
+        ((7, 5), "6.4", None),  # AMD counts in another way
+    ],
+)
+def test_older_gpus(fake_triton, monkeypatch, capability, hip, reason):
+    """``auto`` goes on without the kernels there; their name is refused."""
+    fake_triton("3.6.0")
+    monkeypatch.setattr(device_support, "_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    gpu = torch.device("cuda", 0)
+    assert (reason or "") in (device_support.kernels_unavailable(gpu) or "")
+    chosen = choose_impl("auto", gpu, torch.float16)
+    assert chosen == ("cce" if reason is None else "chunked")
+    if reason is not None:
+        with pytest.raises(RuntimeError, match=f"impl='cce' cannot run here: .*{reason}"):
+            choose_impl("cce", gpu, torch.float16)
 
 
 def test_triton_without_a_version(fake_triton):

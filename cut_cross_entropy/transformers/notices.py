@@ -56,9 +56,12 @@ def call_count(model: nn.Module | None = None) -> int:
     A compiled model adds 1 to the total each time it is traced, not each step.
 
     Args:
-        model: count the losses of this model only (the language model itself, not a wrapper).
+        model: count the losses of this model only, or of the one in this wrapper (PEFT, DDP).
+            Compiled code counts in the total alone.
 
     Returns:
         The number of losses; 0 means that the patch was never active.
     """
-    return _total if model is None else _counts.get(model, [0])[0]
+    if model is None:
+        return _total
+    return sum(_counts[part][0] for part in model.modules() if part in _counts)

@@ -38,6 +38,7 @@ def cce_patch(
     remote_model_id: str | None = ...,
     *,
     memory_budget: int = ...,
+    filter_mass: float | None = ...,
 ) -> TransformersModelT: ...
 
 
@@ -55,6 +56,7 @@ def cce_patch(
     remote_model_id: str | None = ...,
     *,
     memory_budget: int = ...,
+    filter_mass: float | None = ...,
 ) -> None: ...
 
 
@@ -71,6 +73,7 @@ def cce_patch(
     remote_model_id: str | None = None,
     *,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    filter_mass: float | None = None,
 ) -> Any:
     """Compute the loss of a language model without its logits.
 
@@ -81,14 +84,19 @@ def cce_patch(
     Args:
         model_or_type: a model, also inside PEFT, DDP or ``torch.compile``; or a model type such as
             ``"llama"`` or a config, for all models of that type in this process.
-        impl: see ``linear_cross_entropy``, and so for the next five.
+        impl: see ``linear_cross_entropy``, and so for the options of the filter.
         reduction: ``"mean"``, or ``"sum"`` or ``"none"`` instead of what the model asks for. A
             causal model with ``"none"`` returns (B, T - 1) losses.
-        filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad: as there.
+        filter_eps: as there.
+        accum_e_fp32: as there.
+        accum_c_fp32: as there.
+        filter_e_grad: as there.
+        filter_c_grad: as there.
         train_only: leave calls in evaluation mode alone.
         remote_model_id: the repository or folder whose own code defines the model type. That code
             runs.
         memory_budget: as there, bytes.
+        filter_mass: as there.
 
     Returns:
         ``model_or_type`` itself if it is a model, patched in place; None for a type or a config.
@@ -108,6 +116,7 @@ def cce_patch(
         filter_c_grad,
         train_only,
         memory_budget=memory_budget,
+        filter_mass=filter_mass,
     )
     if isinstance(model_or_type, nn.Module):
         model_type = getattr(

@@ -13,6 +13,7 @@ from cut_cross_entropy.options import (
     LCE_IMPL_DEFAULT,
     LinearCrossEntropyImpl,
     check_filter_eps,
+    check_filter_mass,
     impl_name,
 )
 from cut_cross_entropy.validation import check_options
@@ -35,7 +36,8 @@ class PatchOptions:
         filter_e_grad: whether the filter may apply to the gradient of the embeddings.
         filter_c_grad: whether the filter may apply to the gradient of the classifier.
         train_only: leave calls in evaluation mode alone.
-        memory_budget: see ``linear_cross_entropy``; by keyword only.
+        memory_budget: see ``linear_cross_entropy``; by keyword only, like the next.
+        filter_mass: see ``linear_cross_entropy``.
 
     Raises:
         TypeError: an option of the wrong type.
@@ -51,16 +53,21 @@ class PatchOptions:
     filter_c_grad: bool = True
     train_only: bool = False
     memory_budget: int = field(default=DEFAULT_MEMORY_BUDGET, kw_only=True)
+    filter_mass: float | None = field(default=None, kw_only=True)
     _kwargs: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "impl", impl_name(self.impl))
         check_options(IGNORE_INDEX, None, self.reduction, 0, self.memory_budget)
         check_filter_eps(self.filter_eps)
+        check_filter_mass(self.filter_mass)
         kwargs = asdict(self)
         del kwargs["train_only"]
+        # Functions of other releases do not know these two.
         if self.memory_budget == DEFAULT_MEMORY_BUDGET:
-            del kwargs["memory_budget"]  # which functions of other releases do not know
+            del kwargs["memory_budget"]
+        if self.filter_mass is None:
+            del kwargs["filter_mass"]
         object.__setattr__(self, "_kwargs", kwargs)  # every loss asks for it
 
     def to_kwargs(self) -> dict[str, Any]:

@@ -172,6 +172,22 @@ def test_memory_budget_reaches_the_operator(monkeypatch):
         cce_patch(model, memory_budget=0)
 
 
+def test_filter_mass_reaches_the_operator(monkeypatch):
+    model, seen = llama(), []
+    expected = loss_and_grads(model)
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs.get("filter_mass"))
+        return linear_cross_entropy(*args, **kwargs)
+
+    monkeypatch.setattr("cut_cross_entropy.transformers.lazy_loss.linear_cross_entropy", spy)
+    assert_same_step(expected, loss_and_grads(cce_patch(model, filter_mass=0.01)))
+    assert seen == [0.01]
+    assert "filter_mass" not in PatchOptions().to_kwargs()
+    with pytest.raises(ValueError, match="filter_mass must be None or a float from 0 to 1, got 2"):
+        cce_patch(model, filter_mass=2)
+
+
 def test_train_only_leaves_evaluation_alone():
     model = cce_patch(llama(), train_only=True)
     assert model(**batch()).logits is None
