@@ -64,27 +64,21 @@ def triton_is_interpreted() -> bool:
 
 def kernels_unavailable(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on ``device``, or None if they can."""
-    if torch.compiler.is_compiling():
-        # A traced program cannot look for modules; where it runs, a GPU's compiler is Triton, and
-        # the operator refuses when it is called.
-        return None if device.type == "cuda" else _wrong_device(device)
+    return _why_unavailable(device.type, device.index)
+
+
+def _why_unavailable(device_type: str, index: int | None) -> str | None:
     version = triton_version()
     if version is None:
         return "Triton cannot be imported"
     if version < TRITON_FLOOR:
         floor = ".".join(map(str, TRITON_FLOOR))
         return f"Triton {'.'.join(map(str, version))} is older than {floor}"
-    return _wrong_device(device)
-
-
-def _wrong_device(device: torch.device) -> str | None:
-    if device.type == "cpu" and triton_is_interpreted():
+    if device_type == "cpu" and triton_is_interpreted():
         return None
-    if device.type != "cuda":
-        return f"the kernels need a GPU and the tensors are on {device.type!r}"
-    if torch.compiler.is_compiling() or torch.version.hip is not None:
-        return None
-    capability = _capability(device.index)
+    if device_type != "cuda":
+        return f"the kernels need a GPU and the tensors are on {device_type!r}"
+    capability = _capability(index)
     if capability is None or capability >= CAPABILITY_FLOOR:
         return None
     needed, found = (".".join(map(str, x)) for x in (CAPABILITY_FLOOR, capability))
@@ -93,7 +87,17 @@ def _wrong_device(device: torch.device) -> str | None:
     )
 
 
+# torch.compile calls it while it traces and takes the answer for a constant. That is what
+# torch.compiler.assume_constant_result does, which would import the compiler with this package.
+_why_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _capability(index: int | None) -> tuple[int, int] | None:
-    """Compute capability of a GPU; None where there is none, as for tensors that stand for some."""
-    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+    """Compute capability of an NVIDIA GPU.
+
+    None for others, and where there is none, as for tensors that stand for some.
+    """
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(index)

@@ -40,7 +40,8 @@ _silent: contextvars.ContextVar[bool] = contextvars.ContextVar("silent", default
 def record_filter() -> Iterator[list[FilterRecord]]:
     """Collect a :class:`FilterRecord` for every backward pass of the kernels inside the block.
 
-    Recording reads values from the device and so waits for it; outside the block nothing is read.
+    Recording reads values from the device and so waits for it, more than a backward does anyway.
+    Passes that are captured in a CUDA graph are left out.
     """
     records: list[FilterRecord] = []
     _collectors.append(records)

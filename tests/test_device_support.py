@@ -74,19 +74,18 @@ def test_kernels_unavailable(fake_triton, monkeypatch, version, device, interpre
 
 
 @pytest.mark.parametrize(
-    ("capability", "hip", "reason"),
+    ("capability", "reason"),
     [
-        ((7, 5), None, "compute capability 8.0, and this one has 7.5"),
-        ((8, 0), None, None),
-        ((10, 0), None, None),
-        ((7, 5), "6.4", None),  # AMD counts in another way
+        ((7, 5), "compute capability 8.0, and this one has 7.5"),
+        ((8, 0), None),
+        ((10, 0), None),
+        (None, None),
     ],
 )
-def test_older_gpus(fake_triton, monkeypatch, capability, hip, reason):
+def test_older_gpus(fake_triton, monkeypatch, capability, reason):
     """``auto`` goes on without the kernels there; their name is refused."""
     fake_triton("3.6.0")
     monkeypatch.setattr(device_support, "_capability", lambda index: capability)
-    monkeypatch.setattr(torch.version, "hip", hip)
     gpu = torch.device("cuda", 0)
     assert (reason or "") in (device_support.kernels_unavailable(gpu) or "")
     chosen = choose_impl("auto", gpu, torch.float16)
@@ -94,6 +93,34 @@ def test_older_gpus(fake_triton, monkeypatch, capability, hip, reason):
     if reason is not None:
         with pytest.raises(RuntimeError, match=f"impl='cce' cannot run here: .*{reason}"):
             choose_impl("cce", gpu, torch.float16)
+
+
+def test_a_capability_is_that_of_an_nvidia_gpu(monkeypatch):
+    ask = device_support._capability.__wrapped__
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, index))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert ask(5) == (7, 5)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert ask(5) is None
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ask(5) is None
+
+
+@pytest.mark.parametrize("version", [None, "3.2.0", "3.6.0"])
+def test_compiled_code_chooses_as_eager_code_does(fake_triton, version):
+    fake_triton(version)
+    gpu = torch.device("cuda", 0)
+
+    def chosen(x):
+        return x + (1 if choose_impl("auto", gpu, torch.bfloat16) == "cce" else 2)
+
+    torch._dynamo.reset()
+    x = torch.zeros(1)
+    compiled = torch.compile(chosen, backend="eager", fullgraph=True)
+    assert compiled(x).item() == chosen(x).item() == (1 if version == "3.6.0" else 2)
+    torch._dynamo.reset()
 
 
 def test_triton_without_a_version(fake_triton):

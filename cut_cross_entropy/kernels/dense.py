@@ -5,6 +5,10 @@ library's. Rows of dC are complete after their chunk, dE is summed in float32. S
 ``cut_cross_entropy.kernels``.
 """
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +34,8 @@ MAX_ELEMENTS = 2**30  # of any factor or result of a library product: 32 bits re
 MAX_TOKENS = 16384  # whose logit gradients are stored together
 SIDE_BY_SIDE = 128  # programs that fill a GPU, of which GROUP_BLOCKS share their classes
 GROUP_BLOCKS = 16
+
+_setting = threading.Lock()
 
 
 @triton.jit
@@ -351,13 +357,33 @@ def _add_copied_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """The same with factors copied to float32, where the library has no other way: older releases
     of PyTorch, and the interpreter's tests.
     """
-    step = max(16, COPIED_BYTES // (4 * (left.shape[0] + right.shape[1])))
-    library = torch.backends.cuda.matmul
-    allowed = library.allow_tf32
-    library.allow_tf32 = True  # holds half precision exactly
-    try:
+    step = COPIED_BYTES // (4 * (left.shape[0] + right.shape[1]))
+    step = max(64, step // 64 * 64)  # rows of the copies stay aligned
+    with _tf32() if left.is_cuda else contextlib.nullcontext():
         for start in range(0, right.shape[0], step):
             part = slice(start, start + step)
             total.addmm_(left[:, part].float(), right[part].float())
-    finally:
-        library.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    """Float32 products in TF32, which holds factors of half precision exactly.
+
+    The setting is the process's, so one thread at a time.
+    """
+    library = torch.backends.cuda.matmul
+    with _setting:
+        if hasattr(library, "fp32_precision"):  # PyTorch 2.9
+            before = library.fp32_precision
+            library.fp32_precision = "tf32"
+            try:
+                yield
+            finally:
+                library.fp32_precision = before
+        else:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before)

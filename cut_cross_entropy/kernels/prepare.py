@@ -1,8 +1,9 @@
-"""Drops ignored tokens without asking the device how many there are, and scores the targets.
+"""Drops ignored tokens, and scores the targets.
 
 Tokens that count are moved to the front, in their order; the places behind them are filled with
-zeros and marked absent. Nothing here waits for the device, and everything is done by few launches:
-on small problems their cost is what one waits for. Shape legend: ``cut_cross_entropy.kernels``.
+zeros and marked absent. Nothing here waits for the device to learn how many there are, and
+everything is done by few launches: on small problems their cost is what one waits for. Shape
+legend: ``cut_cross_entropy.kernels``.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ SCAN = 4096  # tokens a step of the scan
 def compact_kernel(
     targets_ptr,  # (N,)
     origin_ptr,  # (N,) out: place of the i-th token that counts; N behind the last
+    count_ptr,  # () int32 out: tokens that count
     N,
     ignore_index,
     BLOCK: tl.constexpr,
@@ -37,33 +39,38 @@ def compact_kernel(
         rank = found + tl.cumsum(kept, 0) - 1
         tl.store(origin_ptr + rank, places.to(tl.int64), mask=kept != 0)
         found += tl.sum(kept, 0)
+    tl.store(count_ptr, found)
     for start in range(0, N, BLOCK):
         places = start + tl.arange(0, BLOCK)
         nowhere = tl.zeros((BLOCK,), tl.int64) + N
         tl.store(origin_ptr + places, nowhere, mask=(places >= found) & (places < N))
 
 
-def list_tokens(targets: Tensor, ignore_index: int, compact: bool) -> Tensor:
-    """(N,) int64: where the token of each place comes from; N for none.
+def keep_places(targets: Tensor, ignore_index: int) -> Tensor:
+    """(N,) int64: the place of each token that counts, N for the others."""
+    places = torch.arange(targets.shape[0], device=targets.device)
+    return torch.where(targets != ignore_index, places, targets.shape[0])
 
-    ``compact=False`` leaves every token in its place.
+
+def list_tokens(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(N,) int64, where the tokens that count come from, in front; N behind them. And () int32, how
+    many they are.
     """
     num_tokens = targets.shape[0]
-    if not compact:
-        places = torch.arange(num_tokens, device=targets.device)
-        return torch.where(targets != ignore_index, places, num_tokens)
     origin = torch.empty(num_tokens, dtype=torch.int64, device=targets.device)
+    count = torch.empty((), dtype=torch.int32, device=targets.device)
     launch(
         compact_kernel,
         (1,),
         targets.contiguous(),
         origin,
+        count,
         num_tokens,
         ignore_index,
         BLOCK=SCAN,
         num_warps=8,
     )
-    return origin
+    return origin, count
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,10 @@ def score_targets(
     place and nothing is copied if ``e`` is contiguous and of the compute dtype.
     """
     num_tokens, dim = e.shape
-    origin = list_tokens(targets, ignore_index, compact)
+    if compact:
+        origin, _ = list_tokens(targets, ignore_index)
+    else:
+        origin = keep_places(targets, ignore_index)
     device = e.device
     front = (
         torch.empty((num_tokens, dim), dtype=c.dtype, device=device)
@@ -302,11 +312,11 @@ def prepare_backward(
 ) -> BackwardTokens:
     """Move the tokens that count, and their gradients, to the front."""
     num_tokens, dim = e.shape
-    origin = list_tokens(targets, ignore_index, compact=True)
+    origin, found = list_tokens(targets, ignore_index)
     device, count = e.device, None
     # On its way while the copy below is made. A CUDA graph takes all of them, whatever they are.
     if count_them and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        count = None if e.is_meta else HostCopy((origin < num_tokens).sum())
+        count = None if e.is_meta else HostCopy(found)
     # A copy even where nothing is ignored: the products that follow read every row, and a NaN in
     # the embedding of an ignored token would reach dC as 0 * NaN.
     front = torch.empty((num_tokens, dim), dtype=compute_dtype, device=device)

@@ -8,8 +8,7 @@ try:
     import transformers as _transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "cut_cross_entropy.transformers needs transformers: "
-        "pip install 'cut-cross-entropy[transformers]'"
+        "cut_cross_entropy.transformers needs transformers: pip install transformers"
     ) from error
 
 from cut_cross_entropy.transformers.notices import CutCrossEntropyWarning, call_count

@@ -38,7 +38,7 @@ TARGETS = {
 _INT64 = {"origin_ptr", "all_targets_ptr", "masks_ptr", "order_ptr", "targets_ptr"}
 _INT32 = {"starts_ptr", "block_starts_ptr", "chunk_starts_ptr", "offsets_ptr", "keys_ptr",
           "tile_block_ptr", "tile_start_ptr", "first_tile_ptr", "flag_ptr", "threshold_ptr",
-          "classes_ptr", "numbers_ptr", "unions_ptr", "sizes_ptr"}  # fmt: skip
+          "classes_ptr", "count_ptr", "numbers_ptr", "unions_ptr", "sizes_ptr"}  # fmt: skip
 _HALF = {"c_ptr", "e_ptr", "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c"}
 
 

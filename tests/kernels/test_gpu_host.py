@@ -137,6 +137,25 @@ def test_public_call_of_the_exact_preset_is_captured():
         assert torch.equal(got, expected)
 
 
+def test_ignored_tokens_of_a_captured_step():
+    """They are multiplied there, and not in an eager step."""
+    problem = sharp()
+    problem.targets[100:] = -100
+    forward, backward = operators(problem, 0.0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        backward(forward())
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads = backward(forward())
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, eager in zip(grads, backward(forward()), strict=True):
+        torch.testing.assert_close(got, eager)
+
+
 def test_filtered_backward_in_a_graph_is_refused():
     forward, backward = operators(sharp(), TOLERANCE)
     saved = forward()
@@ -233,8 +252,14 @@ def test_no_access_out_of_bounds():
 
 def test_a_step_compiles_nothing_that_was_not_planned():
     """The backward is compiled with the forward."""
-    for options in ({"impl": "cce"}, {"impl": "cce", "softcap": 20.0}, {"impl": "cce_exact"}):
-        problem = sharp(tokens=1000, classes=5000, dim=72)
+    for options, tokens in (
+        ({"impl": "cce"}, 1000),
+        ({"impl": "cce", "softcap": 20.0}, 1000),
+        ({"impl": "cce_exact"}, 1000),  # no multiple of 16, like what is left of it
+        ({"impl": "cce_exact"}, 1024),
+    ):
+        problem = sharp(tokens=tokens, classes=5000, dim=72)
+        problem.targets[::3] = -100
         run_ours(problem, needed=(), **options)  # an evaluation compiles less
         e, c = (x.clone().requires_grad_() for x in (problem.e, problem.c))
         loss = linear_cross_entropy(e, c, problem.targets, **options)

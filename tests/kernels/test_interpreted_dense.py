@@ -144,13 +144,20 @@ def test_logit_gradients_of_a_chunk(block_v, softcap):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_copied_factors_are_multiplied_in_slices(dtype, monkeypatch):
     """Where the library has no products of half precision factors with float32 results."""
-    monkeypatch.setattr(dense, "COPIED_BYTES", 4 * (7 + 5) * 16)  # 16 of 41 at a time
+    monkeypatch.setattr(dense, "COPIED_BYTES", 4 * (7 + 5) * 70)  # 64 of 150 at a time
     generator = torch.Generator().manual_seed(0)
-    left = torch.randn(41, 7, generator=generator).to(dtype).T
-    right = torch.randn(41, 5, generator=generator).to(dtype)
+    left = torch.randn(150, 7, generator=generator).to(dtype).T
+    right = torch.randn(150, 5, generator=generator).to(dtype)
     total = torch.randn(7, 5, generator=generator)
     expected = total.double() + left.double() @ right.double()
-    allowed = torch.backends.cuda.matmul.allow_tf32
     dense.add_product(total, left, right)
-    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-6)
-    assert torch.backends.cuda.matmul.allow_tf32 == allowed
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_the_precision_of_products_is_the_user_s_again():
+    library = torch.backends.cuda.matmul
+    before = library.fp32_precision
+    with dense._tf32():
+        assert library.fp32_precision == "tf32"
+    assert library.fp32_precision == before
+    assert torch.get_float32_matmul_precision() == "highest"
