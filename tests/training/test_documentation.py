@@ -18,6 +18,6 @@ def test_the_page_names_only_arguments_that_exist():
     known = {flag for action in build_parser()._actions for flag in action.option_strings}
     words = PAGE.read_text(encoding="utf-8").replace("`", " ").replace(",", " ").split()
     named = {word.rstrip(".:;") for word in words if word.startswith("--")}
-    of_others = {"--nproc-per-node", "--logdir", "--json", "-->"}
+    of_others = {"--nproc-per-node", "--logdir", "--json", "--no-deps", "-->"}
     assert named - known - of_others == set()
     assert {"--resume", "--streaming", "--deepspeed", "--from-scratch"} <= named
