@@ -17,7 +17,6 @@ import gc
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +37,7 @@ from benchmark.distributed_traffic import (
     timed_together,
 )
 from benchmark.environment import environment
+from benchmark.leave import leave
 from benchmark.measure import synchronize
 from benchmark.setups import ALONE, LOGITS, OWN_CLASSES, OWN_TOKENS, SETUPS
 from benchmark.shapes import SHAPES, SMALL
@@ -293,7 +293,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    # Not the way an interpreter ends: DistributedDataParallel keeps the threads of gloo, which may
-    # abort the process then (https://github.com/pytorch/pytorch/pull/179291).
-    os._exit(0)
+    leave()

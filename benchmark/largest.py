@@ -3,7 +3,7 @@
 Loss and both gradients at a model's head, everything counted: embeddings, classifier, gradients,
 scratch. The peak grows in proportion to the tokens, so two small runs foretell the largest batch;
 it is then run, and so is one a twentieth larger, which must not fit. Batches beyond --most are not
-tried (they would take long): for them the forecast is given, marked as such.
+tried (they would take long): the table then says how many ran, or more.
 """
 
 import argparse

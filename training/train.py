@@ -18,13 +18,14 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if not __package__:  # started by its path: Python then puts this folder first, not the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
+from benchmark.leave import leave
 from training.arguments import build_parser, config_from
 from training.callbacks import Console, Interrupts, StopSignals, TensorBoard
 from training.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
@@ -288,20 +289,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == 0 and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return code
-
-
-def leave(code: int) -> NoReturn:
-    """End this process; as one of several without what the interpreter does when it ends.
-
-    DistributedDataParallel keeps the threads of gloo alive. One of them may still hold the tensor
-    of the last exchange, and aborts the process if it lets go of it while the interpreter ends
-    (https://github.com/pytorch/pytorch/pull/179291).
-    """
-    if "WORLD_SIZE" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

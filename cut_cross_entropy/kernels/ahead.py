@@ -14,7 +14,7 @@ from torch import Tensor
 from cut_cross_entropy.device_support import triton_is_interpreted
 from cut_cross_entropy.filter_report import unrecorded
 from cut_cross_entropy.kernels import BLOCK_T, pipeline
-from cut_cross_entropy.kernels.launch import Plan, compile_side_by_side, planning
+from cut_cross_entropy.kernels.launch import Plan, compile_side_by_side, is_captured, planning
 from cut_cross_entropy.kernels.selection import GROUP
 
 _compiled: set[tuple[object, ...]] = set()
@@ -108,7 +108,7 @@ def compile_ahead(step: Step) -> None:
     kind = step.kind()
     if kind in _compiled:
         return
-    if step.e.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_captured(step.e):
         return  # no thread may load machine code meanwhile
     with _compiling:  # another thread waits for what it would otherwise launch half loaded
         if kind in _compiled:

@@ -372,18 +372,12 @@ def _tf32() -> Iterator[None]:
     The setting is the process's, so one thread at a time.
     """
     library = torch.backends.cuda.matmul
-    with _setting:
+    with _setting, contextlib.ExitStack() as afterwards:
         if hasattr(library, "fp32_precision"):  # PyTorch 2.9
-            before = library.fp32_precision
+            afterwards.callback(setattr, library, "fp32_precision", library.fp32_precision)
             library.fp32_precision = "tf32"
-            try:
-                yield
-            finally:
-                library.fp32_precision = before
         else:
             before = torch.get_float32_matmul_precision()
+            afterwards.callback(torch.set_float32_matmul_precision, before)
             torch.set_float32_matmul_precision("high")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before)
+        yield

@@ -15,6 +15,7 @@ from cut_cross_entropy.kernels.buffers import aligned_rows
 from cut_cross_entropy.kernels.grad_c import Sums, bytes_of_sums, find_unions, write_rest
 from cut_cross_entropy.kernels.grad_c import grad_c as compute_grad_c
 from cut_cross_entropy.kernels.grad_e import grad_e as compute_grad_e
+from cut_cross_entropy.kernels.launch import is_captured
 from cut_cross_entropy.kernels.listing import Counts, Places, StripList, find_places, list_strips
 from cut_cross_entropy.kernels.problem import Gradients, Problem, write_dense
 from cut_cross_entropy.kernels.selection import CHUNK, GROUP, Kept, keep_strips
@@ -34,7 +35,7 @@ def write_filtered(
     """Gradients of the kept strips plus the tail, or False if the data is too flat for that; and
     how many tokens count.
     """
-    if energy.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_captured(energy):
         raise RuntimeError(
             "the filtered gradient reads the number of kept strips from the device, which a CUDA "
             "graph cannot capture; use impl='cce_exact' or filter_eps=None"

@@ -21,6 +21,11 @@ import torch
 from torch import Tensor
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is done with ``tensor`` goes into a CUDA graph: nobody can wait for it."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel with its arguments (tensors on the meta device) and options."""

@@ -121,14 +121,13 @@ def backward(
     filter how many tokens count, is read from the device: the one synchronisation of a step.
     """
     use_filter = tolerance > 0 and energy.numel() > 0
-    filters = use_filter and (
-        (filter_e and need_e) or (filter_c and (need_c or (bias is not None and need_bias)))
-    )
     result = Gradients(
         None,
         torch.empty(c.shape, dtype=c.dtype, device=c.device) if need_c else None,
         bias.new_empty(bias.shape) if bias is not None and need_bias else None,
     )
+    filter_e = filter_e and use_filter and need_e
+    filter_c = filter_c and use_filter and (result.c is not None or result.bias is not None)
     if e.shape[0] == 0 or c.shape[0] == 0:
         result.e = torch.zeros_like(e, memory_format=torch.contiguous_format) if need_e else None
         for grad in (result.c, result.bias):
@@ -148,16 +147,16 @@ def backward(
             compute_dtype,
             math.log2(filtered.FLAT_GROUPS),
             first_class,
-            count_them=not filters,
+            count_them=not (filter_e or filter_c),
         )
         own = shard if shard.numel() > 0 else None
         problem = assemble(moved, c, bias, softcap, compute_dtype, memory_budget, own)
         sparse = Gradients(
-            e.new_zeros(e.shape) if need_e and use_filter and filter_e else None,
-            result.c if use_filter and filter_c else None,
-            result.bias if use_filter and filter_c else None,
+            e.new_zeros(e.shape) if filter_e else None,
+            result.c if filter_c else None,
+            result.bias if filter_c else None,
         )
-        if filters:
+        if filter_e or filter_c:
             count: int | None
             done, count = filtered.write_filtered(problem, sparse, energy, tolerance, filter_mass)
             if not done:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cut_cross_entropy.kernels.buffers import aligned_rows
 from cut_cross_entropy.kernels.host_copy import HostCopy
-from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.launch import is_captured, launch
 from cut_cross_entropy.kernels.primitives import LOG2E, transform_logits
 
 SCAN = 4096  # tokens a step of the scan
@@ -315,8 +315,8 @@ def prepare_backward(
     origin, found = list_tokens(targets, ignore_index)
     device, count = e.device, None
     # On its way while the copy below is made. A CUDA graph takes all of them, whatever they are.
-    if count_them and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        count = None if e.is_meta else HostCopy(found)
+    if count_them and not (e.is_meta or is_captured(e)):
+        count = HostCopy(found)
     # A copy even where nothing is ignored: the products that follow read every row, and a NaN in
     # the embedding of an ignored token would reach dC as 0 * NaN.
     front = torch.empty((num_tokens, dim), dtype=compute_dtype, device=device)

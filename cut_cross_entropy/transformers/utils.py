@@ -1,6 +1,6 @@
 """Options of a patch, and the loss as a function for model code that calls it directly."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -63,11 +63,9 @@ class PatchOptions:
         check_filter_mass(self.filter_mass)
         kwargs = asdict(self)
         del kwargs["train_only"]
-        # Functions of other releases do not know these two.
-        if self.memory_budget == DEFAULT_MEMORY_BUDGET:
-            del kwargs["memory_budget"]
-        if self.filter_mass is None:
-            del kwargs["filter_mass"]
+        for option in fields(self):  # functions of other releases do not know those by keyword
+            if option.kw_only and kwargs[option.name] == option.default:
+                del kwargs[option.name]
         object.__setattr__(self, "_kwargs", kwargs)  # every loss asks for it
 
     def to_kwargs(self) -> dict[str, Any]:

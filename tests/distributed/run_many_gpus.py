@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from benchmark.data import make
+from benchmark.leave import leave
 from benchmark.measure import relative_error
 from benchmark.setups import SETUPS
 from benchmark.shapes import Shape
@@ -109,4 +110,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

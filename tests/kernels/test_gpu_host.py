@@ -91,19 +91,29 @@ def test_backward_waits_once(tolerance, sync_mode, monkeypatch):
     assert len(found) + len(waited) == 1, found
 
 
+def capture(step):
+    """A graph of ``step``, which has run once on another stream, and what it will compute."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
 def test_exact_preset_is_captured_in_a_graph():
     """A replay computes what an eager call does, from what the tensors then hold."""
     problem, other = sharp(seed=0), sharp(seed=1)
     forward, backward = operators(problem, 0.0)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        backward(forward())
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def step():
         saved = forward()
-        grads = backward(saved)
+        return saved, backward(saved)
+
+    graph, (saved, grads) = capture(step)
     for name in ("e", "c", "targets"):
         getattr(problem, name).copy_(getattr(other, name))
     graph.replay()
@@ -124,14 +134,7 @@ def test_public_call_of_the_exact_preset_is_captured():
         loss = linear_cross_entropy(e, c, problem.targets, impl="cce_exact")
         return loss, *torch.autograd.grad(loss, (e, c))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     graph.replay()
     for got, expected in zip(captured, step(), strict=True):
         assert torch.equal(got, expected)
@@ -142,14 +145,7 @@ def test_ignored_tokens_of_a_captured_step():
     problem = sharp()
     problem.targets[100:] = -100
     forward, backward = operators(problem, 0.0)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        backward(forward())
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        grads = backward(forward())
+    graph, grads = capture(lambda: backward(forward()))
     graph.replay()
     torch.cuda.synchronize()
     for got, eager in zip(grads, backward(forward()), strict=True):

@@ -92,13 +92,17 @@ def test_a_step_launches_what_was_planned(case, launched, always_filtered, reque
     assert len(launched) > 3
 
 
-@pytest.mark.parametrize("tolerance", [0.0, 8e-4])
-def test_a_plan_is_no_pass_to_record(tolerance):
-    problem = make_problem((9,), 1100, 8)
-    step = ahead.Step(
+def training_step(problem, tolerance):
+    return ahead.Step(
         problem.e, problem.c, problem.targets, None, -100, None, torch.float32, 2**28, tolerance,
         1.0, training=True,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 8e-4])
+def test_a_plan_is_no_pass_to_record(tolerance):
+    problem = make_problem((9,), 1100, 8)
+    step = training_step(problem, tolerance)
     with record_filter() as records:
         assert step.plan().launches
         assert records == []
@@ -118,10 +122,7 @@ def test_planning_ends():
 def test_a_plan_that_fails_is_said_and_fails_no_step(monkeypatch):
     """Kernels are then compiled when they are launched; a second such step says nothing."""
     problem = make_problem((9,), 130, 8)
-    step = ahead.Step(
-        problem.e, problem.c, problem.targets, None, -100, None, torch.float32, 2**28, 0.0, 1.0,
-        training=True,
-    )  # fmt: skip
+    step = training_step(problem, tolerance=0.0)
     monkeypatch.setattr(ahead, "triton_is_interpreted", lambda: False)
     monkeypatch.setattr(ahead, "_compiled", set())
     asked = []

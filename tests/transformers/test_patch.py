@@ -155,37 +155,29 @@ def test_the_order_of_the_arguments():
     ]
 
 
-def test_memory_budget_reaches_the_operator(monkeypatch):
+@pytest.mark.parametrize(
+    ("option", "value", "bad", "message"),
+    [
+        ("memory_budget", 1, 0, "memory_budget must be at least 1 byte, got 0"),
+        ("filter_mass", 0.01, 2, "filter_mass must be None or a float from 0 to 1, got 2"),
+    ],
+)
+def test_an_option_by_keyword_reaches_the_operator(option, value, bad, message, monkeypatch):
     model, seen = llama(), []
     expected = loss_and_grads(model)
 
     def spy(*args, **kwargs):
-        seen.append(kwargs.get("memory_budget"))
+        seen.append(kwargs.get(option))
         return linear_cross_entropy(*args, **kwargs)
 
     monkeypatch.setattr("cut_cross_entropy.transformers.lazy_loss.linear_cross_entropy", spy)
-    assert_same_step(expected, loss_and_grads(cce_patch(model, memory_budget=1)))
+    assert_same_step(expected, loss_and_grads(cce_patch(model, **{option: value})))
     assert_same_step(expected, loss_and_grads(cce_patch(model)))
-    assert seen == [1, None]
-    assert PatchOptions(memory_budget=1).to_kwargs()["memory_budget"] == 1
-    with pytest.raises(ValueError, match="memory_budget must be at least 1 byte, got 0"):
-        cce_patch(model, memory_budget=0)
-
-
-def test_filter_mass_reaches_the_operator(monkeypatch):
-    model, seen = llama(), []
-    expected = loss_and_grads(model)
-
-    def spy(*args, **kwargs):
-        seen.append(kwargs.get("filter_mass"))
-        return linear_cross_entropy(*args, **kwargs)
-
-    monkeypatch.setattr("cut_cross_entropy.transformers.lazy_loss.linear_cross_entropy", spy)
-    assert_same_step(expected, loss_and_grads(cce_patch(model, filter_mass=0.01)))
-    assert seen == [0.01]
-    assert "filter_mass" not in PatchOptions().to_kwargs()
-    with pytest.raises(ValueError, match="filter_mass must be None or a float from 0 to 1, got 2"):
-        cce_patch(model, filter_mass=2)
+    assert seen == [value, None]
+    assert PatchOptions(**{option: value}).to_kwargs()[option] == value
+    assert option not in PatchOptions().to_kwargs()
+    with pytest.raises(ValueError, match=message):
+        cce_patch(model, **{option: bad})
 
 
 def test_train_only_leaves_evaluation_alone():
