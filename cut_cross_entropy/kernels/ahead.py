@@ -16,6 +16,7 @@ from cut_cross_entropy.filter_report import unrecorded
 from cut_cross_entropy.kernels import BLOCK_T, pipeline
 from cut_cross_entropy.kernels.launch import Plan, compile_side_by_side, is_captured, planning
 from cut_cross_entropy.kernels.selection import GROUP
+from cut_cross_entropy.kernels.sums import FEW_GROUPS
 
 _compiled: set[tuple[object, ...]] = set()
 _compiling = threading.Lock()
@@ -48,8 +49,15 @@ class Step:
             self.softcap is None,
             self.tolerance > 0,
             self.training,
-            self.e.shape[0] > BLOCK_T * GROUP,
+            self._group_kind(),
+            self.e.shape[0] % 16 == 0,  # what two kernels are specialised for
+            self.e.shape[0] == 1,
         )
+
+    def _group_kind(self) -> int:
+        """Sums of dC end in registers, or wait between groups, in fewer bits or in more."""
+        num_groups = -(-self.e.shape[0] // (BLOCK_T * GROUP))
+        return (num_groups > 1) + (num_groups > FEW_GROUPS)
 
     def plan(self) -> Plan:
         """What it launches, all gradients included if it trains."""

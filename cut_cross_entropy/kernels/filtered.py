@@ -12,7 +12,7 @@ from torch import Tensor
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.buffers import aligned_rows
-from cut_cross_entropy.kernels.grad_c import Sums, bytes_of_sums, find_unions, write_rest
+from cut_cross_entropy.kernels.grad_c import find_unions, write_rest
 from cut_cross_entropy.kernels.grad_c import grad_c as compute_grad_c
 from cut_cross_entropy.kernels.grad_e import grad_e as compute_grad_e
 from cut_cross_entropy.kernels.launch import is_captured
@@ -20,6 +20,7 @@ from cut_cross_entropy.kernels.listing import Counts, Places, StripList, find_pl
 from cut_cross_entropy.kernels.problem import Gradients, Problem, write_dense
 from cut_cross_entropy.kernels.selection import CHUNK, GROUP, Kept, keep_strips
 from cut_cross_entropy.kernels.strips import add_by_class, strip_gradients
+from cut_cross_entropy.kernels.sums import Sums, bytes_of_sums
 from cut_cross_entropy.kernels.tail import weighted_row_sum, write_tails
 
 STRIP_BYTES = 2 * BLOCK_T + 16  # a strip's logit gradient, its sums, its place in the lists
@@ -103,7 +104,9 @@ def _strips_and_tail(
     num_groups = kept.masks.shape[0]
     num_strips = sum(counts.by_block)
     # Where dC has sums that wait between groups, they and the strips share what may be stored.
-    row_bytes = bytes_of_sums(grads.c) if grads.c is not None and num_groups > 1 else 0
+    row_bytes = 0
+    if grads.c is not None and num_groups > 1:
+        row_bytes = bytes_of_sums(grads.c, num_groups)
     budget = min(problem.memory_budget, MAX_BUDGET)
     need_classes = grads.c is not None or grads.bias is not None
 
@@ -124,24 +127,25 @@ def _strips_and_tail(
     else:
         ranges = _ranges(counts.by_chunk[0], budget // STRIP_BYTES)
     left = budget - max(stop - first for first, stop in ranges) * row_bytes * CHUNK
-    parts = {chunks: _rectangles(counts.by_chunk, chunks, left // STRIP_BYTES) for chunks in ranges}
-    # Strips that are there for all classes serve their tokens as well.
-    shared = num_groups > 1 and all(
-        part == all_chunks for rectangles in parts.values() for _, part in rectangles
-    )
-    if not (shared and need_classes):
+    # Strips that are there for all classes serve their tokens as well: those of the first range are
+    # made for all, if so many fit.
+    whole = _rectangles(counts.by_chunk, all_chunks, left // STRIP_BYTES)
+    shared = need_classes and num_groups > 1 and all(part == all_chunks for _, part in whole)
+    if not shared:
         for blocks in _ranges(counts.by_block, budget // STRIP_BYTES):
             work.finish_tokens(work.make(blocks, all_chunks, by_class=False))
     if need_classes:
         for chunks in ranges:
             work.begin_classes(chunks)
-            for groups, part in parts[chunks]:
+            first = shared and chunks == ranges[0]
+            parts = whole if first else _rectangles(counts.by_chunk, chunks, left // STRIP_BYTES)
+            for groups, part in parts:
                 blocks = (groups[0] * GROUP, min(num_blocks, groups[1] * GROUP))
                 stored = work.make(blocks, part, by_class=True)
-                if shared:
+                if first:
                     work.finish_tokens(stored)
                 for group in range(*groups):
-                    work.add_group(stored, group, part)
+                    work.add_group(stored, group, chunks if first else part)
                 del stored  # before the next ones are made
             work.finish_classes(chunks)
     return work.mass
@@ -221,7 +225,7 @@ class _Work:
         places, sizes = self.selected.places, counts.by_block
         if (blocks, chunks) != ((0, self.kept.shape[0]), (0, self.kept.shape[1])):
             places = find_places(self.kept, blocks, chunks, self.selected.places)
-            sizes = counts.strips[slice(*blocks), slice(*chunks)].sum(1).tolist()
+            sizes = counts.in_rectangle(blocks, chunks)
         strips = list_strips(self.kept, sizes, blocks, chunks, places, by_class)
         return _Stored(
             strips,
@@ -280,8 +284,9 @@ class _Work:
         if chunks != (0, self.kept.shape[1]):
             self.order = self.kept.order(*self._classes(chunks))
             self.unions = find_unions(self.order, self.kept.masks)
-        if self.kept.masks.shape[0] > 1:
-            self.sums = Sums.of(self.grads.c, self._classes(chunks))
+        num_groups = self.kept.masks.shape[0]
+        if num_groups > 1:
+            self.sums = Sums.of(self.grads.c, num_groups, self._classes(chunks))
 
     def add_group(self, stored: _Stored, group: int, chunks: tuple[int, int]) -> None:
         """What one group of blocks adds to a range of classes, or to a part of it."""

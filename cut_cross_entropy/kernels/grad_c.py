@@ -6,12 +6,9 @@ strip hold the tail alone.
 
 The order is one for a group of 64 blocks: classes that are alike in one group are not in the next.
 With one group a tile's sums end in registers. With more, the sums of the rows wait from one group
-to the next: their upper 16 bits in the result itself, and the next 8 bits beside it, which leaves
-an error of 2^-16 at most a group.
+to the next (``sums``).
 Shape legend: ``cut_cross_entropy.kernels``.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -28,6 +25,7 @@ from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.listing import Places
 from cut_cross_entropy.kernels.primitives import load_rows
 from cut_cross_entropy.kernels.selection import CHUNK, GROUP, Kept
+from cut_cross_entropy.kernels.sums import Sums, load_sums, store_sums
 
 BLOCK_C = 128  # classes a tile
 BLOCK_K = 64  # tokens a step
@@ -62,31 +60,6 @@ def union_kernel(
     tl.store(sizes_ptr + row, tl.sum(used, 0))
 
 
-@triton.jit
-def load_sums(high_ptr, low_ptr, rows, low_rows, mask, SPLIT: tl.constexpr):
-    """float32 sums: as they are, or from their upper 16 and the next 8 bits."""
-    if SPLIT:
-        high = tl.load(high_ptr + rows, mask=mask, other=0).to(tl.int32)
-        low = tl.load(low_ptr + low_rows, mask=mask, other=0).to(tl.int32)
-        sums = ((high << 16) | (low << 8)).to(tl.float32, bitcast=True)
-    else:
-        sums = tl.load(high_ptr + rows, mask=mask, other=0.0)
-    return sums
-
-
-@triton.jit
-def store_sums(high_ptr, low_ptr, rows, low_rows, sums, mask, SPLIT: tl.constexpr):
-    """What :func:`load_sums` reads."""
-    if SPLIT:
-        # To the nearest, in their magnitude; what is no finite number stays none.
-        bits = sums.to(tl.int32, bitcast=True)
-        bits = tl.where(tl.abs(sums) < float("inf"), bits + 0x80, bits)
-        tl.store(high_ptr + rows, (bits >> 16).to(tl.int16), mask=mask)
-        tl.store(low_ptr + low_rows, (bits >> 8).to(tl.uint8), mask=mask)
-    else:
-        tl.store(high_ptr + rows, sums, mask=mask)
-
-
 # Rows of tables are aligned or not from one group to the next.
 _UNALIGNED = [
     "order_ptr", "masks_ptr", "offsets_ptr", "unions_ptr", "sizes_ptr", "chunk_starts_ptr",
@@ -112,7 +85,7 @@ def grad_c_kernel(
     inverse_ptr,  # () 1 / sum of the weights
     mean_ptr,  # (D,) tail-weighted sum of e
     out_ptr,  # (V, D), out; sums or their upper bits (int16), in and out, if PARTIAL
-    low_ptr,  # (classes, D) uint8, the next bits of the sums, in and out; only if SPLIT
+    low_ptr,  # the next bits of the sums, in and out, see load_sums; only if LOW_BITS
     num_listed,
     N,
     D,
@@ -122,7 +95,7 @@ def grad_c_kernel(
     stride_out,
     has_sums,
     PARTIAL: tl.constexpr,
-    SPLIT: tl.constexpr,
+    LOW_BITS: tl.constexpr,
     E_TMA: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -159,17 +132,20 @@ def grad_c_kernel(
         total = tl.dot(grads, e_tile, total, input_precision="ieee")
         number += (kept & (part == parts - 1)).to(tl.int32)
     columns = column + tl.arange(0, BLOCK_N)
-    here = inside[:, None] & (columns < D)[None, :]
-    rows = classes.to(tl.int64)[:, None] * stride_out + columns[None, :]
     if PARTIAL:
-        low_rows = (classes - first_class).to(tl.int64)[:, None] * D + columns[None, :]
         if has_sums:
-            total += load_sums(out_ptr, low_ptr, rows, low_rows, here, SPLIT)
-        store_sums(out_ptr, low_ptr, rows, low_rows, total, here, SPLIT)
+            total += load_sums(
+                out_ptr, low_ptr, classes, columns, inside, first_class, D, stride_out, LOW_BITS
+            )
+        store_sums(
+            out_ptr, low_ptr, total, classes, column, inside, first_class, D, stride_out, LOW_BITS
+        )
     else:
         weights = tl.load(weights_ptr + classes, mask=inside, other=0.0) * tl.load(inverse_ptr)
         mean = tl.load(mean_ptr + columns, mask=columns < D, other=0.0)
         total = total / tl.load(scale_ptr) + weights[:, None] * mean[None, :]
+        here = inside[:, None] & (columns < D)[None, :]
+        rows = classes.to(tl.int64)[:, None] * stride_out + columns[None, :]
         tl.store(out_ptr + rows, total.to(out_ptr.dtype.element_ty), mask=here)
 
 
@@ -177,7 +153,7 @@ def grad_c_kernel(
 def tail_rows_kernel(
     order_ptr,  # (rows,); unused if SUMS
     high_ptr,  # (V, D) sums or their upper bits, in the memory of the result; only if SUMS
-    low_ptr,  # (rows, D) the next bits of the sums; only if SPLIT
+    low_ptr,  # the next bits of the sums, see load_sums; only if LOW_BITS
     scale_ptr,  # (); only if SUMS
     weights_ptr,  # (V,)
     inverse_ptr,  # () 1 / sum of the weights
@@ -188,7 +164,7 @@ def tail_rows_kernel(
     first_class,
     stride_out,
     SUMS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    LOW_BITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -204,10 +180,11 @@ def tail_rows_kernel(
     weights = tl.load(weights_ptr + classes, mask=inside, other=0.0) * tl.load(inverse_ptr)
     mean = tl.load(mean_ptr + columns, mask=columns < D, other=0.0)
     values = weights[:, None] * mean[None, :]
-    rows = classes[:, None] * stride_out + columns[None, :]
     if SUMS:
-        low_rows = places.to(tl.int64)[:, None] * D + columns[None, :]
-        values += load_sums(high_ptr, low_ptr, rows, low_rows, here, SPLIT) / tl.load(scale_ptr)
+        values += load_sums(
+            high_ptr, low_ptr, classes, columns, inside, first_class, D, stride_out, LOW_BITS
+        ) / tl.load(scale_ptr)
+    rows = classes[:, None] * stride_out + columns[None, :]
     tl.store(out_ptr + rows, values.to(out_ptr.dtype.element_ty), mask=here)
 
 
@@ -234,34 +211,6 @@ def find_unions(order: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         GROUP=GROUP,
     )
     return unions, sizes
-
-
-def bytes_of_sums(out: Tensor) -> int:
-    """Bytes that the sums of one row of ``out`` (V, D) need beside it."""
-    return 0 if out.dtype == torch.float32 else out.shape[1]
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums of a range of rows of dC between groups of blocks.
-
-    Args:
-        high: (V, D) dC as float32 sums, or as int16 with their upper bits.
-        low: (classes, D) uint8 with the next bits; None beside float32 sums.
-        classes: the range.
-    """
-
-    high: Tensor
-    low: Tensor | None
-    classes: tuple[int, int]
-
-    @classmethod
-    def of(cls, out: Tensor, classes: tuple[int, int]) -> "Sums":
-        """Sums of 0 for a range of the rows of ``out`` (V, D)."""
-        rows = out[slice(*classes)].zero_()
-        if out.dtype == torch.float32:
-            return cls(out, None, classes)
-        return cls(out.view(torch.int16), torch.zeros_like(rows, dtype=torch.uint8), classes)
 
 
 def grad_c(
@@ -316,7 +265,7 @@ def grad_c(
         out.stride(0),
         group > 0,
         PARTIAL=sums is not None,
-        SPLIT=sums is not None and sums.low is not None,
+        LOW_BITS=0 if sums is None else sums.low_bits,
         E_TMA=e_tma,
         BLOCK_C=BLOCK_C,
         BLOCK_K=block_k,
@@ -361,7 +310,7 @@ def write_rest(
         0 if sums is None else sums.classes[0],
         out.stride(0),
         SUMS=sums is not None,
-        SPLIT=sums is not None and sums.low is not None,
+        LOW_BITS=0 if sums is None else sums.low_bits,
         BLOCK_R=block_r,
         BLOCK_D=block_d,
     )

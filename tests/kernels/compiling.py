@@ -119,15 +119,15 @@ def variants(tiles: Tiles) -> list[Variant]:
         num_stages=few,
         max_registers=128,
     )
-    # The sums of dC end in registers; wait in float32; wait in halves.
-    for partial, split in ((False, False), (True, False), (True, True)):
+    # The sums of dC end in registers; wait in float32; wait in 16 bits and some beside them.
+    for partial, low_bits in ((False, 0), (True, 0), (True, 4), (True, 8)):
         of_sums = (("out_ptr", "*fp32"), ("high_ptr", "*fp32")) if partial else ()
-        if split:
+        if low_bits:
             of_sums = (("out_ptr", "*i16"), ("high_ptr", "*i16"), ("low_ptr", "*u8"))
         add(
-            f"grad_c-{partial:d}{split:d}",
+            f"grad_c-{partial:d}{low_bits}",
             grad_c.grad_c_kernel,
-            {"PARTIAL": partial, "SPLIT": split, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C,
+            {"PARTIAL": partial, "LOW_BITS": low_bits, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C,
              "BLOCK_K": block_k, "BLOCK_T": BLOCK_T, "BLOCK_N": tiles.block_n, "GROUP": 64,
              "CHUNK": 1024},
             boxes={"e": (block_k, tiles.block_n)},
@@ -136,8 +136,8 @@ def variants(tiles: Tiles) -> list[Variant]:
             max_registers=128,
             types=of_sums,
         )  # fmt: skip
-        add(f"tail_rows-{partial:d}{split:d}", grad_c.tail_rows_kernel,
-            {"SUMS": partial, "SPLIT": split, "BLOCK_R": 32, "BLOCK_D": 512},
+        add(f"tail_rows-{partial:d}{low_bits}", grad_c.tail_rows_kernel,
+            {"SUMS": partial, "LOW_BITS": low_bits, "BLOCK_R": 32, "BLOCK_D": 512},
             types=(of_sums[1], ("low_ptr", "*u8")) if partial else ())  # fmt: skip
     add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "GROUP": 64})
     add("compact", prepare.compact_kernel, {"BLOCK": prepare.SCAN}, num_warps=8)

@@ -142,6 +142,17 @@ def test_expanded_inputs(route):
     route.check(replace(problem, c=problem.c[:1].expand(130, -1)))
 
 
+def test_sums_with_four_bits_beside_them(several_groups, request, monkeypatch):
+    """As for bfloat16, which the interpreter cannot multiply; an odd number of features."""
+    from cut_cross_entropy.kernels import sums
+
+    request.getfixturevalue("drops_nothing")
+    request.getfixturevalue("always_filtered")
+    monkeypatch.setattr(sums, "bits_beside", lambda out, num_groups: 4)
+    problem = make_problem((133,), 1100, 9, bias=True, ignored=0.0).to(torch.float16)
+    ROUTES["filtered"].check(problem)
+
+
 @pytest.mark.parametrize("budget", [2**28, 1])
 @pytest.mark.parametrize("path", ["filtered", "full_c", "full_e"])
 def test_several_groups_of_blocks(path, budget, several_groups, request):
@@ -211,12 +222,27 @@ def test_rounds_of_several_groups(
     [
         # Two groups fit, three do not; 3300 strips each, for the tokens too.
         (torch.float32, 1_800_000, 264, [((0, 2), (0, 3)), ((2, 3), (0, 3))], [(0, 3)]),
-        # Two ranges of sums; the second is smaller, and all groups fit.
+        # Two ranges of sums; strips for the first are made for all classes and serve the tokens.
         (
             torch.float16,
             25_000,
             2,
-            [((0, 3), (0, 3)), ((0, 2), (0, 2)), ((2, 3), (0, 2)), ((0, 3), (2, 3))],
+            [((0, 1), (0, 3)), ((1, 2), (0, 3)), ((2, 3), (0, 3)), ((0, 3), (2, 3))],
+            [(0, 2), (2, 3)],
+        ),
+        # They do not fit for all classes; of the smaller range all groups do.
+        (
+            torch.float16,
+            25_000,
+            3,
+            [
+                ((0, 2), (0, 3)),
+                ((2, 3), (0, 3)),
+                ((0, 1), (0, 2)),
+                ((1, 2), (0, 2)),
+                ((2, 3), (0, 2)),
+                ((0, 3), (2, 3)),
+            ],
             [(0, 2), (2, 3)],
         ),
     ],
