@@ -5,7 +5,7 @@
 Runs ``training/train.py`` on one GPU, and under FSDP2 and DeepSpeed ZeRO-3 on several; then both on
 one GPU, and one GPU with its batch in parts, which show what rounding and another order of the same
 sums do. All runs have the same start, data, seed and tokens in a step. The record is written after
-every run.
+every run; ``--again`` keeps what is there and replaces the runs that are named.
 """
 
 import argparse
@@ -191,7 +191,8 @@ def table(record: dict[str, Any]) -> str:
         "| mean | mean of the last ten steps |",
         "|:---|---:|---:|---:|:---|---:|---:|---:|",
     ]
-    rows = record["rows"]
+    order = [way.name for way in WAYS.values()]
+    rows = sorted(record["rows"], key=lambda row: order.index(row["name"]))
     for row in rows:
         losses = row["losses"]
         ends = [f"{losses[0]:.4f}", f"{losses[-1]:.4f}"] if losses else ["", ""]
@@ -207,6 +208,9 @@ def table(record: dict[str, Any]) -> str:
             f"{row['name']}: {len(row['losses'])} of {settings['steps']} steps, exit code "
             f"{row['exit_code']}.",
         ]
+    for commit in dict.fromkeys(row["commit"] for row in rows if "commit" in row):
+        names = [row["name"] for row in rows if row.get("commit") == commit]
+        lines += ["", f"Of commit {commit}: {', '.join(names)}."]
     missing = [way.name for way in WAYS.values() if way.name not in {row["name"] for row in rows}]
     if missing:
         lines += ["", f"Not run: {', '.join(missing)}."]
@@ -243,10 +247,28 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--time-limit", type=float, default=600.0, help="seconds, of all runs together")
     add("--commit", default=None, help="of the code, where the history is missing")
     add("--json", type=Path, required=True, help="the record that is written")
+    add(
+        "--again",
+        action="store_true",
+        help="replace --ways in that record and keep its other runs, of the same settings",
+    )
     parsed = parser.parse_args(arguments)
     if parsed.batch_size % parsed.processes:
         parser.error(f"--batch-size must be a multiple of --processes, got {parsed.batch_size}")
     return parsed
+
+
+def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The record ``before``, for runs that are done again ``now``.
+
+    Raises:
+        ValueError: those have other settings, or another machine or other versions.
+    """
+    for what in ("settings", "versions", "environment"):
+        old, new = ({**one[what], "commit": None} for one in (before, now))
+        if old != new:
+            raise ValueError(f"again needs the same {what} as in the record: {old}, got {new}")
+    return before
 
 
 def versions() -> dict[str, str]:
@@ -270,20 +292,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     names = ["steps", "batch_size", "sequence_length", "learning_rate", "warmup_steps", "seed"]
     names += ["dtype", "loss", "data"]
+    where = environment(arguments.commit)
     record: dict[str, Any] = {
         "part": PART,
-        "environment": environment(arguments.commit),
+        "environment": where,
         "versions": versions(),
         "settings": {name: getattr(arguments, name) for name in names},
         "rows": [],
     }
+    if arguments.again:
+        record = continued(json.loads(arguments.json.read_text(encoding="utf-8")), record)
     for name in arguments.ways:
         left = arguments.time_limit - (time.monotonic() - begin)
         if left <= 0:
             print(f"no time is left for {name}", flush=True)
             continue
         row = run(WAYS[name], arguments, left)
-        record["rows"].append(row)
+        if where["commit"] != record["environment"]["commit"]:
+            row["commit"] = where["commit"]
+        record["rows"] = [*(old for old in record["rows"] if old["name"] != row["name"]), row]
         print(
             f"[{time.monotonic() - begin:5.1f} s] {row['name']}: {len(row['losses'])} steps, "
             f"exit code {row['exit_code']}",

@@ -34,6 +34,7 @@ from training.losses import IdlePatchError, make_loss
 from training.models import load_model
 from training.packing import collate
 from training.rows import load_data
+from training.sharding import deepspeed_settings, set_precision
 from training.trainer import Trainer, check_same_run
 
 TRAIN_ERRORS = (CheckpointError, IdlePatchError, FloatingPointError, ValueError, OSError)
@@ -112,10 +113,11 @@ def training_arguments(config: TrainConfig, folder: Path, device: torch.device) 
 
     if config.fsdp and "WORLD_SIZE" not in os.environ:
         raise ValueError("fsdp needs processes: start with torchrun --nproc-per-node 2 or more")
-    if config.deepspeed is not None and not Path(config.deepspeed).is_file():
-        raise FileNotFoundError(f"deepspeed: there is no file {config.deepspeed!r}")
     cpu = device.type == "cpu"
     sharding: dict[str, Any] = {}
+    bf16 = config.dtype == "autocast"
+    if config.deepspeed is not None:
+        sharding["deepspeed"], bf16 = deepspeed_settings(config.deepspeed, config.dtype)
     if config.fsdp:
         sharding = {"fsdp": True, "fsdp_config": {"version": 2}}
     evaluation: dict[str, Any] = {}
@@ -140,7 +142,7 @@ def training_arguments(config: TrainConfig, folder: Path, device: torch.device) 
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        bf16=config.dtype == "autocast",
+        bf16=bf16,
         use_cpu=cpu and config.deepspeed is None,
         ddp_backend="gloo" if cpu and "WORLD_SIZE" in os.environ else None,
         ddp_find_unused_parameters=False,
@@ -155,7 +157,6 @@ def training_arguments(config: TrainConfig, folder: Path, device: torch.device) 
         label_names=["labels"],
         report_to="none",
         disable_tqdm=True,
-        deepspeed=config.deepspeed,
         **sharding,
         **evaluation,
     )
@@ -163,25 +164,6 @@ def training_arguments(config: TrainConfig, folder: Path, device: torch.device) 
         set_precision(arguments, config.dtype)
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process a GPU: never nn.DataParallel
     return arguments
-
-
-def set_precision(arguments: Any, dtype: str) -> None:
-    """Tell FSDP2 what to compute in; under it accelerate does not switch autocast on.
-
-    For ``"autocast"`` float32 weights are gathered, and computed with, in bfloat16. Left to itself
-    accelerate would round the loss and the sums of the gradients to bfloat16 as well.
-
-    Raises:
-        ImportError: transformers is too old to be told.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    if getattr(arguments, "fsdp_plugin_args", None) is None:
-        raise ImportError("fsdp needs transformers 5 or newer")
-    policy = MixedPrecisionPolicy()
-    if dtype == "autocast":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
 
 
 def _checkpoint_to_resume(checkpoints: Path, resume: str | None) -> Path | None:

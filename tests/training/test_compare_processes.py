@@ -121,6 +121,24 @@ def test_one_process_and_two_have_the_same_losses(model_folder, text_file, tmp_p
         assert max(found) < 1e-5
 
 
+def test_runs_that_are_done_again_replace_their_own(tmp_path):
+    path = tmp_path / "record.json"
+    start = ["--model", str(tmp_path / "x.gguf"), "--json", str(path), "--ways"]
+    assert main([*start, "parts", "one", "--commit", "abc"]) == 1
+    assert main([*start, "one", "--commit", "def", "--again"]) == 1
+    written = json.loads(path.read_text())
+    assert written["environment"]["commit"] == "abc"
+    assert [(row["name"], row.get("commit")) for row in written["rows"]] == [
+        ("one GPU, the batch in parts", None),
+        ("one GPU", "def"),
+    ]
+    text = table(written)
+    assert "Of commit def: one GPU." in text
+    assert text.index("| one GPU |") < text.index("| one GPU, the batch in parts |")
+    with pytest.raises(ValueError, match=r"again needs the same settings.*'seed': 0.*'seed': 1"):
+        main([*start, "one", "--commit", "def", "--again", "--seed", "1"])
+
+
 def test_a_run_that_fails_is_on_record(tmp_path):
     path = tmp_path / "record.json"
     code = main(["--model", str(tmp_path / "x.gguf"), "--ways", "one", "--json", str(path)])

@@ -202,6 +202,7 @@ def test_zero3_configuration():
     settings = json.loads((ROOT / "training/zero3.json").read_text())
     assert settings["zero_optimization"]["stage"] == 3
     assert settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    assert settings["torch_autocast"] == {"enabled": "auto", "dtype": "bfloat16"}
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"):
         assert settings[name] == "auto"
 
@@ -224,7 +225,7 @@ def test_zero3_trains_resumes_and_needs_no_logits(arguments, still, tmp_path):
         "MASTER_PORT": str(free_port()),
         "LOCAL_WORLD_SIZE": "1",
     }
-    common = [*arguments, *still, "--eval-fraction", "0.04"]
+    common = [*arguments, *still, "--eval-fraction", "0.04", "--dtype", "autocast"]
     zero3 = ["training/train.py", *common, "--deepspeed", "training/zero3.json"]
     for extra in (["--steps", "4"], ["--steps", "6", "--resume"]):
         done = subprocess.run(
