@@ -1,19 +1,23 @@
 """A model, not a measurement: time of loss and gradients of an output layer on many GPUs.
 
-Measured times of one H100 plus bytes over the speeds of links: those that ``benchmark.distributed``
-measured, or stated ones where it has not run. ``python -m benchmark.remake`` puts its tables into
-docs/distributed.md; ``python -m benchmark.distributed_model`` prints them.
+Measured times of one H100 plus bytes over the speeds of links. These speeds, and what a shard of
+the classes with the tokens of all GPUs costs beside all classes with those of one, are what
+``benchmark.distributed`` measured, or stated ones where it has not run. ``python -m
+benchmark.remake`` puts the tables into docs/distributed.md; ``python -m
+benchmark.distributed_model`` prints them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark.distributed_tables import records
+from benchmark.distributed_tables import Record, records
 from benchmark.results import Device, read_all
 from benchmark.shapes import SHAPES, Shape
 
 GPU = "H100"
+SAME_LINKS = (GPU, "H200")
+"""Kinds of GPU with NVLink 4, on which what GPUs do together can be measured as well."""
 HEADS = ("llama3-8b", "gemma2")
 
 TOKENS = 8192  # of each GPU
@@ -73,15 +77,53 @@ class Speeds:
         )
 
 
+def several(devices: Sequence[Device]) -> list[tuple[Device, Record]]:
+    """Measurements of several GPUs with the model's links, those of the most GPUs last."""
+    found = [
+        (device, record)
+        for device, record in records(devices)
+        if record["processes"] > 1 and any(kind in device.name for kind in SAME_LINKS)
+    ]
+    return sorted(found, key=lambda pair: int(pair[1]["processes"]))
+
+
 def speeds_of(devices: Sequence[Device]) -> Speeds:
-    """Those of the measurement with the most GPUs of the model's kind, or the assumed ones."""
-    found = [record for device, record in records(devices) if GPU in device.name]
-    found = [record for record in found if record["processes"] > 1]
+    """Those of the measurement with the most GPUs, or the assumed ones."""
+    found = several(devices)
     if not found:
         return Speeds()
-    most = max(found, key=lambda record: int(record["processes"]))
+    _, most = found[-1]
     in_bytes = {kind: 1e9 * speed for kind, speed in most["links"].items()}
     return Speeds(**in_bytes, measured_on=most["processes"])
+
+
+def growth(devices: Sequence[Device], name: str, gpus: int) -> tuple[float, int | None]:
+    """What the kernels of a shard of the classes with the tokens of all GPUs take, over those of
+    all classes with the tokens of one; and on how many GPUs, at most ``gpus``, it was measured.
+    """
+    result: tuple[float, int | None] = (1.0, None)
+    for device, record in several(devices):
+        wanted = (name, TOKENS, MEASURED_AS[vocab_parallel], "cce")
+        shard, whole = _time(record, wanted, "alone_ms"), own_time(device, name)
+        if shard is not None and whole is not None and record["processes"] <= gpus:
+            result = (shard / (1e3 * whole), record["processes"])
+    return result
+
+
+def own_time(device: Device, name: str) -> float | None:
+    """Seconds of one GPU of a kind for its own tokens, measured where several were."""
+    for one, record in records([device]):
+        if one is device and record["processes"] == 1:
+            found = _time(record, (name, TOKENS, "one GPU", "cce"), "ms")
+            return None if found is None else found / 1e3
+    return None
+
+
+def _time(record: Record, wanted: tuple[object, ...], what: str) -> float | None:
+    for row in record["rows"]:
+        if (row["data"], row["tokens"], row["setup"], row["impl"]) == wanted:
+            return None if row.get(what) is None else float(row[what])
+    return None
 
 
 @dataclass(frozen=True)
@@ -167,8 +209,8 @@ def one_gpu(devices: Sequence[Device], name: str) -> tuple[float, str]:
         ValueError: nothing was measured on the model's kind of GPU.
     """
     data = f"{name}-structured"
-    for device in devices:
-        if GPU in device.name:
+    for device in sorted(devices, key=lambda device: GPU not in device.name):
+        if any(kind in device.name for kind in SAME_LINKS):
             for row in device.select(test_data=data, method="cce", kind="loss-fw-bw"):
                 commit = device.files[row["source"]]["environment"]["commit"]
                 return float(row["runtime_ms"]) / 1e3, str(commit)
@@ -202,9 +244,15 @@ def assumptions(devices: Sequence[Device]) -> str:
             "80 % of it reached; "
         )
     commits = dict.fromkeys(one_gpu(devices, name)[1] for name in HEADS)
+    factors = {SHAPES[name].title: growth(devices, name, NODE) for name in HEADS}
+    shards = "a shard of V / 8 classes and 8 times the tokens take as long as all classes and the "
+    shards += "tokens once"
+    if all(gpus is not None for _, gpus in factors.values()):
+        shards += ", times what was measured: " + ", ".join(
+            f"{factor:.2f} on {gpus} GPUs ({title})" for title, (factor, gpus) in factors.items()
+        )
     return (
-        f"{text}20 microseconds for a collective and 3 for each member of its ring; a shard of "
-        "V / 8 classes and 8 times the tokens take as long as all classes and the tokens once; "
+        f"{text}20 microseconds for a collective and 3 for each member of its ring; {shards}; "
         f"nothing overlaps. Time of one {GPU}: commit {' and '.join(commits)}.\n"
     )
 
@@ -225,7 +273,8 @@ def table(devices: Sequence[Device]) -> str:
             for setup in (vocab_parallel, hsdp, fsdp, data_parallel):
                 if setup is hsdp and gpus == NODE:
                     continue  # FSDP2
-                row = setup(shape, compute, gpus, speeds)
+                factor = growth(devices, name, NODE)[0] if setup is vocab_parallel else 1.0
+                row = setup(shape, factor * compute, gpus, speeds)
                 sent = (row.on_path + row.sync).bytes / 2**20
                 milliseconds = [row.compute, row.on_path.seconds, row.sync.seconds, row.seconds]
                 cells = [
@@ -245,19 +294,22 @@ def check(devices: Sequence[Device]) -> str:
         return ""
     lines = []
     speeds = speeds_of(devices)
-    for device, record in records(devices):
+    for device, record in several(devices):
         gpus = record["processes"]
-        if GPU not in device.name or gpus == 1:
-            continue
         for row in record["rows"]:
             for setup, name in MEASURED_AS.items():
                 known = (row["setup"], row["impl"], row["tokens"]) == (name, "cce", TOKENS)
                 if not known or row["data"] not in HEADS or row["ms"] is None:
                     continue
-                shape, compute = SHAPES[row["data"]], one_gpu(devices, row["data"])[0]
-                model = 1e3 * setup(shape, compute, gpus, speeds).seconds
-                cells = [shape.title, str(gpus), name, f"{model:.1f}", f"{row['ms']:.1f}"]
-                lines.append("| " + " | ".join([*cells, f"{row['ms'] / model:.2f}"]) + " |")
+                alone = own_time(device, row["data"]) or one_gpu([device], row["data"])[0]
+                factor = 1.0
+                if setup is vocab_parallel:
+                    factor = growth(devices, row["data"], gpus)[0]
+                shape = SHAPES[row["data"]]
+                model = 1e3 * setup(shape, factor * alone, gpus, speeds).seconds
+                cells = [shape.title, f"{gpus} x {device.name}", name, f"{model:.1f}"]
+                cells += [f"{row['ms']:.1f}", f"{row['ms'] / model:.2f}"]
+                lines.append("| " + " | ".join(cells) + " |")
     if not lines:
         return ""
     header = [

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import together
 from experiments.figures import Runs, bucket_name, label, plot_curves, plot_rarity
 from experiments.options import MEASUREMENTS
 from training.losses import FULL
@@ -44,8 +45,27 @@ def make_page(root: Path, draw: bool = True) -> str:
     for experiment, section in SECTIONS.items():
         files = sorted((root / MEASUREMENTS).glob(f"{experiment}_*.json"))
         parts = [section(path, root / IMAGES, draw) for path in files]
+        parts += _all_records(files)
         page = _between_markers(page, experiment, "\n\n".join(parts) or NOT_MEASURED)
     return page
+
+
+def _all_records(files: Sequence[Path]) -> list[str]:
+    """One table of all records with the settings and the data of the first, if there are more."""
+    loaded = [load(path)[:2] for path in files]
+    same = [
+        (content, runs)
+        for content, runs in loaded
+        if all(content[part] == loaded[0][0][part] for part in ("settings", "data"))
+    ]
+    if len(same) < 2:
+        return []
+    machines = ", ".join(content["machine"]["device"] for content, _ in same)
+    return [
+        f"All together ({machines}): the difference from full logits with the same seed on the "
+        "same machine, mean ± standard error.",
+        _table(together.table([runs for _, runs in same])),
+    ]
 
 
 def load(path: Path) -> tuple[dict[str, Any], Runs, str]:
@@ -124,7 +144,7 @@ def pretrain_section(path: Path, images: Path, draw: bool) -> str:
                 _differences(runs, method, lambda run: _judged(run)["held_out_loss"]),
                 _mean(_judged(run)["rarest_tenth"]["loss"] for run in shared),
                 _differences(runs, method, lambda run: _judged(run)["rarest_tenth"]["loss"]),
-                f"{statistics.fmean(_judged(run)['unseen_mass'] for run in shared):.2e}",
+                _mean((_judged(run)["unseen_mass"] for run in shared), ".2e"),
                 f"{statistics.median(run['ms_per_step'] for run in by_seed.values()):.1f}",
                 f"{max(run['peak_mib'] for run in by_seed.values()):.0f}",
             ]
@@ -149,13 +169,16 @@ SECTIONS: dict[str, Callable[[Path, Path, bool], str]] = {
 
 
 def _shared_seeds(runs: Runs) -> set[int]:
-    return set.intersection(*(set(by_seed) for by_seed in runs.values()))
+    """Seeds of all methods, without those of a single run where others have several."""
+    most = max(map(len, runs.values()))
+    return set.intersection(*(set(own) for own in runs.values() if len(own) > 1 or most == 1))
 
 
 def _shared(runs: Runs, method: str) -> list[Mapping[str, Any]]:
-    """Runs of a method with the seeds that all methods have, whose means can be compared."""
+    """Runs of a method whose mean can be compared with those of others; none if it lacks some."""
     by_seed = runs[method]
-    return [by_seed[seed] for seed in _shared_seeds(runs) or by_seed]
+    wanted = _shared_seeds(runs) or set(by_seed)
+    return [by_seed[seed] for seed in wanted] if wanted <= set(by_seed) else []
 
 
 def _of_shared_seeds(runs: Runs) -> str:
@@ -163,7 +186,7 @@ def _of_shared_seeds(runs: Runs) -> str:
     if not shared or all(len(by_seed) == len(shared) for by_seed in runs.values()):
         return ""
     names = ", ".join(map(str, sorted(shared)))
-    return f"Losses are means over the seeds that all methods have ({names}). "
+    return f"Losses are means over the seeds {names}, of methods that have them all. "
 
 
 def _rarity_note(runs: Runs) -> str:
@@ -258,9 +281,9 @@ def _skipped(content: dict[str, Any]) -> str:
     return f"Not run, for lack of time: {names}."
 
 
-def _mean(values: Iterable[float]) -> str:
+def _mean(values: Iterable[float], digits: str = ".4f") -> str:
     found = list(values)
-    return f"{statistics.fmean(found):.4f}" if found else ""
+    return f"{statistics.fmean(found):{digits}}" if found else ""
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

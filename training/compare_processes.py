@@ -208,9 +208,13 @@ def table(record: dict[str, Any]) -> str:
             f"{row['name']}: {len(row['losses'])} of {settings['steps']} steps, exit code "
             f"{row['exit_code']}.",
         ]
-    for commit in dict.fromkeys(row["commit"] for row in rows if "commit" in row):
-        names = [row["name"] for row in rows if row.get("commit") == commit]
-        lines += ["", f"Of commit {commit}: {', '.join(names)}."]
+    others: dict[str, list[str]] = {}
+    for row in rows:
+        if "environment" in row:
+            its = row["environment"]
+            others.setdefault(f"{machine(its)}, commit {its['commit']}", []).append(row["name"])
+    for place, names in others.items():
+        lines += ["", f"Run on {place}: {', '.join(names)}."]
     missing = [way.name for way in WAYS.values() if way.name not in {row["name"] for row in rows}]
     if missing:
         lines += ["", f"Not run: {', '.join(missing)}."]
@@ -262,12 +266,13 @@ def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """The record ``before``, for runs that are done again ``now``.
 
     Raises:
-        ValueError: those have other settings, or another machine or other versions.
+        ValueError: those have other settings, or other versions of the packages.
     """
-    for what in ("settings", "versions", "environment"):
-        old, new = ({**one[what], "commit": None} for one in (before, now))
-        if old != new:
-            raise ValueError(f"again needs the same {what} as in the record: {old}, got {new}")
+    for what in ("settings", "versions"):
+        if before[what] != now[what]:
+            raise ValueError(
+                f"again needs the {what} of the record, {before[what]}, got {now[what]}"
+            )
     return before
 
 
@@ -308,8 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"no time is left for {name}", flush=True)
             continue
         row = run(WAYS[name], arguments, left)
-        if where["commit"] != record["environment"]["commit"]:
-            row["commit"] = where["commit"]
+        if where != record["environment"]:
+            row["environment"] = where
         record["rows"] = [*(old for old in record["rows"] if old["name"] != row["name"]), row]
         print(
             f"[{time.monotonic() - begin:5.1f} s] {row['name']}: {len(row['losses'])} steps, "

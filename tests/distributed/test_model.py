@@ -90,11 +90,37 @@ def test_model_beside_measurement():
     assert len(lines) == 2 + 2  # what did not fit and other implementations are left out
     weights = SHAPE.num_classes * SHAPE.dim * 2
     expected = 20 + 1e3 * model.reduce(weights, 2, 2e11).seconds
-    assert lines[2] == f"| Gemma 2 2B | 2 | DDP | {expected:.1f} | 30.0 | {30 / expected:.2f} |"
-    assert lines[3].startswith("| Llama 3 8B | 2 | vocabulary-parallel, own tokens | ")
+    gpus = "2 x NVIDIA H100 80GB HBM3"
+    assert lines[2] == (
+        f"| Gemma 2 2B | {gpus} | DDP | {expected:.1f} | 30.0 | {30 / expected:.2f} |"
+    )
+    assert lines[3].startswith(f"| Llama 3 8B | {gpus} | vocabulary-parallel, own tokens | ")
     assert model.check(devices(False)) == ""
 
 
 def test_without_an_h100_there_is_no_model():
     for make in (model.assumptions, model.table, model.check):
         assert make([Device("Some GPU")]) == ""
+
+
+def test_kernels_of_shards_take_what_was_measured():
+    """The most GPUs count, up to as many as are asked about."""
+    (device,) = found = devices()
+    assert model.growth(found, "llama3-8b", 8) == (1.0, None), "one GPU was not measured beside"
+    row = {"data": "llama3-8b", "tokens": 8192, "impl": "cce"}
+    shard = {**row, "setup": "vocabulary-parallel, own tokens"}
+    record = device.files["distributed_2.json"]
+    device.files["distributed_1.json"] = {
+        **record, "processes": 1, "rows": [{**row, "setup": "one GPU", "ms": 20.0}],
+    }  # fmt: skip
+    for gpus, alone in ((2, 24.0), (4, 28.0)):
+        device.files[f"distributed_{gpus}.json"] = {
+            **record, "processes": gpus, "rows": [{**shard, "ms": 31.0, "alone_ms": alone}],
+        }  # fmt: skip
+    assert model.own_time(device, "llama3-8b") == 0.02
+    assert model.own_time(device, "gemma2") is None
+    assert model.growth(found, "llama3-8b", 8) == (pytest.approx(1.4), 4)
+    assert model.growth(found, "llama3-8b", 2) == (pytest.approx(1.2), 2)
+    assert model.speeds_of(found).measured_on == 4
+    assert "| Llama 3 8B | 8 | vocabulary-parallel in a node" in model.table(found)
+    assert " 28.0 | " in model.table(found).splitlines()[2]

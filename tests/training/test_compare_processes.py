@@ -128,14 +128,15 @@ def test_runs_that_are_done_again_replace_their_own(tmp_path):
     assert main([*start, "one", "--commit", "def", "--again"]) == 1
     written = json.loads(path.read_text())
     assert written["environment"]["commit"] == "abc"
-    assert [(row["name"], row.get("commit")) for row in written["rows"]] == [
-        ("one GPU, the batch in parts", None),
-        ("one GPU", "def"),
-    ]
+    parts, one = written["rows"]
+    assert parts["name"] == "one GPU, the batch in parts"
+    assert "environment" not in parts
+    assert one["name"] == "one GPU"
+    assert one["environment"] == {**written["environment"], "commit": "def"}
     text = table(written)
-    assert "Of commit def: one GPU." in text
+    assert "commit def: one GPU." in text
     assert text.index("| one GPU |") < text.index("| one GPU, the batch in parts |")
-    with pytest.raises(ValueError, match=r"again needs the same settings.*'seed': 0.*'seed': 1"):
+    with pytest.raises(ValueError, match=r"again needs the settings of .*'seed': 0.*'seed': 1"):
         main([*start, "one", "--commit", "def", "--again", "--seed", "1"])
 
 

@@ -1,0 +1,73 @@
+"""Means over the seeds and machines of several records, by hand."""
+
+import json
+import shutil
+
+import pytest
+
+from experiments import report, together
+
+
+def run(loss, rare=None):
+    last = {"held_out_loss": loss}
+    if rare is not None:
+        last |= {
+            "rarest_tenth": {"loss": rare},
+            "buckets": [
+                {"from": 0, "below": 1, "loss": None},
+                {"from": 1, "below": None, "loss": rare},
+            ],
+            "unseen_mass": 1e-3,
+        }
+    return {"judged": [{"held_out_loss": 99.0}, last]}
+
+
+RECORDS = [
+    {"full": {0: run(3.0, 9.0), 1: run(4.0, 8.0)}, "cce": {0: run(3.1, 9.3), 1: run(4.3, 8.0)}},
+    {
+        "full": {2: run(5.0, 7.0)},
+        "cce": {2: run(5.2, 7.3), 3: run(1.0, 1.0)},
+        "alone": {3: run(1.0)},
+    },
+]
+
+
+def test_pairs_are_of_one_seed_and_one_record():
+    heads, cce = together.table(RECORDS)  # "alone" has no pair
+    found = dict(zip(heads, cce, strict=True))
+    assert found["minus full logits"] == "`cce`"
+    assert found["pairs"] == "3"
+    assert found["held-out loss"] == "+0.2000 ± 0.0577"  # of 0.1, 0.3, 0.2
+    assert found["rarest tenth"] == "+0.2000 ± 0.1000"  # of 0.3, 0, 0.3
+    assert found["seen never"] == "", "no target was one"
+    assert found["probability on tokens never seen"] == "+0.0000 ± 0.0000"
+
+
+def test_records_of_finetuning_have_one_number():
+    records = [{"full": {0: run(2.0)}, "cce": {0: run(2.5)}}]
+    assert together.table(records) == [
+        ["minus full logits", "pairs", "held-out loss"],
+        ["`cce`", "1", "+0.5000"],
+    ]
+
+
+def test_small_differences_keep_their_digits():
+    assert together.mean_and_error([-6e-4, -2e-4]) == "-4.0e-04 ± 2.0e-04"
+    assert together.mean_and_error([]) == ""
+
+
+def test_only_records_of_the_same_settings_and_data_are_put_together(tmp_path):
+    source = report.ROOT / report.MEASUREMENTS / "pretrain_h200.json"
+    one, two, other = (tmp_path / f"pretrain_{name}.json" for name in "abc")
+    for path in (one, two):
+        shutil.copy(source, path)
+    content = json.loads(source.read_text(encoding="utf-8"))
+    content["settings"]["steps"] = 7
+    other.write_text(json.dumps(content), encoding="utf-8")
+    text, table = report._all_records([one, two, other])
+    assert "(NVIDIA H200, NVIDIA H200)" in text
+    assert "| `cce` | 8 |" in table
+    assert report._all_records([one, other]) == []
+    other.write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="is no record of an experiment"):
+        report._all_records([other])
