@@ -97,23 +97,23 @@ def speeds_of(devices: Sequence[Device]) -> Speeds:
     return Speeds(**in_bytes, measured_on=most["processes"])
 
 
-def growth(devices: Sequence[Device], name: str, gpus: int) -> tuple[float, int | None]:
+def growth(devices: Sequence[Device], name: str, gpus: int) -> tuple[float, Record | None]:
     """What the kernels of a shard of the classes with the tokens of all GPUs take, over those of
-    all classes with the tokens of one; and on how many GPUs, at most ``gpus``, it was measured.
+    all classes with the tokens of one; and the measurement, the one of most GPUs up to ``gpus``.
     """
-    result: tuple[float, int | None] = (1.0, None)
+    result: tuple[float, Record | None] = (1.0, None)
     for device, record in several(devices):
         wanted = (name, TOKENS, MEASURED_AS[vocab_parallel], "cce")
         shard, whole = _time(record, wanted, "alone_ms"), own_time(device, name)
         if shard is not None and whole is not None and record["processes"] <= gpus:
-            result = (shard / (1e3 * whole), record["processes"])
+            result = (shard / (1e3 * whole), record)
     return result
 
 
 def own_time(device: Device, name: str) -> float | None:
     """Seconds of one GPU of a kind for its own tokens, measured where several were."""
-    for one, record in records([device]):
-        if one is device and record["processes"] == 1:
+    for _, record in records([device]):
+        if record["processes"] == 1:
             found = _time(record, (name, TOKENS, "one GPU", "cce"), "ms")
             return None if found is None else found / 1e3
     return None
@@ -209,8 +209,8 @@ def one_gpu(devices: Sequence[Device], name: str) -> tuple[float, str]:
         ValueError: nothing was measured on the model's kind of GPU.
     """
     data = f"{name}-structured"
-    for device in sorted(devices, key=lambda device: GPU not in device.name):
-        if any(kind in device.name for kind in SAME_LINKS):
+    for device in devices:
+        if GPU in device.name:
             for row in device.select(test_data=data, method="cce", kind="loss-fw-bw"):
                 commit = device.files[row["source"]]["environment"]["commit"]
                 return float(row["runtime_ms"]) / 1e3, str(commit)
@@ -219,11 +219,10 @@ def one_gpu(devices: Sequence[Device], name: str) -> tuple[float, str]:
 
 def is_known(devices: Sequence[Device]) -> bool:
     """Whether one GPU of the model's kind was measured."""
-    return any(
-        device.select(test_data=f"{HEADS[0]}-structured", method="cce", kind="loss-fw-bw")
-        for device in devices
-        if GPU in device.name
-    )
+    try:
+        return all(one_gpu(devices, name)[0] > 0 for name in HEADS)
+    except ValueError:
+        return False
 
 
 def assumptions(devices: Sequence[Device]) -> str:
@@ -245,11 +244,15 @@ def assumptions(devices: Sequence[Device]) -> str:
         )
     commits = dict.fromkeys(one_gpu(devices, name)[1] for name in HEADS)
     factors = {SHAPES[name].title: growth(devices, name, NODE) for name in HEADS}
-    shards = "a shard of V / 8 classes and 8 times the tokens take as long as all classes and the "
-    shards += "tokens once"
-    if all(gpus is not None for _, gpus in factors.values()):
-        shards += ", times what was measured: " + ", ".join(
-            f"{factor:.2f} on {gpus} GPUs ({title})" for title, (factor, gpus) in factors.items()
+    shards = "the kernels of a shard of V / 8 classes take as long for 8 times the tokens as those "
+    shards += "of all classes for the tokens once"
+    measured = [(title, factor, record) for title, (factor, record) in factors.items() if record]
+    if len(measured) == len(factors):
+        shards = "the kernels of a shard of the classes with the tokens of all GPUs take more than "
+        shards += "those of all classes with the tokens of one, " + ", ".join(
+            f"{factor:.2f} times for {title} ({record['processes']} x "
+            f"{record['environment']['device']}, commit {record['environment']['commit']})"
+            for title, factor, record in measured
         )
     return (
         f"{text}20 microseconds for a collective and 3 for each member of its ring; {shards}; "
@@ -301,10 +304,10 @@ def check(devices: Sequence[Device]) -> str:
                 known = (row["setup"], row["impl"], row["tokens"]) == (name, "cce", TOKENS)
                 if not known or row["data"] not in HEADS or row["ms"] is None:
                     continue
-                alone = own_time(device, row["data"]) or one_gpu([device], row["data"])[0]
+                alone = own_time(device, row["data"]) or one_gpu(devices, row["data"])[0]
                 factor = 1.0
                 if setup is vocab_parallel:
-                    factor = growth(devices, row["data"], gpus)[0]
+                    factor = growth([device], row["data"], gpus)[0]
                 shape = SHAPES[row["data"]]
                 model = 1e3 * setup(shape, factor * alone, gpus, speeds).seconds
                 cells = [shape.title, f"{gpus} x {device.name}", name, f"{model:.1f}"]

@@ -38,6 +38,15 @@ class Device:
                 found[row["test_data"], row["method"], row["kind"]] = row
         return list(found.values())
 
+    def of_problem(self, test_data: str, method: str) -> dict[str, Row]:
+        """Rows of a method by kind, of one run: the file with most kinds, the later of two."""
+        by_file: dict[Any, dict[str, Row]] = {}
+        for row in self.rows:
+            if row["test_data"] == test_data and row["method"] == method:
+                by_file.setdefault(row.get("source"), {})[row["kind"]] = row
+        most = max(map(len, by_file.values()), default=0)
+        return next((kinds for kinds in reversed(by_file.values()) if len(kinds) == most), {})
+
     def data_of(self, part: str) -> dict[str, Any] | None:
         """The file of a part that has a form of its own."""
         return next(iter(self.all_of(part)), None)

@@ -62,8 +62,8 @@ def _all_records(files: Sequence[Path]) -> list[str]:
         return []
     machines = ", ".join(content["machine"]["device"] for content, _ in same)
     return [
-        f"All together ({machines}): the difference from full logits with the same seed on the "
-        "same machine, mean ± standard error.",
+        f"All together ({machines}): differences of two methods with the same seed on the same "
+        "machine, mean ± standard error. `full` are full logits.",
         _table(together.table([runs for _, runs in same])),
     ]
 
@@ -106,7 +106,7 @@ def finetune_section(path: Path, images: Path, draw: bool) -> str:
                 _mean(statistics.fmean(run["losses"][-LAST_STEPS:]) for run in shared),
                 _curve_difference(runs, method),
                 _mean(_judged(run)["held_out_loss"] for run in shared),
-                _differences(runs, method, lambda run: _judged(run)["held_out_loss"]),
+                _differences(runs, method, lambda last: last["held_out_loss"]),
                 f"{statistics.median(run['ms_per_step'] for run in by_seed.values()):.1f}",
                 f"{max(run['peak_mib'] for run in by_seed.values()):.0f}",
             ]
@@ -141,9 +141,9 @@ def pretrain_section(path: Path, images: Path, draw: bool) -> str:
                 f"`{method}`",
                 str(len(by_seed)),
                 _mean(_judged(run)["held_out_loss"] for run in shared),
-                _differences(runs, method, lambda run: _judged(run)["held_out_loss"]),
+                _differences(runs, method, lambda last: last["held_out_loss"]),
                 _mean(_judged(run)["rarest_tenth"]["loss"] for run in shared),
-                _differences(runs, method, lambda run: _judged(run)["rarest_tenth"]["loss"]),
+                _differences(runs, method, lambda last: last["rarest_tenth"]["loss"]),
                 _mean((_judged(run)["unseen_mass"] for run in shared), ".2e"),
                 f"{statistics.median(run['ms_per_step'] for run in by_seed.values()):.1f}",
                 f"{max(run['peak_mib'] for run in by_seed.values()):.0f}",
@@ -207,12 +207,12 @@ def _rarity_rows(runs: Runs) -> list[list[str]]:
     for i, bucket in enumerate(first["buckets"]):
         if not bucket["targets"]:
             continue
-        pick = lambda run, i=i: _judged(run)["buckets"][i]["loss"]
+        pick = lambda last, i=i: last["buckets"][i]["loss"]
         cells = []
         for method in others:
-            found = _difference_list(runs, method, pick)
+            found = together.paired_differences([runs], method, pick)
             cells.append(f"{statistics.fmean(found):+.4f}" if found else "")
-        losses = [pick(run) for run in runs[FULL].values() if pick(run) is not None]
+        losses = [x for run in runs[FULL].values() if (x := pick(_judged(run))) is not None]
         rows.append([bucket_name(bucket), str(bucket["targets"]), _mean(losses), *cells])
     return rows
 
@@ -233,19 +233,11 @@ def _curve_difference(runs: Runs, method: str) -> str:
     return f"{max(found):.1e} / {statistics.fmean(found):.1e}" if found else ""
 
 
-def _difference_list(runs: Runs, method: str, pick: Callable[[Any], float | None]) -> list[float]:
-    pairs = (
-        (pick(run), pick(runs[FULL][seed]))
-        for seed, run in sorted(runs[method].items())
-        if seed in runs[FULL]
-    )
-    return [a - b for a, b in pairs if a is not None and b is not None]
-
-
-def _differences(runs: Runs, method: str, pick: Callable[[Any], float | None]) -> str:
+def _differences(runs: Runs, method: str, pick: together.Pick) -> str:
     if method == FULL:
         return ""
-    return ", ".join(f"{value:+.4f}" for value in _difference_list(runs, method, pick))
+    found = together.paired_differences([runs], method, pick)
+    return ", ".join(f"{value:+.4f}" for value in found)
 
 
 def _seed_spread(runs: Runs) -> str:

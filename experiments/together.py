@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.figures import Runs, bucket_name, label
+from experiments.figures import Runs, bucket_name
 from training.losses import FULL
 
 Pick = Callable[[Mapping[str, Any]], float | None]
@@ -31,13 +31,16 @@ def _loss_of_bucket(i: int) -> Pick:
     return lambda last: last["buckets"][i]["loss"]
 
 
-def paired_differences(records: Sequence[Runs], method: str, pick: Pick) -> list[float]:
-    """``method`` minus full logits, for every seed that a record has of both."""
+def paired_differences(
+    records: Sequence[Runs], method: str, pick: Pick, against: str = FULL
+) -> list[float]:
+    """``method`` minus another, for every seed that a record has of both."""
     found = []
     for runs in records:
+        others = runs.get(against, {})
         for seed, run in sorted(runs.get(method, {}).items()):
-            if seed in runs[FULL]:
-                pair = [pick(one["judged"][-1]) for one in (run, runs[FULL][seed])]
+            if seed in others:
+                pair = [pick(one["judged"][-1]) for one in (run, others[seed])]
                 found += [a - b for a, b in [pair] if a is not None and b is not None]
     return found
 
@@ -54,13 +57,17 @@ def mean_and_error(values: Sequence[float]) -> str:
 
 
 def table(records: Sequence[Runs]) -> list[list[str]]:
-    """Rows of cells: each method that some record has beside full logits, heads first."""
+    """Rows of cells: each method that some record has beside full logits, heads first.
+
+    Last, what the filter makes of the kernels alone: ``cce`` beside ``cce_exact``.
+    """
     methods = dict.fromkeys(method for runs in records for method in runs if method != FULL)
     last = next(iter(records[0][FULL].values()))["judged"][-1]
     columns = picks(last)
-    rows = [["minus full logits", "pairs", *columns]]
-    for method in methods:
-        found = [paired_differences(records, method, pick) for pick in columns.values()]
+    rows = [["difference", "pairs", *columns]]
+    for method, against in [*((method, FULL) for method in methods), ("cce", "cce_exact")]:
+        found = [paired_differences(records, method, pick, against) for pick in columns.values()]
         if found[0]:
-            rows.append([f"`{label(method)}`", str(len(found[0])), *map(mean_and_error, found)])
+            name = f"`{method}` - `{against}`"
+            rows.append([name, str(len(found[0])), *map(mean_and_error, found)])
     return rows

@@ -55,8 +55,8 @@ class Way:
 
 WAYS = {
     "one": Way("one GPU", against=()),
-    # Both compute with weights that are bfloat16 themselves, other than autocast: what several
-    # processes change shows beside the same on one.
+    # FSDP2 gathers weights in bfloat16, and with several processes ZeRO-3 does too, other than
+    # autocast on one GPU: what the processes change shows beside the same with one.
     "fsdp2": Way(
         "FSDP2",
         several=True,
@@ -262,16 +262,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parsed
 
 
-def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The record ``before``, for runs that are done again ``now``.
+def continued(path: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """The record in ``path``, for runs that are done again ``now``.
 
     Raises:
-        ValueError: those have other settings, or other versions of the packages.
+        ValueError: it is none, or of other settings or other versions of the packages.
     """
+    try:
+        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"again needs a record in json, got {path}: {error}") from error
     for what in ("settings", "versions"):
-        if before[what] != now[what]:
+        if before.get(what) != now[what]:
             raise ValueError(
-                f"again needs the {what} of the record, {before[what]}, got {now[what]}"
+                f"again needs the {what} of the record, {before.get(what)}, got {now[what]}"
             )
     return before
 
@@ -296,17 +300,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     arguments = parse_arguments(argv)
     names = ["steps", "batch_size", "sequence_length", "learning_rate", "warmup_steps", "seed"]
-    names += ["dtype", "loss", "data"]
+    names += ["dtype", "loss", "data", "processes"]
     where = environment(arguments.commit)
     record: dict[str, Any] = {
         "part": PART,
         "environment": where,
         "versions": versions(),
-        "settings": {name: getattr(arguments, name) for name in names},
+        "settings": {
+            "model": Path(arguments.model).name,
+            **{name: getattr(arguments, name) for name in names},
+        },
         "rows": [],
     }
     if arguments.again:
-        record = continued(json.loads(arguments.json.read_text(encoding="utf-8")), record)
+        record = continued(arguments.json, record)
+    done = []
     for name in arguments.ways:
         left = arguments.time_limit - (time.monotonic() - begin)
         if left <= 0:
@@ -316,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if where != record["environment"]:
             row["environment"] = where
         record["rows"] = [*(old for old in record["rows"] if old["name"] != row["name"]), row]
+        done.append(row)
         print(
             f"[{time.monotonic() - begin:5.1f} s] {row['name']}: {len(row['losses'])} steps, "
             f"exit code {row['exit_code']}",
@@ -326,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(table(record))
-    return int(any(row["exit_code"] != 0 for row in record["rows"]))
+    return int(any(row["exit_code"] != 0 for row in done))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 AUTOCAST_SINCE = (0, 17, 2)
-"""The release of DeepSpeed whose ZeRO knows ``torch_autocast``; earlier ones pass over it."""
+"""The release of DeepSpeed whose ZeRO knows ``torch_autocast``; earlier ones ignore it."""
 
 
 def deepspeed_settings(file: str, dtype: str) -> tuple[dict[str, Any], bool]:
     """The configuration of DeepSpeed in ``file``, and whether it leaves bfloat16 to the Trainer.
 
     A ``torch_autocast`` that is enabled ``"auto"`` is enabled for ``dtype`` ``"autocast"``:
-    the weights are float32 then, as on one GPU. With ``bf16``, DeepSpeed's own mode, they begin
-    rounded to bfloat16, and the first small updates round away.
+    the optimizer's weights are float32 from the start then, as on one GPU. With ``bf16``,
+    DeepSpeed's own mode, they begin rounded to bfloat16, and the first small updates round away.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -39,7 +39,8 @@ def deepspeed_settings(file: str, dtype: str) -> tuple[dict[str, Any], bool]:
     if own and (version := _deepspeed_version()) is not None and version < AUTOCAST_SINCE:
         needed = ".".join(map(str, AUTOCAST_SINCE))
         raise ImportError(
-            f"deepspeed: torch_autocast in {file!r} needs DeepSpeed {needed} or newer"
+            f"deepspeed: torch_autocast in {file!r} needs DeepSpeed {needed} or newer, got "
+            + ".".join(map(str, version))
         )
     return settings, dtype == "autocast" and not own
 

@@ -74,10 +74,28 @@ def test_the_device_with_the_most_measurements_comes_first(found):
 
 
 def test_a_verdict_for_every_column(found):
+    assert report.against_others(found.main) == "", "eager full logits alone are no contest"
+    found.main.rows.append({**row("liger", runtime_ms=100.0, op_mem_mb=40000.0), "part": "table"})
     table = report.against_others(found.main)
     assert "**won**: 20.0, full logits, eager 90.0" in table
     assert "**won**: 1,300, full logits, eager 32,000" in table
     assert "lost: 1.88, full logits, eager 0.75" in table
+
+
+def test_a_line_shows_one_run(found):
+    """The one with most kinds, also if a later one has a part of them; the later of two alike."""
+    device = found.main
+    assert {r["source"] for r in device.of_problem("gemma2-structured", "cce").values()} == {
+        "table.json"
+    }
+    later = {**row("cce", runtime_ms=10.0), "part": "table", "source": "z.json"}
+    device.rows.append(later)
+    assert device.of_problem("gemma2-structured", "cce")["loss-fw-bw"]["runtime_ms"] == 20.0
+    assert "| 20.0 ms |" in report.headline(device)
+    device.rows.append({**later, "kind": "loss-fw"})
+    assert device.of_problem("gemma2-structured", "cce")["loss-fw-bw"] is later
+    assert "| 10.0 ms |" in report.headline(device)
+    assert device.of_problem("gemma2-structured", "liger") == {}
 
 
 def test_tables_show_the_rows(found):

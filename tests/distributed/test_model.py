@@ -119,8 +119,33 @@ def test_kernels_of_shards_take_what_was_measured():
         }  # fmt: skip
     assert model.own_time(device, "llama3-8b") == 0.02
     assert model.own_time(device, "gemma2") is None
-    assert model.growth(found, "llama3-8b", 8) == (pytest.approx(1.4), 4)
-    assert model.growth(found, "llama3-8b", 2) == (pytest.approx(1.2), 2)
+    for gpus, factor, measured in ((8, 1.4, 4), (2, 1.2, 2)):
+        found_factor, of = model.growth(found, "llama3-8b", gpus)
+        assert found_factor == pytest.approx(factor)
+        assert of["processes"] == measured
     assert model.speeds_of(found).measured_on == 4
     assert "| Llama 3 8B | 8 | vocabulary-parallel in a node" in model.table(found)
     assert " 28.0 | " in model.table(found).splitlines()[2]
+
+
+def test_each_kind_of_gpu_is_checked_with_its_own_times():
+    h100, h200 = devices()[0], devices()[0]
+    h200.name = "NVIDIA H200"
+    row = {"data": "llama3-8b", "tokens": 8192, "impl": "cce"}
+    shard = {**row, "setup": "vocabulary-parallel, own tokens", "ms": 30.0}
+    for device, alone in ((h100, 22.0), (h200, 28.0)):
+        record = device.files["distributed_2.json"]
+        device.files = {
+            **device.files,
+            "distributed_1.json": {
+                **record, "processes": 1, "rows": [{**row, "setup": "one GPU", "ms": 20.0}],
+            },
+            "distributed_2.json": {**record, "rows": [{**shard, "alone_ms": alone}]},
+        }  # fmt: skip
+    first, second = model.check([h100, h200]).splitlines()[2:]
+    exchange = (
+        1e3
+        * model.vocab_parallel(model.SHAPES["llama3-8b"], 0.0, 2, model.speeds_of([h100])).seconds
+    )
+    assert first.split(" | ")[3] == f"{22 + exchange:.1f}"
+    assert second.split(" | ")[3] == f"{28 + exchange:.1f}"

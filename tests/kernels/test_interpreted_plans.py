@@ -18,6 +18,7 @@ from cut_cross_entropy.kernels import (
     prepare,
     selection,
     strips,
+    sums,
     tail,
 )
 from cut_cross_entropy.kernels.launch import Launch, launch, planning
@@ -58,15 +59,19 @@ CASES = {
     "half": {"dtype": torch.float16},
     "groups": {"groups": True},
     "groups-half": {"groups": True, "dtype": torch.float16},
+    # As for bfloat16, which the interpreter cannot multiply.
+    "groups-four-bits": {"groups": True, "dtype": torch.float16, "bits": 4},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_launches_what_was_planned(case, launched, always_filtered, request):
+def test_a_step_launches_what_was_planned(case, launched, always_filtered, request, monkeypatch):
     options = {"impl": "cce", "bias": True, "softcap": 5.0, "dtype": torch.float32}
     options |= CASES[case]
     if options.get("groups"):
         request.getfixturevalue("several_groups")
+    if "bits" in options:
+        monkeypatch.setattr(sums, "bits_beside", lambda out, num_groups: options["bits"])
     problem = make_problem((3, 46), 1100, 16, bias=options["bias"]).to(options["dtype"])
     needed = options.get("needed", ("e", "c", "bias") if options["bias"] else ("e", "c"))
     tolerance = dispatch.FILTER_TOLERANCE if options["impl"] == "cce" and needed else 0.0
@@ -90,6 +95,25 @@ def test_a_step_launches_what_was_planned(case, launched, always_filtered, reque
     missing = [variant for variant in launched if variant not in planned]
     assert not missing, missing
     assert len(launched) > 3
+
+
+def test_kinds_of_steps_differ_where_their_launches_do():
+    """Batches of one kind are compiled for once; those of another launch other variants."""
+
+    def kind(tokens):
+        e = torch.empty(tokens, 8, device="meta")
+        c, targets = torch.empty(32, 8, device="meta"), torch.empty(tokens, device="meta")
+        return ahead.Step(
+            e, c, targets, None, -100, None, torch.bfloat16, 2**28, 8e-4, 1.0, training=True
+        ).kind()
+
+    group = 64 * 128
+    same = [(1000, 1001), (1024, 8192), (group + 16, 32 * group), (33 * group, 99 * group)]
+    other = [(1000, 1024), (1, 1001), (group, group + 16), (32 * group, 32 * group + 16)]
+    for first, second in same:
+        assert kind(first) == kind(second), (first, second)
+    for first, second in other:
+        assert kind(first) != kind(second), (first, second)
 
 
 def training_step(problem, tolerance):

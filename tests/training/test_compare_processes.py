@@ -136,6 +136,16 @@ def test_runs_that_are_done_again_replace_their_own(tmp_path):
     text = table(written)
     assert "commit def: one GPU." in text
     assert text.index("| one GPU |") < text.index("| one GPU, the batch in parts |")
+    with pytest.raises(
+        ValueError, match=r"again needs the settings of .*'processes': 2.*'processes': 4"
+    ):
+        main([*start, "one", "--commit", "def", "--again", "--processes", "4"])
+    broken = tmp_path / "broken.json"
+    for text in (None, "{"):
+        if text is not None:
+            broken.write_text(text)
+        with pytest.raises(ValueError, match=r"again needs a record in json, got .*broken\.json"):
+            main([*start[:2], "--json", str(broken), "--ways", "one", "--again"])
     with pytest.raises(ValueError, match=r"again needs the settings of .*'seed': 0.*'seed': 1"):
         main([*start, "one", "--commit", "def", "--again", "--seed", "1"])
 

@@ -35,7 +35,7 @@ RECORDS = [
 def test_pairs_are_of_one_seed_and_one_record():
     heads, cce = together.table(RECORDS)  # "alone" has no pair
     found = dict(zip(heads, cce, strict=True))
-    assert found["minus full logits"] == "`cce`"
+    assert found["difference"] == "`cce` - `full`"
     assert found["pairs"] == "3"
     assert found["held-out loss"] == "+0.2000 ± 0.0577"  # of 0.1, 0.3, 0.2
     assert found["rarest tenth"] == "+0.2000 ± 0.1000"  # of 0.3, 0, 0.3
@@ -46,9 +46,33 @@ def test_pairs_are_of_one_seed_and_one_record():
 def test_records_of_finetuning_have_one_number():
     records = [{"full": {0: run(2.0)}, "cce": {0: run(2.5)}}]
     assert together.table(records) == [
-        ["minus full logits", "pairs", "held-out loss"],
-        ["`cce`", "1", "+0.5000"],
+        ["difference", "pairs", "held-out loss"],
+        ["`cce` - `full`", "1", "+0.5000"],
     ]
+
+
+def test_the_filter_is_compared_with_the_kernels_without_it():
+    own = {"cce": {0: run(2.5), 1: run(2.0)}, "cce_exact": {0: run(2.25)}}
+    records = [{"full": {0: run(2.0)}, **own}, {"full": {4: run(1.0)}}]
+    assert together.table(records)[1:] == [
+        ["`cce` - `full`", "1", "+0.5000"],
+        ["`cce_exact` - `full`", "1", "+0.2500"],
+        ["`cce` - `cce_exact`", "1", "+0.2500"],
+    ]
+
+
+def test_means_are_over_the_same_seeds():
+    """A single run beside several is not averaged with them, nor does it reduce theirs."""
+    runs = {"full": {0: run(3.0), 1: run(4.0)}, "cce": {0: run(3.5), 1: run(4.5), 2: run(9.0)}}
+    with_single = {**runs, "rare": {1: run(8.0)}}
+    for given in (runs, with_single):
+        assert report._shared_seeds(given) == {0, 1}
+        assert len(report._shared(given, "cce")) == 2
+        assert "seeds 0, 1," in report._of_shared_seeds(given)
+    assert report._shared(with_single, "rare") == []
+    single = {"full": {0: run(3.0)}, "cce": {1: run(3.0)}}
+    assert report._shared_seeds(single) == set()
+    assert report._shared(single, "cce") == [single["cce"][1]]
 
 
 def test_small_differences_keep_their_digits():
@@ -66,7 +90,8 @@ def test_only_records_of_the_same_settings_and_data_are_put_together(tmp_path):
     other.write_text(json.dumps(content), encoding="utf-8")
     text, table = report._all_records([one, two, other])
     assert "(NVIDIA H200, NVIDIA H200)" in text
-    assert "| `cce` | 8 |" in table
+    pairs = 2 * sum(run["method"] == "cce" for run in content["runs"])
+    assert f"| `cce` - `full` | {pairs} |" in table
     assert report._all_records([one, other]) == []
     other.write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="is no record of an experiment"):

@@ -62,5 +62,5 @@ def test_releases_that_pass_over_autocast_are_refused(version, fits, monkeypatch
     if fits:
         assert deepspeed_settings(ZERO3, "autocast")[0]["torch_autocast"]["enabled"]
     else:
-        with pytest.raises(ImportError, match=r"needs DeepSpeed 0\.17\.2 or newer"):
+        with pytest.raises(ImportError, match=rf"needs DeepSpeed 0\.17\.2 or newer, got {version}"):
             deepspeed_settings(ZERO3, "autocast")
