@@ -7,12 +7,12 @@ benchmark.remake`` puts the tables into docs/distributed.md; ``python -m
 benchmark.distributed_model`` prints them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmark.distributed_tables import Record, records
-from benchmark.results import Device, read_all
+from benchmark.results import Device, Row, read_all
 from benchmark.shapes import SHAPES, Shape
 
 GPU = "H100"
@@ -208,21 +208,31 @@ def one_gpu(devices: Sequence[Device], name: str) -> tuple[float, str]:
     Raises:
         ValueError: nothing was measured on the model's kind of GPU.
     """
-    data = f"{name}-structured"
-    for device in devices:
-        if GPU in device.name:
-            for row in device.select(test_data=data, method="cce", kind="loss-fw-bw"):
-                commit = device.files[row["source"]]["environment"]["commit"]
-                return float(row["runtime_ms"]) / 1e3, str(commit)
-    raise ValueError(f"no measurement on an {GPU} has loss and gradients of `cce` for {data}")
+    for device, row in _one_gpu_rows(devices, name):
+        commit = device.files[row["source"]]["environment"]["commit"]
+        return float(row["runtime_ms"]) / 1e3, str(commit)
+    raise ValueError(
+        f"no measurement on an {GPU} has loss and gradients of `cce` for {name}-structured"
+    )
+
+
+def _one_gpu_rows(devices: Sequence[Device], name: str) -> list[tuple[Device, Row]]:
+    equal = {"test_data": f"{name}-structured", "method": "cce", "kind": "loss-fw-bw"}
+    return [
+        (device, row) for device in devices if GPU in device.name for row in device.select(**equal)
+    ]
 
 
 def is_known(devices: Sequence[Device]) -> bool:
     """Whether one GPU of the model's kind was measured."""
-    try:
-        return all(one_gpu(devices, name)[0] > 0 for name in HEADS)
-    except ValueError:
-        return False
+    return all(_one_gpu_rows(devices, name) for name in HEADS)
+
+
+def kernels(
+    setup: Callable[..., Estimate], devices: Sequence[Device], name: str, gpus: int, alone: float
+) -> float:
+    """Seconds of a set-up's kernels, where one GPU takes ``alone`` for its own tokens."""
+    return alone * growth(devices, name, gpus)[0] if setup is vocab_parallel else alone
 
 
 def assumptions(devices: Sequence[Device]) -> str:
@@ -276,8 +286,7 @@ def table(devices: Sequence[Device]) -> str:
             for setup in (vocab_parallel, hsdp, fsdp, data_parallel):
                 if setup is hsdp and gpus == NODE:
                     continue  # FSDP2
-                factor = growth(devices, name, NODE)[0] if setup is vocab_parallel else 1.0
-                row = setup(shape, factor * compute, gpus, speeds)
+                row = setup(shape, kernels(setup, devices, name, NODE, compute), gpus, speeds)
                 sent = (row.on_path + row.sync).bytes / 2**20
                 milliseconds = [row.compute, row.on_path.seconds, row.sync.seconds, row.seconds]
                 cells = [
@@ -305,11 +314,9 @@ def check(devices: Sequence[Device]) -> str:
                 if not known or row["data"] not in HEADS or row["ms"] is None:
                     continue
                 alone = own_time(device, row["data"]) or one_gpu(devices, row["data"])[0]
-                factor = 1.0
-                if setup is vocab_parallel:
-                    factor = growth([device], row["data"], gpus)[0]
+                compute = kernels(setup, [device], row["data"], gpus, alone)
                 shape = SHAPES[row["data"]]
-                model = 1e3 * setup(shape, factor * alone, gpus, speeds).seconds
+                model = 1e3 * setup(shape, compute, gpus, speeds).seconds
                 cells = [shape.title, f"{gpus} x {device.name}", name, f"{model:.1f}"]
                 cells += [f"{row['ms']:.1f}", f"{row['ms'] / model:.2f}"]
                 lines.append("| " + " | ".join(cells) + " |")

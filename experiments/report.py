@@ -27,6 +27,9 @@ IMAGES = Path("docs/images")
 
 NOT_MEASURED = "Not measured yet."
 
+Record = tuple[dict[str, Any], Runs, str]
+"""Content of a file, its runs by method and seed, and its hash."""
+
 LAST_STEPS = 20
 """Steps whose training losses are averaged at the end of a run."""
 
@@ -44,19 +47,22 @@ def make_page(root: Path, draw: bool = True) -> str:
     page = (root / PAGE).read_text(encoding="utf-8")
     for experiment, section in SECTIONS.items():
         files = sorted((root / MEASUREMENTS).glob(f"{experiment}_*.json"))
-        parts = [section(path, root / IMAGES, draw) for path in files]
-        parts += _all_records(files)
+        records = [load(path) for path in files]
+        parts = [
+            section(record, root / IMAGES / path.stem, draw)
+            for path, record in zip(files, records, strict=True)
+        ]
+        parts += _all_records(records)
         page = _between_markers(page, experiment, "\n\n".join(parts) or NOT_MEASURED)
     return page
 
 
-def _all_records(files: Sequence[Path]) -> list[str]:
+def _all_records(records: Sequence[Record]) -> list[str]:
     """One table of all records with the settings and the data of the first, if there are more."""
-    loaded = [load(path)[:2] for path in files]
     same = [
         (content, runs)
-        for content, runs in loaded
-        if all(content[part] == loaded[0][0][part] for part in ("settings", "data"))
+        for content, runs, _ in records
+        if all(content[part] == records[0][0][part] for part in ("settings", "data"))
     ]
     if len(same) < 2:
         return []
@@ -68,7 +74,7 @@ def _all_records(files: Sequence[Path]) -> list[str]:
     ]
 
 
-def load(path: Path) -> tuple[dict[str, Any], Runs, str]:
+def load(path: Path) -> Record:
     """The content of a file, its runs by method and seed, and its hash.
 
     Raises:
@@ -87,10 +93,10 @@ def load(path: Path) -> tuple[dict[str, Any], Runs, str]:
     return content, runs, hashlib.sha256(raw).hexdigest()
 
 
-def finetune_section(path: Path, images: Path, draw: bool) -> str:
-    """Tables and picture of one record of fine-tuning."""
-    content, runs, source = load(path)
-    picture = images / f"{path.stem}.png"
+def finetune_section(record: Record, images: Path, draw: bool) -> str:
+    """Tables and picture of one record of fine-tuning; names of pictures begin with ``images``."""
+    content, runs, source = record
+    picture = images.with_name(f"{images.name}.png")
     if draw:
         plot_curves(runs, "Fine-tuning SmolLM2-135M", 1, picture, source)
     rows = [
@@ -123,10 +129,10 @@ def finetune_section(path: Path, images: Path, draw: bool) -> str:
     return "\n\n".join(line for line in lines if line)
 
 
-def pretrain_section(path: Path, images: Path, draw: bool) -> str:
-    """Tables and pictures of one record of pretraining."""
-    content, runs, source = load(path)
-    curves, rarity = (images / f"{path.stem}{end}.png" for end in ("", "_rare"))
+def pretrain_section(record: Record, images: Path, draw: bool) -> str:
+    """Tables and pictures of one record of pretraining; see above."""
+    content, runs, source = record
+    curves, rarity = (images.with_name(f"{images.name}{end}.png") for end in ("", "_rare"))
     if draw:
         plot_curves(runs, "Pretraining from scratch", 25, curves, source)
         plot_rarity(runs, rarity, source)
@@ -162,7 +168,7 @@ def pretrain_section(path: Path, images: Path, draw: bool) -> str:
     return "\n\n".join(line for line in lines if line)
 
 
-SECTIONS: dict[str, Callable[[Path, Path, bool], str]] = {
+SECTIONS: dict[str, Callable[[Record, Path, bool], str]] = {
     "finetune": finetune_section,
     "pretrain": pretrain_section,
 }

@@ -215,7 +215,7 @@ def table(record: dict[str, Any]) -> str:
             others.setdefault(f"{machine(its)}, commit {its['commit']}", []).append(row["name"])
     for place, names in others.items():
         lines += ["", f"Run on {place}: {', '.join(names)}."]
-    missing = [way.name for way in WAYS.values() if way.name not in {row["name"] for row in rows}]
+    missing = [name for name in order if name not in {row["name"] for row in rows}]
     if missing:
         lines += ["", f"Not run: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from cut_cross_entropy.device_support import version_tuple
+
 AUTOCAST_SINCE = (0, 17, 2)
 """The release of DeepSpeed whose ZeRO knows ``torch_autocast``; earlier ones ignore it."""
 
@@ -50,7 +52,7 @@ def _deepspeed_version() -> tuple[int, ...] | None:
         version = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
         return None  # transformers says so
-    return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    return version_tuple(version)
 
 
 def set_precision(arguments: Any, dtype: str) -> None:

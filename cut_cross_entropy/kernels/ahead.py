@@ -14,7 +14,13 @@ from torch import Tensor
 from cut_cross_entropy.device_support import triton_is_interpreted
 from cut_cross_entropy.filter_report import unrecorded
 from cut_cross_entropy.kernels import BLOCK_T, pipeline
-from cut_cross_entropy.kernels.launch import Plan, compile_side_by_side, is_captured, planning
+from cut_cross_entropy.kernels.launch import (
+    Plan,
+    compile_side_by_side,
+    is_captured,
+    kind_of,
+    planning,
+)
 from cut_cross_entropy.kernels.selection import GROUP
 from cut_cross_entropy.kernels.sums import FEW_GROUPS
 
@@ -50,8 +56,7 @@ class Step:
             self.tolerance > 0,
             self.training,
             self._group_kind(),
-            self.e.shape[0] % 16 == 0,  # what two kernels are specialised for
-            self.e.shape[0] == 1,
+            kind_of(self.e.shape[0], specialised=True),  # two kernels are, for it
         )
 
     def _group_kind(self) -> int:

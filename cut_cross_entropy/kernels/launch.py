@@ -40,7 +40,7 @@ class Launch:
         plain = set(getattr(self.kernel, "do_not_specialize", ()))
         names = self.kernel.arg_names
         kinds = tuple(
-            _kind(argument, name not in plain)
+            kind_of(argument, name not in plain)
             for name, argument in zip(names, self.arguments, strict=False)
         )
         return (self.kernel.__name__, kinds, tuple(sorted(self.options.items())))
@@ -105,7 +105,7 @@ def _compile(one: Launch, device: torch.device) -> None:
         compiled[(1, 1, 1)]  # loads the machine code and makes what launches it
 
 
-def _kind(argument: Any, specialised: bool) -> Any:
+def kind_of(argument: Any, specialised: bool) -> Any:
     """What Triton distinguishes in an argument."""
     if isinstance(argument, Tensor):
         return str(argument.dtype)

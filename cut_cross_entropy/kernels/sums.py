@@ -126,8 +126,8 @@ class Sums:
     @classmethod
     def of(cls, out: Tensor, num_groups: int, classes: tuple[int, int]) -> "Sums":
         """Sums of 0 for a range of the rows of ``out`` (V, D)."""
-        rows = out[slice(*classes)].zero_()
-        if out.dtype == torch.float32:
-            return cls(out, None, 0, classes)
+        rows, bits = out[slice(*classes)].zero_(), bits_beside(out, num_groups)
+        if bits == 0:
+            return cls(out, None, bits, classes)
         low = rows.new_zeros((rows.shape[0], bytes_of_sums(out, num_groups)), dtype=torch.uint8)
-        return cls(out.view(torch.int16), low, bits_beside(out, num_groups), classes)
+        return cls(out.view(torch.int16), low, bits, classes)

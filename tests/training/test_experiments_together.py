@@ -88,11 +88,11 @@ def test_only_records_of_the_same_settings_and_data_are_put_together(tmp_path):
     content = json.loads(source.read_text(encoding="utf-8"))
     content["settings"]["steps"] = 7
     other.write_text(json.dumps(content), encoding="utf-8")
-    text, table = report._all_records([one, two, other])
+    text, table = report._all_records([report.load(path) for path in (one, two, other)])
     assert "(NVIDIA H200, NVIDIA H200)" in text
     pairs = 2 * sum(run["method"] == "cce" for run in content["runs"])
     assert f"| `cce` - `full` | {pairs} |" in table
-    assert report._all_records([one, other]) == []
+    assert report._all_records([report.load(path) for path in (one, other)]) == []
     other.write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="is no record of an experiment"):
-        report._all_records([other])
+        report.load(other)
