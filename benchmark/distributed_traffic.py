@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmark.measure import synchronize, timed
 from benchmark.setups import OWN_CLASSES, OWN_TOKENS
-from cut_cross_entropy.distributed import exchange
+from cut_cross_entropy.distributed import collectives as operators
 
 FILTERED = ("cce", "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e")
 """Implementations whose filter needs two more numbers a token."""
@@ -101,10 +101,10 @@ def _run_of(one: Collective, device: torch.device) -> Callable[[], object]:
     share = -(-one.count // world)  # a ring cuts what does not divide evenly into padded parts
     if one.kind == "all_gather":
         part = torch.zeros(share, dtype=one.dtype, device=device)
-        return functools.partial(exchange.gather_shards, part, "")
+        return functools.partial(operators.gather_shards, part, "")
     whole = torch.zeros(world, share, dtype=one.dtype, device=device)
     if one.kind == "reduce_scatter":
-        return functools.partial(exchange.sum_own_part, whole, "")
+        return functools.partial(operators.sum_own_part, whole, "")
     return functools.partial(dist.all_reduce, whole)
 
 
@@ -154,12 +154,12 @@ class Replay:
         try:
             for name, function in before.items():
                 setattr(module, name, functools.partial(replacement, function))
-            exchange._collective.cache_clear()
+            operators._collective.cache_clear()
             yield
         finally:
             for name, function in before.items():
                 setattr(module, name, function)
-            exchange._collective.cache_clear()
+            operators._collective.cache_clear()
 
 
 def slowest(value: float) -> float:
@@ -187,8 +187,8 @@ def measure_links(device: torch.device) -> dict[str, float]:
     part = torch.empty(count // world, dtype=torch.bfloat16, device=device)
     runs = {
         "all_reduce": (lambda: dist.all_reduce(whole), 2),
-        "all_gather": (lambda: exchange.gather_shards(part, ""), 1),
-        "reduce_scatter": (lambda: exchange.sum_own_part(whole.view(world, -1), ""), 1),
+        "all_gather": (lambda: operators.gather_shards(part, ""), 1),
+        "reduce_scatter": (lambda: operators.sum_own_part(whole.view(world, -1), ""), 1),
     }
     result = {}
     for name, (run, passes) in runs.items():

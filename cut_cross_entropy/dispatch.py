@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.device_support import kernels_unavailable, triton_is_interpreted
-from cut_cross_entropy.distributed.exchange import combine_shards
+from cut_cross_entropy.distributed.collectives import combine_shards
 from cut_cross_entropy.distributed.options import Shard
 from cut_cross_entropy.implementations import full_logits, reference
 from cut_cross_entropy.kernel_operators import cce_losses

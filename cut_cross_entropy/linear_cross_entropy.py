@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.dispatch import token_losses
+from cut_cross_entropy.distributed.collectives import group_name
+from cut_cross_entropy.distributed.data_parallel import Like, gather, gathered_again
 from cut_cross_entropy.distributed.dtensor import is_dtensor, resolve
-from cut_cross_entropy.distributed.exchange import group_name
-from cut_cross_entropy.distributed.gathered import Like, gather, gathered_again
+from cut_cross_entropy.distributed.embeddings import own_tokens, share_tokens
 from cut_cross_entropy.distributed.options import DataParallelOptions, VocabParallelOptions
-from cut_cross_entropy.distributed.tokens import own_tokens, share_tokens
 from cut_cross_entropy.options import (
     LCE_IMPL_DEFAULT,
     CCEPreset,

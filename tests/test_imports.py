@@ -1,5 +1,7 @@
 """What importing the package costs, and that it works where Triton does not exist."""
 
+import ast
+import graphlib
 import subprocess
 import sys
 import textwrap
@@ -98,3 +100,63 @@ def test_kernels_without_triton_are_refused():
     assert words.startswith("impl='cce' cannot run here: Triton cannot be imported")
     assert "use impl='auto', 'chunked', 'torch_compile' or 'reference'" in words
     assert words.endswith("False")
+
+
+PACKAGE = Path(__file__).parent.parent / "cut_cross_entropy"
+
+
+def imports_of(tree, package, modules):
+    """Modules of ours that a module imports, in functions too, except for type checkers."""
+    pending = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending.extend(node.orelse)
+            continue
+        pending.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*package.split(".")[: 1 - node.level or None], base]).rstrip(".")
+            # A name is a module of its own, or it is made by the module that it comes from.
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            names = [name if name in modules else base for name in names]
+        else:
+            continue
+        yield from (name for name in names if name in modules)
+
+
+def import_graph(root):
+    files = {}
+    for path in root.rglob("*.py"):
+        parts = (root.name, *path.relative_to(root).with_suffix("").parts)
+        files[".".join(parts).removesuffix(".__init__")] = path
+    graph = {}
+    for name, path in files.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        graph[name] = set(imports_of(tree, package, files.keys())) - {name}
+    return graph
+
+
+def test_no_import_circle():
+    graph = import_graph(PACKAGE)
+    assert len(graph) > 50
+    assert "cut_cross_entropy.options" in graph["cut_cross_entropy.linear_cross_entropy"]
+    list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
+
+
+def test_a_circle_would_be_found(tmp_path):
+    package = tmp_path / "circular"
+    package.mkdir()
+    (package / "__init__.py").write_text("from circular import a\n")
+    (package / "a.py").write_text("def f():\n    from .b import g\n")
+    (package / "b.py").write_text("from typing import TYPE_CHECKING\nimport circular.c\n")
+    (package / "c.py").write_text("if TYPE_CHECKING:\n    from circular.a import f\n")
+    assert import_graph(package)["circular.c"] == set()
+    list(graphlib.TopologicalSorter(import_graph(package)).static_order())
+    (package / "c.py").write_text("from circular.a import f\n")
+    with pytest.raises(graphlib.CycleError):
+        list(graphlib.TopologicalSorter(import_graph(package)).static_order())

@@ -1,22 +1,26 @@
-"""DTensors as arguments: what their sharding means, and the local tensors that stand for it.
+"""DTensors as arguments: their meaning, and the local tensors that stand for them.
 
 A classifier sharded by rows means one of two things. ``parallelize_module`` spreads the *work*:
 each process has the same tokens and keeps its classes (vocabulary-parallel, nothing is gathered).
 ``fully_shard`` spreads the *storage*: each process has tokens of its own and needs all classes
-(data-parallel, see ``gathered``). The names of the mesh's dimensions say which, or an option of the
-call does; nothing is guessed.
+(data-parallel, see ``data_parallel``). The names of the mesh's dimensions say which, or an option
+of the call does. A mesh of one dimension without a name is the one that ``fully_shard`` makes; of
+several dimensions without names nothing is guessed.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cut_cross_entropy.distributed.options import DataParallelOptions, VocabParallelOptions
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from cut_cross_entropy.distributed.options import (
+    DataParallelOptions,
+    VocabParallelOptions,
+    classes_of,
+    describe,
+    is_dtensor,
+)
 
 TENSOR_NAMES = ("tp", "tensor", "tensor_parallel", "vocab", "vocab_parallel")
 DATA_NAMES = (
@@ -47,12 +51,6 @@ class Resolved(NamedTuple):
     bias: Tensor | None
     vocab_parallel: VocabParallelOptions | None
     data_parallel: DataParallelOptions | None
-
-
-def is_dtensor(x: object) -> bool:
-    """Whether ``x`` is a DTensor, without importing what defines them."""
-    # A parameter that is a DTensor is of no class of its own. Dynamo cannot walk the bases of one.
-    return isinstance(x, Tensor) and type(x).__name__ == "DTensor"
 
 
 def resolve(
@@ -106,7 +104,7 @@ def resolve(
     for name, x in (("e", e), ("targets", targets)):
         if is_dtensor(x):
             raise NotImplementedError(
-                f"{name} is a DTensor ({_describe(x)}) beside a classifier that is not divided by "
+                f"{name} is a DTensor ({describe(x)}) beside a classifier that is not divided by "
                 f"classes: pass the tokens of this process, {name}.to_local()"
             )
     # What fully_shard has gathered already (within the module's forward) is a tensor like others.
@@ -116,43 +114,24 @@ def resolve(
 def _meaning(c: Any) -> str:
     """ "data" or "tensor", by the names of the mesh's dimensions."""
     names = c.device_mesh.mesh_dim_names
+    if names is None and c.device_mesh.ndim == 1:  # the default of fully_shard
+        return "data"
     if names is not None and all(name in DATA_NAMES for name in names):
         return "data"
     if names is not None and len(names) == 1 and names[0] in TENSOR_NAMES:
         return "tensor"
     if names is not None and any(name in TENSOR_NAMES for name in names):
         raise NotImplementedError(
-            f"c is a DTensor on a mesh of several dimensions ({_describe(c)}): call from the "
+            f"c is a DTensor on a mesh of several dimensions ({describe(c)}): call from the "
             "forward of the module that fully_shard manages, where c has its tensor-parallel "
             f"dimension alone, or gather the others with c.redistribute first"
         )
     raise NotImplementedError(
-        f"c is a DTensor ({_describe(c)}), and the mesh does not say what for: name its dimensions "
+        f"c is a DTensor ({describe(c)}), and the mesh does not say what for: name its dimensions "
         f"({', '.join(DATA_NAMES)}: gathered; {', '.join(TENSOR_NAMES)}: divided by classes), or "
         "pass data_parallel_options=DataParallelOptions() or "
         "vocab_parallel_options=VocabParallelOptions.from_dtensor(c)"
     )
-
-
-def classes_of(c: Any) -> tuple[int, int, "ProcessGroup"]:
-    """First and one past the last row of this process, and the group that holds all rows.
-
-    Raises:
-        TypeError: ``c`` is no DTensor.
-        NotImplementedError: not sharded by rows over a mesh of one dimension.
-    """
-    if not is_dtensor(c):
-        raise TypeError(f"c must be a DTensor, got {type(c).__name__}")
-    mesh = c.device_mesh
-    if mesh.ndim != 1 or not c.placements[0].is_shard(0):
-        raise NotImplementedError(
-            f"c must be sharded by rows, Shard(0), over a mesh of one dimension, got a DTensor "
-            f"({_describe(c)})"
-        )
-    # As torch.chunk divides: all but the last have as many rows.
-    rows = -(-c.shape[0] // mesh.size())
-    start = min(mesh.get_local_rank() * rows, c.shape[0])
-    return start, min(start + rows, c.shape[0]), mesh.get_group()
 
 
 def _own_rows(x: Any, name: str, options: VocabParallelOptions) -> Tensor | None:
@@ -176,7 +155,7 @@ def _all_tokens(e: Any, options: VocabParallelOptions) -> tuple[Tensor, VocabPar
     group = options.group or torch.distributed.group.WORLD
     if mesh.ndim != 1 or mesh.get_group() != group:
         raise NotImplementedError(
-            f"e is a DTensor ({_describe(e)}) on another mesh than the classes: pass the tokens "
+            f"e is a DTensor ({describe(e)}) on another mesh than the classes: pass the tokens "
             "that all processes of vocab_parallel_options.group have in common, e.to_local()"
         )
     if options.gather_e:
@@ -185,7 +164,7 @@ def _all_tokens(e: Any, options: VocabParallelOptions) -> tuple[Tensor, VocabPar
         )
     if placement.is_shard(e.ndim - 1):
         raise NotImplementedError(
-            f"e is a DTensor sharded by features ({_describe(e)}): redistribute it to Replicate() "
+            f"e is a DTensor sharded by features ({describe(e)}): redistribute it to Replicate() "
             "or to a sharding by tokens"
         )
     whole = e.redistribute(placements=[Replicate()])
@@ -193,7 +172,3 @@ def _all_tokens(e: Any, options: VocabParallelOptions) -> tuple[Tensor, VocabPar
         return whole.to_local(), options
     # Sharded tokens need the sum of their own gradient only: a reduce-scatter by DTensor.
     return whole.to_local(grad_placements=[Partial()]), replace(options, reduce_e_grad=False)
-
-
-def _describe(x: Any) -> str:
-    return f"placements {tuple(x.placements)}, mesh dimensions {x.device_mesh.mesh_dim_names}"

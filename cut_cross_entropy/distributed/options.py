@@ -1,12 +1,12 @@
 """How a classifier is spread over processes: by classes, or by the sharding of data parallelism."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cut_cross_entropy.distributed.exchange import group_name
+from cut_cross_entropy.distributed.collectives import group_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -116,8 +116,6 @@ class VocabParallelOptions:
             TypeError: ``c`` is no DTensor.
             NotImplementedError: a mesh or placements that do not divide the classes.
         """
-        from cut_cross_entropy.distributed.dtensor import classes_of
-
         start, stop, group = classes_of(c)
         return cls(start, stop, group, reduce_e_grad, gather_e)
 
@@ -155,3 +153,35 @@ class DataParallelOptions:
                 isinstance(dtype, torch.dtype) and dtype.is_floating_point
             ):
                 raise TypeError(f"{name} must be None or a floating point dtype, got {dtype!r}")
+
+
+def is_dtensor(x: object) -> bool:
+    """Whether ``x`` is a DTensor, without importing what defines them."""
+    # A parameter that is a DTensor is of no class of its own. Dynamo cannot walk the bases of one.
+    return isinstance(x, Tensor) and type(x).__name__ == "DTensor"
+
+
+def classes_of(c: Any) -> tuple[int, int, "ProcessGroup"]:
+    """First and one past the last row of this process, and the group that holds all rows.
+
+    Raises:
+        TypeError: ``c`` is no DTensor.
+        NotImplementedError: not sharded by rows over a mesh of one dimension.
+    """
+    if not is_dtensor(c):
+        raise TypeError(f"c must be a DTensor, got {type(c).__name__}")
+    mesh = c.device_mesh
+    if mesh.ndim != 1 or not c.placements[0].is_shard(0):
+        raise NotImplementedError(
+            f"c must be sharded by rows, Shard(0), over a mesh of one dimension, got a DTensor "
+            f"({describe(c)})"
+        )
+    # As torch.chunk divides: all but the last have as many rows.
+    rows = -(-c.shape[0] // mesh.size())
+    start = min(mesh.get_local_rank() * rows, c.shape[0])
+    return start, min(start + rows, c.shape[0]), mesh.get_group()
+
+
+def describe(x: Any) -> str:
+    """Placements and mesh of a DTensor, for error messages."""
+    return f"placements {tuple(x.placements)}, mesh dimensions {x.device_mesh.mesh_dim_names}"

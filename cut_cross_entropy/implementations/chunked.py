@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cut_cross_entropy.device_support import has_wide_products
-from cut_cross_entropy.distributed.exchange import combine
+from cut_cross_entropy.distributed.collectives import combine
 from cut_cross_entropy.validation import check_target_range
 
 MAX_TOKENS = 8192

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cut_cross_entropy.distributed.exchange import gather_shards, maximum_over_group
+from cut_cross_entropy.distributed.collectives import gather_shards, maximum_over_group
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.prepare import Tokens

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from cut_cross_entropy.distributed.exchange import world_size
+from cut_cross_entropy.distributed.collectives import world_size
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T, filtered
 from cut_cross_entropy.kernels.combine import exchange_bound, finish, finish_shards, raise_bound

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cut_cross_entropy.distributed.dtensor import is_dtensor
+from cut_cross_entropy.distributed.options import is_dtensor
 from cut_cross_entropy.transformers.forward_record import ForwardRecord, active_record
 from cut_cross_entropy.transformers.gathering import (
     own_parameter,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cut_cross_entropy.distributed.dtensor import is_dtensor
+from cut_cross_entropy.distributed.options import is_dtensor
 from cut_cross_entropy.transformers.lazy_logits import LazyLogits, concrete
 from cut_cross_entropy.transformers.origin import Origin
 from cut_cross_entropy.transformers.recorded import Recipe, Unevaluated, product

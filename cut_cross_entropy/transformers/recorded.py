@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cut_cross_entropy.distributed.dtensor import is_dtensor
+from cut_cross_entropy.distributed.options import is_dtensor
 
 CAST, DEVICE = "cast", "device"
 SCALE, DIVIDE, TANH = "scale", "divide", "tanh"

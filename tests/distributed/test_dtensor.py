@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections import OrderedDict
 from weakref import ref
 
 import pytest
@@ -92,14 +93,14 @@ def tensor_parallel_gathers_nothing(rank):
     original = dist.all_gather_single
     dist.all_gather_single = lambda out, source, **k: (seen.append(source.shape),
                                                        original(out, source, **k))  # fmt: skip
-    from cut_cross_entropy.distributed import exchange
+    from cut_cross_entropy.distributed import collectives
 
-    exchange._collective.cache_clear()
+    collectives._collective.cache_clear()
     try:
         linear_cross_entropy(problem.e, c, problem.targets)
     finally:
         dist.all_gather_single = original
-        exchange._collective.cache_clear()
+        collectives._collective.cache_clear()
     assert seen == [(6,), (2, problem.targets.numel())]
 
 
@@ -246,7 +247,7 @@ def sum_instead_of_mean(rank):
 @case(("embeddings",), ("autocast",), ("option",))
 def mixed_precision(rank, how):
     """Gathered in the dtype of the product; the gradient comes back in the parameter's."""
-    from cut_cross_entropy.distributed import gathered
+    from cut_cross_entropy.distributed import data_parallel
 
     problem = own_problem(rank)
     head = head_of(problem.c, mesh_of("fsdp"))
@@ -255,14 +256,16 @@ def mixed_precision(rank, how):
         e = e.bfloat16()
     if how == "option":
         options["data_parallel_options"] = DataParallelOptions(torch.bfloat16, torch.float32)
-    original = gathered._whole
-    gathered._whole = lambda sharded, like: (seen.append(like.dtype), original(sharded, like))[1]
+    original = data_parallel._whole
+    data_parallel._whole = lambda sharded, like: (seen.append(like.dtype), original(sharded, like))[
+        1
+    ]
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
             loss = linear_cross_entropy(e, head.weight, problem.targets, **options)
         loss.backward()
     finally:
-        gathered._whole = original
+        data_parallel._whole = original
     assert seen == [torch.bfloat16] * 2
     grad = head.weight.grad
     assert grad.dtype == torch.float32
@@ -333,18 +336,18 @@ def loss_beside_a_model_that_fsdp_manages(rank, reshard):
 @case(("chunked",), ("reference",))
 def the_whole_lives_while_it_is_needed(rank, impl):
     """Gathered once for the loss and once for the gradients, and there at no other time."""
-    from cut_cross_entropy.distributed import gathered
+    from cut_cross_entropy.distributed import data_parallel
 
     problem = own_problem(rank)
     head = head_of(problem.c, mesh_of("fsdp"))
-    wholes, original, e = [], gathered._whole, problem.e.requires_grad_()
+    wholes, original, e = [], data_parallel._whole, problem.e.requires_grad_()
 
     def watched(sharded, like):
         whole = original(sharded, like)
         wholes.append(ref(whole.untyped_storage()))
         return whole
 
-    gathered._whole = watched
+    data_parallel._whole = watched
     try:
         loss = linear_cross_entropy(e, head.weight, problem.targets, impl=impl)
         assert len(wholes) == 1
@@ -356,7 +359,7 @@ def the_whole_lives_while_it_is_needed(rank, impl):
             linear_cross_entropy(e, head.weight, problem.targets, impl=impl)
         assert len(wholes) == 3
     finally:
-        gathered._whole = original
+        data_parallel._whole = original
 
 
 @case()
@@ -411,6 +414,25 @@ def every_setup_of_the_table(rank):
         assert max(found) < 1e-5, (name, found)
 
 
+@case(("chunked",), ("reference",))
+def data_parallel_on_the_default_mesh(rank, impl):
+    """``fully_shard`` without a mesh makes one of a single dimension, without a name."""
+    from torch.distributed.fsdp import fully_shard
+
+    problem = make_problem((8, 5), classes=V)
+    _, grad_e, grad_c, _ = expected(problem, impl=impl, reduction="sum")
+    model = nn.Sequential(OrderedDict(head=nn.Linear(16, V, bias=False)))
+    model.head.weight = nn.Parameter(problem.c.clone())
+    fully_shard(model)
+    assert model.head.weight.device_mesh.mesh_dim_names is None
+    own = slice(2 * rank, 2 * rank + 2)  # rows of the batch
+    e = problem.e[own].clone().requires_grad_()
+    targets = problem.targets[own]
+    linear_cross_entropy(e, model.head.weight, targets, impl=impl, reduction="sum").backward()
+    close(e.grad, grad_e[own])
+    close(model.head.weight.grad.full_tensor() * WORLD, grad_c)  # FSDP averages
+
+
 # --- what is refused
 
 
@@ -426,8 +448,9 @@ def refusals(rank):
     e, targets = problem.e, problem.targets
     unnamed, tp, dp = mesh_of(), mesh_of("tp"), mesh_of("dp")
     c = by_rows(problem.c, unnamed)
+    unnamed_square = distribute_tensor(problem.c, mesh_of(shape=(2, 2)), [Replicate(), Shard(0)])
     with refused("the mesh does not say what for: name its dimensions"):
-        linear_cross_entropy(e, c, targets)
+        linear_cross_entropy(e, unnamed_square, targets)
     with refused("vocab_parallel_options=VocabParallelOptions.from_dtensor(c)"):
         linear_cross_entropy(e, by_rows(problem.c, mesh_of("ep")), targets)
     with refused("exclude each other", ValueError):

@@ -184,17 +184,17 @@ def loose_bounds_overflow_and_are_walked_again(rank):
 
 @case(("cce_exact",), ("cce",))
 def out_of_range_unseen(rank, impl):
-    from cut_cross_entropy.distributed import exchange
+    from cut_cross_entropy.distributed import collectives
 
     problem = make_problem((5,), ignored=0.0, bias=True)
     problem.targets[3] = 300
     own = VocabParallelOptions.from_vocab(300)
-    original, exchange.check_target_range = exchange.check_target_range, lambda *_: None
+    original, collectives.check_target_range = collectives.check_target_range, lambda *_: None
     try:
         with filter_of(1e-15):
             results, _ = results_of(problem, own, impl, reduction="none")
     finally:
-        exchange.check_target_range = original
+        collectives.check_target_range = original
     wrong = torch.tensor([False, False, False, True, False])
     assert torch.equal(results.loss.isnan(), wrong)
     assert torch.equal(results.grad_e.isnan().all(1), wrong)
@@ -241,7 +241,7 @@ def what_is_exchanged(rank):
 @contextmanager
 def exchanged():
     """Names and bytes sent of the collectives that are called."""
-    from cut_cross_entropy.distributed import exchange
+    from cut_cross_entropy.distributed import collectives
 
     seen, originals = [], {}
 
@@ -254,7 +254,7 @@ def exchanged():
 
         setattr(module, name, called)
 
-    exchange._collective.cache_clear()
+    collectives._collective.cache_clear()
     for name, source in (("all_reduce", 0), ("all_gather_single", 1)):
         watch(dist, name, source)
     try:
@@ -262,7 +262,7 @@ def exchanged():
     finally:
         for (module, name), original in originals.items():
             setattr(module, name, original)
-        exchange._collective.cache_clear()
+        collectives._collective.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from cut_cross_entropy.distributed.exchange import refuse_second_derivative
+from cut_cross_entropy.distributed.collectives import refuse_second_derivative
 from cut_cross_entropy.distributed.options import DataParallelOptions
 
 

@@ -1,4 +1,4 @@
-"""What the processes of a vocabulary-parallel call exchange, as operators that PyTorch sees.
+"""Collectives of a vocabulary-parallel call, as operators that PyTorch sees.
 
 Every collective runs inside an operator that is opaque to the compiler, and finds its process group
 by name. Legend: R processes of the group, N tokens, V classes.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cut_cross_entropy.distributed.exchange import (
+from cut_cross_entropy.distributed.collectives import (
     check_shards,
     gather_shards,
     group_name,
