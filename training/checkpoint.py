@@ -1,9 +1,9 @@
 """Checkpoints that are either complete or not there.
 
-A checkpoint is a folder ``checkpoint-42``, named after the steps done, of whatever files the
-trainer writes, and a manifest of their sizes and SHA-256 sums. It is written under a temporary name
-and renamed when everything is on the disk; only then do older ones go. Before a resume every sum
-is checked.
+A checkpoint is a folder ``checkpoint-42``, named after the steps done, of the files that the
+trainer wrote, and a manifest of their sizes and SHA-256 sums. The manifest is written last, when
+everything else is on the disk: a folder without it is not a checkpoint. Only then do older ones go.
+Before a resume every sum is checked.
 """
 
 import hashlib
@@ -19,40 +19,43 @@ ALMOST_FULL = 1 << 26
 """Bytes under which an error says how many are left."""
 
 _PREFIX = "checkpoint-"
-_PARTIAL = ".partial-"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or is damaged."""
 
 
-def begin_checkpoint(root: Path, step: int) -> Path:
-    """The folder that the files of ``step`` are written to; what was half-written before goes."""
-    root.mkdir(parents=True, exist_ok=True)
-    remove_partial(root)
-    partial = partial_folder(root, step)
-    partial.mkdir()
-    return partial
-
-
-def partial_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is while it is written."""
-    return root / f"{_PARTIAL}{_PREFIX}{step}"
-
-
 def checkpoint_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is when it is complete."""
+    """Return the folder of the checkpoint of ``step``."""
     return root / f"{_PREFIX}{step}"
 
 
+def step_of(folder: Path) -> int:
+    """Return the step of the checkpoint in ``folder``, from its name."""
+    return int(folder.name.removeprefix(_PREFIX))
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether ``folder`` is a checkpoint; :func:`verify_checkpoint` checks its content."""
+    return (folder / MANIFEST).is_file()
+
+
+def clear_step(root: Path, step: int) -> None:
+    """Remove what is there of ``step``, the manifest first."""
+    folder = checkpoint_folder(root, step)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
 def commit_checkpoint(root: Path, step: int, keep: int, best: Path | None = None) -> Path:
-    """Make what was written for ``step`` the checkpoint, and remove all but the ``keep`` newest.
+    """Make the files written for ``step`` a checkpoint, and remove all older but ``keep - 1``.
 
     Args:
         root: folder of the checkpoints.
-        step: as :func:`begin_checkpoint` had it.
-        keep: complete checkpoints that stay, this one included; at least 1.
-        best: one that stays in any case.
+        step: names the checkpoint's folder.
+        keep: complete checkpoints to keep, this one included; at least 1.
+        best: one to keep in any case.
 
     Returns:
         The folder of the checkpoint.
@@ -60,33 +63,34 @@ def commit_checkpoint(root: Path, step: int, keep: int, best: Path | None = None
     Raises:
         OSError: it cannot be written; call :func:`abandon_checkpoint` then.
     """
-    partial, target = partial_folder(root, step), checkpoint_folder(root, step)
-    names = sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file())
-    files = {name: _sync_and_sum(partial / name) for name in names}
+    folder = checkpoint_folder(root, step)
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    files = {name: _sync_and_sum(folder / name) for name in names}
+    for inner in (folder, *(p for p in folder.rglob("*") if p.is_dir()), root):
+        _sync_folder(inner)
     manifest = {"format": FORMAT, "step": step, "files": files}
-    _write_synced(partial / MANIFEST, json.dumps(manifest, indent=2).encode())
-    _sync_folder(partial)
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
-    _sync_folder(root)
-    for old in list_checkpoints(root)[:-keep]:
-        if best is None or old.name != best.name:
-            shutil.rmtree(old)
-    return target
+    unfinished = folder / f".{MANIFEST}"
+    _write_synced(unfinished, json.dumps(manifest, indent=2).encode())
+    unfinished.rename(folder / MANIFEST)
+    _sync_folder(folder)
+    older = [path for path in list_checkpoints(root) if step_of(path) <= step]
+    kept = {path.name for path in (*older[-keep:], best) if path is not None}
+    for path in _folders(root):
+        if step_of(path) < step and path.name not in kept:
+            shutil.rmtree(path)
+    return folder
 
 
 def abandon_checkpoint(root: Path, step: int, error: BaseException) -> CheckpointError:
-    """Remove what was written for ``step``; the error to raise, which names what is left."""
+    """Remove the files written for ``step``; return the error to raise."""
     free = shutil.disk_usage(root).free if root.exists() else 0
     # Some writers only say that something went wrong.
     full = f" ({free} bytes are left on the disk)" if free < ALMOST_FULL else ""
-    shutil.rmtree(partial_folder(root, step), ignore_errors=True)
+    folder = checkpoint_folder(root, step)
+    shutil.rmtree(folder, ignore_errors=True)
     left = latest_checkpoint(root)
     kept = f"; the checkpoint {left} is intact" if left else ""
-    return CheckpointError(
-        f"cannot write checkpoint {checkpoint_folder(root, step)}: {error}{full}{kept}"
-    )
+    return CheckpointError(f"cannot write checkpoint {folder}: {error}{full}{kept}")
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -107,20 +111,18 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """The checkpoints in ``root``, oldest first."""
-    found = [p for p in root.glob(f"{_PREFIX}*") if p.is_dir() and p.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+    """Return the complete checkpoints in ``root``, oldest first."""
+    return sorted(filter(is_complete, _folders(root)), key=step_of)
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint in ``root``, or None."""
+    """Return the newest complete checkpoint in ``root``, or None."""
     return next(reversed(list_checkpoints(root)), None)
 
 
-def remove_partial(root: Path) -> None:
-    """Remove what an earlier process left half-written."""
-    for path in root.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(path, ignore_errors=True)
+def _folders(root: Path) -> list[Path]:
+    found = root.glob(f"{_PREFIX}*")
+    return [p for p in found if p.is_dir() and p.name.removeprefix(_PREFIX).isdigit()]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
 
 
 def _sync_and_sum(path: Path) -> dict[str, Any]:
-    descriptor = os.open(path, os.O_RDWR)  # Windows syncs only what may be written
+    descriptor = os.open(path, os.O_RDWR)  # Windows syncs only files open for writing
     try:
         os.fsync(descriptor)
     finally:

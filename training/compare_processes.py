@@ -9,9 +9,10 @@ every run; ``--again`` keeps what is there and replaces the runs that are named.
 """
 
 import argparse
+import csv
+import importlib.metadata
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -27,22 +28,25 @@ if not __package__:  # started by its path: Python then puts this folder first, 
     sys.path[0] = str(ROOT)
 
 PART = "training-processes"
-ZERO3 = "training/zero3.json"
-LINE = re.compile(r"step (\d+): loss ([\d.]+),")
-"""What train.py prints of a step: its loss with six decimals."""
+ZERO3 = ("--deepspeed", "training/zero3.json")
+SHARED = (
+    "model", "data", "loss", "dtype", "device", "seed", "steps", "sequence_length", "learning_rate",
+    "warmup_steps",
+)  # fmt: skip
+"""Settings that train.py gets as they are."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """One run.
+class Setup:
+    """One of the runs to compare.
 
     Args:
-        name: in the record and the table.
+        name: name in the record and the table.
         several: whether it has all processes; else one.
-        parts: batches whose gradients make a step of one process.
-        options: further ones of train.py.
-        torchrun: whether it needs a process group even if it is alone.
-        against: the runs that it is compared with.
+        parts: whether one process makes a step of as many batches as there are processes.
+        options: further flags of train.py.
+        torchrun: whether it needs a process group even with one process.
+        against: the runs to compare it with.
     """
 
     name: str
@@ -53,72 +57,50 @@ class Way:
     against: tuple[str, ...] = ("one GPU",)
 
 
-WAYS = {
-    "one": Way("one GPU", against=()),
-    # FSDP2 gathers weights in bfloat16, and with several processes ZeRO-3 does too, other than
-    # autocast on one GPU: what the processes change shows beside the same with one.
-    "fsdp2": Way(
-        "FSDP2",
-        several=True,
-        options=("--fsdp",),
-        against=("one GPU", "FSDP2 on one GPU"),
+SETUPS = {
+    "one": Setup("one GPU", against=()),
+    # FSDP2 gathers weights in bfloat16, and ZeRO-3 with several processes too, unlike autocast on
+    # one GPU: the comparison with the same on one GPU shows what the processes change.
+    "fsdp2": Setup(
+        "FSDP2", several=True, options=("--fsdp",), against=("one GPU", "FSDP2 on one GPU")
     ),
-    "zero3": Way(
-        "ZeRO-3",
-        several=True,
-        options=("--deepspeed", ZERO3),
-        against=("one GPU", "ZeRO-3 on one GPU"),
-    ),
-    "fsdp2-one": Way("FSDP2 on one GPU", options=("--fsdp",), torchrun=True),
-    "zero3-one": Way("ZeRO-3 on one GPU", options=("--deepspeed", ZERO3), torchrun=True),
-    "parts": Way("one GPU, the batch in parts", parts=True),
-    "ddp": Way("DDP", several=True),
+    "zero3": Setup("ZeRO-3", several=True, options=ZERO3, against=("one GPU", "ZeRO-3 on one GPU")),
+    "fsdp2-one": Setup("FSDP2 on one GPU", options=("--fsdp",), torchrun=True),
+    "zero3-one": Setup("ZeRO-3 on one GPU", options=ZERO3, torchrun=True),
+    "parts": Setup("one GPU, the batch in parts", parts=True),
+    "ddp": Setup("DDP", several=True),
 }
-"""By the name on the command line, what matters most first."""
+"""Runs by the name on the command line, the most important first."""
 
 
-def command(way: Way, arguments: argparse.Namespace, output: Path) -> list[str]:
-    """How the run is started."""
-    processes = arguments.processes if way.several else 1
+def command(setup: Setup, arguments: argparse.Namespace, output: Path) -> list[str]:
+    """Return the command line that starts the run."""
+    processes = arguments.processes if setup.several else 1
     launch = [sys.executable]
-    if processes > 1 or way.torchrun:
+    if processes > 1 or setup.torchrun:
         launch += ["-m", "torch.distributed.run", "--standalone"]
         launch += ["--nproc-per-node", str(processes)]
-    parts = arguments.processes if way.parts else processes
+    parts = arguments.processes if setup.parts else processes
     settings = {
-        "model": arguments.model,
-        "data": arguments.data,
-        "loss": arguments.loss,
-        "dtype": arguments.dtype,
-        "device": arguments.device,
-        "seed": arguments.seed,
-        "steps": arguments.steps,
-        "batch-size": arguments.batch_size // parts,
-        "gradient-accumulation": parts if way.parts else 1,
-        "sequence-length": arguments.sequence_length,
-        "learning-rate": arguments.learning_rate,
-        "warmup-steps": arguments.warmup_steps,
-        "log-interval": 1,
-        "checkpoint-interval": arguments.steps,
+        **{name: getattr(arguments, name) for name in SHARED},
+        "batch_size": arguments.batch_size // parts,
+        "gradient_accumulation": parts if setup.parts else 1,
+        "log_interval": 1,
+        "checkpoint_interval": arguments.steps,
         "output": output,
     }
-    given = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return [*launch, "training/train.py", *given, "--no-tensorboard", "--no-export", *way.options]
+    flags = [t for n, value in settings.items() for t in (f"--{n.replace('_', '-')}", str(value))]
+    return [*launch, "training/train.py", *flags, "--no-tensorboard", "--no-export", *setup.options]
 
 
-def run(way: Way, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Train once; the losses, and the end of the output if it failed.
-
-    Args:
-        seconds: after which it is given up.
-    """
+def run(setup: Setup, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """Train once, for ``seconds`` at most; return the losses, and the output if it failed."""
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="compare_processes_") as folder:
-        started = command(way, arguments, Path(folder))
         process = subprocess.Popen(
-            started,
+            command(setup, arguments, Path(folder)),
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4")},
+            env={"OMP_NUM_THREADS": "4", **os.environ},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -126,15 +108,15 @@ def run(way: Way, arguments: argparse.Namespace, seconds: float) -> dict[str, An
         )
         try:
             output, _ = process.communicate(timeout=seconds)
-            code = process.returncode
+            code: int | None = process.returncode
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun hands it on, and train.py ends after the step
             output, code = _end(process), None
-    losses = losses_of(output)
+        losses = read_losses(Path(folder, "losses.csv"))
     row: dict[str, Any] = {
-        "name": way.name,
-        "against": list(way.against),
-        "processes": arguments.processes if way.several else 1,
+        "name": setup.name,
+        "against": list(setup.against),
+        "processes": arguments.processes if setup.several else 1,
         "losses": losses,
         "seconds": round(time.monotonic() - begin, 1),
         "exit_code": code,
@@ -145,7 +127,7 @@ def run(way: Way, arguments: argparse.Namespace, seconds: float) -> dict[str, An
 
 
 def _end(process: "subprocess.Popen[str]") -> str:
-    """What a process that was told to end has written; it and what it started are gone then."""
+    """Return the output of a process told to end; kill it and its children if it does not."""
     try:
         return process.communicate(timeout=30)[0]
     except subprocess.TimeoutExpired:
@@ -153,22 +135,18 @@ def _end(process: "subprocess.Popen[str]") -> str:
         return process.communicate()[0]
 
 
-def losses_of(output: str) -> list[float]:
-    """The losses that train.py printed, step by step.
-
-    Raises:
-        ValueError: a step is missing between them.
-    """
-    found = {int(step): float(loss) for step, loss in LINE.findall(output)}
-    if list(found) != list(range(1, len(found) + 1)):
-        raise ValueError(f"the output must have the loss of every step, got those of {list(found)}")
-    return list(found.values())
+def read_losses(path: Path) -> list[float]:
+    """Return the losses of all steps in the table that train.py wrote, none without a table."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [round(float(row["loss"]), 6) for row in csv.DictReader(file) if row["loss"]]
 
 
 def differences(
     row: dict[str, Any], rows: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[str, list[float]]]:
-    """How far the losses are from those of each run it is compared with, step by step, in nats."""
+    """Yield each run to compare ``row`` with, and the differences by step, in nats."""
     losses = {one["name"]: one["losses"] for one in rows}
     for name in row["against"]:
         if losses.get(name) and row["losses"]:
@@ -176,7 +154,7 @@ def differences(
 
 
 def table(record: dict[str, Any]) -> str:
-    """What was found, in Markdown, with what it was found on."""
+    """Format a record as Markdown, with the machine it was measured on."""
     from benchmark.cells import machine
 
     where, settings = record["environment"], record["settings"]
@@ -191,7 +169,7 @@ def table(record: dict[str, Any]) -> str:
         "| mean | mean of the last ten steps |",
         "|:---|---:|---:|---:|:---|---:|---:|---:|",
     ]
-    order = [way.name for way in WAYS.values()]
+    order = [setup.name for setup in SETUPS.values()]
     rows = sorted(record["rows"], key=lambda row: order.index(row["name"]))
     for row in rows:
         losses = row["losses"]
@@ -229,7 +207,7 @@ def _three(found: list[float]) -> list[str]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; settings that train.py knows have its names."""
+    """Parse the command line; settings of train.py have the same names."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -247,7 +225,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--learning-rate", type=float, default=2e-5)
     add("--warmup-steps", type=int, default=5)
     add("--processes", type=int, default=2, help="of the runs with several")
-    add("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="runs, in this order")
+    add("--ways", nargs="+", default=list(SETUPS), choices=list(SETUPS), help="runs, in order")
     add("--time-limit", type=float, default=600.0, help="seconds, of all runs together")
     add("--commit", default=None, help="of the code, where the history is missing")
     add("--json", type=Path, required=True, help="the record that is written")
@@ -263,10 +241,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def continued(path: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """The record in ``path``, for runs that are done again ``now``.
+    """Return the record in ``path``, to replace runs of ``now``.
 
     Raises:
-        ValueError: it is none, or of other settings or other versions of the packages.
+        ValueError: not a record, or one of other settings or other versions of the packages.
     """
     try:
         before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -281,16 +259,10 @@ def continued(path: Path, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that train, as far as they are installed."""
-    import importlib.metadata as metadata
-
-    found = {}
-    for name in ("transformers", "accelerate", "deepspeed"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    """Return the versions of the training packages that are installed."""
+    installed = {one.name: one.version for one in importlib.metadata.distributions()}
+    names = ("transformers", "accelerate", "deepspeed")
+    return {name: installed[name] for name in names if name in installed}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -320,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if left <= 0:
             print(f"no time is left for {name}", flush=True)
             continue
-        row = run(WAYS[name], arguments, left)
+        row = run(SETUPS[name], arguments, left)
         if where != record["environment"]:
             row["environment"] = where
         record["rows"] = [*(old for old in record["rows"] if old["name"] != row["name"]), row]

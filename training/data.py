@@ -1,9 +1,10 @@
-"""Text and conversations from files, from Python itself or from ``datasets``, as they come."""
+"""Read text and conversations from files, from Python itself or through ``datasets``."""
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,86 +15,119 @@ BUILTIN = "builtin"
 """Name of the text that every Python has: the language reference behind ``help()``."""
 
 SUFFIXES = (".txt", ".md", ".jsonl")
-"""What is read of a folder."""
+"""Files read from a folder."""
+
+TABLES = {".csv": "csv", ".json": "json", ".parquet": "parquet"}
+"""Files read by ``datasets``, and its names for them."""
+
+REFUSED = (".tsv", ".xlsx", ".arrow", ".gz", ".zip", ".zst", ".bz2", ".xz")
+"""Files of structure or compression that would otherwise be taken for text."""
+
+ROLES = {"human": "user", "gpt": "assistant"}
+"""Roles of chat templates by their ShareGPT names; the others are the same."""
 
 PIECE = 1 << 16
-"""Characters of a text file that are read at a time, and then on to the end of the line."""
+"""Characters of a text file read at a time, extended to the end of the line."""
 
 LONGEST_LINE = 1 << 20
 """Characters after which a line without an end is cut: a file need not have lines."""
 
+Message = dict[str, Any]
+"""``role`` and ``content``."""
+
 
 @dataclass(frozen=True)
 class Document:
-    """A text, a piece of a long one, or a conversation."""
+    """A text, a piece of a long one, a prompt with its completion, or a conversation."""
 
     text: str = ""
-    messages: tuple[dict[str, Any], ...] | None = None
+    messages: tuple[Message, ...] | None = None
     ends: bool = True
     """False for a piece that the next document continues."""
+    prompt: str | tuple[Message, ...] = ""
+    """Precedes the text or the messages; no loss is computed for it."""
+    where: str = field(default="data", compare=False)
+    """Where it comes from, for errors."""
 
 
 def documents(
-    source: str, split: str = "train", column: str = "text", streaming: bool = False
+    source: str,
+    split: str = "train",
+    column: str = "text",
+    streaming: bool = False,
+    flag: str = "--data",
 ) -> Iterator[Document]:
-    """What ``source`` names, read as it is asked for: no file is ever held as a whole.
+    """Read ``source`` lazily: no text file is ever held as a whole.
 
     Args:
-        source: ``"builtin"``; a UTF-8 text file; a ``.jsonl`` file, one object a line with a text
-            under ``column`` or a conversation under ``messages``; a folder of such files; or a data
-            set that ``datasets.load_dataset`` finds (``name`` or ``name:configuration``).
+        source: ``"builtin"``; a UTF-8 text file; a ``.jsonl`` file with one object per line; a
+            folder of such files; a ``.json``, ``.csv`` or ``.parquet`` file; or a data set that
+            ``datasets.load_dataset`` finds (``name`` or ``name:configuration``).
         split: split of a data set.
-        column: column of a data set, or key of a ``.jsonl`` file, that holds a text or a
-            conversation (a list of ``{"role": ..., "content": ...}``).
+        column: column or key that holds a text or a conversation (a list of ``{"role": ...,
+            "content": ...}`` or ``{"from": ..., "value": ...}``). If it is ``"text"`` and missing,
+            ``messages``, ``conversations`` or ``prompt`` with ``completion`` is read instead.
         streaming: whether a data set is downloaded as it is read.
+        flag: argument to name in errors.
 
     Raises:
         FileNotFoundError: neither a file nor a data set.
-        ValueError: nothing but white space in it, no UTF-8, a damaged line, or no such split or
-            column.
+        ValueError: only white space, not UTF-8, an unsupported or damaged file, or no such split
+            or column.
     """
     if source == BUILTIN:
         from pydoc_data.topics import topics
 
         yield Document("\n\n".join(topics[name] for name in sorted(topics)))
         return
-    path = Path(source)
-    if path.is_file():
-        found = _file_documents(path, column)
-    elif path.is_dir():
+    path, what = Path(source), f"{flag} {source!r}"
+    if not source:
+        raise ValueError(f"{flag} must not be empty")
+    if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        found = (document for file in files for document in _file_documents(file, column))
+        found: Iterator[Document] = (
+            document for file in files for document in _read_file(file, column, flag)
+        )
+    elif path.is_file() and path.suffix.lower() not in TABLES:
+        found = _read_file(path, column, flag)
     else:
-        found = _dataset_documents(source, split, column, streaming)
+        found = _read_dataset(source, split, column, streaming, flag)
     empty = True
     for document in found:
         empty = empty and not (document.messages or document.text.strip())
         yield document
     if empty:
-        raise ValueError(f"data {source!r} holds no text")
+        only = f" (of a folder, {', '.join(SUFFIXES)} are read)" if path.is_dir() else ""
+        raise ValueError(f"{what} holds no text{only}")
 
 
 def load_text(source: str, split: str = "train", column: str = "text") -> str:
-    """All text that ``source`` names, in one piece; see :func:`documents`.
+    """Return all text in ``source`` as one string; see :func:`documents`.
 
     Raises:
-        FileNotFoundError, ValueError: as there; and conversations are no text.
+        FileNotFoundError, ValueError: as there; and conversations are not text.
     """
     parts = []
     for document in documents(source, split, column):
         if document.messages is not None:
-            raise ValueError(f"data {source!r} holds conversations, not text")
-        parts.append(document.text + ("\n\n" if document.ends else ""))
+            raise ValueError(f"--data {source!r} holds conversations, not text")
+        parts.append(f"{document.prompt}{document.text}" + ("\n\n" if document.ends else ""))
     return "".join(parts).removesuffix("\n\n")
 
 
-def _file_documents(path: Path, column: str) -> Iterator[Document]:
+def _read_file(path: Path, column: str, flag: str) -> Iterator[Document]:
+    what = f"{flag} {str(path)!r}"
+    if path.suffix.lower() in REFUSED:
+        raise ValueError(
+            f"{what}: {path.suffix} files are not read; "
+            f"convert to text, .jsonl or {', '.join(TABLES)}"
+        )
     try:
         with path.open(encoding="utf-8") as file:
-            if path.suffix == ".jsonl":
+            if path.suffix.lower() == ".jsonl":
                 for number, line in enumerate(file, start=1):
                     if line.strip():
-                        yield _json_document(line, column, f"data '{path}', line {number}")
+                        yield _parse_line(line, column, f"{what}, line {number}")
                 return
             piece = _read_piece(file)
             while piece:
@@ -101,7 +135,9 @@ def _file_documents(path: Path, column: str) -> Iterator[Document]:
                 yield Document(piece, ends=not following)
                 piece = following
     except UnicodeDecodeError as error:
-        raise ValueError(f"data {str(path)!r} is not UTF-8 text: {error}") from error
+        raise ValueError(f"{what} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{what} cannot be read: {error.strerror}") from error
 
 
 def _read_piece(file: Any) -> str:
@@ -109,59 +145,90 @@ def _read_piece(file: Any) -> str:
     return piece + file.readline(LONGEST_LINE) if piece else piece
 
 
-def _json_document(line: str, column: str, where: str) -> Document:
+def _parse_line(line: str, column: str, where: str) -> Document:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: no JSON ({error})") from error
-    value = row.get(column, row.get("messages")) if isinstance(row, dict) else None
-    if value is None:
-        raise ValueError(f"{where}: must be an object with {column!r} or 'messages'")
-    return _document(value, where)
+        raise ValueError(f"{where}: invalid JSON ({error})") from error
+    return _document(row if isinstance(row, dict) else {}, column, where)
 
 
-def _document(value: Any, where: str) -> Document:
-    if isinstance(value, str):
-        return Document(value)
-    if isinstance(value, list) and value:
-        wrong = [m for m in value if not (isinstance(m, dict) and {"role", "content"} <= set(m))]
-        if not wrong:
-            return Document(messages=tuple(value))
+def _document(row: Mapping[str, Any], column: str, where: str) -> Document:
+    names = (column, "messages", "conversations") if column == "text" else (column,)
+    value = next((row[name] for name in names if row.get(name) is not None), None)
+    if value is not None:
+        text, messages = _text_or_messages(value, where)
+        return Document(text, messages, where=where)
+    if column == "text" and row.get("prompt") is not None and row.get("completion") is not None:
+        prompt, asked = _text_or_messages(row["prompt"], where)
+        text, messages = _text_or_messages(row["completion"], where)
+        if (asked is None) == (messages is None):
+            return Document(text, messages, prompt=asked or prompt, where=where)
+    others = ", 'messages', 'conversations', or 'prompt' and 'completion'"
     raise ValueError(
-        f"{where}: must be a text or a list of messages with 'role' and 'content', "
-        f"got {str(value)[:60]!r}"
+        f"{where}: must be an object with {column!r}{others if column == 'text' else ''}"
     )
 
 
-def _dataset_documents(source: str, split: str, column: str, streaming: bool) -> Iterator[Document]:
+def _text_or_messages(value: Any, where: str) -> tuple[str, tuple[Message, ...] | None]:
+    if isinstance(value, str):
+        return value, None
+    if isinstance(value, Sequence) and value and all(isinstance(m, dict) for m in value):
+        if all({"role", "content"} <= set(m) for m in value):
+            return "", tuple(value)
+        if all({"from", "value"} <= set(m) for m in value):
+            return "", tuple(
+                {"role": ROLES.get(m["from"], m["from"]), "content": m["value"]} for m in value
+            )
+    raise ValueError(
+        f"{where}: must be a text or a list of messages with 'role' and 'content' (or 'from' and "
+        f"'value'), got {str(value)[:60]!r}"
+    )
+
+
+def _read_dataset(
+    source: str, split: str, column: str, streaming: bool, flag: str
+) -> Iterator[Document]:
+    path, what = Path(source), f"{flag} {source!r}"
+    kind = TABLES.get(path.suffix.lower()) if path.is_file() else None
     problem = (
-        f"data must be {BUILTIN!r}, a file, a folder or the name of a data set, got {source!r}: "
-        "there is no such file"
+        f"{what} cannot be read"
+        if kind
+        else f"{flag} must be {BUILTIN!r}, a file, a folder or the name of a data set, got "
+        f"{source!r}: there is no such file"
     )
-    path = Path(source)
-    if path.suffix in (*SUFFIXES, ".json", ".csv", ".gz") or path.is_absolute():
-        raise FileNotFoundError(problem)  # a hub would be asked for long
+    suffixes = (*SUFFIXES, *TABLES, *REFUSED)
+    looks_like_a_path = path.suffix.lower() in suffixes or source[0] in "/.~" or "\\" in source
+    if looks_like_a_path and not kind:
+        raise FileNotFoundError(problem)  # asking a hub takes long
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise FileNotFoundError(f"{problem}, and `datasets` is not installed") from error
     name, _, configuration = source.partition(":")
     try:
-        dataset = load_dataset(name, configuration or None, streaming=streaming)
+        if kind:
+            dataset = load_dataset(kind, data_files=source, streaming=streaming)
+            split = "train"  # the one that datasets makes of files
+        else:
+            dataset = load_dataset(name, configuration or None, streaming=streaming)
     except Exception as error:  # datasets and the hub client have no common class of errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(f"{problem}, and `datasets` says: {reason}") from error
     if split not in dataset:
-        raise ValueError(f"data {source!r} has the splits {', '.join(dataset)}, got {split!r}")
+        raise ValueError(f"{what} has the splits {', '.join(dataset)}, got {split!r}")
     columns = dataset[split].column_names
-    if columns is not None and column not in columns:  # a stream may not know its columns
-        raise ValueError(f"data {source!r} has the columns {', '.join(columns)}, got {column!r}")
+    default = {"messages", "conversations", "prompt"} if column == "text" else set()
+    # A stream may not know its columns.
+    if columns is not None and not {column, *default} & set(columns):
+        raise ValueError(f"{what} has the columns {', '.join(columns)}, got {column!r}")
     for number, row in enumerate(dataset[split]):
-        yield _document(row[column], f"data {source!r}, row {number}")
+        yield _document(row, column, f"{what}, row {number}")
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:
-    """Token ids of ``text``, int64, one dimension, without special tokens."""
+    """Return the token ids of ``text``, (T,), int64, without special tokens."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
@@ -169,7 +236,7 @@ def tokenize(text: str, tokenizer: Any) -> Tensor:
 class Windows:
     """Windows of ``length`` tokens without overlap, in a new order each epoch.
 
-    What comes at a position depends on the seed and the position alone.
+    The window at a position depends on nothing but the seed and the position.
 
     Args:
         tokens: one dimension.
@@ -184,7 +251,7 @@ class Windows:
         self.count = len(tokens) // length
         if self.count == 0:
             raise ValueError(
-                f"sequence length must be at most the {len(tokens)} tokens of the data, "
+                f"--sequence-length must be at most the {len(tokens)} tokens of the data, "
                 f"got {length}"
             )
         self.windows = tokens[: self.count * length].view(self.count, length)
@@ -192,11 +259,11 @@ class Windows:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def batch(self, position: int, size: int) -> Tensor:
-        """The ``size`` windows from ``position`` on, (size, length); epochs follow each other."""
+        """Return the ``size`` windows from ``position`` on, (size, length), across epochs."""
         return torch.stack([self._window(position + i) for i in range(size)])
 
     def fingerprint(self) -> str:
-        """A hash of the tokens: tells whether two runs have the same data."""
+        """Hash the tokens, to tell whether two runs have the same data."""
         return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
 
     def _window(self, position: int) -> Tensor:

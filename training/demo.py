@@ -1,95 +1,133 @@
-"""Fine-tunes one model twice, with full logits and with ``linear_cross_entropy``, and compares.
+"""Fine-tune one model twice, with full logits and with ``linear_cross_entropy``, and compare.
 
     make demo
 
 Same start, same data, same order. Prints the losses side by side and the measured memory of the
 loss, and writes ``summary.md``, ``losses.csv`` and ``demo.png`` to the output folder. The exit code
-is 1 if the losses differ by more than the tolerance.
+is 1 if the losses differ by more than the tolerance. Ctrl-C ends it with the steps done so far.
 """
 
-import argparse
 import csv
+import os
 import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # started by its path: Python then puts this folder first, not the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+# Read when PyTorch is loaded. Threads that wait actively take the cores from those that compute,
+# once other programs need them as well. And the profiler is not to announce its start and stop.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
 import torch
 from torch import Tensor
 
-from training.arguments import add_run_arguments, config_from
-from training.config import SETUP_ERRORS, TrainConfig
+from benchmark.measure import peak_mib
+from training.arguments import Parser, add_settings, config_from
+from training.config import SETUP_ERRORS, TrainConfig, check_output
 from training.data import Windows, load_text, tokenize
 from training.loop import StepLoop, StepRecord
-from training.losses import FULL, Loss, hidden_states, make_loss
-from training.memory import HOW, peak_bytes
+from training.losses import FULL, FullLogits, hidden_states, make_loss
 from training.models import load_model
 from training.plot import plot_losses
-
-MIB = 2**20
 
 TOLERANCE = 1e-3
 """Largest difference, in nats, at which the two losses still count as the same."""
 
 MEMORY_TOKENS = 4096
-"""Tokens of the second memory measurement: logits grow with them, the demo's steps are small."""
+"""Tokens of the first memory measurement: logits grow with them, and the demo's steps are small."""
+
+HOW = {
+    "cuda": "torch.cuda.max_memory_allocated less the memory allocated before",
+    "cpu": "every allocation and release of PyTorch's allocator, from torch.profiler",
+}
+"""How the peak is measured, by device type."""
+
+SETTINGS = (
+    "model", "data", "data_split", "data_column", "steps", "batch_size", "sequence_length",
+    "learning_rate", "seed", "device", "log_interval",
+)  # fmt: skip
+"""Settings of the training script that the demo has too."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
-    """What the demo found."""
+    """Results of the demo, filled in as it goes."""
 
-    impl: str
-    full: list[StepRecord]
-    cut: list[StepRecord]
-    memory: dict[int, tuple[int, int]]
-    """Peak bytes with full and with cut logits, by number of tokens."""
-    log_interval: int
+    config: TrainConfig
     device: torch.device
     parameters: int
+    full: list[StepRecord] = field(default_factory=list)
+    cut: list[StepRecord] = field(default_factory=list)
+    memory: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Peak MiB with full logits and without, by number of tokens."""
+
+    @property
+    def name(self) -> str:
+        """Name of the loss without logits."""
+        return f"linear_cross_entropy ({self.config.loss})"
+
+    @property
+    def pairs(self) -> list[tuple[StepRecord, StepRecord]]:
+        """Steps that both losses have."""
+        return list(zip(self.full, self.cut, strict=False))
 
     @property
     def largest_difference(self) -> float:
-        """Of all steps, in nats."""
-        return max(abs(a["loss"] - b["loss"]) for a, b in zip(self.full, self.cut, strict=True))
+        """Largest difference of all steps, in nats."""
+        return max((abs(a["loss"] - b["loss"]) for a, b in self.pairs), default=0.0)
 
     def table(self) -> str:
-        """The result as Markdown that is also readable as text."""
-        name = f"linear_cross_entropy ({self.impl})"
-        wide = max(len(name), 20)
-        lines = [_row(wide, "step", "full logits", name, "difference"), _rule(wide)]
-        for a, b in zip(self.full, self.cut, strict=True):
-            if a["step"] in (1, len(self.full)) or a["step"] % self.log_interval == 0:
+        """Format the result as Markdown that is also readable as text."""
+        wide = max(len(self.name), 20)
+        lines = [_row(wide, "", "full logits", self.name, "difference"), _rule(wide)]
+        for tokens, peaks in self.memory.items():
+            cells = (f"{peak:.0f} MiB" for peak in peaks)
+            lines.append(_row(wide, f"peak of the loss, {tokens:,} tokens", *cells))
+        for a, b in self.pairs:
+            if a["step"] in (1, len(self.pairs)) or a["step"] % self.config.log_interval == 0:
                 full, cut = a["loss"], b["loss"]
                 losses = f"{full:.6f}", f"{cut:.6f}", f"{abs(full - cut):.1e}"
-                lines.append(_row(wide, f"{a['step']}", *losses))
-        times = (f"{_seconds_per_step(log):.3f} s" for log in (self.full, self.cut))
-        lines.append(_row(wide, "time a step", *times))
-        for tokens, (full_peak, cut_peak) in self.memory.items():
-            peaks = f"{full_peak / MIB:.0f} MiB", f"{cut_peak / MIB:.0f} MiB"
-            lines.append(_row(wide, f"peak of the loss, {tokens} tokens", *peaks))
-        lines += [
-            "",
-            f"Largest difference of all {len(self.full)} steps: {self.largest_difference:.1e} nats "
-            f"(allowed: {TOLERANCE:g}).",
-            "Time a step: median, without the first.",
-        ]
+                lines.append(_row(wide, f"loss of step {a['step']}", *losses))
+        if self.pairs:
+            times = (f"{_seconds_per_step(log):.3f} s" for log in (self.full, self.cut))
+            lines.append(_row(wide, "time per step", *times))
+        return "\n".join([*lines, "", *self._notes()])
+
+    def _notes(self) -> list[str]:
+        notes = []
         if self.memory:
-            lines.append(
+            small = min(self.memory)
+            notes.append(
                 "Peak of the loss: forward and backward of the output layer and the loss alone, "
-                f"both gradients included; measured: {HOW[self.device.type]}."
+                f"both gradients included, from {HOW[self.device.type]}. Full logits grow with the "
+                "tokens; the loss without them works in chunks of a fixed size, which may exceed "
+                f"the logits of a batch as small as {small:,} tokens."
             )
-        lines.append(
-            f"{self.parameters / 1e6:.0f}M parameters, float32, {_device_name(self.device)}, "
-            f"PyTorch {torch.__version__}, Python {platform.python_version()}."
+        if self.pairs:
+            notes.append(
+                f"Largest difference of all {len(self.pairs)} steps: {self.largest_difference:.1e} "
+                f"nats (allowed: {TOLERANCE:g}). Time per step: median, without the first."
+            )
+        if len(self.pairs) < self.config.steps:
+            notes.append(
+                f"Interrupted: {len(self.full)} of {self.config.steps} steps with full logits, "
+                f"{len(self.cut)} without."
+            )
+        where = f"{self.device.type} with {torch.get_num_threads()} threads"
+        if self.device.type == "cuda":
+            where = torch.cuda.get_device_name(self.device)
+        notes.append(
+            f"{self.parameters / 1e6:.0f}M parameters, float32, {where}, PyTorch "
+            f"{torch.__version__}, Python {platform.python_version()}."
         )
-        return "\n".join(lines)
+        return notes
 
 
 def _row(wide: int, first: str, full: str, cut: str, difference: str = "") -> str:
@@ -105,28 +143,23 @@ def _seconds_per_step(log: list[StepRecord]) -> float:
     return later[len(later) // 2]
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} with {torch.get_num_threads()} threads"
-
-
-def compare(config: TrainConfig, window_count: int) -> Comparison:
+def compare(config: TrainConfig, window_count: int) -> tuple[Comparison, bool]:
     """Train twice and measure.
 
     Args:
-        config: settings of both runs; ``loss`` is the one held against full logits.
-        window_count: windows of the data that the runs use, from its beginning.
+        config: settings of both runs; ``loss`` is the one to compare with full logits.
+        window_count: windows of the data to use, from its beginning.
+
+    Returns:
+        The results, and whether Ctrl-C ended it early.
 
     Raises:
         FileNotFoundError, ValueError, RuntimeError, ImportError: wrong settings.
         FloatingPointError: a loss is not finite.
+        KeyboardInterrupt: Ctrl-C, before there was a result.
     """
     device = config.torch_device()
-    losses = {
-        FULL: make_loss(FULL, device),
-        config.loss: make_loss(config.loss, device),
-    }
+    losses = [make_loss(FULL, device), make_loss(config.loss, device)]
     text = load_text(config.data, config.data_split, config.data_column)
     print(f"loading {config.model} ...", flush=True)
     started = time.perf_counter()
@@ -135,129 +168,128 @@ def compare(config: TrainConfig, window_count: int) -> Comparison:
     length = config.sequence_length
     windows = Windows(tokens[: window_count * length], length, config.seed)
     print(f"loaded in {time.perf_counter() - started:.0f} s: {len(tokens)} tokens on {device}")
-    memory = _measure_memory(model, tokens, list(losses.values()), config)
-
-    start = {name: value.clone() for name, value in model.state_dict().items()}
-    logs = []
-    for name, loss in losses.items():
-        model.load_state_dict(start)
-        logs.append(_train(StepLoop(model, windows, loss, config), name))
-    return Comparison(
-        config.loss,
-        logs[0],
-        logs[1],
-        memory,
-        config.log_interval,
-        device,
-        sum(p.numel() for p in model.parameters()),
-    )
+    result = Comparison(config, device, sum(p.numel() for p in model.parameters()))
+    try:
+        _measure_memory(model, tokens, losses, result)
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        for loss, log in zip(losses, (result.full, result.cut), strict=True):
+            model.load_state_dict(start)
+            _train(StepLoop(model, windows, loss, config), log)
+    except KeyboardInterrupt:
+        if not (result.memory or result.full):
+            raise
+        return result, True
+    return result, False
 
 
-def _train(loop: StepLoop, name: str) -> list[StepRecord]:
+def _train(loop: StepLoop, log: list[StepRecord]) -> None:
     from tqdm import tqdm
 
+    name = getattr(loop.loss, "impl", FULL)
     with tqdm(total=loop.config.steps, desc=f"training, {name:>12}", unit="step") as bar:
         for _ in range(loop.config.steps):
-            record = loop.train_step()
+            log.append(loop.train_step())
             bar.update()
-            bar.set_postfix(loss=f"{record['loss']:.4f}")
-    return loop.log
+            bar.set_postfix(loss=f"{log[-1]['loss']:.4f}")
 
 
 def _measure_memory(
-    model: Any, tokens: Tensor, losses: Sequence[Loss], config: TrainConfig
-) -> dict[int, tuple[int, int]]:
-    """Peak memory of each loss on real hidden states; empty where it cannot be measured."""
-    device: torch.device = next(model.parameters()).device
+    model: Any, tokens: Tensor, losses: Sequence[FullLogits], result: Comparison
+) -> None:
+    """Measure the peak memory of each loss on real hidden states, where that is possible."""
+    device, length = result.device, result.config.sequence_length
     if device.type not in HOW:
-        return {}
-    length = config.sequence_length
-    measured = {}
-    for sequences in (config.batch_size, max(1, MEMORY_TOKENS // length)):
-        if sequences * length > len(tokens):
+        return
+    largest = min(MEMORY_TOKENS, len(tokens)) // length
+    for sequences in (max(1, largest), result.config.batch_size):
+        count = sequences * length
+        if count > len(tokens) or count in result.memory:
             continue
-        print(f"measuring the memory of the loss on {sequences * length} tokens ...", flush=True)
-        labels = tokens[: sequences * length].view(sequences, length).to(device)
+        print(f"measuring the memory of the loss on {count:,} tokens ...", flush=True)
+        labels = tokens[:count].view(sequences, length).to(device)
         with torch.no_grad():
             hidden = torch.cat([hidden_states(model, row[None]) for row in labels])
         hidden.requires_grad_()
-        measured[sequences * length] = tuple(
-            _peak_of_head(loss, model, hidden, labels) for loss in losses
-        )
-    return measured  # type: ignore[return-value]
+        full, cut = (_peak_of_head(loss, model, hidden, labels) for loss in losses)
+        result.memory[count] = full, cut
 
 
-def _peak_of_head(loss: Loss, model: Any, hidden: Tensor, labels: Tensor) -> int:
+def _peak_of_head(loss: FullLogits, model: Any, hidden: Tensor, labels: Tensor) -> float:
     weight = model.get_output_embeddings().weight
 
-    def work() -> None:
-        torch.autograd.grad(loss.head(model, hidden, labels), (hidden, weight))
+    def work(_: object = None) -> object:
+        return torch.autograd.grad(loss.head(model, hidden, labels), (hidden, weight))
 
-    return peak_bytes(work, hidden.device)
+    work()  # workspaces that stay
+    return peak_mib(work, hidden.device)
 
 
-def write_results(comparison: Comparison, folder: Path) -> None:
+def write_results(result: Comparison, folder: Path) -> None:
     """Write the table, the losses and the picture to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.md").write_text(comparison.table() + "\n", encoding="utf-8")
+    (folder / "summary.md").write_text(result.table() + "\n", encoding="utf-8")
     with (folder / "losses.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["step", "full", comparison.impl])
-        for a, b in zip(comparison.full, comparison.cut, strict=True):
-            writer.writerow([a["step"], a["loss"], b["loss"]])
-    plot_losses(
-        [record["loss"] for record in comparison.full],
-        [record["loss"] for record in comparison.cut],
-        f"linear_cross_entropy ({comparison.impl})",
-        folder / "demo.png",
-    )
+        writer.writerow(["step", "full", result.config.loss])
+        for index, record in enumerate(result.full):
+            cut = result.cut[index]["loss"] if index < len(result.cut) else ""
+            writer.writerow([record["step"], record["loss"], cut])
+    if result.pairs:
+        logs = zip(*result.pairs, strict=True)
+        curves = [[record["loss"] for record in log] for log in logs]
+        plot_losses(curves[0], curves[1], result.name, folder / "demo.png")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the demo."""
-    parser = argparse.ArgumentParser(
-        prog="training/demo.py",
+def build_parser() -> Parser:
+    """Build the command line of the demo."""
+    parser = Parser(
+        prog="demo.py",
         description="Compare training with full logits and with linear_cross_entropy.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add_run_arguments(parser, steps=30, log_interval=5, learning_rate=5e-5)
+    add_settings(parser, SETTINGS, steps=30, log_interval=5, learning_rate=5e-5)
     parser.add_argument(
         "--loss",
         default="auto",
         metavar="IMPL",
-        help="implementation of linear_cross_entropy that is held against full logits",
+        help="implementation of linear_cross_entropy to compare with full logits",
     )
     parser.add_argument(
         "--windows",
         type=int,
         default=20,
-        help="sequences of the data that are used: a few, so that every one comes back and the "
-        "loss falls in few steps",
+        help="sequences of the data to use: few enough to come back, so that the loss falls",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("out/demo"), help="folder for table, losses, picture"
+        "--output", default="out/demo", help="folder for the table, the losses and the picture"
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; exit code 0 same losses, 1 too far apart, 2 wrong input."""
+    """Run the command line; exit code 0 same losses, 1 too far apart, 2 wrong input, 130 Ctrl-C."""
     arguments = build_parser().parse_args(argv)
     try:
         if arguments.loss == FULL:
-            raise ValueError(f"loss must be an implementation of linear_cross_entropy, got {FULL}")
+            raise ValueError(
+                f"--loss must be an implementation of linear_cross_entropy, got {FULL}"
+            )
         if arguments.windows < 1:
-            raise ValueError(f"windows must be at least 1, got {arguments.windows}")
-        comparison = compare(config_from(arguments), arguments.windows)
+            raise ValueError(f"--windows must be at least 1, got {arguments.windows}")
+        config = config_from(arguments)
+        check_output(Path(config.output))
+        result, interrupted = compare(config, arguments.windows)
     except (*SETUP_ERRORS, FloatingPointError) as error:
         print(f"demo.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted before there was a result", file=sys.stderr)
         return 130
-    write_results(comparison, arguments.output)
-    print(f"\n{comparison.table()}\n\nCurves: {arguments.output / 'demo.png'}")
-    if not comparison.largest_difference <= TOLERANCE:
+    output = Path(config.output)
+    write_results(result, output)
+    print(f"\n{result.table()}\n\nWritten to {output}")
+    if interrupted:
+        return 130
+    if not result.largest_difference <= TOLERANCE:
         print(f"FAILED: the losses differ by more than {TOLERANCE:g} nats", file=sys.stderr)
         return 1
     return 0

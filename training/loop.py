@@ -1,4 +1,4 @@
-"""A plain loop, one step after the other: what the demo compares losses with."""
+"""Plain training loop, one step per call, with which the demo compares losses."""
 
 import random
 import time
@@ -8,11 +8,11 @@ import torch
 
 from training.config import TrainConfig
 from training.data import Windows
-from training.losses import Loss
+from training.losses import FullLogits
 
 
 class StepRecord(TypedDict):
-    """What the log keeps of a step; steps count from 1."""
+    """Log entry of a step; steps count from 1."""
 
     step: int
     loss: float
@@ -20,7 +20,7 @@ class StepRecord(TypedDict):
 
 
 class StepLoop:
-    """AdamW on one model on one device, one step a call.
+    """Train one model on one device with AdamW.
 
     Args:
         model: a causal language model of transformers, on its device; ``loss`` prepares it.
@@ -32,7 +32,7 @@ class StepLoop:
         RuntimeError: the loss cannot be computed with this model.
     """
 
-    def __init__(self, model: Any, windows: Windows, loss: Loss, config: TrainConfig) -> None:
+    def __init__(self, model: Any, windows: Windows, loss: FullLogits, config: TrainConfig) -> None:
         self.model, self.windows, self.loss, self.config = model, windows, loss, config
         self.device: torch.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(

@@ -1,13 +1,13 @@
-"""The two ways from a model and its tokens to a loss: full logits, and ``linear_cross_entropy``.
+"""Losses of a language model: from its full logits, and by ``linear_cross_entropy``.
 
-In both the model is called with labels and computes its own loss, so shifts, scales and softcaps
-are the model's. A patch decides what happens inside. The training loop and the memory measurement
-never ask which one they have. Legend: B sequences, T tokens each, D features.
+With either the model is called with labels and computes its own loss, so shifts, scales and
+softcaps are the model's. The training loop and the memory measurement never ask which one it is.
+Legend: B sequences, T tokens each, D features.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,62 +16,34 @@ from torch.nn import functional as F
 from cut_cross_entropy import linear_cross_entropy
 
 FULL = "full"
-"""Name of the loss that goes through the model's own logits."""
+"""Name of the loss from the model's own logits."""
 
 
 class IdlePatchError(RuntimeError):
     """A loss was to be computed without logits and was not."""
 
 
-class Loss(Protocol):
-    """The loss of the next-token prediction."""
+class FullLogits:
+    """Loss of the next-token prediction as the model itself computes it, from its logits."""
 
     def prepare(self, model: Any) -> None:
         """Make ``model`` compute this loss when it is called with labels."""
-        ...
-
-    def guard(self, model: Any) -> Any:
-        """A context for one call of a prepared ``model``; checks that the loss went this way."""
-        ...
-
-    def token_losses(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Loss of each token but the first of each sequence, (B, T - 1), 0 where it is ignored.
-
-        ``inputs`` are those of a call of ``model``, ``labels`` (B, T) among them. Not
-        differentiable.
-        """
-        ...
-
-    def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
-        """The mean loss of a prepared ``model`` on ``input_ids`` (B, T), differentiable."""
-        ...
-
-    def head(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-        """The output layer and the cross-entropy alone, as the memory measurement needs them.
-
-        ``hidden`` (B, T, D) and ``labels`` (B, T) to a loss. What a family does to its logits in
-        between (a scale, a softcap) is left out.
-        """
-        ...
-
-
-class FullLogits:
-    """What the model itself computes: logits, then cross-entropy."""
-
-    def prepare(self, model: Any) -> None:
-        """See :class:`Loss`."""
         from cut_cross_entropy.transformers import cce_unpatch
 
         cce_unpatch(model)
 
     @contextmanager
     def guard(self, model: Any) -> Iterator[None]:
-        """See :class:`Loss`."""
+        """Check in this context that a call of a prepared ``model`` computes this loss."""
         yield
 
     @torch.no_grad()
     def token_losses(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-        """See :class:`Loss`."""
+        """Compute the loss of each token but the first of each sequence, (B, T - 1).
+
+        ``inputs`` are those of a call of ``model``, ``labels`` (B, T) among them. The loss is 0 at
+        ignored tokens and not differentiable.
+        """
         others = {name: value for name, value in inputs.items() if name != "labels"}
         logits = model(**others, use_cache=False).logits[:, :-1]
         return F.cross_entropy(
@@ -79,11 +51,17 @@ class FullLogits:
         )
 
     def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
-        """See :class:`Loss`."""
-        return _loss_of_call(model, input_ids)
+        """Compute the mean loss of a prepared ``model`` on ``input_ids`` (B, T), differentiable."""
+        with self.guard(model):
+            loss: Tensor = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        return loss
 
     def head(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-        """See :class:`Loss`."""
+        """Compute the output layer and the cross-entropy alone, for the memory measurement.
+
+        ``hidden`` (B, T, D) and ``labels`` (B, T) to a loss. Scales and softcaps of a family in
+        between are left out.
+        """
         logits = model.get_output_embeddings()(hidden)
         loss: Tensor = model.loss_function(
             logits=logits, labels=labels, vocab_size=model.config.get_text_config().vocab_size
@@ -91,18 +69,21 @@ class FullLogits:
         return loss
 
 
-class CutLogits:
-    """What the model computes after ``cce_patch``: its loss by ``linear_cross_entropy``.
+class CutLogits(FullLogits):
+    """The same loss by ``linear_cross_entropy``, in a model that ``cce_patch`` patched.
 
     Args:
         impl: implementation, as ``linear_cross_entropy`` names them.
+
+    Raises:
+        IdlePatchError: by a call, if the loss came from full logits all the same.
     """
 
     def __init__(self, impl: str) -> None:
         self.impl = impl
 
     def prepare(self, model: Any) -> None:
-        """See :class:`Loss`.
+        """Patch ``model``.
 
         Raises:
             RuntimeError: the forward of the model takes no labels.
@@ -113,11 +94,7 @@ class CutLogits:
 
     @torch.no_grad()
     def token_losses(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-        """See :class:`Loss`.
-
-        Raises:
-            IdlePatchError: the losses came from full logits all the same.
-        """
+        """See :class:`FullLogits`."""
         from cut_cross_entropy.transformers import cce_patch
 
         cce_patch(model, impl=self.impl, reduction="none")
@@ -130,11 +107,7 @@ class CutLogits:
 
     @contextmanager
     def guard(self, model: Any) -> Iterator[None]:
-        """See :class:`Loss`.
-
-        Raises:
-            IdlePatchError: the loss came from full logits all the same.
-        """
+        """See :class:`FullLogits`."""
         from cut_cross_entropy.transformers import call_count, is_patched
         from cut_cross_entropy.transformers.patch import language_model
 
@@ -148,42 +121,26 @@ class CutLogits:
                 f"and its loss came from full logits; loss={FULL!r} allows that"
             )
 
-    def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
-        """See :class:`Loss`.
-
-        Raises:
-            IdlePatchError: the loss came from full logits all the same.
-        """
-        with self.guard(model):
-            return _loss_of_call(model, input_ids)
-
     def head(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-        """See :class:`Loss`."""
+        """See :class:`FullLogits`."""
         output = model.get_output_embeddings()
-        loss = linear_cross_entropy(
+        return linear_cross_entropy(  # type: ignore[return-value,unused-ignore]
             hidden, output.weight, labels, bias=output.bias, shift=True, impl=self.impl
         )
-        assert isinstance(loss, Tensor)  # return_lse was not asked for
-        return loss
-
-
-def _loss_of_call(model: Any, input_ids: Tensor) -> Tensor:
-    loss: Tensor = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-    return loss
 
 
 def hidden_states(model: Any, input_ids: Tensor) -> Tensor:
-    """What ``model`` gives to its output layer for ``input_ids`` (B, T): (B, T, D)."""
+    """Return the input (B, T, D) of the output layer of ``model`` for ``input_ids`` (B, T)."""
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     hidden: Tensor = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden
 
 
-def make_loss(name: str, device: torch.device) -> Loss:
-    """The loss called ``name``: ``"full"`` or an implementation of ``linear_cross_entropy``.
+def make_loss(name: str, device: torch.device) -> FullLogits:
+    """Return the loss ``name``: ``"full"`` or an implementation of ``linear_cross_entropy``.
 
-    A tiny loss is computed on ``device`` first: what cannot run there is refused before a model
-    is loaded.
+    A tiny loss is computed on ``device`` first, to refuse an implementation that cannot run there
+    before a model is loaded.
 
     Raises:
         ValueError: no such loss.

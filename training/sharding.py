@@ -27,13 +27,15 @@ def deepspeed_settings(file: str, dtype: str) -> tuple[dict[str, Any], bool]:
     """
     path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(f"deepspeed: there is no file {file!r}")
+        raise FileNotFoundError(f"--deepspeed: there is no file {file!r}")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"deepspeed: {file!r} is no JSON: {error}") from error
+        raise ValueError(f"--deepspeed: {file!r} is not valid JSON: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"deepspeed: {file!r} must hold an object, got {type(settings).__name__}")
+        raise ValueError(
+            f"--deepspeed: {file!r} must hold an object, got {type(settings).__name__}"
+        )
     autocast = settings.get("torch_autocast")
     if isinstance(autocast, dict) and autocast.get("enabled") == "auto":
         autocast["enabled"] = dtype == "autocast"
@@ -41,7 +43,7 @@ def deepspeed_settings(file: str, dtype: str) -> tuple[dict[str, Any], bool]:
     if own and (version := _deepspeed_version()) is not None and version < AUTOCAST_SINCE:
         needed = ".".join(map(str, AUTOCAST_SINCE))
         raise ImportError(
-            f"deepspeed: torch_autocast in {file!r} needs DeepSpeed {needed} or newer, got "
+            f"--deepspeed: torch_autocast in {file!r} needs DeepSpeed {needed} or newer, got "
             + ".".join(map(str, version))
         )
     return settings, dtype == "autocast" and not own
@@ -67,7 +69,7 @@ def set_precision(arguments: Any, dtype: str) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     if getattr(arguments, "fsdp_plugin_args", None) is None:
-        raise ImportError("fsdp needs transformers 5 or newer")
+        raise ImportError("--fsdp needs transformers 5 or newer")
     policy = MixedPrecisionPolicy()
     if dtype == "autocast":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -1,49 +1,36 @@
-"""The Trainer of transformers with any of our losses and with checkpoints that are complete."""
+"""The Trainer of transformers with a choice of losses, measured as it runs."""
 
-import json
+import logging
 import math
-from collections.abc import Mapping
-from pathlib import Path
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers.trainer_callback import ExportableState
 
-from training.checkpoint import (
-    CheckpointError,
-    abandon_checkpoint,
-    begin_checkpoint,
-    checkpoint_folder,
-    commit_checkpoint,
-    partial_folder,
-)
-from training.losses import Loss
+from training.losses import FullLogits
 from training.packing import IGNORED
-
-RUN_FILE = "run.json"
-"""What of the settings and the data decides the numbers, in each checkpoint."""
-
-STATE_FILE = "trainer_state.json"
 
 
 class Trainer(transformers.Trainer):
-    """Trains with one of our losses; as transformers has it, one process a device.
+    """Train with one of our losses, one process per device.
 
     Args:
         loss: how the loss is computed.
-        run: what a run that goes on from a checkpoint has to have in common with this one.
-        keep: newest checkpoints that stay on the disk; the best stays too.
         options: for ``transformers.Trainer``.
     """
 
-    def __init__(self, loss: Loss, run: dict[str, Any], keep: int, **options: Any) -> None:
+    def __init__(self, loss: FullLogits, **options: Any) -> None:
         loss.prepare(options["model"])
         super().__init__(**options)
-        self.loss, self.run, self.keep = loss, run, keep
-        self.root = Path(str(self.args.output_dir))
-        # Our own callbacks write the console.
+        self.loss = loss
+        self.pace = Pace(self.args.world_size)
+        self.add_callback(self.pace)
         self.remove_callback(transformers.PrinterCallback)
         transformers.utils.logging.disable_progress_bar()
 
@@ -51,7 +38,7 @@ class Trainer(transformers.Trainer):
         """Set up accelerate; see ``transformers.Trainer``."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.is_fsdp_enabled:
-            # On CPUs accelerate takes no notice of it, though all that it does works there.
+            # On CPUs accelerate ignores it, though all that it does works there.
             from accelerate import PartialState
             from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -61,29 +48,22 @@ class Trainer(transformers.Trainer):
             PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
-    def compute_loss(self, model: Any, *arguments: Any, **options: Any) -> Any:
-        """The loss of one batch; see ``transformers.Trainer``.
+    def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
+        """Compute the loss of one batch; see ``transformers.Trainer``.
 
         Raises:
-            IdlePatchError: it does not go the way that was asked for.
+            IdlePatchError: it is not computed the way that was asked for.
         """
+        self.pace.tokens += inputs["input_ids"].numel()
         with self.loss.guard(model):
-            return super().compute_loss(model, *arguments, **options)
+            return super().compute_loss(model, inputs, *arguments, **options)
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
-        """Note numbers; see ``transformers.Trainer``.
-
-        Raises:
-            FloatingPointError: the loss or the gradient is not finite.
-        """
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(logs.get(name, 0.0)):
-                what = name.replace("grad_norm", "norm of the gradient")
-                raise FloatingPointError(
-                    f"the {what} of step {self.state.global_step}, or of one since the last "
-                    f"line, is {logs[name]}"
-                )
-        super().log(logs, *arguments, **options)
+        """Record numbers, with the speed and the memory; see ``transformers.Trainer``."""
+        if "loss" in logs:
+            logs.update(self.pace.measure(self.args.device))
+        if "train_runtime" not in logs:  # the sums at the end are not a step's
+            super().log(logs, *arguments, **options)
 
     @torch.no_grad()
     def evaluate(
@@ -92,12 +72,14 @@ class Trainer(transformers.Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean loss of all held-out tokens, each counting the same, and its perplexity.
+        """Compute the mean loss over all held-out tokens, weighted equally, and its perplexity.
 
         Returns:
             ``eval_loss``, ``eval_perplexity`` and ``eval_tokens``.
         """
-        # Those hold the weights in pieces, which their wrapper puts together.
+        from tqdm import tqdm
+
+        # Sharded weights are gathered by their wrapper.
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         model: Any = self.model_wrapped if sharded else self.model
         training = model.training
@@ -105,7 +87,9 @@ class Trainer(transformers.Trainer):
         total = torch.zeros(2, dtype=torch.float64, device="cpu")
         # A loader draws a number; the training is to be the same with and without evaluations.
         with torch.random.fork_rng(devices=[]):
-            for batch in self.get_eval_dataloader(eval_dataset):
+            loader = self.get_eval_dataloader(eval_dataset)
+            silent = None if self.is_world_process_zero() else True  # None: a terminal decides
+            for batch in tqdm(loader, "held-out data", leave=False, disable=silent):
                 total += self._sums(model, self._prepare_inputs(batch))
         model.train(training)
         loss = float(total[0] / total[1])
@@ -120,8 +104,8 @@ class Trainer(transformers.Trainer):
         )
         return metrics
 
-    def _sums(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Sum of the losses and number of the tokens in a batch, of all processes."""
+    def _sums(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the sum of the losses and the number of tokens in a batch, of all processes."""
         with self.compute_loss_context_manager():
             losses = self.loss.token_losses(model, inputs)
         counted = inputs["labels"][:, 1:] != IGNORED
@@ -130,67 +114,73 @@ class Trainer(transformers.Trainer):
         gathered: Tensor = self.accelerator.gather_for_metrics(sums)
         return gathered.double().sum(0).cpu()
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint that is complete or not there.
 
-        Raises:
-            CheckpointError: it cannot be written; those that were there still are.
-        """
-        step, main = self.state.global_step, self.is_world_process_zero()
-        best = self._note_best()
-        try:
-            if main:
-                begin_checkpoint(self.root, step)
-            self.accelerator.wait_for_everyone()
-            partial = str(partial_folder(self.root, step))
-            self.save_model(partial, _internal_call=True)
-            self._save_optimizer_and_scheduler(partial)
-            self._save_scaler(partial)
-            self._save_rng_state(partial)
-            if main:
-                self._save_state(Path(partial))
-            self.accelerator.wait_for_everyone()
-            if main:
-                commit_checkpoint(self.root, step, self.keep, best)
-            self.accelerator.wait_for_everyone()
-        # The writers of transformers, safetensors and PyTorch have no common class of errors.
-        except Exception as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise abandon_checkpoint(self.root, step, error) from error
+class Pace(transformers.TrainerCallback):
+    """Measure tokens per second, without evaluations and checkpoints, and the peak memory.
 
-    def _note_best(self) -> Path | None:
-        """The best checkpoint so far, this one if it is."""
-        if not self.state.best_global_step:
-            return None
-        best = checkpoint_folder(self.root, self.state.best_global_step)
-        if best.exists() or self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(best)
-        return best
-
-    def _save_state(self, partial: Path) -> None:
-        for part in (*self.callback_handler.callbacks, self.control):
-            if isinstance(part, ExportableState):
-                states: Any = self.state.stateful_callbacks
-                states[type(part).__name__] = part.state()
-        self.state.save_to_json(str(partial / STATE_FILE))
-        (partial / RUN_FILE).write_text(json.dumps(self.run, indent=1), encoding="utf-8")
-
-
-def check_same_run(run: Mapping[str, Any], folder: Path) -> None:
-    """Check that the checkpoint in ``folder`` belongs to a run like ``run``.
-
-    Raises:
-        ValueError: other settings or other data decided its numbers.
+    Args:
+        processes: processes that train, each with as many tokens as this one.
     """
-    saved: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    for name, value in saved.items():
-        if name == "data_hash":
-            if run[name] != value:
-                raise ValueError(
-                    f"data {run['data']!r} gives other tokens than in the run that is resumed"
-                )
-        elif run.get(name) != value:
-            raise ValueError(
-                f"{name} must be {value!r}, as in the run that is resumed, got {run.get(name)!r}"
-            )
+
+    def __init__(self, processes: int) -> None:
+        self.processes, self.tokens = processes, 0
+        self.since: float | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Start the clock if it stands."""
+        if self.since is None:
+            self.since = time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Stop the clock."""
+        self.since = None
+
+    on_evaluate = on_save
+
+    def measure(self, device: torch.device) -> dict[str, float]:
+        """Return the numbers since the last call."""
+        now = time.perf_counter()
+        seconds = now - (self.since or now)
+        found = {"tokens_per_second": round(self.processes * self.tokens / max(seconds, 1e-9), 1)}
+        self.tokens, self.since = 0, now
+        if (peak := peak_memory(device)) is not None:
+            found["peak_memory_mib"] = round(peak / 2**20, 1)
+        return found
+
+
+@contextmanager
+def quiet_resume(model: Any) -> Iterator[None]:
+    """Drop two warnings of a resume: intervals may change, and tied weights are not missing."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or ())
+
+    def keep(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if "missing keys in the checkpoint" in message:
+            return not set(re.findall(r"'([^']+)'", message)) <= tied
+        return "do not match the ones in the `trainer_state.json`" not in message
+
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
+    for logger in loggers:
+        logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(keep)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the bytes that this process held at most, or None if nothing tells.
+
+    On a CUDA device PyTorch's tensors since the last call, on others the whole process.
+    """
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

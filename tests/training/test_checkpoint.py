@@ -12,7 +12,8 @@ from training import checkpoint
 from training.checkpoint import (
     CheckpointError,
     abandon_checkpoint,
-    begin_checkpoint,
+    checkpoint_folder,
+    clear_step,
     commit_checkpoint,
     latest_checkpoint,
     list_checkpoints,
@@ -23,7 +24,9 @@ from training.checkpoint import (
 def save(root, step, keep=1, content=b"weights" * 100, best=None):
     """As the trainer does it."""
     try:
-        partial = begin_checkpoint(root, step)
+        clear_step(root, step)
+        partial = checkpoint_folder(root, step)
+        partial.mkdir(parents=True)
         (partial / "model.safetensors").write_bytes(content)
         (partial / "sub").mkdir()
         (partial / "sub/optimizer.pt").write_bytes(content[::-1])
@@ -46,6 +49,22 @@ def test_only_the_newest_and_the_best_stay(tmp_path):
     names = [path.name for path in list_checkpoints(tmp_path)]
     assert names == ["checkpoint-9", "checkpoint-11", "checkpoint-100"]
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_run_resumed_from_an_older_one_keeps_what_it_writes(tmp_path):
+    """The newer ones of the run before do not count, and stay."""
+    for step in (8, 10):
+        save(tmp_path, step, keep=2)
+    save(tmp_path, 9, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+
+
+def test_a_step_that_is_written_again_is_no_checkpoint_meanwhile(tmp_path):
+    """Files of both would be mixed under the sums of the first."""
+    save(tmp_path, 1)
+    clear_step(tmp_path, 1)
+    assert list_checkpoints(tmp_path) == []
+    assert not (tmp_path / "checkpoint-1").exists()
 
 
 def test_same_step_again_replaces(tmp_path):
@@ -136,7 +155,8 @@ def test_file_that_the_system_refuses(tmp_path):
 
 def test_what_a_killed_process_left_is_ignored_and_cleaned(tmp_path):
     before = save(tmp_path, 1)
-    partial = begin_checkpoint(tmp_path, 2)
+    partial = tmp_path / "checkpoint-2"
+    partial.mkdir()
     (partial / "model.safetensors").write_bytes(b"half")
     assert latest_checkpoint(tmp_path) == before
     save(tmp_path, 3, keep=2)

@@ -6,19 +6,19 @@ import json
 import pytest
 
 from training.compare_processes import (
-    WAYS,
+    SETUPS,
     command,
     differences,
-    losses_of,
     main,
     parse_arguments,
+    read_losses,
     table,
 )
 
 
 def options_of(way, tmp_path, *more):
     parsed = parse_arguments(["--json", "x.json", *more])
-    words = command(WAYS[way], parsed, tmp_path)
+    words = command(SETUPS[way], parsed, tmp_path)
     return words, dict(itertools.pairwise(words))
 
 
@@ -49,12 +49,11 @@ def test_a_batch_that_cannot_be_divided_is_refused(capsys):
     assert "--batch-size must be a multiple of --processes, got 3" in capsys.readouterr().err
 
 
-def test_losses_are_read_between_other_output():
-    output = "a warning\nstep 1: loss 2.500000, learning rate 1e-5\rWriting: 1/1step 2: loss 2.25, "
-    assert losses_of(output) == [2.5, 2.25]
-    assert losses_of("") == []
-    with pytest.raises(ValueError, match="the loss of every step, got those of"):
-        losses_of("step 2: loss 2.5, x")
+def test_losses_are_read_from_the_table(tmp_path):
+    path = tmp_path / "losses.csv"
+    assert read_losses(path) == []
+    path.write_text("step,loss,eval_loss\n1,2.50000001,\n2,2.25,2.5\n3,,2.4\n")
+    assert read_losses(path) == [2.5, 2.25]
 
 
 ENVIRONMENT = {"device": "GPU", "torch": "2", "triton": "3", "python": "3.12", "commit": "abc"}

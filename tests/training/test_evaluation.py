@@ -50,7 +50,8 @@ def test_token_losses(loss, model_folder):
 def test_every_held_out_token_counts_the_same(config, tmp_path, loss, dtype):
     # Nine sequences in batches of 8: a mean of the batches' means would be another number.
     config = dataclasses.replace(config, eval_fraction=0.15, loss=loss, dtype=dtype, steps=4)
-    trainer, _ = set_up(config, tmp_path, None)
+    config = dataclasses.replace(config, output=str(tmp_path))
+    trainer = set_up(config).trainer
     trainer.train()
     metrics = trainer.evaluate()
     rows = torch.stack([row["input_ids"] for row in trainer.eval_dataset.rows])
@@ -124,9 +125,10 @@ def test_tensorboard(arguments, tmp_path):
     on = [word for word in arguments if word != "--no-tensorboard"]
     assert main([*on, *EVAL, "--steps", "4", "--no-export"]) == 0
     read = event.EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
-    assert {"train/loss", "train/learning_rate", "held_out/loss", "held_out/perplexity"} <= set(
-        read.Tags()["scalars"]
-    )
+    expected = {"train/loss", "train/learning_rate", "train/tokens_per_second"}
+    assert expected | {"eval/loss", "eval/perplexity"} <= set(read.Tags()["scalars"])
+    assert not {"train/train_loss", "train/total_flos"} & set(read.Tags()["scalars"])
+    assert "args/text_summary" in read.Tags()["tensors"]  # the hyperparameters
     assert [scalar.step for scalar in read.Scalars("train/loss")] == [1, 2, 3, 4]
 
 

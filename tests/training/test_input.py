@@ -36,22 +36,22 @@ def test_every_argument_has_help(parser):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
-        ({"sequence_length": 1}, "sequence_length must be at least 2, got 1"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be finite and > 0, got 0.0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be finite and > 0, got nan"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm must be finite and > 0, got 0.0"),
-        ({"eval_fraction": 1.0}, r"eval_fraction must be in \[0, 1\), got 1.0"),
-        ({"eval_fraction": 0.1, "eval_data": "a"}, "eval_data and eval_fraction exclude"),
-        ({"eval_fraction": 0.1, "streaming": True}, "use eval_data with streaming"),
-        ({"isolate_documents": True, "packing": False}, "isolate_documents needs packing"),
-        ({"schedule": "zigzag"}, "schedule must be one of constant, linear, cosine, got 'zigzag'"),
-        ({"weight_decay": -1.0}, "weight_decay must be finite and >= 0, got -1.0"),
-        ({"loss": "best"}, "loss must be one of full, auto, .* got 'best'"),
-        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, autocast, got 'int8'"),
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"batch_size": -1}, "--batch-size must be at least 1, got -1"),
+        ({"sequence_length": 1}, "--sequence-length must be at least 2, got 1"),
+        ({"seed": -1}, "--seed must be at least 0, got -1"),
+        ({"keep_checkpoints": 0}, "--keep-checkpoints must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "--learning-rate must be finite and > 0, got 0.0"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be finite and > 0, got nan"),
+        ({"max_grad_norm": 0.0}, "--max-grad-norm must be finite and > 0, got 0.0"),
+        ({"eval_fraction": 1.0}, r"--eval-fraction must be in \[0, 1\), got 1.0"),
+        ({"eval_fraction": 0.1, "eval_data": "a"}, "--eval-data and --eval-fraction exclude"),
+        ({"eval_fraction": 0.1, "streaming": True}, "use --eval-data with --streaming"),
+        ({"isolate_documents": True, "packing": False}, "--isolate-documents needs --packing"),
+        ({"schedule": "zigzag"}, "--schedule must be one of constant, .*, got 'zigzag'"),
+        ({"weight_decay": -1.0}, "--weight-decay must be at least 0, got -1.0"),
+        ({"loss": "best"}, "--loss must be one of full, auto, .* got 'best'"),
+        ({"dtype": "int8"}, "--dtype must be one of float32, bfloat16, autocast, got 'int8'"),
     ],
     ids=str,
 )
@@ -63,27 +63,56 @@ def test_settings_out_of_range(changed, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--sequence-length", "2000"], "data makes no sequence to learn from"),
+        (["--sequence-length", "2000"], "makes no sequence to learn from"),
         (["--data", "missing.txt"], "there is no such file"),
-        (["--deepspeed", "missing.json"], "deepspeed: there is no file 'missing.json'"),
-        (["--config-override", "hidden_size=3"], "config_override needs from_scratch"),
+        (["--deepspeed", "missing.json"], "--deepspeed: there is no file 'missing.json'"),
+        (["--config-override", "hidden_size=3"], "--config-override needs --from-scratch"),
         (["--from-scratch", "--config-override", "size=3"], "no 'size'; the configuration has"),
         (["--from-scratch", "--config-override", "size"], "must be NAME=VALUE, got 'size'"),
-        (["--steps", "0"], "steps must be at least 1"),
+        (["--steps", "0"], "--steps must be at least 1"),
         (["--model", "missing.gguf"], "'missing.gguf': there is no such file"),
-        (["--device", "abacus"], "device 'abacus' cannot be used here"),
-        (["--loss", "cce"], "impl='cce' cannot run here"),
+        (["--device", "abacus"], "--device 'abacus' cannot be used here"),
+        (["--loss", "cce"], "--loss cce: impl='cce' cannot run here"),
+        (["--model", "./tinyy"], "--model './tinyy': there is no such folder"),
+        (["--tokenizer", "./tinyy"], "--tokenizer './tinyy': there is no such folder"),
+        (["--eval-data", "no.txt"], "--eval-data must be"),
+        (["--data", ""], "--data must not be empty"),
+        (["--seed", "5000000000"], "--seed must be below 2**32, got 5000000000"),
+        (["--epochs", "1", "--streaming"], "--epochs needs all data in memory"),
+        (
+            ["--from-scratch", "--config-override", "hidden_size=abc"],
+            "--config-override hidden_size=abc: ",
+        ),
+        (
+            ["--from-scratch", "--config-override", "num_attention_heads=7"],
+            "--config-override num_attention_heads=7 gives a model that cannot compute: ",
+        ),
+        (["--from-scratch", "--config-override", "vocab_size=50"], "embedding of --model has 50"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 @pytest.mark.usefixtures("no_interpreter")
 def test_command_line_names_the_problem(arguments, tmp_path, capsys, changed, message):
+    if "--epochs" in changed:
+        arguments = [word for word in arguments if word not in ("--steps", "10")]
     assert main([*arguments, *changed]) == 2
     error = capsys.readouterr().err
     assert error.startswith("train.py: error: ")
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_output_that_cannot_be_a_folder(arguments, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    for output in (file, file / "below"):
+        assert main([*arguments, "--output", str(output)]) == 2
+        error = capsys.readouterr().err
+        assert error == f"train.py: error: --output must be a folder, but {str(file)!r} is a file\n"
+    if sys.platform == "linux":
+        assert main([*arguments, "--output", "/proc/nope"]) == 2
+        assert "--output '/proc/nope' cannot be written: " in capsys.readouterr().err
 
 
 def test_unknown_loss_on_the_command_line(arguments, capsys):
@@ -148,7 +177,7 @@ class TestText:
 class TestModel:
     def test_unknown_name(self, monkeypatch):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        with pytest.raises(FileNotFoundError, match=r"model must be .* got '/no/such/model'"):
+        with pytest.raises(FileNotFoundError, match="--model '/no/such/model': there is no"):
             load_model("/no/such/model", torch.float32, CPU)
 
     def test_folder_without_a_model(self, tmp_path):

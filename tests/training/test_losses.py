@@ -4,11 +4,16 @@ import copy
 import csv
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from benchmark.measure import peak_mib
 from cut_cross_entropy.transformers import CutCrossEntropyWarning, is_patched
 from cut_cross_entropy.transformers.notices import forget_warnings
 from tests.training.conftest import make_loop
@@ -16,10 +21,10 @@ from training import demo
 from training.checkpoint import list_checkpoints
 from training.loop import StepLoop
 from training.losses import CutLogits, FullLogits, IdlePatchError
-from training.memory import peak_bytes
-from training.train import export, main, set_up
+from training.train import main, set_up
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -134,11 +139,13 @@ def test_patched_run_leaves_what_a_plain_model_does(config, arguments, tmp_path)
     assert main([*arguments, "--steps", "2"]) == 0
     folder = tmp_path / "run/checkpoints/checkpoint-2"
     plain = dataclasses.replace(config, model=str(folder), loss="full")
-    trainer, _ = set_up(plain, tmp_path / "none", None)
+    plain = dataclasses.replace(plain, output=str(tmp_path / "none"))
+    trainer = set_up(plain).trainer
     assert type(trainer.model) is transformers.LlamaForCausalLM
 
     # The export of a patched model is that of a plain one.
-    export(trainer, tmp_path / "plain")
+    trainer.save_model(str(tmp_path / "plain"))
+    (tmp_path / "plain/training_args.bin").unlink()
     for folder in (tmp_path / "run/model", tmp_path / "plain"):
         config_file = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         assert config_file["architectures"] == ["LlamaForCausalLM"]
@@ -205,9 +212,7 @@ def test_peak_is_what_the_work_held():
         del first
         return second.sum()
 
-    assert peak_bytes(work, CPU) == pytest.approx(8 * 2**20, rel=0.01)
-    with pytest.raises(NotImplementedError, match="measured on cuda, cpu, got meta"):
-        peak_bytes(work, torch.device("meta"))
+    assert peak_mib(lambda _: work(), CPU) == pytest.approx(8, rel=0.01)
 
 
 def demo_arguments(arguments, tmp_path):
@@ -223,7 +228,10 @@ def test_demo(arguments, tmp_path, capsys):
     assert demo.main([*demo_arguments(arguments, tmp_path), "--steps", "4"]) == 0
     printed = capsys.readouterr().out
     assert "Largest difference of all 4 steps" in printed
-    assert "peak of the loss, 128 tokens" in printed
+    # The larger batch first, and why the smaller one may need more without logits.
+    large, small = (printed.index(f"peak of the loss, {n} tokens") for n in ("992", "128"))
+    assert large < small < printed.index("| loss of step 1 ")
+    assert "may exceed the logits of a batch as small as 128 tokens" in printed
     output = tmp_path / "run"
     assert (output / "summary.md").read_text(encoding="utf-8").strip() in printed
     assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -243,6 +251,50 @@ def test_demo_fails_when_the_losses_differ(arguments, tmp_path, capsys, monkeypa
 
 def test_demo_names_bad_input(arguments, tmp_path, capsys):
     assert demo.main([*demo_arguments(arguments, tmp_path), "--loss", "full"]) == 2
-    assert "loss must be an implementation" in capsys.readouterr().err
+    assert "--loss must be an implementation" in capsys.readouterr().err
     assert demo.main([*demo_arguments(arguments, tmp_path), "--windows", "0"]) == 2
-    assert "windows must be at least 1, got 0" in capsys.readouterr().err
+    assert "--windows must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(1, 0), (6, 2)], ids=["first run", "second run"])
+def test_ctrl_c_keeps_the_steps_done(arguments, tmp_path, capsys, monkeypatch, steps, rows):
+    pytest.importorskip("matplotlib")
+    done = []
+
+    def until(loop, before=StepLoop.train_step):
+        if len(done) == steps:
+            raise KeyboardInterrupt
+        done.append(None)
+        return before(loop)
+
+    monkeypatch.setattr(StepLoop, "train_step", until)
+    assert demo.main([*demo_arguments(arguments, tmp_path), "--steps", "4"]) == 130
+    output = tmp_path / "run"
+    summary = (output / "summary.md").read_text(encoding="utf-8")
+    assert f"Interrupted: {min(steps, 4)} of 4 steps with full logits, {rows} without" in summary
+    assert summary.strip() in capsys.readouterr().out
+    with (output / "losses.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == min(steps, 4)
+    assert [row["chunked"] != "" for row in table] == [i < rows for i in range(len(table))]
+    assert (output / "demo.png").exists() == (rows > 0)
+
+
+def test_ctrl_c_before_there_is_a_result(arguments, tmp_path, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "load_model", stop)
+    assert demo.main(demo_arguments(arguments, tmp_path)) == 130
+    assert "interrupted before there was a result" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_threads_of_the_demo_wait_without_computing():
+    """OpenMP reads the variable when PyTorch is loaded."""
+    program = "import os, training.demo; print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "PASSIVE\n", done.stderr

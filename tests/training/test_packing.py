@@ -62,12 +62,61 @@ class TestDocuments:
             Document(messages=tuple(CHAT)),
         ]
 
+    def test_sharegpt_and_completions(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        shared = [{"from": "system", "value": "Be."}, {"from": "human", "value": "One?"}]
+        shared.append({"from": "gpt", "value": "Two."})
+        rows = [
+            {"conversations": shared},
+            {"prompt": "One?", "completion": "Two."},
+            {"prompt": CHAT[:3], "completion": CHAT[3:]},
+        ]
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        system = {"role": "system", "content": "Be."}
+        assert list(documents(str(path))) == [
+            Document(messages=(system, *CHAT[:2])),
+            Document("Two.", prompt="One?"),
+            Document(messages=tuple(CHAT[3:]), prompt=tuple(CHAT[:3])),
+        ]
+
+    def test_another_column_is_the_only_one_read(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps({"messages": CHAT, "body": "this"}) + "\n")
+        assert list(documents(str(path), column="body")) == [Document("this")]
+        with pytest.raises(ValueError, match=r"line 1: must be an object with 'title'$"):
+            list(documents(str(path), column="title"))
+
+    @pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
+    def test_tables(self, tmp_path, suffix, monkeypatch):
+        pytest.importorskip("datasets")
+        pandas = pytest.importorskip("pandas")
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        frame = pandas.DataFrame({"text": ["one, two", "three"], "title": ["a", "b"]})
+        path = tmp_path / f"rows.{suffix}"
+        if suffix == "json":
+            frame.to_json(path, orient="records")
+        else:
+            getattr(frame, f"to_{suffix}")(path, index=False)
+        for streaming in (False, True):
+            found = list(documents(str(path), streaming=streaming))
+            assert found == [Document("one, two"), Document("three")]
+        assert [d.text for d in documents(str(path), column="title")] == ["a", "b"]
+        with pytest.raises(ValueError, match=r"has the columns text, title, got 'body'"):
+            list(documents(str(path), column="body"))
+
+    @pytest.mark.parametrize("suffix", [".tsv", ".jsonl.gz", ".XLSX"])
+    def test_other_formats_are_refused_not_read_as_text(self, tmp_path, suffix):
+        path = tmp_path / f"rows{suffix}"
+        path.write_text("text\tone\n")
+        with pytest.raises(ValueError, match=r"--eval-data .* files are not read; convert to text"):
+            list(documents(str(path), flag="--eval-data"))
+
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ('{"text": "cut o', r"line 2: no JSON \("),
-            ('["a"]', "line 2: must be an object with 'text' or 'messages'"),
-            ('{"title": "a"}', "line 2: must be an object with 'text' or 'messages'"),
+            ('{"text": "cut o', r"line 2: invalid JSON \("),
+            ('["a"]', "line 2: must be an object with 'text', 'messages', .*'completion'"),
+            ('{"title": "a"}', "line 2: must be an object with 'text', 'messages', .*'completion'"),
             ('{"text": 3}', "line 2: must be a text or a list of messages .* got '3'"),
             ('{"messages": [{"role": "user"}]}', "line 2: must be a text or a list of messages"),
             ('{"messages": []}', "line 2: must be a text or a list of messages"),
@@ -86,7 +135,9 @@ class TestDocuments:
         assert [document.text for document in documents(str(tmp_path))] == ["first", "second"]
 
     def test_an_empty_folder(self, tmp_path):
-        with pytest.raises(ValueError, match="holds no text"):
+        with pytest.raises(
+            ValueError, match=r"holds no text \(of a folder, \.txt, \.md, \.jsonl are"
+        ):
             list(documents(str(tmp_path)))
 
     def test_a_path_that_is_not_there_is_not_looked_up(self, monkeypatch):
@@ -117,6 +168,52 @@ class TestChat:
         )
         with pytest.raises(ValueError, match="rewrites earlier messages when message 2 is added"):
             encode_chat(CHAT, tokenizer)
+
+    def test_only_the_completion_has_labels(self, with_end):
+        ids, labels = encode(Document("Two.", prompt="One?"), with_end)
+        assert with_end.decode(ids[:-1]) == "One?Two."
+        assert labels == [IGNORED] * 4 + ids[4:]
+        assert labels[-1] == 7
+        whole, first = encode_chat(CHAT, with_end)[0], tuple(CHAT[:3])
+        ids, labels = encode(Document(messages=tuple(CHAT[3:]), prompt=first), with_end)
+        assert ids == whole
+        learned = [i for i, label in zip(ids, labels, strict=True) if label != IGNORED]
+        assert with_end.decode(learned) == "Four.|\n"
+
+    @pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["loaded", "streaming"])
+    @pytest.mark.parametrize(
+        ("template", "messages", "message"),
+        [
+            (
+                "{{ raise_exception('Roles must alternate') if messages[0].role == 'assistant' }}"
+                + TEMPLATE,
+                CHAT[1:],
+                "line 1: the chat template of the tokenizer refuses the conversation: ",
+            ),
+            (
+                "{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}",
+                CHAT,
+                "line 1: the chat template of the tokenizer refuses the conversation: ",
+            ),
+            (None, CHAT, "line 1: conversations need a chat template"),
+            (TEMPLATE, CHAT[:1] * 3, "in its conversations speak user, but no assistant"),
+        ],
+        ids=["raises", "fails", "absent", "no answer"],
+    )
+    def test_conversations_that_do_not_fit(
+        self, arguments, model_folder, tmp_path, capsys, template, messages, message, streaming
+    ):
+        folder, path = tmp_path / "tokenizer", tmp_path / "chat.jsonl"
+        tokenizer = load_model(str(model_folder), torch.float32, None)[1]
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        path.write_text(json.dumps({"messages": messages}) + "\n")
+        words = ["--data", str(path), "--tokenizer", str(folder), *streaming]
+        assert main([*arguments, *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"train.py: error: --data {str(path)!r}")
+        assert message in error
+        assert error.count("\n") == 1
 
     def test_prompts_add_nothing_to_the_loss(self, tokenizer, model_folder):
         model = load_model(str(model_folder), torch.float32, None)[0].eval()
@@ -222,7 +319,7 @@ class TestStreaming:
         path.write_text("\n".join([*lines, '{"text": "cut o']), encoding="utf-8")
         changed = ["--data", str(path), "--streaming", "--shuffle-buffer", "1", "--steps", "200"]
         assert main([*arguments, *changed, "--no-export", "--checkpoint-interval", "20"]) == 1
-        assert "line 401: no JSON" in capsys.readouterr().err
+        assert "line 401: invalid JSON" in capsys.readouterr().err
         assert (tmp_path / "run/checkpoints/checkpoint-80").is_dir()
 
 

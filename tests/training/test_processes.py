@@ -187,8 +187,8 @@ def test_fsdp2_spreads_the_weights(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ([], "fsdp needs processes: start with torchrun"),
-        (["--deepspeed", "training/zero3.json"], "fsdp and deepspeed exclude each other"),
+        ([], "--fsdp needs processes: start with torchrun"),
+        (["--deepspeed", "training/zero3.json"], "--fsdp and --deepspeed exclude each other"),
     ],
 )
 def test_fsdp2_that_cannot_be_is_refused(extra, message, arguments, capsys, monkeypatch):

@@ -69,7 +69,7 @@ def test_the_generator_matters(arguments, tmp_path, monkeypatch):
     common = [*arguments, "--no-export"]
     assert main([*common, "--output", str(tmp_path / "whole")]) == 0
     assert main([*common, "--steps", "4"]) == 0
-    monkeypatch.setattr("training.trainer.Trainer._load_rng_state", lambda *_: None)
+    monkeypatch.setattr("transformers.Trainer._load_rng_state", lambda *_: None)
     assert main([*common, "--resume"]) == 0
     assert logged_losses(tmp_path / "run") != logged_losses(tmp_path / "whole")
 
@@ -134,7 +134,7 @@ def test_resume_refuses_other_settings_and_other_data(arguments, tmp_path, capsy
     common = [*arguments, "--data", str(data), "--no-export"]
     assert main([*common, "--steps", "1"]) == 0
     assert main([*common, "--resume", "--learning-rate", "1.0"]) == 2
-    assert "learning_rate must be 0.01, as in the run that is resumed" in capsys.readouterr().err
+    assert "--learning-rate must be 0.01, as in the run that is resumed" in capsys.readouterr().err
     data.write_text("What has been read after.  " * 30, encoding="utf-8")
     assert main([*common, "--resume"]) == 2
     assert "gives other tokens than in the run that is resumed" in capsys.readouterr().err
@@ -144,7 +144,7 @@ def test_falling_schedule_fixes_the_number_of_steps(arguments, capsys):
     common = [*arguments, "--schedule", "cosine", "--no-export"]
     assert main([*common, "--steps", "4"]) == 0
     assert main([*common, "--steps", "6", "--resume"]) == 2
-    assert "steps must be 4" in capsys.readouterr().err
+    assert "--steps must be 4" in capsys.readouterr().err
 
 
 def test_a_run_does_not_write_over_another(arguments, capsys):
@@ -155,7 +155,7 @@ def test_a_run_does_not_write_over_another(arguments, capsys):
 
 def test_no_checkpoint_to_resume(arguments, capsys):
     assert main([*arguments, "--resume"]) == 2
-    assert "there is no checkpoint in" in capsys.readouterr().err
+    assert "--resume: there is no checkpoint in" in capsys.readouterr().err
     assert main([*arguments, "--resume", "/no/such/folder"]) == 2
     assert "there is no checkpoint /no/such/folder" in capsys.readouterr().err
 

@@ -44,7 +44,7 @@ def test_autocast_that_a_file_demands(file):
 
 
 def test_files_that_are_no_configuration(file):
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         deepspeed_settings(file("{"), "float32")
     with pytest.raises(ValueError, match="must hold an object, got list"):
         deepspeed_settings(file([1]), "float32")
