@@ -222,5 +222,5 @@ def test_wrong_input_is_named(roots, tmp_path, capsys):
     assert "pretrain: error: roots hold no text" in capsys.readouterr().err
     missing = ["--model", "missing.gguf", "--roots", str(roots[0])]
     assert finetune.main([*arguments, *missing]) == 2
-    assert "finetune: error: model 'missing.gguf'" in capsys.readouterr().err
+    assert "finetune: error: --model 'missing.gguf'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
