@@ -29,7 +29,7 @@ demo: $(ENVIRONMENT)  ## fine-tune SmolLM2-135M with full logits and without; co
 
 # Two processes with one thread each: more threads than cores would slow every test down.
 test: $(ENVIRONMENT)  ## all tests that need no GPU
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not gpu and not browser" $(ARGS)
 
 test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU
 	$(PYTHON) -m pytest -m gpu $(ARGS) tests/kernels tests/transformers/test_gpu.py \
@@ -41,7 +41,7 @@ benchmark: $(ENVIRONMENT)  ## time, memory and error of all implementations
 docs: $(ENVIRONMENT)  ## tables and plots from the kept measurements, and the site in build/site
 	$(PYTHON) -m benchmark.remake
 	[ ! -f experiments/report.py ] || $(PYTHON) -m experiments.report
-	$(PYTHON) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 lint: $(ENVIRONMENT)  ## format, style and types
 	$(PYTHON) -m ruff format --check .

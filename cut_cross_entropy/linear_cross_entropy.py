@@ -54,13 +54,14 @@ def linear_cross_entropy(
     computed in higher precision. Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary
     Language Models", arXiv 2411.09009.
 
-    >>> hidden = torch.randn(2, 5, 8, requires_grad=True)  # (batch, time, D)
-    >>> classifier = torch.randn(11, 8)  # (V, D)
-    >>> labels = torch.randint(0, 11, (2, 5))
-    >>> linear_cross_entropy(hidden, classifier, labels, shift=True).shape
-    torch.Size([])
-    >>> linear_cross_entropy(hidden, classifier, labels, shift=True, reduction="none").shape
-    torch.Size([2, 4])
+    Examples:
+        >>> hidden = torch.randn(2, 5, 8, requires_grad=True)  # (batch, time, D)
+        >>> classifier = torch.randn(11, 8)  # (V, D)
+        >>> labels = torch.randint(0, 11, (2, 5))
+        >>> linear_cross_entropy(hidden, classifier, labels, shift=True).shape
+        torch.Size([])
+        >>> linear_cross_entropy(hidden, classifier, labels, shift=True, reduction="none").shape
+        torch.Size([2, 4])
 
     Args:
         e: embeddings, (..., D), float32, bfloat16, float16 or float64; need not be contiguous.
@@ -224,9 +225,10 @@ _OPTIONS = {
 class LinearCrossEntropy(nn.Module):
     """:func:`linear_cross_entropy` as a module; takes the same options, each an attribute.
 
-    >>> loss_fn = LinearCrossEntropy(reduction="sum", softcap=30.0)
-    >>> loss_fn(torch.randn(3, 8), torch.randn(11, 8), torch.tensor([1, 2, -100])).shape
-    torch.Size([])
+    Examples:
+        >>> loss_fn = LinearCrossEntropy(reduction="sum", softcap=30.0)
+        >>> loss_fn(torch.randn(3, 8), torch.randn(11, 8), torch.tensor([1, 2, -100])).shape
+        torch.Size([])
 
     Raises:
         TypeError: an option that :func:`linear_cross_entropy` does not have.
