@@ -8,11 +8,10 @@ from torch import Tensor
 
 from cut_cross_entropy.device_support import kernels_unavailable, triton_is_interpreted
 from cut_cross_entropy.distributed.collectives import combine_shards
-from cut_cross_entropy.distributed.options import Shard
 from cut_cross_entropy.implementations import full_logits, reference
-from cut_cross_entropy.kernel_operators import cce_losses
-from cut_cross_entropy.operators import chunked_losses
+from cut_cross_entropy.operators import cce_losses, chunked_losses
 from cut_cross_entropy.options import KERNEL_IMPLS, CCEPreset, CCEPresets
+from cut_cross_entropy.problem import Filter, PerToken, Problem
 from cut_cross_entropy.validation import check_target_range
 
 FILTER_TOLERANCE = 8e-4
@@ -73,81 +72,67 @@ def filter_tolerance(filter_eps: float | str | None) -> float:
 
 def token_losses(
     impl: str,
-    e: Tensor,  # (N, D)
-    c: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
-    bias: Tensor | None,  # (V,)
-    *,
-    ignore_index: int,
-    softcap: float | None,
-    compute_dtype: torch.dtype,
-    memory_budget: int,
+    problem: Problem,
     kernel_options: CCEPreset,
+    *,
     filter_mass: float = 1.0,
-    shard: Shard | None = None,
-) -> tuple[Tensor, Tensor]:
+    world_size: int = 1,
+) -> PerToken:
     """Loss and log-sum-exp of every token, each (N,), 0 for ignored tokens.
 
-    With a ``shard`` the rows of ``c`` and ``bias`` are its classes; the results are those of all
-    classes, and the gradient of ``e`` is the part that its classes have in it.
+    With a ``group`` the rows of ``c`` and ``bias`` are the classes of one shard; the results are
+    those of all classes, and the gradient of ``e`` is the part that these classes have in it.
+
+    Args:
+        impl: an implementation, or ``"auto"``.
+        problem: the inputs.
+        kernel_options: the caller's options of the kernels, of which a preset may fix some.
+        filter_mass: see :func:`linear_cross_entropy`.
+        world_size: processes of the group.
     """
-    impl = choose_impl(impl, e.device, compute_dtype)
-    if shard is not None and impl in FULL_IMPLS and c.shape[0] == 0:
+    impl = choose_impl(impl, problem.e.device, problem.compute_dtype)
+    if problem.group is not None and impl in FULL_IMPLS and problem.c.shape[0] == 0:
         impl = "chunked"  # the sums of full logits need a class; the results are the same
-    first_class, group = (0, None) if shard is None else (shard.start, shard.group)
     if impl == "chunked":
-        nll, lse = chunked_losses(
-            e,
-            c,
-            targets,
-            bias,
-            ignore_index,
-            softcap,
-            compute_dtype,
-            memory_budget,
-            first_class,
-            group,
-        )
-        return nll, lse
+        nll, lse = chunked_losses(*problem.flat())
+        return PerToken(nll, lse)
     if impl in KERNEL_IMPLS:
         preset = CCEPresets.build_for_impl(impl, kernel_options)
-        inputs = (e, c) if bias is None else (e, c, bias)
         # Each process drops its own strips; the budget is one for all of them, and energies add.
-        parts = 1 if shard is None else shard.world_size
-        nll, lse, *_ = cce_losses(
-            e,
-            c,
-            targets,
-            bias,
-            ignore_index,
-            softcap,
-            compute_dtype,
-            memory_budget,
-            filter_tolerance(preset["filter_eps"]) / math.sqrt(parts),
-            filter_mass / parts,
-            preset["filter_e_grad"],
-            preset["filter_c_grad"],
-            torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
-            first_class,
-            group,
+        filter_ = Filter(
+            tolerance=filter_tolerance(preset["filter_eps"]) / math.sqrt(world_size),
+            max_mass=filter_mass / world_size,
+            e=preset["filter_e_grad"],
+            c=preset["filter_c_grad"],
         )
-        return nll, lse
-    if shard is None and not torch.compiler.is_compiling():
-        check_target_range(targets, c.shape[0], ignore_index)
+        inputs = (problem.e, problem.c, problem.bias)
+        training = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in inputs
+        )
+        nll, lse, *_ = cce_losses(*problem.flat(), *filter_.flat(), training)
+        return PerToken(nll, lse)
+    return _full_losses(impl, problem)
+
+
+def _full_losses(impl: str, problem: Problem) -> PerToken:
+    """The same by an implementation of full logits."""
+    targets, first_class = problem.targets, problem.first_class
+    if problem.group is None and not torch.compiler.is_compiling():
+        check_target_range(targets, problem.c.shape[0], problem.ignore_index)
     full: Callable[..., tuple[Tensor, Tensor]] = FULL_IMPLS[impl].target_logits_and_lse
-    kept = targets != ignore_index
+    kept = targets != problem.ignore_index
     # compute_dtype has its say already; meta tensors have no autocast to turn off.
-    with torch.autocast("cpu" if e.is_meta else e.device.type, enabled=False):
+    with torch.autocast("cpu" if problem.e.is_meta else problem.e.device.type, enabled=False):
         logit, lse = full(
-            e,
-            c,
+            problem.e,
+            problem.c,
             targets - first_class if first_class else targets,
-            bias,
+            problem.bias,
             kept,
-            softcap=softcap,
-            compute_dtype=compute_dtype,
+            softcap=problem.softcap,
+            compute_dtype=problem.compute_dtype,
         )
-        if group is not None:
-            logit, lse = combine_shards(logit, lse, group)
+        if problem.group is not None:
+            logit, lse = combine_shards(logit, lse, problem.group)
         nll = torch.where(logit == torch.inf, torch.nan, lse - logit)
-        return torch.where(kept, nll, 0), torch.where(kept, lse, 0)
+        return PerToken(torch.where(kept, nll, 0), torch.where(kept, lse, 0))

@@ -23,6 +23,7 @@ from cut_cross_entropy.options import (
     check_filter_mass,
     impl_name,
 )
+from cut_cross_entropy.problem import Problem
 from cut_cross_entropy.validation import check_compute_dtypes, check_options, check_tensors
 
 
@@ -159,20 +160,25 @@ def linear_cross_entropy(
         "filter_e_grad": filter_e_grad,
         "filter_c_grad": filter_c_grad,
     }
+    problem = Problem(
+        tokens,
+        c,
+        flat_targets,
+        bias,
+        ignore_index=ignore_index,
+        softcap=None if softcap is None else float(softcap),
+        compute_dtype=compute_dtype,
+        memory_budget=memory_budget,
+        first_class=0 if shard is None else shard.start,
+        group=None if shard is None else shard.group,
+    )
     with gathered_again(wholes) if wholes else nullcontext():
         nll, lse = token_losses(
             impl,
-            tokens,
-            c,
-            flat_targets,
-            bias,
-            ignore_index=ignore_index,
-            softcap=None if softcap is None else float(softcap),
-            compute_dtype=compute_dtype,
-            memory_budget=memory_budget,
-            kernel_options=kernel_options,
+            problem,
+            kernel_options,
             filter_mass=1.0 if filter_mass is None else float(filter_mass),
-            shard=shard,
+            world_size=1 if shard is None else shard.world_size,
         )
 
     if reduction == "none":

@@ -1,195 +1,240 @@
 """The operators that PyTorch sees: schemas, fakes and autograd around the implementations.
 
 An implementation with a backward of its own is a pair of ``torch.library`` operators. To the
-compiler they are opaque, so ``torch.compile(fullgraph=True)``, activation checkpointing, fake
-tensors and functional transforms treat them like any built-in operator. Outputs are per token
-(``nll`` and ``lse``), which leaves the reductions to ordinary PyTorch and gives the gradient of the
-logits its general form ``a * p - b * onehot``.
+compiler they are opaque, so ``torch.compile(fullgraph=True)``, activation checkpointing and fake
+tensors treat them like any built-in operator. Results are per token (``nll`` and ``lse``), which
+leaves the reductions to ordinary PyTorch and gives the gradient of the logits its general form
+``a * p - b * onehot``.
+
+The schemas are those of the classes in ``cut_cross_entropy.problem``: the body of an operator
+rebuilds a :class:`Problem` from its first values. The kernels are imported when one is first
+called, so importing this module needs no Triton.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.constants import BLOCK_TOKENS
 from cut_cross_entropy.implementations import chunked
+from cut_cross_entropy.problem import Filter, Gradients, KernelState, Needed, PerToken, Problem
 
-_INPUTS = (
-    "Tensor e, Tensor c, Tensor targets, Tensor? bias, int ignore_index, float? softcap, "
-    "ScalarType compute_dtype, int memory_budget"
-)
-SHARD_OPTIONS = "int first_class=0, str? group=None"
-"""Of a classifier that is one shard: its first class, and the processes that hold the others."""
+_NUM_TENSORS, _NUM_FIELDS = 4, 10  # of a problem
+
+
+def _tensors(fields: tuple[str, ...], prefix: str = "") -> str:
+    return ", ".join(f"Tensor {prefix}{name}" for name in fields)
+
+
+_RESULTS, _STATE = _tensors(PerToken._fields), _tensors(KernelState._fields)
+_UPSTREAM = _tensors(PerToken._fields, "grad_")
+_GRADIENTS = _tensors(Gradients._fields, "grad_")
 
 
 @torch.library.custom_op(
     "cut_cross_entropy::chunked",
     mutates_args=(),
-    schema=f"({_INPUTS}, {SHARD_OPTIONS}) -> (Tensor, Tensor)",
+    schema=f"({Problem.SCHEMA}) -> ({_RESULTS})",
 )
-def chunked_losses(
-    e: Tensor,  # (N, D)
-    c: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
-    bias: Tensor | None,  # (V,)
-    ignore_index: int,
-    softcap: float | None,
-    compute_dtype: torch.dtype,
-    memory_budget: int,
-    first_class: int = 0,
-    group: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``nll`` and ``lse``, each (N,), by the memory-bounded PyTorch implementation."""
-    with torch.autocast(e.device.type, enabled=False):
-        return chunked.forward(
-            e,
-            c,
-            targets,
-            bias,
-            ignore_index,
-            softcap,
-            compute_dtype,
-            memory_budget,
-            first_class,
-            group,
-        )
+def chunked_losses(*flat: Any) -> PerToken:
+    """Loss and log-sum-exp by the memory-bounded PyTorch implementation."""
+    problem = Problem(*flat)
+    with torch.autocast(problem.e.device.type, enabled=False):
+        return chunked.forward(problem)
 
 
 @chunked_losses.register_fake
-def _(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    compute_dtype: torch.dtype,
-    memory_budget: int,
-    first_class: int = 0,
-    group: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(compute_dtype, torch.float32)
-    return tuple(torch.empty(targets.shape, dtype=dtype, device=e.device) for _ in range(2))  # type: ignore[return-value]
+def _(*flat: Any) -> PerToken:
+    problem = Problem(*flat)
+    return PerToken(*(_fake_per_token(problem) for _ in range(2)))
 
 
 @torch.library.custom_op(
     "cut_cross_entropy::chunked_backward",
     mutates_args=(),
-    schema=(
-        "(Tensor grad_nll, Tensor grad_lse, Tensor e, Tensor c, Tensor targets, Tensor? bias, "
-        "Tensor lse, int ignore_index, float? softcap, ScalarType compute_dtype, "
-        f"int memory_budget, bool need_e, bool need_c, bool need_bias, {SHARD_OPTIONS}) "
-        "-> (Tensor, Tensor, Tensor)"
-    ),
+    schema=(f"({_UPSTREAM}, {_RESULTS}, {Problem.SCHEMA}, {Needed.SCHEMA}) -> ({_GRADIENTS})"),
 )
 def chunked_gradients(
-    grad_nll: Tensor,  # (N,)
-    grad_lse: Tensor,  # (N,)
-    e: Tensor,  # (N, D)
-    c: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
-    bias: Tensor | None,  # (V,)
-    lse: Tensor,  # (N,)
-    ignore_index: int,
-    softcap: float | None,
-    compute_dtype: torch.dtype,
-    memory_budget: int,
-    need_e: bool,
-    need_c: bool,
-    need_bias: bool,
-    first_class: int = 0,
-    group: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``e``, ``c`` and ``bias``; an empty tensor for each that is not needed."""
-    with torch.autocast(e.device.type, enabled=False):
-        return chunked.backward(
-            grad_nll,
-            grad_lse,
-            e,
-            c,
-            targets,
-            bias,
-            lse,
-            ignore_index,
-            softcap,
-            compute_dtype,
-            memory_budget,
-            need_e,
-            need_c,
-            need_bias,
-            first_class,
-            group,
-        )
-
-
-def fake_gradients(
-    e: Tensor, c: Tensor, bias: Tensor | None, need_e: bool, need_c: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a backward operator returns, without values: an empty tensor for each not needed."""
-    needed = ((e, need_e), (c, need_c), (bias, need_bias))
-    grads = [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if x is not None and need
-        else e.new_empty(0)
-        for x, need in needed
-    ]
-    return grads[0], grads[1], grads[2]
+    grad_nll: Tensor, grad_lse: Tensor, nll: Tensor, lse: Tensor, *flat: Any
+) -> Gradients:
+    """Gradients of the inputs of :func:`chunked_losses`; empty where not needed."""
+    problem, needed = Problem(*flat[:_NUM_FIELDS]), Needed(*flat[_NUM_FIELDS:])
+    with torch.autocast(problem.e.device.type, enabled=False):
+        return chunked.backward(PerToken(grad_nll, grad_lse), PerToken(nll, lse), problem, needed)
 
 
 @chunked_gradients.register_fake
-def _(
-    grad_nll: Tensor,
-    grad_lse: Tensor,
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    compute_dtype: torch.dtype,
-    memory_budget: int,
-    need_e: bool,
-    need_c: bool,
-    need_bias: bool,
-    first_class: int = 0,
-    group: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(e, c, bias, need_e, need_c, need_bias)
+def _(grad_nll: Tensor, grad_lse: Tensor, nll: Tensor, lse: Tensor, *flat: Any) -> Gradients:
+    return _fake_gradients(Problem(*flat[:_NUM_FIELDS]), Needed(*flat[_NUM_FIELDS:]))
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    e, c, targets, bias, *settings = inputs
-    ctx.settings, ctx.shard = settings[:-2], settings[-2:]
-    nll, lse = output
-    ctx.save_for_backward(e, c, targets, bias, lse, None if ctx.shard[1] is None else nll)
+@torch.library.custom_op(
+    "cut_cross_entropy::cce",
+    mutates_args=(),
+    schema=f"({Problem.SCHEMA}, {Filter.SCHEMA}, bool training) -> ({_STATE})",
+)
+def cce_losses(*flat: Any) -> KernelState:
+    """Loss and log-sum-exp by the kernels, and what their backward needs of the forward."""
+    from cut_cross_entropy.kernels import ahead, pipeline
+    from cut_cross_entropy.kernels.config import launch_device
+
+    problem, filter_, training = _kernel_options(flat)
+    with_energy = training and filter_.is_on
+    with torch.autocast(problem.e.device.type, enabled=False), launch_device(problem.e.device):
+        step = ahead.Step(
+            problem.e,
+            problem.c,
+            problem.targets,
+            problem.bias,
+            ignore_index=problem.ignore_index,
+            softcap=problem.softcap,
+            compute_dtype=problem.compute_dtype,
+            memory_budget=problem.memory_budget,
+            tolerance=filter_.tolerance if with_energy else 0.0,
+            filter_mass=filter_.max_mass,
+            training=training,
+        )
+        ahead.compile_ahead(step)
+        return KernelState(
+            *pipeline.forward(
+                problem.e,
+                problem.c,
+                problem.targets,
+                problem.bias,
+                ignore_index=problem.ignore_index,
+                softcap=problem.softcap,
+                compute_dtype=problem.compute_dtype,
+                with_energy=with_energy,
+                compact=training,
+                first_class=problem.first_class,
+                group=problem.group,
+            )
+        )
 
 
-def _chunked_autograd(ctx: Any, grad_nll: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    e, c, targets, bias, lse, nll = ctx.saved_tensors
-    need_e, need_c, _, need_bias = ctx.needs_input_grad[:4]
-    if nll is not None:  # a shard alone cannot know that no other holds the target
-        grad_nll = torch.where(nll.isnan(), nll, grad_nll)
-    settings = (*ctx.settings, need_e, need_c, need_bias, *ctx.shard)
-    grad_e, grad_c, grad_bias = chunked_gradients(
-        grad_nll, grad_lse, e, c, targets, bias, lse, *settings
+def _kernel_options(flat: tuple[Any, ...]) -> tuple[Problem, Filter, bool]:
+    problem, filter_ = Problem(*flat[:_NUM_FIELDS]), Filter(*flat[_NUM_FIELDS : _NUM_FIELDS + 4])
+    return problem, filter_, flat[_NUM_FIELDS + 4]
+
+
+@cce_losses.register_fake
+def _(*flat: Any) -> KernelState:
+    problem, filter_, training = _kernel_options(flat)
+    nll, lse, spread = (_fake_per_token(problem) for _ in range(3))
+    if not (training and filter_.is_on):
+        spread, shard = (lse.new_empty(0) for _ in range(2))
+        return KernelState(nll, lse, lse.new_empty(0, dtype=torch.uint8), spread, shard)
+    num_tokens, num_classes = nll.shape[0], problem.c.shape[0]
+    num_blocks = (num_tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    energy = lse.new_empty((num_blocks, num_classes), dtype=torch.uint8)
+    shard = lse.new_empty(0 if problem.group is None else num_tokens)
+    return KernelState(nll, lse, energy, spread, shard)
+
+
+@torch.library.custom_op(
+    "cut_cross_entropy::cce_backward",
+    mutates_args=(),
+    schema=(
+        f"({_UPSTREAM}, {_STATE}, {Problem.SCHEMA}, {Filter.SCHEMA}, bool training, "
+        f"{Needed.SCHEMA}) -> ({_GRADIENTS})"
+    ),
+)
+def cce_gradients(grad_nll: Tensor, grad_lse: Tensor, *flat: Any) -> Gradients:
+    """Gradients of the inputs of :func:`cce_losses`; empty where not needed."""
+    from cut_cross_entropy.kernels import pipeline
+    from cut_cross_entropy.kernels.config import launch_device
+
+    state, (problem, filter_, _), needed = (
+        KernelState(*flat[:5]),
+        _kernel_options(flat[5:]),
+        Needed(*flat[-3:]),
     )
-    return (
-        grad_e if need_e else None,
-        grad_c if need_c else None,
-        None,
-        grad_bias if need_bias else None,
-        *(None for _ in (*ctx.settings, *ctx.shard)),
+    with torch.autocast(problem.e.device.type, enabled=False), launch_device(problem.e.device):
+        return Gradients(
+            *pipeline.backward(
+                grad_nll,
+                grad_lse,
+                problem.e,
+                problem.c,
+                problem.targets,
+                bias=problem.bias,
+                **state._asdict(),
+                ignore_index=problem.ignore_index,
+                softcap=problem.softcap,
+                compute_dtype=problem.compute_dtype,
+                memory_budget=problem.memory_budget,
+                tolerance=filter_.tolerance,
+                filter_mass=filter_.max_mass,
+                filter_e=filter_.e,
+                filter_c=filter_.c,
+                need_e=needed.e,
+                need_c=needed.c,
+                need_bias=needed.bias,
+                first_class=problem.first_class,
+            )
+        )
+
+
+@cce_gradients.register_fake
+def _(grad_nll: Tensor, grad_lse: Tensor, *flat: Any) -> Gradients:
+    return _fake_gradients(_kernel_options(flat[5:])[0], Needed(*flat[-3:]))
+
+
+def _fake_per_token(problem: Problem) -> Tensor:
+    shape = problem.targets.shape
+    return torch.empty(shape, dtype=problem.wide, device=problem.e.device)
+
+
+def _fake_gradients(problem: Problem, needed: Needed) -> Gradients:
+    """What a backward operator returns, without values: an empty tensor for each not needed."""
+    e, c, bias = problem.e, problem.c, problem.bias
+    pairs = ((e, needed.e), (c, needed.c), (bias, needed.bias))
+    return Gradients(
+        *(
+            torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            if x is not None and need
+            else e.new_empty(0)
+            for x, need in pairs
+        )
     )
 
 
-def refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
-    """The autograd formula of a backward operator: there is none."""
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.options = inputs[_NUM_TENSORS:]
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
+
+
+def _backward_by(gradients: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """The autograd formula of a forward operator, by its backward operator."""
+
+    def backward(ctx: Any, grad_nll: Tensor, grad_lse: Tensor, *nothing: Any) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # once: a checkpoint computes them again each time
+        tensors, state = saved[:_NUM_TENSORS], saved[_NUM_TENSORS:]
+        need_e, need_c, _, need_bias = ctx.needs_input_grad[:_NUM_TENSORS]
+        grad_e, grad_c, grad_bias = gradients(
+            grad_nll, grad_lse, *state, *tensors, *ctx.options, need_e, need_c, need_bias
+        )
+        return (
+            grad_e if need_e else None,
+            grad_c if need_c else None,
+            None,
+            grad_bias if need_bias else None,
+            *(None for _ in ctx.options),
+        )
+
+    return backward
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "linear_cross_entropy has no second derivative in this implementation; "
         "impl='reference' has one"
     )
 
 
-chunked_losses.register_autograd(_chunked_autograd, setup_context=_save_for_backward)
-chunked_gradients.register_autograd(refuse_double_backward)
+for _losses, _gradients in ((chunked_losses, chunked_gradients), (cce_losses, cce_gradients)):
+    _losses.register_autograd(_backward_by(_gradients), setup_context=_save)
+    _gradients.register_autograd(_refuse_second_derivative)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from cut_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.implementations import chunked
+from cut_cross_entropy.problem import Needed, PerToken, Problem
 from tests.support import make_problem
 
 N, V, D = 256, 2048, 32
@@ -75,15 +76,14 @@ def loss_and_gradients(problem, impl, **options):
 @pytest.mark.parametrize("ignored", [0.0, 0.25])  # without ignored tokens nothing is gathered
 def test_no_operation_makes_the_logits(dtype, softcap, ignored):
     problem = problem_of(dtype, ignored=ignored)
-    inputs = (problem.e, problem.c, problem.targets, problem.bias)
-    settings = (-100, softcap, dtype, BUDGET)
+    tensors = (problem.e, problem.c, problem.targets, problem.bias)
+    call = Problem(*tensors, -100, softcap, dtype, BUDGET)
     with AllocationWatcher() as forward:
-        nll, lse = chunked.forward(*inputs, *settings)
+        results = chunked.forward(call)
+    ones = PerToken(*(torch.ones_like(x) for x in results))
     with AllocationWatcher() as backward:
-        chunked.backward(
-            torch.ones_like(nll), torch.ones_like(lse), *inputs, lse, *settings, True, True, True
-        )
-    accumulator = N * D * lse.element_size()  # of the gradient of e, beside its result
+        chunked.backward(ones, results, call, Needed(True, True, True))
+    accumulator = N * D * results.lse.element_size()  # of the gradient of e, beside its result
     gradient = V * D * problem.c.element_size()
     assert max(forward.elements) < LOGITS
     assert max(backward.elements) < LOGITS
@@ -133,7 +133,7 @@ def test_peak_grows_with_the_classifier_and_not_with_the_logits(classes):
 @pytest.mark.parametrize("budget", [1, 2**12, 2**20, 2**28])
 @pytest.mark.parametrize(("tokens", "classes", "dim"), [(0, 5, 3), (10**5, 10**5, 64), (1, 1, 1)])
 def test_choice_of_blocks(tokens, classes, dim, itemsize, budget):
-    rows, columns = chunked.choose_blocks(tokens, classes, dim, itemsize, budget)
+    rows, columns = chunked.choose_blocks(tokens, classes, dim, itemsize=itemsize, budget=budget)
     assert 1 <= rows <= max(tokens, 1)
     assert 1 <= columns <= classes
     smallest = rows == 1 and columns <= chunked.MIN_CLASSES

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cut_cross_entropy.implementations import chunked
+from cut_cross_entropy.problem import Needed, PerToken, Problem
 from tests.support import IMPLS, check, make_problem, run_ours
 
 NAMES = ("e", "c", "bias")
@@ -29,18 +30,12 @@ def test_subset(impl, needed):
 @pytest.mark.parametrize("needed", SUBSETS, ids=lambda names: "+".join(names) or "none")
 def test_chunked_operator_returns_nothing_for_the_rest(needed):
     problem = make_problem((5,), bias=True, ignored=0.0)
-    settings = (-100, None, torch.float32, 2**20)
-    nll, lse = chunked.forward(problem.e, problem.c, problem.targets, problem.bias, *settings)
+    tensors = (problem.e, problem.c, problem.targets, problem.bias)
+    call = Problem(*tensors, -100, None, torch.float32, 2**20)
+    results = chunked.forward(call)
+    upstream = PerToken(torch.ones_like(results.nll), torch.zeros_like(results.lse))
     gradients = chunked.backward(
-        torch.ones_like(nll),
-        torch.zeros_like(lse),
-        problem.e,
-        problem.c,
-        problem.targets,
-        problem.bias,
-        lse,
-        *settings,
-        *(name in needed for name in NAMES),
+        upstream, results, call, Needed(*(name in needed for name in NAMES))
     )
     for name, gradient in zip(NAMES, gradients, strict=True):
         shape = getattr(problem, name).shape if name in needed else (0,)

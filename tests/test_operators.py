@@ -11,7 +11,7 @@ from cut_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.operators import chunked_gradients, chunked_losses
 from tests.support import IMPLS, make_problem, run_ours
 
-SETTINGS = (-100, None, torch.float32, 2**20)
+SETTINGS = (-100, None, torch.float32, 2**20, 0, None)
 
 
 def gradient_of(problem, impl="chunked", **options):
@@ -62,7 +62,7 @@ def test_opcheck(layout, bias):
     grads = (torch.ones_like(nll), torch.ones_like(lse))
     for needed in ((True, True, bias), (False, True, False), (True, False, False)):
         torch.library.opcheck(
-            chunked_gradients, (*grads, e, c, problem.targets, b, lse, *SETTINGS, *needed)
+            chunked_gradients, (*grads, nll, lse, e, c, problem.targets, b, *SETTINGS, *needed)
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.distributed.collectives import combine
+from cut_cross_entropy.problem import Gradients, Needed, PerToken, Problem
 from cut_cross_entropy.validation import check_target_range
 
 MAX_TOKENS = 8192
@@ -23,119 +24,77 @@ MIN_CLASSES = 128
 BLOCK_TEMPORARIES = 4  # logits, their derivative, and what the elementwise operations allocate
 
 
-def forward(
-    e: Tensor,  # (N, D)
-    c: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
-    bias: Tensor | None,  # (V,)
-    ignore_index: int,
-    softcap: float | None,
-    compute_dtype: torch.dtype,
-    memory_budget: int,
-    first_class: int = 0,
-    group: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of every token, each of shape (N,), float32 (float64 for float64).
+def forward(problem: Problem) -> PerToken:
+    """Loss and log-sum-exp of every token, float32 (float64 for float64 inputs).
 
-    With a ``group`` the rows of ``c`` are the classes from ``first_class`` on, its other processes
-    hold the rest, and the results are those of all classes.
+    With a ``group`` its other processes hold the other classes, and the results are those of all.
     """
-    problem = _Problem(
-        e,
-        c,
-        targets,
-        bias,
-        ignore_index,
-        softcap,
-        compute_dtype,
-        memory_budget,
-        first_class,
-        group,
-    )
-    lse = torch.full((problem.num_kept,), -torch.inf, dtype=problem.wide, device=e.device)
+    blocks = _Blocks(problem)
+    lse = torch.full((blocks.num_kept,), -torch.inf, dtype=problem.wide, device=problem.e.device)
     target_logit = torch.full_like(lse, torch.inf)  # stays where the target is not here
 
-    for tokens in problem.token_blocks():
-        e_block, target_block = problem.embeddings(tokens), problem.targets[tokens]
-        for classes in problem.class_blocks():
-            logits, _ = problem.logits(e_block, classes)
+    for tokens in blocks.token_blocks():
+        e_block, target_block = blocks.embeddings(tokens), blocks.targets[tokens]
+        for classes in blocks.class_blocks():
+            logits, _ = blocks.logits(e_block, classes)
             lse[tokens] = torch.logaddexp(lse[tokens], torch.logsumexp(logits, dim=1))
             here, columns = _targets_within(target_block, classes)
             found = logits.gather(1, columns[:, None])[:, 0]
             target_logit[tokens] = torch.where(here, found, target_logit[tokens])
 
-    if group is not None:
+    if problem.group is not None:
         # All N tokens, so that shards whose implementations differ exchange the same.
-        whole = combine(problem.scatter(target_logit), problem.scatter(lse), group)
-        target_logit, lse = (problem.gather(x) for x in whole)
+        whole = combine(blocks.scatter(target_logit), blocks.scatter(lse), problem.group)
+        target_logit, lse = (blocks.gather(x) for x in whole)
     target_logit.masked_fill_(target_logit == torch.inf, torch.nan)  # out of range
 
     # lse is a rounded sum; it must not fall below one of its terms, or a probability exceeds 1.
     nll = (lse - target_logit).clamp_min(0)
-    return problem.scatter(nll), problem.scatter(lse)
+    return PerToken(blocks.scatter(nll), blocks.scatter(lse))
 
 
-def backward(
-    grad_nll: Tensor,  # (N,)
-    grad_lse: Tensor,  # (N,)
-    e: Tensor,  # (N, D)
-    c: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
-    bias: Tensor | None,  # (V,)
-    lse: Tensor,  # (N,)
-    ignore_index: int,
-    softcap: float | None,
-    compute_dtype: torch.dtype,
-    memory_budget: int,
-    need_e: bool,
-    need_c: bool,
-    need_bias: bool,
-    first_class: int = 0,
-    group: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of e, c and bias in their own dtypes; an empty tensor for each not needed.
+def backward(grads: PerToken, saved: PerToken, problem: Problem, needed: Needed) -> Gradients:
+    """Gradients of e, c and bias; an empty tensor for each not needed.
 
     The gradient of the logits is ``a * p - b * onehot`` with ``a`` the gradient of loss plus lse
     and ``b`` that of the loss. With a ``group`` the gradient of e is the part of the classes that
     are here; nothing is exchanged.
+
+    Args:
+        grads: gradients of the two results.
+        saved: results of the forward.
+        problem: the inputs.
+        needed: the gradients to compute.
     """
-    problem = _Problem(
-        e,
-        c,
-        targets,
-        bias,
-        ignore_index,
-        softcap,
-        compute_dtype,
-        memory_budget,
-        first_class,
-        group,
-    )
-    wide, device = problem.wide, e.device
-    b = problem.gather(grad_nll.to(wide))
-    a = b + problem.gather(grad_lse.to(wide))
-    a = torch.where(problem.in_range, a, torch.nan)  # see forward: never a plausible number
-    lse = problem.gather(lse)
-    scale = problem.gradient_scale(a, b)
+    blocks = _Blocks(problem)
+    e, c, bias, wide = problem.e, problem.c, problem.bias, problem.wide
+    grad_nll = grads.nll
+    if problem.group is not None:  # a shard alone cannot know that no other holds the target
+        grad_nll = torch.where(saved.nll.isnan(), saved.nll, grad_nll)
+    b = blocks.gather(grad_nll.to(wide))
+    a = b + blocks.gather(grads.lse.to(wide))
+    a = torch.where(blocks.in_range, a, torch.nan)  # see forward: never a plausible number
+    lse = blocks.gather(saved.lse)
+    scale = blocks.gradient_scale(a, b)
 
     grad_e_sum = torch.zeros(
-        (problem.num_kept if need_e else 0, e.shape[1]), dtype=wide, device=device
+        (blocks.num_kept if needed.e else 0, e.shape[1]), dtype=wide, device=e.device
     )
     # Contiguous whatever the layout of the input, as the operator's fake promises.
-    grad_c = c.new_empty(c.shape) if need_c else e.new_empty(0)
-    grad_bias = bias.new_empty(bias.shape) if bias is not None and need_bias else e.new_empty(0)
+    grad_c = c.new_empty(c.shape) if needed.c else e.new_empty(0)
+    grad_bias = bias.new_empty(bias.shape) if bias is not None and needed.bias else e.new_empty(0)
 
-    for classes in problem.class_blocks():
+    for classes in blocks.class_blocks():
         rows_of_c = classes.stop - classes.start
-        grad_c_sum = lse.new_zeros((rows_of_c if need_c else 0, c.shape[1]))
+        grad_c_sum = lse.new_zeros((rows_of_c if needed.c else 0, c.shape[1]))
         grad_bias_sum = lse.new_zeros(rows_of_c)
-        for tokens in problem.token_blocks():
-            e_block, target_block = problem.embeddings(tokens), problem.targets[tokens]
-            logits, slope = problem.logits(e_block, classes, with_slope=True)
+        for tokens in blocks.token_blocks():
+            e_block, target_block = blocks.embeddings(tokens), blocks.targets[tokens]
+            logits, slope = blocks.logits(e_block, classes, with_slope=True)
             # Probabilities that no sum can notice are zero: as subnormal numbers they would make
             # the products an order of magnitude slower on a CPU.
             exponent = logits.sub_(lse[tokens, None])
-            F.threshold(exponent, problem.floor, -torch.inf, inplace=True)
+            F.threshold(exponent, blocks.floor, -torch.inf, inplace=True)
             grad = exponent.exp_().mul_(a[tokens, None])
             here, columns = _targets_within(target_block, classes)
             at_target = grad.gather(1, columns[:, None])
@@ -143,21 +102,21 @@ def backward(
             grad.scatter_(1, columns[:, None], at_target)
             if slope is not None:
                 grad.mul_(slope)
-            if need_bias:
+            if needed.bias:
                 grad_bias_sum += grad.sum(0)
-            if not (need_e or need_c):
+            if not (needed.e or needed.c):
                 continue
-            factor = problem.as_factor(grad, scale)
-            if need_e:
-                grad_e_sum[tokens] += problem.product(factor, problem.classifier(classes))
-            if need_c:
-                grad_c_sum += problem.product(factor.T, e_block)
-        if need_bias:
+            factor = blocks.as_factor(grad, scale)
+            if needed.e:
+                grad_e_sum[tokens] += blocks.product(factor, blocks.classifier(classes))
+            if needed.c:
+                grad_c_sum += blocks.product(factor.T, e_block)
+        if needed.bias:
             grad_bias[classes] = grad_bias_sum
-        if need_c:
+        if needed.c:
             grad_c[classes] = grad_c_sum / scale
-    grad_e = problem.scatter(grad_e_sum.div_(scale)).to(e.dtype) if need_e else e.new_empty(0)
-    return grad_e, grad_c, grad_bias
+    grad_e = blocks.scatter(grad_e_sum.div_(scale)).to(e.dtype) if needed.e else e.new_empty(0)
+    return Gradients(grad_e, grad_c, grad_bias)
 
 
 def _targets_within(targets: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
@@ -170,7 +129,7 @@ def _targets_within(targets: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
 
 
 def choose_blocks(
-    num_tokens: int, num_classes: int, dim: int, itemsize: int, budget: int
+    num_tokens: int, num_classes: int, dim: int, *, itemsize: int, budget: int
 ) -> tuple[int, int]:
     """Tokens and classes a block, so that a block and its operands fit ``budget`` bytes.
 
@@ -190,49 +149,42 @@ def choose_blocks(
     return tokens, min(num_classes, classes)
 
 
-class _Problem:
-    """The inputs without ignored tokens, and the precision in which blocks are computed."""
+class _Blocks:
+    """The inputs without ignored tokens, block by block, in the precision of the products."""
 
-    def __init__(
-        self,
-        e: Tensor,
-        c: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        ignore_index: int,
-        softcap: float | None,
-        compute_dtype: torch.dtype,
-        memory_budget: int,
-        first_class: int,
-        group: str | None,
-    ) -> None:
-        self.e, self.c, self.bias, self.softcap = e, c, bias, softcap
-        self.compute_dtype = compute_dtype
-        self.wide = torch.promote_types(compute_dtype, torch.float32)
+    def __init__(self, problem: Problem) -> None:
+        targets, num_classes = problem.targets, problem.c.shape[0]
+        self.problem, self.wide = problem, problem.wide
         self.floor = -600.0 if self.wide == torch.float64 else -60.0
         # PyTorch has products of half precision factors with a float32 result on CUDA only;
         # elsewhere the factors are widened, which changes none of their values.
-        self.half_products = compute_dtype.itemsize == 2 and has_wide_products(e.device)
+        self.half_products = problem.compute_dtype.itemsize == 2 and has_wide_products(
+            problem.e.device
+        )
 
-        if group is None:
-            check_target_range(targets, c.shape[0], ignore_index)
-        kept = targets != ignore_index
+        if problem.group is None:
+            check_target_range(targets, num_classes, problem.ignore_index)
+        kept = targets != problem.ignore_index
         self.num_tokens = targets.shape[0]
         rows = kept.nonzero().squeeze(1)  # on a GPU the host waits here, once a pass
         self.num_kept = rows.shape[0]
         self.rows = None if self.num_kept == self.num_tokens else rows
-        self.targets = self.gather(targets).long() - first_class
-        in_range = (self.targets >= 0) & (self.targets < c.shape[0])
-        self.in_range = in_range if group is None else torch.ones_like(in_range)
-        self.block = choose_blocks(
-            self.num_kept, c.shape[0], c.shape[1], self.wide.itemsize, memory_budget
+        self.targets = self.gather(targets).long() - problem.first_class
+        in_range = (self.targets >= 0) & (self.targets < num_classes)
+        self.in_range = in_range if problem.group is None else torch.ones_like(in_range)
+        self.shape = choose_blocks(
+            self.num_kept,
+            num_classes,
+            problem.c.shape[1],
+            itemsize=self.wide.itemsize,
+            budget=problem.memory_budget,
         )
 
     def token_blocks(self) -> Iterator[slice]:
-        return _slices(self.num_kept, self.block[0])
+        return _slices(self.num_kept, self.shape[0])
 
     def class_blocks(self) -> Iterator[slice]:
-        return _slices(self.c.shape[0], self.block[1])
+        return _slices(self.problem.c.shape[0], self.shape[1])
 
     def gather(self, per_token: Tensor) -> Tensor:
         """Rows of the tokens that are not ignored."""
@@ -246,14 +198,14 @@ class _Problem:
         return result.index_copy_(0, self.rows, per_kept_token)
 
     def embeddings(self, tokens: slice) -> Tensor:
-        e = self.e[tokens] if self.rows is None else self.e[self.rows[tokens]]
+        e = self.problem.e[tokens if self.rows is None else self.rows[tokens]]
         return self._operand(e)
 
     def classifier(self, classes: slice) -> Tensor:
-        return self._operand(self.c[classes])
+        return self._operand(self.problem.c[classes])
 
     def _operand(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.to(self.compute_dtype)  # the rounding that autocast asks for
+        tensor = tensor.to(self.problem.compute_dtype)  # the rounding that autocast asks for
         return tensor if self.half_products else tensor.to(self.wide)
 
     def logits(
@@ -261,13 +213,14 @@ class _Problem:
     ) -> tuple[Tensor, Tensor | None]:
         """Logits of a block, and their derivative by the uncapped logits if there is a softcap."""
         logits = self.product(e_block, self.classifier(classes).T)
-        if self.bias is not None:
-            logits += self.bias[classes].to(self.wide)
-        if self.softcap is None:
+        bias, softcap = self.problem.bias, self.problem.softcap
+        if bias is not None:
+            logits += bias[classes].to(self.wide)
+        if softcap is None:
             return logits, None
-        tanh = logits.div_(self.softcap).tanh_()
+        tanh = logits.div_(softcap).tanh_()
         slope = 1 - tanh.square() if with_slope else None
-        return tanh.mul_(self.softcap), slope
+        return tanh.mul_(softcap), slope
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         if self.half_products:
@@ -285,7 +238,7 @@ class _Problem:
 
     def as_factor(self, grad: Tensor, scale: Tensor) -> Tensor:
         """A block of logit gradients as a factor of the products that follow."""
-        return grad.mul_(scale).to(self.compute_dtype) if self.half_products else grad
+        return grad.mul_(scale).to(self.problem.compute_dtype) if self.half_products else grad
 
 
 def _slices(length: int, block: int) -> Iterator[slice]:

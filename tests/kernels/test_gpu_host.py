@@ -36,17 +36,17 @@ def sharp(tokens=300, classes=4096, dim=64, seed=0) -> Problem:
 
 def operators(problem, tolerance):
     """Forward and backward as functions on this thread, not autograd's."""
-    from cut_cross_entropy.kernel_operators import cce_gradients, cce_losses
+    from cut_cross_entropy.operators import cce_gradients, cce_losses
 
     inputs = (problem.e, problem.c, problem.targets, problem.bias)
-    settings = (-100, None, torch.bfloat16, 2**28, tolerance, 1.0, True, True, True)
+    settings = (-100, None, torch.bfloat16, 2**28, 0, None, tolerance, 1.0, True, True, True)
 
     def forward():
         return cce_losses(*inputs, *settings)
 
     def backward(saved):
         upstream = (torch.ones_like(saved[0]), torch.zeros_like(saved[1]))
-        return cce_gradients(*upstream, *inputs, *saved, *settings, True, True, False)
+        return cce_gradients(*upstream, *saved, *inputs, *settings, True, True, False)
 
     return forward, backward
 
@@ -208,16 +208,16 @@ def test_modification_between_forward_and_backward_is_caught(impl, which):
 
 
 def test_opcheck():
-    from cut_cross_entropy.kernel_operators import cce_gradients, cce_losses
+    from cut_cross_entropy.operators import cce_gradients, cce_losses
 
     problem = make_problem((300,), 1100, 72, bias=True, dtype=torch.bfloat16).on(DEVICE)
     inputs = (problem.e, problem.c, problem.targets, problem.bias)
-    settings = (-100, 5.0, torch.bfloat16, 2**28, TOLERANCE, 1.0, True, True, True)
+    settings = (-100, 5.0, torch.bfloat16, 2**28, 0, None, TOLERANCE, 1.0, True, True, True)
     saved = cce_losses(*inputs, *settings)
     upstream = (torch.ones_like(saved[0]), torch.zeros_like(saved[1]))
     with_grad = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
     torch.library.opcheck(cce_losses, (*with_grad, *settings))
-    torch.library.opcheck(cce_gradients, (*upstream, *inputs, *saved, *settings, True, True, True))
+    torch.library.opcheck(cce_gradients, (*upstream, *saved, *inputs, *settings, True, True, True))
 
 
 CHECKED = """

@@ -1,0 +1,160 @@
+"""One call of the loss as the implementations see it, with the schemas of its operators.
+
+Operators take tensors and plain values only, so each dataclass here has a ``SCHEMA``, the text of
+its part of an operator's schema, and ``flat()``, the values in that order; the body of an operator
+rebuilds the object from them. Named tuples are tuples of tensors, as operators return them.
+
+Shape legend: ``cut_cross_entropy.implementations``.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The inputs of a loss and the options that every implementation shares.
+
+    Args:
+        e: embeddings, (N, D).
+        c: classifier, (V, D).
+        targets: (N,), int32 or int64.
+        bias: (V,), or None.
+        ignore_index: target value of tokens without a loss.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; None leaves them as they are.
+        compute_dtype: dtype of the factors of ``e @ c.T``.
+        memory_budget: bytes of scratch memory beyond results and accumulators.
+        first_class: class id of the first row of ``c``.
+        group: name of the process group over which the classes are sharded; None if ``c`` holds
+            all of them.
+    """
+
+    e: Tensor
+    c: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    ignore_index: int
+    softcap: float | None
+    compute_dtype: torch.dtype
+    memory_budget: int
+    first_class: int = 0
+    group: str | None = None
+
+    SCHEMA: ClassVar[str] = (
+        "Tensor e, Tensor c, Tensor targets, Tensor? bias, int ignore_index, float? softcap, "
+        "ScalarType compute_dtype, int memory_budget, int first_class, str? group"
+    )
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """``e``, ``c``, ``targets`` and ``bias``, which come first in the schema."""
+        return self.e, self.c, self.targets, self.bias
+
+    def options(self) -> tuple[Any, ...]:
+        """The plain values, which follow the tensors in the schema."""
+        return (
+            self.ignore_index,
+            self.softcap,
+            self.compute_dtype,
+            self.memory_budget,
+            self.first_class,
+            self.group,
+        )
+
+    def flat(self) -> tuple[Any, ...]:
+        """All fields in the order of the schema."""
+        return (*self.tensors(), *self.options())
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Dtype of the results and accumulators: float32, or float64 for float64 inputs."""
+        return torch.promote_types(self.compute_dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which part of the gradient the kernels may skip.
+
+    Args:
+        tolerance: root of the dropped energy, relative to that of the gradient; 0 is no filter.
+        max_mass: largest mean probability of a token that the tail may stand for, in [0, 1].
+        e: whether it applies to the gradient of ``e``.
+        c: whether it applies to the gradients of ``c`` and ``bias``.
+    """
+
+    tolerance: float
+    max_mass: float = 1.0
+    e: bool = True
+    c: bool = True
+
+    SCHEMA: ClassVar[str] = "float tolerance, float max_mass, bool filter_e, bool filter_c"
+
+    def flat(self) -> tuple[float, float, bool, bool]:
+        """All fields in the order of the schema."""
+        return self.tolerance, self.max_mass, self.e, self.c
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any gradient is filtered."""
+        return self.tolerance > 0 and (self.e or self.c)
+
+
+@dataclass(frozen=True)
+class Needed:
+    """The gradients that a backward pass has to compute."""
+
+    e: bool
+    c: bool
+    bias: bool
+
+    SCHEMA: ClassVar[str] = "bool need_e, bool need_c, bool need_bias"
+
+    def flat(self) -> tuple[bool, bool, bool]:
+        """All fields in the order of the schema."""
+        return self.e, self.c, self.bias
+
+
+class PerToken(NamedTuple):
+    """Loss and log-sum-exp of every token, or two gradients of the same shape.
+
+    Args:
+        nll: (N,), ``lse`` less the logit of the target; 0 for ignored tokens.
+        lse: (N,), 0 for ignored tokens.
+    """
+
+    nll: Tensor
+    lse: Tensor
+
+
+class KernelState(NamedTuple):
+    """The results of the kernels' forward pass: :class:`PerToken`, and what their backward needs.
+
+    Args:
+        nll: (N,) float32; as in :class:`PerToken`.
+        lse: (N,) float32.
+        energy: (blocks, V) uint8, the energies of the strips; empty without a filter.
+        spread: (N,) float32; empty without a filter.
+        shard: (N,) float32, probability of the classes of this process; empty if it has all.
+    """
+
+    nll: Tensor
+    lse: Tensor
+    energy: Tensor
+    spread: Tensor
+    shard: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients of the inputs, contiguous and in their dtypes; empty where not needed.
+
+    Args:
+        e: (N, D).
+        c: (V, D).
+        bias: (V,).
+    """
+
+    e: Tensor
+    c: Tensor
+    bias: Tensor
