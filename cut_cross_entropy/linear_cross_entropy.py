@@ -1,8 +1,8 @@
-"""The public function and module. What computes the loss is chosen in ``dispatch``."""
+"""The public function and module; ``dispatch`` chooses the implementation."""
 
-import inspect
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,42 +12,117 @@ from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.dispatch import token_losses
 from cut_cross_entropy.distributed.collectives import group_name
 from cut_cross_entropy.distributed.data_parallel import Like, gather, gathered_again
-from cut_cross_entropy.distributed.dtensor import is_dtensor, resolve
+from cut_cross_entropy.distributed.dtensor import check_parallel_options, resolve
 from cut_cross_entropy.distributed.embeddings import own_tokens, share_tokens
-from cut_cross_entropy.distributed.options import DataParallelOptions, VocabParallelOptions
+from cut_cross_entropy.distributed.options import (
+    DataParallelOptions,
+    VocabParallelOptions,
+    is_dtensor,
+)
 from cut_cross_entropy.options import (
     LCE_IMPL_DEFAULT,
     CCEPreset,
+    FilterEps,
+    ImplName,
     LinearCrossEntropyImpl,
+    Reduction,
+    check_chunk_size,
     check_filter_eps,
     check_filter_mass,
+    check_flag,
     impl_name,
 )
 from cut_cross_entropy.problem import Problem
-from cut_cross_entropy.validation import check_compute_dtypes, check_options, check_tensors
+from cut_cross_entropy.validation import (
+    check_compute_dtypes,
+    check_options,
+    check_tensors,
+    explains_unknown_keywords,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+class LossOptions(TypedDict, total=False):
+    """Options of :func:`linear_cross_entropy` as keywords, all but ``return_lse``."""
+
+    ignore_index: int
+    softcap: float | None
+    reduction: Reduction
+    shift: bool | int
+    filter_eps: FilterEps
+    accum_e_fp32: bool
+    accum_c_fp32: bool
+    filter_e_grad: bool
+    filter_c_grad: bool
+    impl: ImplName | LinearCrossEntropyImpl
+    vocab_parallel_options: VocabParallelOptions | None
+    filter_mass: float | None
+    memory_budget: int
+    data_parallel_options: DataParallelOptions | None
+    c_grad_chunk_size: int
+
+
+@overload
 def linear_cross_entropy(
     e: Tensor,
     c: Tensor,
     targets: Tensor,
-    bias: Tensor | None = None,
+    bias: Tensor | int | None = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: "Unpack[LossOptions]",
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | int | None = ...,
+    *,
+    return_lse: Literal[True],
+    **options: "Unpack[LossOptions]",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | int | None = ...,
+    *,
+    return_lse: bool,
+    **options: "Unpack[LossOptions]",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+@explains_unknown_keywords
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | int | None = None,
     ignore_index: int = IGNORE_INDEX,
     softcap: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     shift: bool | int = 0,
     return_lse: bool = False,
-    filter_eps: float | str | None = "auto",
+    filter_eps: FilterEps = "auto",
     accum_e_fp32: bool = False,
     accum_c_fp32: bool = False,
     filter_e_grad: bool = True,
     filter_c_grad: bool = True,
-    impl: str | LinearCrossEntropyImpl = LCE_IMPL_DEFAULT,
+    impl: ImplName | LinearCrossEntropyImpl = LCE_IMPL_DEFAULT,
     vocab_parallel_options: VocabParallelOptions | None = None,
     *,
     filter_mass: float | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     data_parallel_options: DataParallelOptions | None = None,
+    c_grad_chunk_size: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the logits ``e @ c.T + bias`` without storing them.
 
@@ -69,17 +144,18 @@ def linear_cross_entropy(
         c: classifier, (V, D), of the dtype of ``e`` (any under autocast).
         targets: class ids, int64 or int32, of the leading shape of ``e``; without a shift any
             shape with as many elements.
-        bias: (V,), of the dtype of ``c`` or float32.
-        ignore_index: target value of tokens without a loss. An int in the place of ``bias`` is
-            taken as ``ignore_index``, as release 25.1 had it.
+        bias: (V,), of the dtype of ``c`` or float32. An int in its place is taken as
+            ``ignore_index``, as release 25.1 had it.
+        ignore_index: target value of tokens without a loss.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         reduction: ``"mean"`` over the tokens that are not ignored, ``"sum"``, or ``"none"``.
-        shift: position t predicts target t + shift; True is 1. In [0, T).
+        shift: position t predicts target t + shift; True is 1. At least 0; from T on, the size of
+            the last dimension of ``targets``, nothing is left to predict.
         return_lse: also return the log-sum-exp of the logits.
-        filter_eps: how much of the gradient the kernels may skip: None nothing, ``"auto"`` what
-            the dtype cannot represent, ``"high"`` half of that, or a float, which stands to
-            ``"auto"`` as a threshold on the probabilities stands to 2^-12, its meaning in Apple's
-            releases. The PyTorch implementations are exact and ignore it.
+        filter_eps: fraction of the gradient that the kernels may skip: None skips nothing,
+            ``"auto"`` what the dtype cannot represent, ``"high"`` half of that, a float from 0 to 1
+            is scaled so that 2**-12 (Apple's bfloat16 threshold) equals ``"auto"``. The PyTorch
+            implementations are exact and ignore it.
         accum_e_fp32: accepted for compatibility; gradients are always accumulated in float32 or
             wider.
         accum_c_fp32: as ``accum_e_fp32``.
@@ -91,22 +167,24 @@ def linear_cross_entropy(
         vocab_parallel_options: the classes of this process, whose rows ``c`` and ``bias`` hold,
             when the classes are spread over processes. All get the same loss. See
             docs/distributed.md for this and for DTensors.
-        filter_mass: at most this part of the probability, a mean over tokens, may be replaced by
-            its rank-one tail; a limit beside that of ``filter_eps``. None sets no limit, and
-            ``record_filter`` shows how much it is. In [0, 1].
+        filter_mass: upper bound of the probability, as a mean over tokens, that the filter may
+            replace by its rank-one tail, in addition to ``filter_eps``. None sets no bound;
+            ``record_filter`` reports the value reached. In [0, 1].
         memory_budget: bytes of scratch memory beyond results and accumulators, for
             implementations that bound it.
-        data_parallel_options: what to do with ``c`` and ``bias`` that are DTensors spread by
-            ``fully_shard``. Without it the names of their mesh's dimensions say what they mean.
+        data_parallel_options: how to gather ``c`` and ``bias`` that are DTensors sharded by
+            ``fully_shard``. By default the names of their mesh's dimensions decide.
+        c_grad_chunk_size: accepted for compatibility; ``memory_budget`` bounds scratch memory.
 
     Returns:
         The loss: a scalar, or with ``reduction="none"`` the shape of ``targets`` less ``shift`` at
         the end of the last dimension, 0 at ignored tokens. float32, or float64 for float64 inputs.
-        With ``return_lse`` a pair: the loss, and the log-sum-exp per token in that same shape, 0 at
-        ignored tokens. Both are differentiable, once.
+        Without any token that counts it is 0 and its gradients are 0. With ``return_lse`` a pair:
+        the loss, and the log-sum-exp per token in that same shape, 0 at ignored tokens. Both are
+        differentiable, once.
 
     Raises:
-        TypeError: an argument or a tensor of the wrong type or dtype.
+        TypeError: an argument or a tensor of the wrong type, layout or dtype.
         ValueError: shapes or devices that do not fit, an option out of range, on the CPU a target
             out of range. (On a GPU the loss is then NaN; ``CCE_DEBUG=1`` raises there too.)
         RuntimeError: an explicit ``impl`` that cannot run here; another process is gone.
@@ -116,16 +194,30 @@ def linear_cross_entropy(
     if isinstance(bias, int) and not isinstance(bias, bool):
         if ignore_index != IGNORE_INDEX:
             raise TypeError(
-                f"bias must be a Tensor or None, got int ({bias}) beside {ignore_index=}"
+                f"bias must be a Tensor or None, got int ({bias}) together with {ignore_index=}"
             )
-        bias, ignore_index = None, bias
-    impl = impl_name(impl)
+        ignore_index, bias = bias, None
+    impl_chosen = impl_name(impl)
     check_options(ignore_index, softcap, reduction, shift, memory_budget)
     check_filter_eps(filter_eps)
     check_filter_mass(filter_mass)
+    check_chunk_size(c_grad_chunk_size)
+    for name, flag in (
+        ("return_lse", return_lse),
+        ("accum_e_fp32", accum_e_fp32),
+        ("accum_c_fp32", accum_c_fp32),
+        ("filter_e_grad", filter_e_grad),
+        ("filter_c_grad", filter_c_grad),
+    ):
+        check_flag(name, flag)
     shift = int(shift)
     e, c, targets, bias, shards, data = resolve(
-        e, c, targets, bias, vocab_parallel_options, data_parallel_options
+        e,
+        c,
+        targets,
+        bias,  # type: ignore[arg-type]  # a bool, which check_tensors refuses
+        vocab_parallel_options,
+        data_parallel_options,
     )
     wholes: list[tuple[Any, Tensor]] = []
     if data is not None:
@@ -143,6 +235,7 @@ def linear_cross_entropy(
     compute_dtype = _compute_dtype(e, c, bias)
 
     if shift:
+        shift = min(shift, targets.shape[-1])
         # Shifting the targets instead of the embeddings copies N integers, not N x D features;
         # the last tokens of each sequence have no target and are ignored.
         targets = F.pad(targets[..., shift:], (0, shift), value=ignore_index)
@@ -174,7 +267,7 @@ def linear_cross_entropy(
     )
     with gathered_again(wholes) if wholes else nullcontext():
         nll, lse = token_losses(
-            impl,
+            impl_chosen,
             problem,
             kernel_options,
             filter_mass=1.0 if filter_mass is None else float(filter_mass),
@@ -201,7 +294,7 @@ def _per_token(
 
 
 def _gathered_dtype(e: Tensor, c: Tensor) -> torch.dtype:
-    """In which dtype a classifier is gathered: that of the product, if it is narrower."""
+    """The dtype to gather a classifier in: that of the product, if it is narrower."""
     device_type = e.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -221,13 +314,7 @@ def _compute_dtype(e: Tensor, c: Tensor, bias: Tensor | None) -> torch.dtype:
     return torch.promote_types(e.dtype, c.dtype)
 
 
-_OPTIONS = {
-    name: parameter
-    for name, parameter in inspect.signature(linear_cross_entropy).parameters.items()
-    if name not in ("e", "c", "targets", "bias")
-}
-
-
+@dataclass(eq=False, repr=False)
 class LinearCrossEntropy(nn.Module):
     """:func:`linear_cross_entropy` as a module; takes the same options, each an attribute.
 
@@ -237,30 +324,65 @@ class LinearCrossEntropy(nn.Module):
         torch.Size([])
 
     Raises:
-        TypeError: an option that :func:`linear_cross_entropy` does not have.
+        TypeError: an option of the wrong type, or one that :func:`linear_cross_entropy` lacks.
+        ValueError: an option out of range.
     """
 
-    __signature__ = inspect.Signature(list(_OPTIONS.values()))
+    ignore_index: int = IGNORE_INDEX
+    softcap: float | None = None
+    reduction: Reduction = "mean"
+    shift: bool | int = 0
+    return_lse: bool = False
+    filter_eps: FilterEps = "auto"
+    accum_e_fp32: bool = False
+    accum_c_fp32: bool = False
+    filter_e_grad: bool = True
+    filter_c_grad: bool = True
+    impl: ImplName | LinearCrossEntropyImpl = LCE_IMPL_DEFAULT
+    vocab_parallel_options: VocabParallelOptions | None = None
+    filter_mass: float | None = field(default=None, kw_only=True)
+    memory_budget: int = field(default=DEFAULT_MEMORY_BUDGET, kw_only=True)
+    data_parallel_options: DataParallelOptions | None = field(default=None, kw_only=True)
+    c_grad_chunk_size: int = field(default=0, kw_only=True)
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        bound = self.__signature__.bind(*args, **options)
-        bound.apply_defaults()
-        for name, value in bound.arguments.items():
-            setattr(self, name, value)
+        impl_name(self.impl)
+        check_options(
+            self.ignore_index, self.softcap, self.reduction, self.shift, self.memory_budget
+        )
+        check_filter_eps(self.filter_eps)
+        check_filter_mass(self.filter_mass)
+        check_chunk_size(self.c_grad_chunk_size)
+        for option in fields(self):
+            if isinstance(option.default, bool):
+                check_flag(option.name, getattr(self, option.name))
+        check_parallel_options(self.vocab_parallel_options, self.data_parallel_options)
 
     def forward(
         self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """See :func:`linear_cross_entropy`."""
-        options = {name: getattr(self, name) for name in _OPTIONS}
-        return linear_cross_entropy(e, c, targets, bias, **options)
+        """Compute the loss of ``e`` (..., D), ``c`` (V, D) and ``targets`` (...).
+
+        Returns:
+            As :func:`linear_cross_entropy`.
+        """
+        result: Tensor | tuple[Tensor, Tensor]
+        result = linear_cross_entropy(e, c, targets, bias, **self._options())
+        return result
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""
         changed = {
-            name: getattr(self, name)
-            for name, parameter in _OPTIONS.items()
-            if getattr(self, name) != parameter.default
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if getattr(self, option.name) != option.default
         }
         return ", ".join(f"{name}={value!r}" for name, value in changed.items())
+
+    def _options(self) -> Any:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+# A dataclass writes its own __init__, which is to give the same hints as the function.
+LinearCrossEntropy.__init__ = explains_unknown_keywords(LinearCrossEntropy.__init__)  # type: ignore[method-assign]

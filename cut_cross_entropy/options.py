@@ -5,10 +5,32 @@ Apple's releases define are also members of :class:`LinearCrossEntropyImpl`; the
 (``OWN_IMPLS``) are ours and exist as strings only, so that the enum keeps its values.
 """
 
+import difflib
 import enum
-import math
 import platform
-from typing import ClassVar, TypedDict
+from collections.abc import Iterable
+from typing import ClassVar, Literal, TypeAlias, TypedDict
+
+ImplName: TypeAlias = Literal[
+    "auto",
+    "chunked",
+    "reference",
+    "torch_compile",
+    "cce",
+    "cce_kahan",
+    "cce_kahan_full_c",
+    "cce_kahan_full_e",
+    "cce_exact",
+    "cce_kahan_full_c_full_e",
+    "cce_kahan_full",
+]
+"""Every name that ``impl=`` takes."""
+
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+"""What ``reduction=`` takes."""
+
+FilterEps: TypeAlias = float | Literal["auto", "high"] | None
+"""What ``filter_eps=`` takes."""
 
 
 class LinearCrossEntropyImpl(enum.IntEnum):
@@ -41,14 +63,14 @@ ALL_IMPLS = (*OWN_IMPLS, "torch_compile", *KERNEL_IMPLS)
 
 # Apple's releases have torch_compile as the default on macOS, where Triton does not exist.
 # Elsewhere the choice has to wait for the call, since it depends on the device of the tensors.
-LCE_IMPL_DEFAULT = "torch_compile" if platform.system() == "Darwin" else "auto"
+LCE_IMPL_DEFAULT: ImplName = "torch_compile" if platform.system() == "Darwin" else "auto"
 """Default of ``impl=``."""
 
 
 class CCEPreset(TypedDict):
     """Options that a preset of the kernels fixes."""
 
-    filter_eps: float | str | None
+    filter_eps: FilterEps
     accum_e_fp32: bool
     accum_c_fp32: bool
     filter_e_grad: bool
@@ -56,7 +78,7 @@ class CCEPreset(TypedDict):
 
 
 class CCEPresets:
-    """What each preset of the kernels stands for.
+    """Options that each preset of the kernels stands for.
 
     Gradients are always accumulated in float32 here, so ``accum_e_fp32`` and ``accum_c_fp32``
     record what a preset promises and change nothing in the result.
@@ -100,7 +122,7 @@ class CCEPresets:
             A new dictionary: ``opts`` with the values that the preset fixes.
 
         Raises:
-            ValueError: ``impl`` is no preset of the kernels.
+            ValueError: ``impl`` is not a preset of the kernels.
         """
         if impl not in cls.names:
             raise ValueError(f"impl must be one of {sorted(cls.names)}, got {impl!r}")
@@ -108,7 +130,7 @@ class CCEPresets:
         return {**opts, **fixed}  # type: ignore[typeddict-item]
 
 
-def impl_name(impl: "str | LinearCrossEntropyImpl") -> str:
+def impl_name(impl: ImplName | LinearCrossEntropyImpl) -> str:
     """The lower-case name of ``impl``.
 
     Raises:
@@ -122,24 +144,31 @@ def impl_name(impl: "str | LinearCrossEntropyImpl") -> str:
             f"impl must be a string or a LinearCrossEntropyImpl, got {type(impl).__name__}"
         )
     if impl not in ALL_IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(ALL_IMPLS)}, got {impl!r}")
+        hint = did_you_mean(impl, ALL_IMPLS)
+        raise ValueError(f"impl must be one of {', '.join(ALL_IMPLS)}, got {impl!r}{hint}")
     return impl
 
 
-def check_filter_eps(filter_eps: float | str | None) -> None:
-    """Accept ``None``, ``"auto"``, ``"high"`` or a finite float >= 0.
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint for an error message, empty if nothing in ``known`` resembles ``name``."""
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    return f". Did you mean {close[0]!r}?" if close else ""
+
+
+def check_filter_eps(filter_eps: FilterEps) -> None:
+    """Accept ``None``, ``"auto"``, ``"high"`` or a float from 0 to 1.
 
     Raises:
         TypeError, ValueError: anything else.
     """
-    allowed = 'None, "auto", "high" or a finite float >= 0'
     if filter_eps is None or filter_eps in ("auto", "high"):
         return
+    allowed = 'None, "auto", "high" or a float from 0 to 1'
     if isinstance(filter_eps, str):
         raise ValueError(f"filter_eps must be {allowed}, got {filter_eps!r}")
     if isinstance(filter_eps, bool) or not isinstance(filter_eps, (int, float)):
         raise TypeError(f"filter_eps must be {allowed}, got {type(filter_eps).__name__}")
-    if not math.isfinite(filter_eps) or filter_eps < 0:
+    if not 0 <= filter_eps <= 1:
         raise ValueError(f"filter_eps must be {allowed}, got {filter_eps!r}")
 
 
@@ -157,3 +186,25 @@ def check_filter_mass(filter_mass: float | None) -> None:
         )
     if not 0 <= filter_mass <= 1:
         raise ValueError(f"filter_mass must be None or a float from 0 to 1, got {filter_mass!r}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Accept True and False, nothing that merely has a truth value.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_chunk_size(c_grad_chunk_size: int) -> None:
+    """Accept an int >= 0.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if isinstance(c_grad_chunk_size, bool) or not isinstance(c_grad_chunk_size, int):
+        raise TypeError(f"c_grad_chunk_size must be an int, got {type(c_grad_chunk_size).__name__}")
+    if c_grad_chunk_size < 0:
+        raise ValueError(f"c_grad_chunk_size must be >= 0, got {c_grad_chunk_size}")

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.constants import IGNORE_INDEX
-from cut_cross_entropy.validation import REDUCTIONS
+from cut_cross_entropy.options import Reduction
+from cut_cross_entropy.validation import check_reduction, check_shift
 
 
 def softcapping(logits: Tensor, softcap: float) -> Tensor:
@@ -17,16 +18,22 @@ def compute_z_loss(
     targets: Tensor | None = None,
     shift: bool | int = False,
     ignore_index: int = IGNORE_INDEX,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """The square of the log-sum-exp, which keeps the softmax normaliser near 1.
 
     Source: the auxiliary loss of PaLM (arXiv 2204.02311, section 5).
 
+    Examples:
+        >>> from cut_cross_entropy import linear_cross_entropy
+        >>> e, c, targets = torch.randn(6, 8), torch.randn(11, 8), torch.randint(0, 11, (6,))
+        >>> loss, lse = linear_cross_entropy(e, c, targets, return_lse=True)
+        >>> loss = loss + 1e-4 * compute_z_loss(lse, targets)
+
     Args:
         lse: per token, as ``linear_cross_entropy(..., return_lse=True)`` returns it.
-        targets: class ids of the unshifted tokens; tokens ignored there are left out. None: none
-            is left out.
+        targets: class ids of the unshifted tokens, whose ignored tokens are left out. None leaves
+            out none.
         shift: the shift that ``lse`` was computed with.
         ignore_index: target value of tokens without a loss.
         reduction: ``"mean"`` over the tokens that count, ``"sum"``, or ``"none"``.
@@ -35,10 +42,11 @@ def compute_z_loss(
         A scalar, or with ``"none"`` the shape of ``lse``, 0 at ignored tokens.
 
     Raises:
-        ValueError: unknown reduction, or shapes that do not fit.
+        TypeError: ``reduction`` or ``shift`` of the wrong type.
+        ValueError: unknown reduction, negative shift, or shapes that do not fit.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_reduction(reduction)
+    check_shift(shift)
     z_loss = lse.square()
     if targets is None:
         counted = torch.ones_like(lse, dtype=torch.bool)

@@ -1,20 +1,28 @@
 """Checks of the arguments of ``linear_cross_entropy``.
 
-Every message names the argument, what it got and what is allowed. Nothing here reads a value of a
-tensor, so nothing stalls a GPU; the range of the targets is checked where they are read.
+Every message names the argument, the value it got and the values it takes; common mistakes get a
+hint. Only :func:`check_target_range` reads values of a tensor, so nothing else stalls a GPU.
 """
 
+import functools
+import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from cut_cross_entropy.options import Reduction, did_you_mean
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
 
 def check_tensors(
@@ -32,22 +40,31 @@ def check_tensors(
         TypeError: not a tensor, or a dtype that is not supported.
         ValueError: shapes or devices that do not fit together, or ``ignore_index`` and targets.
     """
+    compiling = torch.compiler.is_compiling()  # nested tensors have no strided layout there
     named = {"e": e, "c": c, "targets": targets}
     if bias is not None:
         named["bias"] = bias
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            hint = ": pass its .weight" if isinstance(tensor, nn.Module) else ""
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+        if tensor.layout is not torch.strided or (not compiling and tensor.is_nested):
+            raise TypeError(f"{name} must be a dense tensor, got {_layout(tensor)}")
         if tensor.device != e.device:
             raise ValueError(f"{name} must be on the device of e, {e.device}, got {tensor.device}")
 
     for name in ("e", "c", "bias"):
         if name in named and named[name].dtype not in FLOAT_DTYPES:
             raise TypeError(
-                f"{name} must be one of {_names(FLOAT_DTYPES)}, got {named[name].dtype}"
+                f"the dtype of {name} must be one of {_names(FLOAT_DTYPES)}, "
+                f"got {named[name].dtype}"
             )
     if targets.dtype not in TARGET_DTYPES:
-        raise TypeError(f"targets must be one of {_names(TARGET_DTYPES)}, got {targets.dtype}")
+        hint = ": probabilities as targets are not supported" if targets.is_floating_point() else ""
+        raise TypeError(
+            f"the dtype of targets must be one of {_names(TARGET_DTYPES)}, "
+            f"got {targets.dtype}{hint}"
+        )
     limits = torch.iinfo(targets.dtype)
     if not limits.min <= ignore_index <= limits.max:
         raise ValueError(
@@ -66,40 +83,50 @@ def check_tensors(
     if (c.shape[0] < 1 and num_classes is None) or c.shape[1] < 1:
         raise ValueError(f"c must have at least one row and one column, got {tuple(c.shape)}")
     if e.shape[-1] != c.shape[1]:
+        hint = (
+            ". Is c transposed? It is (V, D), as the weight of nn.Linear"
+            if (e.shape[-1] == c.shape[0])
+            else ""
+        )
         raise ValueError(
-            f"e and c must agree in their last dimension, got {tuple(e.shape)} and {tuple(c.shape)}"
+            f"e and c must agree in their last dimension, got {tuple(e.shape)} and "
+            f"{tuple(c.shape)}{hint}"
         )
     if bias is not None and tuple(bias.shape) != (c.shape[0],):
         raise ValueError(f"bias must have shape (V,) = ({c.shape[0]},), got {tuple(bias.shape)}")
-    _check_target_shape(e, targets, shift)
+    _check_target_shape(e, c, targets, shift)
 
 
-def _check_target_shape(e: Tensor, targets: Tensor, shift: int) -> None:
+def _check_target_shape(e: Tensor, c: Tensor, targets: Tensor, shift: int) -> None:
     leading, got = tuple(e.shape[:-1]), tuple(targets.shape)
-    if shift == 0:
-        if leading != got and math.prod(leading) != math.prod(got):
-            raise ValueError(
-                f"targets must have the leading shape of e, {leading}, or as many elements, "
-                f"got {got}"
-            )
+    if leading == got:
+        if shift and not got:
+            raise ValueError(f"shift must be 0 when targets is a single element, got {shift}")
         return
-    if leading != got:
+    count = math.prod(got)
+    hint = ""
+    if count != math.prod(leading) and count == c.shape[0]:
+        hint = ". Are e and c swapped? The embeddings come first, then the classifier"
+    if shift:
         raise ValueError(
-            f"targets must have the leading shape of e, {leading}, when shift={shift}, got {got}"
+            f"targets must have the leading shape of e, {leading}, when shift={shift}, "
+            f"got {got}{hint}"
         )
-    if not got:
-        raise ValueError(f"shift must be 0 when targets is a single element, got {shift}")
-    if shift >= got[-1]:
+    if count != math.prod(leading):
         raise ValueError(
-            f"shift must be in [0, T) with T = {got[-1]}, the last dimension of targets, "
-            f"got {shift}"
+            f"targets must have the leading shape of e, {leading}, or as many elements, "
+            f"got {got}{hint}"
         )
 
 
 def check_options(
-    ignore_index: int, softcap: float | None, reduction: str, shift: bool | int, memory_budget: int
+    ignore_index: int,
+    softcap: float | None,
+    reduction: str,
+    shift: bool | int,
+    memory_budget: int,
 ) -> None:
-    """Check the options that are plain values.
+    """Check options that are plain values.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -112,18 +139,39 @@ def check_options(
             raise TypeError(f"softcap must be None or a float, got {type(softcap).__name__}")
         if not softcap > 0 or softcap == math.inf:
             raise ValueError(f"softcap must be None or a finite float > 0, got {softcap!r}")
-    if not isinstance(reduction, str):
-        raise TypeError(f"reduction must be a string, got {type(reduction).__name__}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if not isinstance(shift, (bool, int, torch.SymInt)):
-        raise TypeError(f"shift must be a bool or an int, got {type(shift).__name__}")
-    if shift < 0:
-        raise ValueError(f"shift must be >= 0, got {shift}")
+    check_reduction(reduction)
+    check_shift(shift)
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, (int, torch.SymInt)):
         raise TypeError(f"memory_budget must be an int (bytes), got {type(memory_budget).__name__}")
     if memory_budget < 1:
         raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
+
+
+def check_reduction(reduction: str) -> None:
+    """Accept the names in ``REDUCTIONS``.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if not isinstance(reduction, str):
+        raise TypeError(f"reduction must be a string, got {type(reduction).__name__}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction must be one of {', '.join(REDUCTIONS)}, "
+            f"got {reduction!r}{did_you_mean(reduction, REDUCTIONS)}"
+        )
+
+
+def check_shift(shift: bool | int) -> None:
+    """Accept a bool or an int >= 0.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if not isinstance(shift, (bool, int, torch.SymInt)):
+        raise TypeError(f"shift must be a bool or an int, got {type(shift).__name__}")
+    if shift < 0:
+        raise ValueError(f"shift must be >= 0, got {shift}")
 
 
 def check_compute_dtypes(e: Tensor, c: Tensor, bias: Tensor | None, autocast: bool) -> None:
@@ -168,3 +216,42 @@ def check_target_range(targets: Tensor, num_classes: int, ignore_index: int) -> 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype) for dtype in dtypes)
+
+
+def _layout(tensor: Tensor) -> str:
+    """The layout of a tensor that is not dense, and the way out."""
+    if tensor.is_nested:
+        return "a nested tensor: pass its values() and the targets of the same tokens"
+    return f"layout {tensor.layout}: call to_dense() first"
+
+
+_ELSEWHERE = {
+    "target": "the argument is named targets",
+    "labels": "the argument is named targets",
+    "input": "the embeddings are named e",
+    "weight": "class weights are not supported (the classifier is named c); see docs/faq.md",
+    "ce_weight": "class weights are not supported; see docs/faq.md",
+    "label_smoothing": "it is not supported; see docs/faq.md",
+    "lse_square_scale": "use return_lse=True and compute_z_loss",
+    "size_average": "use reduction",
+    "reduce": "use reduction",
+}
+"""Arguments of similar functions, and what stands for them here."""
+
+
+def explains_unknown_keywords(function: Callable[P, T]) -> Callable[P, T]:
+    """``function``, which refuses unknown keyword arguments with a hint where there is one."""
+    known = frozenset(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in kwargs:
+            if name not in known:
+                hint = _ELSEWHERE.get(name)
+                hint = f": {hint}" if hint else did_you_mean(name, known)
+                raise TypeError(
+                    f"{function.__name__}() got an unexpected keyword argument {name!r}{hint}"
+                )
+        return function(*args, **kwargs)
+
+    return checked

@@ -69,21 +69,11 @@ def resolve(
         RuntimeError: there are no processes to share a vocabulary with.
         NotImplementedError: a mesh, a placement or a mixture that has no meaning here.
     """
-    for name, value, wanted in (
-        ("vocab_parallel_options", vocab_parallel, VocabParallelOptions),
-        ("data_parallel_options", data_parallel, DataParallelOptions),
-    ):
-        if value is not None and not isinstance(value, wanted):
-            raise TypeError(f"{name} must be None or {wanted.__name__}, got {type(value).__name__}")
+    check_parallel_options(vocab_parallel, data_parallel)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if vocab_parallel is not None and not distributed:
         raise RuntimeError(
             "vocab_parallel_options needs torch.distributed.init_process_group first"
-        )
-    if vocab_parallel is not None and data_parallel is not None:
-        raise ValueError(
-            "vocab_parallel_options and data_parallel_options exclude each other: a classifier is "
-            "either divided by classes or gathered"
         )
     if is_dtensor(c) and vocab_parallel is None and data_parallel is None:
         if _meaning(c) == "data":
@@ -109,6 +99,26 @@ def resolve(
             )
     # What fully_shard has gathered already (within the module's forward) is a tensor like others.
     return Resolved(e, c, targets, bias, None, data_parallel if is_dtensor(c) else None)
+
+
+def check_parallel_options(vocab_parallel: object, data_parallel: object) -> None:
+    """Check the types of both options, of which at most one may be given.
+
+    Raises:
+        TypeError: options of another type.
+        ValueError: both options.
+    """
+    for name, value, wanted in (
+        ("vocab_parallel_options", vocab_parallel, VocabParallelOptions),
+        ("data_parallel_options", data_parallel, DataParallelOptions),
+    ):
+        if value is not None and not isinstance(value, wanted):
+            raise TypeError(f"{name} must be None or {wanted.__name__}, got {type(value).__name__}")
+    if vocab_parallel is not None and data_parallel is not None:
+        raise ValueError(
+            "vocab_parallel_options and data_parallel_options exclude each other: a classifier is "
+            "either divided by classes or gathered"
+        )
 
 
 def _meaning(c: Any) -> str:
