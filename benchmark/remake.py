@@ -164,17 +164,12 @@ def errors_sentence(found: Measurements) -> str:
 
 
 def headline(found: Measurements) -> str:
-    """README: our default on the models' shapes, and all methods in a picture."""
-    device = found.main
-    rows = device.select(test_data="gemma2-structured", kind="loss-fw-bw")
-    text = report.headline(device) + "\n"
-    others = [row for row in rows if row["method"] not in ("cce", "cce_exact")]
-    shown = picture(found, "bars_gemma2-structured", "Time and memory of all methods")
-    if others and shown:
-        text += shown.replace("(images/", "(docs/images/").strip() + "\n\n"
-    else:
-        text += "Other methods have not been measured on this device.\n\n"
-    return text + f"Measured on: {cells.where(device)}\n"
+    """README: this package and others on one synthetic and one real problem."""
+    table = found.main.data_of("table")
+    if table is None:
+        return ""
+    where = table["environment"]
+    return f"{report.comparison(found.main)}\n{cells.machine(where)}, commit {where['commit']}.\n"
 
 
 def training_processes(found: Measurements) -> str:
@@ -201,6 +196,7 @@ BLOCKS: dict[str, Block] = {
     "table-1": table_one,
     "all-methods": all_methods,
     "against-others": lambda found: report.against_others(found.main),
+    "models": lambda found: report.headline(found.main),
     "shapes": shapes,
     "tails": tails,
     "filter": lambda found: report.filter_table(found.main),

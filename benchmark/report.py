@@ -105,6 +105,47 @@ def headline(device: Device) -> str:
     return markdown(header, lines)
 
 
+COMPARED = {
+    "cce": "**this package**, `cce`",
+    "cce_exact": "**this package**, `cce_exact`",
+    "torch_compile": "full logits, `torch.compile`",
+    "baseline": "full logits, eager",
+    "trl": "TRL {version}",
+    "apple": "Apple's `cut_cross_entropy` {version}",
+    "liger": "Liger {version}",
+}
+"""Lines of the README's table."""
+
+
+def comparison(device: Device, problems: Sequence[str] = ("gemma2-structured", "smollm2")) -> str:
+    """Time, peak and error of every method, the problems next to each other."""
+    rows = {
+        name: {row["method"]: row for row in device.select(test_data=name, kind="loss-fw-bw")}
+        for name in problems
+    }
+    shown = [name for name in problems if rows[name]]
+    header = ["loss and both gradients"]
+    for name in shown:
+        model = data_title(name).split(",")[0]
+        header += [f"{model}, ms", "peak, MiB", "error of dE / dC"]
+    lines = []
+    for method, text in COMPARED.items():
+        found = [rows[name].get(method) for name in shown]
+        known = [row for row in found if row is not None]
+        if not known:
+            continue
+        line = [text.format(version=known[0].get("version", "")).strip()]
+        for row in found:
+            errors = [number(roundings(row, name), ".1f") for name in "ec"] if row else ["", ""]
+            line += [
+                number(row["runtime_ms"] if row else None, ",.1f"),
+                number(row["op_mem_mb"] if row else None, ",.0f"),
+                " / ".join(errors) if all(errors) else "",
+            ]
+        lines.append(line)
+    return markdown(header, lines) if lines else ""
+
+
 FULL_LOGITS = ("baseline", "torch_compile", "torch")
 """PyTorch's own ways, beside other packages; our name of the second stands for compiled code."""
 

@@ -98,6 +98,21 @@ def test_a_line_shows_one_run(found):
     assert device.of_problem("gemma2-structured", "liger") == {}
 
 
+def test_the_readme_compares_every_method_on_each_problem(found):
+    found.main.rows.append(
+        {**row("apple", data="smollm2", runtime_ms=7.5, op_mem_mb=64.0), "version": "25.1.1"}
+    )
+    assert report.comparison(found.main).splitlines() == [
+        "| loss and both gradients | Gemma 2 2B, ms | peak, MiB | error of dE / dC "
+        "| SmolLM2, ms | peak, MiB | error of dE / dC |",
+        "|:---|---:|---:|---:|---:|---:|---:|",
+        "| **this package**, `cce` | 20.0 | 1,300 | 1.9 / 1.6 |  |  |  |",
+        "| full logits, eager | 90.0 | 32,000 | 0.7 / 1.6 |  |  |  |",
+        "| Apple's `cut_cross_entropy` 25.1.1 |  |  |  | 7.5 | 64 | 1.9 / 1.6 |",
+    ]
+    assert "\nSome GPU, PyTorch 2.11, Triton 3.6, commit abc." in remake.headline(found)
+
+
 def test_tables_show_the_rows(found):
     assert report.all_kinds(found.main.rows).count("\n") == 5
     assert "| 0.30% (1.9) | 0.25% (1.6) |" in report.all_kinds(found.main.rows)

@@ -152,9 +152,15 @@ def tokenizer():
     )
 
 
-def sft(model, tmp_path, **changes):
+class PatchedSFTTrainer(SFTTrainer):
+    """As the documentation has it: the loss is the model's own."""
+
+    compute_loss = Trainer.compute_loss
+
+
+def sft(model, tmp_path, trainer_class=SFTTrainer, **changes):
     texts = [" ".join(f"w{3 + (7 * i + j) % 120}" for j in range(8)) for i in range(4)]
-    trainer = SFTTrainer(
+    trainer = trainer_class(
         model=model,
         args=SFTConfig(
             output_dir=str(tmp_path),
@@ -187,6 +193,20 @@ def test_sft_trainer_trains_and_says_that_its_own_head_is_used(tmp_path):
     # Any other call of the trained model is patched still.
     assert model.train()(**batch()).logits is None
     assert call_count(model) == 1
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"packing": True}])
+def test_sft_trainer_that_asks_the_model_for_its_loss_uses_the_patch(changes, tmp_path):
+    expected = sft(llama(), tmp_path / "plain", **changes)
+    model = cce_patch(llama())
+    with pytest.warns(CutCrossEntropyWarning, match="fused head of its own"):
+        actual = sft(model, tmp_path / "patched", PatchedSFTTrainer, **changes)
+    assert losses(actual) == pytest.approx(losses(expected), rel=1e-5)
+    assert call_count(model) >= 2 * changes.get("gradient_accumulation_steps", 1)
+    for name, parameter in expected.model.named_parameters():
+        torch.testing.assert_close(
+            dict(actual.model.named_parameters())[name], parameter, rtol=1e-4, atol=1e-6
+        )
 
 
 def test_patching_what_sft_trainer_has_prepared_says_so_too(tmp_path):
