@@ -77,41 +77,13 @@ def _(grad_nll: Tensor, grad_lse: Tensor, nll: Tensor, lse: Tensor, *flat: Any) 
 )
 def cce_losses(*flat: Any) -> KernelState:
     """Loss and log-sum-exp by the kernels, and what their backward needs of the forward."""
-    from cut_cross_entropy.kernels import ahead, pipeline
-    from cut_cross_entropy.kernels.config import launch_device
+    from cut_cross_entropy.kernels import step, warmup
+    from cut_cross_entropy.kernels.launch import current_device
 
     problem, filter_, training = _kernel_options(flat)
-    with_energy = training and filter_.is_on
-    with torch.autocast(problem.e.device.type, enabled=False), launch_device(problem.e.device):
-        step = ahead.Step(
-            problem.e,
-            problem.c,
-            problem.targets,
-            problem.bias,
-            ignore_index=problem.ignore_index,
-            softcap=problem.softcap,
-            compute_dtype=problem.compute_dtype,
-            memory_budget=problem.memory_budget,
-            tolerance=filter_.tolerance if with_energy else 0.0,
-            filter_mass=filter_.max_mass,
-            training=training,
-        )
-        ahead.compile_ahead(step)
-        return KernelState(
-            *pipeline.forward(
-                problem.e,
-                problem.c,
-                problem.targets,
-                problem.bias,
-                ignore_index=problem.ignore_index,
-                softcap=problem.softcap,
-                compute_dtype=problem.compute_dtype,
-                with_energy=with_energy,
-                compact=training,
-                first_class=problem.first_class,
-                group=problem.group,
-            )
-        )
+    with torch.autocast(problem.e.device.type, enabled=False), current_device(problem.e.device):
+        warmup.compile_ahead(problem, filter_, training)
+        return step.forward(problem, filter_, training)
 
 
 def _kernel_options(flat: tuple[Any, ...]) -> tuple[Problem, Filter, bool]:
@@ -122,15 +94,15 @@ def _kernel_options(flat: tuple[Any, ...]) -> tuple[Problem, Filter, bool]:
 @cce_losses.register_fake
 def _(*flat: Any) -> KernelState:
     problem, filter_, training = _kernel_options(flat)
-    nll, lse, spread = (_fake_per_token(problem) for _ in range(3))
+    nll, lse, support = (_fake_per_token(problem) for _ in range(3))
     if not (training and filter_.is_on):
-        spread, shard = (lse.new_empty(0) for _ in range(2))
-        return KernelState(nll, lse, lse.new_empty(0, dtype=torch.uint8), spread, shard)
+        support, shard_mass = (lse.new_empty(0) for _ in range(2))
+        return KernelState(nll, lse, lse.new_empty(0, dtype=torch.uint8), support, shard_mass)
     num_tokens, num_classes = nll.shape[0], problem.c.shape[0]
     num_blocks = (num_tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     energy = lse.new_empty((num_blocks, num_classes), dtype=torch.uint8)
-    shard = lse.new_empty(0 if problem.group is None else num_tokens)
-    return KernelState(nll, lse, energy, spread, shard)
+    shard_mass = lse.new_empty(0 if problem.group is None else num_tokens)
+    return KernelState(nll, lse, energy, support, shard_mass)
 
 
 @torch.library.custom_op(
@@ -143,38 +115,17 @@ def _(*flat: Any) -> KernelState:
 )
 def cce_gradients(grad_nll: Tensor, grad_lse: Tensor, *flat: Any) -> Gradients:
     """Gradients of the inputs of :func:`cce_losses`; empty where not needed."""
-    from cut_cross_entropy.kernels import pipeline
-    from cut_cross_entropy.kernels.config import launch_device
+    from cut_cross_entropy.kernels import step
+    from cut_cross_entropy.kernels.launch import current_device
 
     state, (problem, filter_, _), needed = (
         KernelState(*flat[:5]),
         _kernel_options(flat[5:]),
         Needed(*flat[-3:]),
     )
-    with torch.autocast(problem.e.device.type, enabled=False), launch_device(problem.e.device):
-        return Gradients(
-            *pipeline.backward(
-                grad_nll,
-                grad_lse,
-                problem.e,
-                problem.c,
-                problem.targets,
-                bias=problem.bias,
-                **state._asdict(),
-                ignore_index=problem.ignore_index,
-                softcap=problem.softcap,
-                compute_dtype=problem.compute_dtype,
-                memory_budget=problem.memory_budget,
-                tolerance=filter_.tolerance,
-                filter_mass=filter_.max_mass,
-                filter_e=filter_.e,
-                filter_c=filter_.c,
-                need_e=needed.e,
-                need_c=needed.c,
-                need_bias=needed.bias,
-                first_class=problem.first_class,
-            )
-        )
+    upstream = PerToken(grad_nll, grad_lse)
+    with torch.autocast(problem.e.device.type, enabled=False), current_device(problem.e.device):
+        return step.backward(upstream, state, problem, filter_, needed)
 
 
 @cce_gradients.register_fake

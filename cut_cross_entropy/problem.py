@@ -135,15 +135,17 @@ class KernelState(NamedTuple):
         nll: (N,) float32; as in :class:`PerToken`.
         lse: (N,) float32.
         energy: (blocks, V) uint8, the energies of the strips; empty without a filter.
-        spread: (N,) float32; empty without a filter.
-        shard: (N,) float32, probability of the classes of this process; empty if it has all.
+        support: (N,) float32, compacted: log2 of the effective number of groups of classes (the
+            Renyi-2 support) over which a token's probability extends; empty without a filter.
+        shard_mass: (N,) float32, compacted: probability of the classes of this process; empty if
+            it has all, or without a filter.
     """
 
     nll: Tensor
     lse: Tensor
     energy: Tensor
-    spread: Tensor
-    shard: Tensor
+    support: Tensor
+    shard_mass: Tensor
 
 
 class Gradients(NamedTuple):

@@ -1,19 +1,28 @@
-"""The Triton kernels, one file for each thing that they do.
+"""The Triton kernels: one module per stage, and a folder for the filtered backward.
 
 Legend, used in every file here:
     N tokens, V classes (the vocabulary), D features
-    strip      one class for one block of BLOCK_T = 128 tokens: what is kept or dropped
-    bound      (N,)  a lower bound of a token's log-sum-exp; +inf marks "no token here"
-    a, b       (N,)  gradients of (loss + lse) and of the loss: dlogits = a * p - b * onehot
-    energy     sum of p * p over the 128 tokens of a strip, kept as one byte (its log2)
+    block       BLOCK_T = 128 tokens; a superblock is 64 blocks, a chunk 1,024 classes
+    strip       one class for one block of tokens: the unit that is kept or dropped
+    K strips    a strip's slot is the row where its logit gradient is stored
+    valid       not ignored; valid tokens are compacted into the first rows
+    bound       (N,)  a lower bound of a token's log-sum-exp; +inf marks an absent token
+    a, b        (N,)  gradients of (loss + lse) and of the loss: dlogits = a * p - b * onehot
+    energy      sum of p * p over the 128 tokens of a strip, stored as one byte (its log2)
 Logits, bounds and log-sum-exps inside kernels are in units of log2, so that exp2 serves.
-Tiles of logits are (classes, tokens): a strip's sum then runs inside a thread.
+Tiles of logits are (classes, tokens): a strip's sum then stays inside a thread.
 
-Order of a step: ``prepare`` (drop ignored tokens), ``forward``, ``selection`` (which strips),
-``strips`` (their logit gradients), ``grad_e``, ``grad_c``; ``dense`` where nothing can be skipped.
-``filtered`` strings the parts of a filtered backward together, ``pipeline`` the whole; ``ahead``
-compiles what it will launch. These two are the only entrances. Whoever enters makes the tensors'
-device the current one first.
+``step`` is the entrance: its ``forward`` calls ``tokens`` (compact, score the targets) and ``lse``
+(passes over the vocabulary), its ``backward`` ``tokens``, then ``filtered`` and ``exact``, as the
+filter and the data ask for. ``warmup`` compiles beforehand what a step launches. Callers make the
+tensors' device the current one first (``launch.current_device``).
+
+A stage is a function of a ``Problem`` (the call) and, in the backward, ``BackwardTokens``; its
+kernels are in the same file. Another implementation of a stage takes the same arguments, and
+``tiles`` is where a device chooses. Facts that stages share are in ``primitives``: how rows of c
+are read (``load_rows``, ``gather_rows``), logits (``transform_logits``) and their gradient
+(``logit_gradient``). A further sum per token belongs in ``lse``, a further term of the gradient in
+``logit_gradient``.
 """
 
 from cut_cross_entropy.constants import BLOCK_TOKENS as BLOCK_T

@@ -1,12 +1,12 @@
-"""Launches kernels, or notes what would be launched so that it can be compiled beforehand.
+"""Launches kernels on the tensors' device, and plans launches so that they compile beforehand.
 
 Triton compiles a kernel when it is first launched. A step launches twenty kernels one after the
-other, and compiling them in that order takes three times as long as compiling them side by side.
+other, and compiling them in that order takes three times as long as compiling them concurrently.
 
 Arguments that change from call to call (numbers of tokens, rows of tables, ends of ranges) are
-declared ``do_not_specialize`` where a kernel is defined, or a training run would stop to compile
-whenever one happens to be a multiple of 16. Two kernels still know it of the number of tokens,
-since one of them spills otherwise: they have two variants.
+declared ``do_not_specialize`` where a kernel is defined; otherwise a training run would stop to
+compile whenever one of them happens to be a multiple of 16. Two kernels still specialise on the
+number of tokens, since one of them spills otherwise: they have two variants.
 """
 
 import contextlib
@@ -20,35 +20,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.device_support import triton_is_interpreted
+
 
 def is_captured(tensor: Tensor) -> bool:
-    """Whether what is done with ``tensor`` goes into a CUDA graph: nobody can wait for it."""
+    """Whether work on ``tensor`` is captured in a CUDA graph, where the host cannot wait."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make ``device`` current: Triton launches on the current device, not on the tensors'."""
+    if (
+        device.type != "cuda"
+        or triton_is_interpreted()
+        or device.index == torch.cuda.current_device()
+    ):
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with its arguments (tensors on the meta device) and options."""
+    """A kernel with its arguments (tensors on the meta device), constants and options."""
 
     kernel: Any
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
+    arguments: dict[str, Any]
 
     def variant(self) -> tuple[Any, ...]:
-        """What tells this launch from those that the same machine code serves."""
-        # Interpreted kernels do not know what is specialised.
+        """Return a key that two launches share if the same machine code serves both."""
+        # Interpreted kernels do not know which of their arguments are specialised.
         plain = set(getattr(self.kernel, "do_not_specialize", ()))
-        names = self.kernel.arg_names
+        values = set(self.kernel.arg_names) - _constants(self.kernel)
         kinds = tuple(
-            kind_of(argument, name not in plain)
-            for name, argument in zip(names, self.arguments, strict=False)
+            (name, kind_of(value, name not in plain) if name in values else value)
+            for name, value in sorted(self.arguments.items())
         )
-        return (self.kernel.__name__, kinds, tuple(sorted(self.options.items())))
+        return (self.kernel.__name__, kinds)
+
+
+def _constants(kernel: Any) -> set[str]:
+    """Return the names of the parameters that are compiled into the code."""
+    return {name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind)}
 
 
 @dataclass
 class Plan:
-    """Launches that were noted instead of made, for tensors that stand for those of a device."""
+    """Launches that were recorded instead of made, on meta tensors that stand for a device's."""
 
     device: torch.device
     launches: list[Launch] = field(default_factory=list)
@@ -57,18 +74,18 @@ class Plan:
 _plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("plan", default=None)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch a kernel over a grid of programs; inside :func:`planning` only note it."""
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Launch a kernel over a grid of programs; inside :func:`planning` only record the launch."""
     plan = _plan.get()
     if plan is None:
-        kernel[grid](*arguments, **options)
+        kernel[grid](**arguments)
     else:
-        plan.launches.append(Launch(kernel, arguments, options))
+        plan.launches.append(Launch(kernel, arguments))
 
 
 @contextlib.contextmanager
 def planning(device: torch.device) -> Iterator[Plan]:
-    """Note launches instead of making them; tensors on the meta device stand for ``device``'s."""
+    """Record launches instead of making them; meta tensors stand for those of ``device``."""
     plan = Plan(device)
     token = _plan.set(plan)
     try:
@@ -78,12 +95,12 @@ def planning(device: torch.device) -> Iterator[Plan]:
 
 
 def planned_device(device: torch.device) -> torch.device:
-    """The device that tensors on ``device`` stand for."""
+    """Return the device that tensors on ``device`` stand for."""
     plan = _plan.get()
     return device if plan is None else plan.device
 
 
-def compile_side_by_side(plan: Plan) -> None:
+def compile_concurrently(plan: Plan) -> None:
     """Compile and load every variant of a plan, each in a thread of its own.
 
     Most of a compilation is spent in LLVM and in the assembler, which need no interpreter lock.
@@ -99,14 +116,14 @@ def compile_side_by_side(plan: Plan) -> None:
 
 
 def _compile(one: Launch, device: torch.device) -> None:
-    # What cannot be compiled fails where it is launched, if it is launched at all.
+    # A kernel that cannot be compiled fails where it is launched, if it is launched at all.
     with contextlib.suppress(Exception), torch.cuda.device(device):
-        compiled = one.kernel.warmup(*one.arguments, grid=(1,), **one.options)
+        compiled = one.kernel.warmup(grid=(1,), **one.arguments)
         compiled[(1, 1, 1)]  # loads the machine code and makes what launches it
 
 
 def kind_of(argument: Any, specialised: bool) -> Any:
-    """What Triton distinguishes in an argument."""
+    """Return a key for the properties of an argument that Triton compiles for."""
     if isinstance(argument, Tensor):
         return str(argument.dtype)
     if hasattr(argument, "block_shape"):  # a tensor descriptor
@@ -114,3 +131,37 @@ def kind_of(argument: Any, specialised: bool) -> Any:
     if isinstance(argument, int) and specialised:
         return (argument == 1, argument % 16 == 0)
     return type(argument).__name__
+
+
+def aligned_rows(
+    count: int, length: int, dtype: torch.dtype, device: torch.device, *, zeros: bool = False
+) -> tuple[Tensor, ...]:
+    """Allocate ``count`` vectors of ``length`` together, each aligned to 16 bytes.
+
+    Kernels are compiled for that alignment. If a vector began where the one before it ends, it
+    would be aligned for some lengths only, and a run whose lengths change would stop to compile.
+    """
+    step = -(-length * dtype.itemsize // 16) * 16 // dtype.itemsize
+    make = torch.zeros if zeros else torch.empty
+    return make((count, step), dtype=dtype, device=device)[:, :length].unbind()
+
+
+class HostCopy:
+    """Copy of a small tensor on the host, started before the device has computed the values.
+
+    Work queued behind it keeps the device busy while the host waits.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._values, self._copied = tensor, None
+        if tensor.is_cuda:
+            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._values.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> Tensor:
+        """Return the values, as soon as the device has computed them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values

@@ -1,25 +1,30 @@
-"""Device functions that several kernels share. Shape legend: ``cut_cross_entropy.kernels``."""
+"""Device functions that several kernels share: reading c, logits and their gradient, energy bytes.
+
+Shape legend: ``cut_cross_entropy.kernels``.
+"""
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-ENERGY_STEPS = tl.constexpr(4.0)  # bytes an octave of energy
+ENERGY_STEPS = tl.constexpr(4.0)  # byte values per octave of energy
 ENERGY_FLOOR = tl.constexpr(-55.0)  # log2 of the energy that byte 0 stands for
 FORCED = tl.constexpr(255)  # byte of a strip that holds a target: always kept
+FLAT = tl.constexpr(-1.0)  # target_miss of a token whose distribution is flat
+ABSENT = tl.constexpr(-2.0)  # target_miss of a row without a token
 
 
 @triton.jit
-def place_program(num_blocks, group_blocks, num_segments):
-    """Token block and segment of classes of this program.
+def swizzle_program(num_blocks, swizzle_width, num_segments):
+    """Return the token block and the segment of classes of this program.
 
-    Programs side by side share a segment (the rows of c) and a group of blocks (those of e).
+    Neighbouring programs share a segment (rows of c) and ``swizzle_width`` blocks (rows of e).
     """
     program = tl.program_id(0)
-    first_block = program // (group_blocks * num_segments) * group_blocks
-    blocks_here = min(num_blocks - first_block, group_blocks)
-    inside_group = program - first_block * num_segments
-    return first_block + inside_group % blocks_here, inside_group // blocks_here
+    first_block = program // (swizzle_width * num_segments) * swizzle_width
+    blocks_here = min(num_blocks - first_block, swizzle_width)
+    within = program - first_block * num_segments
+    return first_block + within % blocks_here, within // blocks_here
 
 
 @triton.jit
@@ -33,7 +38,7 @@ def load_rows(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A (ROWS, COLUMNS) tile at (row, column); zeros outside."""
+    """Load a (ROWS, COLUMNS) tile at (row, column); zeros outside."""
     if USE_TMA:
         tile = source.load([row, column])
     else:
@@ -48,8 +53,24 @@ def load_rows(
 
 
 @triton.jit
+def gather_rows(
+    source_ptr,  # (V, D)
+    rows,  # (R,)
+    inside,  # (R,) whether to read the row
+    columns,  # (C,)
+    D,
+):
+    """Load some columns of some rows, (R, C); zeros outside."""
+    return tl.load(
+        source_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :],
+        mask=inside[:, None] & (columns < D)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
 def transform_logits(
-    product,  # (classes, tokens) rows of c times rows of e, or the other way round
+    product,  # (classes, tokens) rows of c times rows of e, or its transpose
     bias_ptr,  # (V,)
     classes,  # (classes,) class ids
     inside,  # (classes,) whether the id is a class
@@ -58,7 +79,7 @@ def transform_logits(
     SOFTCAP: tl.constexpr,
     TOKEN_AXIS: tl.constexpr = 1,
 ):
-    """Logits in units of log2: bias, then softcap; -inf where there is no class."""
+    """Return logits in units of log2: bias, then softcap; -inf where there is no class."""
     nothing = tl.where(inside, 0.0, float("-inf"))
     if SOFTCAP:
         if HAS_BIAS:
@@ -76,17 +97,45 @@ def transform_logits(
 
 @triton.jit
 def logit_slope(logits, softcap):
-    """Derivative of the capped logits (units of log2) by the uncapped ones."""
+    """Return the derivative of the capped logits (units of log2) by the uncapped ones."""
     ratio = logits / (softcap * LOG2E)
     return tl.maximum(1.0 - ratio * ratio, 0.0)
 
 
 @triton.jit
-def fold_rows(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum groups of rows: (ROWS, COLUMNS) to (64, COLUMNS).
+def logit_gradient(
+    logits,  # (classes, tokens) in units of log2, or its transpose
+    onehot,  # like logits: whether the class is the token's target
+    inside,  # (classes,) whether the row is a class
+    lse,  # (tokens,) log2; +inf: no token; like the two that follow
+    a,
+    b,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    TOKEN_AXIS: tl.constexpr = 1,
+):
+    """Return the probabilities, and the gradient of the loss by the logits before the softcap.
 
-    The groups are those rows that one thread holds in the layout of a tensor-core product (bits 3
-    and 7 of the row), so the sum needs no exchange between threads.
+    Every gradient of the kernels goes through this formula. A term that depends on the logits adds
+    to the factor of p here: that of an entropy would be ``eta * (logits - mean_logit)``, with two
+    further values per token. The rows of absent classes are not meaningful: they are not stored.
+    """
+    CLASS_AXIS: tl.constexpr = 1 - TOKEN_AXIS
+    p = tl.exp2(logits - tl.expand_dims(lse, CLASS_AXIS))
+    grad = p * tl.expand_dims(a, CLASS_AXIS)
+    grad -= tl.where(onehot, tl.expand_dims(b, CLASS_AXIS), 0.0)
+    if SOFTCAP:
+        slope = logit_slope(logits, softcap)
+        grad *= tl.where(tl.expand_dims(inside, TOKEN_AXIS), slope, 0.0)
+    return p, grad
+
+
+@triton.jit
+def fold_rows(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum sets of rows: (ROWS, COLUMNS) to (64, COLUMNS).
+
+    A set is the rows that one thread holds in the layout of a tensor-core product (bits 3 and 7 of
+    the row), so the sum needs no exchange between threads.
     """
     split = tl.reshape(values, (ROWS // 128, 8, 2, 8, COLUMNS))
     return tl.reshape(tl.sum(tl.sum(split, axis=2), axis=0), (64, COLUMNS))
@@ -94,21 +143,21 @@ def fold_rows(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def energy_to_byte(energy):
-    """One byte for the energy of a strip, ENERGY_STEPS an octave; the highest for NaN."""
+    """Return one byte for the energy of a strip, ENERGY_STEPS per octave; the highest for NaN."""
     steps = tl.clamp(ENERGY_STEPS * (tl.log2(energy) - ENERGY_FLOOR), 0.0, 254.0)
     return tl.where(energy == energy, steps, 254.0).to(tl.uint8)
 
 
 @triton.jit
 def byte_to_weight(byte):
-    """Square root of a strip's energy, its weight in the tail; 0 for byte 0."""
+    """Return the square root of a strip's energy, its weight in the tail; 0 for byte 0."""
     exponent = (byte.to(tl.float32) + 0.5) / ENERGY_STEPS + ENERGY_FLOOR
     return tl.where(byte == 0, 0.0, tl.exp2(0.5 * exponent))
 
 
 @triton.jit
 def popcount(bits):
-    """Number of ones of each int64."""
+    """Count the ones of each int64."""
     bits = bits - ((bits >> 1) & 0x5555555555555555)
     bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F

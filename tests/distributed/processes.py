@@ -27,7 +27,7 @@ PRELOADED = [
     "torch._inductor.compile_fx",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
-    "cut_cross_entropy.kernels.pipeline",
+    "cut_cross_entropy.kernels.step",
     "tests.support",
 ]
 

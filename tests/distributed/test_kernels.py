@@ -16,7 +16,7 @@ from cut_cross_entropy import (
 )
 from tests.distributed.processes import assert_passed, outcomes_of
 from tests.distributed.sharded import assert_same_bits, check, rows, rows_of
-from tests.kernels.test_interpreted_filter import sharp
+from tests.kernels.test_interpreted_filtered import sharp
 from tests.support import Problem, full_logits, make_problem, run, run_ours
 
 pytestmark = pytest.mark.interpret
@@ -42,19 +42,14 @@ def _call(function, values, rank):
 
 @contextmanager
 def filter_of(tolerance=dispatch.FILTER_TOLERANCE, dense=2.0, flat=math.inf):
-    """A tolerance for "auto", and where the dense path begins: by default nowhere."""
-    from cut_cross_entropy.kernels import filtered
+    """Set the tolerance of "auto", and where data is too flat: by default nowhere."""
+    from cut_cross_entropy.kernels.filtered import backward
 
-    before = (dispatch.FILTER_TOLERANCE, filtered.DENSE_FRACTION, filtered.FLAT_GROUPS)
-    dispatch.FILTER_TOLERANCE, filtered.DENSE_FRACTION, filtered.FLAT_GROUPS = (
-        tolerance,
-        dense,
-        flat,
-    )
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "FILTER_TOLERANCE", tolerance)
+        patch.setattr(backward, "DENSE_FRACTION", dense)
+        patch.setattr(backward, "FLAT_SUPPORT", flat)
         yield
-    finally:
-        dispatch.FILTER_TOLERANCE, filtered.DENSE_FRACTION, filtered.FLAT_GROUPS = before
 
 
 def results_of(problem, own, impl="cce", **options):
@@ -86,7 +81,7 @@ def ragged(rank, impl):
 
 
 @case(("cce_exact",), ("cce",))
-def more_classes_than_are_hot(rank, impl):
+def more_classes_than_are_frequent(rank, impl):
     with filter_of(1e-15):
         check(make_problem((5,), 2200, 16), impl)
 
@@ -171,8 +166,8 @@ def flat_tokens_among_sharp_ones_are_exact(rank):
 
 
 @case()
-def loose_bounds_overflow_and_are_walked_again(rank):
-    """The likely class of a token is neither among the hot ones nor its target."""
+def loose_bounds_overflow_and_are_repaired(rank):
+    """The likely class of a token is neither frequent nor its target."""
     problem = make_problem((5,), 2200, 16, ignored=0.0)
     problem.targets.fill_(3)
     c = problem.c.clone()

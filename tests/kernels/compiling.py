@@ -1,4 +1,4 @@
-"""Compiles every kernel for a GPU that need not be there, and reports what it uses."""
+"""Compiles every kernel for GPUs that need not be present, and reports the resources it uses."""
 
 import re
 import subprocess
@@ -11,20 +11,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cut_cross_entropy.kernels import (
-    BLOCK_T,
-    combine,
-    dense,
-    forward,
-    grad_c,
-    grad_e,
-    listing,
-    prepare,
-    selection,
-    strips,
-    tail,
-)
-from cut_cross_entropy.kernels.config import Tiles, tiles_for
+from cut_cross_entropy.kernels import BLOCK_T, exact, lse, tokens
+from cut_cross_entropy.kernels.filtered import grad_c, grad_e, index, selection, strips, tail
+from cut_cross_entropy.kernels.tiles import Tiles, tiles_for
 
 TARGETS = {
     # name: (target, shared memory of a block in bytes, Triton's register limit applies)
@@ -38,7 +27,7 @@ TARGETS = {
 _INT64 = {"origin_ptr", "all_targets_ptr", "masks_ptr", "order_ptr", "targets_ptr"}
 _INT32 = {"starts_ptr", "block_starts_ptr", "chunk_starts_ptr", "offsets_ptr", "keys_ptr",
           "tile_block_ptr", "tile_start_ptr", "first_tile_ptr", "flag_ptr", "threshold_ptr",
-          "classes_ptr", "count_ptr", "numbers_ptr", "unions_ptr", "sizes_ptr"}  # fmt: skip
+          "classes_ptr", "count_ptr", "slots_ptr", "unions_ptr", "sizes_ptr"}  # fmt: skip
 _HALF = {"c_ptr", "e_ptr", "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c"}
 
 
@@ -57,9 +46,9 @@ class Variant:
 
 
 def variants(tiles: Tiles) -> list[Variant]:
-    """Every kernel as the launchers specialise it for a row of the table of block sizes."""
+    """Return every kernel as it is specialised for a row of the table of block sizes."""
     tma = tiles.use_tma
-    walk = {"E_TMA": tma, "C_TMA": tma, "BLOCK_T": BLOCK_T, "BLOCK_V": tiles.block_v,
+    products = {"E_TMA": tma, "C_TMA": tma, "BLOCK_T": BLOCK_T, "BLOCK_V": tiles.block_v,
             "BLOCK_D": tiles.block_d}  # fmt: skip
     e_box, c_box = (BLOCK_T, tiles.block_d), (tiles.block_v, tiles.block_d)
     few = min(3, tiles.num_stages)
@@ -78,18 +67,18 @@ def variants(tiles: Tiles) -> list[Variant]:
             (True, True, True),
         ):
             add(
-                f"forward-{label}-{online:d}{flagged:d}{energy:d}",
-                forward.walk_classes_kernel,
-                {**walk, **flags, "WRITE_ENERGY": energy, "ONLINE": online,
+                f"lse-{label}-{online:d}{flagged:d}{energy:d}",
+                lse.vocabulary_pass_kernel,
+                {**products, **flags, "WRITE_ENERGY": energy, "ONLINE": online,
                  "ONLY_FLAGGED": flagged},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
             )  # fmt: skip
         add(
-            f"dense-{label}",
-            dense.chunk_gradients_kernel,
-            {**walk, **flags, "HALVES": tiles.block_v > BLOCK_T},
+            f"exact-{label}",
+            exact.chunk_gradients_kernel,
+            {**products, **flags, "HALVES": tiles.block_v > BLOCK_T},
             boxes={"e": e_box, "c": c_box},
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
@@ -98,7 +87,7 @@ def variants(tiles: Tiles) -> list[Variant]:
             f"strips-{label}",
             strips.strip_gradients_kernel,
             {**flags, "BIAS_GRAD": bias, "E_TMA": tma, "BLOCK_T": BLOCK_T,
-             "BLOCK_S": listing.TILE, "BLOCK_D": tiles.block_d},
+             "BLOCK_S": index.TILE, "BLOCK_D": tiles.block_d},
             boxes={"e": e_box},
             num_warps=8,
             num_stages=few,
@@ -106,8 +95,8 @@ def variants(tiles: Tiles) -> list[Variant]:
         )  # fmt: skip
         add(
             f"score-{label}",
-            prepare.score_targets_kernel,
-            {**flags, "COPY": True, "SHARDED": bias, "BLOCK_D": 1024},
+            tokens.score_targets_kernel,
+            {**flags, "COMPACT": True, "SHARDED": bias, "BLOCK_D": 1024},
             types=(("logits_ptr", "*fp32"),),
         )
     block_k = min(64, tiles.block_d)
@@ -119,7 +108,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         num_stages=few,
         max_registers=128,
     )
-    # The sums of dC end in registers; wait in float32; wait in 16 bits and some beside them.
+    # The sums of dC end in registers; are stored in float32; are stored in 16 bits and some more.
     for partial, low_bits in ((False, 0), (True, 0), (True, 4), (True, 8)):
         of_sums = (("out_ptr", "*fp32"), ("high_ptr", "*fp32")) if partial else ()
         if low_bits:
@@ -128,7 +117,7 @@ def variants(tiles: Tiles) -> list[Variant]:
             f"grad_c-{partial:d}{low_bits}",
             grad_c.grad_c_kernel,
             {"PARTIAL": partial, "LOW_BITS": low_bits, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C,
-             "BLOCK_K": block_k, "BLOCK_T": BLOCK_T, "BLOCK_N": tiles.block_n, "GROUP": 64,
+             "BLOCK_K": block_k, "BLOCK_T": BLOCK_T, "BLOCK_N": tiles.block_n, "SUPERBLOCK": 64,
              "CHUNK": 1024},
             boxes={"e": (block_k, tiles.block_n)},
             num_warps=8,
@@ -139,24 +128,25 @@ def variants(tiles: Tiles) -> list[Variant]:
         add(f"tail_rows-{partial:d}{low_bits}", grad_c.tail_rows_kernel,
             {"SUMS": partial, "LOW_BITS": low_bits, "BLOCK_R": 32, "BLOCK_D": 512},
             types=(of_sums[1], ("low_ptr", "*u8")) if partial else ())  # fmt: skip
-    add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "GROUP": 64})
-    add("compact", prepare.compact_kernel, {"BLOCK": prepare.SCAN}, num_warps=8)
-    add("backward_tokens", prepare.backward_tokens_kernel, {"HAS_SPREAD": True, "BLOCK_D": 1024})
-    add("bound", combine.bound_kernel, {"BLOCK_T": BLOCK_T})
-    add("finish", combine.finish_kernel, {"HAS_ENERGY": True, "BLOCK_T": BLOCK_T})
+    add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "SUPERBLOCK": 64})
+    add("list_valid", tokens.list_valid_kernel, {"BLOCK": tokens.SCAN}, num_warps=8)
+    add("backward_tokens", tokens.backward_tokens_kernel, {"HAS_SUPPORT": True, "BLOCK_D": 1024})
+    add("bound", lse.bound_kernel, {"BLOCK_T": BLOCK_T})
+    add("finish", lse.finish_kernel, {"HAS_ENERGY": True, "BLOCK_T": BLOCK_T})
     add("threshold", selection.threshold_kernel, {"BLOCK_T": BLOCK_T, "BLOCK": 4096},
-        types=(("histogram_ptr", "*i64"), ("numbers_ptr", "*i32")))  # fmt: skip
+        types=(("histogram_ptr", "*i64"), ("token_counts_ptr", "*i32")))  # fmt: skip
     add("tails", tail.tails_kernel, {"SOFTCAP": True, "SHARDED": True, "BLOCK": BLOCK_T})
-    add("scatter", prepare.scatter_rows_kernel, {"BLOCK_D": 1024}, types=(("rows_ptr", "*fp32"),))
+    add("scatter", tokens.scatter_rows_kernel, {"BLOCK_D": 1024}, types=(("rows_ptr", "*fp32"),))
     add("histogram", selection.histogram_kernel, {"BLOCK": 2**12},
         types=(("energy_ptr", "*u8"), ("counts_ptr", "*i64")))  # fmt: skip
-    add("kept", selection.kept_strips_kernel, {"IDLE": selection.IDLE, "GROUP": 64, "CHUNK": 1024},
+    add("kept", selection.kept_strips_kernel,
+        {"IDLE": selection.IDLE, "SUPERBLOCK": 64, "CHUNK": 1024},
         types=(("energy_ptr", "*u8"), ("counts_ptr", "*i32"), ("active_ptr", "*i32")))  # fmt: skip
-    add("places", listing.places_kernel,
-        {"WHOLE": True, "GROUP": 64, "TILE": listing.TILE, "ROWS": 16, "COLUMNS": 256}, num_warps=8,
-        types=(("counts_ptr", "*i32"),))  # fmt: skip
-    add("list", listing.list_strips_kernel,
-        {"BY_CLASS": True, "GROUP": 64, "CHUNK": 1024, "TILE": listing.TILE})  # fmt: skip
+    add("index", index.index_kernel,
+        {"WHOLE": True, "SUPERBLOCK": 64, "TILE": index.TILE, "ROWS": 16, "COLUMNS": 256},
+        num_warps=8, types=(("counts_ptr", "*i32"),))  # fmt: skip
+    add("list", index.list_strips_kernel,
+        {"BY_CLASS": True, "SUPERBLOCK": 64, "CHUNK": 1024, "TILE": index.TILE})  # fmt: skip
     add("row_sum", tail.weighted_row_sum_kernel,
         {"HAS_FACTOR": True, "BLOCK_R": 32, "BLOCK_D": 256},
         types=(("out_ptr", "*fp32"),))  # fmt: skip
@@ -175,7 +165,7 @@ class Usage:
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
-    """Compile for ``target`` and read what it uses."""
+    """Compile for ``target`` and read the resources used."""
     names = variant.kernel.arg_names
     special, signature = dict(variant.types), {}
     divisible = {}
@@ -199,7 +189,7 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
             signature[name] = "*fp32"
         else:
             signature[name] = (
-                "fp32" if name in ("softcap", "tolerance", "filter_mass", "flat_spread") else "i32"
+                "fp32" if name in ("softcap", "tolerance", "max_mass", "flat_support") else "i32"
             )
         known = signature[name].startswith("*") or name in ("N", "V", "D", "stride_out")
         if known and name not in variant.kernel.do_not_specialize:
@@ -216,7 +206,7 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of stack (spills land there)."""
+    """Return registers and bytes of stack, where spills land, per thread."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -229,7 +219,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def tiles_of(name: str) -> Tiles:
-    """The block sizes that launchers use on a target."""
+    """Return the block sizes in use on a target."""
     target, shared = TARGETS[name]
     return tiles_for(shared, target.arch // 10 if target.backend == "cuda" else 9)
 

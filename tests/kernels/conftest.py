@@ -1,4 +1,4 @@
-"""The ways through the kernels, each a fixture's value."""
+"""Paths through the kernels, as values of a fixture, and settings of the filter."""
 
 import math
 import os
@@ -16,7 +16,7 @@ class Route:
 
     Args:
         impl: the preset.
-        path: what the filter reports of its backward.
+        path: the path that the filter reports of its backward.
     """
 
     impl: str
@@ -49,7 +49,7 @@ ROUTES = {
 
 @pytest.fixture
 def drops_nothing(monkeypatch):
-    """The filter keeps every strip that a float can see, so whatever path it takes is exact."""
+    """Let the filter keep every strip that a float can see, so that its path is exact."""
     from cut_cross_entropy import dispatch
 
     monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 1e-15)
@@ -57,19 +57,19 @@ def drops_nothing(monkeypatch):
 
 @pytest.fixture
 def always_filtered(monkeypatch):
-    """The filtered path is taken however much is kept, and no token counts as flat."""
-    from cut_cross_entropy.kernels import filtered
+    """Take the filtered path however much is kept, and let no token count as flat."""
+    from cut_cross_entropy.kernels.filtered import backward
 
-    monkeypatch.setattr(filtered, "DENSE_FRACTION", 2.0)
-    monkeypatch.setattr(filtered, "FLAT_GROUPS", math.inf)
+    monkeypatch.setattr(backward, "DENSE_FRACTION", 2.0)
+    monkeypatch.setattr(backward, "FLAT_SUPPORT", math.inf)
 
 
 @pytest.fixture
 def never_filtered(monkeypatch):
-    """The filter finds the data too flat, whatever it is."""
-    from cut_cross_entropy.kernels import filtered
+    """Let the filter find any data too flat."""
+    from cut_cross_entropy.kernels.filtered import backward
 
-    monkeypatch.setattr(filtered, "DENSE_FRACTION", -1.0)
+    monkeypatch.setattr(backward, "DENSE_FRACTION", -1.0)
 
 
 def _take(name, request):
@@ -81,19 +81,19 @@ def _take(name, request):
 
 @pytest.fixture(params=["exact", "dense", "filtered"])
 def route(request, drops_nothing):
-    """One path through the kernels, made to drop nothing: each must be as exact as PyTorch."""
+    """One path through the kernels that drops nothing: each must be as exact as PyTorch."""
     return _take(request.param, request)
 
 
 @pytest.fixture(params=ROUTES)
 def any_route(request, drops_nothing):
-    """The same, with the presets that take one path for one gradient, another for the other."""
+    """The same, and presets that take one path for dE and another for dC."""
     return _take(request.param, request)
 
 
 @pytest.fixture(scope="session")
 def gpu():
-    """Fails rather than skips: who asks for these tests wants them run."""
+    """Fail rather than skip: these tests run only if they are asked for."""
     if not torch.cuda.is_available():
         pytest.fail("there is no GPU", pytrace=False)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
@@ -101,9 +101,9 @@ def gpu():
 
 
 @pytest.fixture
-def several_groups(monkeypatch):
-    """A group is 64 blocks, 8,192 tokens; with groups of one block, 133 tokens have two."""
-    from cut_cross_entropy.kernels import filtered, grad_c, listing, selection
+def several_superblocks(monkeypatch):
+    """Make superblocks of one block instead of 64 (8,192 tokens), so that 133 tokens have two."""
+    from cut_cross_entropy.kernels.filtered import grad_c, index, selection
 
-    for module in (filtered, grad_c, listing, selection):
-        monkeypatch.setattr(module, "GROUP", 1)
+    for module in (grad_c, index, selection):
+        monkeypatch.setattr(module, "SUPERBLOCK", 1)

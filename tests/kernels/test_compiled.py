@@ -16,24 +16,24 @@ from cut_cross_entropy.device_support import triton_version
 
 KERNELS = Path(__file__).parents[2] / "cut_cross_entropy" / "kernels"
 
-# Bytes of stack a thread, where spills land, by the start of a variant's name; on sm_90, where the
-# kernels are tuned, and with this release of Triton or newer: older ones spill more. 0 in the main
-# loop of a plain loss; what was measured elsewhere, with a margin.
+# Bytes of stack per thread, where spills land, by the start of a variant's name; on sm_90, where
+# the kernels are tuned, and with this release of Triton or newer: older ones spill more. 0 in the
+# main loop of a plain loss; elsewhere the measured value, with a margin.
 STACK_SINCE = (3, 9)
 STACK = {
-    "forward-plain-001": 16,  # with the energy: training
-    "forward-plain-000": 0,  # without: evaluation
-    "forward-plain": 256,  # the short walk over frequent classes, and the repair of an overflow
-    "forward-softcap-bias-001": 64,
-    "forward-softcap-bias-000": 32,
-    "forward-softcap-bias": 256,
-    "dense-plain": 64,
-    "dense-softcap-bias": 768,
+    "lse-plain-001": 16,  # with the energy: training
+    "lse-plain-000": 0,  # without: evaluation
+    "lse-plain": 256,  # the short pass over frequent classes, and the repair of an overflow
+    "lse-softcap-bias-001": 64,
+    "lse-softcap-bias-000": 32,
+    "lse-softcap-bias": 256,
+    "exact-plain": 64,
+    "exact-softcap-bias": 768,
     # Two programs share a multiprocessor, which leaves each 128 registers.
     "strips-plain": 192,
     "strips-softcap-bias": 768,
     "grad_c-0": 16,
-    "grad_c-1": 256,  # after its loop, where the sums of earlier groups come in
+    "grad_c-1": 256,  # after its loop, where the sums of earlier superblocks are added
     "": 0,  # all others
 }
 
@@ -92,10 +92,10 @@ def stack_allowed(name: str) -> int:
 
 
 def defined_kernels() -> set[str]:
-    """Names of the kernels in the package, from its source: none may be left out here."""
+    """Read the names of the kernels from the source of the package: none may be left out here."""
     return {
         node.name
-        for path in KERNELS.glob("*.py")
+        for path in KERNELS.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }

@@ -12,7 +12,7 @@ import torch
 from benchmark.data import Shape, make
 from cut_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.filter_report import record_filter
-from cut_cross_entropy.kernels import dense
+from cut_cross_entropy.kernels import exact as exact_stage
 from tests.kernels.gpu import DEVICE, relative_error, requires_kernels, rounding_error
 from tests.support import Problem, Results, full_logits, run, run_ours
 
@@ -61,7 +61,7 @@ def test_presets(impl):
 
 def test_library_without_float32_results(monkeypatch):
     """As before PyTorch 2.8: factors are copied to float32."""
-    monkeypatch.setattr(dense, "has_wide_products", lambda device: False)
+    monkeypatch.setattr(exact_stage, "has_wide_products", lambda device: False)
     assert_exact(data("structured"), "cce_exact")
 
 

@@ -70,7 +70,7 @@ def test_gradient_of_lse(impl, lse_weight):
 
 
 @pytest.mark.parametrize("path", ["exact", "dense", "filtered", "full_c", "full_e"])
-def test_memory_budget_forces_rounds(path, request, drops_nothing):
+def test_memory_budget_forces_several_passes(path, request, drops_nothing):
     from tests.kernels.conftest import ROUTES
 
     fixture = {"dense": "never_filtered", "exact": "drops_nothing"}.get(path, "always_filtered")
@@ -119,7 +119,7 @@ def test_all_ignored_and_empty(impl, reduction):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_outlier_token(impl):
-    """Its sum overflows against the first bound, so its block is walked again."""
+    """Its sum overflows relative to the first bound, so its block is repaired."""
     problem = problem_of(dtype=torch.bfloat16, ignored=0.0)
     problem.e[2, 7] *= 300
     check(problem, impl, reduction="none")

@@ -98,9 +98,11 @@ def test_more_than_2_to_31_logits(impl):
             assert relative_error(e.grad[rows], p @ c.double()) < 0.01
 
 
-@pytest.mark.parametrize("tokens", [8192, 8193, 16384, 16500, 33000])  # a group is 64 blocks of 128
+@pytest.mark.parametrize(
+    "tokens", [8192, 8193, 16384, 16500, 33000]
+)  # a superblock is 64 blocks of 128
 @pytest.mark.parametrize("impl", ["cce", "cce_kahan_full_e"])
-def test_several_groups_of_blocks(tokens, impl, always_filtered):
+def test_several_superblocks(tokens, impl, always_filtered):
     made = make("structured", tokens, Shape("test", 8192, 256), device=DEVICE)
     problem = Problem(made.e, made.c, made.targets)
     ours = run_ours(problem, impl, lse_weight=0.0)

@@ -18,7 +18,7 @@ def one_block(**options):
 
 
 def two_blocks(classes=300, **options):
-    """138 tokens, of which about 133 count: the interpreter takes its time for each."""
+    """138 tokens, about 133 of them valid: the interpreter takes its time for each."""
     return make_problem((3, 46), classes, 24, ignored=0.03, **options)
 
 
@@ -86,15 +86,15 @@ def test_needed_gradients(any_route, needed):
     assert present == set(needed)
 
 
-# 1100 classes are two chunks of the selection and more than the first, short walk looks at.
-# 1 byte is one block, or one chunk, a round; 10^5 bytes hold a few of them.
+# 1100 classes are two chunks of the selection and more than the short pass reads. 1 byte holds one
+# block, or one chunk, per pass; 10^5 bytes hold a few of them.
 @pytest.mark.parametrize("budget", [1, 10**5])
-def test_memory_budget_forces_rounds(any_route, budget):
+def test_memory_budget_forces_several_passes(any_route, budget):
     any_route.check(two_blocks(1100, bias=True), memory_budget=budget, softcap=8.0)
 
 
 @pytest.mark.parametrize("needed", [("c", "bias"), ("c",), ("e",)], ids="+".join)
-def test_rounds_for_some_gradients(route, needed):
+def test_several_passes_for_some_gradients(route, needed):
     route.check(two_blocks(1100, bias=True), memory_budget=1, needed=needed, softcap=8.0)
 
 
@@ -142,49 +142,49 @@ def test_expanded_inputs(route):
     route.check(replace(problem, c=problem.c[:1].expand(130, -1)))
 
 
-def test_sums_with_four_bits_beside_them(several_groups, request, monkeypatch):
+def test_partial_sums_with_four_more_bits(several_superblocks, request, monkeypatch):
     """As for bfloat16, which the interpreter cannot multiply; an odd number of features."""
-    from cut_cross_entropy.kernels import sums
+    from cut_cross_entropy.kernels.filtered import partial_sums
 
     request.getfixturevalue("drops_nothing")
     request.getfixturevalue("always_filtered")
-    monkeypatch.setattr(sums, "bits_beside", lambda out, num_groups: 4)
+    monkeypatch.setattr(partial_sums, "choose_low_bits", lambda out, num_superblocks: 4)
     problem = make_problem((133,), 1100, 9, bias=True, ignored=0.0).to(torch.float16)
     ROUTES["filtered"].check(problem)
 
 
 @pytest.mark.parametrize("budget", [2**28, 1])
 @pytest.mark.parametrize("path", ["filtered", "full_c", "full_e"])
-def test_several_groups_of_blocks(path, budget, several_groups, request):
+def test_several_superblocks(path, budget, several_superblocks, request):
     request.getfixturevalue("drops_nothing")
     request.getfixturevalue("always_filtered")
     ROUTES[path].check(two_blocks(bias=True), memory_budget=budget)
 
 
 @pytest.fixture
-def rounds(monkeypatch):
-    """Rectangles of strips that are made, and ranges of classes, as they come."""
-    from cut_cross_entropy.kernels import filtered
+def passes(monkeypatch):
+    """Record the rectangles of strips that are computed, and the ranges of classes."""
+    from cut_cross_entropy.kernels.filtered import backward
 
-    found_rounds, found_ranges = [], []
-    make, begin = filtered._Work.make, filtered._Work.begin_classes
+    rectangles, ranges = [], []
+    store, write = backward._store, backward._write_classes
 
-    def noting_make(self, blocks, chunks, by_class):
-        found_rounds.append((blocks, chunks))
-        return make(self, blocks, chunks, by_class)
+    def record_rectangle(work, rectangle):
+        rectangles.append((rectangle.blocks, rectangle.chunks))
+        return store(work, rectangle)
 
-    def noting_begin(self, chunks):
-        found_ranges.append(chunks)
-        begin(self, chunks)
+    def record_range(work, class_pass, stored_once):
+        ranges.append(class_pass.chunks)
+        write(work, class_pass, stored_once)
 
-    monkeypatch.setattr(filtered._Work, "make", noting_make)
-    monkeypatch.setattr(filtered._Work, "begin_classes", noting_begin)
-    return found_rounds, found_ranges
+    monkeypatch.setattr(backward, "_store", record_rectangle)
+    monkeypatch.setattr(backward, "_write_classes", record_range)
+    return rectangles, ranges
 
 
 ALL = (0, 2)  # blocks of 128 tokens, or chunks of 1024 classes
 EACH = [((0, 1), ALL), ((1, 2), ALL)]
-FIRST, SECOND = ([((group, group + 1), (chunk, chunk + 1)) for group in (0, 1)] for chunk in (0, 1))
+FIRST, SECOND = ([((block, block + 1), (chunk, chunk + 1)) for block in (0, 1)] for chunk in (0, 1))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ FIRST, SECOND = ([((group, group + 1), (chunk, chunk + 1)) for group in (0, 1)] 
         (torch.float16, 2**28, None, [(ALL, ALL)], [ALL]),
         # The same, and the lower bits of the sums of one chunk at a time.
         (torch.float16, 2 * 8 * 1024, 1, [(ALL, ALL)], [(0, 1), (1, 2)]),
-        # Those of a group at once, for its tokens and for all classes.
+        # Those of a superblock at once, for its tokens and for all classes.
         (torch.float32, 400_000, None, EACH, [ALL]),
         (torch.float16, 400_000, None, EACH, [ALL]),
         # Fewer: once for the tokens, once for the classes. Sums in dC itself, or a chunk's.
@@ -203,24 +203,24 @@ FIRST, SECOND = ([((group, group + 1), (chunk, chunk + 1)) for group in (0, 1)] 
         (torch.float16, 11_000, None, [*EACH, *FIRST, *SECOND], [(0, 1), (1, 2)]),
     ],
 )  # fmt: skip
-def test_rounds_of_several_groups(
-    dtype, budget, strip_bytes, made, ranges, several_groups, rounds, request, monkeypatch
+def test_passes_of_several_superblocks(
+    dtype, budget, strip_bytes, made, ranges, several_superblocks, passes, request, monkeypatch
 ):
-    from cut_cross_entropy.kernels import filtered
+    from cut_cross_entropy.kernels.filtered import schedule
 
     if strip_bytes is not None:
-        monkeypatch.setattr(filtered, "STRIP_BYTES", strip_bytes)
+        monkeypatch.setattr(schedule, "STRIP_BYTES", strip_bytes)
     request.getfixturevalue("drops_nothing")
     request.getfixturevalue("always_filtered")
     problem = make_problem((133,), 1100, 8, bias=True, ignored=0.0).to(dtype)
     ROUTES["filtered"].check(problem, memory_budget=budget)
-    assert rounds == (made, ranges)
+    assert passes == (made, ranges)
 
 
 @pytest.mark.parametrize(
     ("dtype", "budget", "strip_bytes", "made", "ranges"),
     [
-        # Two groups fit, three do not; 3300 strips each, for the tokens too.
+        # Two superblocks fit, three do not; 3300 strips each, for the tokens too.
         (torch.float32, 1_800_000, 264, [((0, 2), (0, 3)), ((2, 3), (0, 3))], [(0, 3)]),
         # Two ranges of sums; strips for the first are made for all classes and serve the tokens.
         (
@@ -230,7 +230,7 @@ def test_rounds_of_several_groups(
             [((0, 1), (0, 3)), ((1, 2), (0, 3)), ((2, 3), (0, 3)), ((0, 3), (2, 3))],
             [(0, 2), (2, 3)],
         ),
-        # They do not fit for all classes; of the smaller range all groups do.
+        # They do not fit for all classes; of the smaller range all superblocks do.
         (
             torch.float16,
             25_000,
@@ -247,14 +247,14 @@ def test_rounds_of_several_groups(
         ),
     ],
 )
-def test_rounds_of_as_many_groups_as_fit(
-    dtype, budget, strip_bytes, made, ranges, several_groups, rounds, request, monkeypatch
+def test_passes_of_as_many_superblocks_as_fit(
+    dtype, budget, strip_bytes, made, ranges, several_superblocks, passes, request, monkeypatch
 ):
-    from cut_cross_entropy.kernels import filtered
+    from cut_cross_entropy.kernels.filtered import schedule
 
-    monkeypatch.setattr(filtered, "STRIP_BYTES", strip_bytes)
+    monkeypatch.setattr(schedule, "STRIP_BYTES", strip_bytes)
     request.getfixturevalue("drops_nothing")
     request.getfixturevalue("always_filtered")
     problem = make_problem((7, 37), 3000, 8, bias=True, ignored=0.0).to(dtype)
     ROUTES["filtered"].check(problem, memory_budget=budget)
-    assert rounds == (made, ranges)
+    assert passes == (made, ranges)

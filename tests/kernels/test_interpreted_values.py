@@ -1,4 +1,4 @@
-"""Values at the edge, interpreted: nothing to do, nothing valid, nothing finite, far too much."""
+"""Values at the edge, interpreted: no tokens, none valid, nothing finite, overflow."""
 
 from dataclasses import replace
 
@@ -76,7 +76,9 @@ def assert_never_plausible(results, truth):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("classes", [130, 1100])  # 1100: the first, short walk sees them too
+@pytest.mark.parametrize(
+    "classes", [130, 1100]
+)  # 1100: the short pass over frequent classes sees them too
 def test_bad_embedding_is_never_plausible(any_route, value, classes):
     problem = small(classes=classes, ignored=0.0)
     problem.e[4, 3] = value
@@ -96,7 +98,7 @@ def test_bad_embedding_with_default_thresholds(tokens):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("row", [0, 129, 1099])  # in the short walk and past it
+@pytest.mark.parametrize("row", [0, 129, 1099])  # in the short pass and after it
 @pytest.mark.parametrize("where", ["c", "bias"])
 def test_bad_class_is_never_plausible(route, value, row, where):
     problem = small(classes=1100, ignored=0.0)
@@ -117,9 +119,9 @@ def test_targets_out_of_range_are_refused_where_looking_is_free(wrong):
 @pytest.mark.parametrize("wrong", [-1, 130, 2**40, -(2**40)])
 def test_targets_out_of_range_are_never_plausible_elsewhere(any_route, wrong, monkeypatch):
     """As on a GPU, where the check would wait for the device."""
-    from cut_cross_entropy.kernels import pipeline
+    from cut_cross_entropy.kernels import step
 
-    monkeypatch.setattr(pipeline, "check_target_range", lambda *_: None)
+    monkeypatch.setattr(step, "check_target_range", lambda *_: None)
     problem = small(ignored=0.0)
     clean = run_ours(problem, any_route.impl, reduction="none")
     problem.targets[2] = wrong
@@ -136,7 +138,7 @@ def test_targets_out_of_range_are_never_plausible_elsewhere(any_route, wrong, mo
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("masked", [slice(3, 50), slice(0, 1024), slice(1024, 1100)], ids=str)
 def test_classes_masked_by_a_bias_of_minus_infinity(route, masked, softcap):
-    """As padded vocabularies are masked. 0 to 1023 are all that the short walk sees."""
+    """As padded vocabularies are masked. The short pass reads 0 to 1023."""
     problem = small(classes=1100)
     problem.bias[masked] = -torch.inf
     allowed = torch.isfinite(problem.bias).nonzero().flatten()
@@ -165,7 +167,7 @@ def test_target_masked_by_a_bias_of_minus_infinity(route):
 @pytest.mark.parametrize("classes", [130, 1100])  # 1100: the outlier's best class is seen late
 @pytest.mark.parametrize("norm", [30.0, 1e4])  # logits around 100 and 30000
 def test_outlier_token(route, classes, norm):
-    """Sums against a bound from its target overflow, so its block is walked again."""
+    """Sums against a bound from its target overflow, so its block is repaired."""
     problem = make_problem((24,), classes, 8, ignored=0.0)
     direction = problem.c[-1] / problem.c[-1].norm()
     problem.c[-1] = 9 * direction

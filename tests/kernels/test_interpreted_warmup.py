@@ -1,4 +1,4 @@
-"""What is compiled before a step is what the step launches, with the interpreter's launches."""
+"""The kernels compiled before a step are those that it launches, by the interpreter's launches."""
 
 import inspect
 
@@ -7,33 +7,28 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from cut_cross_entropy import dispatch, record_filter
-from cut_cross_entropy.kernels import (
-    ahead,
-    combine,
-    dense,
-    forward,
+from cut_cross_entropy.kernels import exact, lse, tokens, warmup
+from cut_cross_entropy.kernels.filtered import (
     grad_c,
     grad_e,
-    listing,
-    prepare,
+    index,
+    partial_sums,
     selection,
     strips,
-    sums,
     tail,
 )
 from cut_cross_entropy.kernels.launch import Launch, launch, planning
+from cut_cross_entropy.problem import Filter, Problem
 from tests.support import make_problem, run_ours
 
 pytestmark = pytest.mark.interpret
 
-MODULES = (
-    combine, dense, forward, grad_c, grad_e, listing, prepare, selection, strips, tail
-)  # fmt: skip
+MODULES = (exact, lse, tokens, grad_c, grad_e, index, selection, strips, tail)
 
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Variants of all kernels that are launched; interpreted ones then know what is specialised."""
+    """Record the variants of all launches; interpreted kernels then know what is specialised."""
     for module in MODULES:
         for _, kernel in inspect.getmembers(module, lambda x: isinstance(x, InterpretedFunction)):
             if not hasattr(kernel, "kwargs"):
@@ -43,11 +38,11 @@ def launched(monkeypatch):
     seen = {}
     run = InterpretedFunction.run
 
-    def noting(self, *arguments, grid, warmup, **options):
-        seen[Launch(self, arguments, options).variant()] = self
-        return run(self, *arguments, grid=grid, warmup=warmup, **options)
+    def record(self, *, grid, warmup, **arguments):
+        seen[Launch(self, arguments).variant()] = self
+        return run(self, grid=grid, warmup=warmup, **arguments)
 
-    monkeypatch.setattr(InterpretedFunction, "run", noting)
+    monkeypatch.setattr(InterpretedFunction, "run", record)
     return seen
 
 
@@ -57,10 +52,10 @@ CASES = {
     "filtered": {},
     "plain": {"bias": False, "softcap": None},
     "half": {"dtype": torch.float16},
-    "groups": {"groups": True},
-    "groups-half": {"groups": True, "dtype": torch.float16},
+    "superblocks": {"superblocks": True},
+    "superblocks-half": {"superblocks": True, "dtype": torch.float16},
     # As for bfloat16, which the interpreter cannot multiply.
-    "groups-four-bits": {"groups": True, "dtype": torch.float16, "bits": 4},
+    "superblocks-four-bits": {"superblocks": True, "dtype": torch.float16, "bits": 4},
 }
 
 
@@ -68,14 +63,14 @@ CASES = {
 def test_a_step_launches_what_was_planned(case, launched, always_filtered, request, monkeypatch):
     options = {"impl": "cce", "bias": True, "softcap": 5.0, "dtype": torch.float32}
     options |= CASES[case]
-    if options.get("groups"):
-        request.getfixturevalue("several_groups")
+    if options.get("superblocks"):
+        request.getfixturevalue("several_superblocks")
     if "bits" in options:
-        monkeypatch.setattr(sums, "bits_beside", lambda out, num_groups: options["bits"])
+        monkeypatch.setattr(partial_sums, "choose_low_bits", lambda out, n: options["bits"])
     problem = make_problem((3, 46), 1100, 16, bias=options["bias"]).to(options["dtype"])
     needed = options.get("needed", ("e", "c", "bias") if options["bias"] else ("e", "c"))
     tolerance = dispatch.FILTER_TOLERANCE if options["impl"] == "cce" and needed else 0.0
-    step = ahead.Step(
+    call = Problem(
         problem.e.flatten(0, 1),
         problem.c,
         problem.targets.flatten(),
@@ -84,11 +79,8 @@ def test_a_step_launches_what_was_planned(case, launched, always_filtered, reque
         options["softcap"],
         options["dtype"],
         2**28,
-        tolerance,
-        1.0,
-        training=bool(needed),
     )
-    plan = step.plan()
+    plan = warmup.plan_step(call, Filter(tolerance), training=bool(needed))
     assert not launched, "a plan launches nothing"
     run_ours(problem, options["impl"], softcap=options["softcap"], needed=needed)
     planned = {one.variant() for one in plan.launches}
@@ -98,18 +90,17 @@ def test_a_step_launches_what_was_planned(case, launched, always_filtered, reque
 
 
 def test_kinds_of_steps_differ_where_their_launches_do():
-    """Batches of one kind are compiled for once; those of another launch other variants."""
+    """Batches of one kind launch the same variants; those of another kind launch others."""
 
     def kind(tokens):
         e = torch.empty(tokens, 8, device="meta")
         c, targets = torch.empty(32, 8, device="meta"), torch.empty(tokens, device="meta")
-        return ahead.Step(
-            e, c, targets, None, -100, None, torch.bfloat16, 2**28, 8e-4, 1.0, training=True
-        ).kind()
+        problem = Problem(e, c, targets, None, -100, None, torch.bfloat16, 2**28)
+        return warmup.kind_of_step(problem, Filter(8e-4), training=True)
 
-    group = 64 * 128
-    same = [(1000, 1001), (1024, 8192), (group + 16, 32 * group), (33 * group, 99 * group)]
-    other = [(1000, 1024), (1, 1001), (group, group + 16), (32 * group, 32 * group + 16)]
+    size = 64 * 128  # of a superblock
+    same = [(1000, 1001), (1024, 8192), (size + 16, 32 * size), (33 * size, 99 * size)]
+    other = [(1000, 1024), (1, 1001), (size, size + 16), (32 * size, 32 * size + 16)]
     for first, second in same:
         assert kind(first) == kind(second), (first, second)
     for first, second in other:
@@ -117,18 +108,16 @@ def test_kinds_of_steps_differ_where_their_launches_do():
 
 
 def training_step(problem, tolerance):
-    return ahead.Step(
-        problem.e, problem.c, problem.targets, None, -100, None, torch.float32, 2**28, tolerance,
-        1.0, training=True,
-    )  # fmt: skip
+    """Return the arguments of a training step for ``warmup``."""
+    call = Problem(problem.e, problem.c, problem.targets, None, -100, None, torch.float32, 2**28)
+    return call, Filter(tolerance), True
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 8e-4])
-def test_a_plan_is_no_pass_to_record(tolerance):
+def test_a_plan_is_not_recorded_as_a_pass(tolerance):
     problem = make_problem((9,), 1100, 8)
-    step = training_step(problem, tolerance)
     with record_filter() as records:
-        assert step.plan().launches
+        assert warmup.plan_step(*training_step(problem, tolerance)).launches
         assert records == []
         run_ours(problem, "cce_exact")
     assert len(records) == 1
@@ -136,35 +125,35 @@ def test_a_plan_is_no_pass_to_record(tolerance):
 
 def test_planning_ends():
     with planning(torch.device("cpu")) as plan:
-        launch(combine.bound_kernel, (1,), "anything")
-    assert [one.kernel for one in plan.launches] == [combine.bound_kernel]
+        launch(lse.bound_kernel, (1,), lse_ptr="anything")
+    assert [one.kernel for one in plan.launches] == [lse.bound_kernel]
     with pytest.raises(RuntimeError), planning(torch.device("cpu")):
         raise RuntimeError
     assert len(plan.launches) == 1
 
 
 def test_a_plan_that_fails_is_said_and_fails_no_step(monkeypatch):
-    """Kernels are then compiled when they are launched; a second such step says nothing."""
+    """Kernels are then compiled when they are launched; a second such step does not warn."""
     problem = make_problem((9,), 130, 8)
     step = training_step(problem, tolerance=0.0)
-    monkeypatch.setattr(ahead, "triton_is_interpreted", lambda: False)
-    monkeypatch.setattr(ahead, "_compiled", set())
+    monkeypatch.setattr(warmup, "triton_is_interpreted", lambda: False)
+    monkeypatch.setattr(warmup, "_compiled", set())
     asked = []
 
     def compile_nothing(plan):
         asked.append(len(plan.launches))
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(ahead, "compile_side_by_side", compile_nothing)
+    monkeypatch.setattr(warmup, "compile_concurrently", compile_nothing)
     with pytest.warns(UserWarning, match="not compiled ahead: OSError.*no space left"):
-        ahead.compile_ahead(step)
-    ahead.compile_ahead(step)
+        warmup.compile_ahead(*step)
+    warmup.compile_ahead(*step)
     assert len(asked) == 1
     assert asked[0] > 3
 
 
 def test_variants_are_compiled_once_each(monkeypatch):
-    """Launches that the same machine code serves are one task for the threads."""
+    """Launches that share machine code are one task for the threads."""
     from cut_cross_entropy.kernels import launch as module
 
     compiled = []
@@ -174,12 +163,11 @@ def test_variants_are_compiled_once_each(monkeypatch):
     monkeypatch.setattr(InterpretedFunction, "cache_key", "", raising=False)
     vector = torch.empty(9, device="meta")
     with planning(torch.device("cpu")) as plan:
+        shared = {"lse_ptr": vector, "bound_ptr": vector, "num_segments": 4, "BLOCK_T": 128}
         for count in (9, 9, 32):
-            launch(combine.bound_kernel, (1,), vector, vector, count, 4, BLOCK_T=128)
-        launch(combine.bound_kernel, (1,), vector, vector, 9, 4, BLOCK_T=64)
-        launch(combine.bound_kernel, (1,), vector.double(), vector, 9, 4, BLOCK_T=64)
-    monkeypatch.setattr(
-        combine.bound_kernel, "do_not_specialize", ["N", "num_segments"], raising=False
-    )
-    module.compile_side_by_side(plan)
+            launch(lse.bound_kernel, (1,), **shared, N=count)
+        launch(lse.bound_kernel, (1,), **{**shared, "N": 9, "BLOCK_T": 64})
+        launch(lse.bound_kernel, (1,), **{**shared, "N": 9, "lse_ptr": vector.double()})
+    monkeypatch.setattr(lse.bound_kernel, "do_not_specialize", ["N", "num_segments"], raising=False)
+    module.compile_concurrently(plan)
     assert compiled == [("bound_kernel", torch.device("cpu"))] * 3

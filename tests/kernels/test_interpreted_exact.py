@@ -1,11 +1,13 @@
-"""Chunks of the path without a filter, interpreted: where they are stored, slices of the tokens."""
+"""The exact path, interpreted: memory of its chunks, slices of the tokens, library products."""
 
 import pytest
 import torch
 
 from cut_cross_entropy import linear_cross_entropy
-from cut_cross_entropy.kernels import dense
-from cut_cross_entropy.kernels.config import Tiles
+from cut_cross_entropy.kernels import exact
+from cut_cross_entropy.kernels.tiles import Tiles
+from cut_cross_entropy.kernels.tokens import BackwardTokens
+from cut_cross_entropy.problem import Problem
 from tests.kernels.conftest import ROUTES
 from tests.support import make_problem
 
@@ -14,28 +16,28 @@ pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """Classes and tokens of every chunk that is made."""
-    made = []
-    compute = dense.chunk_gradients
+    """Record the classes and the number of tokens of every chunk."""
+    computed = []
+    compute = exact.chunk_gradients
 
-    def noting(e, *arguments):
-        made.append((arguments[7], e.shape[0]))
-        return compute(e, *arguments)
+    def record(problem, tokens, classes, out):
+        computed.append((classes, tokens.e.shape[0]))
+        return compute(problem, tokens, classes, out)
 
-    monkeypatch.setattr(dense, "chunk_gradients", noting)
-    return made
+    monkeypatch.setattr(exact, "chunk_gradients", record)
+    return computed
 
 
 @pytest.fixture
-def little_room(monkeypatch):
-    """A chunk's own memory holds one tile of 128 classes."""
-    monkeypatch.setattr(dense, "MAX_SCRATCH_BYTES", 1)
-    monkeypatch.setattr(dense, "MIN_CHUNK_BYTES", 1)
+def small_chunks(monkeypatch):
+    """Let the memory allocated for a chunk hold one tile of 128 classes."""
+    monkeypatch.setattr(exact, "MAX_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(exact, "MIN_CHUNK_BYTES", 1)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_chunks_are_stored_in_rows_of_dc_to_come(bias, chunks, little_room):
-    """Of 64 features: 64 of 197 rows at most, in tiles of 128, while that is more than one tile."""
+def test_chunks_borrow_rows_of_dc(bias, chunks, small_chunks):
+    """With 64 features, 64 of 197 rows at most, in tiles of 128, while that exceeds one tile."""
     problem = make_problem((133,), 1100, 64, bias=bias, ignored=0.0)
     ROUTES["exact"].check(problem)
     assert [classes for classes, _ in chunks] == [
@@ -43,13 +45,13 @@ def test_chunks_are_stored_in_rows_of_dc_to_come(bias, chunks, little_room):
     ]  # fmt: skip
 
 
-PLACES = (  # tokens, those that count, places that are computed
+ROWS = (  # tokens, valid tokens, rows that are computed
     (400, 400, 400),
     (400, 129, 256),
     (400, 128, 128),
     (400, 1, 128),
     (400, 0, 128),  # one block at least
-    (399, 128, 255),  # no multiple of 16 either: that would be another variant of the kernel
+    (399, 128, 255),  # not a multiple of 16 either: that would be another variant of the kernel
     (399, 127, 127),
     (399, 390, 399),
     (5, 3, 5),
@@ -57,15 +59,15 @@ PLACES = (  # tokens, those that count, places that are computed
 
 
 @pytest.mark.parametrize(
-    ("path", "tokens", "counting", "places"),
+    ("path", "tokens", "valid", "rows"),
     [
         (path, *numbers)
         for path in ("exact", "dense", "full_c", "full_e")
-        for numbers in PLACES
-        if path != "dense" or numbers[1] > 0  # without a token nothing is too flat
+        for numbers in ROWS
+        if path != "dense" or numbers[1] > 0  # no data is too flat without a token
     ],
 )
-def test_ignored_tokens_are_not_multiplied(path, tokens, counting, places, chunks, request):
+def test_ignored_tokens_are_not_multiplied(path, tokens, valid, rows, chunks, request):
     if path in ("full_c", "full_e"):
         request.getfixturevalue("drops_nothing")
         request.getfixturevalue("always_filtered")
@@ -73,13 +75,13 @@ def test_ignored_tokens_are_not_multiplied(path, tokens, counting, places, chunk
         request.getfixturevalue("never_filtered")
     problem = make_problem((tokens,), 150, 16, bias=True, ignored=0.0)
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))
-    problem.targets[order[counting:]] = -100
+    problem.targets[order[valid:]] = -100
     ROUTES[path].check(problem)
-    assert {of for _, of in chunks} == {places}
+    assert {num_rows for _, num_rows in chunks} == {rows}
 
 
 @pytest.mark.parametrize("impl", ["cce", "cce_exact"])
-def test_scaled_gradients_of_float16_do_not_overflow(impl, chunks, little_room):
+def test_scaled_gradients_of_float16_do_not_overflow(impl, chunks, small_chunks):
     """256 tokens of mean 1/256 are scaled by 256; a gradient of 300 would then be 76,000."""
     e = torch.full((256, 16), 300.0, dtype=torch.float16, requires_grad=True)
     c = torch.zeros(256, 16, dtype=torch.float16, requires_grad=True)
@@ -88,10 +90,10 @@ def test_scaled_gradients_of_float16_do_not_overflow(impl, chunks, little_room):
     expected = torch.full((256, 16), 300 / 256)
     expected[0] -= 300
     torch.testing.assert_close(c.grad.float(), expected, rtol=2e-3, atol=0)
-    assert [classes for classes, _ in chunks] == [(0, 128), (128, 256)], "nothing is lent"
+    assert [classes for classes, _ in chunks] == [(0, 128), (128, 256)], "no row is borrowed"
 
 
-def test_nothing_is_lent_when_dc_is_not_needed(chunks, little_room):
+def test_no_row_is_borrowed_when_dc_is_not_needed(chunks, small_chunks):
     problem = make_problem((133,), 300, 64, ignored=0.0)
     ROUTES["exact"].check(problem, needed=("e",))
     assert [classes for classes, _ in chunks] == [(0, 128), (128, 256), (256, 300)]
@@ -99,9 +101,9 @@ def test_nothing_is_lent_when_dc_is_not_needed(chunks, little_room):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("path", ["exact", "full_c", "full_e"])
-def test_slices_of_many_tokens(path, dtype, chunks, little_room, request, monkeypatch):
-    """dC is summed over slices of the tokens, whose logit gradients are stored one at a time."""
-    monkeypatch.setattr(dense, "MAX_TOKENS", 128)
+def test_slices_of_many_tokens(path, dtype, chunks, small_chunks, request, monkeypatch):
+    """dC is summed over slices of the tokens; logit gradients of one slice are stored at a time."""
+    monkeypatch.setattr(exact, "MAX_TOKENS", 128)
     request.getfixturevalue("drops_nothing")
     request.getfixturevalue("always_filtered")
     problem = make_problem((3, 46), 300, 24, bias=True, ignored=0.0).to(dtype)
@@ -112,7 +114,7 @@ def test_slices_of_many_tokens(path, dtype, chunks, little_room, request, monkey
 
 def test_largest_chunk_is_bounded_in_elements(chunks, monkeypatch):
     """32 bits reach every element of a chunk."""
-    monkeypatch.setattr(dense, "MAX_ELEMENTS", 133 * 256)
+    monkeypatch.setattr(exact, "MAX_ELEMENTS", 133 * 256)
     problem = make_problem((133,), 1100, 8, ignored=0.0)
     ROUTES["exact"].check(problem)
     assert max(stop - start for (start, stop), _ in chunks) == 256
@@ -120,7 +122,7 @@ def test_largest_chunk_is_bounded_in_elements(chunks, monkeypatch):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("block_v", [128, 256])  # a tile of 256 classes ends in two halves
-def test_logit_gradients_of_a_chunk(block_v, softcap):
+def test_logit_gradients_of_a_chunk(block_v, softcap, monkeypatch):
     problem = make_problem((133,), 700, 24, bias=True, ignored=0.0)
     logits = problem.e @ problem.c.T + problem.bias
     if softcap is not None:
@@ -133,31 +135,44 @@ def test_logit_gradients_of_a_chunk(block_v, softcap):
         expected *= 1 - (logits / softcap) ** 2
     buffer = torch.full((133, 512), torch.nan)
     tiles = Tiles(block_v, 32, 4, 2, 64, use_tma=False)
-    dense.chunk_gradients(
-        problem.e, problem.c, problem.bias, lse * 1.4426950408889634, a, b, problem.targets,
-        torch.tensor(2.0), (256, 700), softcap, tiles, buffer[:, :444],
-    )  # fmt: skip
+    monkeypatch.setattr(exact, "tiles_on", lambda device: tiles)
+    call = Problem(
+        problem.e, problem.c, problem.targets, problem.bias, -100, softcap, torch.float32, 2**20
+    )
+    tokens = BackwardTokens(
+        e=problem.e,
+        targets=problem.targets,
+        origin=torch.arange(133),
+        lse=lse * 1.4426950408889634,
+        a=a,
+        b=b,
+        target_miss=torch.zeros(133),
+        scale=torch.tensor(2.0),
+        shard_mass=None,
+        num_valid=None,
+    )
+    exact.chunk_gradients(call, tokens, (256, 700), buffer[:, :444])
     torch.testing.assert_close(buffer[:, :444], 2 * expected[:, 256:], rtol=1e-4, atol=1e-5)
     assert buffer[:, 444:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_copied_factors_are_multiplied_in_slices(dtype, monkeypatch):
-    """Where the library has no products of half precision factors with float32 results."""
-    monkeypatch.setattr(dense, "COPIED_BYTES", 4 * (7 + 5) * 70)  # 64 of 150 at a time
+    """The library may lack products of half precision factors with float32 results."""
+    monkeypatch.setattr(exact, "COPIED_BYTES", 4 * (7 + 5) * 70)  # 64 of 150 at a time
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(150, 7, generator=generator).to(dtype).T
     right = torch.randn(150, 5, generator=generator).to(dtype)
     total = torch.randn(7, 5, generator=generator)
     expected = total.double() + left.double() @ right.double()
-    dense.add_product(total, left, right)
+    exact.add_product(total, left, right)
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-5)
 
 
-def test_the_precision_of_products_is_the_user_s_again():
+def test_the_user_s_precision_of_products_is_restored():
     library = torch.backends.cuda.matmul
     before = library.fp32_precision
-    with dense._tf32():
+    with exact._tf32():
         assert library.fp32_precision == "tf32"
     assert library.fp32_precision == before
     assert torch.get_float32_matmul_precision() == "highest"

@@ -1,4 +1,4 @@
-"""What the filter drops and what it reports, interpreted: errors, paths, flat tokens, options."""
+"""The filter, interpreted: its errors, paths and reports, flat tokens, options."""
 
 import math
 
@@ -108,9 +108,9 @@ def test_flat_data_takes_the_dense_path():
 @pytest.mark.parametrize("flat", [(0,), (3, 17, 31)], ids=str)
 def test_flat_tokens_among_sharp_ones_are_exact(flat, monkeypatch):
     """A few flat tokens would spoil the tail of all, so they are treated alone."""
-    from cut_cross_entropy.kernels import filtered
+    from cut_cross_entropy.kernels.filtered import backward
 
-    monkeypatch.setattr(filtered, "FLAT_GROUPS", 100)
+    monkeypatch.setattr(backward, "FLAT_SUPPORT", 100)
     # Among 1100 classes a flat token has 1e-3 in each: more than the default would drop.
     monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 0.02)
     problem = sharp(flat=flat)
@@ -125,10 +125,10 @@ def test_flat_tokens_among_sharp_ones_are_exact(flat, monkeypatch):
 
 
 def test_mostly_flat_tokens_take_the_dense_path(monkeypatch):
-    from cut_cross_entropy.kernels import filtered
+    from cut_cross_entropy.kernels.filtered import backward
 
-    monkeypatch.setattr(filtered, "FLAT_GROUPS", 100)
-    monkeypatch.setattr(filtered, "DENSE_FRACTION", 2.0)
+    monkeypatch.setattr(backward, "FLAT_SUPPORT", 100)
+    monkeypatch.setattr(backward, "DENSE_FRACTION", 2.0)
     _, (record,) = recorded(sharp(9, flat=range(6)))
     assert record.path == "dense"
 

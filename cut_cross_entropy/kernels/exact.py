@@ -1,6 +1,6 @@
-"""Exact gradients by chunks of classes, where nothing can be skipped.
+"""Exact gradients by chunks of classes, where no strip can be skipped.
 
-A kernel makes the logit gradients of a chunk; the two products with c and e are the vendor
+A kernel computes the logit gradients of a chunk; the two products with c and e are the vendor
 library's. Rows of dC are complete after their chunk, dE is summed in float32. Shape legend:
 ``cut_cross_entropy.kernels``.
 """
@@ -8,6 +8,7 @@ library's. Rows of dC are complete after their chunk, dE is summed in float32. S
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,24 +17,26 @@ from torch import Tensor
 
 from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.config import Tiles, rows_operand
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import (
     load_rows,
-    logit_slope,
-    place_program,
+    logit_gradient,
+    swizzle_program,
     transform_logits,
 )
+from cut_cross_entropy.kernels.tiles import rows_operand, tiles_on
+from cut_cross_entropy.kernels.tokens import BackwardTokens
+from cut_cross_entropy.problem import Problem
 
-# The sums of dE are read and written once a chunk, so chunks are not made smaller than this; nor,
-# for more than MAX_TOKENS, than half of these sums, if the budget allows it.
+# The sums of dE are read and written once per chunk, so chunks are not made smaller than this; nor,
+# for more than MAX_TOKENS tokens, than half of these sums, if the budget allows it.
 MIN_CHUNK_BYTES = 32 * 2**20
 MAX_SCRATCH_BYTES = 160 * 2**20  # of dE's sums and a chunk otherwise: larger chunks gain little
-COPIED_BYTES = 32 * 2**20  # of factors in float32 at a time, where the library needs them so
+COPIED_BYTES = 32 * 2**20  # of factors in float32 at a time, where the library needs copies
 MAX_ELEMENTS = 2**30  # of any factor or result of a library product: 32 bits reach them
-MAX_TOKENS = 16384  # whose logit gradients are stored together
-SIDE_BY_SIDE = 128  # programs that fill a GPU, of which GROUP_BLOCKS share their classes
-GROUP_BLOCKS = 16
+MAX_TOKENS = 16384  # tokens whose logit gradients are stored together
+PROGRAMS_IN_FLIGHT = 128  # programs that fill a GPU
+SWIZZLE_WIDTH = 16  # programs among them that share their classes
 
 _setting = threading.Lock()
 
@@ -45,10 +48,10 @@ def store_gradients(
     bias_ptr,  # (V,)
     classes,  # (classes,) class ids
     tokens,  # (BLOCK_T,)
-    lse,  # (BLOCK_T,) log2, like the three that follow
+    targets,  # (BLOCK_T,) like the three that follow
+    lse,  # log2
     a,
     b,
-    targets,
     scale,
     N,
     V,
@@ -58,15 +61,13 @@ def store_gradients(
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Logit gradients of a tile of products."""
+    """Store the logit gradients of a tile of products."""
     inside = classes < V
     logits = transform_logits(
         product, bias_ptr, classes, inside, softcap, HAS_BIAS, SOFTCAP, TOKEN_AXIS=0
     )
-    grad = tl.exp2(logits - lse[:, None]) * a[:, None]
-    grad -= tl.where(classes[None, :] == targets[:, None], b[:, None], 0.0)
-    if SOFTCAP:
-        grad *= tl.where(inside[None, :], logit_slope(logits, softcap), 0.0)
+    onehot = classes[None, :] == targets[:, None]
+    _, grad = logit_gradient(logits, onehot, inside, lse, a, b, softcap, SOFTCAP, TOKEN_AXIS=0)
     # 32 bits reach: a chunk is bounded in elements
     out = tokens[:, None] * stride_out + (classes - first_class)[None, :]
     grad = (grad * scale).to(grad_ptr.dtype.element_ty)
@@ -80,7 +81,7 @@ def store_gradients(
         "segment_tiles",
         "num_segments",
         "num_blocks",
-        "group_blocks",
+        "swizzle_width",
     ]
 )
 def chunk_gradients_kernel(
@@ -103,7 +104,7 @@ def chunk_gradients_kernel(
     segment_tiles,
     num_segments,
     num_blocks,
-    group_blocks,
+    swizzle_width,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     E_TMA: tl.constexpr,
@@ -113,12 +114,12 @@ def chunk_gradients_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One block of tokens against one segment of a chunk of the classes.
+    """Write the gradients of one block of tokens for one segment of a chunk of the classes.
 
-    Tiles are (tokens, classes) here: nothing is summed over tokens, and what belongs to a token is
+    Tiles are (tokens, classes) here: nothing is summed over tokens, and the values of a token are
     then needed in few threads.
     """
-    block, segment = place_program(num_blocks, group_blocks, num_segments)
+    block, segment = swizzle_program(num_blocks, swizzle_width, num_segments)
     tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = tokens < N
     lse = tl.load(lse_ptr + tokens, mask=is_token, other=float("inf"))
@@ -146,68 +147,61 @@ def chunk_gradients_kernel(
                     tl.permute(tl.reshape(product, (BLOCK_T, 2, half)), (0, 2, 1))
                 )
                 store_gradients(
-                    left, grad_ptr, bias_ptr, classes, tokens, lse, a, b, targets, scale,
+                    left, grad_ptr, bias_ptr, classes, tokens, targets, lse, a, b, scale,
                     N, V, softcap, first_class, stride_out, HAS_BIAS, SOFTCAP,
                 )  # fmt: skip
                 store_gradients(
-                    right, grad_ptr, bias_ptr, classes + half, tokens, lse, a, b, targets, scale,
+                    right, grad_ptr, bias_ptr, classes + half, tokens, targets, lse, a, b, scale,
                     N, V, softcap, first_class, stride_out, HAS_BIAS, SOFTCAP,
                 )  # fmt: skip
             else:
                 store_gradients(
-                    product, grad_ptr, bias_ptr, classes, tokens, lse, a, b, targets, scale,
+                    product, grad_ptr, bias_ptr, classes, tokens, targets, lse, a, b, scale,
                     N, V, softcap, first_class, stride_out, HAS_BIAS, SOFTCAP,
                 )  # fmt: skip
             product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
 
 
 def chunk_gradients(
-    e: Tensor,  # (N, D)
-    c: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    lse: Tensor,  # (N,) log2
-    a: Tensor,  # (N,)
-    b: Tensor,  # (N,)
-    targets: Tensor,  # (N,)
-    scale: Tensor,  # ()
+    problem: Problem,
+    tokens: BackwardTokens,
     classes: tuple[int, int],
-    softcap: float | None,
-    tiles: Tiles,
-    out: Tensor,  # (N, classes)
+    out: Tensor,  # (N, classes), of the compute dtype
 ) -> None:
-    """Write the logit gradients of a range of classes, times ``scale``."""
+    """Write the logit gradients of a range of classes, times ``tokens.scale``."""
+    e, c, tiles = tokens.e, problem.c, tiles_on(tokens.e.device)
     num_blocks = triton.cdiv(e.shape[0], BLOCK_T)
-    group_blocks = min(num_blocks, GROUP_BLOCKS)
+    swizzle_width = min(num_blocks, SWIZZLE_WIDTH)
     num_tiles = triton.cdiv(classes[1] - classes[0], tiles.block_v)
-    segment_tiles = triton.cdiv(num_tiles, max(1, SIDE_BY_SIDE // group_blocks))
+    segment_tiles = triton.cdiv(num_tiles, max(1, PROGRAMS_IN_FLIGHT // swizzle_width))
     num_segments = triton.cdiv(num_tiles, segment_tiles)
     e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
     c_operand, c_tma = rows_operand(c, tiles.block_v, tiles.block_d, tiles)
     launch(
         chunk_gradients_kernel,
         (num_blocks * num_segments,),
-        e_operand,
-        c_operand,
-        bias,
-        lse,
-        a,
-        b,
-        targets,
-        scale,
-        out,
-        e.shape[0],
-        c.shape[0],
-        e.shape[1],
-        softcap or 0.0,
-        classes[0],
-        classes[1],
-        out.stride(0),
-        segment_tiles,
-        num_segments,
-        num_blocks,
-        group_blocks,
-        HAS_BIAS=bias is not None,
-        SOFTCAP=softcap is not None,
+        e=e_operand,
+        c=c_operand,
+        bias_ptr=problem.bias,
+        lse_ptr=tokens.lse,
+        a_ptr=tokens.a,
+        b_ptr=tokens.b,
+        targets_ptr=tokens.targets,
+        scale_ptr=tokens.scale,
+        grad_ptr=out,
+        N=e.shape[0],
+        V=c.shape[0],
+        D=e.shape[1],
+        softcap=problem.softcap or 0.0,
+        first_class=classes[0],
+        stop_class=classes[1],
+        stride_out=out.stride(0),
+        segment_tiles=segment_tiles,
+        num_segments=num_segments,
+        num_blocks=num_blocks,
+        swizzle_width=swizzle_width,
+        HAS_BIAS=problem.bias is not None,
+        SOFTCAP=problem.softcap is not None,
         E_TMA=e_tma,
         C_TMA=c_tma,
         HALVES=tiles.block_v > BLOCK_T,
@@ -219,36 +213,73 @@ def chunk_gradients(
     )
 
 
-class _Room:
-    """Where the logit gradients of a chunk are stored: in memory of its own, or where it can be in
-    the rows of dC that are not written yet, which hold more. The fewer chunks, the less often the
-    sums of dE are read and written.
+@dataclass(frozen=True)
+class Wanted:
+    """Gradients that a stage has to compute, and where it writes them.
+
+    Args:
+        e: whether dE is wanted; the stage allocates it and returns it.
+        c: (V, D) receives dC; None if not wanted. Rows need not be initialised.
+        bias: (V,) receives the gradient of the bias, likewise.
     """
 
-    def __init__(
-        self, e: Tensor, block_v: int, num_bytes: int, row_bytes: int, lender: Tensor | None
-    ) -> None:
-        self._e, self._block_v, self._lender = e, block_v, lender
+    e: bool
+    c: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def classes(self) -> bool:
+        """Whether a gradient with a row for each class is wanted."""
+        return self.c is not None or self.bias is not None
+
+    def __bool__(self) -> bool:
+        return self.e or self.classes
+
+    def split(self, e: bool, c: bool) -> tuple["Wanted", "Wanted"]:
+        """Return the gradients selected by ``e`` and by ``c`` (dC, dbias), and all others."""
+        chosen = Wanted(self.e and e, self.c if c else None, self.bias if c else None)
+        others = Wanted(self.e and not e, None if c else self.c, None if c else self.bias)
+        return chosen, others
+
+
+class _ChunkBuffer:
+    """Memory for the logit gradients of a chunk.
+
+    It is allocated, or borrowed where possible from the rows of dC that are not written yet, which
+    hold more. The fewer chunks, the less often the sums of dE are read and written.
+
+    Args:
+        e: (N, D) of the tokens.
+        num_bytes: allocate at most this much, including ``row_bytes`` per class.
+        row_bytes: bytes that a class takes besides its logit gradients.
+        borrowed: (V, D) dC whose later rows may be overwritten; None if they may not.
+    """
+
+    def __init__(self, e: Tensor, num_bytes: int, row_bytes: int, borrowed: Tensor | None) -> None:
+        self._e, self._borrowed = e, borrowed
+        self._block_v = tiles_on(e.device).block_v
         num_tokens, dim = min(e.shape[0], MAX_TOKENS), e.shape[1]
-        of_class = num_tokens * e.element_size() + row_bytes
+        class_bytes = num_tokens * e.element_size() + row_bytes
         self._tokens = num_tokens
-        self._most = self._tiled(MAX_ELEMENTS // max(num_tokens, dim))
-        self._own_classes = min(self._most, self._tiled(num_bytes // of_class))
+        self._most = self._whole_tiles(MAX_ELEMENTS // max(num_tokens, dim))
+        self._own_classes = min(self._most, self._whole_tiles(num_bytes // class_bytes))
         self._own: Tensor | None = None
 
-    def _tiled(self, num_classes: int) -> int:
+    def _whole_tiles(self, num_classes: int) -> int:
         return max(1, num_classes // self._block_v) * self._block_v
 
     def next(self, first: int, num_classes: int) -> tuple[int, Tensor]:
-        """How many classes from ``first`` on make the next chunk, and its (tokens, classes)."""
+        """Return the number of classes in the chunk that begins at ``first``, and its buffer.
+
+        The buffer is (tokens, classes).
+        """
         left, size, buffer = num_classes - first, self._own_classes, None
-        if self._lender is not None:
-            dim = self._lender.shape[1]
-            lent = min(
-                self._most, left * dim // (dim + self._tokens) // self._block_v * self._block_v
-            )
-            if lent > size:
-                size, buffer = lent, self._lender[first + lent :].view(-1)
+        if self._borrowed is not None:
+            dim = self._borrowed.shape[1]
+            fitting = left * dim // (dim + self._tokens) // self._block_v * self._block_v
+            fitting = min(self._most, fitting)
+            if fitting > size:
+                size, buffer = fitting, self._borrowed[first + fitting :].view(-1)
         size = min(size, left)
         stride = -(-size // self._block_v) * self._block_v  # rows stay aligned
         if buffer is None:
@@ -258,92 +289,76 @@ class _Room:
         return size, buffer[: self._tokens * stride].view(self._tokens, stride)[:, :size]
 
 
-def dense_gradients(
-    e: Tensor,  # (N, D) contiguous, of the compute dtype
-    c: Tensor,  # (V, D) contiguous, of the compute dtype
-    bias: Tensor | None,  # (V,)
-    lse: Tensor,  # (N,) log2; +inf: no token
-    a: Tensor,  # (N,)
-    b: Tensor,  # (N,)
-    targets: Tensor,  # (N,)
-    scale: Tensor,  # ()
-    softcap: float | None,
-    tiles: Tiles,
-    memory_budget: int,
-    need_e: bool,
-    grad_c: Tensor | None,  # (V, D) out
-    grad_bias: Tensor | None,  # (V,) out
-    accumulate: bool,
+def exact_gradients(
+    problem: Problem, tokens: BackwardTokens, wanted: Wanted, *, accumulate: bool = False
 ) -> Tensor | None:
-    """dE in float32 (N, D); writes, or adds to, ``grad_c`` and ``grad_bias``."""
+    """Compute gradients of some tokens from all strips.
+
+    Args:
+        problem: with c and bias contiguous, c of the compute dtype.
+        tokens: the tokens; the result has their rows.
+        wanted: receives dC and dbias.
+        accumulate: add to dC and dbias instead of overwriting them.
+
+    Returns:
+        dE in float32, (N, D), if wanted.
+    """
+    e, c, grad_c, scale = tokens.e, problem.c, wanted.c, tokens.scale
     (num_tokens, dim), num_classes = e.shape, c.shape[0]
-    total = e.new_zeros((num_tokens, dim), dtype=torch.float32) if need_e else None
+    total = e.new_zeros((num_tokens, dim), dtype=torch.float32) if wanted.e else None
     if num_tokens == 0:
         return total
-    scratch = min(memory_budget, MAX_SCRATCH_BYTES)
-    sums = num_tokens * dim * 4 if need_e else 0
+    scratch = min(problem.memory_budget, MAX_SCRATCH_BYTES)
+    sums = num_tokens * dim * 4 if wanted.e else 0
     num_bytes = max(MIN_CHUNK_BYTES, scratch - sums)
     if num_tokens > MAX_TOKENS:
-        num_bytes = max(num_bytes, min(memory_budget, sums // 2))
-    # A single product makes the rows of dC, in place. Not in float16: the logit gradients are
-    # scaled, and what overflows before the scale is taken out need not afterwards.
-    direct = (
+        num_bytes = max(num_bytes, min(problem.memory_budget, sums // 2))
+    # A single product writes the rows of dC, in place. Not in float16: the logit gradients are
+    # scaled, and a value may overflow before the scale is taken out and not afterwards.
+    in_place = (
         grad_c is not None
         and not accumulate
         and grad_c.dtype == e.dtype != torch.float16
         and grad_c.is_contiguous()
         and num_tokens <= MAX_TOKENS
     )
-    row_bytes = 0 if grad_c is None or direct else 4 * dim
-    room = _Room(e, tiles.block_v, num_bytes, row_bytes, grad_c if direct else None)
+    row_bytes = 0 if grad_c is None or in_place else 4 * dim
+    chunks = _ChunkBuffer(e, num_bytes, row_bytes, grad_c if in_place else None)
+    starts = range(0, num_tokens, MAX_TOKENS)
+    parts = [slice(start, min(num_tokens, start + MAX_TOKENS)) for start in starts]
+    tokens_of_part = [tokens.at(part) for part in parts]
     first = 0
     while first < num_classes:
-        size, buffer = room.next(first, num_classes)
+        size, buffer = chunks.next(first, num_classes)
         classes = (first, first + size)
         rows, rows_bias = None, None
-        if grad_c is not None and not direct:
+        if grad_c is not None and not in_place:
             rows = e.new_zeros((size, dim), dtype=torch.float32)
-        if grad_bias is not None:
+        if wanted.bias is not None:
             rows_bias = e.new_zeros(size, dtype=torch.float32)
-        for start in range(0, num_tokens, MAX_TOKENS):
-            part = slice(start, min(num_tokens, start + MAX_TOKENS))
+        for part, some in zip(parts, tokens_of_part, strict=True):
             grads = buffer[: part.stop - part.start]
-            chunk_gradients(
-                e[part], c, bias, lse[part], a[part], b[part], targets[part], scale,
-                classes, softcap, tiles, grads,
-            )  # fmt: skip
+            chunk_gradients(problem, some, classes, grads)
             if total is not None:
                 add_product(total[part], grads, c[slice(*classes)])
             if rows is not None:
-                add_product(rows, grads.T, e[part])
+                add_product(rows, grads.T, some.e)
             elif grad_c is not None:
                 torch.mm(grads.T, e, out=grad_c[slice(*classes)])
             if rows_bias is not None:
                 rows_bias += grads.sum(0, dtype=torch.float32)
-        _finish(grad_c, classes, rows, scale, accumulate)
-        _finish(grad_bias, classes, rows_bias, scale, accumulate)
+        for out, sums_of_rows in ((grad_c, rows), (wanted.bias, rows_bias)):
+            if out is not None and sums_of_rows is not None:
+                here = out[slice(*classes)]
+                sums_of_rows.div_(scale)
+                here.copy_(sums_of_rows.add_(here) if accumulate else sums_of_rows)
         first += size
     return None if total is None else total.div_(scale)
 
 
-def _finish(
-    out: Tensor | None,  # (V, ...)
-    classes: tuple[int, int],
-    rows: Tensor | None,  # (classes, ...) float32; None: they are in ``out``, unscaled
-    scale: Tensor,
-    accumulate: bool,
-) -> None:
-    """Take the scale out of the gradients of a chunk's classes."""
-    if out is None or rows is None:
-        return
-    here = slice(*classes)
-    rows.div_(scale)
-    out[here] = rows.add_(out[here]) if accumulate else rows
-
-
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right`` with float32 sums of half precision factors."""
-    if left.is_meta:  # only kernels are planned
+    """Compute ``total += left @ right`` with float32 sums of half precision factors."""
+    if left.is_meta:  # a plan records kernels only
         return
     if left.dtype == torch.float32:
         total.addmm_(left, right)
@@ -354,8 +369,9 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _add_copied_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """The same with factors copied to float32, where the library has no other way: older releases
-    of PyTorch, and the interpreter's tests.
+    """Do the same with factors copied to float32, where the library has no mixed product.
+
+    That is in older releases of PyTorch, and on a CPU.
     """
     step = COPIED_BYTES // (4 * (left.shape[0] + right.shape[1]))
     step = max(64, step // 64 * 64)  # rows of the copies stay aligned
@@ -367,9 +383,9 @@ def _add_copied_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @contextlib.contextmanager
 def _tf32() -> Iterator[None]:
-    """Float32 products in TF32, which holds factors of half precision exactly.
+    """Compute float32 products in TF32, which represents half precision factors exactly.
 
-    The setting is the process's, so one thread at a time.
+    The setting belongs to the process, so one thread at a time.
     """
     library = torch.backends.cuda.matmul
     with _setting, contextlib.ExitStack() as afterwards:

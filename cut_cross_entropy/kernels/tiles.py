@@ -1,10 +1,9 @@
-"""Block sizes by architecture, tensor descriptors, and where a kernel is launched.
+"""Block sizes, descriptors and launch options by architecture: how a stage runs on a device.
 
-Nothing is tuned at run time: the table is chosen by the capability of the device and by the shared
-memory of a block, and its last row fits 64 KiB.
+Nothing is tuned at run time: the capability of the device and the shared memory of a block choose a
+row of the table, whose last row fits 64 KiB. Shape legend: ``cut_cross_entropy.kernels``.
 """
 
-import contextlib
 import dataclasses
 import functools
 from dataclasses import dataclass
@@ -14,23 +13,23 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.constants import BLOCK_TOKENS
-from cut_cross_entropy.device_support import triton_is_interpreted, triton_version
+from cut_cross_entropy.device_support import triton_version
 from cut_cross_entropy.kernels.launch import planned_device
 
-GROUP_BYTES = 34 * 2**20
-"""Embeddings of the token blocks that are walked side by side; an L2 cache holds them."""
+SWIZZLE_BYTES = 34 * 2**20
+"""Embeddings of the token blocks that are processed together; an L2 cache holds them."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Block sizes of the products that walk the features.
+    """Block sizes of the matrix products.
 
     Args:
-        block_v: classes a tile; a multiple of 128.
-        block_d: features a step.
-        num_warps, num_stages: of the kernels.
-        block_n: columns of a tile of dE or dC.
-        use_tma: load tiles by tensor descriptors where the strides allow it.
+        block_v: classes per tile; a multiple of 128.
+        block_d: features per step.
+        num_warps, num_stages: launch options of the kernels.
+        block_n: columns per tile of dE or dC.
+        use_tma: whether to load tiles by tensor descriptors where the strides allow it.
     """
 
     block_v: int
@@ -41,7 +40,7 @@ class Tiles:
     use_tma: bool
 
 
-WITHOUT_TMA = 160 * 2**10  # bytes of shared memory that are used at most without descriptors
+WITHOUT_TMA = 160 * 2**10  # most bytes of shared memory used without descriptors
 
 # (smallest shared memory of a block in bytes, tiles); the first row that fits is taken
 _TABLE = (
@@ -53,13 +52,13 @@ _TABLE = (
 
 
 def tiles_for(shared_memory: int, major: int = 9) -> Tiles:
-    """The row of the table for a block's shared memory in bytes and a compute capability."""
+    """Return the row for a block's shared memory in bytes and a major compute capability."""
     if major < 9 or not _has_host_descriptors():
         shared_memory = min(shared_memory, WITHOUT_TMA)
     tiles = next(tiles for needed, tiles in _TABLE if shared_memory >= needed)
     if major >= 10 and tiles.block_v > 128:
-        # Accumulators live in a memory of their own there; what leaves it at once has to fit the
-        # registers. Chosen from the compiler's report of spills, not from a measurement.
+        # Accumulators live in a memory of their own there; the part that leaves it at once has to
+        # fit the registers. Chosen from the compiler's report of spills, not from a measurement.
         return dataclasses.replace(tiles, block_v=128)
     return tiles
 
@@ -74,7 +73,7 @@ def _tiles_of(device: torch.device) -> Tiles:
 
 
 def tiles_on(device: torch.device) -> Tiles:
-    """The block sizes for ``device``."""
+    """Return the block sizes for ``device``."""
     return _tiles_of(planned_device(device))
 
 
@@ -84,9 +83,9 @@ def _has_host_descriptors() -> bool:
 
 
 def rows_operand(tensor: Tensor, rows: int, columns: int, tiles: Tiles) -> tuple[Any, bool]:
-    """What a kernel takes for contiguous rows: a tensor descriptor, or the tensor; and which.
+    """Return the operand for contiguous rows, and whether it is a tensor descriptor.
 
-    Descriptors need a 16-byte aligned start and row.
+    Descriptors need a 16-byte aligned start and row; otherwise the operand is the tensor.
     """
     aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
     if not (tiles.use_tma and aligned and tensor.numel() > 0):
@@ -96,28 +95,17 @@ def rows_operand(tensor: Tensor, rows: int, columns: int, tiles: Tiles) -> tuple
     return TensorDescriptor.from_tensor(tensor, [rows, columns]), True
 
 
-def group_size(num_blocks: int, e: Tensor) -> int:
-    """Token blocks that are walked side by side: as many as stay in the L2 cache."""
-    fitting = GROUP_BYTES // (BLOCK_TOKENS * e.shape[1] * e.element_size())
+def swizzle_width(num_blocks: int, e: Tensor) -> int:
+    """Return how many token blocks to process together: as many as stay in the L2 cache."""
+    fitting = SWIZZLE_BYTES // (BLOCK_TOKENS * e.shape[1] * e.element_size())
     return min(num_blocks, max(8, 1 << min(5, max(0, fitting.bit_length() - 1))))
 
 
-def launch_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes ``device`` current: Triton launches on the current device, not on the tensors'."""
-    if (
-        device.type != "cuda"
-        or triton_is_interpreted()
-        or device.index == torch.cuda.current_device()
-    ):
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+def two_per_sm(device: torch.device, tiles: Tiles) -> dict[str, int]:
+    """Return launch options with which two programs share a multiprocessor.
 
-
-def half_of_a_processor(device: torch.device, tiles: Tiles) -> dict[str, int]:
-    """Launch options of kernels with short loops: two programs share a multiprocessor.
-
-    Their loops are too short to hide the latency of what they gather; a second program does. On
-    NVIDIA that takes at most 128 registers a thread.
+    They are for kernels whose loops are too short to hide the latency of their gathered loads; the
+    second program hides it. On NVIDIA that takes at most 128 registers per thread.
     """
     options = {"num_warps": 8, "num_stages": min(3, tiles.num_stages)}
     if planned_device(device).type == "cuda" and torch.version.hip is None:

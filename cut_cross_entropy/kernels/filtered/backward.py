@@ -1,0 +1,303 @@
+"""The filtered backward: gradients of the kept strips, and of the tail for all others.
+
+``selection`` chooses the strips, ``index`` lists them, ``schedule`` decides which are stored
+together, ``strips`` computes their logit gradients, ``tail``, ``grad_e`` and ``grad_c`` the
+results. Shape legend: ``cut_cross_entropy.kernels``.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.filter_report import FilterRecord, recording, report
+from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.exact import Wanted, exact_gradients
+from cut_cross_entropy.kernels.filtered.grad_c import (
+    ClassOrder,
+    ClassRows,
+    write_grad_c,
+    write_tail_rows,
+)
+from cut_cross_entropy.kernels.filtered.grad_e import write_grad_e
+from cut_cross_entropy.kernels.filtered.index import (
+    Counts,
+    Range,
+    Rectangle,
+    StripIndex,
+    index_strips,
+    list_strips,
+)
+from cut_cross_entropy.kernels.filtered.partial_sums import PartialSums, bytes_per_row
+from cut_cross_entropy.kernels.filtered.schedule import ClassPass, make_schedule
+from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept, keep_strips
+from cut_cross_entropy.kernels.filtered.strips import (
+    Part,
+    StoredStrips,
+    add_bias_grads,
+    strip_gradients,
+)
+from cut_cross_entropy.kernels.filtered.tail import TokenTails, update_tails, weighted_row_sum
+from cut_cross_entropy.kernels.launch import is_captured
+from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
+from cut_cross_entropy.problem import Filter, Problem
+
+DENSE_FRACTION = 0.45  # of strips kept: above it the exact path is faster
+FLAT_FRACTION = 0.5  # of tokens that are flat: above it all take the exact path
+FLAT_SUPPORT = 400  # effective number of groups of classes from which a token counts as flat
+
+
+class Outcome(NamedTuple):
+    """Result of a filtered backward.
+
+    Args:
+        grad_e: (N, D) dE in the caller's order and dtype, if wanted.
+        num_valid: number of valid tokens.
+        too_flat: whether the data is too flat for the filter; nothing was computed then.
+    """
+
+    grad_e: Tensor | None
+    num_valid: int
+    too_flat: bool
+
+
+def filtered_gradients(
+    problem: Problem,
+    tokens: BackwardTokens,
+    wanted: Wanted,
+    energy: Tensor,  # (blocks, V) uint8
+    filter_: Filter,
+) -> Outcome:
+    """Compute gradients from the kept strips and the tail, unless the data is too flat for that.
+
+    ``problem`` has c and bias contiguous, c of the compute dtype. The number of kept strips is read
+    from the device: the one synchronisation of a step.
+    """
+    if is_captured(energy):
+        raise RuntimeError(
+            "the filtered gradient reads the number of kept strips from the device, which a CUDA "
+            "graph cannot capture; use impl='cce_exact' or filter_eps=None"
+        )
+    kept = keep_strips(energy, tokens.target_miss, filter_)
+    counts = Counts(kept)
+    selection = _Selection.of(kept, problem.c)
+    num_strips = sum(counts.by_block)  # waits for the device, which is computing the selection
+
+    possible = -(-counts.tokens // BLOCK_T) * energy.shape[1]
+    too_flat = (
+        counts.flat_tokens > FLAT_FRACTION * counts.tokens or num_strips > DENSE_FRACTION * possible
+    )
+    grad_e = mass = None
+    if not too_flat:
+        grad_e, mass = _kept_and_flat(problem, tokens, wanted, selection, counts)
+    if recording():
+        report(
+            FilterRecord(
+                path="dense" if too_flat else "filtered",
+                strips_kept=1.0 if too_flat else num_strips / max(1, possible),
+                dropped_mass=0.0 if mass is None else float(mass.sum()) / max(1, counts.tokens),
+                flat_tokens=counts.flat_tokens,
+                tokens=counts.tokens,
+            )
+        )
+    return Outcome(grad_e, counts.tokens, too_flat)
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """The kept strips, and what follows from them without knowing how many they are.
+
+    Args:
+        kept: the kept strips.
+        index: index of all of them.
+        center: (D,) float32 mean row of c over the tail.
+        order: order of all classes.
+    """
+
+    kept: Kept
+    index: StripIndex
+    center: Tensor
+    order: ClassOrder
+
+    @classmethod
+    def of(cls, kept: Kept, c: Tensor) -> "_Selection":
+        index = index_strips(kept)
+        order = ClassOrder.of(kept, (0, c.shape[0]))
+        return cls(kept, index, weighted_row_sum(kept.weights, c, index.share), order)
+
+
+def _kept_and_flat(
+    problem: Problem,
+    tokens: BackwardTokens,
+    wanted: Wanted,
+    selection: _Selection,
+    counts: Counts,
+) -> tuple[Tensor | None, Tensor]:
+    """Write the gradients; return dE, if wanted, and the dropped mass of each token (N,)."""
+    peaked = tokens.without(tokens.is_flat) if counts.flat_tokens else tokens
+    work = _Work.of(problem, peaked, wanted, selection, counts)
+    _run(work)
+    if counts.flat_tokens:
+        flat_first = torch.sort(tokens.is_flat.float(), stable=True, descending=True).indices
+        flat = tokens.at(flat_first[: counts.flat_tokens])
+        grad_e = exact_gradients(problem, flat, wanted, accumulate=True)
+        if grad_e is not None and work.grad_e is not None:
+            scatter_rows(grad_e, flat.origin, work.grad_e)
+    return work.grad_e, work.tails.mass
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Inputs and outputs that the passes of a filtered backward share.
+
+    Args:
+        problem, tokens, wanted: of the backward.
+        selection, counts: the kept strips, on the device and on the host.
+        tails: tails of the tokens; final after the token passes.
+        grad_e: (N, D) dE, if wanted.
+        bias_sums: (V,) float32, if dbias is wanted.
+    """
+
+    problem: Problem
+    tokens: BackwardTokens
+    wanted: Wanted
+    selection: _Selection
+    counts: Counts
+    tails: TokenTails
+    grad_e: Tensor | None
+    bias_sums: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        tokens: BackwardTokens,
+        wanted: Wanted,
+        selection: _Selection,
+        counts: Counts,
+    ) -> "_Work":
+        e, bias = problem.e, wanted.bias
+        return cls(
+            problem,
+            tokens,
+            wanted,
+            selection,
+            counts,
+            tails=TokenTails.zeros(e.shape[0], e.device),
+            grad_e=e.new_zeros(e.shape) if wanted.e else None,
+            bias_sums=None if bias is None else bias.new_zeros(bias.shape, dtype=torch.float32),
+        )
+
+    @functools.cached_property
+    def mean(self) -> Tensor:
+        """(D,) float32 tail-weighted sum of e; to be read once the tails are final."""
+        return weighted_row_sum(self.tails.weights, self.tokens.e)
+
+    def classes(self, chunks: Range) -> Range:
+        """Return the range of class ids of a range of chunks."""
+        return chunks[0] * CHUNK, min(self.problem.c.shape[0], chunks[1] * CHUNK)
+
+
+def _run(work: _Work) -> None:
+    """Compute the kept strips pass by pass: those of the token passes first."""
+    wanted, num_superblocks = work.wanted, work.selection.kept.num_superblocks
+    row_bytes = 0
+    if wanted.c is not None and num_superblocks > 1:
+        row_bytes = bytes_per_row(wanted.c, num_superblocks)
+    budget = work.problem.memory_budget
+    schedule = make_schedule(work.counts, budget, row_bytes, wanted.classes)
+    stored = None
+    for rectangle in schedule.token_passes:
+        stored = _store(work, rectangle)
+        _finish_tokens(work, stored)
+        if not schedule.store_once:
+            stored = None  # frees the strips before the next ones are computed
+    for class_pass in schedule.class_passes:
+        _write_classes(work, class_pass, stored)
+
+
+def _store(work: _Work, rectangle: Rectangle) -> StoredStrips:
+    """Compute the strips of a rectangle."""
+    selection = work.selection
+    strips = list_strips(selection.kept, work.counts, selection.index, rectangle)
+    return strip_gradients(work.problem, work.tokens, strips, work.bias_sums is not None)
+
+
+def _finish_tokens(work: _Work, stored: StoredStrips) -> None:
+    """Finish tails and rows of dE of blocks all of whose strips are stored."""
+    update_tails(work.problem, work.tokens, stored, work.tails)
+    if work.grad_e is not None:
+        write_grad_e(
+            work.problem,
+            work.tokens,
+            stored,
+            work.tails,
+            center=work.selection.center,
+            out=work.grad_e,
+        )
+
+
+def _write_classes(work: _Work, class_pass: ClassPass, stored_once: StoredStrips | None) -> None:
+    """Write the rows of dC and dbias of a range of classes.
+
+    ``stored_once`` holds all strips if they need not be computed again.
+    """
+    kept, wanted, index = work.selection.kept, work.wanted, work.selection.index
+    classes = work.classes(class_pass.chunks)
+    order, rows = None, None
+    if wanted.c is not None:
+        order = work.selection.order
+        if classes != (0, work.problem.c.shape[0]):
+            order = ClassOrder.of(kept, classes)
+        sums = None
+        if kept.num_superblocks > 1:
+            sums = PartialSums.zeros(wanted.c, kept.num_superblocks, classes)
+        rows = ClassRows(wanted.c, sums)
+
+    for rectangle in class_pass.rectangles:
+        stored = _store(work, rectangle) if stored_once is None else stored_once
+        if class_pass.finishes_tokens:
+            _finish_tokens(work, stored)
+        first, stop = class_pass.chunks
+        chunks = (max(first, rectangle.chunks[0]), min(stop, rectangle.chunks[1]))
+        for superblock in range(*rectangle.superblocks):
+            first_slot = work.counts.first_slot(superblock, rectangle)
+            part = Part(superblock, first_slot, chunks, work.classes(chunks))
+            if work.bias_sums is not None:
+                add_bias_grads(stored, kept, part, work.bias_sums)
+            if rows is not None and order is not None:
+                _add_superblock(work, stored, part, order, rows)
+        del stored  # frees the strips before the next ones are computed
+
+    if rows is not None and rows.sums is not None:
+        write_tail_rows(work.tokens, kept, index, rows, mean=work.mean)
+    if work.bias_sums is not None and wanted.bias is not None:
+        here = slice(*classes)
+        tail = kept.weights[here] * (index.share[0] * work.tails.weights.sum())
+        wanted.bias[here] = (work.bias_sums[here] + tail).to(wanted.bias.dtype)
+
+
+def _add_superblock(
+    work: _Work, stored: StoredStrips, part: Part, order: ClassOrder, rows: ClassRows
+) -> None:
+    """Write, or add to the partial sums, the strips of one superblock for some classes."""
+    kept = work.selection.kept
+    if order.classes.shape[1] != part.classes[1] - part.classes[0]:
+        order = ClassOrder.of(kept, part.classes, part.superblock)
+    num_active = work.counts.active(part.superblock, part.chunks)
+    final = rows.sums is None
+    write_grad_c(
+        work.tokens,
+        stored,
+        kept,
+        part,
+        order=order,
+        num_active=num_active,
+        mean=work.mean if final else None,
+        rows=rows,
+    )
+    if final:
+        idle = order.classes[part.superblock - order.first, num_active:]
+        write_tail_rows(work.tokens, kept, work.selection.index, rows, mean=work.mean, idle=idle)

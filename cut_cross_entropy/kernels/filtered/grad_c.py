@@ -1,0 +1,344 @@
+"""dC from the stored strips: tiles of classes that share token blocks, one owner per tile.
+
+Most classes keep a strip in a few blocks only. Clustered by the selection's sort key, classes with
+similar masks fall into one tile, and the tile reads the union of its blocks. Rows of classes with
+no strip hold the tail alone.
+
+The order belongs to one superblock: classes that are similar in one are not in the next. With one
+superblock a tile's sums end in registers. With more, the sums of the rows are stored from one
+superblock to the next (``partial_sums``). Shape legend: ``cut_cross_entropy.kernels``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.filtered.index import Range, StripIndex
+from cut_cross_entropy.kernels.filtered.partial_sums import PartialSums, load_sums, store_sums
+from cut_cross_entropy.kernels.filtered.selection import CHUNK, SUPERBLOCK, Kept
+from cut_cross_entropy.kernels.filtered.strips import Part, StoredStrips
+from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.primitives import load_rows
+from cut_cross_entropy.kernels.tiles import rows_operand, tiles_on, two_per_sm
+from cut_cross_entropy.kernels.tokens import BackwardTokens
+
+BLOCK_C = 128  # classes per tile
+BLOCK_K = 64  # tokens per step
+
+
+@triton.jit(do_not_specialize=["order_ptr", "masks_ptr", "num_listed", "num_tiles"])
+def union_kernel(
+    order_ptr,  # (superblocks, classes) class ids, clustered
+    masks_ptr,  # (superblocks, V)
+    unions_ptr,  # (superblocks, tiles, SUPERBLOCK) out: blocks of the union, in order
+    sizes_ptr,  # (superblocks, tiles) out
+    num_listed,
+    V,
+    num_tiles,
+    BLOCK_C: tl.constexpr,
+    SUPERBLOCK: tl.constexpr,
+):
+    """List the token blocks that a tile of classes keeps in one superblock."""
+    tile = tl.program_id(0)
+    superblock = tl.program_id(1)
+    positions = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = positions < num_listed
+    listed = order_ptr + tl.cast(superblock, tl.int64) * num_listed + positions
+    classes = tl.load(listed, mask=inside, other=0)
+    masks = tl.load(masks_ptr + tl.cast(superblock, tl.int64) * V + classes, mask=inside, other=0)
+    bits = tl.arange(0, SUPERBLOCK)
+    members = ((masks[:, None] >> bits[None, :].to(tl.int64)) & 1).to(tl.int32)
+    used = tl.max(members, 0)
+    position = tl.cumsum(used, 0) - 1
+    row = superblock * num_tiles + tile
+    tl.store(unions_ptr + row * SUPERBLOCK + position, bits, mask=used > 0)
+    tl.store(sizes_ptr + row, tl.sum(used, 0))
+
+
+# Rows of tables are aligned for some superblocks and not for others.
+_UNALIGNED = [
+    "order_ptr", "masks_ptr", "offsets_ptr", "unions_ptr", "sizes_ptr", "chunk_starts_ptr",
+]  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_listed", "N", "first_block", "first_slot", "first_class", "has_sums", *_UNALIGNED
+    ]
+)  # fmt: skip
+def grad_c_kernel(
+    grad_ptr,  # (K, BLOCK_T) scaled logit gradients, by slot
+    e,  # (N, D)
+    order_ptr,  # (classes,) of the superblock, like the five that follow
+    masks_ptr,  # (V,)
+    offsets_ptr,  # (V,) see Kept
+    unions_ptr,  # (tiles, SUPERBLOCK)
+    sizes_ptr,  # (tiles,)
+    chunk_starts_ptr,  # (chunks,) slot of a chunk's first strip
+    scale_ptr,  # ()
+    weights_ptr,  # (V,) of the tail; unused if PARTIAL, like the two that follow
+    inverse_ptr,  # () 1 / sum of the weights
+    mean_ptr,  # (D,) tail-weighted sum of e
+    out_ptr,  # (V, D), out; sums or their upper bits (int16), in and out, if PARTIAL
+    low_ptr,  # the next bits of the sums, in and out, see load_sums; only if LOW_BITS
+    num_listed,
+    N,
+    D,
+    first_block,
+    first_slot,
+    first_class,
+    stride_out,
+    has_sums,
+    PARTIAL: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    E_TMA: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUPERBLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Write BLOCK_N features of dC for one tile of classes and one superblock."""
+    column = tl.program_id(0) * BLOCK_N
+    tile = tl.program_id(1)
+    positions = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = positions < num_listed
+    classes = tl.load(order_ptr + positions, mask=inside, other=0)
+    total = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+    lanes = tl.arange(0, BLOCK_K)
+    parts: tl.constexpr = BLOCK_T // BLOCK_K
+    masks = tl.load(masks_ptr + classes, mask=inside, other=0)
+    # Slots of a class are in the order of its blocks, which is that of the loop.
+    slot = tl.load(chunk_starts_ptr + classes // CHUNK, mask=inside, other=0) - first_slot
+    slot += tl.load(offsets_ptr + classes, mask=inside, other=0)
+    for i in range(tl.load(sizes_ptr + tile) * parts):
+        bit = tl.load(unions_ptr + tile * SUPERBLOCK + i // parts)
+        kept = ((masks >> bit.to(tl.int64)) & 1) != 0
+        part = i % parts
+        # 32 bits reach: the stored strips are bounded in bytes
+        grads = tl.load(
+            grad_ptr + (slot * BLOCK_T + part * BLOCK_K)[:, None] + lanes[None, :],
+            mask=kept[:, None],
+            other=0.0,
+        )
+        token = (first_block + bit) * BLOCK_T + part * BLOCK_K
+        e_tile = load_rows(e, token, N, column, D, E_TMA, BLOCK_K, BLOCK_N)
+        total = tl.dot(grads, e_tile, total, input_precision="ieee")
+        slot += (kept & (part == parts - 1)).to(tl.int32)
+    columns = column + tl.arange(0, BLOCK_N)
+    if PARTIAL:
+        if has_sums:
+            total += load_sums(
+                out_ptr, low_ptr, classes, columns, inside, first_class, D, stride_out, LOW_BITS
+            )
+        store_sums(
+            out_ptr, low_ptr, total, classes, column, inside, first_class, D, stride_out, LOW_BITS
+        )
+    else:
+        weights = tl.load(weights_ptr + classes, mask=inside, other=0.0) * tl.load(inverse_ptr)
+        mean = tl.load(mean_ptr + columns, mask=columns < D, other=0.0)
+        total = total / tl.load(scale_ptr) + weights[:, None] * mean[None, :]
+        here = inside[:, None] & (columns < D)[None, :]
+        rows = classes.to(tl.int64)[:, None] * stride_out + columns[None, :]
+        tl.store(out_ptr + rows, total.to(out_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["order_ptr", "num_rows", "first_class"])
+def tail_rows_kernel(
+    order_ptr,  # (rows,); unused if SUMS
+    high_ptr,  # (V, D) sums or their upper bits, in the memory of dC; only if SUMS
+    low_ptr,  # the next bits of the sums, see load_sums; only if LOW_BITS
+    scale_ptr,  # (); only if SUMS
+    weights_ptr,  # (V,)
+    inverse_ptr,  # () 1 / sum of the weights
+    mean_ptr,  # (D,)
+    out_ptr,  # (V, D)
+    num_rows,
+    D,
+    first_class,
+    stride_out,
+    SUMS: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write rows of the tail: alone for classes that keep no strip, else added to their sums."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    positions = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = positions < num_rows
+    here = inside[:, None] & (columns < D)[None, :]
+    if SUMS:
+        classes = (first_class + positions).to(tl.int64)
+    else:
+        classes = tl.load(order_ptr + positions, mask=inside, other=0)
+    weights = tl.load(weights_ptr + classes, mask=inside, other=0.0) * tl.load(inverse_ptr)
+    mean = tl.load(mean_ptr + columns, mask=columns < D, other=0.0)
+    values = weights[:, None] * mean[None, :]
+    if SUMS:
+        values += load_sums(
+            high_ptr, low_ptr, classes, columns, inside, first_class, D, stride_out, LOW_BITS
+        ) / tl.load(scale_ptr)
+    rows = classes[:, None] * stride_out + columns[None, :]
+    tl.store(out_ptr + rows, values.to(out_ptr.dtype.element_ty), mask=here)
+
+
+@dataclass(frozen=True)
+class ClassOrder:
+    """Order of a range of classes in each superblock, and the blocks that its tiles read.
+
+    Args:
+        classes: (superblocks, classes) int64 class ids, see :meth:`Kept.order`.
+        unions: (superblocks, tiles, SUPERBLOCK) int32 blocks of each tile of BLOCK_C classes.
+        sizes: (superblocks, tiles) int32 number of these blocks; 0 for tiles of idle classes.
+        first: the superblock of the first row.
+    """
+
+    classes: Tensor
+    unions: Tensor
+    sizes: Tensor
+    first: int = 0
+
+    @classmethod
+    def of(cls, kept: Kept, classes: Range, superblock: int | None = None) -> "ClassOrder":
+        """Order a range of classes, in one superblock or in all."""
+        first = 0 if superblock is None else superblock
+        rows = slice(first, None if superblock is None else first + 1)
+        order, masks = kept.order(*classes, rows), kept.masks[rows]
+        num_superblocks, num_listed = order.shape
+        num_tiles = triton.cdiv(num_listed, BLOCK_C)
+        shape = (num_superblocks, num_tiles)
+        unions = torch.empty((*shape, SUPERBLOCK), dtype=torch.int32, device=masks.device)
+        sizes = torch.empty(shape, dtype=torch.int32, device=masks.device)
+        launch(
+            union_kernel,
+            (num_tiles, num_superblocks),
+            order_ptr=order,
+            masks_ptr=masks,
+            unions_ptr=unions,
+            sizes_ptr=sizes,
+            num_listed=num_listed,
+            V=masks.shape[1],
+            num_tiles=num_tiles,
+            BLOCK_C=BLOCK_C,
+            SUPERBLOCK=SUPERBLOCK,
+        )
+        return cls(order, unions, sizes, first)
+
+
+@dataclass(frozen=True)
+class ClassRows:
+    """Rows of dC that are being computed.
+
+    Args:
+        out: (V, D) dC.
+        sums: partial sums between superblocks; None with one superblock.
+    """
+
+    out: Tensor
+    sums: PartialSums | None
+
+
+def write_grad_c(
+    tokens: BackwardTokens,
+    stored: StoredStrips,
+    kept: Kept,
+    part: Part,
+    *,
+    order: ClassOrder,
+    num_active: int,
+    mean: Tensor | None,  # (D,) float32 tail-weighted sum of e; only without sums
+    rows: ClassRows,
+) -> None:
+    """Write the rows of the active classes of one superblock, or add them to the sums.
+
+    The first ``num_active`` classes of the order keep strips in the superblock.
+    """
+    if num_active == 0:
+        return
+    e, index, sums, tiles = tokens.e, stored.strips.index, rows.sums, tiles_on(tokens.e.device)
+    row = part.superblock - order.first
+    dim = e.shape[1]
+    block_n = min(tiles.block_n, max(32, triton.next_power_of_2(dim)))
+    block_k = min(BLOCK_K, tiles.block_d)
+    e_operand, e_tma = rows_operand(e, block_k, block_n, tiles)
+    launch(
+        grad_c_kernel,
+        (triton.cdiv(dim, block_n), triton.cdiv(num_active, BLOCK_C)),
+        grad_ptr=stored.grads,
+        e=e_operand,
+        order_ptr=order.classes[row],
+        masks_ptr=kept.masks[part.superblock],
+        offsets_ptr=kept.offsets[part.superblock],
+        unions_ptr=order.unions[row],
+        sizes_ptr=order.sizes[row],
+        chunk_starts_ptr=index.chunk_starts[part.superblock],
+        scale_ptr=tokens.scale,
+        weights_ptr=kept.weights,
+        inverse_ptr=index.share,
+        mean_ptr=mean,
+        out_ptr=rows.out if sums is None else sums.high,
+        low_ptr=None if sums is None else sums.low,
+        num_listed=num_active,
+        N=e.shape[0],
+        D=dim,
+        first_block=part.superblock * SUPERBLOCK,
+        first_slot=part.first_slot,
+        first_class=0 if sums is None else sums.classes[0],
+        stride_out=rows.out.stride(0),
+        has_sums=part.superblock > 0,
+        PARTIAL=sums is not None,
+        LOW_BITS=0 if sums is None else sums.low_bits,
+        E_TMA=e_tma,
+        BLOCK_C=BLOCK_C,
+        BLOCK_K=block_k,
+        BLOCK_T=BLOCK_T,
+        BLOCK_N=block_n,
+        SUPERBLOCK=SUPERBLOCK,
+        CHUNK=CHUNK,
+        **two_per_sm(e.device, tiles),
+    )
+
+
+def write_tail_rows(
+    tokens: BackwardTokens,
+    kept: Kept,
+    index: StripIndex,
+    rows: ClassRows,
+    *,
+    mean: Tensor,  # (D,) float32 tail-weighted sum of e
+    idle: Tensor | None = None,  # (classes,) without a strip; only without sums
+) -> None:
+    """Write the rows that hold the tail alone, or all rows of the sums with their tail."""
+    out, sums = rows.out, rows.sums
+    dim = out.shape[1]
+    num_rows = idle.shape[0] if idle is not None else 0
+    if sums is not None:
+        num_rows = sums.classes[1] - sums.classes[0]
+    if num_rows == 0:
+        return
+    block_r, block_d = 32, min(512, triton.next_power_of_2(dim))
+    launch(
+        tail_rows_kernel,
+        (triton.cdiv(dim, block_d), triton.cdiv(num_rows, block_r)),
+        order_ptr=idle,
+        high_ptr=None if sums is None else sums.high,
+        low_ptr=None if sums is None else sums.low,
+        scale_ptr=tokens.scale,
+        weights_ptr=kept.weights,
+        inverse_ptr=index.share,
+        mean_ptr=mean,
+        out_ptr=out,
+        num_rows=num_rows,
+        D=dim,
+        first_class=0 if sums is None else sums.classes[0],
+        stride_out=out.stride(0),
+        SUMS=sums is not None,
+        LOW_BITS=0 if sums is None else sums.low_bits,
+        BLOCK_R=block_r,
+        BLOCK_D=block_d,
+    )

@@ -1,0 +1,105 @@
+"""dE from the stored strips: one owner per output tile, sums in float32 registers, no atomics.
+
+Shape legend: ``cut_cross_entropy.kernels``.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.filtered.strips import StoredStrips
+from cut_cross_entropy.kernels.filtered.tail import TokenTails
+from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.primitives import gather_rows
+from cut_cross_entropy.kernels.tiles import tiles_on, two_per_sm
+from cut_cross_entropy.kernels.tokens import BackwardTokens
+from cut_cross_entropy.problem import Problem
+
+BLOCK_K = 64  # strips per step
+
+
+@triton.jit(do_not_specialize=["N", "first_block"])
+def grad_e_kernel(
+    grad_ptr,  # (K, BLOCK_T) scaled logit gradients
+    c_ptr,  # (V, D)
+    classes_ptr,  # (K,)
+    slots_ptr,  # (K,)
+    starts_ptr,  # (blocks + 1,)
+    scale_ptr,  # ()
+    tail_ptr,  # (N,) weight of the tail
+    center_ptr,  # (D,) mean row of c over the dropped strips
+    origin_ptr,  # (N,)
+    out_ptr,  # (N, D) in the caller's order
+    N,
+    D,
+    first_block,
+    stride_out,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write BLOCK_N features of dE for one block of tokens."""
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.program_id(1)
+    start = tl.load(starts_ptr + block)
+    stop = tl.load(starts_ptr + block + 1)
+    lanes = tl.arange(0, BLOCK_T)
+    total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for i in range(tl.cdiv(stop - start, BLOCK_K)):
+        strips = start + i * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = strips < stop
+        slots = tl.load(slots_ptr + strips, mask=inside, other=0).to(tl.int64)
+        classes = tl.load(classes_ptr + strips, mask=inside, other=0)
+        grads = tl.load(
+            grad_ptr + slots[:, None] * BLOCK_T + lanes[None, :], mask=inside[:, None], other=0.0
+        )
+        rows = gather_rows(c_ptr, classes, inside, column, D)
+        total = tl.dot(grads.T, rows, total, input_precision="ieee")
+    tokens = (first_block + block) * BLOCK_T + lanes
+    origin = tl.load(origin_ptr + tokens, mask=tokens < N, other=N)
+    tail = tl.load(tail_ptr + tokens, mask=tokens < N, other=0.0)
+    center = tl.load(center_ptr + column, mask=column < D, other=0.0)
+    total = total / tl.load(scale_ptr) + tail[:, None] * center[None, :]
+    tl.store(
+        out_ptr + origin.to(tl.int64)[:, None] * stride_out + column[None, :],
+        total.to(out_ptr.dtype.element_ty),
+        mask=(origin < N)[:, None] & (column < D)[None, :],
+    )
+
+
+def write_grad_e(
+    problem: Problem,
+    tokens: BackwardTokens,
+    stored: StoredStrips,  # all kept strips of their blocks
+    tails: TokenTails,
+    *,
+    center: Tensor,  # (D,) float32
+    out: Tensor,  # (N, D) in the caller's order
+) -> None:
+    """Write the rows of dE that belong to the blocks of the stored strips."""
+    strips, c, tiles = stored.strips, problem.c, tiles_on(tokens.e.device)
+    dim = c.shape[1]
+    block_n = min(tiles.block_n, max(32, triton.next_power_of_2(dim)))
+    launch(
+        grad_e_kernel,
+        (triton.cdiv(dim, block_n), strips.num_blocks),
+        grad_ptr=stored.grads,
+        c_ptr=c,
+        classes_ptr=strips.classes,
+        slots_ptr=strips.slots,
+        starts_ptr=strips.index.block_starts,
+        scale_ptr=tokens.scale,
+        tail_ptr=tails.weights,
+        center_ptr=center,
+        origin_ptr=tokens.origin,
+        out_ptr=out,
+        N=out.shape[0],
+        D=dim,
+        first_block=strips.first_block,
+        stride_out=out.stride(0),
+        BLOCK_T=BLOCK_T,
+        BLOCK_K=min(BLOCK_K, tiles.block_d),
+        BLOCK_N=block_n,
+        **two_per_sm(c.device, tiles),
+    )

@@ -1,0 +1,232 @@
+"""Logit gradients of the kept strips, recomputed and stored compactly.
+
+A program takes TILE strips of one block, gathers their rows of c, recomputes the logits and writes
+their gradients in the compute dtype, one row of 128 tokens per strip; and for every token the
+probability mass that its kept strips hold. Shape legend: ``cut_cross_entropy.kernels``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.filtered.index import TILE, Range, StripList
+from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept
+from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.primitives import (
+    gather_rows,
+    load_rows,
+    logit_gradient,
+    popcount,
+    transform_logits,
+)
+from cut_cross_entropy.kernels.tiles import rows_operand, tiles_on, two_per_sm
+from cut_cross_entropy.kernels.tokens import BackwardTokens
+from cut_cross_entropy.problem import Problem
+
+
+@triton.jit(do_not_specialize=["first_block"])
+def strip_gradients_kernel(
+    e,  # (N, D)
+    c_ptr,  # (V, D)
+    bias_ptr,  # (V,)
+    lse_ptr,  # (N,) log2; +inf: no token
+    a_ptr,  # (N,)
+    b_ptr,  # (N,)
+    targets_ptr,  # (N,)
+    scale_ptr,  # ()
+    classes_ptr,  # (K,)
+    slots_ptr,  # (K,)
+    starts_ptr,  # (blocks + 1,)
+    tile_block_ptr,  # (tiles,) block of a tile, counted from first_block
+    tile_start_ptr,  # (tiles,) its first strip
+    grad_ptr,  # (K, BLOCK_T) out
+    bias_grad_ptr,  # (K,) out
+    kept_mass_ptr,  # (tiles, BLOCK_T) out
+    N,
+    D,
+    softcap,
+    first_block,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    E_TMA: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write the logit gradients of one tile of strips."""
+    tile = tl.program_id(0)
+    local_block = tl.load(tile_block_ptr + tile)
+    strips = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_S)
+    inside = strips < tl.load(starts_ptr + local_block + 1)
+    classes = tl.load(classes_ptr + strips, mask=inside, other=0)
+    first_token = (first_block + local_block) * BLOCK_T
+    features = tl.arange(0, BLOCK_D)
+    product = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        c_tile = gather_rows(c_ptr, classes, inside, d + features, D)
+        e_tile = load_rows(e, first_token, N, d, D, E_TMA, BLOCK_T, BLOCK_D)
+        product = tl.dot(c_tile, e_tile.T, product, input_precision="ieee")
+
+    tokens = first_token + tl.arange(0, BLOCK_T)
+    is_token = tokens < N
+    lse = tl.load(lse_ptr + tokens, mask=is_token, other=float("inf"))
+    a = tl.load(a_ptr + tokens, mask=is_token, other=0.0)
+    b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
+    targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1)
+    scale = tl.load(scale_ptr)
+    logits = transform_logits(product, bias_ptr, classes, inside, softcap, HAS_BIAS, SOFTCAP)
+    onehot = (classes[:, None] == targets[None, :]) & inside[:, None]
+    p, grad = logit_gradient(logits, onehot, inside, lse, a, b, softcap, SOFTCAP)
+    tl.store(kept_mass_ptr + tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.sum(p, 0))
+    slots = tl.load(slots_ptr + strips, mask=inside, other=0).to(tl.int64)
+    if BIAS_GRAD:
+        tl.store(bias_grad_ptr + slots, tl.sum(grad, 1), mask=inside)
+    out = grad_ptr + slots[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+    tl.store(out, (grad * scale).to(grad_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+@dataclass(frozen=True)
+class StoredStrips:
+    """Kept strips of a rectangle with their logit gradients.
+
+    Args:
+        strips: the list of the strips.
+        grads: (K, 128) gradients of the compute dtype times ``tokens.scale``, by slot.
+        bias_grads: (K,) float32 sums of the gradients over the tokens, by slot; may be empty.
+        kept_mass: (tiles, 128) float32 probability of each token in the strips of a tile.
+    """
+
+    strips: StripList
+    grads: Tensor
+    bias_grads: Tensor
+    kept_mass: Tensor
+
+
+def strip_gradients(
+    problem: Problem, tokens: BackwardTokens, strips: StripList, bias_grad: bool
+) -> StoredStrips:
+    """Compute the logit gradients of listed strips, and their sums if ``bias_grad``."""
+    e, c, tiles = tokens.e, problem.c, tiles_on(tokens.e.device)
+    num_strips, num_tiles = strips.classes.shape[0], strips.tile_block.shape[0]
+    grads = torch.empty((num_strips, BLOCK_T), dtype=e.dtype, device=e.device)
+    size = num_strips if bias_grad else 0
+    bias_grads = torch.empty(size, dtype=torch.float32, device=e.device)
+    kept_mass = torch.empty((num_tiles, BLOCK_T), dtype=torch.float32, device=e.device)
+    stored = StoredStrips(strips, grads, bias_grads, kept_mass)
+    if num_tiles == 0:
+        return stored
+    e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
+    launch(
+        strip_gradients_kernel,
+        (num_tiles,),
+        e=e_operand,
+        c_ptr=c,
+        bias_ptr=problem.bias,
+        lse_ptr=tokens.lse,
+        a_ptr=tokens.a,
+        b_ptr=tokens.b,
+        targets_ptr=tokens.targets,
+        scale_ptr=tokens.scale,
+        classes_ptr=strips.classes,
+        slots_ptr=strips.slots,
+        starts_ptr=strips.index.block_starts,
+        tile_block_ptr=strips.tile_block,
+        tile_start_ptr=strips.tile_start,
+        grad_ptr=grads,
+        bias_grad_ptr=bias_grads,
+        kept_mass_ptr=kept_mass,
+        N=e.shape[0],
+        D=e.shape[1],
+        softcap=problem.softcap or 0.0,
+        first_block=strips.first_block,
+        HAS_BIAS=problem.bias is not None,
+        SOFTCAP=problem.softcap is not None,
+        BIAS_GRAD=bias_grad,
+        E_TMA=e_tma,
+        BLOCK_T=BLOCK_T,
+        BLOCK_S=TILE,
+        BLOCK_D=tiles.block_d,
+        **two_per_sm(e.device, tiles),
+    )
+    return stored
+
+
+@dataclass(frozen=True)
+class Part:
+    """Contribution of one superblock to a range of classes.
+
+    Args:
+        superblock: index of the superblock.
+        first_slot: offset that converts its slots among all strips into those that are stored.
+        chunks: range of chunks of classes.
+        classes: the same range as class ids.
+    """
+
+    superblock: int
+    first_slot: int
+    chunks: Range
+    classes: Range
+
+
+@triton.jit(
+    do_not_specialize=[
+        "masks_ptr",
+        "offsets_ptr",
+        "chunk_starts_ptr",
+        "first_class",
+        "stop_class",
+        "first_slot",
+    ]
+)
+def sum_classes_kernel(
+    values_ptr,  # (K,) by slot
+    masks_ptr,  # (V,) of one superblock, like the two that follow
+    offsets_ptr,  # (V,) see Kept
+    chunk_starts_ptr,  # (chunks,) slot of a chunk's first strip
+    out_ptr,  # (V,) float32, in, out
+    first_class,
+    stop_class,
+    first_slot,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the strips of each class in their order."""
+    classes = first_class + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = classes < stop_class
+    count = popcount(tl.load(masks_ptr + classes, mask=inside, other=0))
+    start = tl.load(chunk_starts_ptr + classes // CHUNK, mask=inside, other=0) - first_slot
+    start += tl.load(offsets_ptr + classes, mask=inside, other=0)
+    total = tl.load(out_ptr + classes, mask=inside, other=0.0)
+    for i in range(tl.max(count, 0)):
+        total += tl.load(values_ptr + start + i, mask=inside & (i < count), other=0.0)
+    tl.store(out_ptr + classes, total, mask=inside)
+
+
+def add_bias_grads(
+    stored: StoredStrips,
+    kept: Kept,
+    part: Part,
+    out: Tensor,  # (V,) float32, in, out
+) -> None:
+    """Add the stored bias gradients of one superblock to the sums of their classes."""
+    block = 128
+    first, stop = part.classes
+    launch(
+        sum_classes_kernel,
+        (triton.cdiv(stop - first, block),),
+        values_ptr=stored.bias_grads,
+        masks_ptr=kept.masks[part.superblock],
+        offsets_ptr=kept.offsets[part.superblock],
+        chunk_starts_ptr=stored.strips.index.chunk_starts[part.superblock],
+        out_ptr=out,
+        first_class=first,
+        stop_class=stop,
+        first_slot=part.first_slot,
+        CHUNK=CHUNK,
+        BLOCK=block,
+    )

@@ -1,0 +1,412 @@
+"""Log-sum-exp of every token in one pass over the vocabulary, and the energy of every strip.
+
+A program owns a block of tokens and a segment of the classes. Segments depend on V alone, so the
+sums of a token do not depend on the other tokens. Exponentials are taken relative to a bound known
+before the pass (from the frequent classes and from the target), so there is no running maximum to
+carry: partial sums stay in the thread that made them until the segment ends. Should a bound be so
+loose that a sum overflows, the block is flagged and computed again with a running maximum
+(``ONLINE``). A last kernel reduces the segments to loss and log-sum-exp; another per-token sum over
+the classes, such as that of an entropy, would be one more output of both kernels. Shape legend:
+``cut_cross_entropy.kernels``.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cut_cross_entropy.distributed.collectives import gather_shards, maximum_over_group
+from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.primitives import (
+    FORCED,
+    energy_to_byte,
+    fold_rows,
+    load_rows,
+    swizzle_program,
+    transform_logits,
+)
+from cut_cross_entropy.kernels.tiles import Tiles, rows_operand, swizzle_width, tiles_on
+from cut_cross_entropy.kernels.tokens import Tokens
+from cut_cross_entropy.problem import KernelState
+
+MAX_SEGMENTS = 16
+OVERFLOW = tl.constexpr(60.0)  # log2 of a sum relative to its bound; its square overflows at 128
+LN2 = tl.constexpr(0.6931471805599453)
+CLASS_GROUPS = 64 * MAX_SEGMENTS  # groups of classes whose sums a pass ends with, at most
+
+
+@triton.jit(do_not_specialize=["N", "segment_tiles", "num_segments", "num_blocks", "swizzle_width"])
+def vocabulary_pass_kernel(
+    e,  # (N, D) descriptor or pointer
+    c,  # (V, D) descriptor or pointer
+    bias_ptr,  # (V,)
+    bound_ptr,  # (N,)
+    lse_ptr,  # (segments, N) out, log2
+    squares_ptr,  # (segments, N) out, log2 of the sum over groups of classes of p squared
+    energy_ptr,  # (blocks, V) out, bytes
+    flag_ptr,  # (blocks,) out, or in if ONLINE
+    N,
+    V,
+    D,
+    softcap,
+    segment_tiles,
+    num_segments,
+    num_blocks,
+    swizzle_width,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WRITE_ENERGY: tl.constexpr,
+    ONLINE: tl.constexpr,
+    ONLY_FLAGGED: tl.constexpr,
+    E_TMA: tl.constexpr,
+    C_TMA: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum one segment of the classes for one block of tokens."""
+    block, segment = swizzle_program(num_blocks, swizzle_width, num_segments)
+    if ONLY_FLAGGED:  # noqa: SIM102 (a constant, then a value of the device)
+        if tl.load(flag_ptr + block) == 0:
+            return
+    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    bound = tl.load(bound_ptr + tokens, mask=tokens < N, other=float("inf"))
+    is_token = bound != float("inf")
+    known = bound
+    if tl.sum(is_token.to(tl.int32), 0) == 0:
+        return
+
+    sums = tl.zeros((64, BLOCK_T), tl.float32)
+    product = tl.zeros((BLOCK_V, BLOCK_T), tl.float32)
+    first_class = segment * segment_tiles * BLOCK_V
+    tiles = min(segment_tiles, tl.cdiv(V - first_class, BLOCK_V))
+    steps = tl.cdiv(D, BLOCK_D)
+    # One loop over tiles and features, so that loads of the next tile overlap a tile's end.
+    for i in tl.range(0, tiles * steps, flatten=True):
+        step = i % steps
+        v = first_class + (i // steps) * BLOCK_V
+        c_tile = load_rows(c, v, V, step * BLOCK_D, D, C_TMA, BLOCK_V, BLOCK_D)
+        e_tile = load_rows(e, block * BLOCK_T, N, step * BLOCK_D, D, E_TMA, BLOCK_T, BLOCK_D)
+        product = tl.dot(c_tile, e_tile.T, product, input_precision="ieee")
+        if step == steps - 1:
+            classes = v + tl.arange(0, BLOCK_V)
+            inside = classes < V
+            logits = transform_logits(
+                product, bias_ptr, classes, inside, softcap, HAS_BIAS, SOFTCAP
+            )
+            if ONLINE:
+                higher = tl.maximum(bound, tl.max(logits, 0), propagate_nan=tl.PropagateNan.ALL)
+                # -inf - -inf: nothing seen yet, nothing to scale
+                scale = tl.where(bound == higher, 1.0, tl.exp2(bound - higher))
+                sums = sums * scale[None, :]
+                bound = higher
+            reference = tl.where(bound == float("-inf"), 0.0, bound) if ONLINE else bound
+            p = tl.exp2(logits - reference[None, :])
+            sums += fold_rows(p, BLOCK_V, BLOCK_T)
+            if WRITE_ENERGY:
+                byte = energy_to_byte(tl.sum(p * p, axis=1))
+                tl.store(energy_ptr + block.to(tl.int64) * V + classes, byte, mask=inside)
+            product = tl.zeros((BLOCK_V, BLOCK_T), tl.float32)
+
+    total = tl.sum(sums, 0)
+    out = segment.to(tl.int64) * N + tokens
+    wanted = is_token
+    if ONLY_FLAGGED:
+        # Only sums that overflowed: a token must not depend on the others in its block.
+        first_lse = tl.load(lse_ptr + out, mask=is_token, other=0.0)
+        wanted = is_token & ~(first_lse - known < OVERFLOW)
+    lse = bound + tl.log2(total)
+    tl.store(lse_ptr + out, lse, mask=wanted)
+    if WRITE_ENERGY:
+        squares = 2.0 * bound + tl.log2(tl.sum(sums * sums, 0))
+        tl.store(squares_ptr + out, squares, mask=wanted)
+    if not ONLINE:
+        overflown = tl.sum((is_token & ~(lse - known < OVERFLOW)).to(tl.int32), 0)
+        if overflown > 0:
+            tl.store(flag_ptr + block, 1)
+
+
+@dataclass(frozen=True)
+class PassInputs:
+    """Inputs that all passes of one forward share.
+
+    Args:
+        e: (N, D) contiguous, of the compute dtype.
+        c: (V, D) contiguous, of the compute dtype.
+        bias: (V,) contiguous.
+        softcap: as in the problem.
+        bound: (N,) float32 lower bound of the log-sum-exp, log2; +inf: no token.
+        flags: (blocks,) int32, set for blocks whose sums overflowed.
+    """
+
+    e: Tensor
+    c: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    bound: Tensor
+    flags: Tensor
+
+    @functools.cached_property
+    def tiles(self) -> Tiles:
+        """Block sizes of the passes."""
+        return tiles_on(self.e.device)
+
+    @functools.cached_property
+    def operands(self) -> tuple[tuple[Any, bool], tuple[Any, bool]]:
+        """Operands of the kernels for ``e`` and ``c``; made once, since they cost host time."""
+        tiles = self.tiles
+        return (
+            rows_operand(self.e, BLOCK_T, tiles.block_d, tiles),
+            rows_operand(self.c, tiles.block_v, tiles.block_d, tiles),
+        )
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Sums of each segment of the classes, (segments, N) float32 each, log2.
+
+    Args:
+        lse: log-sum-exp.
+        squares: sum over groups of classes of their squared probability; (0, N) without energies.
+    """
+
+    lse: Tensor
+    squares: Tensor
+
+
+def vocabulary_pass(
+    inputs: PassInputs,
+    num_classes: int,
+    energy: Tensor | None,  # (blocks, V) uint8, out
+    *,
+    online: bool = False,
+    repair: Segments | None = None,
+) -> Segments:
+    """Sum the first ``num_classes`` classes by segment.
+
+    Args:
+        inputs: shared by the passes.
+        num_classes: how many of the rows of c to read.
+        energy: receives the energy of each strip; None to compute none.
+        online: carry a running maximum, for bounds that may be too loose.
+        repair: results of an earlier pass, whose flagged blocks are overwritten.
+    """
+    e, tiles = inputs.e, inputs.tiles
+    num_tokens, dim = e.shape
+    num_blocks = triton.cdiv(num_tokens, BLOCK_T)
+    num_tiles = triton.cdiv(num_classes, tiles.block_v)
+    segment_tiles = triton.cdiv(num_tiles, MAX_SEGMENTS)
+    num_segments = triton.cdiv(num_tiles, segment_tiles)
+    results = repair
+    if results is None:
+        shape = (num_segments, num_tokens)
+        squares_shape = shape if energy is not None else (0, num_tokens)
+        results = Segments(
+            torch.empty(shape, dtype=torch.float32, device=e.device),
+            torch.empty(squares_shape, dtype=torch.float32, device=e.device),
+        )
+    (e_operand, e_tma), (c_operand, c_tma) = inputs.operands
+    launch(
+        vocabulary_pass_kernel,
+        (num_blocks * num_segments,),
+        e=e_operand,
+        c=c_operand,
+        bias_ptr=inputs.bias,
+        bound_ptr=inputs.bound,
+        lse_ptr=results.lse,
+        squares_ptr=results.squares,
+        energy_ptr=energy,
+        flag_ptr=inputs.flags,
+        N=num_tokens,
+        V=num_classes,
+        D=dim,
+        softcap=inputs.softcap or 0.0,
+        segment_tiles=segment_tiles,
+        num_segments=num_segments,
+        num_blocks=num_blocks,
+        swizzle_width=swizzle_width(num_blocks, e),
+        HAS_BIAS=inputs.bias is not None,
+        SOFTCAP=inputs.softcap is not None,
+        WRITE_ENERGY=energy is not None,
+        ONLINE=online,
+        ONLY_FLAGGED=repair is not None,
+        E_TMA=e_tma,
+        C_TMA=c_tma,
+        BLOCK_T=BLOCK_T,
+        BLOCK_V=tiles.block_v,
+        BLOCK_D=tiles.block_d,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    return results
+
+
+@triton.jit
+def logsumexp2(ptr, tokens, present, N, num_segments, BLOCK_T: tl.constexpr):
+    """Return log2 of the sum over segments of powers of two, in order; -inf stays -inf."""
+    highest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    for segment in range(num_segments):
+        value = tl.load(ptr + tl.cast(segment, tl.int64) * N + tokens, mask=present, other=0.0)
+        highest = tl.maximum(highest, value, propagate_nan=tl.PropagateNan.ALL)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    for segment in range(num_segments):
+        value = tl.load(ptr + tl.cast(segment, tl.int64) * N + tokens, mask=present, other=0.0)
+        total += tl.exp2(value - base)
+    return base + tl.log2(total)
+
+
+@triton.jit(do_not_specialize=["N", "num_segments"])
+def bound_kernel(
+    lse_ptr,  # (segments, N)
+    bound_ptr,  # (N,) in, out
+    N,
+    num_segments,
+    BLOCK_T: tl.constexpr,
+):
+    """Raise the bound to the log-sum-exp of some classes."""
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = tokens < N
+    bound = tl.load(bound_ptr + tokens, mask=inside, other=float("inf"))
+    present = inside & (bound != float("inf"))
+    lse = logsumexp2(lse_ptr, tokens, present, N, num_segments, BLOCK_T)
+    higher = tl.maximum(bound, tl.where(lse < float("inf"), lse, float("-inf")))
+    tl.store(bound_ptr + tokens, higher, mask=present)
+
+
+@triton.jit(do_not_specialize=["N", "num_segments"])
+def finish_kernel(
+    lse_parts_ptr,  # (segments, N) log2
+    squares_parts_ptr,  # (segments, N) log2
+    logits_ptr,  # (N,) of the targets, log2
+    targets_ptr,  # (N,)
+    origin_ptr,  # (N,)
+    nll_ptr,  # (N,) out, in the caller's order
+    lse_ptr,  # (N,) out, in the caller's order
+    support_ptr,  # (N,) out, log2 of the effective support
+    energy_ptr,  # (blocks, V) in, out
+    N,
+    V,
+    num_segments,
+    HAS_ENERGY: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Write loss and log-sum-exp of a block; mark the strips that hold its targets."""
+    block = tl.program_id(0)
+    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = tokens < N
+    origin = tl.load(origin_ptr + tokens, mask=inside, other=N)
+    present = origin < N
+    lse = logsumexp2(lse_parts_ptr, tokens, present, N, num_segments, BLOCK_T)
+    nll = lse - tl.load(logits_ptr + tokens, mask=present, other=0.0)
+    # The sum and the target's logit come from different kernels; a probability stays below 1.
+    nll = tl.maximum(nll, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(nll_ptr + origin, nll * LN2, mask=present)
+    tl.store(lse_ptr + origin, lse * LN2, mask=present)
+    if HAS_ENERGY:
+        squares = logsumexp2(squares_parts_ptr, tokens, present, N, num_segments, BLOCK_T)
+        tl.store(support_ptr + tokens, tl.where(present, 2 * lse - squares, 0.0), mask=inside)
+        target = tl.load(targets_ptr + tokens, mask=present, other=-1)
+        marks = tl.full((BLOCK_T,), FORCED, tl.uint8)  # programs that meet write the same byte
+        tl.store(energy_ptr + block.to(tl.int64) * V + target, marks, mask=target >= 0)
+
+
+def segments_without_classes(bound: Tensor) -> Segments:
+    """Return the result of a pass over no class: sums of 0, -inf in log2."""
+    nothing = torch.full_like(bound, -torch.inf)[None]
+    return Segments(nothing, nothing)
+
+
+def raise_bound(bound: Tensor, segments: Segments) -> None:
+    """Raise ``bound`` (N,) to the log-sum-exp over the segments, in place."""
+    num_segments, num_tokens = segments.lse.shape
+    launch(
+        bound_kernel,
+        (triton.cdiv(num_tokens, BLOCK_T),),
+        lse_ptr=segments.lse,
+        bound_ptr=bound,
+        N=num_tokens,
+        num_segments=num_segments,
+        BLOCK_T=BLOCK_T,
+    )
+
+
+def exchange_bound(bound: Tensor, group: str) -> None:
+    """Raise ``bound`` (N,) to the highest of the shards, in place; exchanges N floats."""
+    maximum_over_group(bound, group)
+
+
+def finish(
+    segments: Segments,
+    logits: Tensor,  # (N,) of the targets, log2
+    tokens: Tokens,
+    energy: Tensor | None,  # (blocks, V) uint8, in, out; None without a filter
+) -> KernelState:
+    """Reduce the segments to the results of the forward; mark the strips that hold a target."""
+    num_segments, num_tokens = segments.lse.shape
+    nll = torch.zeros(num_tokens, dtype=torch.float32, device=logits.device)
+    lse = torch.zeros(num_tokens, dtype=torch.float32, device=logits.device)
+    support = nll.new_empty(0 if energy is None else num_tokens)
+    launch(
+        finish_kernel,
+        (triton.cdiv(num_tokens, BLOCK_T),),
+        lse_parts_ptr=segments.lse,
+        squares_parts_ptr=segments.squares,
+        logits_ptr=logits,
+        targets_ptr=tokens.targets,
+        origin_ptr=tokens.origin,
+        nll_ptr=nll,
+        lse_ptr=lse,
+        support_ptr=support,
+        energy_ptr=energy,
+        N=num_tokens,
+        V=0 if energy is None else energy.shape[1],
+        num_segments=num_segments,
+        HAS_ENERGY=energy is not None,
+        BLOCK_T=BLOCK_T,
+    )
+    kept = nll.new_empty(0, dtype=torch.uint8) if energy is None else energy
+    return KernelState(nll, lse, kept, support, nll.new_empty(0))
+
+
+def finish_shards(
+    segments: Segments,  # of this shard
+    logits: Tensor,  # (N,) +inf where the target is in another shard
+    tokens: Tokens,
+    energy: Tensor | None,  # (blocks, V) uint8, in, out; None without a filter
+    group: str,
+) -> KernelState:
+    """Reduce the segments of all shards; like :func:`finish`, with the probability of this shard.
+
+    Every process finishes from the same gathered numbers, so all have the same bits. With energies
+    the squares are exchanged as well as the pairs of lse and logit.
+    """
+    own = _sum_of_powers(segments.lse)
+    numbers = [own, logits, *([] if energy is None else [_sum_of_powers(segments.squares)])]
+    gathered = gather_shards(torch.stack(numbers), group)  # (shards, 2 or 3, N)
+    lse_parts, squares_parts = (gathered[:, i].contiguous() for i in (0, -1))
+    least = gathered[:, 1].amin(0)
+    least = torch.where(least == torch.inf, torch.nan, least)  # no shard holds the target
+    result = finish(Segments(lse_parts, squares_parts), least, tokens, energy)
+    if energy is None:
+        return result
+    support = result.support
+    # Shards have more and finer groups than one process has. If a token's classes were spread over
+    # CLASS_GROUPS of them, so many of these would meet in one; correcting for it keeps the same
+    # tokens flat.
+    num_groups = 64 * segments.lse.shape[0] * gathered.shape[0]
+    if num_groups > CLASS_GROUPS:
+        support = -torch.log2(torch.exp2(-support) + (1 / CLASS_GROUPS - 1 / num_groups))
+    shard_mass = torch.exp2(own - _sum_of_powers(lse_parts))
+    return result._replace(support=support, shard_mass=shard_mass)
+
+
+def _sum_of_powers(parts: Tensor) -> Tensor:
+    """Return log2 of the sum of 2^x over the first axis: (parts, N) to (N,)."""
+    ln2: float = LN2.value
+    return torch.logsumexp(parts * ln2, 0) / ln2

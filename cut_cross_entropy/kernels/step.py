@@ -1,0 +1,187 @@
+"""Forward and backward of a step by kernels: what ``impl="cce"`` and its presets run.
+
+Shape legend: ``cut_cross_entropy.kernels``.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.distributed.collectives import world_size
+from cut_cross_entropy.filter_report import FilterRecord, recording, report
+from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.exact import Wanted, exact_gradients
+from cut_cross_entropy.kernels.filtered import backward as filtered
+from cut_cross_entropy.kernels.lse import (
+    PassInputs,
+    exchange_bound,
+    finish,
+    finish_shards,
+    raise_bound,
+    segments_without_classes,
+    vocabulary_pass,
+)
+from cut_cross_entropy.kernels.tiles import tiles_on
+from cut_cross_entropy.kernels.tokens import (
+    BackwardTokens,
+    compact_for_backward,
+    scatter_rows,
+    score_targets,
+)
+from cut_cross_entropy.problem import Filter, Gradients, KernelState, Needed, PerToken, Problem
+from cut_cross_entropy.validation import check_target_range
+
+
+def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
+    """Compute loss and log-sum-exp of every token, and the values that the backward needs again.
+
+    Args:
+        problem: the call; with a group, nll and lse are those of all shards' classes.
+        filter_: if it is on, a training step computes the energies of the strips.
+        training: copy the valid embeddings, so that ignored tokens cost nothing else; the copy is
+            freed on return. Without, only whole blocks of ignored tokens are skipped.
+    """
+    with_energy = training and filter_.is_on
+    e, group = problem.e, problem.group
+    num_tokens, num_classes = e.shape[0], problem.c.shape[0]
+    if group is None:
+        check_target_range(problem.targets, num_classes, problem.ignore_index)
+    num_blocks = -(-num_tokens // BLOCK_T)
+    # Blocks without a token are skipped, so their bytes are never written.
+    energy = e.new_zeros((num_blocks, num_classes) if with_energy else 0, dtype=torch.uint8)
+    if num_tokens == 0:
+        nothing = [e.new_zeros(0, dtype=torch.float32) for _ in range(4)]
+        return KernelState(nothing[0], nothing[1], energy, nothing[2], nothing[3])
+
+    problem = _in_compute_dtype(problem)
+    tokens, target_logits, bound = score_targets(problem, compact=training)
+    flags = torch.zeros(num_blocks, dtype=torch.int32, device=e.device)
+    inputs = PassInputs(tokens.e, problem.c, problem.bias, problem.softcap, bound, flags)
+
+    # A short pass over the frequent classes gives a tight bound.
+    num_frequent = _num_frequent(problem)
+    if 0 < num_frequent < num_classes or (group is not None and num_frequent > 0):
+        raise_bound(bound, vocabulary_pass(inputs, num_frequent, None, online=True))
+    if group is not None and with_energy:
+        exchange_bound(bound, group)  # the energies of all shards are relative to the same bound
+
+    out = energy if with_energy else None
+    if num_classes > 0:
+        segments = vocabulary_pass(inputs, num_classes, out)
+        vocabulary_pass(inputs, num_classes, out, online=True, repair=segments)
+    else:
+        segments = segments_without_classes(bound)
+    if group is None:
+        return finish(segments, target_logits, tokens, out)
+    return finish_shards(segments, target_logits, tokens, out, group)
+
+
+def backward(
+    upstream: PerToken, saved: KernelState, problem: Problem, filter_: Filter, needed: Needed
+) -> Gradients:
+    """Compute the gradients of e, c and bias in their own dtypes; empty tensors if not needed.
+
+    With a group the gradient of e is the part of this shard's classes; nothing is exchanged. The
+    number of kept strips, or without a filter that of valid tokens, is read from the device: the
+    one synchronisation of a step.
+
+    Args:
+        upstream: gradients of nll and lse, (N,) each.
+        saved: results of the forward.
+        problem: the call.
+        filter_: tolerance 0, or a forward without energies, means no filter.
+        needed: the gradients to compute.
+    """
+    e, c, bias = problem.e, problem.c, problem.bias
+    need_bias = needed.bias and bias is not None
+    wanted = Wanted(
+        needed.e,
+        torch.empty(c.shape, dtype=c.dtype, device=c.device) if needed.c else None,
+        bias.new_empty(bias.shape) if bias is not None and need_bias else None,
+    )
+    if e.shape[0] == 0 or c.shape[0] == 0:
+        grad_e = torch.zeros_like(e, memory_format=torch.contiguous_format) if needed.e else None
+        for grad in (wanted.c, wanted.bias):
+            if grad is not None:
+                grad.zero_()
+    else:
+        grad_e = _compute(upstream, saved, problem, filter_, wanted)
+    none = e.new_empty(0)
+    grads = (grad_e, wanted.c, wanted.bias)
+    return Gradients(*(none.clone() if grad is None else grad for grad in grads))
+
+
+def _compute(
+    upstream: PerToken, saved: KernelState, problem: Problem, filter_: Filter, wanted: Wanted
+) -> Tensor | None:
+    """Write dC and dbias, return dE: each by the filtered stage or by the exact one."""
+    use_filter = filter_.tolerance > 0 and saved.energy.numel() > 0
+    by_filter, exactly = wanted.split(e=use_filter and filter_.e, c=use_filter and filter_.c)
+    flat_support = math.log2(filtered.FLAT_SUPPORT)
+    tokens = compact_for_backward(upstream, saved, problem, flat_support, count_valid=not by_filter)
+    problem = _in_compute_dtype(problem)
+
+    grad_e: Tensor | None = None
+    num_valid: int | None
+    if by_filter:
+        outcome = filtered.filtered_gradients(problem, tokens, by_filter, saved.energy, filter_)
+        grad_e, num_valid = outcome.grad_e, outcome.num_valid
+        if outcome.too_flat:
+            exactly = wanted
+    else:
+        num_valid = None if tokens.num_valid is None else int(tokens.num_valid.wait())
+        if recording() and num_valid is not None:
+            report(FilterRecord("exact", 1.0, 0.0, 0, num_valid))
+
+    if exactly:
+        num_rows = _rows_to_compute(num_valid, tokens.e.shape[0])
+        rows = tokens.at(slice(0, num_rows))
+        sums = exact_gradients(problem, rows, exactly)
+        if sums is not None:
+            grad_e = _embedding_gradient(tokens, problem.e.dtype)
+            scatter_rows(sums, rows.origin, grad_e)
+    return grad_e
+
+
+def _in_compute_dtype(problem: Problem) -> Problem:
+    """Return the problem as the stages take it: c and bias contiguous, c of the compute dtype."""
+    bias = None if problem.bias is None else problem.bias.contiguous()
+    return replace(problem, c=problem.c.to(problem.compute_dtype).contiguous(), bias=bias)
+
+
+def _num_frequent(problem: Problem) -> int:
+    """Return how many of the first classes to take as the frequent ones, in whole tiles.
+
+    Tokenizers number classes by frequency.
+    """
+    num_classes, block_v = problem.c.shape[0], tiles_on(problem.c.device).block_v
+    if problem.group is None:
+        return min(max(1024, num_classes // 64), 8192) // block_v * block_v
+    # The frequent classes are in the first shard; the other processes wait for at most an eighth of
+    # it. A shard without the target has no bound before this pass, however few its classes.
+    all_classes = num_classes * world_size(problem.group)
+    num_frequent = min(max(1024, all_classes // 64), 8192, max(1024, num_classes // 8))
+    return min(num_frequent // block_v * block_v, num_classes)
+
+
+def _embedding_gradient(tokens: BackwardTokens, dtype: torch.dtype) -> Tensor:
+    """Return zeros for dE, in the memory of the compacted embeddings if it fits; those are lost."""
+    if tokens.e.dtype == dtype:
+        return tokens.e.zero_()
+    return torch.zeros_like(tokens.e, dtype=dtype)
+
+
+def _rows_to_compute(num_valid: int | None, num_tokens: int) -> int:
+    """Return how many of the compacted rows to compute: about a whole number of blocks.
+
+    The number has the same remainder by 16 as ``num_tokens`` in the sense that kernels are compiled
+    for (``launch``), so that none has to be compiled because a batch has more ignored tokens than
+    another.
+    """
+    if num_valid is None:
+        return num_tokens
+    short = 0 if num_tokens % 16 == 0 else 1
+    blocks = max(1, -(-(num_valid + short) // BLOCK_T))
+    return min(num_tokens, blocks * BLOCK_T - short)

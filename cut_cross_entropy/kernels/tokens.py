@@ -1,0 +1,425 @@
+"""Moves tokens: compacts the valid ones, scores their targets, scatters rows back.
+
+Valid tokens (not ignored) are compacted into the first rows, in their order; the rows behind them
+are filled with zeros and marked absent. Nothing here waits for the device to learn how many there
+are, and everything takes few launches: on small problems their cost is the time of a step. Shape
+legend: ``cut_cross_entropy.kernels``.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, is_captured, launch
+from cut_cross_entropy.kernels.primitives import (
+    ABSENT,
+    FLAT,
+    LOG2E,
+    transform_logits,
+)
+from cut_cross_entropy.problem import KernelState, PerToken, Problem
+
+SCAN = 4096  # tokens per step of the scan
+
+
+@triton.jit(do_not_specialize=["N"])
+def list_valid_kernel(
+    targets_ptr,  # (N,)
+    origin_ptr,  # (N,) out: position of the i-th valid token; N behind the last
+    count_ptr,  # () int32 out: valid tokens
+    N,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    """List the valid tokens, in one program."""
+    found = 0
+    for start in range(0, N, BLOCK):
+        positions = start + tl.arange(0, BLOCK)
+        targets = tl.load(targets_ptr + positions, mask=positions < N, other=ignore_index)
+        kept = ((targets != ignore_index) & (positions < N)).to(tl.int32)
+        rank = found + tl.cumsum(kept, 0) - 1
+        tl.store(origin_ptr + rank, positions.to(tl.int64), mask=kept != 0)
+        found += tl.sum(kept, 0)
+    tl.store(count_ptr, found)
+    for start in range(0, N, BLOCK):
+        positions = start + tl.arange(0, BLOCK)
+        nowhere = tl.zeros((BLOCK,), tl.int64) + N
+        tl.store(origin_ptr + positions, nowhere, mask=(positions >= found) & (positions < N))
+
+
+def list_in_place(targets: Tensor, ignore_index: int) -> Tensor:
+    """Return the position of each valid token, N for the others: (N,) int64."""
+    positions = torch.arange(targets.shape[0], device=targets.device)
+    return torch.where(targets != ignore_index, positions, targets.shape[0])
+
+
+def list_valid(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return the positions of the valid tokens and their number, on the device.
+
+    The positions are (N,) int64, compacted, with N behind the last; the number is () int32.
+    """
+    num_tokens = targets.shape[0]
+    origin = torch.empty(num_tokens, dtype=torch.int64, device=targets.device)
+    count = torch.empty((), dtype=torch.int32, device=targets.device)
+    launch(
+        list_valid_kernel,
+        (1,),
+        targets_ptr=targets.contiguous(),
+        origin_ptr=origin,
+        count_ptr=count,
+        N=num_tokens,
+        ignore_index=ignore_index,
+        BLOCK=SCAN,
+        num_warps=8,
+    )
+    return origin, count
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens in the order in which the kernels compute them.
+
+    Args:
+        e: (N, D) contiguous, of the compute dtype; zeros in absent rows if compacted.
+        targets: (N,) int64 row of c; -1 where absent or out of range.
+        origin: (N,) int64 position of the token in the caller's order; N where absent.
+    """
+
+    e: Tensor
+    targets: Tensor
+    origin: Tensor
+
+
+@triton.jit
+def copy_row(source_ptr, out_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D: tl.constexpr):
+    """Copy row ``origin`` of the source to a row of the result; write zeros if there is none."""
+    available = tl.where(origin < N, D, 0)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        value = tl.load(
+            source_ptr + origin * stride_n + d * stride_d, mask=d < available, other=0.0
+        )
+        tl.store(out_ptr + row * D + d, value.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["N", "stride_n", "first_class"])
+def score_targets_kernel(
+    source_ptr,  # (N, D) embeddings of the caller
+    c_ptr,  # (V, D)
+    bias_ptr,  # (V,)
+    all_targets_ptr,  # (N,) of the caller
+    origin_ptr,  # (N,)
+    e_ptr,  # (N, D) out if COMPACT, else in
+    targets_ptr,  # (N,) out
+    logits_ptr,  # (N,) out: logit of the target, log2; NaN (+inf if SHARDED) if it is not here
+    bound_ptr,  # (N,) out: first bound of the log-sum-exp; +inf for no token
+    N,
+    V,
+    D,
+    stride_n,
+    stride_d,
+    softcap,
+    first_class,
+    COMPACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SHARDED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Move one token to its row and compute the logit of its target."""
+    row = tl.program_id(0).to(tl.int64)
+    origin = tl.load(origin_ptr + row)
+    if COMPACT:
+        copy_row(source_ptr, e_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D)
+        e_row, e_step = source_ptr + origin * stride_n, stride_d
+    else:
+        e_row, e_step = e_ptr + row * D, 1
+    lane = tl.zeros((1,), tl.int64)
+    present = (origin + lane) < N
+    target = tl.load(all_targets_ptr + origin + lane, mask=present, other=-1).to(tl.int64)
+    target -= first_class
+    usable = present & (target >= 0) & (target < V)
+    target = tl.where(usable, target, -1)
+    first = tl.max(target, 0)
+    available = tl.where(first >= 0, D, 0)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = d < available
+        e = tl.load(e_row + d * e_step, mask=mask, other=0.0)
+        c = tl.load(c_ptr + first * D + d, mask=mask, other=0.0)
+        total += e.to(c_ptr.dtype.element_ty).to(tl.float32) * c.to(tl.float32)
+    product = tl.sum(total, 0) + tl.zeros((1, 1), tl.float32)
+    logit = transform_logits(product, bias_ptr, target, usable, softcap, HAS_BIAS, SOFTCAP)
+    logit = tl.reshape(logit, (1,))
+    bound = tl.where(logit < float("inf"), logit, 0.0)  # the pass finds NaN and +inf again
+    tl.store(targets_ptr + row + lane, target)
+    # Of a sharded vocabulary: the least over the shards is the logit of the one that holds it.
+    absent = float("inf") if SHARDED else float("nan")
+    tl.store(logits_ptr + row + lane, tl.where(usable, logit, absent))
+    tl.store(bound_ptr + row + lane, tl.where(present, bound, float("inf")))
+
+
+def score_targets(problem: Problem, compact: bool) -> tuple[Tokens, Tensor, Tensor]:
+    """Return the tokens, the logits of their targets and a first bound, (N,) float32, log2.
+
+    ``problem.c`` is contiguous and of the compute dtype. With ``compact`` the embeddings of valid
+    tokens are copied into the first rows; without, tokens keep their positions. The logit of a
+    target that is not a row of ``problem.c`` is NaN, or +inf with a group; its bound is -inf.
+    """
+    e, c = problem.e, problem.c
+    num_tokens, dim = e.shape
+    if compact:
+        origin, _ = list_valid(problem.targets, problem.ignore_index)
+        rows = torch.empty((num_tokens, dim), dtype=c.dtype, device=e.device)
+    else:
+        origin = list_in_place(problem.targets, problem.ignore_index)
+        rows = e.to(c.dtype).contiguous()
+    targets = torch.empty(num_tokens, dtype=torch.int64, device=e.device)
+    logits, bound = aligned_rows(2, num_tokens, torch.float32, e.device)
+    launch(
+        score_targets_kernel,
+        (num_tokens,),
+        source_ptr=e,
+        c_ptr=c,
+        bias_ptr=problem.bias,
+        all_targets_ptr=problem.targets.contiguous(),
+        origin_ptr=origin,
+        e_ptr=rows,
+        targets_ptr=targets,
+        logits_ptr=logits,
+        bound_ptr=bound,
+        N=num_tokens,
+        V=c.shape[0],
+        D=dim,
+        stride_n=e.stride(0),
+        stride_d=e.stride(1),
+        softcap=problem.softcap or 0.0,
+        first_class=problem.first_class,
+        COMPACT=compact,
+        HAS_BIAS=problem.bias is not None,
+        SOFTCAP=problem.softcap is not None,
+        SHARDED=problem.group is not None,
+        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+    )
+    return Tokens(rows, targets, origin), logits, bound
+
+
+@triton.jit(do_not_specialize=["N", "stride_n", "first_class"])
+def backward_tokens_kernel(
+    source_ptr,  # (N, D) embeddings of the caller
+    all_targets_ptr,  # (N,) of the caller, like all that follow
+    grad_nll_ptr,
+    grad_lse_ptr,
+    nll_in_ptr,
+    lse_in_ptr,
+    support_ptr,  # (N,) compacted: log2 of the effective support
+    origin_ptr,  # (N,)
+    e_ptr,  # (N, D) out
+    targets_ptr,  # (N,) out, like all that follow
+    a_ptr,
+    b_ptr,
+    lse_ptr,  # log2; +inf for no token
+    target_miss_ptr,  # (1 - p)^2 of the target; FLAT for flat tokens, ABSENT for no token
+    N,
+    V,
+    D,
+    stride_n,
+    stride_d,
+    flat_support,
+    first_class,
+    HAS_SUPPORT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Move one token and its gradients to its row."""
+    row = tl.program_id(0).to(tl.int64)
+    origin = tl.load(origin_ptr + row)
+    copy_row(source_ptr, e_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D)
+    lane = tl.zeros((1,), tl.int64)
+    position = origin + lane
+    present = position < N
+    target = tl.load(all_targets_ptr + position, mask=present, other=-1).to(tl.int64) - first_class
+    usable = present & (target >= 0) & (target < V)
+    b = tl.load(grad_nll_ptr + position, mask=present, other=0.0).to(tl.float32)
+    a = b + tl.load(grad_lse_ptr + position, mask=present, other=0.0).to(tl.float32)
+    lse = tl.load(lse_in_ptr + position, mask=present, other=float("inf")) * LOG2E
+    nll = tl.load(nll_in_ptr + position, mask=present, other=0.0)
+    # No shard of the vocabulary holds the target: never a plausible number.
+    a = tl.where((usable == 0) & (nll != nll), float("nan"), a)
+    miss = 1.0 - tl.exp2(0.0 - nll * LOG2E)
+    target_miss = tl.where(present, miss * miss, ABSENT)
+    if HAS_SUPPORT:
+        flat = present & (tl.load(support_ptr + row + lane) > flat_support)
+        target_miss = tl.where(flat, FLAT, target_miss)
+    tl.store(targets_ptr + row + lane, tl.where(usable, target, -1))
+    tl.store(a_ptr + row + lane, a)
+    tl.store(b_ptr + row + lane, b)
+    tl.store(lse_ptr + row + lane, lse)
+    tl.store(target_miss_ptr + row + lane, target_miss)
+
+
+@dataclass(frozen=True)
+class BackwardTokens(Tokens):
+    """Valid tokens, compacted, with what the gradient of their logits needs, (N,) float32 each.
+
+    Args:
+        lse: log2; +inf where absent.
+        a: gradient of the loss plus that of lse, the factor of the probabilities.
+        b: gradient of the loss, the factor of the one-hot target.
+        target_miss: (1 - p)^2 of the target, a lower bound of the gradient's energy; FLAT for
+            tokens whose distribution is flat, ABSENT where absent.
+        scale: () power of two by which stored logit gradients are multiplied, see float16_scale.
+        shard_mass: probability of this shard's classes; None if all classes are here.
+        num_valid: number of valid tokens on its way to the host; None if not asked for, or if the
+            host cannot wait for it.
+    """
+
+    lse: Tensor
+    a: Tensor
+    b: Tensor
+    target_miss: Tensor
+    scale: Tensor
+    shard_mass: Tensor | None
+    num_valid: HostCopy | None
+
+    @property
+    def is_flat(self) -> Tensor:
+        """(N,) whether the token's distribution is flat."""
+        flat: float = FLAT.value
+        return self.target_miss == flat
+
+    def at(self, rows: Tensor | slice) -> "BackwardTokens":
+        """Return the tokens of some rows."""
+        vectors = {
+            field.name: getattr(self, field.name)[rows]
+            for field in fields(self)
+            if field.name not in ("scale", "shard_mass", "num_valid")
+        }
+        shard_mass = None if self.shard_mass is None else self.shard_mass[rows]
+        return replace(self, **vectors, shard_mass=shard_mass, num_valid=None)
+
+    def without(self, absent: Tensor) -> "BackwardTokens":
+        """Return the same rows with some tokens marked absent; ``absent`` is an (N,) mask."""
+        return replace(
+            self,
+            lse=torch.where(absent, torch.inf, self.lse),
+            a=torch.where(absent, 0, self.a),
+            b=torch.where(absent, 0, self.b),
+        )
+
+
+def compact_for_backward(
+    upstream: PerToken,  # gradients of nll and lse, (N,) each
+    saved: KernelState,
+    problem: Problem,
+    flat_support: float,
+    *,
+    count_valid: bool,
+) -> BackwardTokens:
+    """Compact the valid tokens with their gradients.
+
+    ``flat_support`` is the log2 of the support above which a token counts as flat. With
+    ``count_valid`` the number of valid tokens is sent to the host.
+    """
+    e = problem.e
+    num_tokens, dim = e.shape
+    origin, count = list_valid(problem.targets, problem.ignore_index)
+    num_valid = None
+    # On its way while the copy below is made. A CUDA graph computes all rows, valid or not.
+    if count_valid and not (e.is_meta or is_captured(e)):
+        num_valid = HostCopy(count)
+    # A copy even where nothing is ignored: the products that follow read every row, and a NaN in
+    # the embedding of an ignored token would reach dC as 0 * NaN.
+    rows = torch.empty((num_tokens, dim), dtype=problem.compute_dtype, device=e.device)
+    targets = torch.empty(num_tokens, dtype=torch.int64, device=e.device)
+    a, b, lse, target_miss = aligned_rows(4, num_tokens, torch.float32, e.device)
+    launch(
+        backward_tokens_kernel,
+        (num_tokens,),
+        source_ptr=e,
+        all_targets_ptr=problem.targets.contiguous(),
+        grad_nll_ptr=upstream.nll.contiguous(),
+        grad_lse_ptr=upstream.lse.contiguous(),
+        nll_in_ptr=saved.nll,
+        lse_in_ptr=saved.lse,
+        support_ptr=saved.support,
+        origin_ptr=origin,
+        e_ptr=rows,
+        targets_ptr=targets,
+        a_ptr=a,
+        b_ptr=b,
+        lse_ptr=lse,
+        target_miss_ptr=target_miss,
+        N=num_tokens,
+        V=problem.c.shape[0],
+        D=dim,
+        stride_n=e.stride(0),
+        stride_d=e.stride(1),
+        flat_support=flat_support,
+        first_class=problem.first_class,
+        HAS_SUPPORT=saved.support.numel() > 0,
+        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+    )
+    half = problem.compute_dtype == torch.float16
+    return BackwardTokens(
+        e=rows,
+        targets=targets,
+        origin=origin,
+        lse=lse,
+        a=a,
+        b=b,
+        target_miss=target_miss,
+        scale=float16_scale(a, b) if half else a.new_ones(()),
+        shard_mass=saved.shard_mass if saved.shard_mass.numel() > 0 else None,
+        num_valid=num_valid,
+    )
+
+
+def float16_scale(a: Tensor, b: Tensor) -> Tensor:
+    """Return the power of two () that brings the logit gradients near 1.
+
+    1/N times a small probability underflows in float16; a power of two changes no digit.
+    """
+    largest = torch.maximum(a.abs().max(), b.abs().max())
+    exponent = -torch.floor(torch.log2(largest))
+    return torch.where(torch.isfinite(exponent), torch.exp2(exponent), a.new_ones(()))
+
+
+@triton.jit(do_not_specialize=["out_rows"])
+def scatter_rows_kernel(
+    rows_ptr,  # (N, D) contiguous
+    origin_ptr,  # (N,) row of out; out_rows for none
+    out_ptr,  # (out_rows, D) contiguous
+    out_rows,
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    """Copy row i to row ``origin[i]`` of the result."""
+    row = tl.program_id(0).to(tl.int64)
+    origin = tl.load(origin_ptr + row)
+    available = tl.where(origin < out_rows, D, 0)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = d < available
+        value = tl.load(rows_ptr + row * D + d, mask=mask, other=0.0)
+        tl.store(out_ptr + origin * D + d, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def scatter_rows(rows: Tensor, origin: Tensor, out: Tensor) -> None:
+    """Write row i of ``rows`` to row ``origin[i]`` of ``out``, where there is one."""
+    num_rows, dim = rows.shape
+    if num_rows == 0:
+        return
+    launch(
+        scatter_rows_kernel,
+        (num_rows,),
+        rows_ptr=rows,
+        origin_ptr=origin,
+        out_ptr=out,
+        out_rows=out.shape[0],
+        D=dim,
+        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+    )

@@ -1,0 +1,103 @@
+"""Compiles the kernels of a step concurrently, before the first step of its kind.
+
+Forward and backward run once on tensors of the meta device, which have shapes and no values, and
+launch nothing (``launch.planning``). The launches that they would have made are then compiled.
+"""
+
+import threading
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.device_support import triton_is_interpreted
+from cut_cross_entropy.filter_report import unrecorded
+from cut_cross_entropy.kernels import BLOCK_T, step
+from cut_cross_entropy.kernels.filtered.partial_sums import FEW_SUPERBLOCKS
+from cut_cross_entropy.kernels.filtered.selection import SUPERBLOCK
+from cut_cross_entropy.kernels.launch import (
+    Plan,
+    compile_concurrently,
+    is_captured,
+    kind_of,
+    planning,
+)
+from cut_cross_entropy.problem import Filter, Needed, PerToken, Problem
+
+_compiled: set[tuple[object, ...]] = set()
+_compiling = threading.Lock()
+
+
+def kind_of_step(problem: Problem, filter_: Filter, training: bool) -> tuple[object, ...]:
+    """Return a key that two steps share if they launch the same variants of the kernels."""
+    tensors = (problem.e, problem.c, problem.targets, problem.bias)
+    num_superblocks = -(-problem.e.shape[0] // (BLOCK_T * SUPERBLOCK))
+    return (
+        problem.e.device,
+        tuple(None if x is None else (x.dtype, x.is_contiguous()) for x in tensors),
+        problem.c.shape,
+        problem.compute_dtype,
+        problem.softcap is None,
+        training and filter_.is_on,
+        training,
+        # Sums of dC end in registers, or are stored between superblocks, in fewer bits or in more.
+        (num_superblocks > 1) + (num_superblocks > FEW_SUPERBLOCKS),
+        kind_of(problem.e.shape[0], specialised=True),  # two kernels specialise on it
+    )
+
+
+def plan_step(problem: Problem, filter_: Filter, training: bool) -> Plan:
+    """Record the launches of a step, with all gradients if ``training``."""
+    device = problem.e.device
+    bias = None if problem.bias is None else _meta(problem.bias)
+    problem = replace(
+        problem,
+        e=_meta(problem.e),
+        c=_meta(problem.c),
+        targets=_meta(problem.targets),
+        bias=bias,
+        first_class=0,
+        group=None,
+    )
+    everything = Needed(e=True, c=True, bias=bias is not None)
+    with planning(device) as plan, unrecorded():
+        saved = step.forward(problem, filter_, training)
+        upstream = PerToken(saved.nll, saved.lse)
+        # The data may be too flat for the filter.
+        for tolerance in {filter_.tolerance, 0.0} if training else ():
+            chosen = Filter(tolerance, filter_.max_mass)
+            step.backward(upstream, saved, problem, chosen, everything)
+    return plan
+
+
+def compile_ahead(problem: Problem, filter_: Filter, training: bool) -> None:
+    """Compile the kernels that steps of this kind launch, unless that has been done.
+
+    Some kernels are compiled when they are first launched instead: three small ones of large
+    batches that take several passes within the budget, the gradients of shards of the vocabulary,
+    and those of a frozen bias with inputs that are trained.
+    """
+    if triton_is_interpreted() or problem.e.shape[0] == 0 or problem.c.shape[0] == 0:
+        return
+    kind = kind_of_step(problem, filter_, training)
+    if kind in _compiled:
+        return
+    if is_captured(problem.e):
+        return  # no thread may load machine code meanwhile
+    with _compiling:  # another thread waits, or it would launch kernels that are half loaded
+        if kind in _compiled:
+            return
+        # This saves time and nothing else: without it kernels are compiled when they are launched.
+        try:
+            compile_concurrently(plan_step(problem, filter_, training))
+        except Exception as error:
+            warnings.warn(f"the kernels were not compiled ahead: {error!r}", stacklevel=2)
+        finally:
+            _compiled.add(kind)
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=torch.device("meta")
+    )
