@@ -113,7 +113,7 @@ def test_two_processes(name, outcomes):
 
 
 def test_bytes_of_the_table_in_the_documentation():
-    """docs/distributed.md, "Which one": R - 1 of R times what it says."""
+    """docs/distributed.md, "Set-ups": R - 1 of R times what it says."""
     n, v, d, r = 100, 1000, 64, 4
 
     def sent(setup, impl="chunked"):
