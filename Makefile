@@ -39,8 +39,7 @@ benchmark: $(ENVIRONMENT)  ## time, memory and error of all implementations
 	$(PYTHON) -m benchmark $(ARGS)
 
 docs: $(ENVIRONMENT)  ## tables and plots from the kept measurements, and the site in build/site
-	$(PYTHON) -m benchmark.remake
-	[ ! -f experiments/report.py ] || $(PYTHON) -m experiments.report
+	$(PYTHON) docs/make.py
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 lint: $(ENVIRONMENT)  ## format, style and types

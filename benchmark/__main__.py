@@ -1,7 +1,8 @@
 """``python -m benchmark``: time, memory and error of the loss on data like a trained model's.
 
-Every method runs in a process of its own and they take turns. Rows can be written as JSON and CSV,
-and plotted. Sweeps: several values of --tokens or --classes, or --sweep.
+Every method runs in a process of its own and they take turns. Rows can be written as JSON and CSV.
+Sweeps: several values of --tokens or --classes, or --sweep. In a checkout ``python docs/make.py
+FILE --plots DIR`` plots a JSON file.
 """
 
 import argparse
@@ -54,7 +55,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--no-errors", action="store_true", help="skip the float32 reference")
     add("--json", type=Path, help="write everything measured to this file")
     add("--csv", type=Path, help="write the rows to this file")
-    add("--plots", type=Path, help="write PNG plots into this folder")
     add("--commit", help="commit to name where there is no history (or COMMIT)")
     add("--time-limit", type=float, default=3600.0, help="seconds for everything")
     # fmt: on
@@ -169,11 +169,6 @@ def write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
         output.write_json(arguments.json, results)
     if arguments.csv:
         output.write_csv(arguments.csv, results)
-    if arguments.plots:
-        from benchmark.plots import plot_all
-
-        for path in plot_all([results], arguments.plots):
-            print(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -54,3 +54,9 @@ def environment(commit: str | None = None) -> dict[str, str]:
         where["cuda"] = str(torch.version.cuda)
         where["memory_gib"] = f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f}"
     return where
+
+
+def in_words(found: dict[str, str]) -> str:
+    """Name the device and the versions of a file of measurements."""
+    text = "{device}, PyTorch {torch}, Triton {triton}".format_map(found)
+    return f"{text}, Python {found['python']}" if "python" in found else text

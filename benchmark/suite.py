@@ -2,7 +2,7 @@
 
 Parts run one after the other, each in a process of its own with a time limit of its own; what a
 part has measured is on the disk as soon as it is measured, and a part that fails or runs out of
-time leaves the others alone. One JSON file a part; ``python -m benchmark.remake`` makes the tables
+time leaves the others alone. One JSON file a part; ``python docs/make.py`` makes the tables
 and plots of the documentation from them once they lie in ``docs/measurements``.
 """
 

@@ -155,12 +155,12 @@ def differences(
 
 def table(record: dict[str, Any]) -> str:
     """Format a record as Markdown, with the machine it was measured on."""
-    from benchmark.cells import machine
+    from benchmark.environment import in_words
 
     where, settings = record["environment"], record["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
-        f"{machine(where)}, {versions}, commit {where['commit']}. {settings['steps']} "
+        f"{in_words(where)}, {versions}, commit {where['commit']}. {settings['steps']} "
         f"steps of {settings['batch_size']} x {settings['sequence_length']} tokens in all "
         f"processes together, `--dtype {settings['dtype']}`, `--loss {settings['loss']}`, learning "
         f"rate {settings['learning_rate']:g}.",
@@ -190,7 +190,7 @@ def table(record: dict[str, Any]) -> str:
     for row in rows:
         if "environment" in row:
             its = row["environment"]
-            others.setdefault(f"{machine(its)}, commit {its['commit']}", []).append(row["name"])
+            others.setdefault(f"{in_words(its)}, commit {its['commit']}", []).append(row["name"])
     for place, names in others.items():
         lines += ["", f"Run on {place}: {', '.join(names)}."]
     missing = [name for name in order if name not in {row["name"] for row in rows}]

@@ -5,13 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmark import evidence, remake, report
-from benchmark.plots import Plot, digest_of, figure
-from benchmark.remake import BLOCKS, Measurements, fill, stale
-from benchmark.results import complete, of_results, read_all
 from benchmark.suite import ALL, PARTS, tasks_of, unpack
-
-ROOT = Path(__file__).parent.parent.parent
+from docs import make, plots
+from docs.make import BLOCKS, ROOT
+from docs.page import fill
 
 
 def row(method, data="gemma2-structured", kind="loss-fw-bw", **more):
@@ -55,28 +52,51 @@ def found(tmp_path):
     (folder / "largest.json").write_text(json.dumps(largest))
     old = {"environment": {**ENVIRONMENT, "device": "Old GPU"}, "rows": [row("cce_exact")]}
     (folder / "old.json").write_text(json.dumps(old))
-    return Measurements(read_all(folder))
+    return make.read(folder)
 
 
-def test_the_documentation_is_what_the_command_makes():
-    kept = Measurements(read_all(ROOT / "docs" / "measurements"))
-    assert stale(ROOT, kept) == []
+def with_rows(kept, *rows):
+    """The measurements and more rows, of a later file."""
+    later = {"part": "table", "environment": ENVIRONMENT, "rows": list(rows)}
+    return make.collect({**kept.files, "z.json": later})
+
+
+def test_the_documentation_is_what_the_command_makes(capsys):
+    assert make.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_what_is_stale_is_named(tmp_path, capsys):
+    for page in make.PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text("<!-- begin failures -->\n<!-- end failures -->\n")
+    folder = tmp_path / "docs/measurements"
+    folder.mkdir()
+    content = {"part": "table", "environment": ENVIRONMENT, "rows": [row("cce")]}
+    (folder / "table.json").write_text(json.dumps(content))
+    check = ["--root", str(tmp_path), "--check"]
+    assert make.main(check) == 1
+    err = capsys.readouterr().err
+    assert "stale, run python docs/make.py: README.md, " in err
+    assert "docs/images/strips.png" in err
+    assert make.main(check[:2]) == 0
+    assert make.main(check) == 0
+    (tmp_path / "README.md").write_text("<!-- begin where -->\n")
+    assert make.main(check) == 2
+    assert "markers must come in pairs" in capsys.readouterr().err
 
 
 def test_every_measurement_says_where_it_comes_from():
-    for device in read_all(ROOT / "docs" / "measurements"):
-        for name, content in device.files.items():
-            assert {"device", "torch", "triton", "commit"} <= set(content["environment"]), name
+    for name, content in make.read(ROOT / "docs/measurements").files.items():
+        assert {"device", "torch", "triton", "commit"} <= set(content["environment"]), name
 
 
 def test_the_device_with_the_most_measurements_comes_first(found):
-    assert [device.name for device in found.devices] == ["Some GPU", "Old GPU"]
+    assert found.devices == ["Some GPU", "Old GPU"]
 
 
 def test_a_verdict_for_every_column(found):
-    assert report.against_others(found.main) == "", "eager full logits alone are no contest"
-    found.main.rows.append({**row("liger", runtime_ms=100.0, op_mem_mb=40000.0), "part": "table"})
-    table = report.against_others(found.main)
+    assert make.against_others(found) == "", "eager full logits alone are no contest"
+    table = make.against_others(with_rows(found, row("liger", runtime_ms=100.0, op_mem_mb=40000.0)))
     assert "**won**: 20.0, full logits, eager 90.0" in table
     assert "**won**: 1,300, full logits, eager 32,000" in table
     assert "lost: 1.88, full logits, eager 0.75" in table
@@ -84,25 +104,31 @@ def test_a_verdict_for_every_column(found):
 
 def test_a_line_shows_one_run(found):
     """The one with most kinds, also if a later one has a part of them; the later of two alike."""
-    device = found.main
-    assert {r["source"] for r in device.of_problem("gemma2-structured", "cce").values()} == {
-        "table.json"
-    }
-    later = {**row("cce", runtime_ms=10.0), "part": "table", "source": "z.json"}
-    device.rows.append(later)
-    assert device.of_problem("gemma2-structured", "cce")["loss-fw-bw"]["runtime_ms"] == 20.0
-    assert "| 20.0 ms |" in report.headline(device)
-    device.rows.append({**later, "kind": "loss-fw"})
-    assert device.of_problem("gemma2-structured", "cce")["loss-fw-bw"] is later
-    assert "| 10.0 ms |" in report.headline(device)
-    assert device.of_problem("gemma2-structured", "liger") == {}
+    kinds = found.one_run("Some GPU", "gemma2-structured", "cce")
+    assert {r["source"] for r in kinds.values()} == {"table.json"}
+    later = with_rows(found, row("cce", runtime_ms=10.0))
+    assert "| 20.00 |" in make.by_problem(later, ["gemma2-structured"], ["cce"])
+    later = with_rows(found, row("cce", runtime_ms=10.0), row("cce", kind="loss-fw"))
+    assert "| 10.00 |" in make.by_problem(later, ["gemma2-structured"], ["cce"])
+    assert found.one_run("Some GPU", "gemma2-structured", "liger") == {}
+
+
+def test_a_problem_measured_twice_is_said_to_be(found):
+    """All tables and plots but that of the shapes have the figures of the later run."""
+    later = with_rows(found, row("cce", runtime_ms=10.0))
+    assert "`cce` took 20.0 ms in the run above" in make.shapes(later)
+    assert "and 10.0 ms in the run of all methods" in make.shapes(later)
+    assert "twice" not in make.shapes(found)
+    assert "| 10.0 ms |" in make.models(later)
+    assert "| **this package**, `cce` | 10.0 |" in make.headline(later)
+    bars = next(p for p in make.benchmark_plots(later) if p.name == "bars_gemma2-structured")
+    assert bars.points["ms"][0] == 10.0
 
 
 def test_the_readme_compares_every_method_on_each_problem(found):
-    found.main.rows.append(
-        {**row("apple", data="smollm2", runtime_ms=7.5, op_mem_mb=64.0), "version": "25.1.1"}
-    )
-    assert report.comparison(found.main).splitlines() == [
+    apple = row("apple", data="smollm2", runtime_ms=7.5, op_mem_mb=64.0, version="25.1.1")
+    text = make.headline(with_rows(found, apple))
+    assert text.splitlines()[:5] == [
         "| loss and both gradients | Gemma 2 2B, ms | peak, MiB | error of dE / dC "
         "| SmolLM2, ms | peak, MiB | error of dE / dC |",
         "|:---|---:|---:|---:|---:|---:|---:|",
@@ -110,44 +136,39 @@ def test_the_readme_compares_every_method_on_each_problem(found):
         "| full logits, eager | 90.0 | 32,000 | 0.7 / 1.6 |  |  |  |",
         "| Apple's `cut_cross_entropy` 25.1.1 |  |  |  | 7.5 | 64 | 1.9 / 1.6 |",
     ]
-    assert "\nSome GPU, PyTorch 2.11, Triton 3.6, commit abc." in remake.headline(found)
+    assert text.endswith("\nSome GPU, PyTorch 2.11, Triton 3.6, commit abc.")
 
 
 def test_tables_show_the_rows(found):
-    assert report.all_kinds(found.main.rows).count("\n") == 5
-    assert "| 0.30% (1.9) | 0.25% (1.6) |" in report.all_kinds(found.main.rows)
-    assert "Gemma 2 2B (V 256,000, D 2,304, softcap) | 20.0 ms | 1.50 |" in report.headline(
-        found.main
-    )
-    largest = remake.largest(found)
-    assert "| `cce` | 1,000 or more |" in largest
-    assert "| full logits, eager | 512 |" in largest
-    assert "| `cce` | 9.0 s |" in evidence.cold_starts(found.main)
-    assert evidence.failures(found.main) == "- table.json: Liger (load): ImportError: no\n"
-    assert "### Old GPU" in remake.other_devices(found)
+    table = make.all_kinds(found.of())
+    assert table.count("\n") == 5
+    assert "| 0.30% (1.9) | 0.25% (1.6) |" in table
+    assert "Gemma 2 2B (V 256,000, D 2,304, softcap) | 20.0 ms | 1.50 |" in make.models(found)
+    assert "| `cce` | 1,000 or more |" in make.largest(found)
+    assert "| full logits, eager | 512 |" in make.largest(found)
+    assert "| `cce` | 9.0 s |" in make.cold_starts(found)
+    assert make.failures(found) == "- table.json: Liger (load): ImportError: no"
+    assert "### Old GPU" in make.other_devices(found)
 
 
 def test_blocks_are_replaced_and_the_rest_is_not(found):
+    blocks = {"where": lambda: make.where(found), "tails": lambda: ""}
     page = "before\n<!-- begin where -->\nold\n<!-- end where -->\nafter\n"
-    made = fill(page, found)
+    made = fill(page, blocks)
     assert made.startswith("before\n<!-- begin where -->\n\nSome GPU, PyTorch 2.11")
     assert made.endswith("\n\n<!-- end where -->\nafter\n")
     assert "old" not in made
-    assert fill(made, found) == made
+    assert fill(made, blocks) == made
+    page = "<!-- begin tails -->\n<!-- end tails -->\n"
+    assert "Not measured yet." in fill(page, blocks)
 
 
 def test_problems_without_errors_are_not_counted_as_problems_with_small_ones(found):
-    device = found.main
-    without = {**device.rows[0], "test_data": "N1024", "part": "sweeps"}
+    without = row("cce", data="N1024")
     for key in ("error_e", "error_c", "rounding_e", "rounding_c"):
         del without[key]
-    device.rows.append(without)
-    assert "dE 1.9 to 1.9, dC 1.6 to 1.6 (1 problems)" in remake.errors_sentence(found)
-
-
-def test_a_part_that_was_not_measured_says_so(found):
-    page = "<!-- begin tails -->\n<!-- end tails -->\n"
-    assert "Not measured yet." in fill(page, found)
+    sentence = make.errors_sentence(with_rows(found, without))
+    assert "dE 1.9 to 1.9, dC 1.6 to 1.6 (1 problems)" in sentence
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -162,15 +183,15 @@ def test_every_block_can_be_made_from_little(name, found):
         ("<!-- begin nothing -->\n<!-- end nothing -->", "blocks must be of .* got nothing"),
     ],
 )
-def test_wrong_markers_are_named(page, message, found):
+def test_wrong_markers_are_named(page, message):
     with pytest.raises(ValueError, match=message):
-        fill(page, found)
+        fill(page, {"where": str})
 
 
 def test_a_measurement_without_a_device_is_refused(tmp_path):
     (tmp_path / "x.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"x\.json must name environment\.device"):
-        read_all(tmp_path)
+        make.read(tmp_path)
 
 
 def test_a_folder_of_a_device_is_newer_than_a_file_beside_it(tmp_path):
@@ -178,35 +199,46 @@ def test_a_folder_of_a_device_is_newer_than_a_file_beside_it(tmp_path):
     for path, milliseconds in ((tmp_path / "gpu.json", 30.0), (tmp_path / "gpu/table.json", 20.0)):
         content = {"environment": ENVIRONMENT, "rows": [row("cce", runtime_ms=milliseconds)]}
         path.write_text(json.dumps(content))
-    (device,) = read_all(tmp_path)
-    assert [found["runtime_ms"] for found in device.select(method="cce")] == [20.0]
+    assert make.read(tmp_path).of(method="cce")["runtime_ms"].tolist() == [20.0]
 
 
-def test_what_other_pages_show_is_not_among_the_commits(found):
-    other = {"part": "distributed", "environment": {**ENVIRONMENT, "commit": "later"}}
-    found.main.files["distributed_2.json"] = other
-    assert "later" not in fill("<!-- begin where -->\n<!-- end where -->\n", found)
-    assert found.main.all_of("distributed") == [other]
-
-
-def test_rows_of_older_files_are_completed():
-    old = {"test_data": "gemma2-structured", "kind": "loss-fw", "runtime_ms": 16.0}
-    made = complete(old)
-    assert made["classes"] == 256000
-    assert made["tflops"] == pytest.approx(2 * 8192 * 256000 * 2304 / 16.0 / 1e9)
-
-
-def test_ratios_to_a_product_of_odd_size_are_left_out():
+def test_ratios_to_a_product_of_odd_size_are_left_out(found):
     odd = row("cce", data="gpt2-structured", classes=50257)
-    assert complete(odd)["gemms"] is None
-    assert complete({**odd, "gemm_even": True})["gemms"] == 1.5
-    assert complete(row("cce"))["gemms"] == 1.5
+    kept = lambda row: with_rows(found, row).of(test_data="gpt2-structured")["gemms"]
+    assert kept(odd).isna().all()
+    assert kept({**odd, "gemm_even": True}).tolist() == [1.5]
+    assert found.of(method="cce", kind="loss-fw-bw")["gemms"].tolist() == [1.5]
 
 
-def test_a_picture_carries_the_hash_of_its_points(tmp_path):
-    plot = Plot("dot", [1, 2], lambda points: figure()[0])
-    assert digest_of(plot.save(tmp_path)) == plot.digest()
-    assert Plot("dot", [1, 3], plot.draw).digest() != plot.digest()
+def test_a_plot_carries_a_digest_of_its_points_and_its_code(tmp_path):
+    import matplotlib.figure
+
+    def draw(points):
+        return matplotlib.figure.Figure()
+
+    def draw_otherwise(points):
+        return matplotlib.figure.Figure(figsize=(1, 1))
+
+    plot = plots.Plot("dot", draw, [1, 2])
+    assert not plot.is_current(tmp_path)
+    plot.save(tmp_path)
+    assert plot.is_current(tmp_path)
+    assert not plots.Plot("dot", draw, [1, 3]).is_current(tmp_path)
+    assert not plots.Plot("dot", draw_otherwise, [1, 2]).is_current(tmp_path)
+
+
+def test_bars_start_at_zero_and_titles_are_words(found):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    (bars,) = [plot for plot in make.benchmark_plots(found) if plot.name.startswith("bars")]
+    assert bars.points["title"] == "Gemma 2 2B head, 8,192 tokens, bfloat16, Some GPU"
+    figure = bars.draw(bars.points)
+    for ax, unit in zip(figure.axes, ("ms", "MiB"), strict=True):
+        assert ax.get_xscale() == "linear"
+        assert ax.get_xlim()[0] == 0
+        assert ax.get_xlabel().endswith(f", {unit}")
+    matplotlib.pyplot.close(figure)
 
 
 def test_parts_of_the_suite_are_problems_that_the_tables_find(tmp_path):
@@ -222,11 +254,11 @@ def test_parts_of_the_suite_are_problems_that_the_tables_find(tmp_path):
         {"part": part, "environment": ENVIRONMENT, "rows": [r for r in rows if r["part"] == part]}
         for part in names
     ]
-    device = of_results(contents)
-    assert "90% of the targets ignored" in evidence.options(device)
-    assert "`e` needs no gradient" in evidence.options(device)
-    assert evidence.sweep(device, "tokens").startswith("| N, µs a token")
-    assert report.headline(device).count("\n") == 2 + 12
+    kept = make.collect({content["part"]: content for content in contents})
+    assert "90% of the targets ignored" in make.options(kept)
+    assert "`e` needs no gradient" in make.options(kept)
+    assert make.sweep(kept, "tokens").startswith("| N, µs a token")
+    assert make.models(kept).count("\n") == 2 + 11 + 1
 
 
 def test_wheels_are_unpacked_by_method(tmp_path):

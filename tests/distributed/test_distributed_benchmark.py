@@ -5,13 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
-from benchmark import distributed, distributed_tables
+from benchmark import distributed
 from benchmark.data import Problem
 from benchmark.distributed import Job, jobs_of, measure_or_note, parse_arguments
-from benchmark.results import Device, read_all
+from docs import make, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--device", "cpu", "--data", "small", "--impl", "chunked", "--repetitions", "2"]
@@ -66,21 +67,21 @@ def test_every_row_is_there_and_complete(measured):
 
 
 def test_page_of_measurements(measured):
-    page = distributed_tables.page(read_all(measured))
+    page = processes.page(make.read(measured).parts("distributed"))
     assert "### 2 GPUs: " in page
     assert "### One GPU, for comparison: " in page
     assert "commit abc." in page
     assert "| small | 16 | FSDP2, `chunked` | " in page
     assert "| small | 32 | one GPU, `chunked` | " in page
     assert page.endswith("Not measured yet: 4 and 8 GPUs.\n")
-    assert distributed_tables.page([]) == ""
+    assert processes.page([]) == ""
 
 
 def test_no_row_begins_after_the_limit(tmp_path):
     record = launch(1, tmp_path, "--tokens", "16", "--time-limit", "0", "--beside")
     assert record["rows"] == []
     assert [job["setup"] for job in record["skipped"]] == ["one GPU", "one GPU, full logits"]
-    page = distributed_tables.page(read_all(tmp_path))
+    page = processes.page(make.read(tmp_path).parts("distributed"))
     assert "No time was left for: small, 16 tokens, one GPU, `chunked`; small" in page
 
 
@@ -92,25 +93,29 @@ def row(setup, **more):
 
 
 def test_efficiency_and_hidden_share():
-    alone = {"rows": [{**row("one GPU"), "ms": 20.0}]}
-    assert distributed_tables.efficiency(row("FSDP2"), alone) == 0.8
-    assert distributed_tables.efficiency(row("vocabulary-parallel"), alone) == 0.4
-    assert distributed_tables.efficiency(row("FSDP2", impl="cce_exact"), alone) is None
-    assert distributed_tables.efficiency(row("FSDP2"), None) is None
-    assert distributed_tables.hidden(row("FSDP2")) == 0.5
-    assert distributed_tables.hidden(row("FSDP2", alone_ms=None)) is None
+    rows = [row("FSDP2"), row("vocabulary-parallel"), row("FSDP2", impl="cce_exact", alone_ms=None)]
+    several = processes.rows_of({"rows": rows})
+    one = processes.rows_of(
+        {"rows": [row("one GPU", ms=20.0), row("one GPU, full logits", ms=9.0)]}
+    )
+    found = processes.with_efficiency(several, one)
+    assert found["efficiency"].tolist()[:2] == [0.8, 0.4]
+    assert pd.isna(found["efficiency"].iloc[2]), "one GPU was not measured with that implementation"
+    assert found["hidden"].tolist()[:2] == [0.5, 0.5]
+    assert pd.isna(found["hidden"].iloc[2])
+    short = processes.rows_of({"rows": [row("FSDP2", exchange_ms=2.4)]})
+    assert processes.with_efficiency(short, None)[["efficiency", "hidden"]].isna().all(axis=None)
 
 
 def test_what_does_not_fit_is_said():
-    device = Device("Some GPU")
     nothing = dict.fromkeys(distributed.FIGURES)
     large = row("tensor-parallel full logits", tokens=32768, **nothing, why="out of memory")
-    device.files["x.json"] = {
+    record = {
         "part": "distributed", "processes": 2, "links": {}, "skipped": [],
         "environment": {"device": "Some GPU", "torch": "2", "triton": "3", "commit": "abc"},
         "rows": [large, row("FSDP2", alone_ms=None, exchange_ms=None, why="RuntimeError: no")],
     }  # fmt: skip
-    page = distributed_tables.page([device])
+    page = processes.page([record])
     assert (
         "| Gemma 2 2B | 32,768 | tensor-parallel full logits | out of memory |  |  |  |  |  |  |"
         in page

@@ -10,7 +10,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/training.md"
 def test_the_table_of_arguments_is_current():
     page = PAGE.read_text(encoding="utf-8")
     written = page.split("<!-- begin arguments -->")[1].split("<!-- end arguments -->")[0]
-    # `python -m benchmark.remake` writes it.
+    # `python docs/make.py` writes it.
     assert written.strip() == table(build_parser())
 
 

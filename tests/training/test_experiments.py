@@ -1,6 +1,5 @@
 """The experiments run, compare like with like, and their page is what their records say."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -8,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from experiments import corpus, finetune, pretrain, report
-from experiments.figures import source_of
+from docs import make, training_runs
+from experiments import corpus, finetune, pretrain
 from experiments.loop import (
     REORDERED,
     Schedule,
@@ -18,6 +17,7 @@ from experiments.loop import (
     token_losses,
     train,
 )
+from experiments.options import MEASUREMENTS
 from experiments.record import Clock, Record
 from training.models import load_model
 
@@ -143,11 +143,9 @@ def test_clock_and_record(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, roots, model_folder):
-    """A repository with the page and the records of both experiments, at their tiniest."""
+    """A folder with the records of both experiments, at their tiniest."""
     root = tmp_path_factory.mktemp("site")
-    (root / "docs").mkdir()
-    shutil.copy(report.ROOT / report.PAGE, root / report.PAGE)
-    out = str(root / report.MEASUREMENTS)
+    out = str(root / MEASUREMENTS)
     common = ["--smoke", "--out", out, "--roots", str(roots[0]), "--device", "cpu"]
     tiny = ["--megabytes", "0.02", "--held-out", "2"]
     assert finetune.main([*common, *tiny, "--model", str(model_folder), "--seeds", "2"]) == 0
@@ -156,7 +154,7 @@ def site(tmp_path_factory, roots, model_folder):
 
 
 def test_records_hold_the_runs(site):
-    found = json.loads((site / report.MEASUREMENTS / "finetune_cpu.json").read_text())
+    found = json.loads((site / MEASUREMENTS / "finetune_cpu.json").read_text())
     runs = {(run["method"], run["seed"]): run for run in found["runs"]}
     assert len(runs) == 6
     for seed in (0, 1):
@@ -164,7 +162,7 @@ def test_records_hold_the_runs(site):
         assert len(full) == found["settings"]["steps"] == 3
         assert chunked == pytest.approx(full, abs=0.05)
     assert runs["full", 0]["losses"] != runs["full", 1]["losses"]
-    found = json.loads((site / report.MEASUREMENTS / "pretrain_cpu.json").read_text())
+    found = json.loads((site / MEASUREMENTS / "pretrain_cpu.json").read_text())
     vocabulary = found["settings"]["vocabulary"]
     assert 257 < vocabulary <= 400  # as many as the text has merges for
     for run in found["runs"]:
@@ -175,39 +173,31 @@ def test_records_hold_the_runs(site):
         assert targets == found["data"]["held_out_tokens"] * 15 / 16
 
 
-def test_report_makes_the_page_and_its_pictures(site, capsys):
+def test_tables_and_plots_of_new_records(site, tmp_path):
     pytest.importorskip("matplotlib")
-    assert report.main(["--root", str(site), "--check"]) == 1
-    assert "is stale: run python -m experiments.report" in capsys.readouterr().err
-    assert report.main(["--root", str(site)]) == 0
-    assert report.main(["--root", str(site), "--check"]) == 0
-    page = (site / report.PAGE).read_text(encoding="utf-8")
-    assert page.count("\n| `chunked` |") == 2
-    assert page.count("| `full` | 2 |") == 1
-    for name in ("finetune_cpu", "pretrain_cpu", "pretrain_cpu_rare"):
-        assert f"(images/{name}.png)" in page
-        assert (site / report.IMAGES / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    records = training_runs.read(site / MEASUREMENTS)
+    finetuned, pretrained = (training_runs.section(name, records) for name in training_runs.NAMES)
+    assert finetuned.count("\n| `chunked` |") == pretrained.count("\n| `chunked` |") == 1
+    assert finetuned.count("| `full` | 2 |") == 1
+    found = training_runs.plots_of(records)
+    assert [p.name for p in found] == ["finetune_cpu", "pretrain_cpu", "pretrain_cpu_rare"]
+    for plot in found:
+        assert f"(images/{plot.name}.png)" in finetuned + pretrained
+        assert not plot.is_current(tmp_path)
+        assert plot.save(tmp_path).read_bytes().startswith(b"\x89PNG")
+        assert plot.is_current(tmp_path)
 
 
-def test_report_names_a_broken_record(tmp_path, capsys):
-    folder = tmp_path / report.MEASUREMENTS
+def test_a_broken_record_is_named(tmp_path, capsys):
+    folder = tmp_path / MEASUREMENTS
     folder.mkdir(parents=True)
-    shutil.copy(report.ROOT / report.PAGE, tmp_path / report.PAGE)
     (folder / "finetune_x.json").write_text("{")
-    assert report.main(["--root", str(tmp_path)]) == 2
-    assert "finetune_x.json is no record of an experiment" in capsys.readouterr().err
-    (folder / "finetune_x.json").write_text('{"runs": [{"method": "cce", "seed": 0}]}')
-    assert report.main(["--root", str(tmp_path)]) == 2
+    assert make.main(["--root", str(tmp_path)]) == 2
+    assert "finetune_x.json is not a record of an experiment" in capsys.readouterr().err
+    run = {"method": "cce", "seed": 0, "judged": [{"held_out_loss": 1.0}]}
+    (folder / "finetune_x.json").write_text(json.dumps({"runs": [run]}))
+    assert make.main(["--root", str(tmp_path)]) == 2
     assert "no run with full logits" in capsys.readouterr().err
-
-
-def test_the_page_in_the_repository_is_current():
-    assert report.main(["--check"]) == 0
-    for record in (report.ROOT / report.MEASUREMENTS).glob("*.json"):
-        pictures = list((report.ROOT / report.IMAGES).glob(f"{record.stem}*.png"))
-        assert pictures
-        for picture in pictures:
-            assert source_of(picture) == hashlib.sha256(record.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("module", [finetune, pretrain])

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 
-from experiments import report, together
+from docs import training_runs
+from docs.make import ROOT
 
 
 def run(loss, rare=None):
@@ -22,6 +24,23 @@ def run(loss, rare=None):
     return {"judged": [{"held_out_loss": 99.0}, last]}
 
 
+def frame(runs):
+    """A table of runs as a record has it."""
+    rows = [
+        training_runs.figures({**each, "method": method, "seed": seed})
+        for method, by_seed in runs.items()
+        for seed, each in by_seed.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def lines(records):
+    """Cells of the table over records."""
+    text = training_runs.paired_table([frame(runs) for runs in records])
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines()]
+    return [rows[0], *rows[2:]]
+
+
 RECORDS = [
     {"full": {0: run(3.0, 9.0), 1: run(4.0, 8.0)}, "cce": {0: run(3.1, 9.3), 1: run(4.3, 8.0)}},
     {
@@ -33,7 +52,7 @@ RECORDS = [
 
 
 def test_pairs_are_of_one_seed_and_one_record():
-    heads, cce = together.table(RECORDS)  # "alone" has no pair
+    heads, cce = lines(RECORDS)  # "alone" has no pair
     found = dict(zip(heads, cce, strict=True))
     assert found["difference"] == "`cce` - `full`"
     assert found["pairs"] == "3"
@@ -45,7 +64,7 @@ def test_pairs_are_of_one_seed_and_one_record():
 
 def test_records_of_finetuning_have_one_number():
     records = [{"full": {0: run(2.0)}, "cce": {0: run(2.5)}}]
-    assert together.table(records) == [
+    assert lines(records) == [
         ["difference", "pairs", "held-out loss"],
         ["`cce` - `full`", "1", "+0.5000"],
     ]
@@ -54,7 +73,7 @@ def test_records_of_finetuning_have_one_number():
 def test_the_filter_is_compared_with_the_kernels_without_it():
     own = {"cce": {0: run(2.5), 1: run(2.0)}, "cce_exact": {0: run(2.25)}}
     records = [{"full": {0: run(2.0)}, **own}, {"full": {4: run(1.0)}}]
-    assert together.table(records)[1:] == [
+    assert lines(records)[1:] == [
         ["`cce` - `full`", "1", "+0.5000"],
         ["`cce_exact` - `full`", "1", "+0.2500"],
         ["`cce` - `cce_exact`", "1", "+0.2500"],
@@ -66,33 +85,34 @@ def test_means_are_over_the_same_seeds():
     runs = {"full": {0: run(3.0), 1: run(4.0)}, "cce": {0: run(3.5), 1: run(4.5), 2: run(9.0)}}
     with_single = {**runs, "rare": {1: run(8.0)}}
     for given in (runs, with_single):
-        assert report._shared_seeds(given) == {0, 1}
-        assert len(report._shared(given, "cce")) == 2
-        assert "seeds 0, 1," in report._of_shared_seeds(given)
-    assert report._shared(with_single, "rare") == []
-    single = {"full": {0: run(3.0)}, "cce": {1: run(3.0)}}
-    assert report._shared_seeds(single) == set()
-    assert report._shared(single, "cce") == [single["cce"][1]]
+        assert training_runs.shared_seeds(frame(given)) == {0, 1}
+        assert len(training_runs.comparable(frame(given), "cce")) == 2
+        assert "seeds 0, 1," in training_runs.seeds_sentence(frame(given))
+    assert training_runs.comparable(frame(with_single), "rare").empty
+    single = frame({"full": {0: run(3.0)}, "cce": {1: run(3.0)}})
+    assert training_runs.shared_seeds(single) == set()
+    assert training_runs.comparable(single, "cce")["seed"].tolist() == [1]
 
 
 def test_small_differences_keep_their_digits():
-    assert together.mean_and_error([-6e-4, -2e-4]) == "-4.0e-04 ± 2.0e-04"
-    assert together.mean_and_error([]) == ""
+    assert training_runs.mean_and_error(pd.Series([-6e-4, -2e-4])) == "-4.0e-04 ± 2.0e-04"
+    assert training_runs.mean_and_error(pd.Series([], dtype=float)) == ""
 
 
 def test_only_records_of_the_same_settings_and_data_are_put_together(tmp_path):
-    source = report.ROOT / report.MEASUREMENTS / "pretrain_h200.json"
+    source = ROOT / "docs/measurements/experiments/pretrain_h200.json"
     one, two, other = (tmp_path / f"pretrain_{name}.json" for name in "abc")
     for path in (one, two):
         shutil.copy(source, path)
     content = json.loads(source.read_text(encoding="utf-8"))
     content["settings"]["steps"] = 7
     other.write_text(json.dumps(content), encoding="utf-8")
-    text, table = report._all_records([report.load(path) for path in (one, two, other)])
+    records = {path: training_runs.load(path) for path in (one, two, other)}
+    text, table = training_runs.all_together(list(records.values()))
     assert "(NVIDIA H200, NVIDIA H200)" in text
     pairs = 2 * sum(run["method"] == "cce" for run in content["runs"])
     assert f"| `cce` - `full` | {pairs} |" in table
-    assert report._all_records([report.load(path) for path in (one, other)]) == []
+    assert training_runs.all_together([records[one], records[other]]) == []
     other.write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="is no record of an experiment"):
-        report.load(other)
+    with pytest.raises(ValueError, match="is not a record of an experiment"):
+        training_runs.load(other)
