@@ -1,4 +1,5 @@
 """Fine-tuning of causal language models with a choice of losses. Not part of the wheel.
 
-Imports run one way: ``train`` and ``demo`` -> ``trainer`` -> everything else.
+Imports run one way: ``train`` and ``demo`` on top, then ``fit``, ``header`` and ``resume``, then the
+parts they use.
 """

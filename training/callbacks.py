@@ -207,7 +207,7 @@ class Log(TrainerCallback):
         peak = logs.get("peak_memory_mib")
         return (
             f"step {step}: loss {logs['loss']:.6f}, learning rate {logs['learning_rate']:.2e}, "
-            f"{seconds:.2f} s a step, {logs['tokens_per_second']:.0f} tokens/s, "
+            f"{seconds:.2f} s/step, {logs['tokens_per_second']:.0f} tokens/s, "
             + (f"peak memory {peak / 1024:.2f} GiB, " if peak else "")
             + f"epoch {logs.get('epoch', 0.0):.2f}, {timedelta(seconds=round(left))} left"
         )

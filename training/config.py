@@ -216,6 +216,8 @@ class TrainConfig:
         except (RuntimeError, AssertionError) as error:  # builds without CUDA raise the second
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UsageError(f"--device {self.device!r} cannot be used here: {reason}") from error
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise UsageError(f"--device must be auto, cpu, cuda or mps, got {self.device!r}")
         return device
 
 

@@ -9,10 +9,8 @@ plus the signal's number. On a CPU a resumed run has, bit for bit, the losses of
 interrupted.
 """
 
-import json
 import math
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,45 +29,28 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from benchmark.leave import leave
-from cut_cross_entropy.dispatch import choose_impl
 from training.arguments import build_parser, config_from
-from training.callbacks import RUN_FILE, Checkpoints, Interrupts, Log, StopSignals
-from training.checkpoint import (
-    MANIFEST,
-    CheckpointError,
-    checkpoint_folder,
-    latest_checkpoint,
-    step_of,
-    verify_checkpoint,
-)
-from training.config import (
-    AUTO,
-    DTYPES,
-    LATEST,
-    SETUP_ERRORS,
-    TrainConfig,
-    UsageError,
-    check_output,
-    flag,
-)
+from training.callbacks import Checkpoints, Interrupts, Log, StopSignals
+from training.checkpoint import CheckpointError, checkpoint_folder, step_of, verify_checkpoint
+from training.config import DTYPES, SETUP_ERRORS, TrainConfig, UsageError, check_output
 from training.fit import check_fit, vocabulary_size
-from training.losses import FULL, IdlePatchError, make_loss
-from training.models import load_model
+from training.header import describe, steps_per_epoch
+from training.losses import IdlePatchError, make_loss
+from training.models import in_one_line, load_model
 from training.packing import collate
-from training.rows import LoadedRows, load_data
-from training.sharding import deepspeed_settings, set_precision
+from training.resume import (
+    DoneError,
+    check_same_run,
+    check_steps,
+    checkpoint_to_resume,
+    export,
+)
+from training.rows import load_data
 from training.trainer import Trainer, quiet_resume
+from training.trainer_arguments import tensorboard_callback, training_arguments
 
 TRAIN_ERRORS = (CheckpointError, IdlePatchError, FloatingPointError, ValueError, OSError)
 """Errors that may end a run that has begun: shown as one line."""
-
-STATE_FILE = "trainer_state.json"
-
-NOT_EXPORTED = shutil.ignore_patterns(
-    "*.pt", "*.pth", "optimizer*", "pytorch_model_fsdp*", "global_step*", "latest",
-    "zero_to_fp32.py", "training_args.bin", STATE_FILE, RUN_FILE, MANIFEST,
-)  # fmt: skip
-"""Files of a checkpoint that do not belong to the model."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +68,6 @@ class Run:
     warnings: list[str]
 
 
-class DoneError(Exception):
-    """The checkpoint to resume from is of the last step: nothing is left to do."""
-
-
 def set_up(config: TrainConfig) -> Run:
     """Load everything a run needs.
 
@@ -102,7 +79,7 @@ def set_up(config: TrainConfig) -> Run:
     # Cheap checks come first; loading a model takes a while.
     output = Path(config.output)
     check_output(output)
-    source = _checkpoint_to_resume(output / "checkpoints", config.resume)
+    source = checkpoint_to_resume(output / "checkpoints", config.resume)
     device = config.torch_device()
     try:
         loss = make_loss(config.loss, device)
@@ -111,8 +88,8 @@ def set_up(config: TrainConfig) -> Run:
     if source is not None:
         verify_checkpoint(source)
         if config.epochs is None:
-            _check_same_run(config.decisive(), source)
-            _check_steps(config, source)
+            check_same_run(config.decisive(), source)
+            check_steps(config, source)
     # Before the model: with DeepSpeed they decide how its weights are loaded.
     arguments = training_arguments(config, output / "checkpoints", device)
     torch.manual_seed(config.seed)
@@ -131,15 +108,15 @@ def set_up(config: TrainConfig) -> Run:
     vocabulary = vocabulary_size(model)
     data, held_out = load_data(config, tokenizer, vocabulary)
     if config.epochs is not None:
-        steps = math.ceil(config.epochs * _steps_per_epoch(config, data, arguments.world_size))
+        steps = math.ceil(config.epochs * steps_per_epoch(config, data, arguments.world_size))
         config = replace(config, steps=steps)
         arguments.max_steps = steps
         if source is not None:
-            _check_same_run(config.decisive(), source)
-            _check_steps(config, source)
+            check_same_run(config.decisive(), source)
+            check_steps(config, source)
     run = {**config.decisive(), "data_hash": data.fingerprint(), "processes": arguments.world_size}
     if source is not None:
-        _check_same_run(run, source)
+        check_same_run(run, source)
     warnings = list(check_fit(model, config, data))
     main = arguments.process_index == 0
     signals = StopSignals()
@@ -147,7 +124,9 @@ def set_up(config: TrainConfig) -> Run:
     log = Log(output / "losses.csv", main)
     callbacks: list[Any] = [Interrupts(signals), checkpoints, log]
     if config.tensorboard and main:
-        callbacks.append(_tensorboard(output / "tensorboard", source))
+        callbacks.append(
+            tensorboard_callback(output / "tensorboard", step_of(source) if source else 0)
+        )
     pad = tokenizer.pad_token_id
     trainer = Trainer(
         loss,
@@ -161,171 +140,6 @@ def set_up(config: TrainConfig) -> Run:
     )
     header = describe(config, trainer, device)
     return Run(config, trainer, source, signals, checkpoints, log, header, warnings)
-
-
-def describe(config: TrainConfig, trainer: Trainer, device: torch.device) -> str:
-    """Describe the run in a few lines: model, computation, data, steps."""
-    model, data, held_out = trainer.model, trainer.train_dataset, trainer.eval_dataset
-    assert model is not None
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    dtype = torch.bfloat16 if config.dtype == "autocast" else DTYPES[config.dtype]
-    loss = "full logits"
-    if config.loss != FULL:
-        chosen = choose_impl(config.loss, device, dtype)
-        loss = f"linear_cross_entropy, impl={config.loss!r}"
-        loss += "" if chosen == config.loss else f" (here {chosen!r})"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    processes = trainer.args.world_size
-    sequences = config.batch_size * config.gradient_accumulation * processes
-    epochs = ""
-    if isinstance(data, LoadedRows):
-        epochs = f" = {config.steps / _steps_per_epoch(config, data, processes):.2f} epochs"
-    return "\n".join(
-        [
-            f"model:  {config.model}, {type(model).__name__}, {parameters:,} parameters",
-            f"device: {name}, {processes} process{'es' * (processes > 1)}, dtype {config.dtype}",
-            f"loss:   {loss}; each line has the mean since the line before",
-            f"data:   {config.data}, {_size(data)}"
-            + (f"; held out: {_size(held_out)}" if held_out is not None else ""),
-            f"steps:  {config.steps} of {sequences} sequences{epochs}, learning rate "
-            f"{config.learning_rate:g} ({config.schedule}, warm-up {config.warmup_steps} steps)",
-        ]
-    )
-
-
-def _size(data: Any) -> str:
-    if not isinstance(data, LoadedRows):
-        return "read while training"
-    tokens = sum(len(row["input_ids"]) for row in data.rows)
-    return f"{len(data):,} sequences, {tokens:,} tokens"
-
-
-def _steps_per_epoch(config: TrainConfig, data: Any, processes: int) -> int:
-    batches = math.ceil(len(data) / (config.batch_size * processes))
-    return math.ceil(batches / config.gradient_accumulation)
-
-
-def _tensorboard(folder: Path, source: Path | None) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "--tensorboard needs a package: pip install tensorboard, or pass --no-tensorboard"
-        ) from error
-    from transformers.integrations.integration_utils import TensorBoardCallback
-
-    # Curves that an interrupted run wrote after its last checkpoint are not shown.
-    done = 0 if source is None else step_of(source)
-    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=done + 1))
-
-
-def training_arguments(config: TrainConfig, folder: Path, device: torch.device) -> Any:
-    """Translate the settings into those of transformers.
-
-    Raises:
-        ImportError: DeepSpeed is asked for and not installed, or transformers is too old for FSDP2.
-        ValueError: its configuration cannot be used, or FSDP2 has no processes to spread over.
-    """
-    from transformers import TrainingArguments
-
-    if config.fsdp and "WORLD_SIZE" not in os.environ:
-        raise UsageError("--fsdp needs processes: start with torchrun --nproc-per-node 2 or more")
-    cpu = device.type == "cpu"
-    more: dict[str, Any] = {}
-    bf16 = config.dtype == "autocast"
-    if config.deepspeed is not None:
-        more["deepspeed"], bf16 = deepspeed_settings(config.deepspeed, config.dtype)
-    if config.fsdp:
-        more = {"fsdp": True, "fsdp_config": {"version": 2}}
-    if config.evaluates:
-        more |= {
-            "eval_strategy": "steps",
-            "eval_steps": config.checkpoint_interval,
-            "metric_for_best_model": "eval_loss",
-            "greater_is_better": False,
-        }
-    same = ["learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed"]
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        lr_scheduler_type=(
-            "constant_with_warmup" if config.schedule == "constant" else config.schedule
-        ),
-        bf16=bf16,
-        use_cpu=cpu and config.deepspeed is None,
-        ddp_backend="gloo" if cpu and "WORLD_SIZE" in os.environ else None,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=not cpu,
-        logging_steps=config.log_interval,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=config.checkpoint_interval,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to="none",
-        disable_tqdm=True,
-        **{name: getattr(config, name) for name in same},
-        **more,
-    )
-    if config.fsdp:
-        set_precision(arguments, config.dtype)
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process a GPU: never nn.DataParallel
-    return arguments
-
-
-def _checkpoint_to_resume(checkpoints: Path, resume: str | None) -> Path | None:
-    newest = latest_checkpoint(checkpoints)
-    if resume is None and newest is not None:
-        raise UsageError(
-            f"--output holds the checkpoint {newest}: pass --resume to go on from it, "
-            "or another --output"
-        )
-    if resume is None or resume == AUTO:
-        return newest
-    source = newest if resume == LATEST else Path(resume)
-    if source is None or not source.is_dir():
-        raise UsageError(f"--resume: there is no checkpoint {source or f'in {checkpoints}'}")
-    return source
-
-
-def _state(folder: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    return state
-
-
-def _check_steps(config: TrainConfig, source: Path) -> None:
-    done = _state(source)["global_step"]
-    if done == config.steps:
-        raise DoneError
-    if done > config.steps:
-        asked = f"--steps {config.steps}"
-        if config.epochs is not None:
-            asked = f"--epochs {config.epochs:g} ({config.steps} steps)"
-        raise UsageError(f"{asked} is below the {done} steps done in {source}")
-
-
-def _check_same_run(run: dict[str, Any], folder: Path) -> None:
-    """Check the settings in ``run`` against those of the checkpoint in ``folder``.
-
-    Raises:
-        UsageError: other settings or other data decided its losses.
-    """
-    saved: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    for name in run:
-        if name not in saved or run[name] == saved[name]:
-            continue
-        if name == "data_hash":
-            raise UsageError(
-                f"--data {run['data']!r} gives other tokens than in the run that is resumed"
-            )
-        what = "the number of processes" if name == "processes" else flag(name)
-        raise UsageError(
-            f"{what} must be {saved[name]!r}, as in the run that is resumed, got {run[name]!r}"
-        )
 
 
 def train(run: Run) -> signal.Signals | None:
@@ -352,21 +166,6 @@ def train(run: Run) -> signal.Signals | None:
     return run.signals.received
 
 
-def export(checkpoint: Path, folder: Path) -> None:
-    """Copy the model and its tokenizer out of ``checkpoint``, or of the best before it.
-
-    ``folder`` is replaced when everything is written.
-    """
-    best = _state(checkpoint).get("best_model_checkpoint")
-    if best is not None and (checkpoint.parent / Path(best).name).is_dir():
-        checkpoint = checkpoint.parent / Path(best).name
-    unfinished = folder.with_name(f".{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(checkpoint, unfinished, ignore=NOT_EXPORTED)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-
-
 def run_all(arguments: Any) -> int:
     """Run as the parsed ``arguments`` say; return the exit code."""
     main = int(os.environ.get("RANK", "0")) == 0
@@ -383,7 +182,7 @@ def run_all(arguments: Any) -> int:
         model, checkpoints = Path(config.output, "model"), Path(config.output, "checkpoints")
         run = set_up(config)
     except DoneError:
-        source = _checkpoint_to_resume(checkpoints, config.resume)
+        source = checkpoint_to_resume(checkpoints, config.resume)
         assert source is not None
         say(f"step {step_of(source)} is done already: nothing to do")
         if config.export and main and not model.exists():
@@ -412,6 +211,9 @@ def run_all(arguments: Any) -> int:
             say(f"model written to {model}")
     except TRAIN_ERRORS as error:
         return fail(error, 1)
+    except torch.cuda.OutOfMemoryError as error:
+        advice = "a smaller --batch-size (with --gradient-accumulation), --gradient-checkpointing"
+        return fail(MemoryError(f"{in_one_line(error)} Try {advice} or --fsdp"), 1)
     say(f"step {step} of {run.config.steps} done; checkpoints in {checkpoints}")
     return 0
 

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import sys
 
 import pytest
 
+from training import compare_processes
 from training.compare_processes import (
     SETUPS,
     command,
@@ -120,9 +122,11 @@ def test_one_process_and_two_have_the_same_losses(model_folder, text_file, tmp_p
         assert max(found) < 1e-5
 
 
-def test_runs_that_are_done_again_replace_their_own(tmp_path):
+def test_runs_that_are_done_again_replace_their_own(tmp_path, monkeypatch):
+    fails = [sys.executable, "-c", "raise SystemExit(2)"]
+    monkeypatch.setattr(compare_processes, "command", lambda *_: fails)
     path = tmp_path / "record.json"
-    start = ["--model", str(tmp_path / "x.gguf"), "--json", str(path), "--ways"]
+    start = ["--model", "x", "--json", str(path), "--ways"]
     assert main([*start, "parts", "one", "--commit", "abc"]) == 1
     assert main([*start, "one", "--commit", "def", "--again"]) == 1
     written = json.loads(path.read_text())

@@ -72,6 +72,7 @@ def test_settings_out_of_range(changed, message):
         (["--steps", "0"], "--steps must be at least 1"),
         (["--model", "missing.gguf"], "'missing.gguf': there is no such file"),
         (["--device", "abacus"], "--device 'abacus' cannot be used here"),
+        (["--device", "meta"], "--device must be auto, cpu, cuda or mps, got 'meta'"),
         (["--loss", "cce"], "--loss cce: impl='cce' cannot run here"),
         (["--model", "./tinyy"], "--model './tinyy': there is no such folder"),
         (["--tokenizer", "./tinyy"], "--tokenizer './tinyy': there is no such folder"),

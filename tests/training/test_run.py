@@ -19,7 +19,7 @@ from training.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE = re.compile(
-    r"step (\d+): loss [\d.]+, learning rate \S+, [\d.]+ s a step, [1-9]\d* tokens/s, "
+    r"step (\d+): loss [\d.]+, learning rate \S+, [\d.]+ s/step, [1-9]\d* tokens/s, "
     r"peak memory \d+\.\d\d GiB, epoch \d+\.\d\d, \d+:\d\d:\d\d left"
 )
 
