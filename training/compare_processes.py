@@ -1,4 +1,4 @@
-"""Train the same thing in one process and in several, and compare the losses of every step.
+"""Train the same model in one process and in several, and compare the losses of every step.
 
     python training/compare_processes.py --json docs/measurements/DEVICE/training_processes.json
 
@@ -23,10 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # started by its path: Python then puts this folder first, not the root
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from training.arguments import Parser, add_settings, config_from
+from training.config import UsageError, flag
+
+ROOT = Path(__file__).resolve().parents[1]
 PART = "training-processes"
 ZERO3 = ("--deepspeed", "training/zero3.json")
 SHARED = (
@@ -89,7 +92,7 @@ def command(setup: Setup, arguments: argparse.Namespace, output: Path) -> list[s
         "checkpoint_interval": arguments.steps,
         "output": output,
     }
-    flags = [t for n, value in settings.items() for t in (f"--{n.replace('_', '-')}", str(value))]
+    flags = [text for name, value in settings.items() for text in (flag(name), str(value))]
     return [*launch, "training/train.py", *flags, "--no-tensorboard", "--no-export", *setup.options]
 
 
@@ -208,35 +211,28 @@ def _three(found: list[float]) -> list[str]:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; settings of train.py have the same names."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(prog="compare_processes.py", description=(__doc__ or "").splitlines()[0])
+    defaults = {"dtype": "autocast", "steps": 50, "sequence_length": 256, "warmup_steps": 5}
+    add_settings(parser, SHARED, **defaults)
     add = parser.add_argument
-    add("--model", default="smollm2", help="see training/train.py, as for what follows")
-    add("--data", default="builtin")
-    add("--loss", default="auto")
-    add("--dtype", default="autocast")
-    add("--device", default="auto")
-    add("--seed", type=int, default=0)
-    add("--steps", type=int, default=50)
-    add("--batch-size", type=int, default=8, help="sequences of a step, in all processes together")
-    add("--sequence-length", type=int, default=256)
-    add("--learning-rate", type=float, default=2e-5)
-    add("--warmup-steps", type=int, default=5)
-    add("--processes", type=int, default=2, help="of the runs with several")
+    add("--batch-size", type=int, default=8, help="sequences per step, in all processes together")
+    add("--processes", type=int, default=2, help="processes of the runs with several")
     add("--ways", nargs="+", default=list(SETUPS), choices=list(SETUPS), help="runs, in order")
     add("--time-limit", type=float, default=600.0, help="seconds, of all runs together")
-    add("--commit", default=None, help="of the code, where the history is missing")
-    add("--json", type=Path, required=True, help="the record that is written")
+    add("--commit", default=None, help="commit of the code, where the history is missing")
+    add("--json", type=Path, required=True, help="the record to write")
     add(
         "--again",
         action="store_true",
         help="replace --ways in that record and keep its other runs, of the same settings",
     )
     parsed = parser.parse_args(arguments)
-    if parsed.batch_size % parsed.processes:
+    if parsed.processes < 1 or parsed.batch_size < 1 or parsed.batch_size % parsed.processes:
         parser.error(f"--batch-size must be a multiple of --processes, got {parsed.batch_size}")
+    try:
+        config_from(parsed)
+    except UsageError as error:
+        parser.error(str(error))
     return parsed
 
 
@@ -244,16 +240,16 @@ def continued(path: Path, now: dict[str, Any]) -> dict[str, Any]:
     """Return the record in ``path``, to replace runs of ``now``.
 
     Raises:
-        ValueError: not a record, or one of other settings or other versions of the packages.
+        UsageError: not a record, or one of other settings or other versions of the packages.
     """
     try:
         before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"again needs a record in json, got {path}: {error}") from error
+        raise UsageError(f"--again needs a record in --json, got {path}: {error}") from error
     for what in ("settings", "versions"):
         if before.get(what) != now[what]:
-            raise ValueError(
-                f"again needs the {what} of the record, {before.get(what)}, got {now[what]}"
+            raise UsageError(
+                f"--again needs the {what} of the record, {before.get(what)}, got {now[what]}"
             )
     return before
 
@@ -266,26 +262,27 @@ def versions() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run and compare; the exit code is 1 if a run failed."""
+    """Run and compare; exit code 0 done, 1 a run failed, 2 wrong input."""
     from benchmark.environment import environment
 
     begin = time.monotonic()
     arguments = parse_arguments(argv)
-    names = ["steps", "batch_size", "sequence_length", "learning_rate", "warmup_steps", "seed"]
-    names += ["dtype", "loss", "data", "processes"]
     where = environment(arguments.commit)
+    names = [name for name in SHARED if name not in ("model", "device")]
+    settings = {name: getattr(arguments, name) for name in (*names, "batch_size", "processes")}
     record: dict[str, Any] = {
         "part": PART,
         "environment": where,
         "versions": versions(),
-        "settings": {
-            "model": Path(arguments.model).name,
-            **{name: getattr(arguments, name) for name in names},
-        },
+        "settings": {"model": Path(arguments.model).name, **settings},
         "rows": [],
     }
     if arguments.again:
-        record = continued(arguments.json, record)
+        try:
+            record = continued(arguments.json, record)
+        except UsageError as error:
+            print(f"compare_processes.py: error: {error}", file=sys.stderr)
+            return 2
     done = []
     for name in arguments.ways:
         left = arguments.time_limit - (time.monotonic() - begin)

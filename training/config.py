@@ -153,7 +153,7 @@ class TrainConfig:
         may_change=True,
     )
     keep_checkpoints: int = setting(
-        2, "newest checkpoints to keep, besides the best", least=1, may_change=True
+        2, "newest checkpoints to keep, in addition to the best", least=1, may_change=True
     )
     tensorboard: bool = setting(True, "write curves to OUTPUT/tensorboard", may_change=True)
     export: bool = setting(
@@ -186,7 +186,7 @@ class TrainConfig:
 
     @property
     def evaluates(self) -> bool:
-        """Whether there is held-out data."""
+        """True if there is held-out data."""
         return self.eval_data is not None or self.eval_fraction > 0
 
     def decisive(self) -> dict[str, Any]:
@@ -236,6 +236,8 @@ def _check(name: str, value: Any, limits: Any) -> None:
 
 def check_output(output: Path) -> None:
     """Raise ``UsageError`` unless ``output`` is a folder or can be made one."""
+    if not output.name:
+        raise UsageError(f"--output must name a folder, got {str(output)!r}")
     try:
         existing = next(p for p in (output, *output.absolute().parents) if os.path.lexists(p))
         if not existing.is_dir():

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +46,7 @@ class Document:
     prompt: str | tuple[Message, ...] = ""
     """Precedes the text or the messages; no loss is computed for it."""
     where: str = field(default="data", compare=False)
-    """Where it comes from, for errors."""
+    """Its origin, for errors."""
 
 
 def documents(
@@ -201,24 +200,27 @@ def _read_dataset(
     looks_like_a_path = path.suffix.lower() in suffixes or source[0] in "/.~" or "\\" in source
     if looks_like_a_path and not kind:
         raise FileNotFoundError(problem)  # asking a hub takes long
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
-        from datasets import load_dataset
+        import datasets
     except ImportError as error:
         raise FileNotFoundError(f"{problem}, and `datasets` is not installed") from error
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised as well
     name, _, configuration = source.partition(":")
     try:
         if kind:
-            dataset = load_dataset(kind, data_files=source, streaming=streaming)
+            dataset = datasets.load_dataset(kind, data_files=source, streaming=streaming)
             split = "train"  # the one that datasets makes of files
         else:
-            dataset = load_dataset(name, configuration or None, streaming=streaming)
+            dataset = datasets.load_dataset(name, configuration or None, streaming=streaming)
     except Exception as error:  # datasets and the hub client have no common class of errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(f"{problem}, and `datasets` says: {reason}") from error
     if split not in dataset:
         raise ValueError(f"{what} has the splits {', '.join(dataset)}, got {split!r}")
     columns = dataset[split].column_names
+    if columns is not None and "__index_level_0__" in columns:
+        raise ValueError(f"{what} has rows with more fields than the header")
     default = {"messages", "conversations", "prompt"} if column == "text" else set()
     # A stream may not know its columns.
     if columns is not None and not {column, *default} & set(columns):

@@ -45,9 +45,9 @@ MEMORY_TOKENS = 4096
 
 HOW = {
     "cuda": "torch.cuda.max_memory_allocated less the memory allocated before",
-    "cpu": "every allocation and release of PyTorch's allocator, from torch.profiler",
+    "cpu": "every allocation and release that torch.profiler records",
 }
-"""How the peak is measured, by device type."""
+"""Measurement of the peak, by device type."""
 
 SETTINGS = (
     "model", "data", "data_split", "data_column", "steps", "batch_size", "sequence_length",

@@ -42,7 +42,7 @@ def check_fit(model: Any, config: TrainConfig, data: Any) -> Iterator[str]:
     tries = config.deepspeed is None  # ZeRO-3 has spread the weights already
     if config.config_override and tries:
         try:
-            _compute(model, min(TRIAL, known or TRIAL))
+            _compute(model, min(TRIAL, known or TRIAL), training=True)
         except Exception as error:  # whatever the model's code and PyTorch raise
             raise UsageError(
                 f"--config-override {' '.join(config.config_override)} gives a model that cannot "
@@ -51,7 +51,7 @@ def check_fit(model: Any, config: TrainConfig, data: Any) -> Iterator[str]:
     if known is not None and longest > known:
         if tries:
             try:
-                _compute(model, longest)
+                _compute(model, longest, training=False)
             except Exception as error:  # as above: an index out of range, most often
                 raise UsageError(
                     f"--sequence-length must be at most the {known} positions of the model, got "
@@ -78,12 +78,11 @@ def _longest(data: Any, config: TrainConfig) -> int:
     )
 
 
-@torch.no_grad()
-def _compute(model: Any, length: int) -> None:
-    training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    with torch.random.fork_rng():
+def _compute(model: Any, length: int, training: bool) -> None:
+    """Run ``model`` on ``length`` tokens; no weight and no random number of the run changes."""
+    before, device = model.training, next(model.parameters()).device
+    model.train(training)
+    with torch.random.fork_rng(), torch.set_grad_enabled(training):
         hidden = hidden_states(model, torch.zeros(1, length, dtype=torch.int64, device=device))
         model.get_output_embeddings()(hidden[:, -1:])
-    model.train(training)
+    model.train(before)

@@ -78,7 +78,14 @@ def load_model(
             if other is not None:
                 config.vocab_size = len(tokenizer)
             override_config(config, overrides)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            try:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            except Exception as error:  # as in _named
+                if not overrides:
+                    raise
+                raise ConfigError(
+                    f"--config-override {' '.join(overrides)} gives no model: {in_one_line(error)}"
+                ) from error
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     if options:
@@ -105,7 +112,9 @@ def _named(flag: str, source: str | None, path: Path) -> Iterator[None]:
 
 def in_one_line(error: BaseException, longest: int = 300) -> str:
     """Return the message of ``error`` without line breaks, cut at ``longest`` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, LookupError):  # those show no more than what they looked up
+        text = f"{type(error).__name__} {text}"
     return text if len(text) <= longest else text[: longest - 4] + " ..."
 
 

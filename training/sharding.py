@@ -1,4 +1,4 @@
-"""What FSDP2 and DeepSpeed are told about the precision of a run."""
+"""Set the precision of a run for FSDP2 and DeepSpeed."""
 
 import importlib.metadata
 import json
@@ -14,7 +14,7 @@ AUTOCAST_SINCE = (0, 17, 2)
 
 
 def deepspeed_settings(file: str, dtype: str) -> tuple[dict[str, Any], bool]:
-    """The configuration of DeepSpeed in ``file``, and whether it leaves bfloat16 to the Trainer.
+    """Read the configuration of DeepSpeed in ``file``; tell if it leaves bfloat16 to the Trainer.
 
     A ``torch_autocast`` that is enabled ``"auto"`` is enabled for ``dtype`` ``"autocast"``:
     the optimizer's weights are float32 from the start then, as on one GPU. With ``bf16``,
@@ -58,7 +58,7 @@ def _deepspeed_version() -> tuple[int, ...] | None:
 
 
 def set_precision(arguments: Any, dtype: str) -> None:
-    """Tell FSDP2 what to compute in; under it accelerate does not switch autocast on.
+    """Set the dtypes of FSDP2, under which accelerate does not enable autocast.
 
     For ``"autocast"`` float32 weights are gathered, and computed with, in bfloat16. Left to itself
     accelerate would round the loss and the sums of the gradients to bfloat16 as well.

@@ -86,7 +86,10 @@ def set_up(config: TrainConfig) -> Run:
     except RuntimeError as error:
         raise UsageError(f"--loss {config.loss}: {error}") from error
     if source is not None:
-        verify_checkpoint(source)
+        try:
+            verify_checkpoint(source)
+        except CheckpointError as error:
+            raise UsageError(f"--resume: {error}") from error
         if config.epochs is None:
             check_same_run(config.decisive(), source)
             check_steps(config, source)

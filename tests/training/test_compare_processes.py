@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 
 import pytest
@@ -122,7 +123,7 @@ def test_one_process_and_two_have_the_same_losses(model_folder, text_file, tmp_p
         assert max(found) < 1e-5
 
 
-def test_runs_that_are_done_again_replace_their_own(tmp_path, monkeypatch):
+def test_runs_that_are_done_again_replace_their_own(tmp_path, capsys, monkeypatch):
     fails = [sys.executable, "-c", "raise SystemExit(2)"]
     monkeypatch.setattr(compare_processes, "command", lambda *_: fails)
     path = tmp_path / "record.json"
@@ -139,18 +140,17 @@ def test_runs_that_are_done_again_replace_their_own(tmp_path, monkeypatch):
     text = table(written)
     assert "commit def: one GPU." in text
     assert text.index("| one GPU |") < text.index("| one GPU, the batch in parts |")
-    with pytest.raises(
-        ValueError, match=r"again needs the settings of .*'processes': 2.*'processes': 4"
-    ):
-        main([*start, "one", "--commit", "def", "--again", "--processes", "4"])
-    broken = tmp_path / "broken.json"
-    for text in (None, "{"):
-        if text is not None:
-            broken.write_text(text)
-        with pytest.raises(ValueError, match=r"again needs a record in json, got .*broken\.json"):
-            main([*start[:2], "--json", str(broken), "--ways", "one", "--again"])
-    with pytest.raises(ValueError, match=r"again needs the settings of .*'seed': 0.*'seed': 1"):
-        main([*start, "one", "--commit", "def", "--again", "--seed", "1"])
+    wrong = [
+        (["--processes", "4"], r"--again needs the settings of .*'processes': 2.*'processes': 4"),
+        (["--seed", "1"], r"--again needs the settings of .*'seed': 0.*'seed': 1"),
+        (["--json", str(tmp_path / "none.json")], r"--again needs a record in --json, got .*none"),
+    ]
+    (tmp_path / "broken.json").write_text("{")
+    wrong.append((["--json", str(tmp_path / "broken.json")], "--again needs a record in --json"))
+    for changed, message in wrong:
+        assert main([*start, "one", "--commit", "def", "--again", *changed]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert json.loads(path.read_text()) == written
 
 
 def test_a_run_that_fails_is_on_record(tmp_path):

@@ -88,6 +88,16 @@ def test_settings_out_of_range(changed, message):
             ["--from-scratch", "--config-override", "num_attention_heads=7"],
             "--config-override num_attention_heads=7 gives a model that cannot compute: ",
         ),
+        (
+            ["--from-scratch", "--config-override", "attention_dropout=2"],
+            "--config-override attention_dropout=2 gives a model that cannot compute: dropout",
+        ),
+        (
+            ["--from-scratch", "--config-override", "hidden_act=nope"],
+            "--config-override hidden_act=nope gives no model: KeyError 'nope'",
+        ),
+        (["--resume", "."], "--resume: checkpoint . is damaged: manifest.json is missing"),
+        (["--output", ""], "--output must name a folder, got '.'"),
         (["--from-scratch", "--config-override", "vocab_size=50"], "embedding of --model has 50"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -161,6 +171,8 @@ class TestText:
 
         module = types.ModuleType("datasets")
         module.load_dataset = load_dataset
+        module.disable_progress_bars = lambda: None
+        module.logging = types.SimpleNamespace(set_verbosity=lambda _: None, CRITICAL=50)
         monkeypatch.setitem(sys.modules, "datasets", module)
 
     @pytest.mark.usefixtures("fake_datasets")

@@ -104,6 +104,15 @@ class TestDocuments:
         with pytest.raises(ValueError, match=r"has the columns text, title, got 'body'"):
             list(documents(str(path), column="body"))
 
+    def test_a_comma_that_is_not_quoted_loses_no_text(self, tmp_path, monkeypatch):
+        """The first field would be taken for the name of the row."""
+        pytest.importorskip("datasets")
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        path = tmp_path / "rows.csv"
+        path.write_text("text\nfirst, second\nthird, fourth\n")
+        with pytest.raises(ValueError, match="rows with more fields than the header"):
+            list(documents(str(path)))
+
     @pytest.mark.parametrize("suffix", [".tsv", ".jsonl.gz", ".XLSX"])
     def test_other_formats_are_refused_not_read_as_text(self, tmp_path, suffix):
         path = tmp_path / f"rows{suffix}"

@@ -1,4 +1,4 @@
-"""What a run says of itself, how it is resumed, and what it leaves when it ends early."""
+"""A run describes itself, resumes as documented, and leaves its losses however it ends."""
 
 import csv
 import io
