@@ -7,13 +7,14 @@ Legend: B sequences, T tokens each, D features.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cut_cross_entropy import linear_cross_entropy
+from cut_cross_entropy.options import ImplName
 
 FULL = "full"
 """Name of the loss from the model's own logits."""
@@ -79,7 +80,7 @@ class CutLogits(FullLogits):
         IdlePatchError: by a call, if the loss came from full logits all the same.
     """
 
-    def __init__(self, impl: str) -> None:
+    def __init__(self, impl: ImplName) -> None:
         self.impl = impl
 
     def prepare(self, model: Any) -> None:
@@ -124,7 +125,7 @@ class CutLogits(FullLogits):
     def head(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
         """See :class:`FullLogits`."""
         output = model.get_output_embeddings()
-        return linear_cross_entropy(  # type: ignore[return-value,unused-ignore]
+        return linear_cross_entropy(
             hidden, output.weight, labels, bias=output.bias, shift=True, impl=self.impl
         )
 
@@ -148,7 +149,7 @@ def make_loss(name: str, device: torch.device) -> FullLogits:
     """
     if name == FULL:
         return FullLogits()
+    impl = cast(ImplName, name)  # the call checks it
     one = torch.ones(1, 1, device=device)
-    target = torch.zeros(1, dtype=torch.int64, device=device)
-    linear_cross_entropy(one, one, target, impl=name)
-    return CutLogits(name)
+    linear_cross_entropy(one, one, torch.zeros(1, dtype=torch.int64, device=device), impl=impl)
+    return CutLogits(impl)

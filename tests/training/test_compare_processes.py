@@ -153,11 +153,27 @@ def test_runs_that_are_done_again_replace_their_own(tmp_path, capsys, monkeypatc
     assert json.loads(path.read_text()) == written
 
 
-def test_a_run_that_fails_is_on_record(tmp_path):
+def test_a_run_that_fails_is_on_record(tmp_path, monkeypatch):
+    fails = [sys.executable, "-c", "raise SystemExit('there is no such file')"]
+    monkeypatch.setattr(compare_processes, "command", lambda *_: fails)
     path = tmp_path / "record.json"
-    code = main(["--model", str(tmp_path / "x.gguf"), "--ways", "one", "--json", str(path)])
-    assert code == 1
+    assert main(["--ways", "one", "--json", str(path)]) == 1
     (only,) = json.loads(path.read_text())["rows"]
-    assert only["exit_code"] == 2
+    assert only["exit_code"] == 1
     assert only["losses"] == []
     assert "there is no such file" in only["output"]
+
+
+def test_a_run_that_takes_too_long_keeps_the_losses_it_has(tmp_path, monkeypatch):
+    program = (
+        "import pathlib, sys, time; folder = pathlib.Path(sys.argv[1])\n"
+        "(folder / 'losses.csv').write_text('step,loss\\n1,2.5\\n'); time.sleep(60)"
+    )
+    monkeypatch.setattr(
+        compare_processes, "command", lambda *given: [sys.executable, "-c", program, str(given[2])]
+    )
+    path = tmp_path / "record.json"
+    assert main(["--ways", "one", "parts", "--time-limit", "1", "--json", str(path)]) == 1
+    (only,) = json.loads(path.read_text())["rows"]
+    assert only["exit_code"] is None
+    assert only["losses"] == [2.5]

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -269,17 +268,3 @@ class TestCommandLine:
         assert "--steps" not in said[0]
         assert said[0].endswith("--epochs 3\n")
         assert "--steps 1000 " in said[1]
-
-
-def test_a_plain_start_does_not_mention_deepspeed(arguments, tmp_path):
-    """In a process of its own: libraries speak up when they are imported."""
-    done = subprocess.run(
-        [sys.executable, "training/train.py", *arguments, "--warmup-steps", "0", "--steps", "1"],
-        cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stderr == ""
-    assert "accelerator" not in done.stdout
