@@ -1,11 +1,17 @@
 """Cross-entropy of ``e @ c.T`` without the logits: memory for a vocabulary of any size."""
 
+from typing import TYPE_CHECKING, Any
+
 from cut_cross_entropy.distributed.options import DataParallelOptions, VocabParallelOptions
 from cut_cross_entropy.filter_report import FilterRecord, record_filter
 from cut_cross_entropy.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from cut_cross_entropy.options import LinearCrossEntropyImpl
+from cut_cross_entropy.utils import compute_z_loss, recommend_c_grad_chunk_size
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from cut_cross_entropy.transformers.patch import cce_patch as cce_patch
+
+__version__ = "26.12.0"
 
 __all__ = [
     "DataParallelOptions",
@@ -14,6 +20,20 @@ __all__ = [
     "LinearCrossEntropyImpl",
     "VocabParallelOptions",
     "__version__",
+    "compute_z_loss",
     "linear_cross_entropy",
+    "recommend_c_grad_chunk_size",
     "record_filter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "cce_patch":  # imported when it is asked for: transformers is optional
+        from importlib import import_module
+
+        return import_module("cut_cross_entropy.transformers").cce_patch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "cce_patch"])

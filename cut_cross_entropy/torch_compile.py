@@ -8,8 +8,15 @@ from cut_cross_entropy.linear_cross_entropy import linear_cross_entropy
 
 
 def torch_compile_linear_cross_entropy(
-    e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None, *args: Any, **options: Any
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | int | None = None,
+    *args: Any,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`linear_cross_entropy` with ``impl="torch_compile"``."""
     options["impl"] = "torch_compile"
-    return linear_cross_entropy(e, c, targets, bias, *args, **options)
+    result: Tensor | tuple[Tensor, Tensor]
+    result = linear_cross_entropy(e, c, targets, bias, *args, **options)
+    return result

@@ -3,9 +3,28 @@
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.compatibility import (
+    TensorInfo,
+    handle_reduction_none,
+    recommend_c_grad_chunk_size,
+    to_full_tensor,
+)
+from cut_cross_entropy.compatibility import build_flat_valids as _build_flat_valids
+from cut_cross_entropy.compatibility import handle_eps as _handle_eps
 from cut_cross_entropy.constants import IGNORE_INDEX
 from cut_cross_entropy.options import Reduction
 from cut_cross_entropy.validation import check_reduction, check_shift
+
+__all__ = [
+    "TensorInfo",
+    "_build_flat_valids",
+    "_handle_eps",
+    "compute_z_loss",
+    "handle_reduction_none",
+    "recommend_c_grad_chunk_size",
+    "softcapping",
+    "to_full_tensor",
+]
 
 
 def softcapping(logits: Tensor, softcap: float) -> Tensor:

@@ -1,13 +1,26 @@
 """``cce_patch``: any language model of transformers, without its logits."""
 
+import inspect
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any, overload
+from importlib import import_module
+from inspect import Parameter
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET
-from cut_cross_entropy.options import LCE_IMPL_DEFAULT, LinearCrossEntropyImpl
+from cut_cross_entropy.device_support import kernels_unavailable
+from cut_cross_entropy.options import (
+    KERNEL_IMPLS,
+    LCE_IMPL_DEFAULT,
+    FilterEps,
+    ImplName,
+    LinearCrossEntropyImpl,
+    Reduction,
+    check_chunk_size,
+)
 from cut_cross_entropy.transformers import install
 from cut_cross_entropy.transformers.registry import (
     classes_of_type,
@@ -17,6 +30,10 @@ from cut_cross_entropy.transformers.registry import (
     takes_labels,
 )
 from cut_cross_entropy.transformers.utils import PatchOptions, TransformersModelT
+from cut_cross_entropy.validation import explains_unknown_keywords
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 AXOLOTL_CCE_FORK = True
 """Tells axolotl that every model type it may ask for is supported."""
@@ -24,47 +41,45 @@ AXOLOTL_CCE_FORK = True
 PatchFunction = Callable[..., Any]
 
 
+class PatchKeywords(TypedDict, total=False):
+    """Options of :func:`cce_patch` as keywords."""
+
+    filter_eps: FilterEps
+    accum_e_fp32: bool
+    accum_c_fp32: bool
+    filter_e_grad: bool
+    filter_c_grad: bool
+    train_only: bool
+    remote_model_id: str | None
+    memory_budget: int
+    filter_mass: float | None
+    c_grad_chunk_size: int
+
+
 @overload
 def cce_patch(
     model_or_type: TransformersModelT,
-    impl: str | LinearCrossEntropyImpl = ...,
-    reduction: str = ...,
-    filter_eps: float | str | None = ...,
-    accum_e_fp32: bool = ...,
-    accum_c_fp32: bool = ...,
-    filter_e_grad: bool = ...,
-    filter_c_grad: bool = ...,
-    train_only: bool = ...,
-    remote_model_id: str | None = ...,
-    *,
-    memory_budget: int = ...,
-    filter_mass: float | None = ...,
+    impl: ImplName | LinearCrossEntropyImpl = ...,
+    reduction: Reduction = ...,
+    **options: "Unpack[PatchKeywords]",
 ) -> TransformersModelT: ...
 
 
 @overload
 def cce_patch(
     model_or_type: str | PretrainedConfig,
-    impl: str | LinearCrossEntropyImpl = ...,
-    reduction: str = ...,
-    filter_eps: float | str | None = ...,
-    accum_e_fp32: bool = ...,
-    accum_c_fp32: bool = ...,
-    filter_e_grad: bool = ...,
-    filter_c_grad: bool = ...,
-    train_only: bool = ...,
-    remote_model_id: str | None = ...,
-    *,
-    memory_budget: int = ...,
-    filter_mass: float | None = ...,
+    impl: ImplName | LinearCrossEntropyImpl = ...,
+    reduction: Reduction = ...,
+    **options: "Unpack[PatchKeywords]",
 ) -> None: ...
 
 
+@explains_unknown_keywords
 def cce_patch(
     model_or_type: Any,
-    impl: str | LinearCrossEntropyImpl = LCE_IMPL_DEFAULT,
-    reduction: str = "mean",
-    filter_eps: float | str | None = "auto",
+    impl: ImplName | LinearCrossEntropyImpl = LCE_IMPL_DEFAULT,
+    reduction: Reduction = "mean",
+    filter_eps: FilterEps = "auto",
     accum_e_fp32: bool = False,
     accum_c_fp32: bool = False,
     filter_e_grad: bool = True,
@@ -74,6 +89,7 @@ def cce_patch(
     *,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     filter_mass: float | None = None,
+    c_grad_chunk_size: int = 0,
 ) -> Any:
     """Compute the loss of a language model without its logits.
 
@@ -81,31 +97,40 @@ def cce_patch(
     ``linear_cross_entropy``. In training ``outputs.logits`` is None; in evaluation it is a tensor
     that computes itself when it is used. Calls without labels are not touched.
 
+    Examples:
+        >>> model = cce_patch(model)  # doctest: +SKIP
+        >>> cce_patch("llama")  # every Llama of this process  # doctest: +SKIP
+
     Args:
         model_or_type: a model, also inside PEFT, DDP or ``torch.compile``; or a model type such as
             ``"llama"`` or a config, for all models of that type in this process.
-        impl: see ``linear_cross_entropy``, and so for the options of the filter.
+        impl: an implementation by name or enum member, see ``linear_cross_entropy``. Refused at
+            once if it cannot run where the model is and the machine has no other place for it.
         reduction: ``"mean"``, or ``"sum"`` or ``"none"`` instead of what the model asks for. A
             causal model with ``"none"`` returns (B, T - 1) losses.
-        filter_eps: as there.
-        accum_e_fp32: as there.
-        accum_c_fp32: as there.
-        filter_e_grad: as there.
-        filter_c_grad: as there.
+        filter_eps: fraction of the gradient that the kernels may skip: None, ``"auto"``,
+            ``"high"`` or a float from 0 to 1, see ``linear_cross_entropy``.
+        accum_e_fp32: accepted for compatibility; gradients are always accumulated in float32.
+        accum_c_fp32: as ``accum_e_fp32``.
+        filter_e_grad: whether the filter may apply to the gradient of the hidden states.
+        filter_c_grad: whether the filter may apply to the gradient of the head.
         train_only: leave calls in evaluation mode alone.
-        remote_model_id: the repository or folder whose own code defines the model type. That code
-            runs.
-        memory_budget: as there, bytes.
-        filter_mass: as there.
+        remote_model_id: repository or folder whose own code defines the model type; without code
+            of its own, the classes of transformers are patched. That code runs.
+        memory_budget: bytes of scratch memory beyond results and accumulators.
+        filter_mass: upper bound of the probability that the filter may replace, in [0, 1]; None
+            sets no bound.
+        c_grad_chunk_size: accepted for compatibility; ``memory_budget`` bounds scratch memory.
 
     Returns:
         ``model_or_type`` itself if it is a model, patched in place; None for a type or a config.
 
     Raises:
-        RuntimeError: a model type that the installed transformers does not know, or a model whose
-            forward takes no labels.
+        RuntimeError: a model type that the installed transformers does not know, a model whose
+            forward takes no labels, or an ``impl`` that cannot run on this machine.
         TypeError, ValueError: an argument of the wrong type, or out of range.
     """
+    check_chunk_size(c_grad_chunk_size)
     options = PatchOptions(
         impl,
         reduction,
@@ -119,15 +144,74 @@ def cce_patch(
         filter_mass=filter_mass,
     )
     if isinstance(model_or_type, nn.Module):
-        model_type = getattr(
-            getattr(language_model(model_or_type), "config", None), "model_type", ""
-        )
+        model = language_model(model_or_type)
+        model_type = getattr(getattr(model, "config", None), "model_type", "")
+        _refuse_where_nothing_can_run(options.impl, model)
     else:
         model_type = _type_name(model_or_type)
-    patch_function = PATCH_FNS.assigned.get(model_type, patch_any)
-    if remote_model_id is None:
-        return patch_function(model_or_type, options)
-    return patch_function(model_or_type, options, remote_model_id=remote_model_id)
+    patch_function = _imported(model_type, PATCH_FNS.assigned.get(model_type, patch_any))
+    return _call(patch_function, model_or_type, options, remote_model_id)
+
+
+def _refuse_where_nothing_can_run(impl: Any, model: nn.Module) -> None:
+    """Refuse kernels for a model that this machine has no place for.
+
+    Raises:
+        RuntimeError: they can run neither where the model is nor on a GPU.
+    """
+    if impl not in KERNEL_IMPLS:
+        return
+    devices = {parameter.device for parameter in model.parameters()}
+    places = devices | ({torch.device("cuda")} if torch.cuda.is_available() else set())
+    if "meta" in {place.type for place in places}:
+        return
+    reasons = [kernels_unavailable(place) for place in places]
+    if reasons and all(reasons):
+        raise RuntimeError(
+            f"impl={impl!r} cannot run on this machine: {reasons[0]}. "
+            "Use impl='auto', 'chunked', 'torch_compile' or 'reference'"
+        )
+
+
+def _imported(model_type: str, entry: PatchFunction | tuple[str, str]) -> PatchFunction:
+    """The function that an entry of :data:`PATCH_FNS` names.
+
+    Raises:
+        RuntimeError: a pair that does not name a function.
+    """
+    if callable(entry):
+        return entry
+    try:
+        module, name = entry
+        function: PatchFunction = getattr(import_module(module), name)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise RuntimeError(
+            f"PATCH_FNS[{model_type!r}] must be a function or a pair (module, function), "
+            f"got {entry!r}"
+        ) from error
+    return function
+
+
+def _call(
+    function: PatchFunction, model_or_type: Any, options: PatchOptions, remote_model_id: str | None
+) -> Any:
+    """Call a function of :data:`PATCH_FNS` with as many arguments as it takes."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # a function without a Python signature
+        return function(model_or_type, options)
+    named = {p.name: p.kind for p in parameters}
+    kinds = list(named.values())
+    if named.get("remote_model_id", Parameter.POSITIONAL_ONLY) is not Parameter.POSITIONAL_ONLY:
+        return function(model_or_type, options, remote_model_id=remote_model_id)
+    positional = sum(
+        kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds
+    )
+    if positional > 2 or Parameter.VAR_POSITIONAL in kinds:
+        return function(model_or_type, options, remote_model_id)
+    if Parameter.VAR_KEYWORD in kinds:
+        return function(model_or_type, options, remote_model_id=remote_model_id)
+    return function(model_or_type, options)
 
 
 def cce_unpatch(model_or_type: Any) -> Any:
@@ -151,6 +235,9 @@ def cce_unpatch(model_or_type: Any) -> Any:
 def is_patched(model_or_type: Any) -> bool:
     """Whether a model computes its loss without logits, or all models of a type do.
 
+    A patched model does not make its type patched: ``is_patched("llama")`` is True only after
+    ``cce_patch("llama")``, while other models of that type may have patches of their own.
+
     Raises:
         RuntimeError: an unknown model type.
         TypeError: neither model, type nor config.
@@ -164,11 +251,11 @@ def is_patched(model_or_type: Any) -> bool:
 def patch_any(
     maybe_model: Any, patch_options: PatchOptions, remote_model_id: str | None = None
 ) -> Any:
-    """What :data:`PATCH_FNS` has for every type: one mechanism for all models.
+    """Patch any model or type: the entry of :data:`PATCH_FNS` for every type.
 
     Args:
         maybe_model: a model, a model type or a config.
-        patch_options: how to compute the loss.
+        patch_options: options of the loss.
         remote_model_id: see :func:`cce_patch`.
 
     Returns:
@@ -187,7 +274,7 @@ def patch_any(
         install.patch_instance(model, patch_options)
         return maybe_model
     if remote_model_id is not None:
-        classes = remote_classes(remote_model_id)
+        classes = remote_classes(remote_model_id, _type_name(maybe_model))
     else:
         classes = classes_of_type(_type_name(maybe_model))
     for cls in classes:
@@ -221,28 +308,29 @@ def _type_name(type_or_config: Any) -> str:
     )
 
 
-class PatchFunctions(MutableMapping[str, PatchFunction]):
+class PatchFunctions(MutableMapping[str, PatchFunction | tuple[str, str]]):
     """A function for every model type that the installed transformers knows.
 
-    An assigned function replaces the general one for its type. ``cce_patch`` calls it with the
-    model, type or config and the :class:`PatchOptions`, and with ``remote_model_id`` if it has one.
+    An assigned function, or a pair of the names of its module and itself, replaces the general one
+    for its type. ``cce_patch`` calls it with the model, type or config, the :class:`PatchOptions`,
+    and with ``remote_model_id``, which may be None, if the function takes it.
 
     Raises:
         KeyError: an unknown model type.
     """
 
     def __init__(self) -> None:
-        self.assigned: dict[str, PatchFunction] = {}
+        self.assigned: dict[str, PatchFunction | tuple[str, str]] = {}
 
-    def __getitem__(self, model_type: str) -> PatchFunction:
+    def __getitem__(self, model_type: str) -> PatchFunction | tuple[str, str]:
         if model_type in self.assigned:
             return self.assigned[model_type]
         if isinstance(model_type, str) and is_known(model_type):
             return patch_any
         raise KeyError(model_type)
 
-    def __setitem__(self, model_type: str, function: PatchFunction) -> None:
-        self.assigned[model_type] = function
+    def __setitem__(self, model_type: str, entry: PatchFunction | tuple[str, str]) -> None:
+        self.assigned[model_type] = entry
 
     def __delitem__(self, model_type: str) -> None:
         del self.assigned[model_type]

@@ -1,4 +1,4 @@
-"""Which classes of transformers a model type stands for."""
+"""The classes of transformers that a model type stands for."""
 
 import difflib
 import importlib
@@ -77,14 +77,15 @@ def classes_of_type(model_type: str) -> list[type[PreTrainedModel]]:
     return classes
 
 
-def remote_classes(remote_model_id: str) -> list[type[PreTrainedModel]]:
-    """The classes that a repository with its own modelling code defines.
+def remote_classes(remote_model_id: str, model_type: str) -> list[type[PreTrainedModel]]:
+    """The classes to patch for a repository, which may define them in its own code.
 
     Args:
         remote_model_id: repository id or folder, as ``from_pretrained`` takes it. Its code runs.
+        model_type: of the classes if the repository has no code of its own.
 
     Raises:
-        RuntimeError: its configuration names no class to patch.
+        RuntimeError: neither its configuration nor transformers names a class to patch.
     """
     from transformers import AutoConfig
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -97,10 +98,18 @@ def remote_classes(remote_model_id: str) -> list[type[PreTrainedModel]]:
             cls = get_class_from_dynamic_module(auto_map[auto_class], remote_model_id)
             if cls not in classes and takes_labels(cls):
                 classes.append(cls)
-    if not classes:
+    if not classes and not any(name in auto_map for name in REMOTE_CLASSES):
+        if is_known(model_type):
+            return classes_of_type(model_type)
         raise RuntimeError(
             f"remote_model_id must name a repository whose auto_map has one of "
-            f"{', '.join(REMOTE_CLASSES)}, got {remote_model_id!r} with {sorted(auto_map)}"
+            f"{', '.join(REMOTE_CLASSES)}, or model_or_type a type that transformers knows, got "
+            f"{remote_model_id!r} with {sorted(auto_map)} and {model_type!r}"
+        )
+    if not classes:
+        raise RuntimeError(
+            f"remote_model_id must name a repository with a model whose forward takes labels, got "
+            f"{remote_model_id!r} with {sorted(auto_map)}"
         )
     return classes
 

@@ -11,11 +11,16 @@ from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.linear_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.options import (
     LCE_IMPL_DEFAULT,
+    FilterEps,
+    ImplName,
     LinearCrossEntropyImpl,
+    Reduction,
     check_filter_eps,
     check_filter_mass,
+    check_flag,
     impl_name,
 )
+from cut_cross_entropy.transformers.notices import warn_once
 from cut_cross_entropy.validation import check_options
 
 TransformersModelT = TypeVar("TransformersModelT", bound=transformers.PreTrainedModel)
@@ -24,7 +29,7 @@ TransformersModelT = TypeVar("TransformersModelT", bound=transformers.PreTrained
 
 @dataclass(frozen=True)
 class PatchOptions:
-    """How a patched model computes its loss.
+    """Options of the loss of a patched model.
 
     Args:
         impl: an implementation of ``linear_cross_entropy``, by name or enum member.
@@ -44,9 +49,9 @@ class PatchOptions:
         ValueError: an unknown implementation or reduction, or another option out of range.
     """
 
-    impl: "str | LinearCrossEntropyImpl" = LCE_IMPL_DEFAULT
-    reduction: str = "mean"
-    filter_eps: float | str | None = "auto"
+    impl: ImplName | LinearCrossEntropyImpl = LCE_IMPL_DEFAULT
+    reduction: Reduction = "mean"
+    filter_eps: FilterEps = "auto"
     accum_e_fp32: bool = False
     accum_c_fp32: bool = False
     filter_e_grad: bool = True
@@ -61,6 +66,9 @@ class PatchOptions:
         check_options(IGNORE_INDEX, None, self.reduction, 0, self.memory_budget)
         check_filter_eps(self.filter_eps)
         check_filter_mass(self.filter_mass)
+        for option in fields(self):
+            if isinstance(option.default, bool):
+                check_flag(option.name, getattr(self, option.name))
         kwargs = asdict(self)
         del kwargs["train_only"]
         for option in fields(self):  # functions of other releases do not know those by keyword
@@ -69,7 +77,7 @@ class PatchOptions:
         object.__setattr__(self, "_kwargs", kwargs)  # every loss asks for it
 
     def to_kwargs(self) -> dict[str, Any]:
-        """The options that ``linear_cross_entropy`` takes: all but ``train_only``."""
+        """Return the options that ``linear_cross_entropy`` takes: all but ``train_only``."""
         return dict(self._kwargs)
 
     def use_lce(self, labels: Tensor | None, training: bool) -> bool:
@@ -95,20 +103,21 @@ def apply_lce(
         opts: how to compute the loss.
         bias: bias of the head.
         softcap: see ``linear_cross_entropy``.
-        loss_kwargs: what trainers hand to a loss. ``num_items_in_batch`` divides the sum when
+        loss_kwargs: further arguments of a trainer. ``num_items_in_batch`` divides the sum when
             ``opts.reduction`` is ``"mean"``; ``shift_labels`` are labels that are shifted already,
             ``ignore_index`` the label of tokens without a loss; others are ignored.
 
     Returns:
-        The loss: a scalar, or per token with ``reduction="none"``.
+        The loss: a scalar, or per token with ``reduction="none"``. 0 if ``num_items_in_batch`` is
+        0, with a warning where that can be seen without waiting for a GPU.
 
     Raises:
         TypeError, ValueError: as ``linear_cross_entropy``.
     """
     kwargs = opts.to_kwargs()
-    num_items = loss_kwargs.get("num_items_in_batch")
-    if kwargs["reduction"] != "mean":
-        num_items = None
+    num_items = None
+    if kwargs["reduction"] == "mean":
+        num_items = divisor(loss_kwargs.get("num_items_in_batch"))
     if num_items is not None:
         kwargs["reduction"] = "sum"
     if "ignore_index" in loss_kwargs:
@@ -128,3 +137,40 @@ def apply_lce(
     if num_items is None:
         return loss
     return loss / (num_items.to(loss.device) if torch.is_tensor(num_items) else num_items)
+
+
+ORIGINAL_APPLY_LCE = apply_lce
+"""What :func:`apply_lce` is here, for telling whether somebody has replaced it."""
+
+_SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def divisor(num_items: Any) -> Any:
+    """``num_items_in_batch`` as a divisor: a step without any label has the loss 0 / tiny = 0.
+
+    A sum of losses that is not 0 stays as far from a plausible mean as it is when divided by 0.
+
+    Args:
+        num_items: a number, a tensor of one element, or None.
+
+    Returns:
+        The same, but never 0.
+    """
+    if num_items is None:
+        return None
+    if not isinstance(num_items, Tensor):
+        if num_items == 0:
+            _warn_that_nothing_is_learned()
+        return max(num_items, _SMALLEST)
+    if num_items.device.type == "cpu" and not torch.compiler.is_compiling() and num_items == 0:
+        _warn_that_nothing_is_learned()
+    return num_items.clamp_min(_SMALLEST)
+
+
+def _warn_that_nothing_is_learned() -> None:
+    warn_once(
+        "num_items_in_batch",
+        "zero",
+        "a step has no token with a label, so its loss is 0 and nothing is learned from it. Are "
+        "all labels ignored or the answers cut off?",
+    )

@@ -328,6 +328,63 @@ def compiled_with_own_tokens(rank):
     torch.testing.assert_close(results[0], results[1])
 
 
+@case(*((impl, gather) for impl in PLAIN for gather in (False, True)))
+def nothing_to_learn_from(rank, impl, gather):
+    """Rows of one token, shifts beyond the end, no tokens at all, and only ignored ones."""
+    for leading, shift, ignored in (
+        ((3, 1), 1, 0.0),
+        ((2, 3), 5, 0.0),
+        ((0,), 0, 0.0),
+        ((2, 0), 1, 0.0),
+        ((2, 3), 0, 1.0),
+    ):
+        problem = make_problem(leading, classes=11, bias=True, ignored=ignored)
+        shards = VocabParallelOptions.from_vocab(11, gather_e=gather)
+        own = slice(shards.start, shards.stop)
+        inputs = problem.e, problem.c[own].clone(), problem.bias[own].clone()
+        e, c, bias = (x.requires_grad_() for x in inputs)
+        for reduction in ("mean", "sum", "none"):
+            loss, lse = linear_cross_entropy(
+                e,
+                c,
+                problem.targets,
+                bias,
+                shift=shift,
+                reduction=reduction,
+                return_lse=True,
+                impl=impl,
+                vocab_parallel_options=shards,
+            )
+            assert lse.shape == (*leading[:-1], max(leading[-1] - shift, 0))
+            assert torch.count_nonzero(loss) == torch.count_nonzero(lse) == 0
+            for grad in torch.autograd.grad(loss.sum() + lse.sum(), (e, c, bias)):
+                assert torch.count_nonzero(grad) == 0
+
+
+@case()
+def reductions_of_releases(rank):
+    """Results of each process's classes, put together by the functions of Apple's releases."""
+    from cut_cross_entropy.vocab_parallel import utils
+
+    logits = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    own = logits[:, 3 * rank : 3 * rank + 3]
+    torch.testing.assert_close(utils.vp_reduce_lse(own.logsumexp(1), None), logits.logsumexp(1))
+    targets = torch.tensor([0, 3, 7, 11, 5])
+    here = targets // 3 == rank
+    correct = torch.where(here, own.gather(1, (targets % 3)[:, None])[:, 0], 0)
+    total = utils.vp_reduce_correct_logit(correct, None, torch.float64)
+    torch.testing.assert_close(total, logits.gather(1, targets[:, None])[:, 0].double())
+    e = torch.ones(2, 3, requires_grad=True)
+    for reduce in (True, False):
+        options = VocabParallelOptions(0, 3, reduce_e_grad=reduce)
+        hooked = utils.vp_reduce_e_grad_hook(e, options)
+        # The gradient of the sum is one tensor for both terms, and only one of them is reduced.
+        other = torch.ones(2, 3, requires_grad=True)
+        grads = torch.autograd.grad(((hooked + other) * (rank + 1.0)).sum(), (e, other))
+        assert torch.equal(grads[0], torch.full((2, 3), 10.0 if reduce else rank + 1.0))
+        assert torch.equal(grads[1], torch.full((2, 3), rank + 1.0))
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     return outcomes_of(CASES, WORLD, tmp_path_factory, "vocab_parallel")

@@ -364,9 +364,15 @@ def test_remote_code_is_patched(tmp_path):
 
 
 def test_a_repository_without_a_language_model_is_refused(tmp_path):
-    transformers.LlamaConfig(**SIZES).save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="remote_model_id must name a repository"):
+    (tmp_path / "modeling_body.py").write_text(
+        "from transformers import LlamaModel\n\nclass Body(LlamaModel):\n    pass\n"
+    )
+    config = transformers.LlamaConfig(**SIZES)
+    config.auto_map = {"AutoModelForCausalLM": "modeling_body.Body"}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="a repository with a model whose forward takes labels"):
         cce_patch("llama", remote_model_id=str(tmp_path))
+    assert not is_patched("llama")
 
 
 def test_importing_the_package_does_not_import_transformers():

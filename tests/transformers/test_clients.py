@@ -1,0 +1,219 @@
+"""Calls of trainers and forks, written as they write them; axolotl's are those of its plugin."""
+
+import importlib
+import sys
+import types
+from functools import partial
+
+import pytest
+import torch
+import transformers
+
+from cut_cross_entropy.transformers import PatchOptions, call_count, cce_unpatch, is_patched
+from cut_cross_entropy.transformers.patch import PATCH_FNS, cce_patch
+from tests.transformers.models import assert_same_step, batch, llama, loss_and_grads
+
+
+@pytest.fixture
+def plain_folder(tmp_path):
+    """A checkpoint without code of its own."""
+    model = llama()
+    model.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.fixture
+def clean():
+    """Classes, assigned functions and module options as they were before."""
+    cls = transformers.LlamaForCausalLM
+    forward, assigned = cls.forward, dict(PATCH_FNS.assigned)
+    yield
+    cce_unpatch("llama")
+    cls.forward = forward
+    PATCH_FNS.assigned.clear()
+    PATCH_FNS.assigned.update(assigned)
+    module = sys.modules.get("cut_cross_entropy.transformers.llama")
+    if module is not None:
+        module._PATCH_OPTS = None
+
+
+# --- axolotl: trust_remote_code passes the base model, whatever it is
+
+
+def test_remote_model_id_of_a_model_without_code_of_its_own(plain_folder, clean):
+    assert cce_patch("llama", remote_model_id=plain_folder) is None
+    assert is_patched("llama")
+    model = llama()
+    loss_and_grads(model)
+    assert call_count(model) == 1
+
+
+def test_remote_model_id_of_an_unknown_type_without_code(plain_folder):
+    with pytest.raises(RuntimeError, match="or model_or_type a type that transformers knows"):
+        cce_patch("lama", remote_model_id=plain_folder)
+
+
+def test_axolotl_passes_options_by_keyword(clean):
+    """Only if the signature has them, which inspect.signature has to show."""
+    import inspect
+
+    from cut_cross_entropy import recommend_c_grad_chunk_size
+
+    assert "c_grad_chunk_size" in inspect.signature(cce_patch).parameters
+    chunk = recommend_c_grad_chunk_size(
+        num_tokens=4 * 1024, vocab_size=151936, hidden_size=4096, device=0
+    )
+    cce_patch("llama", remote_model_id=None, accum_c_fp32=True, c_grad_chunk_size=chunk)
+    assert is_patched("llama")
+    with pytest.raises(ValueError, match="c_grad_chunk_size must be >= 0, got -1"):
+        cce_patch("llama", c_grad_chunk_size=-1)
+
+
+# --- functions in PATCH_FNS
+
+
+def test_a_pair_of_names(monkeypatch, clean):
+    """As a hook for a model type with a module of its own assigns it."""
+    seen = []
+    module = types.ModuleType("client_patch")
+    module.patch_nemotron = lambda maybe_model, patch_options, remote_model_id=None: seen.append(
+        (maybe_model, patch_options.reduction, remote_model_id)
+    )
+    monkeypatch.setitem(sys.modules, "client_patch", module)
+    PATCH_FNS["nemotron_labs_diffusion"] = ("client_patch", "patch_nemotron")
+    assert "nemotron_labs_diffusion" in PATCH_FNS
+    assert PATCH_FNS["nemotron_labs_diffusion"] == ("client_patch", "patch_nemotron")
+    cce_patch("nemotron_labs_diffusion", reduction="sum")
+    cce_patch("nemotron_labs_diffusion", remote_model_id="folder")
+    assert seen == [
+        ("nemotron_labs_diffusion", "sum", None),
+        ("nemotron_labs_diffusion", "mean", "folder"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "entry", [("no_such_module", "f"), ("json", "no_such_function"), ("a",), 3]
+)
+def test_an_entry_that_names_no_function(entry, clean):
+    PATCH_FNS["t"] = entry
+    with pytest.raises(RuntimeError, match=r"PATCH_FNS\['t'\] must be a function or a pair"):
+        cce_patch("t")
+
+
+def two(maybe_model, patch_options):
+    return (maybe_model,)
+
+
+def required(maybe_model, patch_options, remote_model_id):
+    return (maybe_model, remote_model_id)
+
+
+def optional(maybe_model, patch_options, remote_model_id=None):
+    return (maybe_model, remote_model_id)
+
+
+def third_by_position(maybe_model, patch_options, source, /):
+    return (maybe_model, source)
+
+
+def by_keyword(maybe_model, patch_options, **kwargs):
+    return (maybe_model, kwargs["remote_model_id"])
+
+
+@pytest.mark.parametrize("remote", [None, "folder"])
+@pytest.mark.parametrize("function", [two, required, optional, third_by_position, by_keyword])
+def test_assigned_functions_get_what_they_take(function, remote, clean):
+    PATCH_FNS["t"] = function
+    expected = ("t",) if function is two else ("t", remote)
+    assert cce_patch("t", remote_model_id=remote) == expected
+    PATCH_FNS["t"] = partial(function)
+    assert cce_patch("t", remote_model_id=remote) == expected
+
+
+def test_axolotl_puts_the_llama_forward_on_another_class(clean):
+    """Its generic patch for types that are not in PATCH_FNS."""
+
+    def patch_generic(maybe_model, patch_options, remote_model_id: str | None, model_type: str):
+        import cut_cross_entropy.transformers.llama
+        from cut_cross_entropy.transformers.llama import cce_forward
+
+        module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+        cut_cross_entropy.transformers.llama._PATCH_OPTS = patch_options
+        module.LlamaForCausalLM.forward = cce_forward
+
+    assert "llama_like" not in PATCH_FNS
+    PATCH_FNS["llama_like"] = partial(patch_generic, model_type="llama")
+    model = llama()
+    expected = loss_and_grads(model)
+    cce_patch("llama_like", remote_model_id=None)
+    assert_same_step(expected, loss_and_grads(model))
+    assert call_count(model) == 1
+    assert model(**batch()).logits is None
+
+
+# --- names of Apple's modules
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama", "mistral", "phi3", "qwen2"])
+def test_modules_of_the_families(family):
+    module = importlib.import_module(f"cut_cross_entropy.transformers.{family}")
+    patch = getattr(module, f"patch_{family}")
+    assert module._PATCH_OPTS is None
+    options = PatchOptions(reduction="none")
+    try:
+        assert patch(family, options) is None
+        assert is_patched(family)
+        assert module._PATCH_OPTS is options
+    finally:
+        cce_unpatch(family)
+        module._PATCH_OPTS = None
+    if family == "llama":
+        model = llama()
+        assert patch(model, PatchOptions()) is model
+        assert is_patched(model)
+        module._PATCH_OPTS = None
+
+
+def test_forward_of_a_family_bound_to_a_model(clean):
+    from cut_cross_entropy.transformers import llama as llama_patch
+
+    model, other = llama(), llama()
+    expected = loss_and_grads(model)
+    other.forward = types.MethodType(llama_patch.cce_forward, other)
+    assert other(**batch()).logits is not None  # no options: the model's own forward
+    assert call_count(other) == 0
+    llama_patch._PATCH_OPTS = PatchOptions()
+    assert_same_step(expected, loss_and_grads(other))
+    assert call_count(other) == 1
+
+
+# --- where nothing can run
+
+
+def test_kernels_on_a_machine_without_a_place_for_them(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = llama()
+    with pytest.raises(RuntimeError, match=r"impl='cce' cannot run on this machine: .*cpu"):
+        cce_patch(model, impl="cce")
+    assert not is_patched(model)
+    with torch.device("meta"):  # not placed yet
+        assert is_patched(cce_patch(llama(), impl="cce"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert is_patched(cce_patch(model, impl="cce"))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"train_only": "yes"}, "train_only must be True or False, got 'yes'"),
+        ({"filter_e_grad": 1}, "filter_e_grad must be True or False, got 1"),
+        ({"reduction": "meen"}, "Did you mean 'mean'"),
+        ({"impl": "cee"}, "Did you mean 'cce'"),
+        ({"label_smoothing": 0.1}, "it is not supported; see docs/faq.md"),
+    ],
+)
+def test_options_are_checked_at_once(option, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        cce_patch("llama", **option)
+    assert not is_patched("llama")
