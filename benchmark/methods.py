@@ -43,7 +43,7 @@ class Method:
     title: str = ""
 
 
-def _ours(impl: str) -> Callable[[Problem], Loss]:
+def _ours(impl: Any) -> Callable[[Problem], Loss]:
     def build(problem: Problem) -> Loss:
         from cut_cross_entropy import linear_cross_entropy
 

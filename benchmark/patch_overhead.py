@@ -12,6 +12,7 @@ the thread had of the processor, so other work on the machine hardly adds to the
 import argparse
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,10 @@ def main() -> None:
     original = F.cross_entropy
 
     def cross_entropy(
-        features: Tensor, targets: Tensor, ignore_index: int, reduction: str
+        features: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        reduction: Literal["mean", "sum", "none"],
     ) -> Tensor:
         loss = linear_cross_entropy(
             features, weight, targets, ignore_index=ignore_index, reduction=reduction

@@ -72,7 +72,7 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_()
 
 
-def vocab_parallel(problem: Problem, impl: str, own: bool = False) -> Step:
+def vocab_parallel(problem: Problem, impl: Any, own: bool = False) -> Step:
     """Each process has the rows of its classes; with ``own`` tokens of its own as well."""
     options = VocabParallelOptions.from_vocab(problem.c.shape[0], gather_e=own)
     classes = slice(options.start, options.stop)
@@ -89,12 +89,12 @@ def vocab_parallel(problem: Problem, impl: str, own: bool = False) -> Step:
     return _step(loss, e, c, tokens, classes, shared=True)
 
 
-def sequence_parallel(problem: Problem, impl: str) -> Step:
+def sequence_parallel(problem: Problem, impl: Any) -> Step:
     """Vocabulary-parallel, with tokens of its own on each process."""
     return vocab_parallel(problem, impl, own=True)
 
 
-def tensor_parallel(problem: Problem, impl: str) -> Step:
+def tensor_parallel(problem: Problem, impl: Any) -> Step:
     """The classifier as a DTensor sharded by classes, as ``parallelize_module`` leaves it."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -110,7 +110,7 @@ def tensor_parallel(problem: Problem, impl: str) -> Step:
     return _step(loss, e, c, slice(0, e.shape[0]), None, shared=True)
 
 
-def tensor_parallel_logits(problem: Problem, impl: str) -> Step:
+def tensor_parallel_logits(problem: Problem, impl: Any) -> Step:
     """What PyTorch has for it: sharded full logits and ``loss_parallel``."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import loss_parallel
@@ -136,7 +136,7 @@ def tensor_parallel_logits(problem: Problem, impl: str) -> Step:
 class _Head(nn.Module):
     """An output layer that computes the loss in its forward."""
 
-    def __init__(self, problem: Problem, impl: str) -> None:
+    def __init__(self, problem: Problem, impl: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(problem.c.detach().clone())
         self.softcap, self.impl = problem.softcap, impl
@@ -148,7 +148,7 @@ class _Head(nn.Module):
         return loss
 
 
-def _fully_sharded(problem: Problem, impl: str, mesh: Any, inside: bool) -> Step:
+def _fully_sharded(problem: Problem, impl: Any, mesh: Any, inside: bool) -> Step:
     from torch.distributed.fsdp import fully_shard
 
     head = _Head(problem, impl)
@@ -166,25 +166,25 @@ def _fully_sharded(problem: Problem, impl: str, mesh: Any, inside: bool) -> Step
     return _step(loss, e, head.weight, tokens, None, shared=False)
 
 
-def fsdp(problem: Problem, impl: str) -> Step:
+def fsdp(problem: Problem, impl: Any) -> Step:
     """FSDP2, the loss in the forward of the module that holds the classifier."""
     mesh = _mesh(problem, ("dp_shard", dist.get_world_size()))
     return _fully_sharded(problem, impl, mesh, inside=True)
 
 
-def fsdp_outside(problem: Problem, impl: str) -> Step:
+def fsdp_outside(problem: Problem, impl: Any) -> Step:
     """FSDP2, the loss outside of that forward, where the classifier is a DTensor."""
     mesh = _mesh(problem, ("dp_shard", dist.get_world_size()))
     return _fully_sharded(problem, impl, mesh, inside=False)
 
 
-def hsdp(problem: Problem, impl: str) -> Step:
+def hsdp(problem: Problem, impl: Any) -> Step:
     """The same, sharded over half of the processes and replicated over two halves."""
     mesh = _mesh(problem, ("dp_replicate", 2), ("dp_shard", dist.get_world_size() // 2))
     return _fully_sharded(problem, impl, mesh, inside=False)
 
 
-def data_parallel(problem: Problem, impl: str) -> Step:
+def data_parallel(problem: Problem, impl: Any) -> Step:
     """DistributedDataParallel: every process has the whole classifier."""
     ids = [problem.e.device.index] if problem.e.device.type == "cuda" else None
     head = _Head(problem, impl)
@@ -195,7 +195,7 @@ def data_parallel(problem: Problem, impl: str) -> Step:
     return _step(lambda: wrapped(e, targets), e, head.weight, tokens, classes, shared=False)
 
 
-def one_gpu(problem: Problem, impl: str) -> Step:
+def one_gpu(problem: Problem, impl: Any) -> Step:
     """No processes to share with: all tokens and classes of the problem here."""
     e, c = _leaf(problem.e), _leaf(problem.c)
 
@@ -207,7 +207,7 @@ def one_gpu(problem: Problem, impl: str) -> Step:
     return _step(loss, e, c, slice(0, len(e)), slice(0, len(c)), shared=True)
 
 
-def one_gpu_logits(problem: Problem, impl: str) -> Step:
+def one_gpu_logits(problem: Problem, impl: Any) -> Step:
     """The same with full logits, in the operations of :func:`tensor_parallel_logits`."""
     e, c = _leaf(problem.e), _leaf(problem.c)
 
