@@ -290,7 +290,9 @@ def _per_token(
     if shards is not None and shards.gather_e:
         values = own_tokens(values, group_name(shards.group))
     values = values.reshape(targets.shape)
-    return values[..., :-shift] if shift else values
+    if shift:
+        values = values[..., :-shift]
+    return values.clone()  # callers may change it in place; the backward needs the operator's own
 
 
 def _gathered_dtype(e: Tensor, c: Tensor) -> torch.dtype:
