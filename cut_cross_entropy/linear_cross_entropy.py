@@ -171,7 +171,7 @@ def linear_cross_entropy(
             replace by its rank-one tail, in addition to ``filter_eps``. None sets no bound;
             ``record_filter`` reports the value reached. In [0, 1].
         memory_budget: bytes of scratch memory beyond results and accumulators, for
-            implementations that bound it.
+            implementations that bound it; 256 MiB by default.
         data_parallel_options: how to gather ``c`` and ``bias`` that are DTensors sharded by
             ``fully_shard``. By default the names of their mesh's dimensions decide.
         c_grad_chunk_size: accepted for compatibility; ``memory_budget`` bounds scratch memory.

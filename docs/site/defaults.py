@@ -3,7 +3,17 @@
 import re
 from typing import Any
 
-from griffe import AliasResolutionError, Expr, ExprIfExp, Extension, Function, NameResolutionError
+from griffe import (
+    AliasResolutionError,
+    Attribute,
+    Expr,
+    ExprCall,
+    ExprIfExp,
+    ExprKeyword,
+    Extension,
+    Function,
+    NameResolutionError,
+)
 
 ROLE = re.compile(r":(?:class|func|meth|mod):`")
 
@@ -25,9 +35,16 @@ class DefaultValues(Extension):
             if member.docstring:
                 member.docstring.value = ROLE.sub("`", member.docstring.value)
             if isinstance(member, Function):
-                for function in [member, *(member.overloads or [])]:
-                    for parameter in function.parameters:
-                        parameter.default = _value(parameter.default, package)
+                for parameter in member.parameters:
+                    parameter.default = _value(parameter.default, package)
+            elif isinstance(member, Attribute) and module_or_class.is_class:
+                # A dataclass makes the parameters of its __init__ of these.
+                if isinstance(member.value, ExprCall):
+                    for argument in member.value.arguments:
+                        if isinstance(argument, ExprKeyword) and argument.name == "default":
+                            argument.value = _value(argument.value, package)
+                else:
+                    member.value = _value(member.value, package)
             elif member.is_module or member.is_class:
                 self._visit(member, package)
 
