@@ -250,8 +250,8 @@ def models(kept: Measurements) -> str:
                 f"{number(row['multiple_e'], '.1f')} / {number(row['multiple_c'], '.1f')}",
             ]
         )
-    header = ("classifier", "loss and gradients", "GEMMs", "peak beyond the gradients",
-              "error of dE / dC, in roundings")  # fmt: skip
+    header = ("classifier", "loss and gradients", "× matmul", "peak beyond the gradients",
+              "error of dE / dC, × bf16 rounding")  # fmt: skip
     return table(header, lines)
 
 
@@ -259,7 +259,7 @@ def all_kinds(rows: pd.DataFrame) -> str:
     """Every method and kind of one problem, as the command's own table shows them."""
     order = rows["kind"].map(KINDS.index)
     rows = rows.assign(order=order).sort_values(["order", "runtime_ms"])
-    header = ("method", "kind", "runtime_ms", "op_mem_mb", "GEMMs", "TFLOP/s", "error of dE",
+    header = ("method", "kind", "runtime_ms", "op_mem_mb", "× matmul", "TFLOP/s", "error of dE",
               "of dC")  # fmt: skip
     return table(
         header,
@@ -338,7 +338,13 @@ def against_others(kept: Measurements) -> str:
             verdict = "**won**" if own < best else "lost" if own > best else "even"
             cells.append(f"{verdict}: {own:{form}}, {title(method)} {best:{form}}")
         lines.append(cells)
-    header = ("data", "time, ms", "peak, MiB", "error of dE, roundings", "error of dC, roundings")
+    header = (
+        "data",
+        "time, ms",
+        "peak, MiB",
+        "error of dE, × bf16 rounding",
+        "error of dC, × bf16 rounding",
+    )
     return table(header, lines)
 
 
@@ -456,8 +462,10 @@ def errors_sentence(kept: Measurements) -> str:
         return ""
     ranges = (f"d{x.upper()} {rows[f'multiple_{x}'].min():.1f} to {rows[f'multiple_{x}'].max():.1f}"
               for x in "ec")  # fmt: skip
-    return (f"Measured for `cce` on the {kept.devices[0]}, in roundings: {', '.join(ranges)} "
-            f"({len(rows)} problems).")  # fmt: skip
+    return (
+        f"Measured for `cce` on the {kept.devices[0]}, in multiples of the bf16 rounding error: "
+        f"{', '.join(ranges)} ({len(rows)} problems)."
+    )
 
 
 def spread(kept: Measurements) -> str:
