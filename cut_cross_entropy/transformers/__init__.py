@@ -11,7 +11,7 @@ except ImportError as error:
         "cut_cross_entropy.transformers needs transformers: pip install transformers"
     ) from error
 
-from cut_cross_entropy.transformers.notices import CutCrossEntropyWarning, call_count
+from cut_cross_entropy.lazy.notices import CutCrossEntropyWarning, call_count
 from cut_cross_entropy.transformers.patch import cce_patch, cce_unpatch, is_patched
 from cut_cross_entropy.transformers.utils import PatchOptions
 

@@ -1,23 +1,28 @@
 """The forward of a patched model: the model's own, with its head and its loss intercepted."""
 
+import contextlib
+import copy
+import dataclasses
 import inspect
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers.utils.generic import ModelOutput
 
-from cut_cross_entropy.transformers import interception
-from cut_cross_entropy.transformers.deferred_logits import DeferredLogits
-from cut_cross_entropy.transformers.forward_record import (
-    ForwardRecord,
-    active_record,
-    enter,
-    leave,
+from cut_cross_entropy.lazy import intercept
+from cut_cross_entropy.lazy.record import ForwardRecord, active_record, enter, leave
+from cut_cross_entropy.lazy.sharded_heads import (
+    gathers,
+    is_sharded,
+    num_rows,
+    why_not_intercept,
 )
-from cut_cross_entropy.transformers.gathering import gathers, is_sharded
-from cut_cross_entropy.transformers.heads import find_heads, num_rows, why_not_intercept
-from cut_cross_entropy.transformers.outputs import replace_lazy
+from cut_cross_entropy.lazy.value import Unevaluated
+from cut_cross_entropy.transformers.heads import find_heads
 from cut_cross_entropy.transformers.utils import PatchOptions
 
 Forward = Callable[..., Any]
@@ -80,44 +85,47 @@ def _intercepted(
 ) -> Any:
     heads = find_heads(model)
     outer = active_record()
-    if outer is not None and heads and all(map(interception.is_intercepted, heads)):
+    if outer is not None and heads and all(map(intercept.is_intercepted, heads)):
         return original(model, *args, **kwargs)  # a part of a patched model: the whole has them
 
     record = ForwardRecord(model, options, labels)
-    installed: list[interception.HeadForward] = []
+    installed: list[intercept.HeadForward] = []
     enter(record)
     try:
         for head in heads:
             its_own = gathers(head)
             reason = why_not_intercept(head, its_own)
             if reason is None:
-                installed.append(interception.install(head, its_own))
+                installed.append(intercept.install(head, its_own))
             else:
                 record.not_captured = reason
-        output = original(model, *args, **kwargs)
+        # Whether the model pads its labels decides which columns of an unreduced loss are kept.
+        watch = options.reduction == "none"
+        with intercept.HeadMode(record, ()) if watch else contextlib.nullcontext():
+            output = original(model, *args, **kwargs)
         if outer is None:
             output = replace_lazy(output, _replacement(model, installed, record))
     finally:
         leave(record)
         for stand_in in installed:
-            interception.remove(stand_in)
+            intercept.remove(stand_in)
     record.check_at_return(torch.is_grad_enabled())
     return output
 
 
 def _replacement(
-    model: nn.Module, installed: list[interception.HeadForward], record: ForwardRecord
+    model: nn.Module, installed: list[intercept.HeadForward], record: ForwardRecord
 ) -> Callable[[Any], Any]:
     if model.training:
         return lambda lazy: None
     if is_sharded(model) or any(stand_in.is_spread for stand_in in installed):
         # The weights may be gone after the forward, and only all processes together get them back.
         return lambda lazy: _real(lazy, record)
-    return DeferredLogits
+    return lambda lazy: lazy
 
 
 def _real(lazy: Any, record: ForwardRecord) -> Tensor:
-    record.finished = True  # computing what was asked for is no surprise
+    record.finished = True  # no warning: the caller asked for an evaluation
     logits: Tensor = lazy.materialise("outputs.logits")
     return logits
 
@@ -135,6 +143,7 @@ def _traced(
     A mode covers the whole forward instead of the head. It exists while tracing only.
     """
     record = ForwardRecord(model, options, labels)
+    record.labels_padded = _pads_labels(model)
     weights: list[Tensor] = []
     sizes: list[int] = []
     for head in find_heads(model):
@@ -148,7 +157,7 @@ def _traced(
         elif rows is not None:
             sizes.append(rows)
             weights.extend(head.parameters())
-    with interception.HeadMode(record, tuple(sizes), weights=weights):
+    with intercept.HeadMode(record, tuple(sizes), weights=weights):
         record.heads_called += 1
         output = original(model, *args, **kwargs)
     if model.training:
@@ -156,4 +165,99 @@ def _traced(
     else:
         output = replace_lazy(output, lambda lazy: _real(lazy, record))
     record.check_at_return(torch.is_grad_enabled())
+    return output
+
+
+def _pads_labels(model: nn.Module) -> bool:
+    """Return whether the loss of ``model`` pads its labels, where no mode sees it do so."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    loss_function = getattr(model, "loss_function", None)
+    return getattr(loss_function, "__name__", "") == "ForCausalLMLoss"
+
+
+def replace_lazy(output: Any, replacement: Callable[[Any], Any]) -> Any:
+    """Replace the lazy logits of an output.
+
+    Args:
+        output: what a forward returned: an output class, dataclass, or container of any kind that
+            ``torch.utils._pytree`` knows, nested.
+        replacement: called with lazy logits; None leaves a field of an output class out of its
+            keys, and stays in its place elsewhere.
+
+    Returns:
+        ``output``, changed in place if it can be; a copy if its class is immutable.
+    """
+    if isinstance(output, Unevaluated):
+        return replacement(output)
+    if output is None or isinstance(output, (Tensor, str, int, float)):
+        return output
+    if isinstance(output, ModelOutput):
+        return _replace_fields(output, replacement)
+    if type(output) in (tuple, list):
+        return type(output)([replace_lazy(item, replacement) for item in output])
+    if type(output) in (dict, OrderedDict):
+        return type(output)((k, replace_lazy(v, replacement)) for k, v in output.items())
+    if torch.compiler.is_compiling():
+        return output
+    return _replace_parts(output, replacement)
+
+
+def _replace_parts(output: Any, replacement: Callable[[Any], Any]) -> Any:
+    """Do the same for a container of another kind."""
+    replace = lambda part: replace_lazy(part, replacement)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        changed = {
+            field.name: new
+            for field in dataclasses.fields(output)
+            if (new := replace(old := getattr(output, field.name, None))) is not old
+        }
+        frozen = type(output).__dataclass_params__.frozen  # type: ignore[attr-defined]
+        output = copy.copy(output) if frozen and changed else output
+        for name, new in changed.items():
+            object.__setattr__(output, name, new)
+        return output
+    if isinstance(output, MutableMapping):  # before pytrees: subclasses keep what else they hold
+        for key, old in list(output.items()):
+            if (new := replace(old)) is not old:
+                output[key] = new
+        return output
+    parts, structure = pytree.tree_flatten(output, is_leaf=lambda part: part is not output)
+    if not structure.is_leaf():
+        new_parts = [replace(part) for part in parts]
+        if all(new is old for new, old in zip(new_parts, parts, strict=True)):
+            return output
+        return pytree.tree_unflatten(new_parts, structure)
+    if isinstance(output, (tuple, list)):  # a subclass that pytrees do not know
+        new_parts = [replace(part) for part in output]
+        if all(new is old for new, old in zip(new_parts, output, strict=True)):
+            return output
+        if isinstance(output, list):
+            output[:] = new_parts
+            return output
+        return type(output)(new_parts)
+    for name, old in list(getattr(output, "__dict__", {}).items()):  # of any other object
+        if isinstance(old, Unevaluated):
+            object.__setattr__(output, name, replacement(old))
+    return output
+
+
+def _replace_fields(output: ModelOutput, replacement: Callable[[Any], Any]) -> ModelOutput:
+    if torch.compiler.is_compiling():
+        fields = {
+            field.name: replace_lazy(getattr(output, field.name), replacement)
+            for field in dataclasses.fields(output)  # type: ignore[arg-type]
+        }
+        return type(output)(**fields)
+    for name, value in tuple(output.items()):
+        if type(value) is Tensor:
+            continue
+        replaced = replace_lazy(value, replacement)
+        if replaced is None:
+            # An output class allows no deletion; its None fields are not keys.
+            OrderedDict.__delitem__(output, name)
+            output.__dict__[name] = None
+        elif replaced is not value:
+            OrderedDict.__setitem__(output, name, replaced)
+            output.__dict__[name] = replaced
     return output

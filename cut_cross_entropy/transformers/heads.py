@@ -4,16 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from cut_cross_entropy.transformers.gathering import (
-    is_partitioned,
-    own_parameter,
-    product_of,
-    whole_shape,
-    why_not_deferred,
-)
+from cut_cross_entropy.lazy.sharded_heads import num_rows, product_of
 
 # Where the heads of a model without output embeddings were found last; each call looks there
 # again, since adapters and resizing replace the modules, but walking all modules is slow.
@@ -46,30 +40,6 @@ def find_heads(model: nn.Module) -> list[nn.Module]:
     }
     _found_names[model] = tuple(found)
     return list(found.values())
-
-
-def why_not_intercept(head: nn.Module, gathers: bool) -> str | None:
-    """Why the calls of ``head`` have to stay as they are, or None.
-
-    Args:
-        gathers: whether it has its weight only while it is called.
-    """
-    if head._backward_hooks or head._backward_pre_hooks:
-        return "its head has backward hooks, which need the logits"
-    if head.__dict__.get("_hf_tp_plan"):
-        return "its head is tensor-parallel"
-    return why_not_deferred(head) if gathers else None
-
-
-def num_rows(head: nn.Module) -> int | None:
-    """The number of classes of ``head``, or None if it does not say."""
-    features = getattr(head, "out_features", None)
-    if isinstance(features, int) and is_partitioned(head):
-        return features  # no look at the weight, which would gather it
-    weight = own_parameter(head, "weight")
-    if isinstance(weight, Tensor) and len(whole_shape(weight)) == 2:
-        return int(whole_shape(weight)[0])
-    return features if isinstance(features, int) else None
 
 
 def vocabulary_sizes(config: Any, depth: int = 3) -> Iterator[int]:

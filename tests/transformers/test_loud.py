@@ -12,7 +12,8 @@ from cut_cross_entropy.transformers import (
     cce_patch,
     cce_unpatch,
 )
-from cut_cross_entropy.transformers.interception import is_intercepted
+from cut_cross_entropy.lazy.intercept import is_intercepted
+from cut_cross_entropy.lazy.logits import LazyLogits
 from tests.transformers.models import VOCAB, assert_same_step, batch, llama, loss_and_grads, twin
 
 
@@ -30,25 +31,29 @@ def shifted(logits, labels):
 
 
 class OwnLoss(torch.autograd.Function):
+    """A loss that computes its gradient in its forward."""
+
     @staticmethod
     def forward(ctx, logits, labels):
-        return logits.float().logsumexp(-1).mean()
+        logits = logits.float()
+        probabilities = logits.softmax(-1)
+        ctx.save_for_backward(probabilities / labels.numel())
+        return logits.logsumexp(-1).mean()
 
     @staticmethod
     def backward(ctx, grad):
-        return None, None
+        return grad * ctx.saved_tensors[0], None
 
 
-def test_a_loss_that_reads_the_logits_without_grad_is_an_error():
-    _, model = pair(lambda logits, labels, **kwargs: OwnLoss.apply(logits, labels))
-    with (
-        pytest.warns(CutCrossEntropyWarning, match="logsumexp"),
-        pytest.raises(RuntimeError, match="their gradient would be lost"),
-    ):
-        model(**batch())
-    assert not is_intercepted(model.lm_head)
-    with torch.no_grad():  # nothing to lose there
-        assert model(**batch()).loss.ndim == 0
+def test_a_loss_of_its_own_gets_the_gradient_of_the_logits():
+    model, patched = pair(lambda logits, labels, **kwargs: OwnLoss.apply(logits, labels))
+    expected = loss_and_grads(model)
+    with pytest.warns(CutCrossEntropyWarning, match="because of '(softmax|logsumexp)'"):
+        actual = loss_and_grads(patched)
+    assert_same_step(expected, actual)
+    assert not is_intercepted(patched.lm_head)
+    with torch.no_grad():
+        assert patched(**batch()).loss.ndim == 0
 
 
 def test_an_accuracy_without_grad_before_the_loss_does_not_change_it():
@@ -135,7 +140,7 @@ def test_a_model_without_a_linear_head_is_told():
     expected = loss_and_grads(model)[0]
     model.lm_head = Head(model.lm_head.weight)
     cce_patch(model)
-    with pytest.warns(CutCrossEntropyWarning, match="its head is no product"):
+    with pytest.warns(CutCrossEntropyWarning, match="its head does not call F.linear"):
         torch.testing.assert_close(model(**batch()).loss, expected)
 
 
@@ -199,7 +204,7 @@ def test_a_patched_part_of_a_patched_model():
     class Outer(type(llama())):
         def forward(self, input_ids=None, labels=None, **kwargs):
             output = super().forward(input_ids=input_ids, labels=labels, **kwargs)
-            assert not isinstance(output.logits, (torch.Tensor, type(None)))  # still lazy here
+            assert type(output.logits) is LazyLogits  # still lazy here
             return output
 
     model = Outer(llama().config).train()

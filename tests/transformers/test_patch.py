@@ -170,7 +170,7 @@ def test_an_option_by_keyword_reaches_the_operator(option, value, bad, message, 
         seen.append(kwargs.get(option))
         return linear_cross_entropy(*args, **kwargs)
 
-    monkeypatch.setattr("cut_cross_entropy.transformers.lazy_loss.linear_cross_entropy", spy)
+    monkeypatch.setattr("cut_cross_entropy.lazy.cross_entropy.linear_cross_entropy", spy)
     assert_same_step(expected, loss_and_grads(cce_patch(model, **{option: value})))
     assert_same_step(expected, loss_and_grads(cce_patch(model)))
     assert seen == [value, None]

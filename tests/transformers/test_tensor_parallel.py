@@ -41,7 +41,9 @@ def widest(model):
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.ndim > 1 and result.shape[-1] > 60:
+            if not isinstance(result, torch.Tensor) or result.is_meta:  # the latter has no memory
+                return result
+            if result.ndim > 1 and result.shape[-1] > 60:
                 Columns.largest = max(Columns.largest, result.shape[-1])
             return result
 

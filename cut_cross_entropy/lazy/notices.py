@@ -1,6 +1,8 @@
-"""What the patch tells its user: warnings, each given once, and how often it computed a loss."""
+"""Warnings, each given once, and the number of losses computed without logits."""
 
+import sys
 import warnings
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -8,9 +10,12 @@ from torch import nn
 
 
 class CutCrossEntropyWarning(UserWarning):
-    """A patched model does something in another way than its user may expect."""
+    """A model with lazy logits does something in another way than its user may expect."""
 
 
+_LIBRARIES = frozenset(
+    {"cut_cross_entropy", "torch", "transformers", "accelerate", "peft", "trl", "deepspeed"}
+)
 _given: set[tuple[str, str]] = set()
 _counts: "WeakKeyDictionary[nn.Module, list[int]]" = WeakKeyDictionary()
 _total = 0
@@ -25,7 +30,18 @@ def warn_once(model_name: str, key: str, message: str) -> None:
     if (model_name, key) in _given:
         return
     _given.add((model_name, key))
-    warnings.warn(f"{model_name}: {message}", CutCrossEntropyWarning, stacklevel=2)
+    warnings.warn(f"{model_name}: {message}", CutCrossEntropyWarning, _callers_level())
+
+
+def _callers_level() -> int:
+    """Return the ``stacklevel`` of the innermost line that is not a library's."""
+    level = 1
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES:
+            return level
+        level, frame = level + 1, frame.f_back
+    return 2
 
 
 def forget_warnings() -> None:

@@ -1,4 +1,4 @@
-"""Puts a lazy product in the place of a model's head while the model computes its loss."""
+"""Replaces the product of a head by lazy logits while a model computes its loss."""
 
 import threading
 from collections.abc import Callable
@@ -10,21 +10,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cut_cross_entropy.distributed.options import is_dtensor
-from cut_cross_entropy.transformers.forward_record import ForwardRecord, active_record
-from cut_cross_entropy.transformers.gathering import (
+from cut_cross_entropy.lazy.call import HeadCall, current_autocast, depends_on
+from cut_cross_entropy.lazy.logits import LazyLogits, lazy_tensor
+from cut_cross_entropy.lazy.recipe import Recipe, lazy_recipe
+from cut_cross_entropy.lazy.record import ForwardRecord, active_record, inside_checkpoint
+from cut_cross_entropy.lazy.sharded_heads import (
+    num_rows,
     own_parameter,
     product_of,
     promised_dtype,
 )
-from cut_cross_entropy.transformers.heads import num_rows
-from cut_cross_entropy.transformers.lazy_logits import LazyLogits
-from cut_cross_entropy.transformers.lazy_shards import (
+from cut_cross_entropy.lazy.tensor_parallel import (
     LazyShards,
     lazy_shards,
     why_not_vocab_parallel,
 )
-from cut_cross_entropy.transformers.origin import Origin, current_autocast, depends_on
-from cut_cross_entropy.transformers.recorded import Recipe, Unevaluated
+from cut_cross_entropy.lazy.traced import TracedLogits
+from cut_cross_entropy.lazy.value import LazyValue, Unevaluated
 
 Request = Callable[[Recipe], Tensor]
 
@@ -35,7 +37,7 @@ class HeadForward:
     """Stands in for ``head.forward`` while at least one labelled forward runs.
 
     It is an attribute of the head for that time only. Threads that are in no such forward get the
-    head's own forward. A head that gathers its weight is not called at first (see ``gathering``).
+    head's own forward. A head that gathers its weight is not called at first (see ``sharded_heads``).
 
     Args:
         head: what the model calls.
@@ -51,7 +53,7 @@ class HeadForward:
         self.is_plain = self.instance_forward is None and type(product).forward is nn.Linear.forward
         self.gathers = gathers
         self.instance_call = head.__dict__.get("_compiled_call_impl")
-        self.defers = self.gathers and self.is_plain and self.instance_call is None
+        self.replaces_call = self.gathers and self.instance_call is None
 
     @property
     def is_spread(self) -> bool:
@@ -60,10 +62,10 @@ class HeadForward:
 
     def __call__(
         self, *args: Any, cce_request: Request | None = None, **kwargs: Any
-    ) -> LazyLogits | LazyShards | Tensor:
-        """The head's forward, or its lazy logits.
+    ) -> Any:
+        """Run the head's forward, or return its lazy logits.
 
-        With ``cce_request``, what that returns for the recipe of the lazy logits.
+        With ``cce_request``, return what that makes of the recipe of the lazy logits.
         """
         record = active_record()
         if record is None or (record.suspended and cce_request is None) or not args:
@@ -71,30 +73,40 @@ class HeadForward:
         if cce_request is not None:
             return self._answer(record, cce_request, args, kwargs)
         record.heads_called += 1
+        if _has_to_compute(record):
+            return self.forward(*args, **kwargs)  # type: ignore[no-any-return]
+        known = len(record.calls)
         result = self._capture(record, args, kwargs)
         if self.gathers and isinstance(result, LazyLogits):
-            return self._deferred(record, args[0], result.dtype)
+            del record.calls[known:]  # in favour of the second call
+            logits = self._deferred(record, args[0], result.lazy.dtype)
+            return Hidden(logits) if self.replaces_call else logits
         return result
 
-    def call(self, *args: Any, **kwargs: Any) -> LazyLogits | LazyShards | Tensor:
-        """The whole call of a head that defers: no hook of it runs yet."""
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the whole call of a head that gathers its weight.
+
+        A plain head is not called at all: no hook of it runs yet.
+        """
         record = active_record()
-        if record is None or record.suspended or kwargs or len(args) != 1:
-            return self.head._call_impl(*args, **kwargs)  # type: ignore[no-any-return]
+        if record is None or record.suspended or not self.is_plain or kwargs or len(args) != 1:
+            result = self.head._call_impl(*args, **kwargs)
+            return result.logits if isinstance(result, Hidden) else result
         x = args[0]
         record.heads_called += 1
-        record.captured += 1
+        if _has_to_compute(record):
+            return self.head._call_impl(*args)  # type: ignore[no-any-return]
         return self._deferred(
             record, x, promised_dtype(self.head, x, current_autocast(x.device.type))
         )
 
     def _deferred(self, record: ForwardRecord, x: Tensor, dtype: torch.dtype) -> LazyLogits:
-        grad_enabled = torch.is_grad_enabled()
-        origin = Origin(
+        requires_grad = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.head.parameters())
+        )
+        call = HeadCall(
             record,
-            grad_enabled
-            and (x.requires_grad or any(p.requires_grad for p in self.head.parameters())),
-            grad_enabled,
+            (record.new_call(requires_grad),),
             x.device.type,
             current_autocast(x.device.type),
             depends_on(x),
@@ -102,7 +114,7 @@ class HeadForward:
         )
         num_classes = num_rows(self.product)
         assert num_classes is not None
-        return LazyLogits(Recipe(((x, None),), None), dtype, num_classes, x.device, origin)
+        return lazy_tensor(_whole(lazy_recipe(x, None, None), dtype, num_classes, call))
 
     def _answer(
         self,
@@ -114,7 +126,9 @@ class HeadForward:
         """What ``request`` makes of the recipe, while the weight is there."""
         suspended, record.suspended = record.suspended, 0
         try:
+            known = len(record.calls)
             result = self._capture(record, args, kwargs)
+            del record.calls[known:]  # it is the call that was noted before
         finally:
             record.suspended = suspended
         if not isinstance(result, LazyLogits):
@@ -122,11 +136,11 @@ class HeadForward:
                 f"{record.model_name}: its head did not give the product that it promised: "
                 f"{record.not_captured}. Use cce_unpatch for this model"
             )
-        return request(result.recipe)
+        return request(result.lazy.recipe)
 
     def _capture(
         self, record: ForwardRecord, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> LazyLogits | LazyShards | Tensor:
+    ) -> Any:
         product = self.product
         if self.is_plain and len(args) == 1 and not kwargs:
             weight, bias = own_parameter(product, "weight"), own_parameter(product, "bias")
@@ -134,12 +148,22 @@ class HeadForward:
             return self.forward(*args) if lazy is None else lazy
         rows = num_rows(product)
         with HeadMode(record, () if rows is None else (rows,), args[0].shape[:-1]):
-            result: LazyLogits | LazyShards | Tensor = self.forward(*args, **kwargs)
+            result = self.forward(*args, **kwargs)
         if not isinstance(result, Unevaluated) and is_dtensor(own_parameter(product, "weight")):
             record.not_captured = record.not_captured or (
                 "its head is tensor-parallel and multiplied its part of the classes by itself"
             )
         return result
+
+
+class Hidden:
+    """Takes lazy logits past hooks of a sharded head, which look for tensors in its output.
+
+    Hooks gather the weight again for the backward; the second call of the head has its own.
+    """
+
+    def __init__(self, logits: LazyLogits) -> None:
+        self.logits = logits
 
 
 class HeadMode(TorchFunctionMode):
@@ -170,13 +194,26 @@ class HeadMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.pad and not self.record.suspended:
+            self._note_padding(*args)
         if func is F.linear and not self.record.suspended:
             lazy = self._linear(*args, **kwargs)
             if lazy is not None:
                 return lazy
         return func(*args, **kwargs)
 
-    def _linear(self, input: Any, weight: Any, bias: Any = None) -> LazyLogits | LazyShards | None:
+    def _note_padding(self, input: Any = None, *_: Any) -> None:
+        """Note that the model pads its labels, by which it says that they are shifted."""
+        labels = self.record.labels
+        if (
+            isinstance(labels, Tensor)
+            and isinstance(input, Tensor)
+            and input.shape == labels.shape
+            and input.dtype == labels.dtype
+        ):
+            self.record.labels_padded = True
+
+    def _linear(self, input: Any, weight: Any, bias: Any = None) -> Any:
         if weight.shape[0] not in self.num_classes:
             return None
         if self.weights is not None and not any(weight is known for known in self.weights):
@@ -192,8 +229,8 @@ class HeadMode(TorchFunctionMode):
 
 def lazy_linear(
     record: ForwardRecord, x: Any, weight: Any, bias: Any
-) -> LazyLogits | LazyShards | None:
-    """``F.linear(x, weight, bias)`` as lazy logits, or None where that is not possible."""
+) -> "LazyLogits | LazyShards | TracedLogits | None":
+    """Return ``F.linear(x, weight, bias)`` as lazy logits, or None where that is not possible."""
     if not isinstance(x, Tensor):
         record.not_captured = f"its head got {type(x).__name__}"
         return None
@@ -211,42 +248,74 @@ def lazy_linear(
         if reason is not None:
             record.not_captured = reason
             return None
-    grad_enabled = torch.is_grad_enabled()
-    requires_grad = grad_enabled and (
+    requires_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     compiling = torch.compiler.is_compiling()
-    origin = Origin(
+    call = HeadCall(
         record,
-        requires_grad,
-        grad_enabled,
+        (record.new_call(requires_grad),),
         device.type,
         autocast_dtype,
         () if compiling else depends_on(x, weight, bias),
     )
     if autocast_dtype is not None and dtype != torch.float64:
         dtype = autocast_dtype
-    record.captured += 1
+    tensor: Any = TracedLogits if compiling else lazy_tensor
     if not is_usual and is_dtensor(weight):
-        return lazy_shards(x, weight, bias, dtype, origin)
-    return LazyLogits(Recipe(((x, weight),), bias), dtype, weight.shape[0], device, origin)
+        return lazy_shards(x, weight, bias, dtype, call, tensor)
+    recipe = lazy_recipe(x, weight, bias)
+    return tensor(_whole(recipe, dtype, weight.shape[0], call))  # type: ignore[no-any-return]
+
+
+def _whole(recipe: Recipe, dtype: torch.dtype, num_classes: int, call: HeadCall) -> LazyValue:
+    """Return the logits that a head gives, contiguous."""
+    x = recipe.terms[0][0]
+    geometry = None
+    if not torch.compiler.is_compiling():
+        geometry = torch.empty((*x.shape[:-1], num_classes), device="meta")
+    return LazyValue(recipe, dtype, num_classes, x.device, call, geometry)
+
+
+def _has_to_compute(record: ForwardRecord) -> bool:
+    """Return whether the backward will call the head again, where nothing intercepts it."""
+    if not inside_checkpoint(record):
+        return False
+    record.note_idle(
+        "its head runs inside a checkpoint, or another autograd.Function, that calls it again in "
+        "the backward or differentiates by itself"
+    )
+    return True
 
 
 def _why_not(x: Any, weight: Any, autocast_dtype: torch.dtype | None) -> str | None:
     if not isinstance(weight, Tensor):
-        return f"the weight of its head is no tensor but a {type(weight).__name__}"
-    for tensor in (x, weight):
+        return f"the weight of its head is not a tensor but a {type(weight).__name__}"
+    for tensor, name in ((x, "the features"), (weight, "the weight")):
         if is_dtensor(tensor):
             reason = why_not_vocab_parallel(x, weight)
             if reason is not None:
                 return reason
+        elif not _is_ordinary(tensor):
+            return f"{name} of its head is a tensor subclass ({type(tensor).__name__})"
         if not tensor.is_floating_point():
             return f"its head is quantised ({tensor.dtype})"
+        if tensor.layout != torch.strided:
+            return f"{name} of its head is not dense ({tensor.layout})"
     if x.dtype != weight.dtype and autocast_dtype is None:
         return f"its head got {x.dtype} for a weight of {weight.dtype}"
     if x.shape[-1] != weight.shape[-1]:
         return "its head got features of another size than its weight"
     return None
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Return whether PyTorch's own operators compute with the tensor: no subclass takes them."""
+    cls = type(tensor)
+    return cls in (Tensor, nn.Parameter) or (
+        cls.__torch_dispatch__ == Tensor.__torch_dispatch__
+        and cls.__torch_function__ == nn.Parameter.__torch_function__
+    )
 
 
 def install(head: nn.Module, gathers: bool) -> HeadForward:
@@ -257,7 +326,7 @@ def install(head: nn.Module, gathers: bool) -> HeadForward:
         if not isinstance(forward, HeadForward):
             forward = HeadForward(head, gathers)
             attributes["forward"] = forward
-            if forward.defers:  # where nn.Module.__call__ looks before it runs any hook
+            if forward.replaces_call:  # where nn.Module.__call__ looks before it runs any hook
                 head.__dict__["_compiled_call_impl"] = forward.call
         forward.users += 1
         return forward
@@ -270,7 +339,7 @@ def remove(forward: HeadForward) -> None:
         if forward.users:
             return
         attributes = forward.product.__dict__
-        if forward.defers:
+        if forward.replaces_call:
             del forward.head.__dict__["_compiled_call_impl"]
         if forward.instance_forward is None:
             del attributes["forward"]

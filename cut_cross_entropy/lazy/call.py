@@ -1,4 +1,4 @@
-"""When and where lazy logits were asked for, so that they can be computed as if it were then."""
+"""One call of a head: the conditions under which its lazy logits are computed later."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,28 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cut_cross_entropy.transformers.forward_record import ForwardRecord
-from cut_cross_entropy.transformers.recorded import Recipe
+from cut_cross_entropy.lazy.recipe import Recipe
+from cut_cross_entropy.lazy.record import ForwardRecord, Uses
 
 
 @dataclass(eq=False)
-class Origin:
-    """One call of a head.
+class HeadCall:
+    """One call of a head, or what a sum of several has in common.
 
     Args:
         record: the forward of the model that made the call.
-        requires_grad: whether the logits would have been part of the graph.
-        grad_enabled: the grad mode of the call.
+        uses: how the logits of the call, or of the calls of a sum, were used.
         device_type: of the features.
         autocast_dtype: the dtype of autocast, or None outside autocast.
         versions: the tensors that the logits depend on, and their versions then.
-        reenter: a head whose weight exists only while its own hooks hold it: what the logits are
-            needed for is computed inside a second call of it.
+        reenter: a head whose weight exists only while its own hooks hold it: results are computed
+            inside a second call of it.
     """
 
     record: ForwardRecord
-    requires_grad: bool
-    grad_enabled: bool
+    uses: tuple[Uses, ...]
     device_type: str
     autocast_dtype: torch.dtype | None
     versions: tuple[tuple[Tensor, int | None], ...]
@@ -44,25 +42,18 @@ class Origin:
         """The class of the model."""
         return self.record.model_name
 
-    def without_grad(self) -> "Origin":
-        """The same call as a detached result sees it."""
-        return replace(self, requires_grad=False, grad_enabled=False)
-
-    def merged(self, other: "Origin") -> "Origin":
-        """The origin of a sum of the results of two calls."""
+    def merged(self, other: "HeadCall") -> "HeadCall":
+        """Return the call of a sum of the results of two calls."""
+        if other is self:
+            return self
         return replace(
             self,
-            requires_grad=self.requires_grad or other.requires_grad,
-            grad_enabled=self.grad_enabled or other.grad_enabled,
+            uses=(*self.uses, *[use for use in other.uses if use not in self.uses]),
             versions=(*self.versions, *other.versions),
         )
 
-    def note_read(self, operation: str) -> None:
-        """Note that ``operation`` made real logits of lazy ones."""
-        self.record.note_read(operation, self.requires_grad and torch.is_grad_enabled())
-
     def compute(self, recipe: Recipe, function: Callable[[Recipe], Tensor]) -> Tensor:
-        """``function(recipe)`` under the grad mode and autocast of the call.
+        """Return ``function(recipe)`` under the autocast of the call.
 
         Raises:
             RuntimeError: a weight has changed since then, or is gone.
@@ -71,14 +62,14 @@ class Origin:
             self._check_fresh()
         self.record.suspended += 1
         try:
-            if self._is_as_now():
+            if current_autocast(self.device_type) == self.autocast_dtype:
                 return self._run(recipe, function)
             autocast = torch.autocast(
                 self.device_type,
                 dtype=self.autocast_dtype,
                 enabled=self.autocast_dtype is not None,
             )
-            with torch.set_grad_enabled(self.grad_enabled), autocast:
+            with autocast:
                 return self._run(recipe, function)
         finally:
             self.record.suspended -= 1
@@ -86,12 +77,17 @@ class Origin:
     def _run(self, recipe: Recipe, function: Callable[[Recipe], Tensor]) -> Tensor:
         if self.reenter is None:
             return function(recipe)
-        (features, _), steps = recipe.terms[0], recipe.steps
+        (features, _, constant), steps = recipe.terms[0], recipe.steps
+
+        def request(head: Recipe) -> Tensor:
+            bias = head.bias
+            if constant:
+                head = Recipe(tuple([(e, c, True) for e, c, _ in head.terms]), None)
+                bias = None if bias is None else bias.detach()
+            return function(Recipe(head.terms, bias, (*head.steps, *steps)))
+
         # The features are an argument of their own: sharding hooks look for tensors there.
-        result = self.reenter(
-            features,
-            cce_request=lambda head: function(replace(head, steps=(*head.steps, *steps))),
-        )
+        result = self.reenter(features, cce_request=request)
         assert isinstance(result, Tensor)
         return result
 
@@ -111,15 +107,9 @@ class Origin:
                     "where you need the logits"
                 )
 
-    def _is_as_now(self) -> bool:
-        return (
-            torch.is_grad_enabled() == self.grad_enabled
-            and current_autocast(self.device_type) == self.autocast_dtype
-        )
-
 
 def current_autocast(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast uses now for this kind of device, or None outside autocast."""
+    """Return the dtype that autocast uses now for this kind of device, or None outside autocast."""
     if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
         return None
     if not torch.is_autocast_enabled(device_type):
@@ -128,10 +118,10 @@ def current_autocast(device_type: str) -> torch.dtype | None:
 
 
 def tensor_version(tensor: Tensor) -> int | None:
-    """A number that each change in place increases; None for a tensor that does not keep it."""
+    """Return a number that each change in place increases; None for a tensor without one."""
     return None if tensor.is_inference() else tensor._version
 
 
 def depends_on(*tensors: Any) -> tuple[tuple[Tensor, int | None], ...]:
-    """The tensors among ``tensors`` with their versions."""
+    """Return the tensors among ``tensors`` with their versions."""
     return tuple([(t, tensor_version(t)) for t in tensors if t is not None])

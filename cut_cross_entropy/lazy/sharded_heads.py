@@ -89,3 +89,27 @@ def _policy(head: nn.Module) -> Any:
     if get_state is not None:
         return getattr(get_state(), "_mp_policy", None)
     return getattr(head, "mixed_precision", None)
+
+
+def num_rows(head: nn.Module) -> int | None:
+    """Return the number of classes of ``head``, or None if it does not say."""
+    features = getattr(head, "out_features", None)
+    if isinstance(features, int) and is_partitioned(head):
+        return features  # without a look at the weight, which would gather it
+    weight = own_parameter(head, "weight")
+    if isinstance(weight, Tensor) and len(whole_shape(weight)) == 2:
+        return int(whole_shape(weight)[0])
+    return features if isinstance(features, int) else None
+
+
+def why_not_intercept(head: nn.Module, gathers: bool) -> str | None:
+    """Return why the calls of ``head`` have to stay as they are, or None.
+
+    Args:
+        gathers: whether it has its weight only while it is called.
+    """
+    if head._backward_hooks or head._backward_pre_hooks:
+        return "its head has backward hooks, which need the logits"
+    if head.__dict__.get("_hf_tp_plan"):
+        return "its head is tensor-parallel"
+    return why_not_deferred(head) if gathers else None

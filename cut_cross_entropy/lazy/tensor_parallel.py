@@ -6,42 +6,47 @@ answers the few questions that such code asks of a DTensor. Whole logits on ever
 again; then the loss is vocabulary-parallel and no process has more than its classes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from cut_cross_entropy.distributed.options import is_dtensor
-from cut_cross_entropy.transformers.lazy_logits import LazyLogits, concrete
-from cut_cross_entropy.transformers.origin import Origin
-from cut_cross_entropy.transformers.recorded import Recipe, Unevaluated, product
+from cut_cross_entropy.lazy.call import HeadCall
+from cut_cross_entropy.lazy.recipe import Recipe, classifier, lazy_recipe, product
+from cut_cross_entropy.lazy.value import LazyValue, Unevaluated
 
 
 def why_not_vocab_parallel(x: Any, weight: Any) -> str | None:
-    """Why ``F.linear`` of these DTensors is no vocabulary-parallel product, or None."""
+    """Return why ``F.linear`` of these DTensors is not a vocabulary-parallel product, or None."""
     if not is_dtensor(weight):
-        return "its head got a DTensor and has none"
+        return "its head got a DTensor for an ordinary weight"
     if weight.device_mesh.ndim != 1 or not weight.placements[0].is_shard(0):
         return f"its head is a DTensor that is not divided by classes ({weight.placements})"
     if not is_dtensor(x) or x.device_mesh != weight.device_mesh:
-        return "its head is a DTensor and its features are none on the same mesh"
+        return "its head is a DTensor and its features are not, on the same mesh"
     if not x.placements[0].is_replicate():
         return f"its head is tensor-parallel and its features are divided ({x.placements})"
     return None
 
 
 class LazyShards(Unevaluated):
-    """The logits (..., V) as a DTensor that is not computed.
+    """Logits (..., V) as a DTensor that is not computed.
 
     Args:
         lazy: the whole logits, from features that every process has and the DTensor's rows.
         placements: how the logits are said to be distributed.
+        tensor: makes whole logits of ``lazy`` for the model.
     """
 
-    def __init__(self, lazy: LazyLogits, placements: tuple[Any, ...]) -> None:
+    def __init__(
+        self, lazy: LazyValue, placements: tuple[Any, ...], tensor: Callable[[LazyValue], Any]
+    ) -> None:
         self.lazy = lazy
         self.placements = placements
-        self.recipe, self.origin = lazy.recipe, lazy.origin
+        self.tensor = tensor
         self.dtype, self.device = lazy.dtype, lazy.device
 
     @property  # type: ignore[misc]
@@ -53,8 +58,8 @@ class LazyShards(Unevaluated):
     @property
     def device_mesh(self) -> Any:
         """The processes that the classes are divided over."""
-        classifier: Any = self.recipe.terms[0][1]
-        return classifier.device_mesh
+        weight: Any = self.lazy.recipe.terms[0][1]
+        return weight.device_mesh
 
     @property
     def shape(self) -> torch.Size:
@@ -78,29 +83,30 @@ class LazyShards(Unevaluated):
         if known and tuple(placements) == self.placements:
             return self
         if known and all(placement.is_replicate() for placement in placements):
-            return LazyShards(self.lazy, tuple(placements))
+            return LazyShards(self.lazy, tuple(placements), self.tensor)
         logits: Any = self.materialise("redistribute")
         return logits.redistribute(device_mesh, placements)
 
     def to_local(self, *, grad_placements: Any = None) -> Any:
         """The whole logits, lazy, if every process was to have them; else the real part."""
         if all(placement.is_replicate() for placement in self.placements):
-            return self.lazy
+            return self.tensor(self.lazy)
         logits: Any = self.materialise("to_local")
         return logits.to_local(grad_placements=grad_placements)
 
     def materialise(self, operation: str) -> Tensor:
-        """The DTensor that the head would have given."""
+        """Return the DTensor that the head would have given."""
+        call = self.lazy.call
 
         def compute(recipe: Recipe) -> Tensor:
-            (e, c), *_ = recipe.terms
-            assert c is not None
-            logits: Any = product(e, c, recipe.bias)
+            (e, c, constant), *_ = recipe.terms
+            logits: Any = product(e, classifier(c, constant), recipe.bias)
             return logits.redistribute(placements=self.placements)  # type: ignore[no-any-return]
 
-        logits = self.origin.compute(self.recipe, compute)
-        self.origin.note_read(operation)
-        return logits  # type: ignore[no-any-return]
+        with torch.set_grad_enabled(self.lazy.requires_grad):
+            logits = call.compute(self.lazy.recipe, compute)
+        call.record.note_read(call.uses, operation, True)
+        return logits
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "lazy":
@@ -111,14 +117,32 @@ class LazyShards(Unevaluated):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        return func(*concrete(args, func.__name__), **concrete(kwargs or {}, func.__name__))
+        def real(shards: LazyShards) -> Tensor:
+            return shards.materialise(func.__name__)
+
+        # By what is inside: the class that these objects claim to have is that of DTensors.
+        args, kwargs = pytree.tree_map(
+            lambda value: real(value) if type(value) is LazyShards else value, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
 
 
-def lazy_shards(x: Any, weight: Any, bias: Any, dtype: torch.dtype, origin: Origin) -> LazyShards:
-    """``F.linear(x, weight, bias)`` of DTensors that :func:`why_not_vocab_parallel` accepts."""
+def lazy_shards(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    dtype: torch.dtype,
+    call: HeadCall,
+    tensor: Callable[[LazyValue], Any],
+) -> LazyShards:
+    """Return ``F.linear(x, weight, bias)`` of DTensors that :func:`why_not_vocab_parallel` accepts."""
     from torch.distributed.tensor import Shard
 
-    local = x.to_local()
-    recipe = Recipe(((local, weight),), bias)
-    lazy = LazyLogits(recipe, dtype, weight.shape[0], local.device, origin)
-    return LazyShards(lazy, (Shard(x.ndim - 1),))
+    recipe = lazy_recipe(x.to_local(), weight, bias)
+    features = recipe.terms[0][0]
+    num_classes = weight.shape[0]
+    geometry = None
+    if not torch.compiler.is_compiling():
+        geometry = torch.empty((*features.shape[:-1], num_classes), device="meta")
+    lazy = LazyValue(recipe, dtype, num_classes, features.device, call, geometry)
+    return LazyShards(lazy, (Shard(x.ndim - 1),), tensor)

@@ -1,4 +1,4 @@
-"""``F.cross_entropy`` of lazy logits: the operator, and what it cannot do."""
+"""``F.cross_entropy`` of lazy logits: by the operator, or from full logits where it cannot."""
 
 from typing import Any
 
@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cut_cross_entropy.distributed.options import VocabParallelOptions
+from cut_cross_entropy.lazy.call import current_autocast
+from cut_cross_entropy.lazy.recipe import Recipe, fold, is_foldable
+from cut_cross_entropy.lazy.value import LazyValue
 from cut_cross_entropy.linear_cross_entropy import linear_cross_entropy
-from cut_cross_entropy.transformers.origin import current_autocast
-from cut_cross_entropy.transformers.recorded import Recipe, Unevaluated, fold, is_foldable
 
 
 def cross_entropy(
-    input: Any,  # lazy (N, V)
+    input: LazyValue,  # (N, V)
     target: Any,  # (N,)
     weight: Tensor | None = None,
     size_average: Any = None,
@@ -22,16 +23,13 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    """``F.cross_entropy`` with logits that do not exist; the arguments are those of PyTorch.
+    """Compute ``F.cross_entropy`` from lazy logits; the arguments are those of PyTorch.
 
-    What the operator lacks is computed from full logits, with a warning that names it.
-
-    Returns:
-        The loss, or ``NotImplemented`` if ``input`` is not lazy.
+    What the operator lacks is computed from full logits, with a warning that names it. The gradient
+    mode is that of this call.
     """
-    if not isinstance(input, Unevaluated):
-        return NotImplemented
-    record, asked = input.origin.record, reduction
+    call, asked = input.call, reduction
+    record = call.record
     if record.options.reduction != "mean":
         reduction = record.options.reduction
 
@@ -40,7 +38,7 @@ def cross_entropy(
         and size_average is None
         and reduce is None
         and not label_smoothing
-        and not input.pinned
+        and not input.is_changed
         and type(target) is Tensor
         and target.dtype == torch.int64
         and input.ndim == 2
@@ -81,8 +79,8 @@ def cross_entropy(
             assert isinstance(result, Tensor)
             return result
 
-        loss = input.origin.compute(input.recipe, compute)
-        record.note_loss()
+        loss = call.compute(input.recipe, compute)
+        record.note_loss(call.uses)
         # PyTorch's own is float32 under autocast, and of the logits' dtype elsewhere.
         if input.dtype != loss.dtype and (
             current_autocast(target.device.type) is None or loss.dtype == torch.float64
@@ -92,7 +90,7 @@ def cross_entropy(
             loss = loss.to(target.device)
 
     if reduction == "none" and asked != "none":
-        loss = _per_token(loss, target, record, ignore_index)
+        loss = _per_token(loss, target, record)
     return loss
 
 
@@ -101,8 +99,8 @@ def _what_is_missing(
 ) -> str | None:
     """Why the operator cannot compute this loss, or None if it can."""
     name = "F.cross_entropy"
-    if logits.pinned:
-        return f"{name} of logits that were changed in place"
+    if logits.is_changed:
+        return f"{name} of logits that may have been changed in place"
     if weight is not None:
         return f"{name} with class weights"
     if label_smoothing:
@@ -120,33 +118,20 @@ def _what_is_missing(
     return None
 
 
-def _per_token(loss: Tensor, target: Tensor, record: Any, ignore_index: int) -> Tensor:
-    """Losses of flattened tokens in the shape of the labels, less what was never a prediction.
+def _per_token(loss: Tensor, target: Tensor, record: Any) -> Tensor:
+    """Return losses of flattened tokens in the shape of the labels, less columns of padding.
 
-    A causal model shifts its labels by one, padded with a token to ignore: those are dropped. The
-    caller gets (B, T - 1). Where a model does not shift, (B, T).
+    A causal model shifts its labels by one and drops a column, or pads the labels by a column to
+    ignore, which is dropped here: the caller gets (B, T - 1). Where a model does not shift, (B, T).
+    Which of them follows from what the model did, never from the values of the labels.
     """
     labels = record.labels
-    if labels.ndim < 2 or loss.ndim != 1:
+    if labels is None or labels.ndim < 2 or loss.ndim != 1:
         return loss
     *batch, time = labels.shape
     if loss.numel() == labels.numel():
         per_token = loss.reshape(labels.shape)
-        return per_token[..., :-1] if _is_padded(target, record, ignore_index) else per_token
+        return per_token[..., :-1] if record.labels_padded else per_token
     if loss.numel() == labels[..., 1:].numel():
         return loss.reshape(*batch, time - 1)
     return loss
-
-
-def _is_padded(target: Tensor, record: Any, ignore_index: int) -> bool:
-    """Whether the last column of ``target`` is padding."""
-    labels = record.labels
-    if torch.compiler.is_compiling():  # no look at values there: ask what the model's loss does
-        loss_function = getattr(record.model, "loss_function", None)
-        return getattr(loss_function, "__name__", "") == "ForCausalLMLoss"
-    target = target.reshape(labels.shape)
-    if not bool((target[..., -1] == ignore_index).all()):
-        return False
-    labels = labels.to(target.device)
-    shifted = torch.equal(target[..., :-1], labels[..., 1:].to(target.dtype))
-    return shifted or not torch.equal(target, labels.to(target.dtype))

@@ -1,0 +1,255 @@
+"""Logits as a recipe: a sum of products, and the operations that follow it.
+
+A :class:`Recipe` records what a head and the model's code after it asked for. :func:`replay` computes
+the logits from it, :func:`fold` the arguments of ``linear_cross_entropy``.
+
+Shapes: ... leading (batch, time), D features, V classes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cut_cross_entropy.distributed.options import is_dtensor
+
+CAST, DEVICE = "cast", "device"
+SCALE, DIVIDE, TANH = "scale", "divide", "tanh"
+BIAS, CLASSES = "bias", "classes"
+
+Step = tuple[str, Any]
+Term = tuple[Tensor, Tensor | None, bool]
+"""Features (..., D), classifier (V, D), and whether the classifier is a constant here.
+
+The classifier is None where only a second call of its head can provide it. The flag detaches it when
+it is used, since a sharded weight must not be referenced by another tensor.
+"""
+
+
+@dataclass(eq=False)
+class Recipe:
+    """``sum(e @ c.T) + bias``, then ``steps`` in order.
+
+    Each factor carries the grad mode of the operations that it went through: what was detached, or
+    was computed where no gradient is recorded, does not require a gradient. Operations on the
+    leading dimensions are not steps: they are applied to each ``e`` at once, since they commute
+    with everything that follows.
+    """
+
+    terms: tuple[Term, ...]
+    bias: Tensor | None  # (V,)
+    steps: tuple[Step, ...] = ()
+
+    def then(self, name: str, value: Any = None) -> "Recipe":
+        """Return the recipe with one more step."""
+        return Recipe(self.terms, self.bias, (*self.steps, (name, value)))
+
+    def on_features(self, function: Any) -> "Recipe":
+        """Return the recipe with ``function`` applied to the features of each term."""
+        terms = tuple([(function(e), c, constant) for e, c, constant in self.terms])
+        return Recipe(terms, self.bias, self.steps)
+
+    def detached(self) -> "Recipe":
+        """Return the recipe of the same logits without a gradient."""
+        return Recipe(
+            tuple([(e.detach(), c, True) for e, c, _ in self.terms]),
+            None if self.bias is None else self.bias.detach(),
+            tuple([(n, v.detach() if isinstance(v, Tensor) else v) for n, v in self.steps]),
+        )
+
+    def leaves(self) -> list[Tensor]:
+        """Return the factors that require a gradient."""
+        tensors: list[Any] = []
+        for e, c, constant in self.terms:
+            tensors.append(e)
+            if c is not None and not constant:
+                tensors.append(c)
+        if self.bias is not None:
+            tensors.append(self.bias)
+        tensors.extend([value for _, value in self.steps if isinstance(value, Tensor)])
+        return [tensor for tensor in tensors if tensor.requires_grad]
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the logits are a sum of products and a bias: the steps cast, scale and add."""
+        return all(name in (CAST, SCALE, DIVIDE, BIAS) for name, _ in self.steps)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether the classes are divided over processes: a DTensor, the head tensor-parallel."""
+        return is_dtensor(self.terms[0][1])
+
+    @property
+    def has_tanh(self) -> bool:
+        """Whether a tanh was recorded: only a scale can follow it."""
+        return any(name == TANH for name, _ in self.steps)
+
+
+@dataclass(eq=False)
+class Folded:
+    """The arguments of ``linear_cross_entropy`` that give the logits of a recipe."""
+
+    e: Tensor  # (..., D)
+    c: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+
+
+def lazy_recipe(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Recipe:
+    """Return the recipe of ``F.linear(x, weight, bias)`` in the grad mode of this moment."""
+    if torch.is_grad_enabled():
+        return Recipe(((x, weight, False),), bias)
+    return Recipe(
+        ((x.detach() if x.requires_grad else x, weight, True),),
+        bias.detach() if bias is not None and bias.requires_grad else bias,
+    )
+
+
+def replay(recipe: Recipe) -> Tensor:
+    """Compute the logits (..., V) by the recorded operations, in their order."""
+    (e, c, constant), *rest = recipe.terms
+    if recipe.is_divided:
+        logits: Any = product(e, classifier(c, constant), recipe.bias).full_tensor()  # type: ignore[attr-defined]
+    else:
+        logits = F.linear(e, classifier(c, constant), recipe.bias)
+    for e, c, constant in rest:
+        logits = logits + F.linear(e, classifier(c, constant))
+    for name, value in recipe.steps:
+        logits = _apply(logits, name, value)
+    return logits  # type: ignore[no-any-return]
+
+
+def classifier(c: Tensor | None, constant: bool) -> Tensor:
+    """Return the classifier of a term, detached where it is a constant."""
+    assert c is not None  # a second call of the head has filled it in
+    return c.detach() if constant and c.requires_grad else c
+
+
+def product(e: Tensor, c: Any, bias: Tensor | None) -> Tensor:
+    """Multiply by a DTensor features that every process of its mesh has; returns a DTensor."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    features = DTensor.from_local(e, c.device_mesh, [Replicate()], run_check=False)
+    return F.linear(features, c, bias)
+
+
+def _apply(logits: Any, name: str, value: Any) -> Any:
+    if name in (CAST, DEVICE):
+        return logits.to(value)
+    if name == SCALE:
+        return logits * value
+    if name == DIVIDE:
+        return logits / value
+    if name == TANH:
+        return torch.tanh(logits)
+    if name == BIAS:
+        return logits + value
+    return logits[..., value]
+
+
+def is_foldable(recipe: Recipe) -> bool:
+    """Return whether :func:`fold` has an answer: the factor after a tanh has to be above 0."""
+    after_tanh = None
+    for name, value in recipe.steps:
+        if name == TANH:
+            after_tanh = 1.0
+        elif after_tanh is not None:
+            after_tanh *= _factor(name, value)
+    return after_tanh is None or after_tanh > 0
+
+
+def fold(recipe: Recipe) -> Folded:
+    """Return the recipe as one product, bias and softcap.
+
+    ``k * tanh(a * x + b)`` is ``softcap=k`` on the logits ``k * (a * x + b)``. A cast changes
+    nothing: the loss is computed in high precision from the factors.
+    """
+    e, c = _one_product(recipe.terms)
+    bias, scale, after_tanh = recipe.bias, 1.0, None
+    for name, value in recipe.steps:
+        factor = _factor(name, value)
+        if factor != 1.0 and after_tanh is not None:
+            after_tanh *= factor
+        elif factor != 1.0:
+            scale *= factor
+            bias = None if bias is None else bias * factor
+        elif name == TANH:
+            after_tanh = 1.0
+        elif name == BIAS:
+            bias = value if bias is None else bias + value
+        elif name == CLASSES:
+            c, bias = c[value], None if bias is None else bias[value]
+    if after_tanh is not None:
+        scale, bias = scale * after_tanh, None if bias is None else bias * after_tanh
+    if abs(scale - 1) > 1e-12:  # x / k * k does not scale, though it may round
+        e = e * scale
+    if bias is not None and bias.dtype != c.dtype:
+        bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    return Folded(e, c, bias, after_tanh)
+
+
+def _factor(name: str, value: Any) -> float:
+    """Return the factor of the logits that a step is."""
+    return value if name == SCALE else 1 / value if name == DIVIDE else 1.0
+
+
+def _one_product(terms: tuple[Term, ...]) -> tuple[Tensor, Tensor]:
+    """Return a sum of products as one: features side by side, and so the classifiers' columns.
+
+    The dtype is that of the largest classifier, which is not copied into a wider one.
+    """
+    if len(terms) == 1:
+        e, c, constant = terms[0]
+        return e, classifier(c, constant)
+    classifiers = [classifier(c, constant) for _, c, constant in terms]
+    largest = classifiers[0]
+    for c in classifiers:
+        largest = c if c.shape[1] > largest.shape[1] else largest
+    dtype = largest.dtype
+    return (
+        torch.cat([e.to(dtype) for e, _, _ in terms], dim=-1),
+        torch.cat([c.to(dtype) for c in classifiers], dim=1),
+    )
+
+
+def as_sum(recipe: Recipe) -> Recipe:
+    """Return the same logits without steps; only for a linear recipe."""
+    scale, bias = 1.0, recipe.bias
+    for name, value in recipe.steps:
+        factor = _factor(name, value)
+        if name == BIAS:
+            bias = value if bias is None else bias + value
+        elif factor != 1.0:
+            scale *= factor
+            bias = None if bias is None else bias * factor
+    if scale == 1.0:
+        return Recipe(recipe.terms, bias)
+    return Recipe(tuple([(e * scale, c, constant) for e, c, constant in recipe.terms]), bias)
+
+
+def add(left: Recipe, right: Recipe) -> Recipe:
+    """Return the sum of two linear recipes; terms with the same features share one product."""
+    left, right = as_sum(left), as_sum(right)
+    terms = list(left.terms)
+    for e, c, constant in right.terms:
+        for i, (other_e, other_c, other_constant) in enumerate(terms):
+            if other_e is e and other_c is not None and c is not None:
+                both = classifier(other_c, other_constant) + classifier(c, constant)
+                terms[i] = (e, both, False)
+                break
+        else:
+            terms.append((e, c, constant))
+    biases = [bias for bias in (left.bias, right.bias) if bias is not None]
+    bias = None if not biases else biases[0] if len(biases) == 1 else biases[0] + biases[1]
+    return Recipe(tuple(terms), bias)
+
+
+def scale_classes(recipe: Recipe, factors: Tensor) -> Recipe:  # factors: (V,)
+    """Multiply each class of a linear recipe by its factor."""
+    recipe = as_sum(recipe)
+    terms = [
+        (e, classifier(c, constant) * factors[:, None], False) for e, c, constant in recipe.terms
+    ]
+    return Recipe(tuple(terms), None if recipe.bias is None else recipe.bias * factors)

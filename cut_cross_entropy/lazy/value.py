@@ -1,0 +1,198 @@
+"""The state of lazy logits: what they are, without the object that stands for them in a model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.lazy.call import HeadCall, tensor_version
+from cut_cross_entropy.lazy.recipe import Recipe, replay
+
+View = Callable[[Tensor], Tensor]
+
+
+class Unevaluated:
+    """Marks the objects that stand for logits which are not computed."""
+
+
+class Storage:
+    """Logits that several views may share, computed once.
+
+    Args:
+        recipe: how to compute them.
+        call: the conditions under which to compute them.
+    """
+
+    value: Tensor | None = None
+    version: int | None = None
+    shared = False  # whether a view of them exists
+    given_out = False  # whether the value is what counts, whatever is done to it
+
+    def __init__(self, recipe: Recipe, call: HeadCall) -> None:
+        self.recipe = recipe
+        self.call = call
+        self.handles: list[Any] = []  # weak references to the tensors that stand for them
+
+    def compute(self) -> Tensor:
+        """Return the logits, with a gradient if their factors require one."""
+        if self.value is None:
+            recipe = self.recipe
+            live = bool(recipe.leaves()) or (self.call.reenters and not recipe.terms[0][2])
+            if torch.is_grad_enabled() == live:
+                self.value = self.call.compute(recipe, replay)
+            else:
+                with torch.set_grad_enabled(live):
+                    self.value = self.call.compute(recipe, replay)
+            if not torch.compiler.is_compiling():
+                self.version = tensor_version(self.value)
+        return self.value
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the value is not that of the recipe any more, or may not be."""
+        if self.given_out:
+            return True
+        value = self.value
+        if value is None or torch.compiler.is_compiling():
+            return False
+        return tensor_version(value) != self.version
+
+
+class LazyValue:
+    """Logits (..., V) that are not computed.
+
+    Args:
+        recipe: how to compute them.
+        dtype: of the logits.
+        num_classes: size of their last dimension.
+        device: where the model's code expects them.
+        call: the call of the head that they come from.
+        geometry: a tensor on the meta device with their shape and strides; None in compiled code.
+        storage: of the logits that these are a view of, and the ``views`` that lead from there.
+    """
+
+    __slots__ = (
+        *("recipe", "dtype", "num_classes", "device", "call", "geometry", "storage", "views"),
+        *("requires_grad", "_value"),
+    )
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dtype: torch.dtype,
+        num_classes: int,
+        device: torch.device,
+        call: HeadCall,
+        geometry: Tensor | None,
+        storage: Storage | None = None,
+        views: tuple[View, ...] = (),
+    ) -> None:
+        self.recipe = recipe
+        self.dtype = dtype
+        self.num_classes = num_classes
+        self.device = device
+        self.call = call
+        self.geometry = geometry
+        self.storage = Storage(recipe, call) if storage is None else storage
+        self.views = views
+        self.requires_grad = bool(recipe.leaves()) or (
+            call.reenters and not recipe.terms[0][2] and call.uses[0].requires_grad
+        )
+        self._value: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the logits."""
+        if self.geometry is not None:
+            return self.geometry.shape
+        return torch.Size((*self.recipe.terms[0][0].shape[:-1], self.num_classes))
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return self.recipe.terms[0][0].ndim
+
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return self.shape.numel()
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the logits are; compiled code need not know."""
+        return self.geometry is None or self.geometry.is_contiguous()
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the value counts, and not the recipe."""
+        return self.storage.is_changed
+
+    def derived(
+        self,
+        recipe: Recipe,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        geometry: Tensor | None = None,
+    ) -> "LazyValue":
+        """Return the result of an operation, in memory of its own."""
+        if geometry is None:
+            geometry = self.geometry
+            if geometry is not None and not geometry.is_contiguous():
+                geometry = torch.empty_like(geometry)
+        return LazyValue(
+            recipe,
+            self.dtype if dtype is None else dtype,
+            self.num_classes,
+            self.device if device is None else device,
+            self.call,
+            geometry,
+        )
+
+    def view(
+        self, recipe: Recipe, view: View, geometry: Tensor | None, num_classes: int | None = None
+    ) -> "LazyValue":
+        """Return the result of an operation that shares memory with these logits."""
+        self.storage.shared = True
+        return LazyValue(
+            recipe,
+            self.dtype,
+            self.num_classes if num_classes is None else num_classes,
+            self.device,
+            self.call,
+            geometry,
+            self.storage,
+            (*self.views, view),
+        )
+
+    def replace(self, changed: "LazyValue") -> None:
+        """Become what an operation in place has made of these logits."""
+        self.recipe, self.call = changed.recipe, changed.call
+        self.storage.recipe, self.storage.call = changed.recipe, changed.call
+        self.storage.value, self._value = None, None
+        self.requires_grad = changed.requires_grad
+
+    def compute(self) -> Tensor:
+        """Return the logits."""
+        whole = self.storage.compute()
+        if not self.views:
+            return whole
+        if self._value is None or self._value[0] is not whole:
+            value = whole
+            with torch.enable_grad():
+                for view in self.views:
+                    value = view(value)
+            self._value = (whole, value)
+        return self._value[1]
+
+    def materialise(self, operation: str, with_grad: bool | None = None) -> Tensor:
+        """Return the logits, noting that ``operation`` needs them.
+
+        Args:
+            with_grad: whether a gradient of what it computes reaches the factors; None: if a
+                gradient is recorded now.
+        """
+        value = self.compute()
+        if with_grad is None:
+            with_grad = not self.requires_grad or torch.is_grad_enabled()
+        self.call.record.note_read(self.call.uses, operation, with_grad)
+        return value
