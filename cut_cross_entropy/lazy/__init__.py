@@ -1,1 +1,1 @@
-"""Lazy logits: the loss of a model's head without its logits, whatever the model does between them."""
+"""Lazy logits: losses of a model's head without its logits, whatever the model does in between."""

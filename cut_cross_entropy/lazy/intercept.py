@@ -36,8 +36,8 @@ _lock = threading.Lock()
 class HeadForward:
     """Stands in for ``head.forward`` while at least one labelled forward runs.
 
-    It is an attribute of the head for that time only. Threads that are in no such forward get the
-    head's own forward. A head that gathers its weight is not called at first (see ``sharded_heads``).
+    It is an attribute of the head for that time only. Threads that are not in such a forward get
+    the head's own. A head that gathers its weight is not called at first (see ``sharded_heads``).
 
     Args:
         head: what the model calls.
@@ -60,9 +60,7 @@ class HeadForward:
         """Whether only all processes together can read its weight."""
         return self.gathers or is_dtensor(own_parameter(self.product, "weight"))
 
-    def __call__(
-        self, *args: Any, cce_request: Request | None = None, **kwargs: Any
-    ) -> Any:
+    def __call__(self, *args: Any, cce_request: Request | None = None, **kwargs: Any) -> Any:
         """Run the head's forward, or return its lazy logits.
 
         With ``cce_request``, return what that makes of the recipe of the lazy logits.
@@ -138,9 +136,7 @@ class HeadForward:
             )
         return request(result.lazy.recipe)
 
-    def _capture(
-        self, record: ForwardRecord, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _capture(self, record: ForwardRecord, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         product = self.product
         if self.is_plain and len(args) == 1 and not kwargs:
             weight, bias = own_parameter(product, "weight"), own_parameter(product, "bias")

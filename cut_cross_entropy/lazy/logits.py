@@ -1,13 +1,13 @@
 """Logits that are not computed: what a lazy head returns while the model computes its loss.
 
 :class:`LazyLogits` is a tensor without memory. What can be recorded (``operations``) gives new lazy
-logits; ``F.cross_entropy`` becomes the operator (``cross_entropy``); everything else gets the logits,
-computed by the operations that were recorded. There are three ways in, and each gets the logits with
-their gradient:
+logits; ``F.cross_entropy`` becomes the operator (``cross_entropy``); everything else gets the
+logits, computed by the operations that were recorded. There are three ways in, and each gets the
+logits with their gradient:
 
 - functions of PyTorch and methods, through ``__torch_function__``: they get ordinary tensors;
-- C++ that dispatches operators (``autograd.Function.apply``, scripted functions, extensions), through
-  ``__torch_dispatch__``: below autograd, which sees a tensor whose graph is that of the recipe;
+- C++ that dispatches operators (``autograd.Function.apply``, scripted functions, extensions),
+  through ``__torch_dispatch__``: below autograd, which sees a tensor with the graph of the recipe;
 - memory (``data_ptr``, ``numpy``): the first way, and from then on the memory counts.
 """
 
@@ -64,6 +64,9 @@ class LazyLogits(Tensor, Unevaluated):
         logits: LazyLogits = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, geometry.shape, strides=geometry.stride(), dtype=lazy.dtype, device=lazy.device
         )
+        torch._C._set_throw_on_mutable_data_ptr(
+            logits
+        )  # an error for C++ that skips the dispatcher
         logits._lazy = lazy
         lazy.storage.handles.append(weakref.ref(logits))
         return logits
@@ -101,34 +104,11 @@ class LazyLogits(Tensor, Unevaluated):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        name = _NAMES.get(func)
-        if name is not None:
-            if name in _METADATA:
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
-            result = _record(name, args, kwargs)
-            if result is not NotImplemented:
-                return result
-        elif func is F.cross_entropy:
-            result = _loss(args, kwargs)
-            if result is not NotImplemented:
-                return result
-        else:
-            name = func.__name__
-            if name in ("__get__", "__set__") and type(args[0]) is LazyLogits:
-                attribute = getattr(func.__self__, "__name__", "")
-                if attribute == "_backward_hooks":  # autograd's own, of a tensor changed in place
-                    with torch._C.DisableTorchFunctionSubclass():
-                        return func(*args)
-                name = attribute if name == "__get__" else name
-                if name == "requires_grad" or name == "is_leaf":
-                    requires_grad = _requires_grad(args[0])
-                    return requires_grad if name == "requires_grad" else not requires_grad
-                if name in _PROPERTIES and not (name == "grad" and _is_changed(args[0])):
-                    with torch._C.DisableTorchFunctionSubclass():
-                        return func(*args)
-        return _ordinary(func, args, kwargs, name or func.__name__)
+        if torch.compiler.is_compiling():  # code that is compiled by itself goes on without a trace
+            torch._dynamo.graph_break()
+        if _frame_callback() is None:
+            return _call(func, args, kwargs or {})
+        return _call_untraced(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -150,6 +130,43 @@ class LazyLogits(Tensor, Unevaluated):
             args[0]._lazy.storage.given_out = True
             return args[0]
         return result
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function of PyTorch with lazy logits among its arguments."""
+    name = _NAMES.get(func)
+    if name is not None:
+        if name in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        result = _record(name, args, kwargs)
+        if result is not NotImplemented:
+            return result
+    elif func is F.cross_entropy:
+        result = _loss(args, kwargs)
+        if result is not NotImplemented:
+            return result
+    else:
+        name = func.__name__
+        if name in ("__get__", "__set__") and type(args[0]) is LazyLogits:
+            attribute = getattr(func.__self__, "__name__", "")
+            if attribute == "_backward_hooks":  # autograd's own, of a tensor changed in place
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args)
+            name = attribute if name == "__get__" else name
+            if name == "requires_grad" or name == "is_leaf":
+                requires_grad = _requires_grad(args[0])
+                return requires_grad if name == "requires_grad" else not requires_grad
+            if name in _PROPERTIES and not (name == "grad" and _is_changed(args[0])):
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args)
+    return _ordinary(func, args, kwargs, name or func.__name__)
+
+
+_call_untraced = torch._dynamo.disable(_call)
+_frame_callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
+"""Returns None where no code is compiled: then there is nothing to keep from tracing."""
+torch._dynamo.decorators.skip(LazyLogits.__torch_function__.__func__)  # type: ignore[attr-defined]
 
 
 def lazy_tensor(lazy: LazyValue) -> LazyLogits:
@@ -212,7 +229,7 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
             value = lazy.call.compute(ctx.recipe, replay)
             for view in lazy.views:
                 value = view(value)
-    return torch.autograd.grad(
+    return torch.autograd.grad(  # type: ignore[no-any-return]
         value, ctx.leaves, grad, retain_graph=True, create_graph=torch.is_grad_enabled()
     )
 

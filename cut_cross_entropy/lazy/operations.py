@@ -1,8 +1,8 @@
 """The tensor operations that lazy logits record instead of computing anything.
 
-Each function takes the lazy logits first and then the arguments of the tensor method. It returns new
-lazy logits, the same where PyTorch returns its argument, or ``NotImplemented`` for arguments that it
-cannot record: then the logits are computed.
+Each function takes the lazy logits first and then the arguments of the tensor method. It returns
+new lazy logits, the same where PyTorch returns its argument, or ``NotImplemented`` for arguments
+that it cannot record: then the logits are computed.
 """
 
 import math
@@ -56,9 +56,7 @@ def _cast(lazy: LazyValue, dtype: torch.dtype) -> LazyValue:
     return lazy.derived(lazy.recipe.then(CAST, dtype), dtype=dtype)
 
 
-def _to(
-    lazy: LazyValue, *args: Any, dtype: Any = None, device: Any = None, **kwargs: Any
-) -> Any:
+def _to(lazy: LazyValue, *args: Any, dtype: Any = None, device: Any = None, **kwargs: Any) -> Any:
     flags = [arg for arg in args if isinstance(arg, bool)]
     kwargs.pop("non_blocking", None)
     if any(kwargs.values()) or any(flags[1:]):  # a copy, or another memory format
@@ -128,7 +126,7 @@ def _lead(
         return lazy.view(lazy.recipe.on_features(function), of_logits, None)
     geometry = of_logits(lazy.geometry)  # raises what it would raise for the logits
     recipe = lazy.recipe.on_features(function)
-    if torch._C._is_alias_of(geometry, lazy.geometry):
+    if torch._C._is_alias_of(geometry, lazy.geometry):  # type: ignore[attr-defined]
         return lazy.view(recipe, of_logits, geometry)
     return lazy.derived(recipe, geometry=geometry)
 
@@ -221,7 +219,7 @@ def _narrow(lazy: LazyValue, dim: Any, start: Any, length: Any, **kwargs: Any) -
         return NotImplemented
     size = lazy.shape[dim]
     start = start + size if start < 0 else start
-    if not (0 <= start and 0 <= length and start + length <= size):
+    if not (start >= 0 and length >= 0 and start + length <= size):
         return NotImplemented
     index = [slice(None)] * lazy.ndim
     index[dim] = slice(start, start + length)
@@ -270,7 +268,7 @@ def _getitem(lazy: LazyValue, index: Any) -> Any:
     return result.view(recipe, lambda logits: logits[..., part], geometry, num_classes=stop - start)
 
 
-def _as_index(item: Any, device: torch.device) -> Tensor | None:
+def _as_index(item: Any, device: torch.device) -> Any:
     """Return an index array as a tensor, or None for what is not one."""
     if not isinstance(item, Tensor):
         if isinstance(item, LazyValue) or not hasattr(item, "__len__"):
@@ -332,9 +330,8 @@ def _scaled(lazy: LazyValue, other: Any, how: str) -> Any:
         return NotImplemented
     # Everything that is added scales with the product; per token, a bias would become a matrix.
     added = [value for name, value in recipe.steps if name == BIAS]
-    if recipe.bias is not None or added:
-        if other.numel() != 1:
-            return NotImplemented
+    if (recipe.bias is not None or added) and other.numel() != 1:
+        return NotImplemented
     if lazy.call.reenters:  # whose bias is not known here
         return NotImplemented
 
@@ -424,9 +421,7 @@ def _is_per_token(lazy: LazyValue, other: Tensor) -> bool:
     if other.ndim > lazy.ndim or other.shape[-1] != 1:
         return False
     leading = lazy.shape[lazy.ndim - other.ndim : -1]
-    return all(
-        [size in (1, own) for size, own in zip(other.shape[:-1], leading, strict=True)]
-    )
+    return all(size in (1, own) for size, own in zip(other.shape[:-1], leading, strict=True))
 
 
 def _promoted(lazy: LazyValue, other: Tensor) -> torch.dtype:

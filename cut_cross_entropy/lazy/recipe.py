@@ -1,7 +1,7 @@
 """Logits as a recipe: a sum of products, and the operations that follow it.
 
-A :class:`Recipe` records what a head and the model's code after it asked for. :func:`replay` computes
-the logits from it, :func:`fold` the arguments of ``linear_cross_entropy``.
+A :class:`Recipe` records what a head and the model's code after it asked for. :func:`replay`
+computes the logits from it, :func:`fold` the arguments of ``linear_cross_entropy``.
 
 Shapes: ... leading (batch, time), D features, V classes.
 """
@@ -23,8 +23,8 @@ Step = tuple[str, Any]
 Term = tuple[Tensor, Tensor | None, bool]
 """Features (..., D), classifier (V, D), and whether the classifier is a constant here.
 
-The classifier is None where only a second call of its head can provide it. The flag detaches it when
-it is used, since a sharded weight must not be referenced by another tensor.
+The classifier is None where only a second call of its head can provide it. The flag detaches it
+when it is used, since a sharded weight must not be referenced by another tensor.
 """
 
 

@@ -209,8 +209,9 @@ def runs_in_function(record: ForwardRecord, module: str | None = None) -> bool:
         if module is not None and frame.f_globals.get("__name__") == module:
             return True
         code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount:
-            if isinstance(frame.f_locals.get(code.co_varnames[0]), FunctionCtx):
+        if code.co_name in ("forward", "<lambda>") and code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, FunctionCtx):
                 return True
         frame = frame.f_back
     return False

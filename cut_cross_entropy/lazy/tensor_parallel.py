@@ -135,7 +135,7 @@ def lazy_shards(
     call: HeadCall,
     tensor: Callable[[LazyValue], Any],
 ) -> LazyShards:
-    """Return ``F.linear(x, weight, bias)`` of DTensors that :func:`why_not_vocab_parallel` accepts."""
+    """Return ``F.linear`` of DTensors that :func:`why_not_vocab_parallel` accepts."""
     from torch.distributed.tensor import Shard
 
     recipe = lazy_recipe(x.to_local(), weight, bias)

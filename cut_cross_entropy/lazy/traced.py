@@ -8,7 +8,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cut_cross_entropy.lazy.cross_entropy import cross_entropy
@@ -154,8 +153,9 @@ def _record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(logits, TracedLogits):
         return NotImplemented
     values = tuple([arg.lazy if isinstance(arg, TracedLogits) else arg for arg in args])
-    if any([isinstance(value, LazyValue) and value.is_changed for value in values]):
-        return NotImplemented
+    for value in values:
+        if isinstance(value, LazyValue) and value.is_changed:
+            return NotImplemented
     result = record(name, values[0], values[1:], kwargs)
     if result is NotImplemented:
         return NotImplemented

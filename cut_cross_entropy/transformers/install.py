@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from cut_cross_entropy.transformers.forward import is_patched_forward, patched_forward
 from cut_cross_entropy.lazy.notices import warn_once
+from cut_cross_entropy.transformers.forward import is_patched_forward, patched_forward
 from cut_cross_entropy.transformers.utils import PatchOptions
 
 _MARK = "_cce_patch_of"  # on a subclass for instances: the class that it stands for

@@ -24,8 +24,8 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cut_cross_entropy.transformers import CutCrossEntropyWarning, call_count, cce_patch
 from cut_cross_entropy.lazy.sharded_heads import num_rows
+from cut_cross_entropy.transformers import CutCrossEntropyWarning, call_count, cce_patch
 from cut_cross_entropy.transformers.heads import find_heads
 from tests.transformers.tiny import VOCAB, classes, model_class, tiny_inputs, tiny_model
 

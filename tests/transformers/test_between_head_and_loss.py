@@ -150,7 +150,7 @@ def operations_without_grad(model, hidden, labels):
     with torch.no_grad():
         scaled, cast = logits * model.scale, logits.float().double()
         shifted = logits + model.vector
-    assert not (scaled.requires_grad or cast.requires_grad or shifted.requires_grad)
+    assert not any(x.requires_grad for x in (scaled, cast, shifted))
     return ce(logits + 0.5 * scaled, labels) + ce((cast + shifted) * model.scale, labels)
 
 
@@ -159,9 +159,9 @@ GRAD_MODES = {  # none of these needs the logits
     "one head, a part detached": lambda m, h, y: (
         lambda x: ce(0.3 * x + 0.7 * x.detach(), y) + ce(x.detach() + 2 * x, y)
     )(m.lm_head(h)),
-    "temperature": lambda m, h, y: (
-        lambda x: ce(x, y) + ce(x.detach() / m.temperature, y)
-    )(m.lm_head(h)),
+    "temperature": lambda m, h, y: (lambda x: ce(x, y) + ce(x.detach() / m.temperature, y))(
+        m.lm_head(h)
+    ),
     "bias": lambda m, h, y: (lambda x: ce(x, y) + ce(x.detach() + m.vector, y))(m.lm_head(h)),
     "scale": lambda m, h, y: (lambda x: ce(x, y) + ce(m.scale * x.detach(), y))(m.lm_head(h)),
     "classes": lambda m, h, y: (lambda x: ce(x, y) + ce(x.detach() * m.vector, y))(m.lm_head(h)),
@@ -433,9 +433,7 @@ def head_alone(reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize(
-    ("kind", "losses"), [(head_and_loss, 0), (loss_alone, 1), (head_alone, 1)]
-)
+@pytest.mark.parametrize(("kind", "losses"), [(head_and_loss, 0), (loss_alone, 1), (head_alone, 1)])
 def test_checkpoints_inside_the_forward(kind, losses, reentrant):
     model = model_with(kind(reentrant))
     patched = cce_patch(copy.deepcopy(model))

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from cut_cross_entropy.transformers import cce_patch
 from cut_cross_entropy.lazy.logits import LazyLogits
+from cut_cross_entropy.transformers import cce_patch
 from tests.transformers.models import SIZES, VOCAB, batch, llama
 
 

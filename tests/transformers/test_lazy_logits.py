@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cut_cross_entropy.transformers import CutCrossEntropyWarning
-from cut_cross_entropy.lazy.record import ForwardRecord
 from cut_cross_entropy.lazy.intercept import lazy_linear
 from cut_cross_entropy.lazy.logits import LazyLogits
+from cut_cross_entropy.lazy.record import ForwardRecord
+from cut_cross_entropy.transformers import CutCrossEntropyWarning
 from cut_cross_entropy.transformers.utils import PatchOptions
 
 BATCH, TIME, DIM, CLASSES = 2, 5, 7, 11

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cut_cross_entropy.lazy.intercept import is_intercepted
+from cut_cross_entropy.lazy.logits import LazyLogits
 from cut_cross_entropy.transformers import (
     CutCrossEntropyWarning,
     call_count,
     cce_patch,
     cce_unpatch,
 )
-from cut_cross_entropy.lazy.intercept import is_intercepted
-from cut_cross_entropy.lazy.logits import LazyLogits
 from tests.transformers.models import VOCAB, assert_same_step, batch, llama, loss_and_grads, twin
 
 
