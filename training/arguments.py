@@ -16,7 +16,7 @@ EXCLUSIVE = ("steps", "epochs")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one line, with the closest valid spelling."""
+    """Argument parser that reports an error in one line, with the closest valid spelling."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
@@ -68,10 +68,13 @@ def add_settings(parser: Parser, names: Sequence[str], **defaults: Any) -> None:
         else:
             kinds = (str,) if get_origin(kind) is tuple else get_args(kind) or (kind,)
             options["type"] = next(one for one in kinds if one is not NoneType)
-        group = one_of if each.name in EXCLUSIVE else parser
-        group.add_argument(
-            flag(each.name), default=defaults.get(each.name, each.default), **options
-        )
+        default = defaults.get(each.name, each.default)
+        if each.name in EXCLUSIVE and one_of is not parser:
+            # argparse does not see the conflict if a value is the default.
+            options["help"] += f" (default: {default})" if default else ""
+            one_of.add_argument(flag(each.name), default=argparse.SUPPRESS, **options)
+        else:
+            parser.add_argument(flag(each.name), default=default, **options)
 
 
 def config_from(arguments: argparse.Namespace) -> TrainConfig:
@@ -91,7 +94,8 @@ def table(parser: argparse.ArgumentParser) -> str:
     for action in parser._actions:
         if action.dest in ("help", "version"):
             continue
-        default = "" if action.default in (None, ()) else f"`{action.default}`"
+        without = (None, (), argparse.SUPPRESS)
+        default = "" if action.default in without else f"`{action.default}`"
         flags = ", ".join(f"`{flag}`" for flag in action.option_strings)
         lines.append(f"| {flags} | {default} | {action.help} |")
     return "\n".join(lines)

@@ -29,7 +29,7 @@ class UsageError(ValueError):
 
 
 def flag(name: str) -> str:
-    """Spelling of the setting ``name`` on the command line."""
+    """Return the flag of the setting ``name``."""
     return "--" + name.replace("_", "-")
 
 
@@ -224,6 +224,8 @@ class TrainConfig:
 def _check(name: str, value: Any, limits: Any) -> None:
     if value is None:
         return
+    if value == "":
+        raise UsageError(f"{flag(name)} must not be empty")
     if limits["least"] is not None and not limits["least"] <= value < math.inf:
         raise UsageError(f"{flag(name)} must be at least {limits['least']}, got {value}")
     if limits["above"] is not None and not limits["above"] < value < math.inf:
@@ -236,8 +238,6 @@ def _check(name: str, value: Any, limits: Any) -> None:
 
 def check_output(output: Path) -> None:
     """Raise ``UsageError`` unless ``output`` is a folder or can be made one."""
-    if not output.name:
-        raise UsageError(f"--output must name a folder, got {str(output)!r}")
     try:
         existing = next(p for p in (output, *output.absolute().parents) if os.path.lexists(p))
         if not existing.is_dir():

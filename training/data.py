@@ -80,8 +80,6 @@ def documents(
         yield Document("\n\n".join(topics[name] for name in sorted(topics)))
         return
     path, what = Path(source), f"{flag} {source!r}"
-    if not source:
-        raise ValueError(f"{flag} must not be empty")
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         found: Iterator[Document] = (

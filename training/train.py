@@ -73,7 +73,6 @@ def set_up(config: TrainConfig) -> Run:
 
     Raises:
         DoneError: the checkpoint to resume from is the last one.
-        CheckpointError: it is damaged.
         UsageError, FileNotFoundError, ValueError, RuntimeError, ImportError: wrong input.
     """
     # Cheap checks come first; loading a model takes a while.
@@ -176,8 +175,8 @@ def run_all(arguments: Any) -> int:
     # Any process may be the one that fails: the others only learn that it ended.
     name = "train.py" if main else f"train.py, process {os.environ['RANK']}"
 
-    def fail(error: BaseException, code: int) -> int:
-        print(f"{name}: error: {error}", file=sys.stderr)
+    def fail(message: object, code: int) -> int:
+        print(f"{name}: error: {message}", file=sys.stderr)
         return code
 
     try:
@@ -216,7 +215,7 @@ def run_all(arguments: Any) -> int:
         return fail(error, 1)
     except torch.cuda.OutOfMemoryError as error:
         advice = "a smaller --batch-size (with --gradient-accumulation), --gradient-checkpointing"
-        return fail(MemoryError(f"{in_one_line(error)} Try {advice} or --fsdp"), 1)
+        return fail(f"{in_one_line(error)} Try {advice} or --fsdp", 1)
     say(f"step {step} of {run.config.steps} done; checkpoints in {checkpoints}")
     return 0
 

@@ -78,6 +78,7 @@ def test_settings_out_of_range(changed, message):
         (["--tokenizer", "./tinyy"], "--tokenizer './tinyy': there is no such folder"),
         (["--eval-data", "no.txt"], "--eval-data must be"),
         (["--data", ""], "--data must not be empty"),
+        (["--model", ""], "--model must not be empty"),
         (["--seed", "5000000000"], "--seed must be below 2**32, got 5000000000"),
         (["--epochs", "1", "--streaming"], "--epochs needs all data in memory"),
         (
@@ -97,7 +98,7 @@ def test_settings_out_of_range(changed, message):
             "--config-override hidden_act=nope gives no model: KeyError 'nope'",
         ),
         (["--resume", "."], "--resume: checkpoint . is damaged: manifest.json is missing"),
-        (["--output", ""], "--output must name a folder, got '.'"),
+        (["--output", ""], "--output must not be empty"),
         (["--from-scratch", "--config-override", "vocab_size=50"], "embedding of --model has 50"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

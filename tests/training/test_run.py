@@ -210,9 +210,10 @@ class TestEpochs:
         assert [row["step"] for row in rows_of(tmp_path / "run")][-1] == str(steps)
         assert main([*words, "--epochs", epochs, *extra, "--no-export", "--resume"]) == 0
 
-    def test_exclude_steps(self, arguments, capsys):
+    @pytest.mark.parametrize("steps", ["10", "100"], ids=["another", "the default"])
+    def test_exclude_steps(self, capsys, steps):
         with pytest.raises(SystemExit, match="2"):
-            main([*arguments, "--epochs", "2"])
+            main(["--steps", steps, "--epochs", "2"])
         assert "--epochs: not allowed with argument --steps" in capsys.readouterr().err
 
     def test_of_a_resumed_run_must_not_be_fewer(self, arguments, capsys):
