@@ -8,6 +8,7 @@ import transformers
 from torch import Tensor
 
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
+from cut_cross_entropy.lazy.notices import warn_once
 from cut_cross_entropy.linear_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.options import (
     LCE_IMPL_DEFAULT,
@@ -20,7 +21,6 @@ from cut_cross_entropy.options import (
     check_flag,
     impl_name,
 )
-from cut_cross_entropy.transformers.notices import warn_once
 from cut_cross_entropy.validation import check_options
 
 TransformersModelT = TypeVar("TransformersModelT", bound=transformers.PreTrainedModel)

@@ -82,10 +82,11 @@ def broken(monkeypatch):
     """A patch with a mistake in the gradient, or in what it computes."""
 
     def apply(change):
-        from cut_cross_entropy.transformers import lazy_loss
+        from cut_cross_entropy.lazy import cross_entropy
 
-        right = lazy_loss.linear_cross_entropy
-        monkeypatch.setattr(lazy_loss, "linear_cross_entropy", lambda *a, **k: change(right, a, k))
+        right = cross_entropy.linear_cross_entropy
+        wrong = lambda *a, **k: change(right, a, k)
+        monkeypatch.setattr(cross_entropy, "linear_cross_entropy", wrong)
 
     return apply
 
