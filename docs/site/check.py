@@ -147,10 +147,13 @@ def check_search(context: BrowserContext, address: str, query: str = "softcap") 
     """A problem if typing ``query`` into the search of the page finds nothing."""
     page = context.new_page()
     page.goto(address, wait_until="networkidle")
+    if not page.locator("[data-md-component=search]").count():
+        page.close()
+        return ["search: the page has none"]
     page.keyboard.press("/")
     page.keyboard.type(query)
     try:
-        page.wait_for_selector(".md-search-result__item", timeout=10_000)
+        page.wait_for_selector(".md-search-result__item", timeout=5_000)
     except Exception:
         return [f"search: {query!r} is not found"]
     finally:

@@ -85,7 +85,13 @@ def test_each_fault_is_found(name, found):
 
 
 def test_a_good_page_has_no_problem_but_that_it_has_no_search(found):
-    assert found["index.html"] == ["search: 'softcap' is not found"]
+    assert found["index.html"] == ["search: the page has none"]
+
+
+def test_a_search_that_finds_nothing_is_a_fault(check, tmp_path):
+    body = "<!doctype html><link rel=icon href=data:,><input data-md-component=search>"
+    (tmp_path / "index.html").write_text(body)
+    assert check.check_site(tmp_path)["index.html"] == ["search: 'softcap' is not found"]
 
 
 def test_pages_in_folders_are_opened(found):
