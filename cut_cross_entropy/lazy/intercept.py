@@ -65,7 +65,7 @@ class HeadForward:
 
         With ``cce_request``, return what that makes of the recipe of the lazy logits.
         """
-        record = active_record()
+        record = active_record(self)
         if record is None or (record.suspended and cce_request is None) or not args:
             return self.forward(*args, **kwargs)  # type: ignore[no-any-return]
         if cce_request is not None:
@@ -86,7 +86,7 @@ class HeadForward:
 
         A plain head is not called at all: no hook of it runs yet.
         """
-        record = active_record()
+        record = active_record(self)
         if record is None or record.suspended or not self.is_plain or kwargs or len(args) != 1:
             result = self.head._call_impl(*args, **kwargs)
             return result.logits if isinstance(result, Hidden) else result

@@ -100,9 +100,9 @@ def _cast_to(dtype: torch.dtype) -> Callable[..., Any]:
 def _contiguous(lazy: LazyValue, **kwargs: Any) -> Any:
     if kwargs:
         return NotImplemented
-    if lazy.is_contiguous:
+    if lazy.geometry is None or lazy.geometry.is_contiguous():
         return lazy
-    return lazy.derived(lazy.recipe)
+    return lazy.derived(lazy.recipe, geometry=lazy.geometry.contiguous())
 
 
 def _clone(lazy: LazyValue, **kwargs: Any) -> Any:

@@ -38,6 +38,8 @@ class ForwardRecord:
         model: the model that runs.
         options: how to compute its losses.
         labels: of the call, or None if they are not known.
+        means: what made the head lazy, for messages.
+        way_out: what to do without it, for messages.
     """
 
     suspended = 0  # > 0 while logits are computed: their product is not to be captured
@@ -47,10 +49,20 @@ class ForwardRecord:
     labels_padded = False
     not_captured: str | None = None
 
-    def __init__(self, model: nn.Module, options: LossOptions, labels: Tensor | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        options: LossOptions,
+        labels: Tensor | None,
+        means: str = "the patch",
+        way_out: str = "Use cce_unpatch for this model",
+    ) -> None:
         self.model = model
         self.options = options
         self.labels = labels
+        self.means = means
+        self.way_out = way_out
+        self.heads: list[Any] = []  # what stands in for the heads whose calls belong here
         self.calls: list[Uses] = []
         self.grad_enabled = torch.is_grad_enabled()
         # Inside an operator PyTorch leaves out autograd and autocast: logits need what is here.
@@ -103,7 +115,7 @@ class ForwardRecord:
             "the unpatched model",
         )
 
-    def check_at_return(self, grad_enabled: bool) -> None:
+    def check_at_return(self) -> None:
         """Warn about what did not go as expected.
 
         Raises:
@@ -114,13 +126,13 @@ class ForwardRecord:
             if (
                 uses.read_without_grad
                 and uses.requires_grad
-                and grad_enabled
+                and torch.is_grad_enabled()
                 and not (uses.losses or uses.read)
             ):
                 raise RuntimeError(
                     f"{self.model_name} computed its loss from logits that it read only where no "
                     "gradient is recorded (an autograd.Function, or torch.no_grad), so their "
-                    "gradient would be lost. Use cce_unpatch for this model"
+                    f"gradient would be lost. {self.way_out}"
                 )
         if any(uses.losses or uses.read or uses.read_without_grad for uses in self.calls):
             return
@@ -128,8 +140,7 @@ class ForwardRecord:
             warn_once(
                 self.model_name,
                 "unused",
-                "labels were passed, but its loss does not use the logits of its head; the patch "
-                "did nothing",
+                f"its loss does not use the logits of its head; {self.means} did nothing",
             )
         else:
             reason = self.not_captured or (
@@ -144,7 +155,7 @@ class ForwardRecord:
         warn_once(
             self.model_name,
             "idle",
-            f"the patch did nothing: {reason}. The loss is the model's own, from full logits",
+            f"{self.means} did nothing: {reason}. The loss is the model's own, from full logits",
         )
 
 
@@ -157,9 +168,16 @@ class _Active(threading.local):
 _active = _Active()
 
 
-def active_record() -> ForwardRecord | None:
-    """Return the innermost forward with lazy logits that this thread is in."""
-    return _active.records[-1] if _active.records else None
+def active_record(head: Any = None) -> ForwardRecord | None:
+    """Return the innermost forward with lazy logits that this thread is in.
+
+    Args:
+        head: what stands in for a head: the innermost forward that it belongs to.
+    """
+    for record in reversed(_active.records):
+        if head is None or head in record.heads:
+            return record
+    return None
 
 
 def enter(record: ForwardRecord, depth: int = 1) -> None:

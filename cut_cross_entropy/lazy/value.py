@@ -118,11 +118,6 @@ class LazyValue:
         return self.shape.numel()
 
     @property
-    def is_contiguous(self) -> bool:
-        """Whether the logits are; compiled code need not know."""
-        return self.geometry is None or self.geometry.is_contiguous()
-
-    @property
     def is_changed(self) -> bool:
         """Whether the value counts, and not the recipe."""
         return self.storage.is_changed

@@ -89,14 +89,13 @@ def _intercepted(
         return original(model, *args, **kwargs)  # a part of a patched model: the whole has them
 
     record = ForwardRecord(model, options, labels)
-    installed: list[intercept.HeadForward] = []
     enter(record)
     try:
         for head in heads:
             its_own = gathers(head)
             reason = why_not_intercept(head, its_own)
             if reason is None:
-                installed.append(intercept.install(head, its_own))
+                record.heads.append(intercept.install(head, its_own))
             else:
                 record.not_captured = reason
         # Whether the model pads its labels decides which columns of an unreduced loss are kept.
@@ -104,21 +103,19 @@ def _intercepted(
         with intercept.HeadMode(record, ()) if watch else contextlib.nullcontext():
             output = original(model, *args, **kwargs)
         if outer is None:
-            output = replace_lazy(output, _replacement(model, installed, record))
+            output = replace_lazy(output, _replacement(model, record))
     finally:
         leave(record)
-        for stand_in in installed:
+        for stand_in in record.heads:
             intercept.remove(stand_in)
-    record.check_at_return(torch.is_grad_enabled())
+    record.check_at_return()
     return output
 
 
-def _replacement(
-    model: nn.Module, installed: list[intercept.HeadForward], record: ForwardRecord
-) -> Callable[[Any], Any]:
+def _replacement(model: nn.Module, record: ForwardRecord) -> Callable[[Any], Any]:
     if model.training:
         return lambda lazy: None
-    if is_sharded(model) or any(stand_in.is_spread for stand_in in installed):
+    if is_sharded(model) or any(stand_in.is_spread for stand_in in record.heads):
         # The weights may be gone after the forward, and only all processes together get them back.
         return lambda lazy: _real(lazy, record)
     return lambda lazy: lazy
@@ -164,7 +161,7 @@ def _traced(
         output = replace_lazy(output, lambda lazy: None)
     else:
         output = replace_lazy(output, lambda lazy: _real(lazy, record))
-    record.check_at_return(torch.is_grad_enabled())
+    record.check_at_return()
     return output
 
 

@@ -61,6 +61,7 @@ class ClassWidth(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if (
                 isinstance(tensor, torch.Tensor)
+                and not tensor.is_meta  # without memory
                 and tensor.is_floating_point()
                 and tensor.ndim > 1
                 and tuple(sorted(tensor.shape)) not in self.weights

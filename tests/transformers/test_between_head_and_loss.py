@@ -197,6 +197,11 @@ def permuted(model, hidden, labels):
     return F.cross_entropy(logits, einops.rearrange(labels, "b t -> (t b)"))
 
 
+def transposed(model, hidden, labels):
+    logits = (model.lm_head(hidden).transpose(0, 1) * 2).contiguous().view(-1, VOCAB)
+    return F.cross_entropy(logits, labels.t().flatten().clamp_min(0))
+
+
 def shifted_by_einops(model, hidden, labels):
     logits = einops.rearrange(model.lm_head(hidden)[:, :-1], "b t v -> (b t) v")
     return F.cross_entropy(logits, labels[:, 1:].flatten())
@@ -221,6 +226,7 @@ def tensors_of(model, hidden, labels):
 NO_LOGITS = {
     "masks and arrays": masks,
     "narrow from the end": narrowed,
+    "transposed": transposed,
     "einops": shifted_by_einops,
     "einops that permutes": permuted,
     "in place": recorded_in_place,

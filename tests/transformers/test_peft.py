@@ -6,7 +6,13 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 
-from cut_cross_entropy.transformers import call_count, cce_patch, cce_unpatch, is_patched
+from cut_cross_entropy.transformers import (
+    CutCrossEntropyWarning,
+    call_count,
+    cce_patch,
+    cce_unpatch,
+    is_patched,
+)
 from tests.transformers.models import assert_same_step, batch, llama, loss_and_grads
 
 # What these packages warn about themselves.
@@ -100,3 +106,26 @@ def test_the_adapter_is_saved_and_loaded(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(cce_patch(llama()), tmp_path, is_trainable=True).train()
     assert_same_step(expected, loss_and_grads(loaded))
+
+
+def test_an_activated_adapter_on_the_head():
+    """It adds to a part of the logits in place, after it has taken a view of them."""
+    config = LoraConfig(
+        r=4, target_modules=["lm_head"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]
+    )
+    inputs = batch()
+    inputs["input_ids"][:, 4:6] = torch.tensor([5, 6])
+
+    def step(patch):
+        model = llama().double()
+        torch.manual_seed(1)
+        model = get_peft_model(model, copy.deepcopy(config))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return loss_and_grads(patch(model.train()), **inputs)
+
+    expected = step(lambda model: model)
+    with pytest.warns(CutCrossEntropyWarning, match="logits were computed in full because of"):
+        actual = step(cce_patch)
+    assert_same_step(expected, actual, rtol=1e-10, atol=1e-12)
