@@ -64,10 +64,27 @@ def store_gradients(
     """Store the logit gradients of a tile of products."""
     inside = classes < V
     logits = transform_logits(
-        product, bias_ptr, classes, inside, softcap, HAS_BIAS, SOFTCAP, TOKEN_AXIS=0
+        product,
+        bias_ptr=bias_ptr,
+        classes=classes,
+        inside=inside,
+        softcap=softcap,
+        HAS_BIAS=HAS_BIAS,
+        SOFTCAP=SOFTCAP,
+        TOKEN_AXIS=0,
     )
     onehot = classes[None, :] == targets[:, None]
-    _, grad = logit_gradient(logits, onehot, inside, lse, a, b, softcap, SOFTCAP, TOKEN_AXIS=0)
+    _, grad = logit_gradient(
+        logits,
+        onehot=onehot,
+        inside=inside,
+        lse=lse,
+        a=a,
+        b=b,
+        softcap=softcap,
+        SOFTCAP=SOFTCAP,
+        TOKEN_AXIS=0,
+    )
     # 32 bits reach: a chunk is bounded in elements
     out = tokens[:, None] * stride_out + (classes - first_class)[None, :]
     grad = (grad * scale).to(grad_ptr.dtype.element_ty)
@@ -137,28 +154,55 @@ def chunk_gradients_kernel(
     for i in tl.range(0, tiles * steps, flatten=True):
         step = i % steps
         v = start + (i // steps) * BLOCK_V
-        e_tile = load_rows(e, block * BLOCK_T, N, step * BLOCK_D, D, E_TMA, BLOCK_T, BLOCK_D)
-        c_tile = load_rows(c, v, V, step * BLOCK_D, D, C_TMA, BLOCK_V, BLOCK_D)
+        e_tile = load_rows(
+            e,
+            row=block * BLOCK_T,
+            num_rows=N,
+            column=step * BLOCK_D,
+            D=D,
+            USE_TMA=E_TMA,
+            ROWS=BLOCK_T,
+            COLUMNS=BLOCK_D,
+        )
+        c_tile = load_rows(
+            c,
+            row=v,
+            num_rows=V,
+            column=step * BLOCK_D,
+            D=D,
+            USE_TMA=C_TMA,
+            ROWS=BLOCK_V,
+            COLUMNS=BLOCK_D,
+        )
         product = tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
         if step == steps - 1:
-            classes = v + tl.arange(0, half)
             if HALVES:
-                left, right = tl.split(
-                    tl.permute(tl.reshape(product, (BLOCK_T, 2, half)), (0, 2, 1))
+                pairs = tl.permute(tl.reshape(product, (BLOCK_T, 2, half)), (0, 2, 1))
+                left, right = tl.split(pairs)
+            for part in tl.static_range(2 if HALVES else 1):
+                if HALVES:
+                    tile = left if part == 0 else right
+                else:
+                    tile = product
+                store_gradients(
+                    tile,
+                    grad_ptr=grad_ptr,
+                    bias_ptr=bias_ptr,
+                    classes=v + part * half + tl.arange(0, half),
+                    tokens=tokens,
+                    targets=targets,
+                    lse=lse,
+                    a=a,
+                    b=b,
+                    scale=scale,
+                    N=N,
+                    V=V,
+                    softcap=softcap,
+                    first_class=first_class,
+                    stride_out=stride_out,
+                    HAS_BIAS=HAS_BIAS,
+                    SOFTCAP=SOFTCAP,
                 )
-                store_gradients(
-                    left, grad_ptr, bias_ptr, classes, tokens, targets, lse, a, b, scale,
-                    N, V, softcap, first_class, stride_out, HAS_BIAS, SOFTCAP,
-                )  # fmt: skip
-                store_gradients(
-                    right, grad_ptr, bias_ptr, classes + half, tokens, targets, lse, a, b, scale,
-                    N, V, softcap, first_class, stride_out, HAS_BIAS, SOFTCAP,
-                )  # fmt: skip
-            else:
-                store_gradients(
-                    product, grad_ptr, bias_ptr, classes, tokens, targets, lse, a, b, scale,
-                    N, V, softcap, first_class, stride_out, HAS_BIAS, SOFTCAP,
-                )  # fmt: skip
             product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
 
 

@@ -58,7 +58,14 @@ def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
     problem = _in_compute_dtype(problem)
     tokens, target_logits, bound = score_targets(problem, compact=training)
     flags = torch.zeros(num_blocks, dtype=torch.int32, device=e.device)
-    inputs = PassInputs(tokens.e, problem.c, problem.bias, problem.softcap, bound, flags)
+    inputs = PassInputs(
+        tokens.e,
+        c=problem.c,
+        bias=problem.bias,
+        softcap=problem.softcap,
+        bound=bound,
+        flags=flags,
+    )
 
     # A short pass over the frequent classes gives a tight bound.
     num_frequent = _num_frequent(problem)

@@ -18,6 +18,7 @@ from cut_cross_entropy.kernels.primitives import (
     ABSENT,
     FLAT,
     LOG2E,
+    gather_rows,
     transform_logits,
 )
 from cut_cross_entropy.problem import KernelState, PerToken, Problem
@@ -133,7 +134,17 @@ def score_targets_kernel(
     row = tl.program_id(0).to(tl.int64)
     origin = tl.load(origin_ptr + row)
     if COMPACT:
-        copy_row(source_ptr, e_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D)
+        copy_row(
+            source_ptr,
+            out_ptr=e_ptr,
+            origin=origin,
+            row=row,
+            N=N,
+            D=D,
+            stride_n=stride_n,
+            stride_d=stride_d,
+            BLOCK_D=BLOCK_D,
+        )
         e_row, e_step = source_ptr + origin * stride_n, stride_d
     else:
         e_row, e_step = e_ptr + row * D, 1
@@ -143,17 +154,24 @@ def score_targets_kernel(
     target -= first_class
     usable = present & (target >= 0) & (target < V)
     target = tl.where(usable, target, -1)
-    first = tl.max(target, 0)
-    available = tl.where(first >= 0, D, 0)
-    total = tl.zeros((BLOCK_D,), tl.float32)
+    has_row = target >= 0
+    available = tl.where(tl.max(target, 0) >= 0, D, 0)
+    total = tl.zeros((1, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        mask = d < available
-        e = tl.load(e_row + d * e_step, mask=mask, other=0.0)
-        c = tl.load(c_ptr + first * D + d, mask=mask, other=0.0)
-        total += e.to(c_ptr.dtype.element_ty).to(tl.float32) * c.to(tl.float32)
-    product = tl.sum(total, 0) + tl.zeros((1, 1), tl.float32)
-    logit = transform_logits(product, bias_ptr, target, usable, softcap, HAS_BIAS, SOFTCAP)
+        e = tl.load(e_row + d * e_step, mask=d < available, other=0.0)
+        c = gather_rows(c_ptr, target, has_row, d, D)
+        total += e.to(c_ptr.dtype.element_ty).to(tl.float32)[None, :] * c.to(tl.float32)
+    product = tl.sum(total, 1)[:, None]
+    logit = transform_logits(
+        product,
+        bias_ptr=bias_ptr,
+        classes=target,
+        inside=usable,
+        softcap=softcap,
+        HAS_BIAS=HAS_BIAS,
+        SOFTCAP=SOFTCAP,
+    )
     logit = tl.reshape(logit, (1,))
     bound = tl.where(logit < float("inf"), logit, 0.0)  # the pass finds NaN and +inf again
     tl.store(targets_ptr + row + lane, target)
@@ -237,7 +255,17 @@ def backward_tokens_kernel(
     """Move one token and its gradients to its row."""
     row = tl.program_id(0).to(tl.int64)
     origin = tl.load(origin_ptr + row)
-    copy_row(source_ptr, e_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D)
+    copy_row(
+        source_ptr,
+        out_ptr=e_ptr,
+        origin=origin,
+        row=row,
+        N=N,
+        D=D,
+        stride_n=stride_n,
+        stride_d=stride_d,
+        BLOCK_D=BLOCK_D,
+    )
     lane = tl.zeros((1,), tl.int64)
     position = origin + lane
     present = position < N

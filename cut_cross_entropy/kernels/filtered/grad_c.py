@@ -127,17 +127,43 @@ def grad_c_kernel(
             other=0.0,
         )
         token = (first_block + bit) * BLOCK_T + part * BLOCK_K
-        e_tile = load_rows(e, token, N, column, D, E_TMA, BLOCK_K, BLOCK_N)
+        e_tile = load_rows(
+            e,
+            row=token,
+            num_rows=N,
+            column=column,
+            D=D,
+            USE_TMA=E_TMA,
+            ROWS=BLOCK_K,
+            COLUMNS=BLOCK_N,
+        )
         total = tl.dot(grads, e_tile, total, input_precision="ieee")
         slot += (kept & (part == parts - 1)).to(tl.int32)
     columns = column + tl.arange(0, BLOCK_N)
     if PARTIAL:
         if has_sums:
             total += load_sums(
-                out_ptr, low_ptr, classes, columns, inside, first_class, D, stride_out, LOW_BITS
+                out_ptr,
+                low_ptr=low_ptr,
+                classes=classes,
+                columns=columns,
+                inside=inside,
+                first_class=first_class,
+                D=D,
+                stride=stride_out,
+                LOW_BITS=LOW_BITS,
             )
         store_sums(
-            out_ptr, low_ptr, total, classes, column, inside, first_class, D, stride_out, LOW_BITS
+            out_ptr,
+            low_ptr=low_ptr,
+            sums=total,
+            classes=classes,
+            column=column,
+            inside=inside,
+            first_class=first_class,
+            D=D,
+            stride=stride_out,
+            LOW_BITS=LOW_BITS,
         )
     else:
         weights = tl.load(weights_ptr + classes, mask=inside, other=0.0) * tl.load(inverse_ptr)
@@ -181,7 +207,15 @@ def tail_rows_kernel(
     values = weights[:, None] * mean[None, :]
     if SUMS:
         values += load_sums(
-            high_ptr, low_ptr, classes, columns, inside, first_class, D, stride_out, LOW_BITS
+            high_ptr,
+            low_ptr=low_ptr,
+            classes=classes,
+            columns=columns,
+            inside=inside,
+            first_class=first_class,
+            D=D,
+            stride=stride_out,
+            LOW_BITS=LOW_BITS,
         ) / tl.load(scale_ptr)
     rows = classes[:, None] * stride_out + columns[None, :]
     tl.store(out_ptr + rows, values.to(out_ptr.dtype.element_ty), mask=here)

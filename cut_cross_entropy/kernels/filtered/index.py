@@ -398,4 +398,11 @@ def list_strips(kept: Kept, counts: Counts, whole: StripIndex, rectangle: Rectan
             CHUNK=CHUNK,
             TILE=TILE,
         )
-    return StripList(classes, slots, tile_block, tile_start, index, rectangle)
+    return StripList(
+        classes=classes,
+        slots=slots,
+        tile_block=tile_block,
+        tile_start=tile_start,
+        index=index,
+        rectangle=rectangle,
+    )

@@ -69,7 +69,16 @@ def strip_gradients_kernel(
     product = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
     for d in range(0, D, BLOCK_D):
         c_tile = gather_rows(c_ptr, classes, inside, d + features, D)
-        e_tile = load_rows(e, first_token, N, d, D, E_TMA, BLOCK_T, BLOCK_D)
+        e_tile = load_rows(
+            e,
+            row=first_token,
+            num_rows=N,
+            column=d,
+            D=D,
+            USE_TMA=E_TMA,
+            ROWS=BLOCK_T,
+            COLUMNS=BLOCK_D,
+        )
         product = tl.dot(c_tile, e_tile.T, product, input_precision="ieee")
 
     tokens = first_token + tl.arange(0, BLOCK_T)
@@ -79,9 +88,19 @@ def strip_gradients_kernel(
     b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
     targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1)
     scale = tl.load(scale_ptr)
-    logits = transform_logits(product, bias_ptr, classes, inside, softcap, HAS_BIAS, SOFTCAP)
+    logits = transform_logits(
+        product,
+        bias_ptr=bias_ptr,
+        classes=classes,
+        inside=inside,
+        softcap=softcap,
+        HAS_BIAS=HAS_BIAS,
+        SOFTCAP=SOFTCAP,
+    )
     onehot = (classes[:, None] == targets[None, :]) & inside[:, None]
-    p, grad = logit_gradient(logits, onehot, inside, lse, a, b, softcap, SOFTCAP)
+    p, grad = logit_gradient(
+        logits, onehot=onehot, inside=inside, lse=lse, a=a, b=b, softcap=softcap, SOFTCAP=SOFTCAP
+    )
     tl.store(kept_mass_ptr + tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.sum(p, 0))
     slots = tl.load(slots_ptr + strips, mask=inside, other=0).to(tl.int64)
     if BIAS_GRAD:
