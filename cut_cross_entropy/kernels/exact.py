@@ -73,12 +73,13 @@ def store_gradients(
         SOFTCAP=SOFTCAP,
         TOKEN_AXIS=0,
     )
+    p = tl.exp2(logits - lse[:, None])
     onehot = classes[None, :] == targets[:, None]
-    _, grad = logit_gradient(
+    grad = logit_gradient(
         logits,
+        p=p,
         onehot=onehot,
         inside=inside,
-        lse=lse,
         a=a,
         b=b,
         softcap=softcap,
@@ -180,10 +181,7 @@ def chunk_gradients_kernel(
                 pairs = tl.permute(tl.reshape(product, (BLOCK_T, 2, half)), (0, 2, 1))
                 left, right = tl.split(pairs)
             for part in tl.static_range(2 if HALVES else 1):
-                if HALVES:
-                    tile = left if part == 0 else right
-                else:
-                    tile = product
+                tile = (left if part == 0 else right) if HALVES else product
                 store_gradients(
                     tile,
                     grad_ptr=grad_ptr,

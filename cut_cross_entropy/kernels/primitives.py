@@ -104,30 +104,29 @@ def logit_slope(logits, softcap):
 
 @triton.jit
 def logit_gradient(
-    logits,  # (classes, tokens) in units of log2, or its transpose
-    onehot,  # like logits: whether the class is the token's target
+    logits,  # (classes, tokens) in units of log2, or its transpose; like the two that follow
+    p,  # probabilities
+    onehot,  # whether the class is the token's target
     inside,  # (classes,) whether the row is a class
-    lse,  # (tokens,) log2; +inf: no token; like the two that follow
-    a,
-    b,
+    a,  # (tokens,)
+    b,  # (tokens,)
     softcap,
     SOFTCAP: tl.constexpr,
     TOKEN_AXIS: tl.constexpr = 1,
 ):
-    """Return the probabilities, and the gradient of the loss by the logits before the softcap.
+    """Return the gradient of the loss by the logits before the softcap.
 
-    Every gradient of the kernels goes through this formula. A term that depends on the logits adds
-    to the factor of p here: that of an entropy would be ``eta * (logits - mean_logit)``, with two
-    further values per token. The rows of absent classes are not meaningful: they are not stored.
+    Every gradient of the kernels goes through this formula, so further terms belong here. That of
+    an entropy adds ``eta * (logits - mean_logit)`` to the factor of p, with two further values per
+    token; weights of tokens and classes are factors of a and b.
     """
     CLASS_AXIS: tl.constexpr = 1 - TOKEN_AXIS
-    p = tl.exp2(logits - tl.expand_dims(lse, CLASS_AXIS))
     grad = p * tl.expand_dims(a, CLASS_AXIS)
     grad -= tl.where(onehot, tl.expand_dims(b, CLASS_AXIS), 0.0)
     if SOFTCAP:
         slope = logit_slope(logits, softcap)
         grad *= tl.where(tl.expand_dims(inside, TOKEN_AXIS), slope, 0.0)
-    return p, grad
+    return grad
 
 
 @triton.jit

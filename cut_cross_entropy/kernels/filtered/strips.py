@@ -97,9 +97,10 @@ def strip_gradients_kernel(
         HAS_BIAS=HAS_BIAS,
         SOFTCAP=SOFTCAP,
     )
+    p = tl.exp2(logits - lse[None, :])
     onehot = (classes[:, None] == targets[None, :]) & inside[:, None]
-    p, grad = logit_gradient(
-        logits, onehot=onehot, inside=inside, lse=lse, a=a, b=b, softcap=softcap, SOFTCAP=SOFTCAP
+    grad = logit_gradient(
+        logits, p=p, onehot=onehot, inside=inside, a=a, b=b, softcap=softcap, SOFTCAP=SOFTCAP
     )
     tl.store(kept_mass_ptr + tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.sum(p, 0))
     slots = tl.load(slots_ptr + strips, mask=inside, other=0).to(tl.int64)
