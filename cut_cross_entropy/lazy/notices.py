@@ -77,7 +77,14 @@ def call_count(model: nn.Module | None = None) -> int:
 
     Returns:
         The number of losses; 0 means that the patch was never active.
+
+    Raises:
+        TypeError: something else than a model.
     """
     if model is None:
         return _total
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be None or a model, got {model!r}; losses of a model type are not counted"
+        )
     return sum(_counts[part][0] for part in model.modules() if part in _counts)

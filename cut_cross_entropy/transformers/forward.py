@@ -23,7 +23,8 @@ from cut_cross_entropy.lazy.sharded_heads import (
 )
 from cut_cross_entropy.lazy.value import Unevaluated
 from cut_cross_entropy.transformers.heads import find_heads
-from cut_cross_entropy.transformers.utils import PatchOptions
+from cut_cross_entropy.transformers.replaced_loss import calling_the_replacement, is_replaced
+from cut_cross_entropy.transformers.utils import PatchOptions, divisor
 
 Forward = Callable[..., Any]
 
@@ -53,8 +54,13 @@ def patched_forward(
             return original(self, *args, **kwargs)
         if options.reduction != "mean":
             kwargs.pop("num_items_in_batch", None)  # it asks for a mean that nobody wants
+        elif kwargs.get("num_items_in_batch") is not None:
+            kwargs["num_items_in_batch"] = divisor(kwargs["num_items_in_batch"])
         if torch.compiler.is_compiling():
             return _traced(self, original, options, labels, args, kwargs)
+        if is_replaced():
+            with calling_the_replacement(self, options):
+                return _intercepted(self, original, options, labels, args, kwargs)
         return _intercepted(self, original, options, labels, args, kwargs)
 
     forward.__name__ = "forward"

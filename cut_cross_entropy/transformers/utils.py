@@ -162,7 +162,9 @@ def divisor(num_items: Any) -> Any:
         if num_items == 0:
             _warn_that_nothing_is_learned()
         return max(num_items, _SMALLEST)
-    if num_items.device.type == "cpu" and not torch.compiler.is_compiling() and num_items == 0:
+    # On a GPU the look would wait for the device.
+    readable = num_items.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and bool((num_items == 0).all()):
         _warn_that_nothing_is_learned()
     return num_items.clamp_min(_SMALLEST)
 

@@ -3,15 +3,19 @@
 import importlib
 import sys
 import types
+import warnings
+from dataclasses import replace as with_options
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 from cut_cross_entropy.transformers import PatchOptions, call_count, cce_unpatch, is_patched
+from cut_cross_entropy.transformers import utils as transformers_utils
 from cut_cross_entropy.transformers.patch import PATCH_FNS, cce_patch
-from tests.transformers.models import assert_same_step, batch, llama, loss_and_grads
+from tests.transformers.models import assert_same_step, batch, llama, loss_and_grads, twin
 
 
 @pytest.fixture
@@ -185,6 +189,179 @@ def test_forward_of_a_family_bound_to_a_model(clean):
     llama_patch._PATCH_OPTS = PatchOptions()
     assert_same_step(expected, loss_and_grads(other))
     assert call_count(other) == 1
+
+
+# --- a replaced apply_lce
+
+
+@pytest.fixture
+def replaced():
+    """Replace ``apply_lce`` in all modules that have the name, as trainers do."""
+    importlib.import_module("cut_cross_entropy.transformers.llama")
+
+    originals = {
+        name: module.apply_lce
+        for name, module in sys.modules.items()
+        if name.startswith("cut_cross_entropy.transformers") and hasattr(module, "apply_lce")
+    }
+    assert "cut_cross_entropy.transformers.llama" in originals
+
+    def replace(function, everywhere):
+        transformers_utils.apply_lce = function
+        for name in originals if everywhere else ():
+            sys.modules[name].apply_lce = function
+
+    yield replace
+    for name, function in originals.items():
+        sys.modules[name].apply_lce = function
+
+
+WEIGHTS = torch.rand(2, 11, generator=torch.Generator().manual_seed(3))
+
+
+def weighted_apply_lce(e, c, labels, opts, bias=None, softcap=None, **loss_kwargs):
+    """Losses by token with weights of the targets, as prompt loss weights have it."""
+    assert e.shape[:-1] == labels.shape
+    unreduced = with_options(opts, reduction="none")
+    losses = ORIGINAL(e, c, labels, unreduced, bias=bias, softcap=softcap)
+    weights = WEIGHTS[:, 1:] * (labels[:, 1:] != -100)
+    return (losses * weights).sum() / loss_kwargs.get("num_items_in_batch", weights.sum())
+
+
+ORIGINAL = transformers_utils.apply_lce
+
+
+def weighted_loss(logits, labels):
+    losses = F.cross_entropy(
+        logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none"
+    )
+    return (losses * WEIGHTS[:, 1:]).sum()
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["utils", "everywhere"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_patched_models_call_a_replaced_apply_lce(replaced, everywhere, family):
+    from tests.transformers.models import SIZES
+
+    if family == "llama":
+        model = llama()
+    else:
+        config = transformers.Gemma2Config(**SIZES, final_logit_softcapping=3.0)
+        torch.manual_seed(0)
+        model = transformers.Gemma2ForCausalLM(config).train()
+    patched = cce_patch(twin(model))
+    inputs = batch()
+    labels = inputs.pop("labels")
+    (weighted_loss(model(**inputs).logits, labels) / 7).backward()
+    replaced(weighted_apply_lce, everywhere)
+    output = patched(**inputs, labels=labels, num_items_in_batch=7)
+    assert output.logits is None
+    output.loss.backward()
+    assert call_count(patched) == 1
+    for (name, mine), (_, theirs) in zip(
+        patched.named_parameters(), model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_an_apply_lce_that_is_put_back_has_no_effect_any_more(replaced):
+    model = cce_patch(llama())
+    expected = model(**batch()).loss
+    replaced(lambda *args, **kwargs: torch.tensor(7.0), everywhere=False)
+    assert model(**batch()).loss == 7
+    replaced(ORIGINAL, everywhere=False)
+    torch.testing.assert_close(model(**batch()).loss, expected)
+
+
+def test_a_model_that_cannot_call_a_replaced_apply_lce_says_so(replaced):
+    """It has a loss of its own, which does not ask for ``loss_function``."""
+    from cut_cross_entropy.lazy.notices import forget_warnings
+    from cut_cross_entropy.transformers import CutCrossEntropyWarning
+
+    config = transformers.BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)
+
+    class OwnLoss(transformers.BloomForCausalLM):
+        def forward(self, input_ids, labels=None):
+            logits = self.lm_head(self.transformer(input_ids)[0])
+            return (F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()),)
+
+    model = cce_patch(OwnLoss(config).train())
+    ids = torch.arange(12).reshape(2, 6)
+    expected = model(ids, labels=ids)[0]
+    replaced(weighted_apply_lce, everywhere=False)
+    forget_warnings()
+    with pytest.warns(CutCrossEntropyWarning, match="the replacement was not called"):
+        torch.testing.assert_close(model(ids, labels=ids)[0], expected)
+
+
+# --- nothing to learn from
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_step_without_any_label(as_tensor):
+    """Transformers' own loss is 0 / 0 there."""
+    from cut_cross_entropy.lazy.notices import forget_warnings
+    from cut_cross_entropy.transformers import CutCrossEntropyWarning
+
+    inputs = batch()
+    inputs["labels"].fill_(-100)
+    zero = torch.tensor(0) if as_tensor else 0
+    assert llama()(**inputs, num_items_in_batch=zero).loss.isnan()
+    model = cce_patch(llama())
+    forget_warnings()
+    with pytest.warns(CutCrossEntropyWarning, match="no token with a label"):
+        loss = model(**inputs, num_items_in_batch=zero).loss
+    loss.backward()
+    assert loss.item() == 0
+    for name, parameter in model.named_parameters():
+        assert torch.count_nonzero(parameter.grad) == 0, name
+    assert model(**inputs, num_items_in_batch=zero).loss.item() == 0  # and no second warning
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("time", [1, 2])
+def test_short_rows(time, reduction):
+    """Rows of one token have no next token."""
+    model = cce_patch(llama(), reduction=reduction)
+    inputs = batch(time=time)
+    loss = model(**inputs).loss
+    assert loss.shape == ((2, time - 1) if reduction == "none" else ())
+    loss.sum().backward()
+    if time == 1:
+        assert torch.count_nonzero(loss) == 0
+        assert torch.count_nonzero(model.lm_head.weight.grad) == 0
+
+
+@pytest.mark.parametrize("num_items", [None, 0, 3, 0.5])
+def test_apply_lce_without_a_prediction(num_items):
+    from cut_cross_entropy.lazy.notices import forget_warnings
+
+    e = torch.randn(2, 1, 8, requires_grad=True)
+    c = torch.randn(11, 8, requires_grad=True)
+    labels = torch.ones(2, 1, dtype=torch.long)
+    forget_warnings()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = transformers_utils.apply_lce(
+            e, c, labels, PatchOptions(), num_items_in_batch=num_items
+        )
+    assert len(caught) == (num_items == 0)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.count_nonzero(e.grad) == torch.count_nonzero(c.grad) == 0
+    long = transformers_utils.apply_lce(
+        e.detach().expand(2, 4, 8), c, labels.expand(2, 4), PatchOptions(), num_items_in_batch=0.5
+    )
+    once = transformers_utils.apply_lce(
+        e.detach().expand(2, 4, 8), c, labels.expand(2, 4), PatchOptions(reduction="sum")
+    )
+    torch.testing.assert_close(long, once / 0.5)
+
+
+@pytest.mark.parametrize("what", ["lama", 5])
+def test_call_count_of_something_else(what):
+    with pytest.raises(TypeError, match=rf"model must be None or a model, got {what!r}"):
+        call_count(what)
 
 
 # --- where nothing can run
