@@ -160,3 +160,17 @@ class Gradients(NamedTuple):
     e: Tensor
     c: Tensor
     bias: Tensor
+
+
+def gradient_scale(a: Tensor, b: Tensor) -> Tensor:
+    """Return the power of two () that brings logit gradients in half precision near 1.
+
+    A gradient ``a * p - b * onehot`` of order 1/N underflows in float16; scaling by a power of two
+    changes no digit. ``a`` and ``b`` are (N,); the scale is 1 if they are empty, 0 or not finite.
+    """
+    one = a.new_ones(())
+    if a.numel() == 0:
+        return one
+    largest = torch.maximum(a.abs().max(), b.abs().max())
+    exponent = -torch.floor(torch.log2(largest))
+    return torch.where(torch.isfinite(exponent), torch.exp2(exponent), one)

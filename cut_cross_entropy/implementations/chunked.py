@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.distributed.collectives import combine
-from cut_cross_entropy.problem import Gradients, Needed, PerToken, Problem
+from cut_cross_entropy.problem import Gradients, Needed, PerToken, Problem, gradient_scale
 from cut_cross_entropy.validation import check_target_range
 
 MAX_TOKENS = 8192
@@ -75,7 +75,7 @@ def backward(grads: PerToken, saved: PerToken, problem: Problem, needed: Needed)
     a = b + blocks.gather(grads.lse.to(wide))
     a = torch.where(blocks.in_range, a, torch.nan)  # see forward: never a plausible number
     lse = blocks.gather(saved.lse)
-    scale = blocks.gradient_scale(a, b)
+    scale = gradient_scale(a, b) if blocks.half_products else a.new_ones(())
 
     grad_e_sum = torch.zeros(
         (blocks.num_kept if needed.e else 0, e.shape[1]), dtype=wide, device=e.device
@@ -226,15 +226,6 @@ class _Blocks:
         if self.half_products:
             return torch.mm(left, right, out_dtype=self.wide)
         return left @ right
-
-    def gradient_scale(self, a: Tensor, b: Tensor) -> Tensor:
-        """A power of two that brings the logit gradients near 1: 1/N underflows in float16."""
-        one = torch.ones((), dtype=self.wide, device=a.device)
-        if not self.half_products or self.num_kept == 0:
-            return one
-        largest = torch.maximum(a.abs().max(), b.abs().max())
-        exponent = -torch.floor(torch.log2(largest))
-        return torch.where(torch.isfinite(exponent), torch.exp2(exponent), one)
 
     def as_factor(self, grad: Tensor, scale: Tensor) -> Tensor:
         """A block of logit gradients as a factor of the products that follow."""

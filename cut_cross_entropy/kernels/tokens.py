@@ -21,7 +21,7 @@ from cut_cross_entropy.kernels.primitives import (
     gather_rows,
     transform_logits,
 )
-from cut_cross_entropy.problem import KernelState, PerToken, Problem
+from cut_cross_entropy.problem import KernelState, PerToken, Problem, gradient_scale
 
 SCAN = 4096  # tokens per step of the scan
 
@@ -299,7 +299,7 @@ class BackwardTokens(Tokens):
         b: gradient of the loss, the factor of the one-hot target.
         target_miss: (1 - p)^2 of the target, a lower bound of the gradient's energy; FLAT for
             tokens whose distribution is flat, ABSENT where absent.
-        scale: () power of two by which stored logit gradients are multiplied, see float16_scale.
+        scale: () power of two by which stored logit gradients are multiplied, see gradient_scale.
         shard_mass: probability of this shard's classes; None if all classes are here.
         num_valid: number of valid tokens on its way to the host; None if not asked for, or if the
             host cannot wait for it.
@@ -400,20 +400,10 @@ def compact_for_backward(
         a=a,
         b=b,
         target_miss=target_miss,
-        scale=float16_scale(a, b) if half else a.new_ones(()),
+        scale=gradient_scale(a, b) if half else a.new_ones(()),
         shard_mass=saved.shard_mass if saved.shard_mass.numel() > 0 else None,
         num_valid=num_valid,
     )
-
-
-def float16_scale(a: Tensor, b: Tensor) -> Tensor:
-    """Return the power of two () that brings the logit gradients near 1.
-
-    1/N times a small probability underflows in float16; a power of two changes no digit.
-    """
-    largest = torch.maximum(a.abs().max(), b.abs().max())
-    exponent = -torch.floor(torch.log2(largest))
-    return torch.where(torch.isfinite(exponent), torch.exp2(exponent), a.new_ones(()))
 
 
 @triton.jit(do_not_specialize=["out_rows"])
