@@ -271,7 +271,7 @@ class Wanted:
 
     @property
     def classes(self) -> bool:
-        """Whether a gradient with a row for each class is wanted."""
+        """True if a gradient with a row for each class is wanted."""
         return self.c is not None or self.bias is not None
 
     def __bool__(self) -> bool:

@@ -24,7 +24,7 @@ from cut_cross_entropy.device_support import triton_is_interpreted
 
 
 def is_captured(tensor: Tensor) -> bool:
-    """Whether work on ``tensor`` is captured in a CUDA graph, where the host cannot wait."""
+    """Return whether work on ``tensor`` is captured in a CUDA graph: the host cannot wait then."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

@@ -102,11 +102,10 @@ def backward(
         needed: the gradients to compute.
     """
     e, c, bias = problem.e, problem.c, problem.bias
-    need_bias = needed.bias and bias is not None
     wanted = Wanted(
         needed.e,
         torch.empty(c.shape, dtype=c.dtype, device=c.device) if needed.c else None,
-        bias.new_empty(bias.shape) if bias is not None and need_bias else None,
+        bias.new_empty(bias.shape) if bias is not None and needed.bias else None,
     )
     if e.shape[0] == 0 or c.shape[0] == 0:
         grad_e = torch.zeros_like(e, memory_format=torch.contiguous_format) if needed.e else None
@@ -183,9 +182,8 @@ def _embedding_gradient(tokens: BackwardTokens, dtype: torch.dtype) -> Tensor:
 def _rows_to_compute(num_valid: int | None, num_tokens: int) -> int:
     """Return how many of the compacted rows to compute: about a whole number of blocks.
 
-    The number has the same remainder by 16 as ``num_tokens`` in the sense that kernels are compiled
-    for (``launch``), so that none has to be compiled because a batch has more ignored tokens than
-    another.
+    The number is a multiple of 16 if ``num_tokens`` is and not otherwise, since kernels are
+    compiled for either (``launch``): a batch with more ignored tokens compiles nothing new.
     """
     if num_valid is None:
         return num_tokens

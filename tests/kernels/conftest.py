@@ -95,7 +95,7 @@ def any_route(request, drops_nothing):
 def gpu():
     """Fail rather than skip: these tests run only if they are asked for."""
     if not torch.cuda.is_available():
-        pytest.fail("there is no GPU", pytrace=False)
+        pytest.fail("no GPU is available", pytrace=False)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         pytest.fail("kernels are interpreted: use `make test-gpu` or pytest -m gpu", pytrace=False)
 

@@ -1,4 +1,4 @@
-"""What the host sees on a GPU: synchronisations, streams, graphs, devices, and a memory checker."""
+"""The host's side on a GPU: synchronisations, streams, graphs, devices, and a memory checker."""
 
 import os
 import shutil

@@ -178,7 +178,9 @@ def test_peak_is_bounded_on_any_data(impl, kind, budget):
     peak = peak_above(e, c, made.targets, impl=impl, memory_budget=budget)
     gradients = (e.numel() + c.numel()) * 2
     accumulator = e.numel() * 4
-    kept = tokens * shape.num_classes // 128 + e.numel() * 2  # bytes of the strips; tokens in front
+    kept = (
+        tokens * shape.num_classes // 128 + e.numel() * 2
+    )  # bytes of the strips; compacted tokens
     allowed = gradients + accumulator + kept + budget + 8 * MIB
     assert peak <= allowed, f"{peak / MIB:.0f} of {allowed / MIB:.0f} MiB"
 

@@ -227,7 +227,7 @@ def test_dial(filter_eps, tolerance):
 
 
 def test_mass_that_may_be_dropped(monkeypatch, always_filtered):
-    """The second dial holds whatever the first allows, and 0 drops nothing that counts."""
+    """The second dial holds whatever the first allows, and 0 drops nothing that matters."""
     monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 0.3)
     kept, dropped = [], []
     for limit in (None, 0.1, 1e-2, 1e-3, 0.0):

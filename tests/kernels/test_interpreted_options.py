@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
 
 
 def one_block(**options):
-    """24 tokens; 300 classes are three tiles, one partial; 24 features are no whole step."""
+    """24 tokens; 300 classes are three tiles, one partial; 24 features are not a whole step."""
     return make_problem((3, 8), 300, 24, **options)
 
 

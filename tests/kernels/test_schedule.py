@@ -45,7 +45,7 @@ def cells(rectangle):
 
 
 def covered_once(rectangles, wanted):
-    """Whether the rectangles cover the wanted blocks and chunks, each once."""
+    """Return whether the rectangles cover the wanted blocks and chunks, each once."""
     found = [cell for rectangle in rectangles for cell in cells(rectangle) if cell in wanted]
     return len(found) == len(set(found)) and set(found) == wanted
 
