@@ -227,6 +227,8 @@ def _narrow(lazy: LazyValue, dim: Any, start: Any, length: Any, **kwargs: Any) -
 
 
 def _getitem(lazy: LazyValue, index: Any) -> Any:
+    if isinstance(index, (list, range)) and not all(isinstance(item, int) for item in index):
+        return NotImplemented  # PyTorch takes a list of lists for a tuple
     index = list(index) if isinstance(index, tuple) else [index]
     advanced = False
     for position, item in enumerate(index):

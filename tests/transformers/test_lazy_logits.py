@@ -100,6 +100,15 @@ def _augmented(x):
     return x
 
 
+@pytest.mark.parametrize("index", [[[1, 0], [2, 3]], [[True, False]]])
+@pytest.mark.filterwarnings("ignore:.*non-tuple sequence")
+def test_a_list_of_lists_is_the_index_that_pytorch_takes_it_for(index):
+    setting = Setting()
+    with pytest.warns(CutCrossEntropyWarning, match="'__getitem__'"):
+        actual = setting.lazy[index].softmax(-1)
+    torch.testing.assert_close(actual, setting.real[index].softmax(-1))
+
+
 @pytest.mark.parametrize("name", [*SAME_TOKENS, *LINEAR])
 def test_recorded_operations_give_the_loss_and_gradients_of_the_real_ones(name):
     operation = (SAME_TOKENS | LINEAR)[name]
