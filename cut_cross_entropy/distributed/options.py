@@ -1,4 +1,7 @@
-"""How a classifier is spread over processes: by classes, or by the sharding of data parallelism."""
+"""Options for a classifier that is spread over processes: by classes, or as data parallelism does.
+
+DTensors are recognised here without importing what defines them.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,8 +32,14 @@ class Shard(NamedTuple):
 def partition_n_into_range(n: int, rank: int, world_size: int) -> tuple[int, int]:
     """Range ``[start, stop)`` of ``rank`` when ``n`` items are spread evenly, the rest in front.
 
-    >>> [partition_n_into_range(10, rank, 3) for rank in range(3)]
-    [(0, 4), (4, 7), (7, 10)]
+    Examples:
+        >>> [partition_n_into_range(10, rank, 3) for rank in range(3)]
+        [(0, 4), (4, 7), (7, 10)]
+
+    Args:
+        n: number of items.
+        rank: of this process.
+        world_size: number of processes.
 
     Raises:
         ValueError: ``n`` negative, or ``rank`` not in [0, world_size).
@@ -48,9 +57,8 @@ def partition_n_into_range(n: int, rank: int, world_size: int) -> tuple[int, int
 class VocabParallelOptions:
     """The classes ``[start, stop)`` whose rows of the classifier (and bias) this process holds.
 
-    All processes of the group make the same call with their own rows, and get the same loss. What
-    they compute from it has to be the same too, so that each can make its part of the gradients
-    without asking the others.
+    All processes of the group make the same call with their own rows, and get the same loss. They
+    have to compute the same from it, so that each can make its part of the gradients alone.
 
     Args:
         start: first class of this process.
@@ -94,6 +102,15 @@ class VocabParallelOptions:
     ) -> "VocabParallelOptions":
         """The options of this process when ``vocab_size`` classes are spread evenly.
 
+        Args:
+            vocab_size: number of classes over all processes.
+            group: the processes that hold the vocabulary together; None is the default group.
+            reduce_e_grad: whether to sum the gradient of ``e`` over the group.
+            gather_e: whether every process has tokens of its own.
+
+        Returns:
+            Options with the range of this process, as :func:`partition_n_into_range` divides it.
+
         Raises:
             RuntimeError: torch.distributed is not initialised.
         """
@@ -110,36 +127,44 @@ class VocabParallelOptions:
     def from_dtensor(
         cls, c: Tensor, reduce_e_grad: bool = True, gather_e: bool = False
     ) -> "VocabParallelOptions":
-        """The options of this process when ``c`` (V, D) or (V,) is a DTensor sharded by rows.
+        """The options of this process when ``c`` is a DTensor sharded by rows.
+
+        Args:
+            c: classifier (V, D) or bias (V,), with the placement ``Shard(0)``.
+            reduce_e_grad: whether to sum the gradient of ``e`` over the processes of its mesh.
+            gather_e: whether every process has tokens of its own.
+
+        Returns:
+            Options with the rows of this process and the group of its mesh.
 
         Raises:
-            TypeError: ``c`` is no DTensor.
+            TypeError: ``c`` is not a DTensor.
             NotImplementedError: a mesh or placements that do not divide the classes.
         """
         start, stop, group = classes_of(c)
         return cls(start, stop, group, reduce_e_grad, gather_e)
 
     def shard(self) -> Shard:
-        """What the implementations need to know."""
+        """Return the properties that implementations need."""
         size = torch.distributed.get_world_size(self.group)
         return Shard(self.start, group_name(self.group), size)
 
 
 @dataclass
 class DataParallelOptions:
-    """What happens to a classifier (and bias) that ``fully_shard`` has spread over processes.
+    """Handling of a classifier (and bias) that ``fully_shard`` has spread over processes.
 
     They are gathered before the loss, freed after it, gathered again for the gradients, and the
     gradients reduce-scattered. The names are those of FSDP2's ``MixedPrecisionPolicy``.
 
     Args:
-        param_dtype: to which they are cast before they are gathered; None is the dtype of autocast,
-            or of ``e`` if that is narrower than theirs.
-        reduce_dtype: of the gradients between the processes; None is that in which they come.
+        param_dtype: dtype to gather them in; None is the dtype of autocast, or of ``e`` if that is
+            narrower than theirs.
+        reduce_dtype: dtype to reduce-scatter their gradients in; None is the gradients' own.
         average: whether the gradient is the mean over the processes, as FSDP has it, or the sum.
 
     Raises:
-        TypeError: something else than a floating point dtype.
+        TypeError: a value that is not a floating point dtype.
     """
 
     param_dtype: torch.dtype | None = None
@@ -165,7 +190,7 @@ def classes_of(c: Any) -> tuple[int, int, "ProcessGroup"]:
     """First and one past the last row of this process, and the group that holds all rows.
 
     Raises:
-        TypeError: ``c`` is no DTensor.
+        TypeError: ``c`` is not a DTensor.
         NotImplementedError: not sharded by rows over a mesh of one dimension.
     """
     if not is_dtensor(c):
