@@ -69,9 +69,9 @@ def check_fit(model: Any, config: TrainConfig, data: Any) -> Iterator[str]:
 
 
 def _longest(data: Any, config: TrainConfig) -> int:
-    """Return the number of positions that a row needs."""
+    """Return the number of positions that a row needs, or of a stream may need."""
     if not isinstance(data, LoadedRows):
-        return 0 if config.isolate_documents else config.sequence_length
+        return config.sequence_length
     return max(
         int(row["position_ids"].max()) + 1 if "position_ids" in row else len(row["input_ids"])
         for row in data.rows

@@ -35,7 +35,11 @@ def few_positions(model_folder, tmp_path):
     return ["--model", str(folder)]
 
 
-@pytest.mark.parametrize("extra", [[], ["--streaming"], ["--no-packing"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "extra",
+    [[], ["--streaming"], ["--streaming", "--isolate-documents"], ["--no-packing"]],
+    ids=" ".join,
+)
 def test_a_sequence_longer_than_embedded_positions_is_refused(
     arguments, learned_positions, capsys, extra
 ):
