@@ -1,7 +1,7 @@
 # `make PYTHON=/path/to/python TARGET` uses the environment of that Python and installs nothing.
 # Without it, .venv is made from BASE_PYTHON with the versions in constraints.txt.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu benchmark docs lint venv wheel clean
+.PHONY: help demo test test-gpu benchmark peers docs lint venv wheel clean
 
 BASE_PYTHON ?= python3
 VENV := .venv
@@ -17,8 +17,7 @@ PYTHON := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.complete
 endif
 
-# mypy refuses a folder without modules.
-TYPED := cut_cross_entropy training experiments $(patsubst %/__init__.py,%,$(wildcard benchmark/__init__.py))
+TYPED := cut_cross_entropy training experiments
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +36,14 @@ test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU
 
 benchmark: $(ENVIRONMENT)  ## time, memory and error of all implementations
 	$(PYTHON) -m benchmark $(ARGS)
+
+# Without a network: PIP_ARGS='--no-index --find-links FOLDER' with the wheels in it.
+peers: $(ENVIRONMENT)  ## other packages for the benchmark's suite, each in a folder of out/peers
+	for peer in apple=cut-cross-entropy==25.1.1 liger=liger-kernel==0.8.5 trl=trl==1.16.0 \
+			trl=datasets trl=dill trl=multiprocess; do \
+		$(PYTHON) -m pip install --quiet --no-deps --upgrade $(PIP_ARGS) \
+			--target out/peers/$${peer%%=*} $${peer#*=} || exit 1; \
+	done
 
 docs: $(ENVIRONMENT)  ## tables and plots from the kept measurements, and the site in build/site
 	$(PYTHON) docs/make.py

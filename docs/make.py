@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # started by its path: Python then puts this folder first, not the root
     sys.path[0] = str(ROOT)
 
-from benchmark.environment import in_words  # noqa: E402
-from benchmark.methods import METHODS  # noqa: E402
-from benchmark.shapes import SHAPES  # noqa: E402
+from cut_cross_entropy.benchmark.environment import in_words  # noqa: E402
+from cut_cross_entropy.benchmark.methods import METHODS  # noqa: E402
+from cut_cross_entropy.benchmark.shapes import SHAPES  # noqa: E402
 from docs import plots, processes, training_runs  # noqa: E402
 from docs.page import fill, number, table  # noqa: E402
 

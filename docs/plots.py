@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmark.methods import METHODS
-from benchmark.shapes import SHAPES
+from cut_cross_entropy.benchmark.methods import METHODS
+from cut_cross_entropy.benchmark.shapes import SHAPES
 
 COLORS = {
     "cce": "#c1272d", "cce_exact": "#e8833a", "chunked": "#b9a44c", "torch_compile": "#5b8c5a",

@@ -5,9 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-from benchmark.environment import in_words
-from benchmark.setups import LOGITS, OWN_TOKENS
-from benchmark.shapes import SHAPES
+from cut_cross_entropy.benchmark.environment import in_words
+from cut_cross_entropy.benchmark.setups import LOGITS, OWN_TOKENS
+from cut_cross_entropy.benchmark.shapes import SHAPES
 from docs.page import number, table
 
 WANTED = (2, 4, 8)

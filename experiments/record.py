@@ -1,8 +1,6 @@
 """The JSON file of an experiment: what ran where, and what came out."""
 
 import importlib.metadata
-import json
-import os
 import platform
 import sys
 import time
@@ -11,7 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmark.environment import commit_of_checkout
+from cut_cross_entropy.benchmark.environment import commit_of_checkout
+from cut_cross_entropy.benchmark.output import write_json
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "cut-cross-entropy")
 
@@ -59,10 +58,7 @@ class Record:
 
     def write(self) -> None:
         """Write the file in one piece."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        write_json(self.path, self.content)
 
 
 class Clock:

@@ -158,7 +158,7 @@ def differences(
 
 def table(record: dict[str, Any]) -> str:
     """Format a record as Markdown, with the machine it was measured on."""
-    from benchmark.environment import in_words
+    from cut_cross_entropy.benchmark.environment import in_words
 
     where, settings = record["environment"], record["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -263,7 +263,7 @@ def versions() -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and compare; exit code 0 done, 1 a run failed, 2 wrong input."""
-    from benchmark.environment import environment
+    from cut_cross_entropy.benchmark.environment import environment
 
     begin = time.monotonic()
     arguments = parse_arguments(argv)

@@ -28,7 +28,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 import torch
 from torch import Tensor
 
-from benchmark.measure import peak_mib
+from cut_cross_entropy.benchmark.measure import peak_mib
 from training.arguments import Parser, add_settings, config_from
 from training.config import SETUP_ERRORS, TrainConfig, check_output
 from training.data import Windows, load_text, tokenize

@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
     # transformers imports DeepSpeed where it is installed, which would announce its choice.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from benchmark.leave import leave
+from cut_cross_entropy.benchmark.leave import leave
 from training.arguments import build_parser, config_from
 from training.callbacks import Checkpoints, Interrupts, Log, StopSignals
 from training.checkpoint import CheckpointError, checkpoint_folder, step_of, verify_checkpoint

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from benchmark import output
-from benchmark.__main__ import chosen_methods, main, parse_arguments, tasks
-from benchmark.shapes import SHAPES
+from cut_cross_entropy.benchmark import output
+from cut_cross_entropy.benchmark.__main__ import chosen_methods, main, parse_arguments, tasks
+from cut_cross_entropy.benchmark.shapes import SHAPES
 from docs import make
 
 
@@ -91,6 +91,33 @@ def test_table_has_the_published_columns(results):
     assert lines[0].split()[:5] == ["method", "kind", "runtime_ms", "op_mem_mb", "test_data"]
     assert len(lines) == len(results["rows"]) + 1
     assert len({len(line) for line in lines}) == 1
+
+
+def test_a_cpu_says_what_it_measures_instead_and_rows_as_they_come(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["--data", "gpt2", "--tokens", "16", "--classes", "384", "--repetitions", "1"]
+    main([*arguments, "--methods", "chunked", "baseline", "--no-errors"])
+    out, err = capsys.readouterr()
+    assert "Sizes are reduced: instead of gpt2 a small classifier, V 384, D 256,\n" in out
+    assert "with N 16 tokens." in out
+    sizes = "small-structured-V384: N 16, V 384, D 256, float32"
+    assert out.count(sizes) == 3, "each kind of pass has its rows at once"
+    assert "chunked needs more memory than full logits here" in out
+    for kind in ("loss-fw", "loss-bw", "loss-fw-bw"):
+        assert f"small-structured-V384: {kind}, 1 rounds of 3 methods, about " in err
+    assert all(line.startswith("[") for line in err.splitlines() if "small-structured" in line)
+
+
+def test_the_note_on_memory_is_there_only_if_it_is_true():
+    row = {"tokens": 64, "dim": 256, "kind": "loss-fw-bw"}
+    rows = lambda chunked: [
+        {**row, "method": "chunked", "op_mem_mb": chunked},
+        {**row, "method": "baseline", "op_mem_mb": 20.0},
+    ]
+    assert "With N 64 and D 256" in output.memory_note(rows(52.0))
+    assert output.memory_note(rows(20.0)) == ""
+    assert output.memory_note(rows(52.0)[:1]) == ""
+    assert output.memory_note([{**each, "kind": "loss-fw"} for each in rows(52.0)]) == ""
 
 
 def test_sweeps_and_options_make_problems():

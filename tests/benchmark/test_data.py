@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from benchmark.data import KINDS, Problem, describe, ignore, make, read
-from benchmark.measure import exact_gradients, relative_error
-from benchmark.shapes import SHAPES, Shape
+from cut_cross_entropy.benchmark.data import KINDS, Problem, describe, ignore, make, read
+from cut_cross_entropy.benchmark.measure import exact_gradients, relative_error
+from cut_cross_entropy.benchmark.shapes import SHAPES, Shape
 
 TINY = Shape("tiny", 700, 32, softcap=5.0)
 

@@ -1,11 +1,13 @@
 """Tables and plots of the documentation: made from what is kept, and not stale."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from benchmark.suite import ALL, PARTS, tasks_of, unpack
+from cut_cross_entropy.benchmark import suite
+from cut_cross_entropy.benchmark.runs import Task
+from cut_cross_entropy.benchmark.shapes import Shape
+from cut_cross_entropy.benchmark.suite import ALL, PARTS, tasks_of
 from docs import make, plots
 from docs.make import BLOCKS, ROOT
 from docs.page import fill
@@ -244,10 +246,9 @@ def test_bars_start_at_zero_and_titles_are_words(found):
 def test_parts_of_the_suite_are_problems_that_the_tables_find(tmp_path):
     names = {}
     for part in PARTS:
-        if not PARTS[part].command:
-            names[part] = [task.name for task in tasks_of(part, tmp_path / "smollm2.pt", True)]
-            assert len(set(names[part])) == len(names[part])
-            assert set(PARTS[part].methods) <= set(ALL)
+        names[part] = [task.name for task in tasks_of(part, tmp_path / "smollm2.pt", True)]
+        assert len(set(names[part])) == len(names[part])
+        assert set(PARTS[part].methods) <= set(ALL)
     assert names["table"] == ["gemma2-structured", "smollm2", "llama3-8b-structured"]
     rows = [row("cce", data=name, part=part, tokens=8192) for part in names for name in names[part]]
     contents = [
@@ -261,12 +262,20 @@ def test_parts_of_the_suite_are_problems_that_the_tables_find(tmp_path):
     assert make.models(kept).count("\n") == 2 + 11 + 1
 
 
-def test_wheels_are_unpacked_by_method(tmp_path):
-    import zipfile
-
-    for name in ("liger_kernel-0.1-py3-none-any.whl", "other-1-py3-none-any.whl"):
-        with zipfile.ZipFile(tmp_path / name, "w") as archive:
-            archive.writestr("liger_kernel/__init__.py", "")
-    peers = unpack(tmp_path, tmp_path / "out")
-    assert list(peers) == ["liger"]
-    assert (Path(peers["liger"]) / "liger_kernel" / "__init__.py").is_file()
+def test_a_part_of_the_suite_is_measured_with_a_folder_of_other_packages(
+    tmp_path, capsys, monkeypatch
+):
+    tiny = Task("ignored-0.9", "flat", 8, Shape("tiny", 64, 8), "float32", ignored=0.5,
+                kinds=("loss-fw-bw",), errors=False)  # fmt: skip
+    monkeypatch.setattr(suite, "tasks_of", lambda part, hidden, on_gpu: [tiny])
+    for name in ("liger", "notes"):
+        (tmp_path / "peers" / name).mkdir(parents=True)
+    arguments = ["--out", str(tmp_path / "out"), "--peers", str(tmp_path / "peers"), "--parts"]
+    suite.main([*arguments, "options", "--methods", "baseline", "liger", "--commit", "abc"])
+    assert "== options: 1 rows, 0 failures" in capsys.readouterr().out
+    kept = make.read(tmp_path / "out")
+    assert "90% of the targets ignored" in make.options(kept)
+    assert kept.files["options.json"]["environment"]["commit"] == "abc"
+    suite.main([*arguments, "tails", "--time-limit", "10"])
+    assert "== tails: not run, no time left" in capsys.readouterr().out
+    assert not (tmp_path / "out/tails.json").exists()

@@ -2,10 +2,10 @@
 
 import pytest
 
-from benchmark import runs
-from benchmark.pool import Clock, WorkerError
-from benchmark.runs import Session, Task, measure
-from benchmark.shapes import Shape
+from cut_cross_entropy.benchmark import runs
+from cut_cross_entropy.benchmark.pool import Clock, WorkerError
+from cut_cross_entropy.benchmark.runs import Session, Task, measure
+from cut_cross_entropy.benchmark.shapes import Shape
 
 TASK = Task("made", "structured", 1024, Shape("made", 4096, 64))
 LOADED = {"version": "1", "tokens": 1024, "classes": 4096, "dim": 64, "dtype": "bfloat16"}

@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 import torch.distributed as dist
 
-from benchmark.data import make
-from benchmark.leave import leave
-from benchmark.measure import relative_error
-from benchmark.setups import SETUPS
-from benchmark.shapes import Shape
 from cut_cross_entropy import linear_cross_entropy
+from cut_cross_entropy.benchmark.data import make
+from cut_cross_entropy.benchmark.leave import leave
+from cut_cross_entropy.benchmark.measure import relative_error
+from cut_cross_entropy.benchmark.setups import SETUPS
+from cut_cross_entropy.benchmark.shapes import Shape
 
 ROUNDING = {torch.bfloat16: 1.7e-3, torch.float32: 1e-6}  # of a gradient, relative
 ALLOWED = {torch.bfloat16: 3.0, torch.float32: 30.0}  # roundings; each process rounds its part

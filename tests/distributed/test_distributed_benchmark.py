@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmark import distributed
-from benchmark.data import Problem
-from benchmark.distributed import Job, jobs_of, measure_or_note, parse_arguments
+from cut_cross_entropy.benchmark import distributed
+from cut_cross_entropy.benchmark.data import Problem
+from cut_cross_entropy.benchmark.distributed import Job, jobs_of, measure_or_note, parse_arguments
 from docs import make, processes
 
 ROOT = Path(__file__).resolve().parents[2]

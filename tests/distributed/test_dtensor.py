@@ -401,8 +401,8 @@ def modification_between_forward_and_backward_is_caught(rank):
 
 @case()
 def every_setup_of_the_table(rank):
-    from benchmark.data import Problem
-    from benchmark.setups import SETUPS
+    from cut_cross_entropy.benchmark.data import Problem
+    from cut_cross_entropy.benchmark.setups import SETUPS
     from tests.distributed.run_many_gpus import errors, reference
 
     made = make_problem((16,), classes=304, ignored=0.0)

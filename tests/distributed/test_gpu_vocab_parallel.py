@@ -27,8 +27,8 @@ def relative_error(got, exact):
 
 def filtered(rank, own_tokens, softcap):
     """Data like a trained model's: filtered on every process, and as exact as on one."""
-    from benchmark.data import make
-    from benchmark.shapes import Shape
+    from cut_cross_entropy.benchmark.data import make
+    from cut_cross_entropy.benchmark.shapes import Shape
 
     shape = Shape("shards", 32768, 1024, softcap)
     problem = make("structured", 2048, shape, torch.bfloat16, "cuda")

@@ -5,9 +5,15 @@ from functools import partial
 import pytest
 import torch
 
-from benchmark.data import Problem
-from benchmark.distributed_traffic import FILTERED, Collective, Replay, back_to_back, collectives
-from benchmark.setups import OWN_TOKENS, SETUPS
+from cut_cross_entropy.benchmark.data import Problem
+from cut_cross_entropy.benchmark.distributed_traffic import (
+    FILTERED,
+    Collective,
+    Replay,
+    back_to_back,
+    collectives,
+)
+from cut_cross_entropy.benchmark.setups import OWN_TOKENS, SETUPS
 from tests.distributed.processes import assert_passed, outcomes_of
 
 WORLD, TOKENS, CLASSES, DIM = 2, 64, 640, 32

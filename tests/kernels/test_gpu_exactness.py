@@ -9,8 +9,8 @@ import functools
 import pytest
 import torch
 
-from benchmark.data import Shape, make
 from cut_cross_entropy import linear_cross_entropy
+from cut_cross_entropy.benchmark.data import Shape, make
 from cut_cross_entropy.filter_report import record_filter
 from cut_cross_entropy.kernels import exact as exact_stage
 from tests.kernels.gpu import DEVICE, relative_error, requires_kernels, rounding_error

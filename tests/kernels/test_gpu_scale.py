@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmark.data import Shape, make
 from cut_cross_entropy import linear_cross_entropy
+from cut_cross_entropy.benchmark.data import Shape, make
 from tests.kernels.gpu import DEVICE, relative_error, requires_kernels, rounding_error
 from tests.support import Problem, full_logits, run, run_ours
 
@@ -142,7 +142,7 @@ def test_memory_kept_by_the_forward():
 @pytest.mark.parametrize("name", ["gemma2"])
 def test_peak_on_trained_like_data(name):
     """At most 15 % above the gradients, at the shape of a real model."""
-    from benchmark.data import SHAPES
+    from cut_cross_entropy.benchmark.data import SHAPES
 
     shape = SHAPES[name]
     made = make("structured", 8192, shape, device=DEVICE)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from benchmark.measure import peak_mib
+from cut_cross_entropy.benchmark.measure import peak_mib
 from cut_cross_entropy.lazy.notices import forget_warnings
 from cut_cross_entropy.transformers import CutCrossEntropyWarning, is_patched
 from tests.training.conftest import make_loop

@@ -109,8 +109,8 @@ def test_a_signal_stops_both_after_the_same_step_and_the_rest_is_bit_identical(a
 @pytest.mark.parametrize("processes", [None, "2"])
 def test_one_of_several_processes_leaves_without_the_end_of_the_interpreter(processes):
     """The threads that communicate may abort a process there."""
-    program = "import atexit, os; from benchmark.leave import leave; print('all said'); "
-    program += "atexit.register(os.abort); leave(3)"
+    program = "import atexit, os; from cut_cross_entropy.benchmark.leave import leave; "
+    program += "print('all said'); atexit.register(os.abort); leave(3)"
     unset = ("WORLD_SIZE", "PYTHONUNBUFFERED")  # so that somebody has to write what is said
     environment = {k: v for k, v in ENVIRONMENT.items() if k not in unset}
     if processes is not None:
@@ -165,7 +165,7 @@ def test_fsdp2_spreads_the_weights(arguments, tmp_path):
         "    say('loss', loss.dtype)\n"
         "    return loss\n"
         "trainer.Trainer.compute_loss = looks\n"
-        "from benchmark.leave import leave\n"
+        "from cut_cross_entropy.benchmark.leave import leave\n"
         "from training.train import main\n"
         "leave(main(sys.argv[1:]))\n"
     )

@@ -2,14 +2,17 @@
 
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmark.measure import KINDS, SOAK, is_roomy
-from benchmark.methods import METHODS
-from benchmark.pool import Clock, Process, WorkerError, processes, take_turns
-from benchmark.shapes import Shape
+import torch
+
+from .measure import KINDS, SOAK, is_roomy
+from .methods import METHODS
+from .pool import Clock, Process, WorkerError, processes, take_turns
+from .shapes import Shape
 
 PASSES = {"loss-fw": 1, "loss-bw": 2, "loss-fw-bw": 3}
 """Products that an exact computation cannot do without: what TFLOP/s count."""
@@ -64,6 +67,7 @@ class Session:
         first_limit: seconds that a first call may take.
         soak: seconds of work before repetitions count, on a GPU.
         progress: told of every step.
+        measured: gets the rows of a kind as soon as its methods have taken their turns.
     """
 
     pool: dict[str, Process]
@@ -73,6 +77,7 @@ class Session:
     first_limit: float = 150.0
     soak: float = SOAK
     progress: Callable[[str], None] = lambda text: None
+    measured: Callable[[list[dict[str, Any]]], None] = lambda rows: None
     failures: list[dict[str, str]] = field(default_factory=list)
     started: set[str] = field(default_factory=set)
     data: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -104,7 +109,10 @@ def measure(task: Task, session: Session) -> list[dict[str, Any]]:
             _quietly(session, name, "release")
     rows = []
     for kind in task.kinds:
-        rows += _rows_of_kind(task, session, kind, loaded, found)
+        new = _rows_of_kind(task, session, kind, loaded, found)
+        if new:
+            session.measured(new)
+        rows += new
     return rows
 
 
@@ -185,13 +193,21 @@ def _rows_of_kind(
     found: dict[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
     memory: dict[str, dict[str, Any]] = {}
+    start = time.perf_counter()
     for name in [name for name in found if name in session.pool and name != "gemm"]:
         session.progress(f"{task.name}: memory of {name}, {kind}")
         memory[name] = {}
         _ask_for(task, session, name, "memory", memory[name], kind=kind)
         _quietly(session, name, "release")
     ready = [name for name in found if name == "gemm" or "mib" in memory.get(name, {})]
-    session.progress(f"{task.name}: {kind}, {session.rounds} rounds")
+    # Memory took two passes of each method; a turn is one that does not count and a burst.
+    seconds = (time.perf_counter() - start) / 2 * session.rounds * (session.burst + 1)
+    if torch.cuda.is_available():
+        seconds += session.rounds * len(ready) * session.soak
+    session.progress(
+        f"{task.name}: {kind}, {session.rounds} rounds of {len(ready)} methods, "
+        f"about {seconds:.0f} s"
+    )
     clocks: dict[str, list[float]] = {name: [] for name in ready}
 
     def note_clock(name: str, answer: dict[str, Any]) -> None:
@@ -277,13 +293,28 @@ def measure_all(
     repetitions: int,
     soak: float = SOAK,
     progress: Callable[[str], None] = lambda text: None,
+    measured: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
     done: Callable[[list[dict[str, Any]], Session], None] = lambda rows, session: None,
 ) -> Session:
-    """Measure the problems one by one; ``done`` gets the rows of each as soon as they are there."""
+    """Measure the problems one by one.
+
+    Args:
+        todo: problems.
+        methods: what takes turns.
+        peers: folders of other packages by method.
+        seconds: limit for everything.
+        repetitions: timed runs of each.
+        soak: seconds of work before repetitions count, on a GPU.
+        progress: told of every step.
+        measured: gets the rows of each kind of pass.
+        done: gets all rows of a problem.
+    """
     burst = min(3, repetitions)
     with processes(methods, peers) as pool:
         rounds = -(-repetitions // burst)
-        session = Session(pool, Clock(seconds), rounds, burst, soak=soak, progress=progress)
+        session = Session(
+            pool, Clock(seconds), rounds, burst, soak=soak, progress=progress, measured=measured
+        )
         for task in todo:
             if session.clock.left() < 5:
                 session.fail(task, "all", "time", "not measured: the time limit was reached")

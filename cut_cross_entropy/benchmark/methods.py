@@ -11,13 +11,16 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmark.data import Problem
+from .data import Problem
+
+if TYPE_CHECKING:  # the name may be somebody else's package
+    from cut_cross_entropy.options import ImplName
 
 Loss = Callable[[], Tensor]
 
@@ -43,16 +46,14 @@ class Method:
     title: str = ""
 
 
-def _ours(impl: Any) -> Callable[[Problem], Loss]:
+def _ours(impl: "ImplName") -> Callable[[Problem], Loss]:
     def build(problem: Problem) -> Loss:
         from cut_cross_entropy import linear_cross_entropy
 
         def loss() -> Tensor:
-            value = linear_cross_entropy(
+            return linear_cross_entropy(
                 problem.e, problem.c, problem.targets, softcap=problem.softcap, impl=impl
             )
-            assert isinstance(value, Tensor)
-            return value
 
         return loss
 

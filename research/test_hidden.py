@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from benchmark.hidden import builtin_text, find_model, hidden_states
+from research.hidden import builtin_text, find_model, hidden_states
 
 
 def test_hidden_states_are_what_the_head_is_fed():

@@ -1,7 +1,6 @@
-"""The process of one method: takes a command a line on stdin, answers with a line on stdout.
+"""What the process of one method does, a command at a time.
 
-Both are JSON. A command is ``{"do": NAME, ...}``, an answer ``{"ok": true, ...}`` or ``{"ok":
-false, "error": TEXT}``. Whatever a library prints goes to stderr. The process ends with its stdin.
+Whatever a library prints goes to the log of the process.
 
 - ``load``: make or read the problem and build the loss; answers with the versions.
 - ``first``: one call, its time with all that it compiles.
@@ -15,9 +14,6 @@ false, "error": TEXT}``. Whatever a library prints goes to stderr. The process e
 
 import dataclasses
 import gc
-import json
-import os
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -27,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmark.data import Problem, describe, ignore, make, read
-from benchmark.measure import (
+from .data import Problem, describe, ignore, make, read
+from .measure import (
     MANY_LOGITS,
     SOAK,
     clock_mhz,
@@ -39,8 +35,8 @@ from benchmark.measure import (
     synchronize,
     timed_after,
 )
-from benchmark.methods import METHODS, version_of
-from benchmark.shapes import Shape
+from .methods import METHODS, version_of
+from .shapes import Shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -214,25 +210,24 @@ class Worker:
         return {"gib": gib, "seconds": time.perf_counter() - start}
 
 
-def serve(worker: Worker, commands: Any, answers: Any) -> None:
-    """Answer commands until there are no more."""
-    for line in commands:
-        command = json.loads(line)
-        name = command.pop("do")
-        try:
-            answer = {"ok": True, **getattr(worker, name)(**command)}
-        except Exception as error:
-            traceback.print_exc()
-            text = (str(error).strip().splitlines() or [""])[0]
-            answer = {"ok": False, "error": f"{type(error).__name__}: {text}"[:300]}
-            error.__traceback__ = None  # it holds what the call had allocated
-            worker.release()
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+_workers: list[Worker] = []
+"""The one of this process."""
 
 
-def main(name: str) -> None:
-    """Serve on the process's own stdin and stdout."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # from here on, stdout is for answers alone
-    serve(Worker(name), sys.stdin, answers)
+def start(name: str) -> None:
+    """Prepare this process for a method."""
+    _workers.append(Worker(name))
+
+
+def call(do: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Run a command; ``error`` in the answer says why it failed."""
+    (worker,) = _workers
+    try:
+        answer: dict[str, Any] = getattr(worker, do)(**arguments)
+        return answer
+    except Exception as error:
+        traceback.print_exc()
+        text = (str(error).strip().splitlines() or [""])[0]
+        error.__traceback__ = None  # it holds what the call had allocated
+        worker.release()
+        return {"error": f"{type(error).__name__}: {text}"[:300]}

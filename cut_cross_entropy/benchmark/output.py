@@ -1,10 +1,12 @@
 """Measurements as a table on the terminal, as CSV and as JSON."""
 
+import contextlib
 import csv
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,28 @@ MORE = (
     "dtype", "kind_of_data", "ignored", "frozen", "version",
 )  # fmt: skip
 WHERE = ("device", "torch", "triton", "cut_cross_entropy", "commit")
+
+
+def sizes(row: dict[str, Any]) -> str:
+    """Name the problem of a row and its sizes."""
+    return (
+        f"{row['test_data']}: N {row['tokens']:,}, V {row['classes']:,}, D {row['dim']:,}, "
+        f"{row['dtype']}"
+    )
+
+
+def memory_note(rows: Sequence[dict[str, Any]]) -> str:
+    """Explain why ``chunked`` needs more memory than full logits, where it does."""
+    peak = {row["method"]: row["op_mem_mb"] for row in rows}
+    row = rows[0]
+    if row["kind"] == "loss-fw" or peak.get("chunked", 0) <= peak.get("baseline", float("inf")):
+        return ""
+    return (
+        "chunked needs more memory than full logits here: next to dC it has up to two float32 "
+        "arrays of V x D\nwithin its budget of 256 MiB, whatever N is; full logits have several "
+        f"of N x V. With N {row['tokens']:,} and D {row['dim']:,}\nthose are small; they grow with "
+        "every token, its arrays do not."
+    )
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -60,29 +84,28 @@ def write_csv(path: Path, results: dict[str, Any]) -> None:
 
 
 class Progress:
-    """A progress bar if tqdm is there, else lines; silent where stderr is no terminal."""
+    """A progress bar on a terminal, if tqdm is installed; else a line on stderr for every step."""
 
-    def __init__(self, total: int, write: Callable[[str], object] | None = None) -> None:
+    def __init__(self, total: int) -> None:
         self.bar: Any = None
-        self.write = write
-        if not sys.stderr.isatty():
-            return
-        try:
-            from tqdm import tqdm
+        self.start = time.perf_counter()
+        if sys.stderr.isatty():
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
 
-            self.bar = tqdm(total=total, leave=False, bar_format="{l_bar}{bar}| {n}/{total} {desc}")
-        except ImportError:
-            self.write = write or (lambda text: print(text, file=sys.stderr, flush=True))
+                form = "{l_bar}{bar}| {n}/{total} {desc}"
+                self.bar = tqdm(total=total, leave=False, bar_format=form)
 
     def say(self, text: str) -> None:
-        """What is being done."""
+        """Tell what is being done."""
         if self.bar is not None:
             self.bar.set_description_str(text)
-        elif self.write is not None:
-            self.write(text)
+        else:
+            elapsed = time.perf_counter() - self.start
+            print(f"[{elapsed:5.0f} s] {text}", file=sys.stderr, flush=True)
 
     def step(self) -> None:
-        """One problem is done."""
+        """Count a problem as done."""
         if self.bar is not None:
             self.bar.update()
 

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmark.measure import synchronize, timed
-from benchmark.setups import OWN_CLASSES, OWN_TOKENS
 from cut_cross_entropy.distributed import collectives as operators
+
+from .measure import synchronize, timed
+from .setups import OWN_CLASSES, OWN_TOKENS
 
 FILTERED = ("cce", "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e")
 """Implementations whose filter needs two more numbers a token."""

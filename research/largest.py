@@ -1,4 +1,4 @@
-"""``python -m benchmark.largest``: the largest batch that each method fits into a memory limit.
+"""``python -m research.largest``: the largest batch that each method fits into a memory limit.
 
 Loss and both gradients at a model's head, everything counted: embeddings, classifier, gradients,
 scratch. The peak grows in proportion to the tokens, so two small runs foretell the largest batch;
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from benchmark.environment import environment
-from benchmark.output import write_json
-from benchmark.pool import Clock, Process, WorkerError, processes
-from benchmark.runs import Task
-from benchmark.shapes import SHAPES
+from cut_cross_entropy.benchmark.environment import environment
+from cut_cross_entropy.benchmark.output import write_json
+from cut_cross_entropy.benchmark.pool import Clock, Process, WorkerError, processes
+from cut_cross_entropy.benchmark.runs import Task
+from cut_cross_entropy.benchmark.shapes import SHAPES
 
 UNIT = 128  # tokens: what batches are rounded to
 PROBES = (4096, 16384)
@@ -102,7 +102,7 @@ def measure(process: Process, arguments: argparse.Namespace, clock: Clock) -> li
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.largest", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m research.largest", description=__doc__)
     parser.add_argument("--data", default="gemma2", choices=list(SHAPES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--limits", nargs="+", type=float, default=[16.0, 72.0], help="GiB")
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--time-limit", type=float, default=600.0)
     parsed = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        sys.exit("python -m benchmark.largest needs a CUDA GPU")
+        sys.exit("python -m research.largest needs a CUDA GPU")
     peers = dict(entry.split("=", 1) for entry in parsed.peer)
     clock = Clock(parsed.time_limit)
     results: dict[str, Any] = {

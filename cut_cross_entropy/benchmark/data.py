@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmark.shapes import SHAPES, Shape
+from .shapes import SHAPES, Shape
 
 __all__ = ["KINDS", "SHAPES", "Problem", "Shape", "describe", "ignore", "make", "read"]
 
@@ -61,7 +61,7 @@ def make(
 
 
 def read(path: Path, device: str | torch.device = "cpu") -> Problem:
-    """A problem from a file with the tensors e, c and t, as ``benchmark.hidden`` writes it.
+    """A problem from a file with the tensors e, c and t, as ``research.hidden`` writes it.
 
     A file whose name ends in ``.xz`` is decompressed.
 

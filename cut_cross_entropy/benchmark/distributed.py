@@ -27,8 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmark.data import Problem, make
-from benchmark.distributed_traffic import (
+from cut_cross_entropy.options import ImplName
+
+from .data import Problem, make
+from .distributed_traffic import (
     Replay,
     back_to_back,
     collectives,
@@ -36,11 +38,12 @@ from benchmark.distributed_traffic import (
     slowest,
     timed_together,
 )
-from benchmark.environment import environment
-from benchmark.leave import leave
-from benchmark.measure import synchronize
-from benchmark.setups import ALONE, LOGITS, OWN_CLASSES, OWN_TOKENS, SETUPS
-from benchmark.shapes import SHAPES, SMALL
+from .environment import environment
+from .leave import leave
+from .measure import synchronize
+from .output import write_json
+from .setups import ALONE, LOGITS, OWN_CLASSES, OWN_TOKENS, SETUPS
+from .shapes import SHAPES, SMALL
 
 WANTED = (
     "vocabulary-parallel",
@@ -68,7 +71,7 @@ class Job:
     data: str
     tokens: int
     setup: str
-    impl: str
+    impl: ImplName
 
 
 def jobs_of(arguments: argparse.Namespace, processes: int) -> list[Job]:
@@ -76,12 +79,13 @@ def jobs_of(arguments: argparse.Namespace, processes: int) -> list[Job]:
     setups = arguments.setups or (ALONE if processes == 1 else WANTED)
     setups = [name for name in setups if not name.startswith("HSDP") or processes % 2 == 0]
     least = min(arguments.tokens)
+    impls: dict[bool, list[ImplName]] = {True: ["reference"], False: arguments.impl}
     result = [
         Job(data, tokens, setup, impl)
         for tokens in sorted(arguments.tokens)
         for data in arguments.data
         for setup in setups
-        for impl in (["reference"] if setup in LOGITS else arguments.impl)
+        for impl in impls[setup in LOGITS]
     ]
     result += [
         Job(data, least, setup, impl)
@@ -285,8 +289,7 @@ def main() -> None:
             record["rows"].append(row)
             note(json.dumps(row))
         if first and path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record, indent=1) + "\n")
+            write_json(path, record)
     note(f"done, {len(record['skipped'])} rows had no time")
     dist.destroy_process_group()
 

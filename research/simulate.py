@@ -1,4 +1,4 @@
-"""``python -m benchmark.simulate``: what each part of the filter buys, in plain PyTorch.
+"""``python -m research.simulate``: what each part of the filter buys, in plain PyTorch.
 
 A simulation and no measurement of the kernels, which have no switch for the parts: the exact
 matrix of probabilities is made (N x V, float32), the parts that a filter drops are dropped from
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmark.data import Problem, make, read
-from benchmark.environment import environment
-from benchmark.output import write_json
-from benchmark.shapes import SHAPES, SMALL
+from cut_cross_entropy.benchmark.data import Problem, make, read
+from cut_cross_entropy.benchmark.environment import environment
+from cut_cross_entropy.benchmark.output import write_json
+from cut_cross_entropy.benchmark.shapes import SHAPES, SMALL
 from cut_cross_entropy.dispatch import FILTER_TOLERANCE
 
 BLOCK = 128  # tokens of a strip or a tile, classes of a tile
@@ -185,8 +185,8 @@ def simulate(problem: Problem, tolerance: float = FILTER_TOLERANCE) -> list[dict
 
 def main() -> None:
     """Simulate on made data and on saved hidden states."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.simulate", description=__doc__)
-    parser.add_argument("--file", type=Path, help="hidden states of `python -m benchmark.hidden`")
+    parser = argparse.ArgumentParser(prog="python -m research.simulate", description=__doc__)
+    parser.add_argument("--file", type=Path, help="hidden states of `python -m research.hidden`")
     parser.add_argument("--data", nargs="*", choices=list(SHAPES), default=["gemma2"])
     parser.add_argument("--tokens", type=int, default=4096, help="at most that many")
     parser.add_argument("--commit", help="commit to name where there is no history (or COMMIT)")

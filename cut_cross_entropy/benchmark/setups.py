@@ -14,8 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmark.data import Problem
 from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy
+from cut_cross_entropy.options import ImplName
+
+from .data import Problem
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_()
 
 
-def vocab_parallel(problem: Problem, impl: Any, own: bool = False) -> Step:
+def vocab_parallel(problem: Problem, impl: ImplName, own: bool = False) -> Step:
     """Each process has the rows of its classes; with ``own`` tokens of its own as well."""
     options = VocabParallelOptions.from_vocab(problem.c.shape[0], gather_e=own)
     classes = slice(options.start, options.stop)
@@ -80,21 +82,19 @@ def vocab_parallel(problem: Problem, impl: Any, own: bool = False) -> Step:
     e, c, targets = _leaf(problem.e[tokens]), _leaf(problem.c[classes]), problem.targets[tokens]
 
     def loss() -> Tensor:
-        result = linear_cross_entropy(
+        return linear_cross_entropy(
             e, c, targets, softcap=problem.softcap, impl=impl, vocab_parallel_options=options
         )
-        assert isinstance(result, Tensor)
-        return result
 
     return _step(loss, e, c, tokens, classes, shared=True)
 
 
-def sequence_parallel(problem: Problem, impl: Any) -> Step:
+def sequence_parallel(problem: Problem, impl: ImplName) -> Step:
     """Vocabulary-parallel, with tokens of its own on each process."""
     return vocab_parallel(problem, impl, own=True)
 
 
-def tensor_parallel(problem: Problem, impl: Any) -> Step:
+def tensor_parallel(problem: Problem, impl: ImplName) -> Step:
     """The classifier as a DTensor sharded by classes, as ``parallelize_module`` leaves it."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -103,14 +103,12 @@ def tensor_parallel(problem: Problem, impl: Any) -> Step:
     c = nn.Parameter(distribute_tensor(problem.c.detach(), mesh, [Shard(0)]))
 
     def loss() -> Tensor:
-        result = linear_cross_entropy(e, c, problem.targets, softcap=problem.softcap, impl=impl)
-        assert isinstance(result, Tensor)
-        return result
+        return linear_cross_entropy(e, c, problem.targets, softcap=problem.softcap, impl=impl)
 
     return _step(loss, e, c, slice(0, e.shape[0]), None, shared=True)
 
 
-def tensor_parallel_logits(problem: Problem, impl: Any) -> Step:
+def tensor_parallel_logits(problem: Problem, impl: ImplName) -> Step:
     """What PyTorch has for it: sharded full logits and ``loss_parallel``."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import loss_parallel
@@ -136,7 +134,7 @@ def tensor_parallel_logits(problem: Problem, impl: Any) -> Step:
 class _Head(nn.Module):
     """An output layer that computes the loss in its forward."""
 
-    def __init__(self, problem: Problem, impl: Any) -> None:
+    def __init__(self, problem: Problem, impl: ImplName) -> None:
         super().__init__()
         self.weight = nn.Parameter(problem.c.detach().clone())
         self.softcap, self.impl = problem.softcap, impl
@@ -144,11 +142,10 @@ class _Head(nn.Module):
     def forward(self, e: Tensor, targets: Tensor) -> Tensor:
         """The mean loss."""
         loss = linear_cross_entropy(e, self.weight, targets, softcap=self.softcap, impl=self.impl)
-        assert isinstance(loss, Tensor)
         return loss
 
 
-def _fully_sharded(problem: Problem, impl: Any, mesh: Any, inside: bool) -> Step:
+def _fully_sharded(problem: Problem, impl: ImplName, mesh: Any, inside: bool) -> Step:
     from torch.distributed.fsdp import fully_shard
 
     head = _Head(problem, impl)
@@ -166,25 +163,25 @@ def _fully_sharded(problem: Problem, impl: Any, mesh: Any, inside: bool) -> Step
     return _step(loss, e, head.weight, tokens, None, shared=False)
 
 
-def fsdp(problem: Problem, impl: Any) -> Step:
+def fsdp(problem: Problem, impl: ImplName) -> Step:
     """FSDP2, the loss in the forward of the module that holds the classifier."""
     mesh = _mesh(problem, ("dp_shard", dist.get_world_size()))
     return _fully_sharded(problem, impl, mesh, inside=True)
 
 
-def fsdp_outside(problem: Problem, impl: Any) -> Step:
+def fsdp_outside(problem: Problem, impl: ImplName) -> Step:
     """FSDP2, the loss outside of that forward, where the classifier is a DTensor."""
     mesh = _mesh(problem, ("dp_shard", dist.get_world_size()))
     return _fully_sharded(problem, impl, mesh, inside=False)
 
 
-def hsdp(problem: Problem, impl: Any) -> Step:
+def hsdp(problem: Problem, impl: ImplName) -> Step:
     """The same, sharded over half of the processes and replicated over two halves."""
     mesh = _mesh(problem, ("dp_replicate", 2), ("dp_shard", dist.get_world_size() // 2))
     return _fully_sharded(problem, impl, mesh, inside=False)
 
 
-def data_parallel(problem: Problem, impl: Any) -> Step:
+def data_parallel(problem: Problem, impl: ImplName) -> Step:
     """DistributedDataParallel: every process has the whole classifier."""
     ids = [problem.e.device.index] if problem.e.device.type == "cuda" else None
     head = _Head(problem, impl)
@@ -195,19 +192,17 @@ def data_parallel(problem: Problem, impl: Any) -> Step:
     return _step(lambda: wrapped(e, targets), e, head.weight, tokens, classes, shared=False)
 
 
-def one_gpu(problem: Problem, impl: Any) -> Step:
+def one_gpu(problem: Problem, impl: ImplName) -> Step:
     """No processes to share with: all tokens and classes of the problem here."""
     e, c = _leaf(problem.e), _leaf(problem.c)
 
     def loss() -> Tensor:
-        result = linear_cross_entropy(e, c, problem.targets, softcap=problem.softcap, impl=impl)
-        assert isinstance(result, Tensor)
-        return result
+        return linear_cross_entropy(e, c, problem.targets, softcap=problem.softcap, impl=impl)
 
     return _step(loss, e, c, slice(0, len(e)), slice(0, len(c)), shared=True)
 
 
-def one_gpu_logits(problem: Problem, impl: Any) -> Step:
+def one_gpu_logits(problem: Problem, impl: ImplName) -> Step:
     """The same with full logits, in the operations of :func:`tensor_parallel_logits`."""
     e, c = _leaf(problem.e), _leaf(problem.c)
 
@@ -220,7 +215,7 @@ def one_gpu_logits(problem: Problem, impl: Any) -> Step:
     return _step(loss, e, c, slice(0, len(e)), slice(0, len(c)), shared=True)
 
 
-SETUPS: dict[str, Callable[[Problem, str], Step]] = {
+SETUPS: dict[str, Callable[[Problem, ImplName], Step]] = {
     "vocabulary-parallel": vocab_parallel,
     "vocabulary-parallel, own tokens": sequence_parallel,
     "tensor-parallel DTensor": tensor_parallel,
@@ -232,7 +227,7 @@ SETUPS: dict[str, Callable[[Problem, str], Step]] = {
 }
 """By the name in the tables. Each needs a process group, and HSDP an even number of processes."""
 
-ALONE: dict[str, Callable[[Problem, str], Step]] = {
+ALONE: dict[str, Callable[[Problem, ImplName], Step]] = {
     "one GPU": one_gpu,
     "one GPU, full logits": one_gpu_logits,
 }

@@ -1,4 +1,4 @@
-"""``python -m benchmark.ranks``: probabilities by rank, of a real model and of made data.
+"""``python -m research.ranks``: probabilities by rank, of a real model and of made data.
 
 The likeliest class of a token has rank 1. The curve falls so fast that most of the vocabulary lies
 below what the gradient's number format resolves; that is what every filter here lives on.
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmark.data import Problem, make, read
-from benchmark.environment import environment
-from benchmark.output import write_json
-from benchmark.shapes import SHAPES, SMALL
+from cut_cross_entropy.benchmark.data import Problem, make, read
+from cut_cross_entropy.benchmark.environment import environment
+from cut_cross_entropy.benchmark.output import write_json
+from cut_cross_entropy.benchmark.shapes import SHAPES, SMALL
 
 CUTOFF = 2.0**-12  # Apple's threshold for bfloat16
 POINTS = 120
@@ -57,8 +57,8 @@ def curve(problem: Problem, block: int = 256) -> dict[str, Any]:
 
 def main() -> None:
     """Write the curves."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.ranks", description=__doc__)
-    parser.add_argument("--file", type=Path, help="hidden states of `python -m benchmark.hidden`")
+    parser = argparse.ArgumentParser(prog="python -m research.ranks", description=__doc__)
+    parser.add_argument("--file", type=Path, help="hidden states of `python -m research.hidden`")
     parser.add_argument("--data", nargs="*", choices=[*SHAPES, SMALL.name], default=[])
     parser.add_argument("--tokens", type=int, default=4096, help="at most that many")
     parser.add_argument("--commit", help="commit to name where there is no history (or COMMIT)")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmark.data import IGNORE_INDEX, Problem
+from .data import IGNORE_INDEX, Problem
 
 KINDS = ("loss-fw", "loss-bw", "loss-fw-bw")
 

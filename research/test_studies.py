@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from benchmark.data import Problem, make
-from benchmark.largest import UNIT, forecast, search
-from benchmark.ranks import CUTOFF, curve
-from benchmark.shapes import Shape
-from benchmark.simulate import Gradient, pairs, simulate, strips_kept
+from cut_cross_entropy.benchmark.data import Problem, make
+from cut_cross_entropy.benchmark.shapes import Shape
+from research.largest import UNIT, forecast, search
+from research.ranks import CUTOFF, curve
+from research.simulate import Gradient, pairs, simulate, strips_kept
 
 
 def device(gib_per_token, fixed, memory=float("inf"), calls=None):

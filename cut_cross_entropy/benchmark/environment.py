@@ -15,7 +15,7 @@ def commit_of_checkout() -> str:
     """Short hash, from COMMIT where there is no history; ``"unknown"`` without either."""
     if os.environ.get("COMMIT"):
         return os.environ["COMMIT"]
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent
     try:
         done = subprocess.run(
             ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
