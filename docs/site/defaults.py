@@ -15,7 +15,7 @@ from griffe import (
     NameResolutionError,
 )
 
-ROLE = re.compile(r":(?:class|func|meth|mod):`")
+ROLE = re.compile(r":(?:class|func|meth|mod):`(?:~[\w.]*\.)?")
 
 
 class DefaultValues(Extension):

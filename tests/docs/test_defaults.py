@@ -16,7 +16,7 @@ CHOSEN: str = "compiled" if platform.system() == "Darwin" else "auto"
 
 
 def loss(a, b: int = IGNORED, c: str = CHOSEN, d: int = BUDGET, e: float = 1.5, f: object = print):
-    """Like :func:`other` of :class:`Loss`."""
+    """Like :func:`other` of :class:`~example.Loss`."""
 
 
 @dataclass
