@@ -9,9 +9,10 @@ from torch import Tensor
 from cut_cross_entropy.device_support import kernels_unavailable, triton_is_interpreted
 from cut_cross_entropy.distributed.collectives import combine_shards
 from cut_cross_entropy.implementations import full_logits, reference
-from cut_cross_entropy.operators import cce_losses, chunked_losses
+from cut_cross_entropy.operators import run_chunked, run_kernels
 from cut_cross_entropy.options import KERNEL_IMPLS, CCEPreset, CCEPresets
 from cut_cross_entropy.problem import Filter, PerToken, Problem
+from cut_cross_entropy.transforms import is_transformed, plain
 from cut_cross_entropy.validation import check_target_range
 
 FILTER_TOLERANCE = 8e-4
@@ -93,9 +94,10 @@ def token_losses(
     impl = choose_impl(impl, problem.e.device, problem.compute_dtype)
     if problem.group is not None and impl in FULL_IMPLS and problem.c.shape[0] == 0:
         impl = "chunked"  # the sums of full logits need a class; the results are the same
+    if is_transformed():
+        _check_transformed(impl, problem)
     if impl == "chunked":
-        nll, lse = chunked_losses(*problem.flat())
-        return PerToken(nll, lse)
+        return run_chunked(problem)
     if impl in KERNEL_IMPLS:
         preset = CCEPresets.build_for_impl(impl, kernel_options)
         # Each process drops its own strips; the budget is one for all of them, and energies add.
@@ -105,20 +107,29 @@ def token_losses(
             e=preset["filter_e_grad"],
             c=preset["filter_c_grad"],
         )
-        inputs = (problem.e, problem.c, problem.bias)
-        training = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in inputs
-        )
-        nll, lse, *_ = cce_losses(*problem.flat(), *filter_.flat(), training)
-        return PerToken(nll, lse)
+        return run_kernels(problem, filter_)
     return _full_losses(impl, problem)
+
+
+def _check_transformed(impl: str, problem: Problem) -> None:
+    """Refuse what has no rule under ``torch.func`` or in forward-mode differentiation."""
+    if problem.group is not None:
+        raise NotImplementedError(
+            "a loss that several processes compute together cannot be transformed by torch.func "
+            "or differentiated in forward mode; compute it in one process"
+        )
+    if torch.compiler.is_compiling() and impl not in FULL_IMPLS:
+        raise NotImplementedError(
+            f"impl={impl!r} cannot be transformed by torch.func or differentiated in forward mode "
+            "within torch.compile; use impl='reference' there, or do not compile it"
+        )
 
 
 def _full_losses(impl: str, problem: Problem) -> PerToken:
     """The same by an implementation of full logits."""
     targets, first_class = problem.targets, problem.first_class
     if problem.group is None and not torch.compiler.is_compiling():
-        check_target_range(targets, problem.c.shape[0], problem.ignore_index)
+        check_target_range(plain(targets), problem.c.shape[0], problem.ignore_index)
     full: Callable[..., tuple[Tensor, Tensor]] = FULL_IMPLS[impl].target_logits_and_lse
     kept = targets != problem.ignore_index
     # compute_dtype has its say already; meta tensors have no autocast to turn off.

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from cut_cross_entropy.constants import BLOCK_TOKENS
 from cut_cross_entropy.implementations import chunked
-from cut_cross_entropy.problem import Filter, Gradients, KernelState, Needed, PerToken, Problem
+from cut_cross_entropy.problem import (
+    Directions,
+    Filter,
+    Gradients,
+    KernelState,
+    Needed,
+    PerToken,
+    Problem,
+)
+from cut_cross_entropy.transforms import is_transformed, refuse_second_derivative, transformable
 
 _NUM_TENSORS, _NUM_FIELDS = 4, 10  # of a problem
 
@@ -31,6 +40,7 @@ def _tensors(fields: tuple[str, ...], prefix: str = "") -> str:
 _RESULTS, _STATE = _tensors(PerToken._fields), _tensors(KernelState._fields)
 _UPSTREAM = _tensors(PerToken._fields, "grad_")
 _GRADIENTS = _tensors(Gradients._fields, "grad_")
+_TANGENTS = _tensors(PerToken._fields, "tangent_")
 
 
 @torch.library.custom_op(
@@ -68,6 +78,28 @@ def chunked_gradients(
 @chunked_gradients.register_fake
 def _(grad_nll: Tensor, grad_lse: Tensor, nll: Tensor, lse: Tensor, *flat: Any) -> Gradients:
     return _fake_gradients(Problem(*flat[:_NUM_FIELDS]), Needed(*flat[_NUM_FIELDS:]))
+
+
+@torch.library.custom_op(
+    "cut_cross_entropy::tangents",
+    mutates_args=(),
+    schema=(
+        "(Tensor? tangent_e, Tensor? tangent_c, Tensor? tangent_bias, "
+        f"{_RESULTS}, {Problem.SCHEMA}) -> ({_TANGENTS})"
+    ),
+)
+def tangents(
+    e: Tensor | None, c: Tensor | None, bias: Tensor | None, nll: Tensor, lse: Tensor, *flat: Any
+) -> PerToken:
+    """Derivatives of loss and log-sum-exp along a direction in the inputs of either forward."""
+    problem = Problem(*flat)
+    with torch.autocast(problem.e.device.type, enabled=False):
+        return chunked.tangents(Directions(e, c, bias), PerToken(nll, lse), problem)
+
+
+@tangents.register_fake
+def _(*flat: Any) -> PerToken:
+    return PerToken(*(_fake_per_token(Problem(*flat[5:])) for _ in range(2)))
 
 
 @torch.library.custom_op(
@@ -153,13 +185,16 @@ def _fake_gradients(problem: Problem, needed: Needed) -> Gradients:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors = (*inputs[:_NUM_TENSORS], *output)
     ctx.options = inputs[_NUM_TENSORS:]
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
+    ctx.save_for_backward(*tensors)
+    if is_transformed():
+        ctx.save_for_forward(*tensors)
 
 
 def _backward_by(gradients: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """The autograd formula of a forward operator, by its backward operator."""
+    """The autograd formula of a forward operator, by the function of its backward operator."""
 
     def backward(ctx: Any, grad_nll: Tensor, grad_lse: Tensor, *nothing: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint computes them again each time
@@ -179,13 +214,43 @@ def _backward_by(gradients: Callable[..., tuple[Tensor, ...]]) -> Callable[..., 
     return backward
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "linear_cross_entropy has no second derivative in this implementation; "
-        "impl='reference' has one"
+def _jvp(
+    ctx: Any, e: Tensor | None, c: Tensor | None, targets: None, bias: Tensor | None, *nothing: Any
+) -> tuple[Tensor | None, ...]:
+    """The tangents of loss and log-sum-exp, from those of the inputs."""
+    tensors, (nll, lse, *others) = (
+        ctx.saved_tensors[:_NUM_TENSORS],
+        ctx.saved_tensors[_NUM_TENSORS:],
     )
+    options = ctx.options[: _NUM_FIELDS - _NUM_TENSORS]
+    of_nll, of_lse = _call_tangents(e, c, bias, nll, lse, *tensors, *options)
+    return of_nll, of_lse, *(None for _ in others)
 
 
-for _losses, _gradients in ((chunked_losses, chunked_gradients), (cce_losses, cce_gradients)):
-    _losses.register_autograd(_backward_by(_gradients), setup_context=_save)
-    _gradients.register_autograd(_refuse_second_derivative)
+def _differentiable(losses: Any, gradients: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """Give a forward operator its derivatives, and return it as a function to call."""
+    backward = _backward_by(transformable(gradients))
+    losses.register_autograd(backward, setup_context=_save)
+    gradients.register_autograd(refuse_second_derivative)
+    return transformable(losses, setup_context=_save, backward=backward, jvp=_jvp)
+
+
+_call_tangents = transformable(tangents)
+tangents.register_autograd(refuse_second_derivative)
+_call_chunked = _differentiable(chunked_losses, chunked_gradients)
+_call_cce = _differentiable(cce_losses, cce_gradients)
+
+
+def run_chunked(problem: Problem) -> PerToken:
+    """Loss and log-sum-exp by the memory-bounded PyTorch implementation, differentiable."""
+    nll, lse = _call_chunked(*problem.flat())
+    return PerToken(nll, lse)
+
+
+def run_kernels(problem: Problem, filter_: Filter) -> PerToken:
+    """Loss and log-sum-exp by the kernels, differentiable."""
+    training = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (problem.e, problem.c, problem.bias)
+    )
+    nll, lse, *_ = _call_cce(*problem.flat(), *filter_.flat(), training)
+    return PerToken(nll, lse)

@@ -162,6 +162,20 @@ class Gradients(NamedTuple):
     bias: Tensor
 
 
+class Directions(NamedTuple):
+    """A direction in the space of the inputs, for forward-mode differentiation.
+
+    Args:
+        e: (N, D), or None if ``e`` is constant along it; likewise the others.
+        c: (V, D).
+        bias: (V,).
+    """
+
+    e: Tensor | None
+    c: Tensor | None
+    bias: Tensor | None
+
+
 def gradient_scale(a: Tensor, b: Tensor) -> Tensor:
     """Return the power of two () that brings logit gradients in half precision near 1.
 

@@ -9,6 +9,7 @@ Shape legend: ``cut_cross_entropy.implementations``.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,14 @@ from torch import Tensor
 
 from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.distributed.collectives import combine
-from cut_cross_entropy.problem import Gradients, Needed, PerToken, Problem, gradient_scale
+from cut_cross_entropy.problem import (
+    Directions,
+    Gradients,
+    Needed,
+    PerToken,
+    Problem,
+    gradient_scale,
+)
 from cut_cross_entropy.validation import check_target_range
 
 MAX_TOKENS = 8192
@@ -117,6 +125,44 @@ def backward(grads: PerToken, saved: PerToken, problem: Problem, needed: Needed)
             grad_c[classes] = grad_c_sum / scale
     grad_e = blocks.scatter(grad_e_sum.div_(scale)).to(e.dtype) if needed.e else e.new_empty(0)
     return Gradients(grad_e, grad_c, grad_bias)
+
+
+def tangents(directions: Directions, saved: PerToken, problem: Problem) -> PerToken:
+    """Derivatives of loss and log-sum-exp along a direction in the inputs, (N,) each.
+
+    That of the log-sum-exp is the mean of the logits' derivatives under the softmax. All products
+    are computed in float32 (float64 for float64 inputs).
+
+    Args:
+        directions: derivatives of the inputs; None for those that are constant.
+        saved: results of the forward, whichever implementation computed them.
+        problem: the inputs.
+    """
+    # The direction of e doubles a block of tokens, that of c a block of classes.
+    blocks = _Blocks(replace(problem, memory_budget=max(1, problem.memory_budget // 2)))
+    wide, lse = problem.wide, blocks.gather(saved.lse)
+    of_lse, of_logit = torch.zeros_like(lse), torch.zeros_like(lse)
+    for tokens in blocks.token_blocks():
+        e_block, target_block = blocks.embeddings(tokens), blocks.targets[tokens]
+        for classes in blocks.class_blocks():
+            c_block = blocks.classifier(classes)
+            logits, slope = blocks.logits(e_block, classes, with_slope=True)
+            change = torch.zeros_like(logits)
+            if directions.e is not None:
+                rows = tokens if blocks.rows is None else blocks.rows[tokens]
+                change += directions.e[rows].to(wide) @ c_block.to(wide).T
+            if directions.c is not None:
+                change += e_block.to(wide) @ directions.c[classes].to(wide).T
+            if directions.bias is not None:
+                change += directions.bias[classes].to(wide)
+            if slope is not None:
+                change *= slope
+            here, columns = _targets_within(target_block, classes)
+            found = change.gather(1, columns[:, None])[:, 0]
+            of_logit[tokens] = torch.where(here, found, of_logit[tokens])
+            of_lse[tokens] += change.mul_(logits.sub_(lse[tokens, None]).exp_()).sum(1)
+    of_nll = torch.where(blocks.in_range, of_lse - of_logit, torch.nan)
+    return PerToken(blocks.scatter(of_nll), blocks.scatter(of_lse))
 
 
 def _targets_within(targets: Tensor, classes: slice) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,15 @@ once in that dtype. Fast where the vocabulary is small beside the hidden size. S
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from cut_cross_entropy.device_support import has_triton
+from cut_cross_entropy.transforms import is_transformed, refuse_to_differentiate
 
 MAX_VARIANTS = 128
 """Compilations of one function: dtypes, bias, softcap, needed gradients and layouts multiply."""
@@ -42,7 +45,8 @@ def target_logits_and_lse(
     e, c = e.to(compute_dtype), c.to(compute_dtype)
     if bias is not None:
         bias = bias.to(wide)
-    if torch.compiler.is_compiling():
+    # Within a compiled function it is part of that; compiled code has no rules for transforms.
+    if torch.compiler.is_compiling() or is_transformed():
         return _logits_and_lse(e, c, targets, bias, kept, softcap)
     missing = missing_compiler(e.device.type)
     if missing is not None:
@@ -50,11 +54,58 @@ def target_logits_and_lse(
             f"impl='torch_compile' cannot run on {e.device.type} here: {missing}. "
             "Use impl='chunked', which needs no compiler"
         )
+    if hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph"):
+        return _Compiled.apply(e, c, targets, bias, kept, softcap)  # type: ignore[no-any-return]
+    return _run_compiled(e, c, targets, bias, kept, softcap)  # PyTorch 2.4 donates no buffers
+
+
+class _Compiled(Function):
+    """The compiled function, with a backward pass that can be repeated.
+
+    Compiled backward passes overwrite what the forward saved for them ("donated buffers"), which
+    halves their memory, and PyTorch refuses to retain the graph then. A pass that retains it
+    computes the logits again instead.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        if not any(ctx.needs_input_grad):
+            return _run_compiled(*inputs)
+        ctx.graph = _differentiable(inputs, ctx.needs_input_grad)
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        return tuple(x.detach() for x in ctx.graph[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        leaves, results = ctx.graph
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            leaves, results = _differentiable(leaves, ctx.needs_input_grad)
+        needed = [x for x, need in zip(leaves, ctx.needs_input_grad, strict=True) if need]
+        found = torch.autograd.grad(results, needed, grads)
+        if torch.is_grad_enabled():
+            found = refuse_to_differentiate(found, (*grads, *ctx.saved_tensors))
+        remaining = iter(found)
+        return tuple(next(remaining) if need else None for need in ctx.needs_input_grad)
+
+
+def _differentiable(
+    inputs: Sequence[Any], needed: Sequence[bool]
+) -> tuple[list[Any], tuple[Tensor, ...]]:
+    """Results with a graph of their own, and its leaves."""
+    leaves = [
+        x.detach().requires_grad_(need) if isinstance(x, Tensor) else x
+        for x, need in zip(inputs, needed, strict=True)
+    ]
+    with torch.enable_grad(), torch.autocast(leaves[0].device.type, enabled=False):
+        return leaves, _run_compiled(*leaves)
+
+
+def _run_compiled(*inputs: Any) -> tuple[Tensor, Tensor]:
     from torch._dynamo import config  # here: it takes a second and imports Triton
 
     # PyTorch refuses a ninth compilation of a function, which ordinary use of the options reaches.
     with config.patch(cache_size_limit=MAX_VARIANTS):
-        return _compiled()(e, c, targets, bias, kept, softcap)
+        return _compiled()(*inputs)
 
 
 def missing_compiler(device_type: str) -> str | None:

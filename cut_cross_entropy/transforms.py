@@ -1,0 +1,118 @@
+"""The operators under ``torch.func`` and in forward-mode differentiation.
+
+A ``torch.library`` operator has no rule for ``vmap`` and no tangent: PyTorch refuses the first with
+an internal error and takes the second for zero. While a transform or a dual level is active, an
+autograd Function with both rules stands in for the operator; its forward runs the operator.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+NO_SECOND_DERIVATIVE = (
+    "linear_cross_entropy has no second derivative in this implementation; impl='reference' has one"
+)
+
+
+def is_transformed() -> bool:
+    """Whether a ``torch.func`` transform or a level of forward-mode differentiation is active."""
+    return _within_functorch() or forward_ad._current_level >= 0
+
+
+def _within_functorch() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+# The compiler of PyTorch 2.4 cannot trace the question. Transforms are part of what it traces, so
+# the answer is a constant of the compiled code; of the level above it takes notice by itself.
+_within_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor under all wrappers of ``torch.func``: with the values of every example."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
+    """The autograd formula, in either mode, of an operator that computes derivatives.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(NO_SECOND_DERIVATIVE)
+
+
+class _Refused(Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    backward = staticmethod(refuse_second_derivative)
+
+
+def refuse_to_differentiate(
+    grads: Sequence[Tensor], inputs: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """``grads`` as functions of ``inputs`` that refuse to be differentiated."""
+    return _Refused.apply(len(grads), *grads, *inputs)  # type: ignore[no-any-return]
+
+
+def transformable(
+    operator: Callable[..., tuple[Tensor, ...]],
+    *,
+    setup_context: Callable[..., None] = lambda ctx, inputs, output: None,
+    backward: Callable[..., Any] = refuse_second_derivative,
+    jvp: Callable[..., Any] = refuse_second_derivative,
+) -> Callable[..., tuple[Tensor, ...]]:
+    """``operator`` as a function that transforms and forward-mode differentiation understand.
+
+    Args:
+        operator: takes tensors and plain values, by position.
+        setup_context, backward, jvp: as in :class:`torch.autograd.Function`. By default both
+            derivatives are refused.
+    """
+
+    class Transformable(Function):
+        @staticmethod
+        def forward(*flat: Any) -> tuple[Tensor, ...]:
+            return tuple(operator(*flat))
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *flat: Any) -> Any:
+            return _example_by_example(Transformable.apply, info.batch_size, in_dims, flat)
+
+    for name, rule in (("setup_context", setup_context), ("backward", backward), ("jvp", jvp)):
+        setattr(Transformable, name, staticmethod(rule))
+
+    def call(*flat: Any) -> tuple[Tensor, ...]:
+        if not is_transformed():
+            return operator(*flat)  # less to do for the host, and one node for the compiler
+        return Transformable.apply(*flat)  # type: ignore[no-any-return]
+
+    return call
+
+
+def _example_by_example(
+    function: Callable[..., tuple[Tensor, ...]],
+    batch_size: int,
+    in_dims: tuple[int | None, ...],
+    flat: tuple[Any, ...],
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Call ``function`` once for each example and stack the results.
+
+    Examples may differ in the classifier, and per-example gradients of it have a copy each, so one
+    call for all of them would not be cheaper in general.
+    """
+
+    def example(i: int) -> tuple[Tensor, ...]:
+        pairs = zip(flat, in_dims, strict=True)
+        return function(*(x if dim is None else x.select(dim, i) for x, dim in pairs))
+
+    results = [torch.stack(x) for x in zip(*map(example, range(batch_size)), strict=True)]
+    return tuple(results), (0,) * len(results)
