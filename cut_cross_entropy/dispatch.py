@@ -94,8 +94,11 @@ def token_losses(
     impl = choose_impl(impl, problem.e.device, problem.compute_dtype)
     if problem.group is not None and impl in FULL_IMPLS and problem.c.shape[0] == 0:
         impl = "chunked"  # the sums of full logits need a class; the results are the same
-    if is_transformed():
-        _check_transformed(impl, problem)
+    if torch.compiler.is_compiling() and impl not in FULL_IMPLS and is_transformed():
+        raise NotImplementedError(
+            f"impl={impl!r} cannot be transformed by torch.func or differentiated in forward mode "
+            "within torch.compile; use impl='reference' there, or do not compile it"
+        )
     if impl == "chunked":
         return run_chunked(problem)
     if impl in KERNEL_IMPLS:
@@ -109,20 +112,6 @@ def token_losses(
         )
         return run_kernels(problem, filter_)
     return _full_losses(impl, problem)
-
-
-def _check_transformed(impl: str, problem: Problem) -> None:
-    """Refuse what has no rule under ``torch.func`` or in forward-mode differentiation."""
-    if problem.group is not None:
-        raise NotImplementedError(
-            "a loss that several processes compute together cannot be transformed by torch.func "
-            "or differentiated in forward mode; compute it in one process"
-        )
-    if torch.compiler.is_compiling() and impl not in FULL_IMPLS:
-        raise NotImplementedError(
-            f"impl={impl!r} cannot be transformed by torch.func or differentiated in forward mode "
-            "within torch.compile; use impl='reference' there, or do not compile it"
-        )
 
 
 def _full_losses(impl: str, problem: Problem) -> PerToken:

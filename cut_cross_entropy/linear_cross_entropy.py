@@ -33,6 +33,7 @@ from cut_cross_entropy.options import (
     impl_name,
 )
 from cut_cross_entropy.problem import Problem
+from cut_cross_entropy.transforms import refuse_transforms
 from cut_cross_entropy.validation import (
     check_compute_dtypes,
     check_options,
@@ -219,6 +220,8 @@ def linear_cross_entropy(
         vocab_parallel_options,
         data_parallel_options,
     )
+    if shards is not None or data is not None:
+        refuse_transforms()
     wholes: list[tuple[Any, Tensor]] = []
     if data is not None:
         dtype = data.param_dtype or _gathered_dtype(e, c)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.constants import BLOCK_TOKENS
+from cut_cross_entropy.flop_formulas import register_flop_formulas
 from cut_cross_entropy.implementations import chunked
 from cut_cross_entropy.problem import (
     Directions,
@@ -191,14 +192,21 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*tensors)
     if is_transformed():
         ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)  # a tangent of zeros would cost a product
 
 
 def _backward_by(gradients: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, ...]]:
     """The autograd formula of a forward operator, by the function of its backward operator."""
 
-    def backward(ctx: Any, grad_nll: Tensor, grad_lse: Tensor, *nothing: Any) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad_nll: Tensor | None, grad_lse: Tensor | None, *nothing: Any
+    ) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint computes them again each time
         tensors, state = saved[:_NUM_TENSORS], saved[_NUM_TENSORS:]
+        grad_nll, grad_lse = (
+            torch.zeros_like(result) if grad is None else grad
+            for result, grad in zip(state[:2], (grad_nll, grad_lse), strict=True)
+        )
         need_e, need_c, _, need_bias = ctx.needs_input_grad[:_NUM_TENSORS]
         grad_e, grad_c, grad_bias = gradients(
             grad_nll, grad_lse, *state, *tensors, *ctx.options, need_e, need_c, need_bias
@@ -243,6 +251,8 @@ _call_cce = _differentiable(cce_losses, cce_gradients)
 
 def run_chunked(problem: Problem) -> PerToken:
     """Loss and log-sum-exp by the memory-bounded PyTorch implementation, differentiable."""
+    if not torch.compiler.is_compiling():
+        register_flop_formulas()
     nll, lse = _call_chunked(*problem.flat())
     return PerToken(nll, lse)
 
@@ -252,5 +262,7 @@ def run_kernels(problem: Problem, filter_: Filter) -> PerToken:
     training = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (problem.e, problem.c, problem.bias)
     )
+    if not torch.compiler.is_compiling():
+        register_flop_formulas()
     nll, lse, *_ = _call_cce(*problem.flat(), *filter_.flat(), training)
     return PerToken(nll, lse)

@@ -5,6 +5,7 @@ an internal error and takes the second for zero. While a transform or a dual lev
 autograd Function with both rules stands in for the operator; its forward runs the operator.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,19 @@ def _within_functorch() -> bool:
 # The compiler of PyTorch 2.4 cannot trace the question. Transforms are part of what it traces, so
 # the answer is a constant of the compiled code; of the level above it takes notice by itself.
 _within_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def refuse_transforms() -> None:
+    """Refuse a loss that several processes compute together while :func:`is_transformed`.
+
+    Raises:
+        NotImplementedError: a transform or a dual level is active.
+    """
+    if is_transformed():
+        raise NotImplementedError(
+            "a loss that several processes compute together cannot be transformed by torch.func "
+            "or differentiated in forward mode; compute it in one process"
+        )
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -85,7 +99,15 @@ def transformable(
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *flat: Any) -> Any:
-            return _example_by_example(Transformable.apply, info.batch_size, in_dims, flat)
+            # Examples may differ in the classifier, and per-example gradients of it have a copy
+            # each, so one call for all of them would not be cheaper in general.
+            results = []
+            for i in range(info.batch_size):
+                pairs = zip(flat, in_dims, strict=True)
+                example = [x if dim is None else x.select(dim, i) for x, dim in pairs]
+                results.append(Transformable.apply(*example))
+            stacked = tuple(torch.stack(x) for x in zip(*results, strict=True))
+            return stacked, (0,) * len(stacked)
 
     for name, rule in (("setup_context", setup_context), ("backward", backward), ("jvp", jvp)):
         setattr(Transformable, name, staticmethod(rule))
@@ -93,26 +115,10 @@ def transformable(
     def call(*flat: Any) -> tuple[Tensor, ...]:
         if not is_transformed():
             return operator(*flat)  # less to do for the host, and one node for the compiler
-        return Transformable.apply(*flat)  # type: ignore[no-any-return]
+        apply = Transformable.apply
+        if "torch._dynamo" in sys.modules:
+            # Where the compiler gives up on a transform, it would try the functions within again.
+            apply = torch.compiler.disable(apply)
+        return apply(*flat)  # type: ignore[no-any-return]
 
     return call
-
-
-def _example_by_example(
-    function: Callable[..., tuple[Tensor, ...]],
-    batch_size: int,
-    in_dims: tuple[int | None, ...],
-    flat: tuple[Any, ...],
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Call ``function`` once for each example and stack the results.
-
-    Examples may differ in the classifier, and per-example gradients of it have a copy each, so one
-    call for all of them would not be cheaper in general.
-    """
-
-    def example(i: int) -> tuple[Tensor, ...]:
-        pairs = zip(flat, in_dims, strict=True)
-        return function(*(x if dim is None else x.select(dim, i) for x, dim in pairs))
-
-    results = [torch.stack(x) for x in zip(*map(example, range(batch_size)), strict=True)]
-    return tuple(results), (0,) * len(results)

@@ -103,3 +103,36 @@ def test_graph_of_the_loss_has_no_logits():
 
 def test_compiled_function_is_made_once():
     assert full_logits._compiled() is full_logits._compiled()
+
+
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_the_graph_of_torch_compile_may_be_retained(compiled_before):
+    """Compiled backward passes overwrite what was saved for them, where that is not seen."""
+    problem = make_problem((5,), bias=True)
+    tensors = (problem.e, problem.c, problem.bias)
+    inputs = [x.double().requires_grad_() for x in tensors]
+
+    def loss(e, c, bias):
+        return linear_cross_entropy(e, c, problem.targets, bias, impl="torch_compile")
+
+    if compiled_before:
+        loss(*inputs).backward()
+    expected = torch.autograd.grad(
+        linear_cross_entropy(*inputs[:2], problem.targets, inputs[2], impl="reference"), inputs
+    )
+    result = loss(*inputs)
+    passes = [torch.autograd.grad(result, inputs, retain_graph=retain) for retain in (1, 1, 0)]
+    for gradients in passes:
+        for got, exact in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-12)
+    with pytest.raises(RuntimeError, match="second time"):
+        result.backward()
+
+
+def test_second_derivative_of_torch_compile_is_refused():
+    problem = make_problem((5,))
+    e = problem.e.requires_grad_()
+    loss = linear_cross_entropy(e, problem.c, problem.targets, impl="torch_compile")
+    (grad,) = torch.autograd.grad(loss, e, create_graph=True)
+    with pytest.raises(NotImplementedError, match="impl='reference' has one"):
+        (grad.sum() + e.sum()).backward()

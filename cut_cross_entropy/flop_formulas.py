@@ -1,0 +1,65 @@
+"""Floating point operations of the operators, for ``torch.utils.flop_counter.FlopCounterMode``.
+
+That module imports Triton, so the formulas are registered when an operator is called and somebody
+else has imported it. As for the attention of PyTorch, products that a backward pass computes again
+count, and what depends on values does not: a filter skips, and ignored tokens cost, nothing.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def register_flop_formulas() -> None:
+    """Register the formulas, also with counters that are active, unless that has been done."""
+    global _registered
+    registry = getattr(sys.modules.get("torch.utils.flop_counter"), "flop_registry", None)
+    if _registered or not registry:  # empty while the module is being imported
+        return
+    formulas = {getattr(torch.ops.cut_cross_entropy, name): f for name, f in _FORMULAS.items()}
+    # The decorator of PyTorch 2.4 registers overloads, which its counter does not look up.
+    registry.update(formulas)
+    for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
+        # A counter copies the registry when it is made; newer releases hold it in their mode.
+        counter = getattr(mode, "counter", mode)
+        if hasattr(counter, "flop_registry"):
+            counter.flop_registry.update(formulas)
+    _registered = True
+
+
+_registered = False
+
+
+def _product(e: Any, c: Any) -> int:
+    return int(2 * e.shape[0] * c.shape[0] * c.shape[1])
+
+
+def _forward(e: Any, c: Any, *others: Any, out_val: Any = None) -> int:
+    return _product(e, c)
+
+
+def _backward(num_state: int) -> Callable[..., int]:
+    """Of a backward operator whose schema has ``num_state`` tensors ahead of the problem."""
+
+    def formula(*flat: Any, out_val: Any = None) -> int:
+        e, c = flat[num_state : num_state + 2]
+        need_e, need_c, _ = flat[-3:]
+        return _product(e, c) * sum((1, need_e, need_c))
+
+    return formula
+
+
+def _tangents(tangent_e: Any, tangent_c: Any, *flat: Any, out_val: Any = None) -> int:
+    e, c = flat[3:5]
+    return _product(e, c) * (1 + (tangent_e is not None) + (tangent_c is not None))
+
+
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "chunked": _forward,
+    "chunked_backward": _backward(4),
+    "cce": _forward,
+    "cce_backward": _backward(7),
+    "tangents": _tangents,
+}

@@ -1,0 +1,80 @@
+"""Counted FLOPs against the unfused loss in a checkpoint: both make logits twice."""
+
+import subprocess
+import sys
+
+import pytest
+import torch.nn.functional as F
+from torch.func import jvp
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from cut_cross_entropy import linear_cross_entropy
+from tests.support import make_problem
+
+# What PyTorch imports for forward mode scripts functions.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+
+PRODUCT = 2 * 5 * 130 * 8
+IMPLS = ["chunked", *(pytest.param(x, marks=pytest.mark.interpret) for x in ("cce", "cce_exact"))]
+
+
+def count(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def unfused(e, c, targets):
+    def loss(e, c):
+        return F.cross_entropy(F.linear(e, c), targets)
+
+    return checkpoint(loss, e, c, use_reentrant=False)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("needed", ["", "e", "c", "ec"])
+def test_loss_and_gradients(impl, needed):
+    problem = make_problem((5,), 130, 8)
+
+    def step(loss):
+        e, c = problem.e.clone(), problem.c.clone()
+        e.requires_grad_("e" in needed)
+        c.requires_grad_("c" in needed)
+        result = loss(e, c, problem.targets)
+        if needed:
+            result.backward()
+
+    counted = count(lambda: step(lambda *inputs: linear_cross_entropy(*inputs, impl=impl)))
+    assert counted == count(lambda: step(unfused))
+    assert counted == PRODUCT * (1 + len(needed) + (needed != ""))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_forward_mode(impl):
+    problem = make_problem((5,), 130, 8)
+
+    def loss(e, c):
+        return linear_cross_entropy(e, c, problem.targets, impl=impl)
+
+    inputs = (problem.e, problem.c)
+    assert count(lambda: jvp(lambda c: loss(problem.e, c), inputs[1:], inputs[1:])) == 3 * PRODUCT
+    assert count(lambda: jvp(loss, inputs, inputs)) == 4 * PRODUCT
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_a_counter_that_is_imported_later(called_before):
+    """The module imports Triton, so this package does not import it."""
+    code = f"""
+import torch
+from cut_cross_entropy import linear_cross_entropy
+inputs = torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1])
+if {called_before}:
+    linear_cross_entropy(*inputs)
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    linear_cross_entropy(*inputs)
+print(counter.get_total_flops())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(2 * 2 * 4 * 3)]
