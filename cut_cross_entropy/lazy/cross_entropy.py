@@ -81,11 +81,12 @@ def cross_entropy(
 
         loss = call.compute(input.recipe, compute)
         record.note_loss(call.uses)
-        # PyTorch's own is float32 under autocast, and of the logits' dtype elsewhere.
-        if input.dtype != loss.dtype and (
-            current_autocast(target.device.type) is None or loss.dtype == torch.float64
-        ):
-            loss = loss.to(input.dtype)
+        # PyTorch's own is of the logits' dtype, and at least float32 under autocast.
+        dtype = input.dtype
+        if current_autocast(target.device.type) is not None:
+            dtype = torch.promote_types(dtype, torch.float32)
+        if loss.dtype != dtype:
+            loss = loss.to(dtype)
         if loss.device != target.device:
             loss = loss.to(target.device)
 

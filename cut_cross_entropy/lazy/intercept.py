@@ -230,6 +230,9 @@ def lazy_linear(
     if not isinstance(x, Tensor):
         record.not_captured = f"its head got {type(x).__name__}"
         return None
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        record.note_idle("its head runs inside a transform of torch.func")
+        return None
     device, dtype = x.device, x.dtype
     autocast_dtype = current_autocast(device.type)
     is_usual = (

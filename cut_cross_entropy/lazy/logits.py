@@ -30,7 +30,7 @@ from cut_cross_entropy.lazy.operations import (
     record,
 )
 from cut_cross_entropy.lazy.recipe import replay
-from cut_cross_entropy.lazy.record import ForwardRecord, runs_in_function
+from cut_cross_entropy.lazy.record import ForwardRecord, in_backward, runs_in_function
 from cut_cross_entropy.lazy.value import LazyValue, Storage, Unevaluated
 
 _METADATA = frozenset(
@@ -47,7 +47,16 @@ _PROPERTIES = frozenset(
 _GIVING_OUT = frozenset(
     {"register_hook", "retain_grad", "requires_grad_", "register_post_accumulate_grad_hook"}
     | {"detach_", "data_ptr", "untyped_storage", "storage", "numpy", "__array__", "__dlpack__"}
-    | {"data", "grad_fn", "__set__", "__cuda_array_interface__", "set_", "share_memory_"}
+    | {
+        "data",
+        "grad_fn",
+        "data =",
+        "requires_grad =",
+        "grad =",
+        "__cuda_array_interface__",
+        "set_",
+        "share_memory_",
+    }
 )
 
 
@@ -100,6 +109,10 @@ class LazyLogits(Tensor, Unevaluated):
         )
         return lazy.materialise(operation, with_grad)
 
+    def as_subclass(self, cls: Any) -> Any:  # a method that PyTorch lets nobody override otherwise
+        """As of a tensor."""
+        return self.materialise("as_subclass").as_subclass(cls)
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -135,6 +148,8 @@ class LazyLogits(Tensor, Unevaluated):
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a function of PyTorch with lazy logits among its arguments."""
     name = _NAMES.get(func)
+    if torch._C._are_functorch_transforms_active() and name not in _METADATA:
+        return _ordinary(func, args, kwargs, name or func.__name__)
     if name is not None:
         if name in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
@@ -153,7 +168,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if attribute == "_backward_hooks":  # autograd's own, of a tensor changed in place
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args)
-            name = attribute if name == "__get__" else name
+            name = attribute if name == "__get__" else f"{attribute} ="
             if name == "requires_grad" or name == "is_leaf":
                 requires_grad = _requires_grad(args[0])
                 return requires_grad if name == "requires_grad" else not requires_grad
@@ -221,16 +236,15 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients of the factors of logits that were used without a look at them."""
     if grad is None:
         return (None,) * len(ctx.leaves)
-    lazy: LazyValue = ctx.lazy
-    if lazy.storage.recipe is ctx.recipe and not lazy.is_changed:
-        value = lazy.compute()
-    else:  # of the logits before they were changed
-        with torch.enable_grad():
-            value = lazy.call.compute(ctx.recipe, replay)
-            for view in lazy.views:
-                value = view(value)
+    # Partial derivatives: a factor may depend on another, as features do on a tied classifier. So
+    # the logits are computed again, from tensors that nothing else depends on.
+    with torch.enable_grad():
+        leaves = [leaf.view_as(leaf) for leaf in ctx.leaves]
+        value = ctx.lazy.call.compute(ctx.recipe.with_leaves(ctx.leaves, leaves), replay)
+        for view in ctx.lazy.views:
+            value = view(value)
     return torch.autograd.grad(  # type: ignore[no-any-return]
-        value, ctx.leaves, grad, retain_graph=True, create_graph=torch.is_grad_enabled()
+        value, leaves, grad, create_graph=torch.is_grad_enabled()
     )
 
 
@@ -338,7 +352,7 @@ def _record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _is_over(record: ForwardRecord) -> bool:
     """Return whether the forward is over; a checkpoint runs parts of it again in the backward."""
-    return record.finished and torch._C._current_graph_task_id() == -1
+    return record.finished and not in_backward()
 
 
 def _loss(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -366,7 +380,8 @@ def _ordinary(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: st
     result = func(*real_args, **real_kwargs)
     for logits, value, version in used:
         storage = logits._lazy.storage
-        if name in _GIVING_OUT or tensor_version(value) != version:
+        # A tensor of inference mode does not count its changes.
+        if name in _GIVING_OUT or version is None or tensor_version(value) != version:
             storage.given_out = True
             _rebind(storage)
     for logits, value, _ in used:

@@ -6,6 +6,7 @@ computes the logits from it, :func:`fold` the arguments of ``linear_cross_entrop
 Shapes: ... leading (batch, time), D features, V classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +60,25 @@ class Recipe:
             tuple([(n, v.detach() if isinstance(v, Tensor) else v) for n, v in self.steps]),
         )
 
+    def with_leaves(self, leaves: Sequence[Tensor], others: Sequence[Tensor]) -> "Recipe":
+        """Return the recipe with ``others`` in the place of its ``leaves``."""
+
+        def other(tensor: Any) -> Any:
+            for leaf, replacement in zip(leaves, others, strict=True):
+                if tensor is leaf:
+                    return replacement
+            return tensor
+
+        return Recipe(
+            tuple(
+                [(other(e), c if constant else other(c), constant) for e, c, constant in self.terms]
+            ),
+            other(self.bias),
+            tuple([(name, other(value)) for name, value in self.steps]),
+        )
+
     def leaves(self) -> list[Tensor]:
-        """Return the factors that require a gradient."""
+        """Return the factors that require a gradient, each once."""
         tensors: list[Any] = []
         for e, c, constant in self.terms:
             tensors.append(e)
@@ -69,7 +87,10 @@ class Recipe:
         if self.bias is not None:
             tensors.append(self.bias)
         tensors.extend([value for _, value in self.steps if isinstance(value, Tensor)])
-        return [tensor for tensor in tensors if tensor.requires_grad]
+        leaves = [tensor for tensor in tensors if tensor.requires_grad]
+        if len(self.terms) > 1:
+            leaves = list({id(leaf): leaf for leaf in leaves}.values())
+        return leaves
 
     @property
     def is_linear(self) -> bool:

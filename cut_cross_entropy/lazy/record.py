@@ -100,8 +100,11 @@ class ForwardRecord:
             count_loss(self.model)
 
     def note_read(self, calls: tuple[Uses, ...], operation: str, with_grad: bool) -> None:
-        """Note that logits were computed for ``operation``; after the forward they may be."""
-        if self.finished:
+        """Note that logits were computed for ``operation``.
+
+        After the forward that is no surprise, except where a checkpoint does it in the backward.
+        """
+        if self.finished and not in_backward():
             return
         for uses in calls:
             if with_grad:
@@ -186,7 +189,7 @@ def enter(record: ForwardRecord, depth: int = 1) -> None:
     Args:
         depth: number of the frame above this one that is there until :func:`leave`.
     """
-    record.saved_tensors_hooks = _saved_tensors_hooks()
+    record.saved_tensors_hooks = saved_tensors_hooks()
     record.frame = id(sys._getframe(depth))
     _active.records.append(record)
 
@@ -204,13 +207,18 @@ def leave(record: ForwardRecord) -> None:
         _active.ended.clear()
 
 
+def in_backward() -> bool:
+    """Return whether this thread runs a backward, where a checkpoint repeats parts of a forward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def inside_checkpoint(record: ForwardRecord) -> bool:
     """Return whether a checkpoint, or an autograd.Function, has begun in the forward of ``record``.
 
     Its backward runs the head again, or differentiates by itself, where the record is not active.
     """
     if torch.is_grad_enabled() == record.grad_enabled and (
-        _saved_tensors_hooks() == record.saved_tensors_hooks
+        saved_tensors_hooks() == record.saved_tensors_hooks
     ):
         return False
     return runs_in_function(record, "torch.utils.checkpoint")
@@ -235,7 +243,7 @@ def runs_in_function(record: ForwardRecord, module: str | None = None) -> bool:
     return False
 
 
-def _saved_tensors_hooks() -> Any:
+def saved_tensors_hooks() -> Any:
     """Return the innermost hooks on saved tensors, which checkpoints install, or None."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return None if top is None else top(False)

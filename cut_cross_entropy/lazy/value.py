@@ -1,13 +1,16 @@
 """The state of lazy logits: what they are, without the object that stands for them in a model."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from cut_cross_entropy.lazy.call import HeadCall, tensor_version
 from cut_cross_entropy.lazy.recipe import Recipe, replay
+from cut_cross_entropy.lazy.record import ForwardRecord, saved_tensors_hooks
 
 View = Callable[[Tensor], Tensor]
 
@@ -39,12 +42,12 @@ class Storage:
         if self.value is None:
             recipe = self.recipe
             live = bool(recipe.leaves()) or (self.call.reenters and not recipe.terms[0][2])
-            if torch.is_grad_enabled() == live:
-                self.value = self.call.compute(recipe, replay)
-            else:
+            if torch.compiler.is_compiling():
                 with torch.set_grad_enabled(live):
                     self.value = self.call.compute(recipe, replay)
-            if not torch.compiler.is_compiling():
+            else:
+                with torch.set_grad_enabled(live), _as_outside(self.call.record):
+                    self.value = self.call.compute(recipe, replay)
                 self.version = tensor_version(self.value)
         return self.value
 
@@ -57,6 +60,22 @@ class Storage:
         if value is None or torch.compiler.is_compiling():
             return False
         return tensor_version(value) != self.version
+
+
+@contextlib.contextmanager
+def _as_outside(record: ForwardRecord) -> Iterator[None]:
+    """Keep what is computed once, and kept, out of scopes that end before it does.
+
+    A checkpoint counts the tensors saved inside it, and would miss these when it recomputes; the
+    tensors of a transform of ``torch.func`` are dead after it.
+    """
+    with contextlib.ExitStack() as scopes:
+        if saved_tensors_hooks() != record.saved_tensors_hooks:
+            same = lambda tensor: tensor
+            scopes.enter_context(torch.autograd.graph.saved_tensors_hooks(same, same))
+        if torch._C._are_functorch_transforms_active():
+            scopes.enter_context(temporarily_clear_interpreter_stack())
+        yield
 
 
 class LazyValue:
