@@ -30,7 +30,7 @@ from cut_cross_entropy.lazy.operations import (
     record,
 )
 from cut_cross_entropy.lazy.recipe import replay
-from cut_cross_entropy.lazy.record import ForwardRecord, in_backward, runs_in_function
+from cut_cross_entropy.lazy.record import ForwardRecord, in_recomputation, runs_in_function
 from cut_cross_entropy.lazy.value import LazyValue, Storage, Unevaluated
 
 _METADATA = frozenset(
@@ -352,7 +352,7 @@ def _record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _is_over(record: ForwardRecord) -> bool:
     """Return whether the forward is over; a checkpoint runs parts of it again in the backward."""
-    return record.finished and not in_backward()
+    return record.finished and not in_recomputation()
 
 
 def _loss(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -104,7 +104,7 @@ class ForwardRecord:
 
         After the forward that is no surprise, except where a checkpoint does it in the backward.
         """
-        if self.finished and not in_backward():
+        if self.finished and not in_recomputation():
             return
         for uses in calls:
             if with_grad:
@@ -207,9 +207,16 @@ def leave(record: ForwardRecord) -> None:
         _active.ended.clear()
 
 
-def in_backward() -> bool:
-    """Return whether this thread runs a backward, where a checkpoint repeats parts of a forward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def in_recomputation() -> bool:
+    """Return whether a checkpoint repeats a part of a forward in the backward."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def inside_checkpoint(record: ForwardRecord) -> bool:

@@ -205,8 +205,11 @@ class LazyValue:
             with_grad: whether a gradient of what it computes reaches the factors; None: if a
                 gradient is recorded now.
         """
+        record = self.call.record
+        if record.finished and self.storage.value is not None:
+            return self.compute()
         value = self.compute()
         if with_grad is None:
             with_grad = not self.requires_grad or torch.is_grad_enabled()
-        self.call.record.note_read(self.call.uses, operation, with_grad)
+        record.note_read(self.call.uses, operation, with_grad)
         return value
