@@ -48,8 +48,10 @@ class Plot:
 
     @property
     def digest(self) -> str:
-        """Hash of the points and of the drawing function's source."""
-        content = json.dumps(self.points, sort_keys=True) + inspect.getsource(self.draw)
+        """Hash of the points, the drawing function's source, and the names and colours of all."""
+        shared = [COLORS, RUN_COLORS, RUN_NAMES, STYLE, [method_name(m) for m in METHODS]]
+        code = inspect.getsource(self.draw) + inspect.getsource(_log_axis)
+        content = json.dumps([self.points, shared], sort_keys=True) + code
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
     def is_current(self, folder: Path) -> bool:
@@ -90,16 +92,14 @@ def head(test_data: str) -> str:
 
 
 def method_name(method: str) -> str:
-    """Name a method in a plot; those of this package are marked."""
+    """Name a method in a plot; those of this package that make no full logits are marked."""
     known = METHODS.get(method)
     if known is None:
         return method
-    plain = known.title.replace("`", "")
-    return (
-        f"{plain} (this package)"
-        if known.package == "cut_cross_entropy" and not known.peer
-        else plain
-    )
+    if method == "torch_compile":
+        return "full logits, torch.compile"
+    ours = known.package == "cut_cross_entropy" and not known.peer
+    return known.title.replace("`", "") + " (this package)" * ours
 
 
 def in_order(methods: Sequence[str]) -> list[str]:

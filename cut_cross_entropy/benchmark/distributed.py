@@ -239,7 +239,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help=f"measured at the smallest batch too, in {', '.join(BESIDE)}",
     )
     add("--setups", nargs="+", choices=[*SETUPS, *ALONE], help="default: depends on the processes")
-    add("--kind", default="structured", help="of data, see benchmark/data.py")
+    add("--kind", default="structured", help="of data, see cut_cross_entropy/benchmark/data.py")
     add("--device", default="cuda", choices=("cuda", "cpu"))
     add("--repetitions", type=int, default=7)
     add("--time-limit", type=float, default=600.0, help="seconds; no row begins after it")

@@ -1,6 +1,6 @@
 """Ways to spread the loss over processes, as training code would call it: rows of one table.
 
-``benchmark/distributed.py`` times them, ``benchmark/distributed_traffic.py`` knows what they send,
+``distributed.py`` times them, ``distributed_traffic.py`` knows what they send,
 ``tests/distributed/run_many_gpus.py`` holds each against one process, and docs/distributed.md
 describes them.
 """

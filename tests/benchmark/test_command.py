@@ -1,7 +1,11 @@
 """``python -m benchmark`` from the command line to its files, on a CPU."""
 
 import csv
+import importlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,3 +155,18 @@ def test_wrong_arguments_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_the_short_name_works_from_the_root_of_a_checkout():
+    """And the package holds the command, so that a wheel brings no other top-level name."""
+    command = [sys.executable, "-m", "benchmark", "--help"]
+    done = subprocess.run(command, cwd=make.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python -m benchmark")
+    short = importlib.import_module("benchmark.suite")
+    assert Path(short.__file__) == make.ROOT / "cut_cross_entropy/benchmark/suite.py"
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((make.ROOT / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {
+        "cce-benchmark": "cut_cross_entropy.benchmark.__main__:main"
+    }
+    assert project["tool"]["setuptools"]["packages"]["find"]["include"] == ["cut_cross_entropy*"]

@@ -1,4 +1,4 @@
-"""What ``benchmark/distributed_traffic.py`` says that a step sends is what it sends."""
+"""What ``benchmark.distributed_traffic`` says that a step sends is what it sends."""
 
 from functools import partial
 
