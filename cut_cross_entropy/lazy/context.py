@@ -68,7 +68,7 @@ def lazy_head(
         filter_eps: threshold of the gradient filter.
         filter_e_grad: whether the filter may apply to the gradient of the embeddings.
         filter_c_grad: whether the filter may apply to the gradient of the classifier.
-        filter_mass: share of the gradient that the filter may leave out.
+        filter_mass: share of the probability that the filter may leave out.
         memory_budget: bytes of temporary memory.
 
     Yields:
