@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils import _pytree as pytree
 
 from cut_cross_entropy.lazy.call import tensor_version
@@ -312,7 +313,7 @@ def _rebind(storage: Storage) -> None:
             continue
         value = logits._lazy.compute()
         if value.requires_grad and is_attachable(logits._lazy):
-            with torch.enable_grad():
+            with torch.enable_grad(), _unsafe_preserve_version_counter(logits):
                 _Rebind.apply(logits, value)  # type: ignore[no-untyped-call]
 
 

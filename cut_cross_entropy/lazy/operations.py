@@ -327,7 +327,7 @@ def _scaled(lazy: LazyValue, other: Any, how: str) -> Any:
         factors = other.reshape(-1)
         if how == DIVIDE:
             factors = factors.reciprocal()
-        return lazy.derived(scale_classes(recipe, factors), dtype=dtype)
+        return lazy.derived(scale_classes(recipe, factors).then(CAST, dtype), dtype=dtype)
     if not _is_per_token(lazy, other):
         return NotImplemented
     # Everything that is added scales with the product; per token, a bias would become a matrix.
@@ -345,14 +345,12 @@ def _scaled(lazy: LazyValue, other: Any, how: str) -> Any:
         return tensor / factor if how == DIVIDE else tensor * factor
 
     number = other.reshape(()) if other.numel() == 1 else other
-    return lazy.derived(
-        Recipe(
-            tuple([(scale(e, other), c, constant) for e, c, constant in recipe.terms]),
-            None if recipe.bias is None else scale(recipe.bias, number),
-            tuple([(n, scale(v, number) if n == BIAS else v) for n, v in recipe.steps]),
-        ),
-        dtype=dtype,
+    scaled = Recipe(
+        tuple([(scale(e, other), c, constant) for e, c, constant in recipe.terms]),
+        None if recipe.bias is None else scale(recipe.bias, number),
+        tuple([(n, scale(v, number) if n == BIAS else v) for n, v in recipe.steps]),
     )
+    return lazy.derived(scaled if dtype == lazy.dtype else scaled.then(CAST, dtype), dtype=dtype)
 
 
 def _add(lazy: LazyValue, other: Any, *, alpha: Any = 1, **kwargs: Any) -> Any:
@@ -370,7 +368,7 @@ def _add(lazy: LazyValue, other: Any, *, alpha: Any = 1, **kwargs: Any) -> Any:
         ):
             return NotImplemented
         dtype = torch.promote_types(lazy.dtype, other.dtype)
-        result = lazy.derived(add(recipe, other.recipe), dtype=dtype)
+        result = lazy.derived(add(recipe, other.recipe).then(CAST, dtype), dtype=dtype)
         result.call = result.storage.call = lazy.call.merged(other.call)
         return result
     if (

@@ -285,6 +285,26 @@ def test_the_dtype_of_the_loss_is_that_of_the_logits(dtype):
         torch.testing.assert_close(actual, expected, rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: x.float() * PER_TOKEN.double(),
+        lambda x: x.bfloat16() * VECTOR.bfloat16(),
+        lambda x: x.bfloat16() + x.float(),
+        lambda x: x.bfloat16() + x.bfloat16(),
+        lambda x: x.float() + VECTOR.double(),
+    ],
+    ids=["per token", "per class", "sum", "sum of low precision", "vector"],
+)
+def test_the_dtype_of_logits_is_that_which_they_announce(operation):
+    setting = Setting(bias=False, dtype=torch.float64)
+    lazy, real = operation(setting.lazy), operation(setting.real)
+    assert type(lazy) is LazyLogits
+    setting.record.finished = True
+    assert lazy.materialise("test").dtype == lazy.dtype == real.dtype
+    torch.testing.assert_close(lazy.materialise("test"), real, rtol=0.02, atol=0.02)
+
+
 def test_autocast_is_that_of_the_head():
     setting = Setting()
     with torch.autocast("cpu", torch.bfloat16):
