@@ -40,7 +40,7 @@ def group_of(name: str) -> "ProcessGroup":
 
 
 def world_size(name: str) -> int:
-    """How many processes a group has."""
+    """Return the number of processes of a group."""
     return int(group_of(name).size())
 
 

@@ -44,7 +44,7 @@ class _Whole(torch.autograd.Function):
 
 
 class Like(NamedTuple):
-    """Where a tensor is, and of what dtype."""
+    """Device and dtype of a tensor."""
 
     device: torch.device
     dtype: torch.dtype
@@ -80,7 +80,7 @@ def gather(sharded: Any, name: str, like: Like, options: DataParallelOptions) ->
 
 @contextmanager
 def gathered_again(pairs: list[tuple[Any, Tensor]]) -> Iterator[None]:
-    """What is saved for the backward within this context holds no gathered tensor of ``pairs``.
+    """Keep the gathered tensors of ``pairs`` out of what autograd saves within this context.
 
     Each is a DTensor and its whole. In the backward it is gathered once more, by all processes in
     the same order, and shared while anything of the backward holds it.

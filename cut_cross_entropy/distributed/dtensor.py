@@ -94,8 +94,8 @@ def resolve(
     for name, x in (("e", e), ("targets", targets)):
         if is_dtensor(x):
             raise NotImplementedError(
-                f"{name} is a DTensor ({describe(x)}) beside a classifier that is not divided by "
-                f"classes: pass the tokens of this process, {name}.to_local()"
+                f"{name} is a DTensor ({describe(x)}) together with a classifier that is not "
+                f"divided by classes: pass the tokens of this process, {name}.to_local()"
             )
     # What fully_shard has gathered already (within the module's forward) is a tensor like others.
     return Resolved(e, c, targets, bias, None, data_parallel if is_dtensor(c) else None)

@@ -85,7 +85,7 @@ def _(grad: Tensor, group: str) -> Tensor:
     schema="(Tensor tokens, str group) -> Tensor",
 )
 def own_tokens(tokens: Tensor, group: str) -> Tensor:
-    """What belongs to the tokens of this process: (R N,) to (N,), and in the backward pass back.
+    """Values of this process's own tokens: (R N,) to (N,), and in the backward pass back.
 
     The gradient of each process covers its own tokens; all processes get all of it, N floats each.
     """

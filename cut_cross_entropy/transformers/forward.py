@@ -53,7 +53,7 @@ def patched_forward(
         if not options.use_lce(labels, self.training) or not is_installed(self):
             return original(self, *args, **kwargs)
         if options.reduction != "mean":
-            kwargs.pop("num_items_in_batch", None)  # it asks for a mean that nobody wants
+            kwargs.pop("num_items_in_batch", None)  # it asks for a mean
         elif kwargs.get("num_items_in_batch") is not None:
             kwargs["num_items_in_batch"] = divisor(kwargs["num_items_in_batch"])
         if torch.compiler.is_compiling():
