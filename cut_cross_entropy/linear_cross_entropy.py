@@ -386,8 +386,10 @@ class LinearCrossEntropy(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in changed.items())
 
     def _options(self) -> Any:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: getattr(self, name) for name in _OPTIONS}
 
+
+_OPTIONS = tuple(option.name for option in fields(LinearCrossEntropy))  # torch.compile reads it
 
 # A dataclass writes its own __init__, which is to give the same hints as the function.
 LinearCrossEntropy.__init__ = explains_unknown_keywords(LinearCrossEntropy.__init__)  # type: ignore[method-assign]
