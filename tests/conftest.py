@@ -7,16 +7,20 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compil
 import pytest
 import torch
 
+from cut_cross_entropy.device_support import triton_version
+
 torch.set_num_threads(1)  # tests run in several processes; the problems are small
 
 
 def pytest_configure(config):
     """Let Triton's interpreter run the kernels, unless the tests that need a GPU are asked for.
 
-    Triton reads the variable when it is imported, and no test module is imported before this.
+    Triton reads the variable when it is imported, which is here: a test that turns the interpreter
+    off for a while would decide for all that follow.
     """
     for_gpu = config.getoption("markexpr") == "gpu"
     os.environ.setdefault("TRITON_INTERPRET", "0" if for_gpu else "1")
+    triton_version()
     if for_gpu:  # else PyTorch refuses products in its deterministic mode, which poison_empty needs
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

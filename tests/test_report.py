@@ -9,10 +9,7 @@ import torch
 import cut_cross_entropy
 from cut_cross_entropy import __main__ as report
 from cut_cross_entropy import linear_cross_entropy
-from cut_cross_entropy.device_support import triton_version
 from cut_cross_entropy.options import ALL_IMPLS
-
-triton_version()  # imports Triton while its interpreter is asked for, which it remembers
 
 
 def test_command():
