@@ -57,6 +57,16 @@ def has_wide_products(device: torch.device) -> bool:
     return device.type == "cuda" and version_tuple(torch.__version__)[:2] >= since
 
 
+def current_autocast(device_type: str) -> torch.dtype | None:
+    """The dtype of products under autocast, or None where it is off."""
+    # Devices without autocast (meta) refuse the question. Dynamo of torch 2.11 cannot trace the
+    # question whether they have one, and what it traces runs on a device that has.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    if known and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
 def triton_is_interpreted() -> bool:
     """Whether ``TRITON_INTERPRET=1`` asks for kernels to run on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

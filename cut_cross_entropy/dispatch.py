@@ -12,7 +12,7 @@ from cut_cross_entropy.implementations import full_logits, reference
 from cut_cross_entropy.operators import run_chunked, run_kernels
 from cut_cross_entropy.options import KERNEL_IMPLS, CCEPreset, CCEPresets
 from cut_cross_entropy.problem import Filter, PerToken, Problem
-from cut_cross_entropy.transforms import is_transformed, plain
+from cut_cross_entropy.transforms import is_traced, is_transformed, plain
 from cut_cross_entropy.validation import check_target_range
 
 FILTER_TOLERANCE = 8e-4
@@ -117,7 +117,7 @@ def token_losses(
 def _full_losses(impl: str, problem: Problem) -> PerToken:
     """The same by an implementation of full logits."""
     targets, first_class = problem.targets, problem.first_class
-    if problem.group is None and not torch.compiler.is_compiling():
+    if problem.group is None and not (torch.compiler.is_compiling() or is_traced()):
         check_target_range(plain(targets), problem.c.shape[0], problem.ignore_index)
     full: Callable[..., tuple[Tensor, Tensor]] = FULL_IMPLS[impl].target_logits_and_lse
     kept = targets != problem.ignore_index

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
+from cut_cross_entropy.device_support import current_autocast
 from cut_cross_entropy.dispatch import token_losses
 from cut_cross_entropy.distributed.collectives import group_name
 from cut_cross_entropy.distributed.data_parallel import Like, gather, gathered_again
@@ -300,22 +301,18 @@ def _per_token(
 
 def _gathered_dtype(e: Tensor, c: Tensor) -> torch.dtype:
     """The dtype to gather a classifier in: that of the product, if it is narrower."""
-    device_type = e.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
+    autocast = current_autocast(e.device.type)
+    if autocast is not None:
+        return autocast
     return e.dtype if e.dtype.itemsize < c.dtype.itemsize else c.dtype
 
 
 def _compute_dtype(e: Tensor, c: Tensor, bias: Tensor | None) -> torch.dtype:
     """The dtype of the product: that of autocast, which leaves float64 alone, or of the inputs."""
-    device_type = e.device.type
-    # Devices without autocast (meta) refuse the question. Dynamo of torch 2.11 cannot trace the
-    # question whether they have one, and what it traces runs on a device that has.
-    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
-    autocast = known and torch.is_autocast_enabled(device_type)
-    check_compute_dtypes(e, c, bias, autocast)
-    if autocast and torch.float64 not in (e.dtype, c.dtype):
-        return torch.get_autocast_dtype(device_type)
+    autocast = current_autocast(e.device.type)
+    check_compute_dtypes(e, c, bias, autocast is not None)
+    if autocast is not None and torch.float64 not in (e.dtype, c.dtype):
+        return autocast
     return torch.promote_types(e.dtype, c.dtype)
 
 

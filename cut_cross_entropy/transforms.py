@@ -32,6 +32,11 @@ def _within_functorch() -> bool:
 _within_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def is_traced() -> bool:
+    """Whether ``make_fx`` records operations, as ``torch.func.linearize`` has it: no values."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 def refuse_transforms() -> None:
     """Refuse a loss that several processes compute together while :func:`is_transformed`.
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from cut_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.implementations import chunked
-from cut_cross_entropy.problem import Needed, PerToken, Problem
+from cut_cross_entropy.problem import Directions, Needed, PerToken, Problem
 from tests.support import make_problem
 
 N, V, D = 256, 2048, 32
@@ -90,6 +90,19 @@ def test_no_operation_makes_the_logits(dtype, softcap, ignored):
     assert max(forward.bytes) <= BUDGET
     over = [size for size in backward.bytes if size > BUDGET]
     assert all(size in (accumulator, gradient) for size in over)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_tangents_keep_to_the_budget(dtype, softcap):
+    problem = problem_of(dtype)
+    tensors = (problem.e, problem.c, problem.targets, problem.bias)
+    call = Problem(*tensors, -100, softcap, dtype, BUDGET)
+    results = chunked.forward(call)
+    with AllocationWatcher() as watcher:
+        chunked.tangents(Directions(problem.e, problem.c, problem.bias), results, call)
+    assert max(watcher.elements) < LOGITS
+    assert max(watcher.bytes) <= BUDGET
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])

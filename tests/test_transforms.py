@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
 from cut_cross_entropy import linear_cross_entropy
@@ -12,8 +12,11 @@ from cut_cross_entropy.operators import chunked_losses, tangents
 from cut_cross_entropy.problem import Problem
 from tests.support import IMPLS, make_problem
 
-# What PyTorch imports for forward mode scripts functions.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+# What PyTorch imports for forward mode scripts functions, and linearize warns about its own graphs.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
+    pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node"),
+]
 
 KERNELS = tuple(pytest.param(impl, marks=pytest.mark.interpret) for impl in ("cce", "cce_exact"))
 every_impl = pytest.mark.parametrize("impl", [*IMPLS, *KERNELS])
@@ -55,6 +58,7 @@ TRANSFORMS = {
         (DIRECTION.e, DIRECTION.c, DIRECTION.bias),
     ),
     "dual tensor": tangent_of_dual,
+    "linearize": lambda loss: linearize(lambda c: loss(E, c, Y), C)[1](DIRECTION.c),
     "grad": lambda loss: grad(lambda e, c, b: loss(e, c, Y, b), argnums=(0, 1, 2))(E, C, B),
     "vjp": lambda loss: vjp(lambda c: loss(E, c, Y).float(), C)[1](torch.tensor(2.0)),
     "jacrev": lambda loss: jacrev(tokens(loss))(E),

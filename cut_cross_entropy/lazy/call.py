@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cut_cross_entropy.device_support import current_autocast
 from cut_cross_entropy.lazy.recipe import Recipe
 from cut_cross_entropy.lazy.record import ForwardRecord, Uses
 
@@ -106,15 +107,6 @@ class HeadCall:
                     "weight that they depend on was resharded after the forward. Pass no labels "
                     "where you need the logits"
                 )
-
-
-def current_autocast(device_type: str) -> torch.dtype | None:
-    """Return the dtype that autocast uses now for this kind of device, or None outside autocast."""
-    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
-        return None
-    if not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
 
 
 def tensor_version(tensor: Tensor) -> int | None:

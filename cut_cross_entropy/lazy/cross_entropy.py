@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cut_cross_entropy.device_support import current_autocast
 from cut_cross_entropy.distributed.options import VocabParallelOptions
-from cut_cross_entropy.lazy.call import current_autocast
 from cut_cross_entropy.lazy.recipe import Recipe, fold, is_foldable
 from cut_cross_entropy.lazy.value import LazyValue
 from cut_cross_entropy.linear_cross_entropy import linear_cross_entropy

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from cut_cross_entropy.device_support import current_autocast
 from cut_cross_entropy.distributed.options import is_dtensor
-from cut_cross_entropy.lazy.call import HeadCall, current_autocast, depends_on
+from cut_cross_entropy.lazy.call import HeadCall, depends_on
 from cut_cross_entropy.lazy.logits import LazyLogits, lazy_tensor
 from cut_cross_entropy.lazy.recipe import Recipe, lazy_recipe
 from cut_cross_entropy.lazy.record import ForwardRecord, active_record, inside_checkpoint
