@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import Function, forward_ad
 
 NO_SECOND_DERIVATIVE = (
@@ -24,7 +25,9 @@ def is_transformed() -> bool:
 
 
 def _within_functorch() -> bool:
-    return torch._C._are_functorch_transforms_active()
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    # An operator may be functionalised, an autograd Function may not.
+    return any(level.key() != TransformType.Functionalize for level in levels)
 
 
 # The compiler of PyTorch 2.4 cannot trace the question. Transforms are part of what it traces, so

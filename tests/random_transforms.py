@@ -20,13 +20,13 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import (
     functional_call,
+    functionalize,
     grad,
     grad_and_value,
     hessian,
     jacfwd,
     jacrev,
     jvp,
-    linearize,
     vjp,
     vmap,
 )
@@ -117,8 +117,10 @@ def _with_hooks(f: Loss, e: Tensor, c: Tensor, b: Tensor) -> Any:
     return features.grad, [x.grad for x in inputs]
 
 
-def _func(f: Loss, e: Tensor, c: Tensor, b: Tensor) -> Loss:
-    return lambda *inputs: f(*inputs).sum()
+def _within_a_graph(f: Loss, e: Tensor, c: Tensor, b: Tensor) -> Any:
+    e, c = _with_grad(e, c)
+    inner = grad(lambda x: f(x, c.detach(), b).sum())(e)
+    return _grads(inner.sum() + f(e, c, b).sum(), [c])
 
 
 TRANSFORMS: dict[str, Transform] = {
@@ -138,7 +140,6 @@ TRANSFORMS: dict[str, Transform] = {
     "grad of grad": lambda f, e, c, b: grad(
         lambda e: grad(lambda e: f(e, c, b).sum())(e).square().sum()
     )(e),
-    "linearize": lambda f, e, c, b: linearize(lambda c: f(e, c, b), c)[1](c.cos()),
     "vmap over e": lambda f, e, c, b: vmap(f, in_dims=(0, None, None))(
         torch.stack([e, e * 2]), c, b
     ),
@@ -152,6 +153,31 @@ TRANSFORMS: dict[str, Transform] = {
     "grad of vmap": lambda f, e, c, b: grad(
         lambda c: vmap(lambda e: f(e, c, b))(torch.stack([e, e + 1])).sum()
     )(c),
+    "vmap over labels": lambda f, e, c, b: vmap(f, in_dims=(None, None, None, 0))(
+        e, c, b, torch.stack([torch.arange(len(e)), torch.arange(len(e)).flip(0)])
+    ),
+    "vmap over the last dimension": lambda f, e, c, b: vmap(f, in_dims=(-1, None, None))(
+        torch.stack([e, e * 2], -1), c, b
+    ),
+    "vmap of vmap": lambda f, e, c, b: vmap(vmap(f, (0, None, None)), (None, 0, None))(
+        torch.stack([e, e * 2]), torch.stack([c, c + 1, c * 2]), b
+    ),
+    "vmap in chunks": lambda f, e, c, b: vmap(f, in_dims=(0, None, 0), chunk_size=1)(
+        torch.stack([e, e * 2]), c, torch.stack([b, b * 2])
+    ),
+    "vmap of jvp": lambda f, e, c, b: vmap(
+        lambda t: jvp(lambda c: f(e, c, b), (c,), (t,))[1]
+    )(torch.stack([c, c.sin()])),
+    "jvp of vmap": lambda f, e, c, b: jvp(
+        lambda c: vmap(lambda e: f(e, c, b))(torch.stack([e, e + 1])), (c,), (c.sin(),)
+    ),
+    "vmap of vjp": lambda f, e, c, b: (
+        lambda out, pull: vmap(pull)(torch.stack([torch.ones_like(out), 2 + out]))
+    )(*vjp(f, e, c, b)),
+    "jacfwd of e": lambda f, e, c, b: jacfwd(f)(e, c, b),
+    "functionalize": lambda f, e, c, b: functionalize(lambda e: f(e * 2, c, b))(e),
+    "grad under no_grad": lambda f, e, c, b: torch.no_grad()(grad(lambda c: f(e, c, b).sum()))(c),
+    "grad with an outer graph": _within_a_graph,
     "dual e": _dual("e"),
     "dual c": _dual("c"),
     "dual all": _dual("ecb"),
@@ -203,13 +229,14 @@ class Call:
         is_ignored = torch.rand(self.lead, generator=generator) < self.ignored
         targets[is_ignored] = self.options.get("ignore_index", -100)
 
-        def f(e: Tensor, c: Tensor, b: Tensor) -> Tensor:
+        def f(e: Tensor, c: Tensor, b: Tensor, order: Tensor | None = None) -> Tensor:
             bias = b if self.has_bias else None
+            labels = targets if order is None else targets[order]
             if self.as_module:
                 module = LinearCrossEntropy(impl=impl, **self.options)
-                result = functional_call(module, {}, (e, c, targets, bias))
+                result = functional_call(module, {}, (e, c, labels, bias))
             else:
-                result = linear_cross_entropy(e, c, targets, bias, impl=impl, **self.options)
+                result = linear_cross_entropy(e, c, labels, bias, impl=impl, **self.options)
             if isinstance(result, tuple):
                 return result[0].sum() + 0.3 * result[1].square().sum()
             return result

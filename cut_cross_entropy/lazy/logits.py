@@ -313,7 +313,8 @@ def _rebind(storage: Storage) -> None:
             continue
         value = logits._lazy.compute()
         if value.requires_grad and is_attachable(logits._lazy):
-            with torch.enable_grad(), _unsafe_preserve_version_counter(logits):
+            counted = () if logits.is_inference() else logits  # inference mode counts no versions
+            with torch.enable_grad(), _unsafe_preserve_version_counter(counted):
                 _Rebind.apply(logits, value)  # type: ignore[no-untyped-call]
 
 

@@ -20,6 +20,7 @@ class Expressions:
     lead: tuple[int, ...] = ()
     classes: int = 0
     is_smooth: bool = True  # nothing rounds so much that comparisons may flip
+    may_view: bool = True  # not where no gradient is recorded: such views are leaves of the graph
     is_usual: bool = False  # mostly operations that a patched model records
     names: int = 0
 
@@ -56,6 +57,15 @@ class Expressions:
         if self.chance(0.05):
             self.tolerance, self.is_smooth = HALF, False
             return self.pick(f"{x}.bfloat16()", f"{x}.to(torch.bfloat16).float()")
+        views = [
+            f"{x}.view_as({x})",
+            f"{x}.reshape({x}.shape)",
+            f"torch.squeeze(torch.unsqueeze({x}, 0), 0)",
+            f"{x}.unsqueeze(dim=0).squeeze(dim=0)",
+            f"{x}.expand_as(x)",
+            f"{x}.requires_grad_()",
+            f"{x}.alias() if hasattr(x, 'alias') else {x}",
+        ]
         return self.either(
             [
                 f"{x}.double()",
@@ -78,13 +88,7 @@ class Expressions:
                 f"torch.clone({x})",
                 f"torch.clone(input={x}, memory_format=torch.contiguous_format)",
                 f"{x}.type_as(self.scale)",
-                f"{x}.view_as({x})",
-                f"{x}.reshape({x}.shape)",
-                f"torch.squeeze(torch.unsqueeze({x}, 0), 0)",
-                f"{x}.unsqueeze(dim=0).squeeze(dim=0)",
-                f"{x}.expand_as(x)",
-                f"{x}.requires_grad_()",
-                f"{x}.alias() if hasattr(x, 'alias') else {x}",
+                *(views if self.may_view else ()),
             ],
         )
 

@@ -122,6 +122,12 @@ class Statements(Expressions):
         return before + change + after
 
     def without_grad(self) -> str:
+        self.may_view = False
+        text = self._without_grad()
+        self.may_view = True
+        return text
+
+    def _without_grad(self) -> str:
         inner = "\n".join("    " + line for line in self.chain(self.pick(1, 1, 2)))
         mode = self.pick(
             "torch.no_grad()",

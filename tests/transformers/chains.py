@@ -252,7 +252,9 @@ def judge(program: Program, look_for_products: bool = True) -> Verdict:
                     step(cce_patch(spare), program)
             except Exception as error:
                 return Verdict("equal", f"not looked for products: {_line(error)}")
-        if products.count and program.settings["backward"] != "logits":
+        # Not what the program multiplies by itself, and not what its caller asks of the logits.
+        own = "lm_head.weight" in program.head or program.settings["backward"] == "logits"
+        if products.count and not own:
             return Verdict("silent", "full logits without a warning")
     return Verdict("equal")
 
@@ -321,8 +323,8 @@ def _unequal(wanted: Any, got: Any, tolerance: float, scale: float = 1.0) -> str
             return f"{got!r} for {wanted!r}"
         reasons = (_unequal(a, b, tolerance, scale) for a, b in zip(wanted, got, strict=True))
         return next((reason for reason in reasons if reason), "")
-    if isinstance(wanted, float) and isinstance(got, float):
-        wanted, got = torch.tensor(wanted), torch.tensor(got)
+    if isinstance(wanted, (float, np.floating)) and isinstance(got, (float, np.floating)):
+        wanted, got = torch.tensor(float(wanted)), torch.tensor(float(got))
     if not isinstance(wanted, Tensor):
         return "" if wanted == got else f"{_short(got)} for {_short(wanted)}"
     if wanted.shape != got.shape:
