@@ -188,7 +188,7 @@ torch._dynamo.decorators.skip(LazyLogits.__torch_function__.__func__)  # type: i
 def lazy_tensor(lazy: LazyValue) -> LazyLogits:
     """Return ``lazy`` as a tensor, whose graph is that of its recipe."""
     if lazy.requires_grad and is_attachable(lazy):
-        logits: LazyLogits = _Attach.apply(lazy, *lazy.storage.recipe.leaves())  # type: ignore[no-untyped-call]
+        logits: LazyLogits = _attach(lazy, *lazy.storage.recipe.leaves())
         return logits
     return LazyLogits(lazy)
 
@@ -209,6 +209,10 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:  # type: ignore[override]
         return None, *_gradients(ctx, grad)
+
+
+# Without the checks for transforms of torch.func, inside which nothing is lazy: half of the time.
+_attach: Any = super(torch.autograd.Function, _Attach).apply
 
 
 class _Reattach(torch.autograd.Function):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from cut_cross_entropy.lazy import intercept
@@ -193,7 +194,7 @@ def replace_lazy(output: Any, replacement: Callable[[Any], Any]) -> Any:
     """
     if isinstance(output, Unevaluated):
         return replacement(output)
-    if output is None or isinstance(output, (Tensor, str, int, float)):
+    if output is None or isinstance(output, (Tensor, str, int, float, Cache)):
         return output
     if isinstance(output, ModelOutput):
         return _replace_fields(output, replacement)
