@@ -106,7 +106,9 @@ def _contiguous(lazy: LazyValue, **kwargs: Any) -> Any:
 
 
 def _clone(lazy: LazyValue, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else lazy.derived(lazy.recipe)
+    if kwargs or (lazy.recipe.steps and lazy.recipe.steps[-1][0] == TANH):
+        return NotImplemented  # the backward of tanh needs its result, so the copy has to be one
+    return lazy.derived(lazy.recipe)
 
 
 def _detach(lazy: LazyValue, shared: bool = True) -> LazyValue:

@@ -93,6 +93,7 @@ def checkpointed(reentrant):
         (["x = x * self.class_scale", "logs['sum'] = x.sum()", LOSS], {"autocast": True}),
         (["x = x.float() + self.second(h)", "logs['max'] = x.max()", LOSS], {"autocast": True}),
         (["x = x.to(torch.float64)", LOSS], {"autocast": True}),
+        (["x = torch.tanh(x)", "x = x.clone()", "x[0] *= 2", LOSS], {}),
         (["before = x[0]", "x.mul_(2)", LOSS], {"grad": "inference"}),
     ],
 )
