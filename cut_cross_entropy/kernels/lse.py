@@ -178,7 +178,7 @@ class PassInputs:
     @functools.cached_property
     def tiles(self) -> Tiles:
         """Block sizes of the passes."""
-        return tiles_on(self.e.device).of_pass
+        return tiles_on(self.e.device)
 
     @functools.cached_property
     def operands(self) -> tuple[tuple[Any, bool], tuple[Any, bool]]:

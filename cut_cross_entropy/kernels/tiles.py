@@ -39,17 +39,6 @@ class Tiles:
     block_n: int
     use_tma: bool
 
-    @property
-    def of_pass(self) -> "Tiles":
-        """Block sizes of a pass over the vocabulary.
-
-        Two programs of half a tile share a multiprocessor, so that the exponentials of one overlap
-        the products of the other.
-        """
-        if self.block_v <= 128:
-            return self
-        return dataclasses.replace(self, block_v=128, num_warps=4, num_stages=3)
-
 
 WITHOUT_TMA = 160 * 2**10  # most bytes of shared memory used without descriptors
 

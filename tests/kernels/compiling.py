@@ -51,9 +51,6 @@ def variants(tiles: Tiles) -> list[Variant]:
     products = {"E_TMA": tma, "C_TMA": tma, "BLOCK_T": BLOCK_T, "BLOCK_V": tiles.block_v,
             "BLOCK_D": tiles.block_d}  # fmt: skip
     e_box, c_box = (BLOCK_T, tiles.block_d), (tiles.block_v, tiles.block_d)
-    of_pass = tiles.of_pass
-    pass_products = {**products, "BLOCK_V": of_pass.block_v, "BLOCK_D": of_pass.block_d}
-    pass_boxes = {"e": (BLOCK_T, of_pass.block_d), "c": (of_pass.block_v, of_pass.block_d)}
     few = min(3, tiles.num_stages)
     result = []
 
@@ -72,11 +69,11 @@ def variants(tiles: Tiles) -> list[Variant]:
             add(
                 f"lse-{label}-{online:d}{flagged:d}{energy:d}",
                 lse.vocabulary_pass_kernel,
-                {**pass_products, **flags, "WRITE_ENERGY": energy, "ONLINE": online,
+                {**products, **flags, "WRITE_ENERGY": energy, "ONLINE": online,
                  "ONLY_FLAGGED": flagged},
-                boxes=pass_boxes,
-                num_warps=of_pass.num_warps,
-                num_stages=of_pass.num_stages,
+                boxes={"e": e_box, "c": c_box},
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
             )  # fmt: skip
         add(
             f"exact-{label}",
