@@ -41,7 +41,7 @@ class Storage:
         """Return the logits, with a gradient if their factors require one."""
         if self.value is None:
             recipe = self.recipe
-            live = bool(recipe.leaves()) or (self.call.reenters and not recipe.terms[0][2])
+            live = len(recipe.leaves()) > 0 or (self.call.reenters and not recipe.terms[0][2])
             if torch.compiler.is_compiling():
                 with torch.set_grad_enabled(live):
                     self.value = self.call.compute(recipe, replay)
@@ -115,7 +115,7 @@ class LazyValue:
         self.geometry = geometry
         self.storage = Storage(recipe, call) if storage is None else storage
         self.views = views
-        self.requires_grad = bool(recipe.leaves()) or (
+        self.requires_grad = len(recipe.leaves()) > 0 or (  # Dynamo knows no bool of a list
             call.reenters and not recipe.terms[0][2] and call.uses[0].requires_grad
         )
         self._value: tuple[Tensor, Tensor] | None = None
