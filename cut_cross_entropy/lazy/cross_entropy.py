@@ -81,6 +81,8 @@ def cross_entropy(
 
         loss = call.compute(input.recipe, compute)
         record.note_loss(call.uses)
+        if torch.is_grad_enabled():
+            input.note_use()
         # PyTorch's own is of the logits' dtype, and at least float32 under autocast.
         dtype = input.dtype
         if current_autocast(target.device.type) is not None:

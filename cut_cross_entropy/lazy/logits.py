@@ -59,6 +59,9 @@ _GIVING_OUT = frozenset(
         "share_memory_",
     }
 )
+# These ask for the whole gradient of the logits, which has to pass through their value then.
+_HOOKS = frozenset({"register_hook", "retain_grad", "grad_fn"})
+_LEAF = frozenset({"requires_grad_", "requires_grad ="})
 
 
 class LazyLogits(Tensor, Unevaluated):
@@ -241,6 +244,9 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients of the factors of logits that were used without a look at them."""
     if grad is None:
         return (None,) * len(ctx.leaves)
+    if ctx.lazy.is_hooked:  # whoever sent this gradient got the logits before the hook
+        ctx.lazy.used = True
+        ctx.lazy.check_unused("a hook")
     # Partial derivatives: a factor may depend on another, as features do on a tied classifier. So
     # the logits are computed again, from tensors that nothing else depends on.
     with torch.enable_grad():
@@ -309,12 +315,15 @@ def _adopt(logits: LazyLogits) -> None:
     )
 
 
+def _sharing(storage: Storage) -> list[LazyLogits]:
+    """Return the tensors that stand for the logits of ``storage``, or views of them."""
+    handles = [handle() for handle in storage.handles]
+    return [logits for logits in handles if logits is not None and logits._lazy.storage is storage]
+
+
 def _rebind(storage: Storage) -> None:
     """Give all tensors that share changed logits the graph of the value."""
-    for handle in storage.handles:
-        logits = handle()
-        if logits is None or logits._lazy.storage is not storage:
-            continue
+    for logits in _sharing(storage):
         value = logits._lazy.compute()
         if value.requires_grad and is_attachable(logits._lazy):
             counted = () if logits.is_inference() else logits  # inference mode counts no versions
@@ -375,6 +384,8 @@ def _loss(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _ordinary(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     """Call ``func`` with the logits themselves."""
+    if name in _HOOKS or func is torch.autograd.grad:
+        _prepare_hooks(func, args, kwargs, name)
     used: list[tuple[LazyLogits, Tensor, int | None]] = []
 
     def real(logits: LazyLogits) -> Tensor:
@@ -383,6 +394,9 @@ def _ordinary(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: st
         return value
 
     real_args, real_kwargs = pytree.tree_map_only(LazyLogits, real, (args, kwargs))
+    if name in _LEAF and used:
+        for view in _sharing(used[0][0]._lazy.storage):
+            view._lazy.compute()  # views from before do not belong to the graph of the leaf
     result = func(*real_args, **real_kwargs)
     for logits, value, version in used:
         storage = logits._lazy.storage
@@ -394,6 +408,20 @@ def _ordinary(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: st
         if result is value:
             return logits
     return result
+
+
+def _prepare_hooks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
+    """Make sure that the whole gradient of logits passes through their value from now on."""
+    if func is torch.autograd.grad:
+        name = "torch.autograd.grad"
+        inputs = args[1] if len(args) > 1 else kwargs.get("inputs")
+        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    else:
+        args = args[:1]
+    for logits in args:
+        if type(logits) is LazyLogits:
+            logits._lazy.check_unused(name)
+            logits._lazy.hooked = True
 
 
 _OWN_NODES = tuple(

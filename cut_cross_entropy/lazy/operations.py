@@ -372,6 +372,7 @@ def _add(lazy: LazyValue, other: Any, *, alpha: Any = 1, **kwargs: Any) -> Any:
         dtype = torch.promote_types(lazy.dtype, other.dtype)
         result = lazy.derived(add(recipe, other.recipe).then(CAST, dtype), dtype=dtype)
         result.call = result.storage.call = lazy.call.merged(other.call)
+        other.note_use()
         return result
     if (
         isinstance(other, Tensor)
@@ -393,8 +394,10 @@ def _in_place(operation: Callable[..., Any]) -> Callable[..., Any]:
     def changed(lazy: LazyValue, *args: Any, **kwargs: Any) -> Any:
         if lazy.storage.shared or lazy.views:
             return NotImplemented
+        used = lazy.used
         result = operation(lazy, *args, **kwargs)
         if result is NotImplemented or result.dtype != lazy.dtype:
+            lazy.used = used
             return NotImplemented
         lazy.replace(result)
         return lazy

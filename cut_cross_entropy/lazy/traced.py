@@ -109,6 +109,8 @@ class TracedLogits(Unevaluated):
                     "view of them, which its patched forward cannot follow where it is compiled: "
                     "use cce_unpatch"
                 )
+            if name in ("register_hook", "retain_grad"):
+                lazy.check_unused(name)
             value = self.materialise(name)
             lazy.storage.given_out = True
             result = getattr(value, name)(*_concrete(args, name), **_concrete(kwargs, name))

@@ -89,11 +89,16 @@ class LazyValue:
         call: the call of the head that they come from.
         geometry: a tensor on the meta device with their shape and strides; None in compiled code.
         storage: of the logits that these are a view of, and the ``views`` that lead from there.
+        base: the logits that the last of these views was taken of.
+
+    Attributes:
+        used: whether a gradient of theirs goes to the factors without passing through their value.
+        hooked: whether somebody waits for the gradient of their value.
     """
 
     __slots__ = (
         *("recipe", "dtype", "num_classes", "device", "call", "geometry", "storage", "views"),
-        *("requires_grad", "_value"),
+        *("requires_grad", "base", "used", "hooked", "_value"),
     )
 
     def __init__(
@@ -106,6 +111,7 @@ class LazyValue:
         geometry: Tensor | None,
         storage: Storage | None = None,
         views: tuple[View, ...] = (),
+        base: "LazyValue | None" = None,
     ) -> None:
         self.recipe = recipe
         self.dtype = dtype
@@ -118,6 +124,8 @@ class LazyValue:
         self.requires_grad = len(recipe.leaves()) > 0 or (  # Dynamo knows no bool of a list
             call.reenters and not recipe.terms[0][2] and call.uses[0].requires_grad
         )
+        self.base = base
+        self.used = self.hooked = False
         self._value: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -141,6 +149,32 @@ class LazyValue:
         """Whether the value counts, and not the recipe."""
         return self.storage.is_changed
 
+    def note_use(self) -> None:
+        """Note that a loss, or other logits, was made of the recipe."""
+        if self.requires_grad:
+            lazy: LazyValue | None = self
+            while lazy is not None:
+                lazy.used = True
+                lazy = lazy.base
+
+    def check_unused(self, operation: str) -> None:
+        """Raise for an ``operation`` that asks for the whole gradient of these logits.
+
+        Raises:
+            RuntimeError: a part of the gradient does not pass through their value.
+        """
+        if self.used:
+            raise RuntimeError(
+                f"{self.call.model_name}: {operation} of logits that a loss, or other logits, were "
+                "computed from before would miss that part of their gradient. Ask for it before "
+                "the logits are used, or use cce_unpatch for this model"
+            )
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether somebody waits for the gradient of their value, or of what they are a view of."""
+        return self.hooked or (self.base is not None and self.base.is_hooked)
+
     def derived(
         self,
         recipe: Recipe,
@@ -149,6 +183,7 @@ class LazyValue:
         geometry: Tensor | None = None,
     ) -> "LazyValue":
         """Return the result of an operation, in memory of its own."""
+        self.note_use()
         if geometry is None:
             geometry = self.geometry
             if geometry is not None and not geometry.is_contiguous():
@@ -176,6 +211,7 @@ class LazyValue:
             geometry,
             self.storage,
             (*self.views, view),
+            self,
         )
 
     def replace(self, changed: "LazyValue") -> None:
@@ -183,19 +219,17 @@ class LazyValue:
         self.recipe, self.call = changed.recipe, changed.call
         self.storage.recipe, self.storage.call = changed.recipe, changed.call
         self.storage.value, self._value = None, None
+        self.used = False
         self.requires_grad = changed.requires_grad
 
     def compute(self) -> Tensor:
         """Return the logits."""
-        whole = self.storage.compute()
-        if not self.views:
-            return whole
-        if self._value is None or self._value[0] is not whole:
-            value = whole
+        if self.base is None:
+            return self.storage.compute()
+        base = self.base.compute()
+        if self._value is None or self._value[0] is not base:
             with torch.enable_grad():
-                for view in self.views:
-                    value = view(value)
-            self._value = (whole, value)
+                self._value = (base, self.views[-1](base))
         return self._value[1]
 
     def materialise(self, operation: str, with_grad: bool | None = None) -> Tensor:

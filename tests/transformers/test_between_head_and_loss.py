@@ -635,3 +635,129 @@ def test_a_warning_points_at_the_line_of_the_user():
         warnings.simplefilter("always")
         model(**batch())
     assert [w.filename for w in caught if w.category is CutCrossEntropyWarning] == [__file__]
+
+
+def doubled(logits):
+    logits.register_hook(lambda grad: 2 * grad)
+
+
+def hook_after(use, hook=doubled, of=lambda logits: logits):
+    """A loss that asks for the gradient of its logits after ``use`` of them, and uses them then."""
+
+    def forward(model, hidden, labels):
+        logits = model.lm_head(hidden)
+        hooked = of(logits)
+        loss = use(logits, labels)
+        hook(hooked)
+        model.kept = hooked
+        return loss + ce(hooked, labels)
+
+    return forward
+
+
+def detached_for_a_metric(logits, labels):
+    assert torch.isfinite(ce(logits.detach() / 0.9, labels))
+    with torch.no_grad():
+        assert torch.isfinite(ce(logits / 0.9, labels))
+    return 0
+
+
+def copy_then_in_place(logits, labels):
+    loss = ce(logits / 0.9, labels)
+    logits.mul_(0.7)
+    return loss
+
+
+def hooks_on_a_node(logits):
+    logits.grad_fn.register_prehook(lambda grads: (2 * grads[0],))
+
+
+def view_of_before(model, hidden, labels):
+    model.kept = logits = model.lm_head(hidden)
+    view = logits.flatten(0, 1)
+    doubled(logits)
+    return F.cross_entropy(view, ids(labels))
+
+
+HOOKED = {
+    "hook, before any use": hook_after(lambda x, y: 0),
+    "retain_grad, before any use": hook_after(lambda x, y: 0, lambda x: x.retain_grad()),
+    "node, before any use": hook_after(lambda x, y: 0, hooks_on_a_node),
+    "hook, after a metric": hook_after(detached_for_a_metric),
+    "retain_grad, after a metric": hook_after(detached_for_a_metric, lambda x: x.retain_grad()),
+    "hook, before a view of before is used": view_of_before,
+    "hook, after a loss from full logits": hook_after(lambda x, y: x.logsumexp(-1).mean()),
+    "hook, after a copy and a change in place": hook_after(copy_then_in_place),
+    "hook on a view of used logits": hook_after(
+        lambda x, y: ce(x / 0.9, y), of=lambda x: x.transpose(0, 1)
+    ),
+    "retain_grad of a copy of used logits": hook_after(
+        lambda x, y: ce(x / 0.9, y), lambda x: x.retain_grad(), lambda x: x * 0.5
+    ),
+    "requires_grad_ after a use": hook_after(lambda x, y: ce(x, y), lambda x: x.requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_a_hook_sees_the_whole_gradient(name):
+    model = model_with(HOOKED[name])
+    patched = cce_patch(copy.deepcopy(model))
+    expected, actual = step(model), step(patched)
+    assert_same(expected, actual)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a tensor that does not retain it
+        wanted, got = model.kept.grad, patched.kept.grad
+    assert ("retain_grad" in name) == (wanted is not None)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
+
+
+def test_views_of_logits_that_become_a_leaf():
+    def forward(model, hidden, labels):
+        logits = model.lm_head(hidden).detach()
+        view = logits.transpose(0, 1)
+        logits.requires_grad_()
+        model.kept = logits
+        loss = ce(logits, labels) + model.scale.sum()
+        return loss + (ce(view, labels.T) if view.requires_grad else 0)
+
+    model = model_with(forward)
+    patched = cce_patch(copy.deepcopy(model))
+    assert_same(step(model), step(patched))
+    torch.testing.assert_close(patched.kept.grad, model.kept.grad, rtol=1e-9, atol=1e-10)
+
+
+INCOMPLETE = {
+    "a hook, after a copy": hook_after(lambda x, y: ce(x / 0.9, y)),
+    "retain_grad, after a copy": hook_after(lambda x, y: ce(x / 0.9, y), lambda x: x.retain_grad()),
+    "a node, after a copy": hook_after(lambda x, y: ce(x / 0.9, y), hooks_on_a_node),
+    "torch.autograd.grad, after a copy": hook_after(
+        lambda x, y: ce(x / 0.9, y), lambda x: torch.autograd.grad(x.square().sum(), [x])
+    ),
+    "a hook, after a copy of a view": hook_after(lambda x, y: ce(x[:, :-1] / 0.9, y[:, :-1])),
+    "a hook, after a sum": hook_after(lambda x, y: ce(x.detach() + x, y)),
+    "a hook, after a loss": hook_after(ce),
+    "retain_grad, after a loss": hook_after(ce, lambda x: x.retain_grad()),
+    "a hook, after a function of the model's own": hook_after(fused),
+}
+
+
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_a_hook_that_would_miss_a_part_of_the_gradient_is_refused(name):
+    model = model_with(INCOMPLETE[name])
+    assert step(model)[1]["lm_head.weight"].any()
+    with pytest.raises(RuntimeError, match=r"before the logits are used, or use cce_unpatch"):
+        step(cce_patch(model))
+
+
+def test_the_gradient_of_logits_after_the_forward():
+    model = cce_patch(model_with(lambda m, h, y: _output(m.lm_head(h), y)).eval())
+    for hook in (doubled, lambda logits: logits.retain_grad()):
+        with pytest.raises(RuntimeError, match="use cce_unpatch for this model"):
+            hook(model(**batch()).logits)
+
+
+def test_a_hook_in_compiled_code():
+    model = model_with(INCOMPLETE["retain_grad, after a copy"])
+    compiled = torch.compile(cce_patch(model), backend="eager")
+    with pytest.raises(RuntimeError, match="use cce_unpatch for this model"):
+        compiled(**batch())
