@@ -12,13 +12,15 @@ from cut_cross_entropy.device_support import triton_version
 torch.set_num_threads(1)  # tests run in several processes; the problems are small
 
 
-def pytest_configure(config):
+def pytest_addoption(pluginmanager):
     """Let Triton's interpreter run the kernels, unless the tests that need a GPU are asked for.
 
     Triton reads the variable when it is imported, which is here: a test that turns the interpreter
-    off for a while would decide for all that follow.
+    off for a while would decide for all that follow. ``pytest_configure`` would be too late: pytest
+    has imported the conftests of subfolders by then, and transformers may import Triton.
     """
-    for_gpu = config.getoption("markexpr") == "gpu"
+    config = pluginmanager.get_plugin("pytestconfig")
+    for_gpu = config.known_args_namespace.markexpr == "gpu"
     os.environ.setdefault("TRITON_INTERPRET", "0" if for_gpu else "1")
     triton_version()
     if for_gpu:  # else PyTorch refuses products in its deterministic mode, which poison_empty needs

@@ -1,5 +1,6 @@
 """What the machine can run: Triton's version, and why kernels cannot be used."""
 
+import importlib
 import sys
 import types
 
@@ -109,7 +110,11 @@ def test_a_capability_is_that_of_an_nvidia_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("version", [None, "3.2.0", "3.6.0"])
-def test_compiled_code_chooses_as_eager_code_does(fake_triton, version):
+def test_compiled_code_chooses_as_eager_code_does(fake_triton, monkeypatch, version):
+    importlib.import_module("torch._dynamo")  # with what it really finds
+    # Where PyTorch has found Triton, Dynamo imports parts of it while it traces.
+    monkeypatch.setattr("torch.utils._triton.has_triton_package", lambda: False)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     fake_triton(version)
     gpu = torch.device("cuda", 0)
 

@@ -42,7 +42,7 @@ def truth_and_errors(problem, **options):
     return truth, errors
 
 
-def check(problem, impl, vocab_parallel=None, **options):
+def check(problem, impl, vocab_parallel=None, kernel_floor=KERNEL_FLOOR, **options):
     """Every process's part within the error budget; what all have, the same bits everywhere."""
     dtype = problem.e.dtype
     vocab_parallel = vocab_parallel or VocabParallelOptions.from_vocab(problem.c.shape[0])
@@ -63,7 +63,7 @@ def check(problem, impl, vocab_parallel=None, **options):
     factor = budget_factor(impl, dtype)
     if dtype.itemsize == 2:  # each process rounds its part of dE, and so does their sum
         errors["grad_e"] = max(errors.get("grad_e", 0.0), sum_error(truth.grad_e, dtype))
-    floor = KERNEL_FLOOR if impl in KERNEL_IMPLS else None
+    floor = kernel_floor if impl in KERNEL_IMPLS else None
     expected = rows_of(truth, vocab_parallel)
     assert_within_budget(ours, expected, errors, dtype, factor, gradient_floor=floor)
     return ours
