@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from cut_cross_entropy.lazy import intercept
+from cut_cross_entropy.lazy.notices import warn_once
 from cut_cross_entropy.lazy.record import ForwardRecord, active_record, enter, leave
 from cut_cross_entropy.lazy.sharded_heads import (
     gathers,
@@ -58,7 +59,15 @@ def patched_forward(
         elif kwargs.get("num_items_in_batch") is not None:
             kwargs["num_items_in_batch"] = divisor(kwargs["num_items_in_batch"])
         if torch.compiler.is_compiling():
-            return _traced(self, original, options, labels, args, kwargs)
+            if not is_replaced():
+                return _traced(self, original, options, labels, args, kwargs)
+            warn_once(
+                type(self).__name__,
+                "apply_lce compiled",
+                "apply_lce was replaced, and only eager code calls the replacement, so the forward "
+                "of a batch with labels is not compiled",
+            )
+            return _not_traced(self, original, options, labels, args, kwargs)
         if is_replaced():
             with calling_the_replacement(self, options):
                 return _intercepted(self, original, options, labels, args, kwargs)
@@ -170,6 +179,21 @@ def _traced(
         output = replace_lazy(output, lambda lazy: _real(lazy, record))
     record.check_at_return()
     return output
+
+
+@torch.compiler.disable
+def _not_traced(
+    model: nn.Module,
+    original: Forward,
+    options: PatchOptions,
+    labels: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call a replaced ``apply_lce`` from compiled code, which goes on with the output."""
+    with calling_the_replacement(model, options):
+        output = _intercepted(model, original, options, labels, args, kwargs)
+    return replace_lazy(output, lambda logits: _real(logits, logits.lazy.call.record))
 
 
 def _pads_labels(model: nn.Module) -> bool:

@@ -264,6 +264,47 @@ def test_patched_models_call_a_replaced_apply_lce(replaced, everywhere, family):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_models_call_a_replaced_apply_lce(replaced, training):
+    """The forward runs eagerly then, and says so once; a later replacement counts as well."""
+    from cut_cross_entropy.lazy.notices import forget_warnings
+    from cut_cross_entropy.transformers import CutCrossEntropyWarning
+
+    model = cce_patch(llama()).train(training)
+    gradients = lambda of: {name: p.grad for name, p in of.named_parameters()}
+    eager = twin(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    inputs = batch()
+    own_loss = compiled(**inputs).loss
+    replaced(weighted_apply_lce, everywhere=False)
+    forget_warnings()
+    with pytest.warns(CutCrossEntropyWarning, match="forward .* is not compiled"):
+        compiled(**inputs, num_items_in_batch=7)
+    output = compiled(**inputs, num_items_in_batch=7)  # and no second warning, an error here
+    output.loss.backward()
+    expected = eager(**inputs, num_items_in_batch=7)
+    expected.loss.backward()
+    assert_same_step((output.loss, gradients(model)), (expected.loss, gradients(eager)))
+    assert (output.logits is None) is training
+    if not training:
+        torch.testing.assert_close(output.logits, eager(inputs["input_ids"]).logits)
+    replaced(ORIGINAL, everywhere=False)
+    torch.testing.assert_close(compiled(**inputs).loss, own_loss)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*is not compiled")
+def test_compiled_whole_models_refuse_a_replaced_apply_lce(replaced):
+    replaced(weighted_apply_lce, everywhere=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(cce_patch(llama()), backend="eager", fullgraph=True)
+    inputs = batch()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(**inputs)
+    torch._dynamo.reset()
+
+
 def test_an_apply_lce_that_is_put_back_has_no_effect_any_more(replaced):
     model = cce_patch(llama())
     expected = model(**batch()).loss
