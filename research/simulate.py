@@ -125,7 +125,7 @@ def strips_kept(gradient: Gradient, tolerance: float) -> tuple[Tensor, Tensor]:
 
 
 def pairs(kept: Tensor, order: Tensor | None) -> float:
-    """(tile of classes, token block) pairs that dC walks, beside the fewest possible."""
+    """Return the pairs (tile of classes, token block) of dC, relative to the fewest possible."""
     active = kept.any(0)
     columns = kept[:, active] if order is None else kept[:, order][:, active[order]]
     pad = -columns.shape[1] % BLOCK

@@ -20,7 +20,7 @@ IMPLS = ("chunked", "torch_compile", "reference")
 """The implementations that run on every machine."""
 
 FLOOR = {torch.float32: 8.0, torch.float64: 32.0}
-"""Units of rounding granted beside plain's error; in float64 plain is the truth and has none."""
+"""Units of rounding granted in addition to plain's error, which counts as 0 in float64."""
 
 KERNEL_FLOOR = 84.0
 """The same for the kernels' gradients: 1e-5. Their backward computes the logits again, in units of

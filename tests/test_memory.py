@@ -83,7 +83,7 @@ def test_no_operation_makes_the_logits(dtype, softcap, ignored):
     ones = PerToken(*(torch.ones_like(x) for x in results))
     with AllocationWatcher() as backward:
         chunked.backward(ones, results, call, Needed(True, True, True))
-    accumulator = N * D * results.lse.element_size()  # of the gradient of e, beside its result
+    accumulator = N * D * results.lse.element_size()  # to sum the gradient of e
     gradient = V * D * problem.c.element_size()
     assert max(forward.elements) < LOGITS
     assert max(backward.elements) < LOGITS

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m benchmark.distributed --json docs/measurements/DEVICE
     torchrun --nproc-per-node 2 -m benchmark.distributed --device cpu --data small --tokens 64 \
-        --impl chunked --beside
+        --impl chunked --compare
 
 One process measures what one GPU does alone. ``--tokens`` are those of a process: where all have
 the same tokens (vocabulary- and tensor-parallel) that is as many in all, where each has its own
@@ -55,7 +55,7 @@ WANTED = (
 )
 """Set-ups by default, what matters most first."""
 
-BESIDE = ("vocabulary-parallel", "FSDP2", "one GPU")
+COMPARED = ("vocabulary-parallel", "FSDP2", "one GPU")
 """Set-ups that further implementations are measured in, at the smallest batch."""
 
 FIGURES = ("ms", "q1_ms", "q3_ms", "peak_mib", "sent_mib", "alone_ms", "exchange_ms")
@@ -89,10 +89,10 @@ def jobs_of(arguments: argparse.Namespace, processes: int) -> list[Job]:
     ]
     result += [
         Job(data, least, setup, impl)
-        for impl in arguments.beside
+        for impl in arguments.compare
         for data in arguments.data
         for setup in setups
-        if setup in BESIDE
+        if setup in COMPARED
     ]
     # Full logits of a large batch are the one thing that may not fit, and come last.
     return sorted(result, key=lambda job: job.setup in LOGITS and job.tokens > least)
@@ -232,11 +232,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--tokens", nargs="+", type=int, default=[8192, 32768], help="of a process")
     add("--impl", nargs="+", default=["cce"], help="implementations of all rows")
     add(
-        "--beside",
+        "--compare",
         nargs="*",
         default=["cce_exact"],
         metavar="IMPL",
-        help=f"measured at the smallest batch too, in {', '.join(BESIDE)}",
+        help=f"measured at the smallest batch too, in {', '.join(COMPARED)}",
     )
     add("--setups", nargs="+", choices=[*SETUPS, *ALONE], help="default: depends on the processes")
     add("--kind", default="structured", help="of data, see cut_cross_entropy/benchmark/data.py")

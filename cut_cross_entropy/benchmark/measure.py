@@ -127,7 +127,7 @@ class Exact:
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    """Frobenius norm of the difference beside that of ``exact``."""
+    """Return the Frobenius norm of the difference, relative to that of ``exact``."""
     return float((value.float() - exact).norm() / exact.norm())
 
 

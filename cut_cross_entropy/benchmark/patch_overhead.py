@@ -1,4 +1,4 @@
-"""What ``cce_patch`` adds to a step, beside the operator that it calls.
+"""Measure what ``cce_patch`` adds to a step, the operator that it calls excepted.
 
     python -m benchmark.patch_overhead
 
@@ -52,7 +52,7 @@ def alternate(
 
 def main() -> None:
     """Print the median and the tenth percentile of each, and their differences."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmark.patch_overhead", description=__doc__)
     parser.add_argument("--calls", type=int, default=2000, help="of each kind")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -204,9 +204,9 @@ def _rows_of_kind(
     seconds = (time.perf_counter() - start) / 2 * session.rounds * (session.burst + 1)
     if torch.cuda.is_available():
         seconds += session.rounds * len(ready) * session.soak
+    rounds = "1 round" if session.rounds == 1 else f"{session.rounds} rounds"
     session.progress(
-        f"{task.name}: {kind}, {session.rounds} rounds of {len(ready)} methods, "
-        f"about {seconds:.0f} s"
+        f"{task.name}: {kind}, {rounds} of {len(ready)} methods, about {seconds:.0f} s"
     )
     clocks: dict[str, list[float]] = {name: [] for name in ready}
 

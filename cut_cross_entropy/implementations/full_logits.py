@@ -1,8 +1,8 @@
 """Full logits under ``torch.compile``: ``impl="torch_compile"``.
 
 The product runs in the compute dtype and the rest is fused by the compiler, so the logits exist
-once in that dtype. Fast where the vocabulary is small beside the hidden size. Shape legend:
-``cut_cross_entropy.implementations``.
+once in that dtype. Fast where the vocabulary is small compared with the hidden size. Shape
+legend: ``cut_cross_entropy.implementations``.
 """
 
 import functools

@@ -108,7 +108,7 @@ def test_a_cpu_says_what_it_measures_instead_and_rows_as_they_come(capsys, monke
     assert out.count(sizes) == 3, "each kind of pass has its rows at once"
     assert "chunked needs more memory than full logits here" in out
     for kind in ("loss-fw", "loss-bw", "loss-fw-bw"):
-        assert f"small-structured-V384: {kind}, 1 rounds of 3 methods, about " in err
+        assert f"small-structured-V384: {kind}, 1 round of 3 methods, about " in err
     assert all(line.startswith("[") for line in err.splitlines() if "small-structured" in line)
 
 

@@ -39,8 +39,8 @@ def measured(tmp_path_factory):
     """A folder with the files of one process and of two."""
     folder = tmp_path_factory.mktemp("measurements")
     setups = ["vocabulary-parallel", "FSDP2", "HSDP, DTensor", "tensor-parallel full logits"]
-    launch(2, folder / "cpu", "--tokens", "16", "--setups", *setups, "--beside", "reference")
-    launch(1, folder / "cpu", "--tokens", "16", "32", "--beside")
+    launch(2, folder / "cpu", "--tokens", "16", "--setups", *setups, "--compare", "reference")
+    launch(1, folder / "cpu", "--tokens", "16", "32", "--compare")
     return folder
 
 
@@ -78,7 +78,7 @@ def test_page_of_measurements(measured):
 
 
 def test_no_row_begins_after_the_limit(tmp_path):
-    record = launch(1, tmp_path, "--tokens", "16", "--time-limit", "0", "--beside")
+    record = launch(1, tmp_path, "--tokens", "16", "--time-limit", "0", "--compare")
     assert record["rows"] == []
     assert [job["setup"] for job in record["skipped"]] == ["one GPU", "one GPU, full logits"]
     page = processes.page(make.read(tmp_path).parts("distributed"))

@@ -1,4 +1,4 @@
-"""Helpers of the tests on a GPU."""
+"""Functions that the tests on a GPU share."""
 
 import importlib
 import pkgutil

@@ -81,7 +81,7 @@ def test_the_filter_is_compared_with_the_kernels_without_it():
 
 
 def test_means_are_over_the_same_seeds():
-    """A single run beside several is not averaged with them, nor does it reduce theirs."""
+    """One run is not averaged with several of another method, nor does it reduce theirs."""
     runs = {"full": {0: run(3.0), 1: run(4.0)}, "cce": {0: run(3.5), 1: run(4.5), 2: run(9.0)}}
     with_single = {**runs, "rare": {1: run(8.0)}}
     for given in (runs, with_single):

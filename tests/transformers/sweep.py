@@ -130,7 +130,7 @@ def gradient_error(grads: dict[str, Any], patched: dict[str, Any]) -> tuple[floa
             continue
         expected = torch.zeros_like(got) if expected is None else expected
         got = torch.zeros_like(expected) if got is None else got
-        # A gradient that is rounding noise beside the others is compared with their scale.
+        # A gradient that is rounding noise next to the others is compared with their scale.
         error = float((got - expected).norm()) / max(float(expected.norm()), 1e-4 * scale, 1e-12)
         if not error <= worst:
             worst, worst_name = error, name

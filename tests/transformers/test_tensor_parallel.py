@@ -33,7 +33,7 @@ def step(model, **inputs):
 
 
 def widest(model):
-    """The step, and the largest number of columns beside as many rows as there are tokens."""
+    """Run the step; return it and the most columns of a matrix with a row per token."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Columns(TorchDispatchMode):
