@@ -58,9 +58,10 @@ def choose_impl(impl: str, device: torch.device, compute_dtype: torch.dtype) -> 
 
 
 def filter_tolerance(filter_eps: float | str | None) -> float:
-    """Tolerance of the kernels' filter; 0 is no filter.
+    """Convert ``filter_eps`` to the tolerance of the kernels' filter; 0 turns it off.
 
-    ``"auto"`` is FILTER_TOLERANCE, ``"high"`` half of it, a float stands to it as to AUTO_EPS.
+    ``"auto"`` is FILTER_TOLERANCE, ``"high"`` half of it, a float is scaled so that AUTO_EPS
+    equals ``"auto"``.
     """
     if filter_eps is None:
         return 0.0

@@ -1,4 +1,4 @@
-"""What the gradient filter did, call by call, for those who want to see it.
+"""Records of the gradient filter, one for every backward pass.
 
 >>> with record_filter() as records:  # doctest: +SKIP
 ...     loss.backward()
@@ -54,7 +54,7 @@ def record_filter() -> Iterator[list[FilterRecord]]:
 
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
-    """Passes inside the block, in this thread, are none to report."""
+    """Suppress recording inside the block, in this thread."""
     token = _silent.set(True)
     try:
         yield
@@ -63,11 +63,11 @@ def unrecorded() -> Iterator[None]:
 
 
 def recording() -> bool:
-    """Whether anybody listens."""
+    """Whether a :func:`record_filter` block is active and not suppressed in this thread."""
     return bool(_collectors) and not _silent.get()
 
 
 def report(record: FilterRecord) -> None:
-    """Hand a record to everybody who listens."""
+    """Add a record to the list of every active :func:`record_filter` block."""
     for records in _collectors:
         records.append(record)

@@ -172,7 +172,7 @@ def _fake_per_token(problem: Problem) -> Tensor:
 
 
 def _fake_gradients(problem: Problem, needed: Needed) -> Gradients:
-    """What a backward operator returns, without values: an empty tensor for each not needed."""
+    """Results of a backward operator without values; an empty tensor for each not needed."""
     e, c, bias = problem.e, problem.c, problem.bias
     pairs = ((e, needed.e), (c, needed.c), (bias, needed.bias))
     return Gradients(

@@ -27,10 +27,10 @@ ImplName: TypeAlias = Literal[
 """Every name that ``impl=`` takes."""
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
-"""What ``reduction=`` takes."""
+"""Values of ``reduction=``."""
 
 FilterEps: TypeAlias = float | Literal["auto", "high"] | None
-"""What ``filter_eps=`` takes."""
+"""Values of ``filter_eps=``."""
 
 
 class LinearCrossEntropyImpl(enum.IntEnum):

@@ -78,7 +78,8 @@ class Filter:
     """Which part of the gradient the kernels may skip.
 
     Args:
-        tolerance: root of the dropped energy, relative to that of the gradient; 0 is no filter.
+        tolerance: root of the dropped energy, relative to that of the gradient; 0 turns the
+            filter off.
         max_mass: largest mean probability of a token that the tail may stand for, in [0, 1].
         e: whether it applies to the gradient of ``e``.
         c: whether it applies to the gradients of ``c`` and ``bias``.

@@ -70,7 +70,7 @@ def compute_z_loss(
     if targets is None:
         counted = torch.ones_like(lse, dtype=torch.bool)
     else:
-        shifted = targets[..., int(shift) :]
+        shifted = targets[..., int(shift) :] if shift else targets  # may have no dimension
         if shifted.numel() != lse.numel():
             raise ValueError(
                 f"targets less shift={int(shift)} must have as many elements as lse, "

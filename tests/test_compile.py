@@ -1,7 +1,10 @@
 """``torch.compile(fullgraph=True)`` around a model that ends in the loss."""
 
+import contextlib
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from cut_cross_entropy.implementations import full_logits
@@ -99,6 +102,20 @@ def test_graph_of_the_loss_has_no_logits():
     compiled(problem.e, problem.c, problem.targets, impl="chunked")
     assert any("cut_cross_entropy" in name for name in names)
     assert not any("matmul" in name or "linear" in name for name in names)
+
+
+@pytest.mark.parametrize("where", ["fake", "meta"])
+def test_torch_compile_without_values(where):
+    problem = make_problem((5,), bias=True)
+    mode = FakeTensorMode() if where == "fake" else None
+    tensors = (problem.e, problem.c, problem.targets, problem.bias)
+    with mode or contextlib.nullcontext():
+        e, c, targets, bias = (mode.from_tensor(x) if mode else x.to("meta") for x in tensors)
+        inputs = [x.requires_grad_() for x in (e, c, bias)]
+        loss = linear_cross_entropy(e, c, targets, bias, impl="torch_compile")
+        assert loss.shape == ()
+        for x, grad in zip(inputs, torch.autograd.grad(loss, inputs), strict=True):
+            assert (grad.shape, grad.dtype, grad.device) == (x.shape, x.dtype, x.device)
 
 
 def test_compiled_function_is_made_once():

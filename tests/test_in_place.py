@@ -1,4 +1,4 @@
-"""Results that the caller changes in place before the backward."""
+"""Results and inputs that the caller changes in place before the backward."""
 
 import pytest
 import torch
@@ -27,3 +27,15 @@ def test_results_per_token_may_be_changed_in_place(impl, shift):
         return torch.autograd.grad(loss.sum() + lse.square().sum(), inputs)
 
     torch.testing.assert_close(grads(True), grads(False))
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference", "torch_compile"])
+@pytest.mark.parametrize("retain", [False, True])
+def test_inputs_that_were_changed_in_place_are_refused(impl, retain):
+    problem = make_problem((5,))
+    inputs = (problem.e.requires_grad_(), problem.c.requires_grad_())
+    loss = linear_cross_entropy(*inputs, problem.targets, impl=impl)
+    with torch.no_grad():
+        problem.c.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward(retain_graph=retain)

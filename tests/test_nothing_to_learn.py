@@ -75,3 +75,9 @@ def test_z_loss(reduction):
     assert z_loss.shape == ((2, 0) if reduction == "none" else ())
     z_loss.sum().backward()
     assert torch.count_nonzero(e.grad) == 0
+
+
+def test_z_loss_of_one_token_without_a_dimension():
+    problem = make_problem((), ignored=0.0)
+    _, lse = linear_cross_entropy(problem.e, problem.c, problem.targets, return_lse=True)
+    torch.testing.assert_close(compute_z_loss(lse, problem.targets), lse.square())

@@ -131,6 +131,7 @@ def test_reductions_of_one_process(one_process):
     torch.testing.assert_close(utils.vp_reduce_lse(y, None), y)
     assert utils.vp_reduce_correct_logit(y, None, torch.float32).dtype == torch.float32
     torch.testing.assert_close(utils.vp_reduce_e_grad(y.bfloat16(), None), y.bfloat16())
+    assert torch.equal(utils.vp_reduce_e_grad(y, None), y)  # float64 keeps its precision
     for reduce in (True, False):
         options = utils.VocabParallelOptions(0, 3, reduce_e_grad=reduce)
         hooked = utils.vp_reduce_e_grad_hook(x, options)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 
 from cut_cross_entropy.device_support import has_triton
@@ -34,7 +35,8 @@ def target_logits_and_lse(
 ) -> tuple[Tensor, Tensor]:
     """Logit of the target and log-sum-exp of every token, (N,) each.
 
-    The logit is +inf where the target is no row of ``c``. Tokens that are not kept mean nothing.
+    The logit is +inf where the target is not a row of ``c``. Values of tokens that are not kept
+    are undefined.
 
     Raises:
         RuntimeError: ``torch.compile`` has no compiler to work with on this machine.
@@ -45,8 +47,9 @@ def target_logits_and_lse(
     e, c = e.to(compute_dtype), c.to(compute_dtype)
     if bias is not None:
         bias = bias.to(wide)
-    # Within a compiled function it is part of that; compiled code has no rules for transforms.
-    if torch.compiler.is_compiling() or is_transformed():
+    # Within a compiled function it is part of that; compiled code has no rules for transforms, and
+    # would read values where there are none.
+    if torch.compiler.is_compiling() or is_transformed() or e.is_meta or isinstance(e, FakeTensor):
         return _logits_and_lse(e, c, targets, bias, kept, softcap)
     missing = missing_compiler(e.device.type)
     if missing is not None:
@@ -78,12 +81,15 @@ class _Compiled(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         leaves, results = ctx.graph
-        if torch._C._autograd._get_current_graph_task_keep_graph():
+        retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        # Reading them refuses inputs that were modified in place since the forward.
+        saved = ctx.saved_tensors if retained or torch.is_grad_enabled() else ()
+        if retained:
             leaves, results = _differentiable(leaves, ctx.needs_input_grad)
         needed = [x for x, need in zip(leaves, ctx.needs_input_grad, strict=True) if need]
         found = torch.autograd.grad(results, needed, grads)
         if torch.is_grad_enabled():
-            found = refuse_to_differentiate(found, (*grads, *ctx.saved_tensors))
+            found = refuse_to_differentiate(found, (*grads, *saved))
         remaining = iter(found)
         return tuple(next(remaining) if need else None for need in ctx.needs_input_grad)
 
@@ -109,7 +115,7 @@ def _run_compiled(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def missing_compiler(device_type: str) -> str | None:
-    """What ``torch.compile`` lacks on this machine for ``device_type``, or None."""
+    """Name what ``torch.compile`` lacks on this machine for ``device_type``, or return None."""
     if device_type == "cpu":
         names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++", "cl"]
         if not any(shutil.which(name) for name in names):

@@ -20,7 +20,8 @@ def target_logits_and_lse(
 ) -> tuple[Tensor, Tensor]:
     """Logit of the target and log-sum-exp of every token, (N,) each.
 
-    The logit is +inf where the target is no row of ``c``. Tokens that are not kept mean nothing.
+    The logit is +inf where the target is not a row of ``c``. Values of tokens that are not kept
+    are undefined.
     """
     wide = torch.promote_types(compute_dtype, torch.float32)
     here = (targets >= 0) & (targets < c.shape[0])

@@ -28,12 +28,16 @@ def patch_instance(model: nn.Module, options: PatchOptions) -> None:
         # accelerate and others shadow the forward of the class by one of the instance. Wrap that
         # one; whoever strips wrappers off it arrives at the patched forward of the class.
         function = getattr(own_forward, "__func__", None)
-        if function is None:
+        names_labels = "labels" in inspect.signature(own_forward).parameters
+        if function is None or not names_labels:
 
             def function(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 return own_forward(*args, **kwargs)
 
-            function.__signature__ = _with_self(own_forward)  # type: ignore[attr-defined]
+            # What takes (*args, **kwargs) hands them on to the forward of the class.
+            function.__signature__ = (  # type: ignore[attr-defined]
+                _with_self(own_forward) if names_labels else inspect.signature(model_class.forward)
+            )
         _warn_if_idle(model, function)
         forward = patched_forward(function, options, _has_patch)
         forward.__wrapped__ = type(model).forward  # type: ignore[attr-defined]

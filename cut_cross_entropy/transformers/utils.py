@@ -140,7 +140,7 @@ def apply_lce(
 
 
 ORIGINAL_APPLY_LCE = apply_lce
-"""What :func:`apply_lce` is here, for telling whether somebody has replaced it."""
+"""The :func:`apply_lce` of this module, to tell whether it has been replaced."""
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 

@@ -40,8 +40,8 @@ def vp_reduce_correct_logit(
 
 
 def vp_reduce_e_grad(e_grad: Tensor, pg: "ProcessGroup | None") -> Tensor:
-    """Sum over the processes in float32, returned in the dtype of ``e_grad``."""
-    total = e_grad.to(dtype=torch.float32, copy=True)
+    """Sum over the processes in float32 or wider, returned in the dtype of ``e_grad``."""
+    total = e_grad.to(dtype=torch.promote_types(e_grad.dtype, torch.float32), copy=True)
     sum_over_group(total, group_name(pg))
     return total.to(e_grad.dtype)
 

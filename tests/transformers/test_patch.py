@@ -5,6 +5,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -383,3 +384,27 @@ def test_importing_the_package_does_not_import_transformers():
 
 def test_warnings_are_of_one_class():
     assert issubclass(CutCrossEntropyWarning, UserWarning)
+
+
+@pytest.mark.parametrize("positional", [False, True])
+@pytest.mark.parametrize("bound", [False, True])
+def test_an_own_forward_that_hands_on_all_arguments(positional, bound):
+    """Its signature does not name ``labels``."""
+    model = llama()
+    plain = loss_and_grads(twin(model))
+    of_class = model.forward
+    if bound:
+        model.forward = types.MethodType(lambda self, *args, **kw: of_class(*args, **kw), model)
+    else:
+        model.forward = lambda *args, **kw: of_class(*args, **kw)
+    cce_patch(model)
+    if positional:
+        inputs = batch()
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        args = [inputs.get(name) for name in names[: names.index("labels") + 1]]
+        torch.testing.assert_close(model(*args).loss, plain[0])
+    else:
+        assert_same_step(plain, loss_and_grads(model))
+    assert call_count(model) == 1
+    cce_unpatch(model)
+    assert model(**batch()).logits is not None
