@@ -63,8 +63,8 @@ def check_fit(model: Any, config: TrainConfig, data: Any) -> Iterator[str]:
         )
     if config.warmup_steps >= config.steps:
         yield (
-            f"--warmup-steps {config.warmup_steps} is not below the {config.steps} steps: the "
-            f"learning rate never reaches {config.learning_rate:g}"
+            f"--warmup-steps {config.warmup_steps} is not below the number of steps, "
+            f"{config.steps}: the learning rate never reaches {config.learning_rate:g}"
         )
 
 

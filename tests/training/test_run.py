@@ -54,8 +54,8 @@ class TestHeader:
     def test_warm_up_that_never_ends_is_warned_of(self, arguments, capsys):
         assert main([*arguments, "--steps", "3", "--warmup-steps", "3", "--no-export"]) == 0
         assert (
-            "train.py: warning: --warmup-steps 3 is not below the 3 steps: the learning rate never "
-            "reaches 0.01" in capsys.readouterr().err
+            "train.py: warning: --warmup-steps 3 is not below the number of steps, 3: the "
+            "learning rate never reaches 0.01" in capsys.readouterr().err
         )
 
 
