@@ -129,3 +129,17 @@ def assert_passed(outcomes):
     """Fail with the text of each rank that failed."""
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if text is not None]
     assert not failed, "\n".join(failed)
+
+
+def settled(measure):
+    """Return ``measure()`` once it is 0 or None, or after two seconds.
+
+    Computation may be done with a tensor a moment before the threads of gloo, which hold what they
+    sent, let go of it. What is kept stays, however long one waits.
+    """
+    for _ in range(20):
+        value = measure()
+        if not value:
+            break
+        time.sleep(0.1)
+    return value

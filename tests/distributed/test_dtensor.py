@@ -12,7 +12,7 @@ from torch import nn
 
 from cut_cross_entropy import LinearCrossEntropy, VocabParallelOptions, linear_cross_entropy
 from cut_cross_entropy.distributed import DataParallelOptions
-from tests.distributed.processes import assert_passed, outcomes_of
+from tests.distributed.processes import assert_passed, outcomes_of, settled
 from tests.support import make_problem
 from tests.test_memory import peak_bytes
 
@@ -351,10 +351,10 @@ def the_whole_lives_while_it_is_needed(rank, impl):
     try:
         loss = linear_cross_entropy(e, head.weight, problem.targets, impl=impl)
         assert len(wholes) == 1
-        assert wholes[0]() is None
+        assert settled(wholes[0]) is None
         loss.backward()
         assert len(wholes) == 2
-        assert wholes[1]() is None
+        assert settled(wholes[1]) is None
         with torch.no_grad():
             linear_cross_entropy(e, head.weight, problem.targets, impl=impl)
         assert len(wholes) == 3

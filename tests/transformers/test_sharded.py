@@ -4,7 +4,6 @@ All cases of a kind run in one pair of processes, since starting them takes long
 """
 
 import gc
-import time
 import warnings
 from functools import partial
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from cut_cross_entropy.transformers import call_count, cce_patch, is_patched
+from tests.distributed.processes import settled
 from tests.transformers.models import SIZES, VOCAB, assert_same_step, llama
 from tests.transformers.processes import WORLD, own_batch, reference, run_in_processes
 
@@ -139,7 +139,7 @@ def gathers_and_memory(rank):
         model = patch(shard(llama()))
         count.clear()
         loss = model(**own_batch(rank)).loss
-        live.append(settled_classifiers())
+        live.append(settled(live_classifiers))
         forward = len(count)
         loss.backward()
         gathers.append((forward, len(count)))
@@ -161,19 +161,6 @@ def live_classifiers():
         x.numel() >= VOCAB * HIDDEN and x.untyped_storage().nbytes() >= 4 * VOCAB * HIDDEN
         for x in tensors
     )
-
-
-def settled_classifiers():
-    """The same once it has settled: what computes may be done with a tensor a moment before the
-    threads of gloo, which hold what they sent, let go of it. What the loss keeps stays, however
-    long one waits.
-    """
-    for _ in range(20):
-        count = live_classifiers()
-        if count == 0:
-            break
-        time.sleep(0.1)
-    return count
 
 
 def lora(rank):
