@@ -1,6 +1,5 @@
 """Replaces the product of a head by lazy logits while a model computes its loss."""
 
-import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,7 @@ from cut_cross_entropy.lazy.tensor_parallel import (
     why_not_vocab_parallel,
 )
 from cut_cross_entropy.lazy.traced import TracedLogits
-from cut_cross_entropy.lazy.value import LazyValue, Unevaluated
+from cut_cross_entropy.lazy.value import LazyValue, Unevaluated, contiguous_geometry
 
 Request = Callable[[Recipe], Tensor]
 
@@ -274,13 +273,8 @@ def _whole(recipe: Recipe, dtype: torch.dtype, num_classes: int, call: HeadCall)
     x = recipe.terms[0][0]
     geometry = None
     if not torch.compiler.is_compiling():
-        geometry = _geometry(x.shape[:-1], num_classes)
+        geometry = contiguous_geometry(x.shape[:-1], num_classes)
     return LazyValue(recipe, dtype, num_classes, x.device, call, geometry)
-
-
-@functools.lru_cache(64)
-def _geometry(leading: torch.Size, num_classes: int) -> Tensor:
-    return torch.empty((*leading, num_classes), device="meta")
 
 
 def _has_to_compute(record: ForwardRecord) -> bool:

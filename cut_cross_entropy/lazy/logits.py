@@ -236,26 +236,27 @@ class _Reattach(torch.autograd.Function):
 
 def _keep(ctx: Any, lazy: LazyValue, leaves: tuple[Tensor, ...]) -> None:
     # No saved tensors: the hooks of checkpoints and offloading would act on them for nothing.
-    ctx.lazy, ctx.recipe, ctx.leaves = lazy, lazy.storage.recipe, leaves
+    ctx.kept = lazy, lazy.storage.recipe, leaves
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients of the factors of logits that were used without a look at them."""
+    lazy, recipe, leaves = ctx.kept
     if grad is None:
-        return (None,) * len(ctx.leaves)
-    if ctx.lazy.is_hooked:  # whoever sent this gradient got the logits before the hook
-        ctx.lazy.used = True
-        ctx.lazy.check_unused("a hook")
+        return (None,) * len(leaves)
+    if lazy.is_hooked:  # whoever sent this gradient got the logits before the hook
+        lazy.used = True
+        lazy.check_unused("a hook")
     # Partial derivatives: a factor may depend on another, as features do on a tied classifier. So
     # the logits are computed again, from tensors that nothing else depends on.
     with torch.enable_grad():
-        leaves = [leaf.view_as(leaf) for leaf in ctx.leaves]
-        value = ctx.lazy.call.compute(ctx.recipe.with_leaves(ctx.leaves, leaves), replay)
-        for view in ctx.lazy.views:
+        copies = [leaf.view_as(leaf) for leaf in leaves]
+        value = lazy.call.compute(recipe.with_leaves(leaves, copies), replay)
+        for view in lazy.views:
             value = view(value)
     return torch.autograd.grad(  # type: ignore[no-any-return]
-        value, leaves, grad, create_graph=torch.is_grad_enabled()
+        value, copies, grad, create_graph=torch.is_grad_enabled()
     )
 
 

@@ -24,7 +24,7 @@ from cut_cross_entropy.lazy.recipe import (
     add,
     scale_classes,
 )
-from cut_cross_entropy.lazy.value import LazyValue
+from cut_cross_entropy.lazy.value import LazyValue, contiguous_geometry
 
 
 def record(name: str, lazy: LazyValue, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -158,11 +158,15 @@ def _shaped(lazy: LazyValue, shape: Any, kwargs: dict[str, Any], name: str) -> A
     if last != lazy.num_classes:
         return NotImplemented
     # The logits may be contiguous where the features are not: those need reshape.
-    return _lead(
-        lazy,
-        lambda e: e.reshape(*leading, e.shape[-1]),
-        lambda logits: getattr(logits, name)(*leading, logits.shape[-1]),
-    )
+    function = lambda e: e.reshape(*leading, e.shape[-1])
+    of_logits = lambda logits: getattr(logits, name)(*leading, logits.shape[-1])
+    geometry = lazy.geometry
+    if leading == (-1,) and geometry is not None and geometry.is_contiguous() and geometry.numel():
+        rows = torch.Size((geometry.numel() // last,))  # what nearly every model asks for
+        return lazy.view(
+            lazy.recipe.on_features(function), of_logits, contiguous_geometry(rows, last)
+        )
+    return _lead(lazy, function, of_logits)
 
 
 def _flatten(lazy: LazyValue, start_dim: int = 0, end_dim: int = -1, **kwargs: Any) -> Any:

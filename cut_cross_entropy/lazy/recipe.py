@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cut_cross_entropy.distributed.options import is_dtensor
 
@@ -42,6 +42,7 @@ class Recipe:
     terms: tuple[Term, ...]
     bias: Tensor | None  # (V,)
     steps: tuple[Step, ...] = ()
+    _leaves: list[Tensor] | None = None
 
     def then(self, name: str, value: Any = None) -> "Recipe":
         """Return the recipe with one more step."""
@@ -78,7 +79,12 @@ class Recipe:
         )
 
     def leaves(self) -> list[Tensor]:
-        """Return the factors that require a gradient, each once."""
+        """Return the factors that require a gradient, each once; the same list each time."""
+        if self._leaves is None:
+            self._leaves = self._find_leaves()
+        return self._leaves
+
+    def _find_leaves(self) -> list[Tensor]:
         tensors: list[Any] = []
         for e, c, constant in self.terms:
             tensors.append(e)
@@ -100,7 +106,8 @@ class Recipe:
     @property
     def is_divided(self) -> bool:
         """Whether the classes are divided over processes: a DTensor, the head tensor-parallel."""
-        return is_dtensor(self.terms[0][1])
+        c = self.terms[0][1]
+        return type(c) is not nn.Parameter and is_dtensor(c)
 
     @property
     def has_tanh(self) -> bool:

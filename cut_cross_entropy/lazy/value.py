@@ -1,6 +1,7 @@
 """The state of lazy logits: what they are, without the object that stands for them in a model."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,12 @@ from cut_cross_entropy.lazy.recipe import Recipe, replay
 from cut_cross_entropy.lazy.record import ForwardRecord, saved_tensors_hooks
 
 View = Callable[[Tensor], Tensor]
+
+
+@functools.lru_cache(64)
+def contiguous_geometry(leading: torch.Size, num_classes: int) -> Tensor:
+    """Return a tensor without memory with the shape and strides of contiguous logits."""
+    return torch.empty((*leading, num_classes), device="meta")
 
 
 class Unevaluated:
