@@ -384,7 +384,8 @@ def _add(lazy: LazyValue, other: Any, *, alpha: Any = 1, **kwargs: Any) -> Any:
         and other.device == lazy.device
         and _is_per_class(lazy, other)
     ):
-        return lazy.derived(recipe.then(BIAS, other.reshape(-1)), dtype=_promoted(lazy, other))
+        added = other.reshape(-1).clone()  # the model may change it afterwards
+        return lazy.derived(recipe.then(BIAS, added), dtype=_promoted(lazy, other))
     return NotImplemented
 
 

@@ -154,6 +154,16 @@ def operations_without_grad(model, hidden, labels):
     return ce(logits + 0.5 * scaled, labels) + ce((cast + shifted) * model.scale, labels)
 
 
+def changed_afterwards(model, hidden, labels):
+    """What was added to logits is theirs: a later change of it is not."""
+    added = model.vector * 1
+    logits = model.lm_head(hidden) + added
+    other = model.lm_head(hidden)
+    other += added
+    added.mul_(0)
+    return ce(logits, labels) + ce(other, labels)
+
+
 GRAD_MODES = {  # none of these needs the logits
     "a part detached": lambda m, h, y: ce(0.3 * m.lm_head(h) + 0.7 * m.lm_head(h).detach(), y),
     "one head, a part detached": lambda m, h, y: (
@@ -172,6 +182,7 @@ GRAD_MODES = {  # none of these needs the logits
     "head without grad": head_without_grad,
     "loss without grad": loss_without_grad,
     "operations without grad": operations_without_grad,
+    "a bias that is changed afterwards": changed_afterwards,
 }
 
 
