@@ -183,8 +183,8 @@ class _Source:
         roles = {m["role"] for document in self.documents() for m in document.messages or ()}
         if roles and "assistant" not in roles:
             raise ValueError(
-                f"{self.flag} {self.name!r} has nothing to learn: in its conversations speak "
-                f"{', '.join(sorted(roles))}, but no assistant"
+                f"{self.flag} {self.name!r} has nothing to learn: its conversations have messages "
+                f"of {', '.join(sorted(roles))}, none of an assistant"
             )
         raise ValueError(
             f"{self.flag} {self.name!r} makes no sequence to learn from: with --packing it needs "
