@@ -205,7 +205,11 @@ class TestChat:
                 "line 1: the chat template of the tokenizer refuses the conversation: ",
             ),
             (None, CHAT, "line 1: conversations need a chat template"),
-            (TEMPLATE, CHAT[:1] * 3, "its conversations have messages of user, none of an assistant"),
+            (
+                TEMPLATE,
+                CHAT[:1] * 3,
+                "its conversations have messages of user, none of an assistant",
+            ),
         ],
         ids=["raises", "fails", "absent", "no answer"],
     )
