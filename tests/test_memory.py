@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cut_cross_entropy import linear_cross_entropy
-from cut_cross_entropy.implementations import chunked
+from cut_cross_entropy.implementations import blocks, chunked
 from cut_cross_entropy.problem import Directions, Needed, PerToken, Problem
 from tests.support import make_problem
 
@@ -146,8 +146,8 @@ def test_peak_grows_with_the_classifier_and_not_with_the_logits(classes):
 @pytest.mark.parametrize("budget", [1, 2**12, 2**20, 2**28])
 @pytest.mark.parametrize(("tokens", "classes", "dim"), [(0, 5, 3), (10**5, 10**5, 64), (1, 1, 1)])
 def test_choice_of_blocks(tokens, classes, dim, itemsize, budget):
-    rows, columns = chunked.choose_blocks(tokens, classes, dim, itemsize=itemsize, budget=budget)
+    rows, columns = blocks.choose_blocks(tokens, classes, dim, itemsize=itemsize, budget=budget)
     assert 1 <= rows <= max(tokens, 1)
     assert 1 <= columns <= classes
-    smallest = rows == 1 and columns <= chunked.MIN_CLASSES
+    smallest = rows == 1 and columns <= blocks.MIN_CLASSES
     assert smallest or (rows * columns + (rows + columns) * dim) * itemsize <= budget

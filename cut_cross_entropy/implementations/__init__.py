@@ -1,4 +1,4 @@
-"""The plain PyTorch implementations, one a module; none imports another.
+"""The plain PyTorch implementations, one a module, and the blocks that ``chunked`` works in.
 
 ``reference`` and ``full_logits`` are ordinary differentiable functions. ``chunked`` has a forward
 and a backward of its own and is called through the operators in ``cut_cross_entropy.operators``.

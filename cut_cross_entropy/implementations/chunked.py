@@ -8,15 +8,13 @@ Four products instead of the three that full logits need, on any device, determi
 Shape legend: ``cut_cross_entropy.implementations``.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.distributed.collectives import combine
+from cut_cross_entropy.implementations.blocks import Blocks, targets_within
 from cut_cross_entropy.problem import (
     Directions,
     Gradients,
@@ -25,11 +23,6 @@ from cut_cross_entropy.problem import (
     Problem,
     gradient_scale,
 )
-from cut_cross_entropy.validation import check_target_range
-
-MAX_TOKENS = 8192
-MIN_CLASSES = 128
-BLOCK_TEMPORARIES = 4  # logits, their derivative, and what the elementwise operations allocate
 
 
 def forward(problem: Problem) -> PerToken:
@@ -37,7 +30,7 @@ def forward(problem: Problem) -> PerToken:
 
     With a ``group`` its other processes hold the other classes, and the results are those of all.
     """
-    blocks = _Blocks(problem)
+    blocks = Blocks(problem)
     lse = torch.full((blocks.num_kept,), -torch.inf, dtype=problem.wide, device=problem.e.device)
     target_logit = torch.full_like(lse, torch.inf)  # stays where the target is not here
 
@@ -46,7 +39,7 @@ def forward(problem: Problem) -> PerToken:
         for classes in blocks.class_blocks():
             logits, _ = blocks.logits(e_block, classes)
             lse[tokens] = torch.logaddexp(lse[tokens], torch.logsumexp(logits, dim=1))
-            here, columns = _targets_within(target_block, classes)
+            here, columns = targets_within(target_block, classes)
             found = logits.gather(1, columns[:, None])[:, 0]
             target_logit[tokens] = torch.where(here, found, target_logit[tokens])
 
@@ -74,7 +67,7 @@ def backward(grads: PerToken, saved: PerToken, problem: Problem, needed: Needed)
         problem: the inputs.
         needed: the gradients to compute.
     """
-    blocks = _Blocks(problem)
+    blocks = Blocks(problem)
     e, c, bias, wide = problem.e, problem.c, problem.bias, problem.wide
     grad_nll = grads.nll
     if problem.group is not None:  # a shard alone cannot know that no other holds the target
@@ -104,7 +97,7 @@ def backward(grads: PerToken, saved: PerToken, problem: Problem, needed: Needed)
             exponent = logits.sub_(lse[tokens, None])
             F.threshold(exponent, blocks.floor, -torch.inf, inplace=True)
             grad = exponent.exp_().mul_(a[tokens, None])
-            here, columns = _targets_within(target_block, classes)
+            here, columns = targets_within(target_block, classes)
             at_target = grad.gather(1, columns[:, None])
             at_target -= torch.where(here, b[tokens], 0)[:, None]
             grad.scatter_(1, columns[:, None], at_target)
@@ -139,7 +132,7 @@ def tangents(directions: Directions, saved: PerToken, problem: Problem) -> PerTo
         problem: the inputs.
     """
     # The direction of e doubles a block of tokens, that of c a block of classes.
-    blocks = _Blocks(replace(problem, memory_budget=max(1, problem.memory_budget // 2)))
+    blocks = Blocks(replace(problem, memory_budget=max(1, problem.memory_budget // 2)))
     wide, lse = problem.wide, blocks.gather(saved.lse)
     of_lse, of_logit = torch.zeros_like(lse), torch.zeros_like(lse)
     for tokens in blocks.token_blocks():
@@ -157,127 +150,9 @@ def tangents(directions: Directions, saved: PerToken, problem: Problem) -> PerTo
                 change += directions.bias[classes].to(wide)
             if slope is not None:
                 change *= slope
-            here, columns = _targets_within(target_block, classes)
+            here, columns = targets_within(target_block, classes)
             found = change.gather(1, columns[:, None])[:, 0]
             of_logit[tokens] = torch.where(here, found, of_logit[tokens])
             of_lse[tokens] += change.mul_(logits.sub_(lse[tokens, None]).exp_()).sum(1)
     of_nll = torch.where(blocks.in_range, of_lse - of_logit, torch.nan)
     return PerToken(blocks.scatter(of_nll), blocks.scatter(of_lse))
-
-
-def _targets_within(targets: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
-    """Whether the target of each row lies in ``classes``, and its column there, or any column.
-
-    A list of those rows would be shorter, but the host would wait for its length at every block.
-    """
-    here = (targets >= classes.start) & (targets < classes.stop)
-    return here, (targets - classes.start).clamp(0, classes.stop - classes.start - 1)
-
-
-def choose_blocks(
-    num_tokens: int, num_classes: int, dim: int, *, itemsize: int, budget: int
-) -> tuple[int, int]:
-    """Tokens and classes a block, so that a block and its operands fit ``budget`` bytes.
-
-    ``itemsize`` is that of the accumulators. At least one token and ``MIN_CLASSES`` classes are
-    used, however small the budget.
-    """
-    tokens = max(1, min(num_tokens, MAX_TOKENS))
-    while True:
-        # Operands: a widened block of e, a widened block of c, the sum of dC and one addend.
-        fixed = 2 * tokens * dim * itemsize
-        per_class = (BLOCK_TEMPORARIES * tokens + 3 * dim) * itemsize
-        classes = (budget - fixed) // per_class
-        if classes >= MIN_CLASSES or tokens == 1:
-            break
-        tokens = max(1, tokens // 2)
-    classes = max(MIN_CLASSES, classes // MIN_CLASSES * MIN_CLASSES)
-    return tokens, min(num_classes, classes)
-
-
-class _Blocks:
-    """The inputs without ignored tokens, block by block, in the precision of the products."""
-
-    def __init__(self, problem: Problem) -> None:
-        targets, num_classes = problem.targets, problem.c.shape[0]
-        self.problem, self.wide = problem, problem.wide
-        self.floor = -600.0 if self.wide == torch.float64 else -60.0
-        # PyTorch has products of half precision factors with a float32 result on CUDA only;
-        # elsewhere the factors are widened, which changes none of their values.
-        self.half_products = problem.compute_dtype.itemsize == 2 and has_wide_products(
-            problem.e.device
-        )
-
-        if problem.group is None:
-            check_target_range(targets, num_classes, problem.ignore_index)
-        kept = targets != problem.ignore_index
-        self.num_tokens = targets.shape[0]
-        rows = kept.nonzero().squeeze(1)  # on a GPU the host waits here, once a pass
-        self.num_kept = rows.shape[0]
-        self.rows = None if self.num_kept == self.num_tokens else rows
-        self.targets = self.gather(targets).long() - problem.first_class
-        in_range = (self.targets >= 0) & (self.targets < num_classes)
-        self.in_range = in_range if problem.group is None else torch.ones_like(in_range)
-        self.shape = choose_blocks(
-            self.num_kept,
-            num_classes,
-            problem.c.shape[1],
-            itemsize=self.wide.itemsize,
-            budget=problem.memory_budget,
-        )
-
-    def token_blocks(self) -> Iterator[slice]:
-        return _slices(self.num_kept, self.shape[0])
-
-    def class_blocks(self) -> Iterator[slice]:
-        return _slices(self.problem.c.shape[0], self.shape[1])
-
-    def gather(self, per_token: Tensor) -> Tensor:
-        """Rows of the tokens that are not ignored."""
-        return per_token if self.rows is None else per_token[self.rows]
-
-    def scatter(self, per_kept_token: Tensor) -> Tensor:
-        """Rows of all tokens, 0 where ignored."""
-        if self.rows is None:
-            return per_kept_token
-        result = per_kept_token.new_zeros((self.num_tokens, *per_kept_token.shape[1:]))
-        return result.index_copy_(0, self.rows, per_kept_token)
-
-    def embeddings(self, tokens: slice) -> Tensor:
-        e = self.problem.e[tokens if self.rows is None else self.rows[tokens]]
-        return self._operand(e)
-
-    def classifier(self, classes: slice) -> Tensor:
-        return self._operand(self.problem.c[classes])
-
-    def _operand(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.to(self.problem.compute_dtype)  # the rounding that autocast asks for
-        return tensor if self.half_products else tensor.to(self.wide)
-
-    def logits(
-        self, e_block: Tensor, classes: slice, with_slope: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits of a block, and their derivative by the uncapped logits if there is a softcap."""
-        logits = self.product(e_block, self.classifier(classes).T)
-        bias, softcap = self.problem.bias, self.problem.softcap
-        if bias is not None:
-            logits += bias[classes].to(self.wide)
-        if softcap is None:
-            return logits, None
-        tanh = logits.div_(softcap).tanh_()
-        slope = 1 - tanh.square() if with_slope else None
-        return tanh.mul_(softcap), slope
-
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        if self.half_products:
-            return torch.mm(left, right, out_dtype=self.wide)
-        return left @ right
-
-    def as_factor(self, grad: Tensor, scale: Tensor) -> Tensor:
-        """A block of logit gradients as a factor of the products that follow."""
-        return grad.mul_(scale).to(self.problem.compute_dtype) if self.half_products else grad
-
-
-def _slices(length: int, block: int) -> Iterator[slice]:
-    for start in range(0, length, max(1, block)):
-        yield slice(start, min(start + block, length))
