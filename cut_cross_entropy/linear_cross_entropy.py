@@ -27,13 +27,10 @@ from cut_cross_entropy.options import (
     ImplName,
     LinearCrossEntropyImpl,
     Reduction,
-    check_chunk_size,
-    check_filter_eps,
-    check_filter_mass,
-    check_flag,
     impl_name,
 )
 from cut_cross_entropy.problem import Problem
+from cut_cross_entropy.reductions import reduce_tokens
 from cut_cross_entropy.transforms import refuse_transforms
 from cut_cross_entropy.validation import (
     check_compute_dtypes,
@@ -200,18 +197,21 @@ def linear_cross_entropy(
             )
         ignore_index, bias = bias, None
     impl_chosen = impl_name(impl)
-    check_options(ignore_index, softcap, reduction, shift, memory_budget)
-    check_filter_eps(filter_eps)
-    check_filter_mass(filter_mass)
-    check_chunk_size(c_grad_chunk_size)
-    for name, flag in (
-        ("return_lse", return_lse),
-        ("accum_e_fp32", accum_e_fp32),
-        ("accum_c_fp32", accum_c_fp32),
-        ("filter_e_grad", filter_e_grad),
-        ("filter_c_grad", filter_c_grad),
-    ):
-        check_flag(name, flag)
+    check_options(
+        ignore_index=ignore_index,
+        softcap=softcap,
+        reduction=reduction,
+        shift=shift,
+        memory_budget=memory_budget,
+        filter_eps=filter_eps,
+        filter_mass=filter_mass,
+        c_grad_chunk_size=c_grad_chunk_size,
+        return_lse=return_lse,
+        accum_e_fp32=accum_e_fp32,
+        accum_c_fp32=accum_c_fp32,
+        filter_e_grad=filter_e_grad,
+        filter_c_grad=filter_c_grad,
+    )
     shift = int(shift)
     e, c, targets, bias, shards, data = resolve(
         e,
@@ -281,10 +281,7 @@ def linear_cross_entropy(
     if reduction == "none":
         loss = _per_token(nll, targets, shift, shards)
     else:
-        loss = nll.sum()
-        if reduction == "mean":
-            # All ignored: 0 / 1, not 0 / 0.
-            loss = loss / (flat_targets != ignore_index).sum().clamp_min(1)
+        loss = reduce_tokens(nll, flat_targets, ignore_index, reduction)
     return (loss, _per_token(lse, targets, shift, shards)) if return_lse else loss
 
 
@@ -349,17 +346,12 @@ class LinearCrossEntropy(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
-        impl_name(self.impl)
-        check_options(
-            self.ignore_index, self.softcap, self.reduction, self.shift, self.memory_budget
+        options = {option.name: getattr(self, option.name) for option in fields(self)}
+        impl_name(options.pop("impl"))
+        check_parallel_options(
+            options.pop("vocab_parallel_options"), options.pop("data_parallel_options")
         )
-        check_filter_eps(self.filter_eps)
-        check_filter_mass(self.filter_mass)
-        check_chunk_size(self.c_grad_chunk_size)
-        for option in fields(self):
-            if isinstance(option.default, bool):
-                check_flag(option.name, getattr(self, option.name))
-        check_parallel_options(self.vocab_parallel_options, self.data_parallel_options)
+        check_options(**options)
 
     def forward(
         self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None

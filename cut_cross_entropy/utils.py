@@ -13,6 +13,7 @@ from cut_cross_entropy.compatibility import build_flat_valids as _build_flat_val
 from cut_cross_entropy.compatibility import handle_eps as _handle_eps
 from cut_cross_entropy.constants import IGNORE_INDEX
 from cut_cross_entropy.options import Reduction
+from cut_cross_entropy.reductions import reduce_tokens
 from cut_cross_entropy.validation import check_reduction, check_shift
 
 __all__ = [
@@ -67,18 +68,13 @@ def compute_z_loss(
     check_reduction(reduction)
     check_shift(shift)
     z_loss = lse.square()
-    if targets is None:
-        counted = torch.ones_like(lse, dtype=torch.bool)
-    else:
+    if targets is not None:
         shifted = targets[..., int(shift) :] if shift else targets  # may have no dimension
         if shifted.numel() != lse.numel():
             raise ValueError(
                 f"targets less shift={int(shift)} must have as many elements as lse, "
                 f"{tuple(lse.shape)}, got {tuple(shifted.shape)}"
             )
-        counted = (shifted != ignore_index).reshape(lse.shape)
-    z_loss = torch.where(counted, z_loss, 0)
-    if reduction == "none":
-        return z_loss
-    total = z_loss.sum()
-    return total if reduction == "sum" else total / counted.sum().clamp_min(1)
+        targets = shifted.reshape(lse.shape)
+        z_loss = torch.where(targets != ignore_index, z_loss, 0)
+    return reduce_tokens(z_loss, targets, ignore_index, reduction)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from cut_cross_entropy.options import Reduction, did_you_mean
+from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
+from cut_cross_entropy.options import (
+    FilterEps,
+    Reduction,
+    check_chunk_size,
+    check_filter_eps,
+    check_filter_mass,
+    check_flag,
+    did_you_mean,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -120,13 +129,18 @@ def _check_target_shape(e: Tensor, c: Tensor, targets: Tensor, shift: int) -> No
 
 
 def check_options(
-    ignore_index: int,
-    softcap: float | None,
-    reduction: str,
-    shift: bool | int,
-    memory_budget: int,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: bool | int = 0,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    filter_eps: FilterEps = None,
+    filter_mass: float | None = None,
+    c_grad_chunk_size: int = 0,
+    **flags: bool,
 ) -> None:
-    """Check options that are plain values.
+    """Check options that are plain values, those that are not given being in order.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -145,6 +159,11 @@ def check_options(
         raise TypeError(f"memory_budget must be an int (bytes), got {type(memory_budget).__name__}")
     if memory_budget < 1:
         raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
+    check_filter_eps(filter_eps)
+    check_filter_mass(filter_mass)
+    check_chunk_size(c_grad_chunk_size)
+    for name, flag in flags.items():
+        check_flag(name, flag)
 
 
 def check_reduction(reduction: str) -> None:

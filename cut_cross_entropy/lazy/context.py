@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
+from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET
 from cut_cross_entropy.lazy import intercept
 from cut_cross_entropy.lazy.record import ForwardRecord, enter, leave
 from cut_cross_entropy.lazy.sharded_heads import gathers, why_not_intercept
@@ -16,9 +16,6 @@ from cut_cross_entropy.options import (
     FilterEps,
     ImplName,
     LinearCrossEntropyImpl,
-    check_filter_eps,
-    check_filter_mass,
-    check_flag,
     impl_name,
 )
 from cut_cross_entropy.validation import check_options
@@ -95,21 +92,20 @@ def lazy_head(
     for module in (head, *more_heads):
         if not isinstance(module, nn.Module):
             raise TypeError(f"head must be a torch.nn.Module, got {type(module).__name__}")
-    options = {
-        "impl": impl_name(impl),
+    options: dict[str, Any] = {
         "filter_eps": filter_eps,
         "filter_e_grad": filter_e_grad,
         "filter_c_grad": filter_c_grad,
         "filter_mass": filter_mass,
         "memory_budget": memory_budget,
     }
-    check_filter_eps(filter_eps)
-    check_filter_mass(filter_mass)
-    check_flag("filter_e_grad", filter_e_grad)
-    check_flag("filter_c_grad", filter_c_grad)
-    check_options(IGNORE_INDEX, None, "mean", 0, memory_budget)
+    check_options(**options)
     record = ForwardRecord(
-        head, _Options(options), None, "lazy_head", "Call the model outside of lazy_head"
+        head,
+        _Options({"impl": impl_name(impl), **options}),
+        None,
+        "lazy_head",
+        "Call the model outside of lazy_head",
     )
     enter(record, depth=3)  # the frame with the block: this one, that of next() and __enter__
     try:

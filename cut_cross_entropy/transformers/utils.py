@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
+from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET
 from cut_cross_entropy.lazy.notices import warn_once
 from cut_cross_entropy.linear_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.options import (
@@ -16,9 +16,6 @@ from cut_cross_entropy.options import (
     ImplName,
     LinearCrossEntropyImpl,
     Reduction,
-    check_filter_eps,
-    check_filter_mass,
-    check_flag,
     impl_name,
 )
 from cut_cross_entropy.validation import check_options
@@ -63,13 +60,8 @@ class PatchOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "impl", impl_name(self.impl))
-        check_options(IGNORE_INDEX, None, self.reduction, 0, self.memory_budget)
-        check_filter_eps(self.filter_eps)
-        check_filter_mass(self.filter_mass)
-        for option in fields(self):
-            if isinstance(option.default, bool):
-                check_flag(option.name, getattr(self, option.name))
         kwargs = asdict(self)
+        check_options(**{name: value for name, value in kwargs.items() if name != "impl"})
         del kwargs["train_only"]
         for option in fields(self):  # functions of other releases do not know those by keyword
             if option.kw_only and kwargs[option.name] == option.default:
