@@ -95,6 +95,8 @@ def token_losses(
     impl = choose_impl(impl, problem.e.device, problem.compute_dtype)
     if problem.group is not None and impl in FULL_IMPLS and problem.c.shape[0] == 0:
         impl = "chunked"  # the sums of full logits need a class; the results are the same
+    if problem.multiplier is not None and impl in KERNEL_IMPLS:
+        impl = "chunked"  # the kernels do not multiply logits
     if torch.compiler.is_compiling() and impl not in FULL_IMPLS and is_transformed():
         raise NotImplementedError(
             f"impl={impl!r} cannot be transformed by torch.func or differentiated in forward mode "
@@ -130,6 +132,7 @@ def _full_losses(impl: str, problem: Problem) -> PerToken:
             targets - first_class if first_class else targets,
             problem.bias,
             kept,
+            problem.multiplier,
             softcap=problem.softcap,
             compute_dtype=problem.compute_dtype,
         )

@@ -31,7 +31,8 @@ from cut_cross_entropy.problem import (
 )
 from cut_cross_entropy.transforms import is_transformed, refuse_second_derivative, transformable
 
-_NUM_TENSORS, _NUM_FIELDS = 4, 10  # of a problem
+_NUM_FIELDS = 11  # of a problem: four tensors, plain values, and a tensor without a gradient
+_MULTIPLIER = _NUM_FIELDS - 1
 
 
 def _tensors(fields: tuple[str, ...], prefix: str = "") -> str:
@@ -186,13 +187,20 @@ def _fake_gradients(problem: Problem, needed: Needed) -> Gradients:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = (*inputs[:_NUM_TENSORS], *output)
-    ctx.options = inputs[_NUM_TENSORS:]
+    tensors = (*inputs[:4], inputs[_MULTIPLIER], *output)
+    ctx.options = (*inputs[4:_MULTIPLIER], *inputs[_NUM_FIELDS:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*tensors)
     if is_transformed():
         ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)  # a tangent of zeros would cost a product
+
+
+def _saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """Inputs of a forward operator in the order of its schema, and its results."""
+    saved = ctx.saved_tensors  # once: a checkpoint computes them again each time
+    values, rest = ctx.options[: _MULTIPLIER - 4], ctx.options[_MULTIPLIER - 4 :]
+    return (*saved[:4], *values, saved[4], *rest), saved[5:]
 
 
 def _backward_by(gradients: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -201,22 +209,21 @@ def _backward_by(gradients: Callable[..., tuple[Tensor, ...]]) -> Callable[..., 
     def backward(
         ctx: Any, grad_nll: Tensor | None, grad_lse: Tensor | None, *nothing: Any
     ) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # once: a checkpoint computes them again each time
-        tensors, state = saved[:_NUM_TENSORS], saved[_NUM_TENSORS:]
+        inputs, state = _saved(ctx)
         grad_nll, grad_lse = (
             torch.zeros_like(result) if grad is None else grad
             for result, grad in zip(state[:2], (grad_nll, grad_lse), strict=True)
         )
-        need_e, need_c, _, need_bias = ctx.needs_input_grad[:_NUM_TENSORS]
+        need_e, need_c, _, need_bias = ctx.needs_input_grad[:4]
         grad_e, grad_c, grad_bias = gradients(
-            grad_nll, grad_lse, *state, *tensors, *ctx.options, need_e, need_c, need_bias
+            grad_nll, grad_lse, *state, *inputs, need_e, need_c, need_bias
         )
         return (
             grad_e if need_e else None,
             grad_c if need_c else None,
             None,
             grad_bias if need_bias else None,
-            *(None for _ in ctx.options),
+            *(None for _ in inputs[4:]),
         )
 
     return backward
@@ -226,12 +233,8 @@ def _jvp(
     ctx: Any, e: Tensor | None, c: Tensor | None, targets: None, bias: Tensor | None, *nothing: Any
 ) -> tuple[Tensor | None, ...]:
     """The tangents of loss and log-sum-exp, from those of the inputs."""
-    tensors, (nll, lse, *others) = (
-        ctx.saved_tensors[:_NUM_TENSORS],
-        ctx.saved_tensors[_NUM_TENSORS:],
-    )
-    options = ctx.options[: _NUM_FIELDS - _NUM_TENSORS]
-    of_nll, of_lse = _call_tangents(e, c, bias, nll, lse, *tensors, *options)
+    inputs, (nll, lse, *others) = _saved(ctx)
+    of_nll, of_lse = _call_tangents(e, c, bias, nll, lse, *inputs[:_NUM_FIELDS])
     return of_nll, of_lse, *(None for _ in others)
 
 

@@ -30,6 +30,9 @@ class Problem:
         first_class: class id of the first row of ``c``.
         group: name of the process group over which the classes are sharded; None if ``c`` holds
             all of them.
+        multiplier: (N,) of dtype :attr:`wide`, by which the logits of each token are multiplied
+            after the softcap; None leaves them as they are. Temperature and logit scale end here:
+            ``s * softcap(y; t)`` with scale s is ``softcap(s * y; s * t)``.
     """
 
     e: Tensor
@@ -42,30 +45,29 @@ class Problem:
     memory_budget: int
     first_class: int = 0
     group: str | None = None
+    multiplier: Tensor | None = None
 
     SCHEMA: ClassVar[str] = (
         "Tensor e, Tensor c, Tensor targets, Tensor? bias, int ignore_index, float? softcap, "
-        "ScalarType compute_dtype, int memory_budget, int first_class, str? group"
+        "ScalarType compute_dtype, int memory_budget, int first_class, str? group, "
+        "Tensor? multiplier"
     )
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """``e``, ``c``, ``targets`` and ``bias``, which come first in the schema."""
-        return self.e, self.c, self.targets, self.bias
-
-    def options(self) -> tuple[Any, ...]:
-        """The plain values, which follow the tensors in the schema."""
+    def flat(self) -> tuple[Any, ...]:
+        """All fields in the order of the schema."""
         return (
+            self.e,
+            self.c,
+            self.targets,
+            self.bias,
             self.ignore_index,
             self.softcap,
             self.compute_dtype,
             self.memory_budget,
             self.first_class,
             self.group,
+            self.multiplier,
         )
-
-    def flat(self) -> tuple[Any, ...]:
-        """All fields in the order of the schema."""
-        return (*self.tensors(), *self.options())
 
     @property
     def wide(self) -> torch.dtype:

@@ -70,6 +70,7 @@ class Blocks:
         self.targets = self.gather(targets).long() - problem.first_class
         in_range = (self.targets >= 0) & (self.targets < num_classes)
         self.in_range = in_range if problem.group is None else torch.ones_like(in_range)
+        self.multiplier = None if problem.multiplier is None else self.gather(problem.multiplier)
         self.shape = choose_blocks(
             self.num_kept,
             num_classes,
@@ -111,18 +112,29 @@ class Blocks:
         return tensor if self.half_products else tensor.to(self.wide)
 
     def logits(
-        self, e_block: Tensor, classes: slice, with_slope: bool = False
+        self, e_block: Tensor, tokens: slice, classes: slice, with_slope: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits of a block, and their derivative by the uncapped logits if there is a softcap."""
+        """Logits of a block, and the factor of their derivative by ``e @ c.T + bias``, if any."""
         logits = self.product(e_block, self.classifier(classes).T)
-        bias, softcap = self.problem.bias, self.problem.softcap
-        if bias is not None:
-            logits += bias[classes].to(self.wide)
-        if softcap is None:
-            return logits, None
-        tanh = logits.div_(softcap).tanh_()
-        slope = 1 - tanh.square() if with_slope else None
-        return tanh.mul_(softcap), slope
+        if self.problem.bias is not None:
+            logits += self.problem.bias[classes].to(self.wide)
+        return self.transform(logits, tokens, with_slope)
+
+    def transform(
+        self, logits: Tensor, tokens: slice, with_slope: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Apply softcap and multiplier to a block of ``e @ c.T + bias``, in place; as logits."""
+        softcap, slope = self.problem.softcap, None
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_()
+            slope = 1 - logits.square() if with_slope else None
+            logits = logits.mul_(softcap)
+        if self.multiplier is not None:
+            rows = self.multiplier[tokens, None]
+            logits = logits.mul_(rows)
+            if with_slope:
+                slope = rows if slope is None else slope.mul_(rows)
+        return logits, slope
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         """Product of two factors, in float32 (float64 for float64 inputs)."""

@@ -37,7 +37,7 @@ def forward(problem: Problem) -> PerToken:
     for tokens in blocks.token_blocks():
         e_block, target_block = blocks.embeddings(tokens), blocks.targets[tokens]
         for classes in blocks.class_blocks():
-            logits, _ = blocks.logits(e_block, classes)
+            logits, _ = blocks.logits(e_block, tokens, classes)
             lse[tokens] = torch.logaddexp(lse[tokens], torch.logsumexp(logits, dim=1))
             here, columns = targets_within(target_block, classes)
             found = logits.gather(1, columns[:, None])[:, 0]
@@ -91,7 +91,7 @@ def backward(grads: PerToken, saved: PerToken, problem: Problem, needed: Needed)
         grad_bias_sum = lse.new_zeros(rows_of_c)
         for tokens in blocks.token_blocks():
             e_block, target_block = blocks.embeddings(tokens), blocks.targets[tokens]
-            logits, slope = blocks.logits(e_block, classes, with_slope=True)
+            logits, slope = blocks.logits(e_block, tokens, classes, with_slope=True)
             # Probabilities that no sum can notice are zero: as subnormal numbers they would make
             # the products an order of magnitude slower on a CPU.
             exponent = logits.sub_(lse[tokens, None])
@@ -139,7 +139,7 @@ def tangents(directions: Directions, saved: PerToken, problem: Problem) -> PerTo
         e_block, target_block = blocks.embeddings(tokens), blocks.targets[tokens]
         for classes in blocks.class_blocks():
             c_block = blocks.classifier(classes)
-            logits, slope = blocks.logits(e_block, classes, with_slope=True)
+            logits, slope = blocks.logits(e_block, tokens, classes, with_slope=True)
             change = torch.zeros_like(logits)
             if directions.e is not None:
                 rows = tokens if blocks.rows is None else blocks.rows[tokens]

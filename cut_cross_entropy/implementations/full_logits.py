@@ -29,6 +29,7 @@ def target_logits_and_lse(
     targets: Tensor,  # (N,) counted from the first row of c
     bias: Tensor | None,  # (V,)
     kept: Tensor,  # (N,) bool
+    multiplier: Tensor | None,  # (N,)
     *,
     softcap: float | None,
     compute_dtype: torch.dtype,
@@ -50,7 +51,7 @@ def target_logits_and_lse(
     # Within a compiled function it is part of that; compiled code has no rules for transforms, and
     # would read values where there are none.
     if torch.compiler.is_compiling() or is_transformed() or e.is_meta or isinstance(e, FakeTensor):
-        return _logits_and_lse(e, c, targets, bias, kept, softcap)
+        return _logits_and_lse(e, c, targets, bias, kept, multiplier, softcap)
     missing = missing_compiler(e.device.type)
     if missing is not None:
         raise RuntimeError(
@@ -58,8 +59,10 @@ def target_logits_and_lse(
             "Use impl='chunked', which needs no compiler"
         )
     if hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph"):
-        return _Compiled.apply(e, c, targets, bias, kept, softcap)  # type: ignore[no-any-return]
-    return _run_compiled(e, c, targets, bias, kept, softcap)  # PyTorch 2.4 donates no buffers
+        return _Compiled.apply(e, c, targets, bias, kept, multiplier, softcap)  # type: ignore[no-any-return]
+    return _run_compiled(
+        e, c, targets, bias, kept, multiplier, softcap
+    )  # PyTorch 2.4 donates no buffers
 
 
 class _Compiled(Function):
@@ -131,7 +134,13 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _logits_and_lse(
-    e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, kept: Tensor, softcap: float | None
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    kept: Tensor,
+    multiplier: Tensor | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     here = (targets >= 0) & (targets < c.shape[0])
 
@@ -142,6 +151,8 @@ def _logits_and_lse(
         logits = logits + bias
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if multiplier is not None:
+        logits = logits * multiplier[:, None]
 
     safe = torch.where(here, targets, 0).long()
     logit = logits.gather(1, safe[:, None]).squeeze(1)

@@ -14,6 +14,7 @@ def target_logits_and_lse(
     targets: Tensor,  # (N,) counted from the first row of c
     bias: Tensor | None,  # (V,)
     kept: Tensor,  # (N,) bool
+    multiplier: Tensor | None,  # (N,)
     *,
     softcap: float | None,
     compute_dtype: torch.dtype,
@@ -34,6 +35,8 @@ def target_logits_and_lse(
         logits = logits + bias.to(wide)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if multiplier is not None:
+        logits = logits * multiplier[:, None]
 
     safe = torch.where(here, targets, 0).long()
     logit = logits.gather(1, safe[:, None]).squeeze(1)
