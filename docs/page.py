@@ -1,25 +1,39 @@
 """Markdown tables, and the blocks between the markers of a page."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import string
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import pandas as pd
 
 NOTHING = "Not measured yet."
 
+Row: TypeAlias = Mapping[str, Any]
+Column: TypeAlias = tuple[str, str | Callable[[Row], str]]
+"""Heading, and what makes a cell of a row: a format string or a function."""
 
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+
+def table(rows: "pd.DataFrame | Iterable[Row]", columns: Iterable[Column]) -> str:
     """Format a table whose first column is text and whose others are numbers; "" if it is empty."""
-    rows = [f"| {' | '.join(line)} |\n" for line in lines]
-    if not rows:
+    columns = list(columns)
+    if isinstance(rows, pd.DataFrame):
+        rows = rows.to_dict("records")
+    lines = [f"| {' | '.join(cell(row, make) for _, make in columns)} |\n" for row in rows]
+    if not lines:
         return ""
-    return f"| {' | '.join(header)} |\n|:---|{'---:|' * (len(header) - 1)}\n{''.join(rows)}"
+    heading = f"| {' | '.join(name for name, _ in columns)} |\n"
+    return f"{heading}|:---|{'---:|' * (len(columns) - 1)}\n{''.join(lines)}"
 
 
-def number(value: Any, form: str = ".2f") -> str:
-    """Format a number; "" if it is missing."""
-    return "" if value is None or pd.isna(value) else format(value, form)
+def cell(row: Row, make: str | Callable[[Row], str]) -> str:
+    """Format a cell, by a format string such as ``"{ms:.1f} ms"``: "" if one of its values is
+    missing.
+    """
+    if callable(make):
+        return make(row)
+    names = [name for _, name, _, _ in string.Formatter().parse(make) if name]
+    return "" if any(pd.isna(row.get(name)) for name in names) else make.format_map(row)
 
 
 def fill(text: str, blocks: Mapping[str, Callable[[], str]]) -> str:
@@ -35,9 +49,8 @@ def fill(text: str, blocks: Mapping[str, Callable[[], str]]) -> str:
     unknown = set(begins) - set(blocks)
     if unknown:
         raise ValueError(f"blocks must be of {', '.join(blocks)}, got {', '.join(unknown)}")
-    for name in begins:
-        made = blocks[name]().strip("\n") or NOTHING
-        before, begin, rest = text.partition(f"<!-- begin {name} -->\n")
-        _, end, after = rest.partition(f"<!-- end {name} -->")
-        text = f"{before}{begin}\n{made}\n\n{end}{after}"
-    return text
+
+    def made(found: re.Match[str]) -> str:
+        return f"{found[1]}\n\n{blocks[found[2]]().strip() or NOTHING}\n\n{found[3]}"
+
+    return re.sub(r"(?s)(<!-- begin ([\w-]+) -->).*?(<!-- end \2 -->)", made, text)

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ RUN_COLORS = {
     "full_reordered": "#9a9a9a",
 }
 RUN_NAMES = {"full": "full logits", "full_reordered": "full logits, batch reversed"}
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "figure.constrained_layout.use": True, "savefig.dpi": 110,
 }  # fmt: skip
@@ -38,19 +38,19 @@ class Plot:
 
     Args:
         name: file name without ``.png``.
-        draw: makes a matplotlib figure from ``points``.
+        draw: draws ``points`` into an empty matplotlib figure.
         points: everything the plot shows, as JSON values.
     """
 
     name: str
-    draw: Callable[[Any], Any]
+    draw: Callable[[Any, Any], None]
     points: Any
 
     @property
     def digest(self) -> str:
         """Hash of the points, the drawing function's source, and the names and colours of all."""
         shared = [COLORS, RUN_COLORS, RUN_NAMES, STYLE, [method_name(m) for m in METHODS]]
-        code = inspect.getsource(self.draw) + inspect.getsource(_log_axis)
+        code = inspect.getsource(self.draw) + inspect.getsource(log_axis)
         content = json.dumps([self.points, shared], sort_keys=True) + code
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
@@ -62,19 +62,24 @@ class Plot:
         if not path.is_file():
             return False
         with Image.open(path) as image:
-            return image.info.get("Digest") == self.digest
+            return bool(image.info.get("Digest") == self.digest)
+
+    def figure(self) -> Any:
+        """Draw the plot."""
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context(STYLE):
+            figure = Figure()
+            self.draw(figure, self.points)
+        return figure
 
     def save(self, folder: Path) -> Path:
         """Draw the plot into ``folder`` and return the path of the PNG."""
-        import matplotlib
-
-        matplotlib.use("Agg")
         path = folder / f"{self.name}.png"
         folder.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context(STYLE):
-            figure = self.draw(self.points)
-            figure.savefig(path, metadata={"Software": None, "Digest": self.digest})
-        matplotlib.pyplot.close(figure)
+        metadata = {"Software": None, "Digest": self.digest}
+        self.figure().savefig(path, dpi=STYLE["savefig.dpi"], metadata=metadata)
         return path
 
 
@@ -102,22 +107,29 @@ def method_name(method: str) -> str:
     return known.title.replace("`", "") + " (this package)" * ours
 
 
-def in_order(methods: Sequence[str]) -> list[str]:
-    """Return the different methods in the order of the benchmark."""
-    return [name for name in METHODS if name in set(methods)]
+def run_name(method: str) -> str:
+    """Name the method of a training run in words."""
+    return RUN_NAMES.get(method, method)
 
 
-def _log_axis(axis: Any, between: Sequence[float] = (2, 5)) -> None:
+def log_axis(axis: Any, between: Sequence[float] = (2, 5)) -> None:
     """Write the numbers of a logarithmic axis out, those ``between`` powers of ten too."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
+    axis._set_axes_scale("log")
     axis.set_minor_locator(LogLocator(subs=between))
     for setter in (axis.set_major_formatter, axis.set_minor_formatter):
         setter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 10 else f"{x:g}"))
     axis.set_tick_params(which="minor", labelsize=9)
 
 
-def bars(rows: pd.DataFrame, name: str, device: str) -> Plot | None:
+def series(rows: pd.DataFrame, columns: Sequence[str]) -> dict[str, list[list[float]]]:
+    """Return the values of the columns, a list of lists by method in the order of the benchmark."""
+    groups = rows.groupby("method", observed=True)
+    return {str(method): own[list(columns)].values.tolist() for method, own in groups}
+
+
+def bars(rows: pd.DataFrame, name: str) -> Plot | None:
     """Time and memory of all methods on one problem."""
     if rows["method"].nunique() < 2:
         return None
@@ -125,7 +137,7 @@ def bars(rows: pd.DataFrame, name: str, device: str) -> Plot | None:
     first = rows.iloc[0]
     points = {
         "title": f"{head(first['test_data'])}, {first['tokens']:,} tokens, "
-        f"{first['dtype']}, {short(device)}",
+        f"{first['dtype']}, {short(first['device'])}",
         "methods": list(rows["method"]),
         "ms": list(rows["runtime_ms"]),
         "mib": list(rows["op_mem_mb"]),
@@ -134,12 +146,11 @@ def bars(rows: pd.DataFrame, name: str, device: str) -> Plot | None:
     return Plot(name, draw_bars, points)
 
 
-def draw_bars(points: dict[str, Any]) -> Any:
+def draw_bars(figure: Any, points: dict[str, Any]) -> None:
     """Draw horizontal bars that start at 0, time on the left and memory on the right."""
-    import matplotlib.pyplot as plt
-
     names = [method_name(method) for method in points["methods"]]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.46 * len(names) + 1.6), sharey=True)
+    figure.set_size_inches(11, 0.46 * len(names) + 1.6)
+    axes = figure.subplots(1, 2, sharey=True)
     colors = [COLORS.get(method, "gray") for method in points["methods"]]
     sides = (("ms", ",.1f", "time of loss and both gradients, ms"),
              ("mib", ",.0f", "peak memory, gradients included, MiB"))  # fmt: skip
@@ -148,10 +159,9 @@ def draw_bars(points: dict[str, Any]) -> Any:
         texts = ax.bar_label(shown, [format(x, form) for x in points[column]], padding=3)
         for text in texts:  # a line behind a number must not cross it
             text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
-        ax.set_xlim(0, max(points[column]) * 1.18)
+        ax.set(xlim=(0, max(points[column]) * 1.18), xlabel=label)
         ax.locator_params(axis="x", nbins=5)
         ax.xaxis.set_major_formatter("{x:,.0f}")
-        ax.set_xlabel(label)
         ax.tick_params(axis="y", length=0)
     axes[0].invert_yaxis()
     if points["gemm_ms"] is not None:
@@ -160,12 +170,11 @@ def draw_bars(points: dict[str, Any]) -> Any:
         axes[0].axvline(least, color="black", linewidth=1, linestyle=":", zorder=0.5, label=label)
         axes[0].legend(loc="upper right")
     figure.suptitle(points["title"])
-    return figure
 
 
-def sweep(rows: pd.DataFrame, name: str, size: str, device: str) -> Plot | None:
+def sweep(rows: pd.DataFrame, name: str, size: str) -> Plot | None:
     """Time and memory against the number of tokens or classes."""
-    if rows.empty or rows.groupby("method").size().max() < 3:
+    if rows["dim"].nunique() != 1 or rows.groupby("method", observed=True).size().max() < 3:
         return None
     rows, first = rows.sort_values(size), rows.iloc[0]
     alike = [shape.title for shape in SHAPES.values() if shape.dim == first["dim"]
@@ -173,23 +182,17 @@ def sweep(rows: pd.DataFrame, name: str, size: str, device: str) -> Plot | None:
     fixed = f"{first['classes']:,} classes" if size == "tokens" else f"{first['tokens']:,} tokens"
     points = {
         "title": f"{f'{alike[0]} head, ' if alike else ''}{fixed}, {first['dim']:,} features, "
-        f"{first['dtype']}, {short(device)}",
+        f"{first['dtype']}, {short(first['device'])}",
         "size": size,
-        "series": {
-            method: rows[rows["method"] == method][
-                [size, "runtime_ms", "op_mem_mb"]
-            ].values.tolist()
-            for method in in_order(rows["method"])
-        },
+        "series": series(rows, (size, "runtime_ms", "op_mem_mb")),
     }
     return Plot(name, draw_sweep, points)
 
 
-def draw_sweep(points: dict[str, Any]) -> Any:
+def draw_sweep(figure: Any, points: dict[str, Any]) -> None:
     """Draw two panels with logarithmic axes, microseconds a token or class and memory."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
+    figure.set_size_inches(11, 4.4)
+    axes = figure.subplots(1, 2)
     unit = "token" if points["size"] == "tokens" else "class"
     for method, values in points["series"].items():
         n, ms, mib = np.array(values).T
@@ -197,88 +200,79 @@ def draw_sweep(points: dict[str, Any]) -> Any:
             # Wide and pale below narrow and dark, since several methods need the same memory.
             ax.plot(n, y, "o-", color=COLORS.get(method), label=method_name(method), alpha=0.85,
                     markersize=4, linewidth=4 if method == "baseline" else 1.8)  # fmt: skip
-    for ax in axes:
+    ticks = sorted({row[0] for values in points["series"].values() for row in values})
+    what = "tokens in a batch" if unit == "token" else "classes"
+    labels = (f"loss and gradients, µs per {unit}", "peak memory, MiB")
+    for ax, label in zip(axes, labels, strict=True):
         ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        _log_axis(ax.yaxis, (1.5, 2, 3, 4, 5, 7))
-        ticks = sorted({row[0] for values in points["series"].values() for row in values})
+        log_axis(ax.yaxis, (1.5, 2, 3, 4, 5, 7))
         ax.set_xticks(ticks, [f"{x / 1024:g}k" for x in ticks])
-        ax.set_xlabel(f"{'tokens in a batch' if unit == 'token' else 'classes'} (log scale)")
-    axes[0].set_ylabel(f"loss and gradients, µs per {unit} (log scale)")
-    axes[1].set_ylabel("peak memory, MiB (log scale)")
+        ax.set(xlabel=f"{what} (log scale)", ylabel=f"{label} (log scale)")
     axes[1].legend(fontsize=10)
     figure.suptitle(points["title"])
-    return figure
 
 
-def speed_error(rows: pd.DataFrame, name: str, device: str) -> Plot | None:
+def speed_error(rows: pd.DataFrame, name: str) -> Plot | None:
     """Time in matrix products against the error of dE, every problem measured."""
     rows = rows[rows["gemms"].notna() & rows["multiple_e"].notna()]
     if len(rows) < 2:
         return None
+    first = rows.iloc[0]
     points = {
         "title": f"Each dot one problem: {rows['test_data'].nunique()} heads and kinds of data, "
-        f"{rows['dtype'].iloc[0]}, {short(device)}",
-        "points": rows[["method", "gemms", "multiple_e"]].values.tolist(),
+        f"{first['dtype']}, {short(first['device'])}",
+        "series": series(rows, ("gemms", "multiple_e")),
     }
     return Plot(name, draw_speed_error, points)
 
 
-def draw_speed_error(points: dict[str, Any]) -> Any:
+def draw_speed_error(figure: Any, points: dict[str, Any]) -> None:
     """Draw a scatter plot with logarithmic axes."""
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(9, 5.6))
-    for method in in_order([point[0] for point in points["points"]]):
-        own = [point[1:] for point in points["points"] if point[0] == method]
-        ax.scatter(*zip(*own, strict=True), s=46, color=COLORS.get(method), alpha=0.8,
+    figure.set_size_inches(9, 5.6)
+    ax = figure.subplots()
+    for method, values in points["series"].items():
+        ax.scatter(*zip(*values, strict=True), s=46, color=COLORS.get(method), alpha=0.8,
                    label=method_name(method))  # fmt: skip
     ax.axhline(1, color="black", linewidth=1, linestyle=":")
     ax.annotate("exact gradient, rounded to bfloat16", (1, 0.98), ha="right", va="top",
                 xycoords=("axes fraction", "data"), fontsize=10)  # fmt: skip
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    _log_axis(ax.xaxis)
-    _log_axis(ax.yaxis)
-    ax.set_xlabel("time of loss and gradients in multiples of one matrix product e @ c.T\n"
-                  "by the vendor's library (log scale; left is faster)")  # fmt: skip
-    ax.set_ylabel("error of dE in multiples of the error of\nrounding it to bfloat16 (log scale)")
+    log_axis(ax.xaxis)
+    log_axis(ax.yaxis)
+    ax.set(
+        xlabel="time of loss and gradients in multiples of one matrix product e @ c.T\n"
+        "by the vendor's library (log scale; left is faster)",
+        ylabel="error of dE in multiples of the error of\nrounding it to bfloat16 (log scale)",
+        title=points["title"],
+    )
     figure.legend(loc="outside right upper", fontsize=10)
-    ax.set_title(points["title"])
-    return figure
 
 
-def ranks(content: Mapping[str, Any]) -> Plot:
+def ranks(curves: Mapping[str, Any]) -> Plot:
     """Probability by rank of the class, and Apple's threshold."""
     titles = {"smollm2": "SmolLM2 135M on real text"}
-    return Plot("ranks", draw_ranks, {titles.get(k, k): v for k, v in content["curves"].items()})
+    return Plot("ranks", draw_ranks, {titles.get(k, k): v for k, v in curves.items()})
 
 
-def draw_ranks(points: dict[str, Any]) -> Any:
+def draw_ranks(figure: Any, points: dict[str, Any]) -> None:
     """Draw the mean as a line and the 10th to 90th percentile of the tokens as a band."""
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(9, 5))
+    figure.set_size_inches(9, 5)
+    ax = figure.subplots()
     for (key, found), color in zip(points.items(), ("#c1272d", "#3d6fb6", "#5b8c5a"), strict=False):
         name = f"{key}, {found['tokens']:,} tokens" if len(points) > 1 else "mean over the tokens"
         ax.plot(found["ranks"], found["mean"], color=color, label=name)
         ax.fill_between(found["ranks"], found["low"], found["high"], alpha=0.18, color=color,
                         linewidth=0, label="10th to 90th percentile of the tokens")  # fmt: skip
-    first = next(iter(points.values()))
+    (name, first), *more = points.items()
     ax.axhline(first["cutoff"], color="black", linewidth=1, linestyle="--",
                label="threshold of Apple's filter for bfloat16, $2^{-12}$")  # fmt: skip
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_ylim(1e-10, 1)
+    title = "" if more else f"{name}: {first['tokens']:,} tokens, {first['classes']:,} classes"
+    ax.set(
+        xscale="log", yscale="log", ylim=(1e-10, 1), title=title,
+        xlabel="rank of the class among the token's classes, 1 is the likeliest (log scale)",
+        ylabel="probability of the class (log scale)",
+    )  # fmt: skip
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.set_xlabel("rank of the class among the token's classes, 1 is the likeliest (log scale)")
-    ax.set_ylabel("probability of the class (log scale)")
-    if len(points) == 1:
-        ax.set_title(
-            f"{next(iter(points))}: {first['tokens']:,} tokens, {first['classes']:,} classes"
-        )
     ax.legend()
-    return figure
 
 
 def strips() -> Plot:
@@ -286,9 +280,8 @@ def strips() -> Plot:
     return Plot("strips", draw_strips, {"tokens": 48, "classes": 96, "strip": 8})
 
 
-def draw_strips(points: dict[str, int]) -> Any:
+def draw_strips(figure: Any, points: dict[str, int]) -> None:
     """Draw the filter at work on a small softmax of a low-rank product, strips by energy."""
-    import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
     tokens, classes, strip = points["tokens"], points["classes"], points["strip"]
@@ -310,49 +303,58 @@ def draw_strips(points: dict[str, int]) -> Any:
         (np.where(kept, p, np.nan), f"kept: strips of {strip} tokens, {kept.mean():.0%}"),
         (np.outer(mass, weight) / weight.sum(), "in place of the rest: a column times a row"),
     )
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5))
+    figure.set_size_inches(12, 3.5)
+    axes = figure.subplots(1, 3)
     for ax, (values, text) in zip(axes, panels, strict=True):
         shown = ax.imshow(values, norm=LogNorm(1e-4, 1), cmap="magma_r", aspect="auto",
                           interpolation="nearest")  # fmt: skip
         ax.set_title(text, fontsize=11)
-        ax.set_xlabel("classes, frequent ones first")
-        ax.set_yticks([])
+        ax.set(xlabel="classes, frequent ones first", yticks=[])
         for line in range(strip, tokens, strip):
             ax.axhline(line - 0.5, color="gray", linewidth=0.4)
     axes[0].set_ylabel("tokens")
     figure.colorbar(shown, ax=axes, shrink=0.8, label="probability (log scale)")
-    return figure
 
 
-def run_name(method: str) -> str:
-    """Name the method of a training run in words."""
-    return RUN_NAMES.get(method, method)
+def by_seed(runs: pd.DataFrame, columns: Iterable[str] | str) -> dict[str, dict[str, Any]]:
+    """Return values of training runs by method, those with a colour first, and seed."""
+    order = [*RUN_COLORS, *runs["method"]]
+    runs = runs.sort_values(["method", "seed"], key=lambda x: (
+        x.map(order.index) if x.name == "method" else x))  # fmt: skip
+    found: dict[str, dict[str, Any]] = {}
+    for method, seed, values in zip(runs["method"], runs["seed"], runs[columns].values.tolist(),
+                                    strict=True):  # fmt: skip
+        found.setdefault(method, {})[str(seed)] = values
+    return found
 
 
-def curves(runs: Mapping[str, Mapping[int, Any]], name: str, title: str, smooth: int) -> Plot:
+def paired(losses: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Return the losses of a method minus those of full logits, of each seed that both have."""
+    full = losses["full"]
+    return {seed: np.subtract(np.array(x, float), np.array(full[seed], float))
+            for seed, x in losses[method].items() if seed in full}  # fmt: skip
+
+
+def seeds(method: str, count: int) -> str:
+    """Name a method of training runs and count its seeds."""
+    return f"{run_name(method)}, {count} seed{'s' * (count > 1)}"
+
+
+def curves(runs: pd.DataFrame, name: str, title: str, smooth: int) -> Plot:
     """Losses of training runs, by method and seed, and their distance from full logits.
 
     Args:
-        runs: records by method and seed; full logits are the method ``full``.
+        runs: a row for each method and seed; full logits are the method ``full``.
         name: file name without ``.png``.
         title: says what was trained, on what.
         smooth: steps of the running mean; 1 for none.
     """
-    order = sorted(
-        runs, key=lambda method: list(RUN_COLORS).index(method) if method in RUN_COLORS else 9
-    )
-    points = {
-        "title": title,
-        "smooth": smooth,
-        "losses": {m: {str(s): runs[m][s]["losses"] for s in sorted(runs[m])} for m in order},
-    }
+    points = {"title": title, "smooth": smooth, "losses": by_seed(runs, "losses")}
     return Plot(name, draw_curves, points)
 
 
-def draw_curves(points: dict[str, Any]) -> Any:
+def draw_curves(figure: Any, points: dict[str, Any]) -> None:
     """Draw one seed above, nested by line width, and the differences of all seeds below."""
-    import matplotlib.pyplot as plt
-
     losses, smooth = points["losses"], points["smooth"]
 
     def running_mean(values: Any) -> tuple[Any, Any]:
@@ -360,87 +362,65 @@ def draw_curves(points: dict[str, Any]) -> Any:
         means = np.convolve(values, np.full(width, 1 / width), mode="valid")
         return np.arange(width, len(values) + 1), means
 
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9.5, 7), sharex=True, height_ratios=[1, 1])
+    figure.set_size_inches(9.5, 7)
+    above, below = figure.subplots(2, 1, sharex=True)
     shown_seed = min(losses["full"])
     # Curves that coincide lie in each other, the widest below.
     upper = [m for m in losses if m != "full_reordered" and shown_seed in losses[m]]
-    widths = dict(zip(upper, np.linspace(8, 1.2, len(upper)), strict=True))
-    for order, method in enumerate(upper):
-        above.plot(*running_mean(losses[method][shown_seed]), linewidth=widths[method],
+    for order, (method, width) in enumerate(
+        zip(upper, np.linspace(8, 1.2, len(upper)), strict=True)
+    ):
+        above.plot(*running_mean(losses[method][shown_seed]), linewidth=width,
                    color=RUN_COLORS.get(method, "#a05195"), zorder=order)  # fmt: skip
-    above.set_ylabel(f"training loss, nats\n(seed {shown_seed}; lines lie in each other)")
-    above.set_title(points["title"])
-
     handles = [below.plot([], [], color=RUN_COLORS["full"], linewidth=6)[0]]
-    names = [f"full logits, {len(losses['full'])} seeds"]
+    names = [seeds("full", len(losses["full"]))]
     for method in [m for m in losses if m != "full"]:
-        pairs = [s for s in losses[method] if s in losses["full"]]
-        found = [np.subtract(losses[method][s], losses["full"][s]) for s in pairs]
-        color = RUN_COLORS.get(method, "#a05195")
+        found, color = list(paired(losses, method).values()), RUN_COLORS.get(method, "#a05195")
         for values in found:
             below.plot(*running_mean(values), color=color, linewidth=0.8, alpha=0.35)
         if found:
-            (line,) = below.plot(*running_mean(np.mean(found, axis=0)), color=color, linewidth=2.4)
-            handles.append(line)
-            names.append(f"{run_name(method)}, {len(pairs)} seed{'s' * (len(pairs) > 1)}")
+            handles += below.plot(*running_mean(np.mean(found, axis=0)), color=color, linewidth=2.4)
+            names.append(seeds(method, len(found)))
     below.axhline(0, color="black", linewidth=0.8)
-    below.set_ylabel(
-        "minus full logits of the same seed, nats\n(thick: mean of the seeds, thin: each)"
+    above.set(
+        ylabel=f"training loss, nats\n(seed {shown_seed}; lines lie in each other)",
+        title=points["title"],
     )
-    below.set_xlabel("step" if smooth == 1 else f"step (running mean of {smooth} steps)")
+    below.set(
+        ylabel="minus full logits of the same seed, nats\n(thick: mean of the seeds, thin: each)",
+        xlabel="step" if smooth == 1 else f"step (running mean of {smooth} steps)",
+    )
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
-    return figure
 
 
-def rarity(
-    runs: Mapping[str, Mapping[int, Any]], name: str, title: str, names: Sequence[str]
-) -> Plot:
-    """Held-out loss by how often training saw the token; see :func:`curves`.
-
-    Args:
-        names: of the groups of tokens.
-    """
-    points = {
-        "title": title,
-        "names": list(names),
-        "losses": {
-            method: {
-                str(seed): [bucket["loss"] for bucket in run["judged"][-1]["buckets"]]
-                for seed, run in sorted(by_seed.items())
-            }
-            for method, by_seed in runs.items()
-        },
-    }
-    return Plot(name, draw_rarity, points)
+def rarity(runs: pd.DataFrame, name: str, title: str) -> Plot:
+    """Held-out loss by how often training saw the token; see :func:`curves`."""
+    columns = [column for column in runs if column.startswith("seen ")]
+    names = [column.removeprefix("seen ") for column in columns]
+    return Plot(
+        name, draw_rarity, {"title": title, "names": names, "losses": by_seed(runs, columns)}
+    )
 
 
-def draw_rarity(points: dict[str, Any]) -> Any:
+def draw_rarity(figure: Any, points: dict[str, Any]) -> None:
     """Draw a dot for each seed and a bar for their mean, losses above and differences below."""
-    import matplotlib.pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9.5, 7), sharex=True)
+    figure.set_size_inches(9.5, 7)
+    above, below = figure.subplots(2, 1, sharex=True)
     losses, groups = points["losses"], np.arange(len(points["names"]))
-    full = {seed: np.array(x, dtype=float) for seed, x in losses["full"].items()}
-    for i, (method, by_seed) in enumerate(losses.items()):
-        own = {seed: np.array(x, dtype=float) for seed, x in by_seed.items() if seed in full}
+    for i, method in enumerate(losses):
         middle = groups + (i - (len(losses) - 1) / 2) * 0.2
-        color = RUN_COLORS.get(method, "#a05195")
-        label = f"{run_name(method)}, {len(own)} seed{'s' * (len(own) > 1)}"
-        panels = [(above, own)]
-        if method != "full":
-            panels.append((below, {seed: values - full[seed] for seed, values in own.items()}))
-        for ax, found in panels:
+        color, differences = RUN_COLORS.get(method, "#a05195"), paired(losses, method)
+        own = {seed: np.array(losses[method][seed], float) for seed in differences}
+        for ax, found in ((above, own), (below, differences))[: 1 if method == "full" else 2]:
             for j, values in enumerate(found.values()):
                 place = middle + (j - (len(found) - 1) / 2) * 0.035
                 ax.plot(place, values, "o", color=color, markersize=5, alpha=0.75)
             mean = np.mean(list(found.values()), axis=0)
             ax.hlines(mean, middle - 0.085, middle + 0.085, color=color, linewidth=2.2,
-                      label=label if ax is above else None)  # fmt: skip
-    above.set_ylabel("held-out loss, nats")
-    above.set_title(points["title"])
+                      label=seeds(method, len(own)) if ax is above else None)  # fmt: skip
     below.axhline(0, color="black", linewidth=0.8)
-    below.set_ylabel("minus full logits of the\nsame seed, nats")
-    below.set_xticks(groups, points["names"])
+    above.set(ylabel="held-out loss, nats", title=points["title"])
+    below.set(ylabel="minus full logits of the\nsame seed, nats")
     below.set_xlabel("how often training saw the token (a dot for each seed, a bar for their mean)")
+    below.set_xticks(groups, points["names"])
     figure.legend(loc="outside lower center", ncols=min(4, len(losses)))
-    return figure

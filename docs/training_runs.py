@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from docs.page import number, table
+from docs.page import Column, table
 from docs.plots import Plot, curves, rarity, run_name, short
 
 NAMES = ("finetune", "pretrain")
@@ -16,6 +16,7 @@ FULL = "full"
 LAST_STEPS = 20
 """Steps whose training losses are averaged at the end of a run."""
 KEY = ["method", "seed"]
+HELD_OUT, RAREST, UNSEEN = "held-out loss", "rarest tenth", "probability on tokens never seen"
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,9 @@ class Record:
     runs: pd.DataFrame
 
     @property
-    def methods(self) -> list[str]:
-        """Methods in the order of the file."""
-        return list(dict.fromkeys(self.runs["method"]))
-
-    @property
     def device(self) -> str:
         """Name of the device."""
         return str(self.content["machine"]["device"])
-
-    def by_seed(self) -> dict[str, dict[int, Any]]:
-        """Return the runs by method and seed, as the file has them."""
-        found: dict[str, dict[int, Any]] = {}
-        for run in self.content["runs"]:
-            found.setdefault(run["method"], {})[run["seed"]] = run
-        return found
 
 
 Records = dict[str, list[Record]]
@@ -81,12 +70,11 @@ def figures(run: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures of a run; of held-out text those of the last look, named as in tables."""
     last = run["judged"][-1]
     found = {key: run.get(key) for key in (*KEY, "losses", "ms_per_step", "peak_mib")}
-    found["held-out loss"] = last["held_out_loss"]
+    found[HELD_OUT] = last["held_out_loss"]
     if "rarest_tenth" in last:
-        found["rarest tenth"] = last["rarest_tenth"]["loss"]
-        for bucket in last["buckets"]:
-            found[f"seen {bucket_name(bucket)}"] = bucket["loss"]
-        found["probability on tokens never seen"] = last["unseen_mass"]
+        found[RAREST] = last["rarest_tenth"]["loss"]
+        found |= {f"seen {bucket_name(bucket)}": bucket["loss"] for bucket in last["buckets"]}
+        found[UNSEEN] = last["unseen_mass"]
     return found
 
 
@@ -100,16 +88,16 @@ def bucket_name(bucket: Mapping[str, Any]) -> str:
 
 def compared_columns(runs: pd.DataFrame) -> list[str]:
     """Return the columns that are figures of held-out text."""
-    return list(runs.columns[runs.columns.get_loc("held-out loss") :])
+    return list(runs.columns[runs.columns.get_loc(HELD_OUT) :])
 
 
 def differences(runs: pd.DataFrame, method: str, against: str = FULL) -> pd.DataFrame:
     """Return ``method`` minus another of the same seed, a row for each seed that has both."""
-    columns = compared_columns(runs)
-    one, other = (runs[runs["method"] == m].set_index("seed")[columns].astype(float)
-                  for m in (method, against))  # fmt: skip
-    both = one.index.intersection(other.index).sort_values()
-    return one.loc[both] - other.loc[both]
+    by_seed = runs.set_index(KEY)[compared_columns(runs)].astype(float)
+    found = by_seed.loc[method] - by_seed.loc[against]
+    return found.loc[
+        by_seed.loc[method].index.intersection(by_seed.loc[against].index)
+    ].sort_index()
 
 
 def shared_seeds(runs: pd.DataFrame) -> set[int]:
@@ -143,38 +131,36 @@ def section(name: str, records: Records) -> str:
 
 def _section(name: str, record: Record) -> str:
     content, runs = record.content, record.runs
-    spread = ""
-    losses = runs[runs["method"] == FULL]["held-out loss"]
-    if len(losses) > 1:
-        spread = ("Between the seeds the held-out loss of full logits spreads over "
-                  f"{losses.max() - losses.min():.4f}.")  # fmt: skip
+    losses = runs[runs["method"] == FULL][HELD_OUT]
+    spread = ("Between the seeds the held-out loss of full logits spreads over "
+              f"{losses.max() - losses.min():.4f}.") * (len(losses) > 1)  # fmt: skip
     curves_link = f"![Loss curves and their differences](images/{record.name}.png)"
-    parts = [_heading(content)]
     if name == "finetune":
-        parts += [
-            _finetune_table(record),
+        parts = [
+            table(by_method(runs), FINETUNE),
             f"Held-out loss before training: {content['before']['held_out_loss']:.4f}. Last "
             f"training loss: mean of the last {LAST_STEPS} steps. {seeds_sentence(runs)}{spread}",
             curves_link,
-        ]  # fmt: skip
+        ]
     else:
-        first = content["runs"][list(runs["method"]).index(FULL)]
-        most = first["judged"][-1]["rarest_tenth"]["at_most"]
-        parts += [
-            _pretrain_table(record),
+        first = next(run for run in content["runs"] if run["method"] == FULL)
+        last = first["judged"][-1]
+        parts = [
+            table(by_method(runs), PRETRAIN),
             seeds_sentence(runs).strip(),
-            f"Rarest tenth: held-out targets whose token training saw at most {most} times (first "
-            f"seed). {first['unseen_tokens']} tokens of the vocabulary were never seen. {spread} "
+            "Rarest tenth: held-out targets whose token training saw at most "
+            f"{last['rarest_tenth']['at_most']} times (first seed). {first['unseen_tokens']} "
+            f"tokens of the vocabulary were never seen. {spread} "
             "By how often training saw the target, the loss with full logits and the difference of "
             "each method from it (means over the seeds both have):",
-            _rarity_table(record, first["judged"][-1]["buckets"]),
+            _rarity_table(runs, last["buckets"]),
             curves_link,
             f"![Loss by rarity of the token](images/{record.name}_rare.png)",
         ]
     if content["skipped"]:
         names = ", ".join(f"`{run['method']}` seed {run['seed']}" for run in content["skipped"])
         parts.append(f"Not run, for lack of time: {names}.")
-    return "\n\n".join(part.strip("\n") for part in parts if part)
+    return "\n\n".join(part.strip("\n") for part in (_heading(content), *parts) if part)
 
 
 def _heading(content: Mapping[str, Any]) -> str:
@@ -184,72 +170,67 @@ def _heading(content: Mapping[str, Any]) -> str:
     return (
         f"{machine['device']}, Python {machine['python']}, {versions}; commit "
         f"{(machine['commit'] or 'unknown')[:12]}, {machine['date']}. Settings: {settings}. Data: "
-        f"{data['text']}, {data['tokens']} tokens, "
-        f"{data['held_out_tokens']} held-out tokens."
+        f"{data['text']}, {data['tokens']} tokens, {data['held_out_tokens']} held-out tokens."
     )
 
 
-def _by_seed(runs: pd.DataFrame, method: str, column: str) -> str:
-    if method == FULL:
-        return ""
-    return ", ".join(f"{x:+.4f}" for x in differences(runs, method)[column].dropna())
-
-
-def _finetune_table(record: Record) -> str:
-    runs, lines = record.runs, []
+def by_method(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a row for each method: means over the shared seeds, and differences by seed."""
+    rows = []
     full = runs[runs["method"] == FULL].set_index("seed")["losses"]
-    for method in record.methods:
-        own, shared = runs[runs["method"] == method], comparable(runs, method)
-        steps = pd.Series(dtype=float)
-        if method != FULL:
-            pairs = own[own["seed"].isin(full.index)]
-            steps = pd.concat(
-                [(pd.Series(x) - pd.Series(full[s])).abs()
-                 for s, x in zip(pairs["seed"], pairs["losses"], strict=True)] or [steps]
-            )  # fmt: skip
-        last = shared["losses"].map(lambda losses: pd.Series(losses[-LAST_STEPS:]).mean())
-        lines.append(
-            [f"`{method}`", str(len(own)), number(last.mean(), ".4f"),
-             "" if steps.empty else f"{steps.max():.1e} / {steps.mean():.1e}",
-             number(shared["held-out loss"].mean(), ".4f"),
-             _by_seed(runs, method, "held-out loss"),
-             f"{own['ms_per_step'].median():.1f}", f"{own['peak_mib'].max():.0f}"]
-        )  # fmt: skip
-    header = ("method", "seeds", "last training loss",
-              "largest / mean difference from full logits", "held-out loss",
-              "minus full logits, by seed", "ms a step", "peak MiB")  # fmt: skip
-    return table(header, lines)
+    for method, own in runs.groupby("method", sort=False):
+        shared, compared = comparable(runs, method), differences(runs, method)
+        row: dict[str, Any] = {"method": method, "seeds": len(own)}
+        for name in {HELD_OUT, RAREST, UNSEEN} & set(runs.columns):
+            row[name] = shared[name].mean()
+            values = (f"{x:+.4f}" for x in compared[name].dropna())
+            row[f"difference of {name}"] = ", ".join(values) if method != FULL else ""
+        if own["losses"].notna().all():
+            row["last"] = shared["losses"].map(lambda x: pd.Series(x[-LAST_STEPS:]).mean()).mean()
+            pairs = own[own["seed"].isin(full.index) & (method != FULL)]
+            steps = [(pd.Series(x) - pd.Series(full[seed])).abs()
+                     for seed, x in zip(pairs["seed"], pairs["losses"], strict=True)]  # fmt: skip
+            if steps:
+                row["largest"], row["mean"] = pd.concat(steps).max(), pd.concat(steps).mean()
+        row |= {"ms": own["ms_per_step"].median(), "mib": own["peak_mib"].max()}
+        rows.append(row)
+    return rows
 
 
-def _pretrain_table(record: Record) -> str:
-    runs, lines = record.runs, []
-    for method in record.methods:
-        own, shared = runs[runs["method"] == method], comparable(runs, method)
-        cells = [f"`{method}`", str(len(own))]
-        for column in ("held-out loss", "rarest tenth"):
-            cells += [number(shared[column].mean(), ".4f"), _by_seed(runs, method, column)]
-        cells.append(number(shared["probability on tokens never seen"].mean(), ".2e"))
-        lines.append([*cells, f"{own['ms_per_step'].median():.1f}", f"{own['peak_mib'].max():.0f}"])
-    header = ("method", "seeds", "held-out loss", "minus full logits, by seed", "rarest tenth",
-              "minus full logits, by seed", "probability on tokens never seen", "ms a step",
-              "peak MiB")  # fmt: skip
-    return table(header, lines)
+METHOD: list[Column] = [("method", "`{method}`"), ("seeds", "{seeds}")]
+COST: list[Column] = [("ms a step", "{ms:.1f}"), ("peak MiB", "{mib:.0f}")]
+BY_SEED = "minus full logits, by seed"
+FINETUNE: list[Column] = [
+    *METHOD,
+    ("last training loss", "{last:.4f}"),
+    ("largest / mean difference from full logits", "{largest:.1e} / {mean:.1e}"),
+    (HELD_OUT, f"{{{HELD_OUT}:.4f}}"),
+    (BY_SEED, f"{{difference of {HELD_OUT}}}"),
+    *COST,
+]
+PRETRAIN: list[Column] = [
+    *METHOD,
+    (HELD_OUT, f"{{{HELD_OUT}:.4f}}"),
+    (BY_SEED, f"{{difference of {HELD_OUT}}}"),
+    (RAREST, f"{{{RAREST}:.4f}}"),
+    (BY_SEED, f"{{difference of {RAREST}}}"),
+    (UNSEEN, f"{{{UNSEEN}:.2e}}"),
+    *COST,
+]
 
 
-def _rarity_table(record: Record, buckets: Sequence[Mapping[str, Any]]) -> str:
-    others = [method for method in record.methods if method != FULL]
-    means = {method: differences(record.runs, method).mean() for method in others}
-    full = record.runs[record.runs["method"] == FULL]
-    lines = []
-    for bucket in buckets:
-        column = f"seen {bucket_name(bucket)}"
-        if bucket["targets"]:
-            lines.append(
-                [bucket_name(bucket), str(bucket["targets"]), number(full[column].mean(), ".4f"),
-                 *(number(means[method][column], "+.4f") for method in others)]
-            )  # fmt: skip
-    header = ("seen in training", "targets", run_name(FULL), *(f"`{m}`" for m in others))
-    return table(header, lines)
+def _rarity_table(runs: pd.DataFrame, buckets: Sequence[Mapping[str, Any]]) -> str:
+    others = [method for method in dict.fromkeys(runs["method"]) if method != FULL]
+    means = pd.DataFrame({method: differences(runs, method).mean() for method in others})
+    means["full"] = runs[runs["method"] == FULL][means.index].astype(float).mean()
+    means = means.rename(lambda name: name.removeprefix("seen "))
+    names = {bucket_name(bucket): bucket["targets"] for bucket in buckets}
+    rows = [{"name": name, "targets": n, **means.loc[name]} for name, n in names.items() if n]
+    return table(
+        rows,
+        [("seen in training", "{name}"), ("targets", "{targets}"), (run_name(FULL), "{full:.4f}"),
+         *((f"`{method}`", f"{{{method}:+.4f}}") for method in others)],
+    )  # fmt: skip
 
 
 def all_together(records: Sequence[Record]) -> list[str]:
@@ -270,15 +251,16 @@ def paired_table(records: Sequence[pd.DataFrame]) -> str:
     """Compare each method with full logits, and last ``cce`` with ``cce_exact``: what the filter
     alone does. Pairs have one seed and one record.
     """
-    columns = compared_columns(records[0])
     methods = dict.fromkeys(m for runs in records for m in runs["method"] if m != FULL)
-    lines = []
+    rows = []
     for method, against in [*((m, FULL) for m in methods), ("cce", "cce_exact")]:
-        found = pd.concat([differences(runs, method, against) for runs in records])
+        both = [runs for runs in records if {method, against} <= set(runs["method"])]
+        found = pd.concat([differences(runs, method, against) for runs in both] or [pd.DataFrame()])
         if len(found):
-            cells = [mean_and_error(found[column]) for column in columns]
-            lines.append([f"`{method}` - `{against}`", str(len(found)), *cells])
-    return table(("difference", "pairs", *columns), lines)
+            rows.append({"name": f"`{method}` - `{against}`", "pairs": len(found),
+                         **found.agg(mean_and_error)})  # fmt: skip
+    columns = [(name, f"{{{name}}}") for name in compared_columns(records[0])]
+    return table(rows, [("difference", "{name}"), ("pairs", "{pairs}"), *columns])
 
 
 def mean_and_error(values: pd.Series) -> str:
@@ -299,13 +281,11 @@ def plots_of(records: Records) -> list[Plot]:
         settings = record.content["settings"]
         title = (f"Fine-tuning SmolLM2 135M, batches of {settings['batch_size']} x "
                  f"{settings['length']:,} tokens, {short(record.device)}")  # fmt: skip
-        found.append(curves(record.by_seed(), record.name, title, 1))
+        found.append(curves(record.runs, record.name, title, 1))
     for record in records["pretrain"]:
-        settings, runs = record.content["settings"], record.by_seed()
+        settings = record.content["settings"]
         title = (f"Pretraining a Llama of {settings['layers']} layers from scratch, vocabulary "
                  f"{settings['vocabulary']:,}, {short(record.device)}")  # fmt: skip
-        found.append(curves(runs, record.name, title, 25))
-        buckets = next(iter(runs[FULL].values()))["judged"][-1]["buckets"]
-        names = [bucket_name(bucket) for bucket in buckets]
-        found.append(rarity(runs, f"{record.name}_rare", title, names))
+        found.append(curves(record.runs, record.name, title, 25))
+        found.append(rarity(record.runs, f"{record.name}_rare", title))
     return found

@@ -8,6 +8,7 @@ from cut_cross_entropy.benchmark import suite
 from cut_cross_entropy.benchmark.runs import Task
 from cut_cross_entropy.benchmark.shapes import Shape
 from cut_cross_entropy.benchmark.suite import ALL, PARTS, tasks_of
+from docs import benchmark_runs as tables
 from docs import make, plots
 from docs.make import BLOCKS, ROOT
 from docs.page import fill
@@ -54,13 +55,13 @@ def found(tmp_path):
     (folder / "largest.json").write_text(json.dumps(largest))
     old = {"environment": {**ENVIRONMENT, "device": "Old GPU"}, "rows": [row("cce_exact")]}
     (folder / "old.json").write_text(json.dumps(old))
-    return make.read(folder)
+    return tables.read(folder)
 
 
 def with_rows(kept, *rows):
     """The measurements and more rows, of a later file."""
     later = {"part": "table", "environment": ENVIRONMENT, "rows": list(rows)}
-    return make.collect({**kept.files, "z.json": later})
+    return tables.collect({**kept.files, "z.json": later})
 
 
 def test_the_documentation_is_what_the_command_makes(capsys):
@@ -88,7 +89,7 @@ def test_what_is_stale_is_named(tmp_path, capsys):
 
 
 def test_every_measurement_says_where_it_comes_from():
-    for name, content in make.read(ROOT / "docs/measurements").files.items():
+    for name, content in tables.read(ROOT / "docs/measurements").files.items():
         assert {"device", "torch", "triton", "commit"} <= set(content["environment"]), name
 
 
@@ -97,8 +98,10 @@ def test_the_device_with_the_most_measurements_comes_first(found):
 
 
 def test_a_verdict_for_every_column(found):
-    assert make.against_others(found) == "", "eager full logits alone are no contest"
-    table = make.against_others(with_rows(found, row("liger", runtime_ms=100.0, op_mem_mb=40000.0)))
+    assert tables.against_others(found) == "", "eager full logits alone are no contest"
+    table = tables.against_others(
+        with_rows(found, row("liger", runtime_ms=100.0, op_mem_mb=40000.0))
+    )
     assert "**won**: 20.0, full logits, eager 90.0" in table
     assert "**won**: 1,300, full logits, eager 32,000" in table
     assert "lost: 1.88, full logits, eager 0.75" in table
@@ -106,30 +109,30 @@ def test_a_verdict_for_every_column(found):
 
 def test_a_line_shows_one_run(found):
     """The one with most kinds, also if a later one has a part of them; the later of two alike."""
-    kinds = found.one_run("Some GPU", "gemma2-structured", "cce")
-    assert {r["source"] for r in kinds.values()} == {"table.json"}
+    runs = found.whole_runs("Some GPU")
+    assert set(runs[runs["method"] == "cce"]["source"]) == {"table.json"}
     later = with_rows(found, row("cce", runtime_ms=10.0))
-    assert "| 20.00 |" in make.by_problem(later, ["gemma2-structured"], ["cce"])
+    assert "| 20.00 |" in tables.by_problem(later, ["gemma2-structured"], ["cce"])
     later = with_rows(found, row("cce", runtime_ms=10.0), row("cce", kind="loss-fw"))
-    assert "| 10.00 |" in make.by_problem(later, ["gemma2-structured"], ["cce"])
-    assert found.one_run("Some GPU", "gemma2-structured", "liger") == {}
+    assert "| 10.00 |" in tables.by_problem(later, ["gemma2-structured"], ["cce"])
+    assert "liger" not in set(later.whole_runs()["method"])
 
 
 def test_a_problem_measured_twice_is_said_to_be(found):
     """All tables and plots but that of the shapes have the figures of the later run."""
     later = with_rows(found, row("cce", runtime_ms=10.0))
-    assert "`cce` took 20.0 ms in the run above" in make.shapes(later)
-    assert "and 10.0 ms in the run of all methods" in make.shapes(later)
-    assert "twice" not in make.shapes(found)
-    assert "| 10.0 ms |" in make.models(later)
-    assert "| **this package**, `cce` | 10.0 |" in make.headline(later)
-    bars = next(p for p in make.benchmark_plots(later) if p.name == "bars_gemma2-structured")
+    assert "`cce` took 20.0 ms in the run above" in tables.shapes(later)
+    assert "and 10.0 ms in the run of all methods" in tables.shapes(later)
+    assert "twice" not in tables.shapes(found)
+    assert "| 10.0 ms |" in tables.models(later)
+    assert "| **this package**, `cce` | 10.0 |" in tables.headline(later)
+    bars = next(p for p in tables.plots_of(later) if p.name == "bars_gemma2-structured")
     assert bars.points["ms"][0] == 10.0
 
 
 def test_the_readme_compares_every_method_on_each_problem(found):
     apple = row("apple", data="smollm2", runtime_ms=7.5, op_mem_mb=64.0, version="25.1.1")
-    text = make.headline(with_rows(found, apple))
+    text = tables.headline(with_rows(found, apple))
     assert text.splitlines()[:5] == [
         "| loss and both gradients | Gemma 2 2B, ms | peak, MiB | error of dE / dC "
         "| SmolLM2, ms | peak, MiB | error of dE / dC |",
@@ -142,19 +145,19 @@ def test_the_readme_compares_every_method_on_each_problem(found):
 
 
 def test_tables_show_the_rows(found):
-    table = make.all_kinds(found.of())
+    table = tables.all_kinds(found.of())
     assert table.count("\n") == 5
     assert "| 0.30% (1.9) | 0.25% (1.6) |" in table
-    assert "Gemma 2 2B (V 256,000, D 2,304, softcap) | 20.0 ms | 1.50 |" in make.models(found)
-    assert "| `cce` | 1,000 or more |" in make.largest(found)
-    assert "| full logits, eager | 512 |" in make.largest(found)
-    assert "| `cce` | 9.0 s |" in make.cold_starts(found)
-    assert make.failures(found) == "- table.json: Liger (load): ImportError: no"
-    assert "### Old GPU" in make.other_devices(found)
+    assert "Gemma 2 2B (V 256,000, D 2,304, softcap) | 20.0 ms | 1.50 |" in tables.models(found)
+    assert "| `cce` | 1,000 or more |" in tables.largest(found)
+    assert "| full logits, eager | 512 |" in tables.largest(found)
+    assert "| `cce` | 9.0 s |" in tables.cold_starts(found)
+    assert tables.failures(found) == "- table.json: Liger (load): ImportError: no"
+    assert "### Old GPU" in tables.other_devices(found)
 
 
 def test_blocks_are_replaced_and_the_rest_is_not(found):
-    blocks = {"where": lambda: make.where(found), "tails": lambda: ""}
+    blocks = {"where": lambda: tables.where(found), "tails": lambda: ""}
     page = "before\n<!-- begin where -->\nold\n<!-- end where -->\nafter\n"
     made = fill(page, blocks)
     assert made.startswith("before\n<!-- begin where -->\n\nSome GPU, PyTorch 2.11")
@@ -169,7 +172,7 @@ def test_problems_without_errors_are_not_counted_as_problems_with_small_ones(fou
     without = row("cce", data="N1024")
     for key in ("error_e", "error_c", "rounding_e", "rounding_c"):
         del without[key]
-    sentence = make.errors_sentence(with_rows(found, without))
+    sentence = tables.errors_sentence(with_rows(found, without))
     assert "dE 1.9 to 1.9, dC 1.6 to 1.6 (1 problems)" in sentence
 
 
@@ -193,7 +196,7 @@ def test_wrong_markers_are_named(page, message):
 def test_a_measurement_without_a_device_is_refused(tmp_path):
     (tmp_path / "x.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"x\.json must name environment\.device"):
-        make.read(tmp_path)
+        tables.read(tmp_path)
 
 
 def test_a_folder_of_a_device_is_newer_than_a_file_beside_it(tmp_path):
@@ -201,7 +204,7 @@ def test_a_folder_of_a_device_is_newer_than_a_file_beside_it(tmp_path):
     for path, milliseconds in ((tmp_path / "gpu.json", 30.0), (tmp_path / "gpu/table.json", 20.0)):
         content = {"environment": ENVIRONMENT, "rows": [row("cce", runtime_ms=milliseconds)]}
         path.write_text(json.dumps(content))
-    assert make.read(tmp_path).of(method="cce")["runtime_ms"].tolist() == [20.0]
+    assert tables.read(tmp_path).of(method="cce")["runtime_ms"].tolist() == [20.0]
 
 
 def test_ratios_to_a_product_of_odd_size_are_left_out(found):
@@ -213,13 +216,11 @@ def test_ratios_to_a_product_of_odd_size_are_left_out(found):
 
 
 def test_a_plot_carries_a_digest_of_its_points_and_its_code(tmp_path):
-    import matplotlib.figure
+    def draw(figure, points):
+        figure.set_size_inches(2, 1)
 
-    def draw(points):
-        return matplotlib.figure.Figure()
-
-    def draw_otherwise(points):
-        return matplotlib.figure.Figure(figsize=(1, 1))
+    def draw_otherwise(figure, points):
+        figure.set_size_inches(1, 1)
 
     plot = plots.Plot("dot", draw, [1, 2])
     assert not plot.is_current(tmp_path)
@@ -230,42 +231,42 @@ def test_a_plot_carries_a_digest_of_its_points_and_its_code(tmp_path):
 
 
 def test_bars_start_at_zero_and_titles_are_words(found):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    (bars,) = [plot for plot in make.benchmark_plots(found) if plot.name.startswith("bars")]
+    (bars,) = [plot for plot in tables.plots_of(found) if plot.name.startswith("bars")]
     assert bars.points["title"] == "Gemma 2 2B head, 8,192 tokens, bfloat16, Some GPU"
-    figure = bars.draw(bars.points)
-    for ax, unit in zip(figure.axes, ("ms", "MiB"), strict=True):
+    for ax, unit in zip(bars.figure().axes, ("ms", "MiB"), strict=True):
         assert ax.get_xscale() == "linear"
         assert ax.get_xlim()[0] == 0
         assert ax.get_xlabel().endswith(f", {unit}")
-    matplotlib.pyplot.close(figure)
 
 
 def test_parts_of_the_suite_are_problems_that_the_tables_find(tmp_path):
-    names = {}
+    tasks = {part: tasks_of(part, tmp_path / "smollm2.pt", True) for part in PARTS}
+    names = {part: [task.name for task in found] for part, found in tasks.items()}
     for part in PARTS:
-        names[part] = [task.name for task in tasks_of(part, tmp_path / "smollm2.pt", True)]
         assert len(set(names[part])) == len(names[part])
         assert set(PARTS[part].methods) <= set(ALL)
     assert names["table"] == ["gemma2-structured", "smollm2", "llama3-8b-structured"]
-    rows = [row("cce", data=name, part=part, tokens=8192) for part in names for name in names[part]]
+    rows = [
+        row("cce", data=task.name, part=part, ignored=task.ignored, frozen=task.frozen,
+            tokens=task.tokens, classes=task.shape.num_classes)
+        for part in tasks for task in tasks[part]
+    ]  # fmt: skip
     contents = [
         {"part": part, "environment": ENVIRONMENT, "rows": [r for r in rows if r["part"] == part]}
         for part in names
     ]
-    kept = make.collect({content["part"]: content for content in contents})
-    assert "90% of the targets ignored" in make.options(kept)
-    assert "`e` needs no gradient" in make.options(kept)
-    assert make.sweep(kept, "tokens").startswith("| N, µs a token")
-    assert make.models(kept).count("\n") == 2 + 11 + 1
+    kept = tables.collect({content["part"]: content for content in contents})
+    assert "90% of the targets ignored" in tables.options(kept)
+    assert "`e` needs no gradient" in tables.options(kept)
+    assert tables.sweep(kept, "tokens").startswith("| N, µs a token")
+    assert "\n| 131,072 | 0.153 |\n" in tables.sweep(kept, "tokens")
+    assert tables.models(kept).count("\n") == 2 + 11 + 1
 
 
 def test_a_part_of_the_suite_is_measured_with_a_folder_of_other_packages(
     tmp_path, capsys, monkeypatch
 ):
-    tiny = Task("ignored-0.9", "flat", 8, Shape("tiny", 64, 8), "float32", ignored=0.5,
+    tiny = Task("ignored-0.9", "flat", 8, Shape("tiny", 64, 8), "float32", ignored=0.9,
                 kinds=("loss-fw-bw",), errors=False)  # fmt: skip
     monkeypatch.setattr(suite, "tasks_of", lambda part, hidden, on_gpu: [tiny])
     for name in ("liger", "notes"):
@@ -273,8 +274,8 @@ def test_a_part_of_the_suite_is_measured_with_a_folder_of_other_packages(
     arguments = ["--out", str(tmp_path / "out"), "--peers", str(tmp_path / "peers"), "--parts"]
     suite.main([*arguments, "options", "--methods", "baseline", "liger", "--commit", "abc"])
     assert "== options: 1 rows, 0 failures" in capsys.readouterr().out
-    kept = make.read(tmp_path / "out")
-    assert "90% of the targets ignored" in make.options(kept)
+    kept = tables.read(tmp_path / "out")
+    assert "90% of the targets ignored" in tables.options(kept)
     assert kept.files["options.json"]["environment"]["commit"] == "abc"
     suite.main([*arguments, "tails", "--time-limit", "10"])
     assert "== tails: not run, no time left" in capsys.readouterr().out

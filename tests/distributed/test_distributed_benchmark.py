@@ -12,7 +12,7 @@ import torch
 from cut_cross_entropy.benchmark import distributed
 from cut_cross_entropy.benchmark.data import Problem
 from cut_cross_entropy.benchmark.distributed import Job, jobs_of, measure_or_note, parse_arguments
-from docs import make, processes
+from docs import benchmark_runs, distributed_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--device", "cpu", "--data", "small", "--impl", "chunked", "--repetitions", "2"]
@@ -67,21 +67,21 @@ def test_every_row_is_there_and_complete(measured):
 
 
 def test_page_of_measurements(measured):
-    page = processes.page(make.read(measured).parts("distributed"))
+    page = distributed_runs.page(benchmark_runs.read(measured).parts("distributed"))
     assert "### 2 GPUs: " in page
     assert "### One GPU, for comparison: " in page
     assert "commit abc." in page
     assert "| small | 16 | FSDP2, `chunked` | " in page
     assert "| small | 32 | one GPU, `chunked` | " in page
     assert page.endswith("Not measured yet: 4 and 8 GPUs.\n")
-    assert processes.page([]) == ""
+    assert distributed_runs.page([]) == ""
 
 
 def test_no_row_begins_after_the_limit(tmp_path):
     record = launch(1, tmp_path, "--tokens", "16", "--time-limit", "0", "--compare")
     assert record["rows"] == []
     assert [job["setup"] for job in record["skipped"]] == ["one GPU", "one GPU, full logits"]
-    page = processes.page(make.read(tmp_path).parts("distributed"))
+    page = distributed_runs.page(benchmark_runs.read(tmp_path).parts("distributed"))
     assert "No time was left for: small, 16 tokens, one GPU, `chunked`; small" in page
 
 
@@ -94,17 +94,17 @@ def row(setup, **more):
 
 def test_efficiency_and_hidden_share():
     rows = [row("FSDP2"), row("vocabulary-parallel"), row("FSDP2", impl="cce_exact", alone_ms=None)]
-    several = processes.rows_of({"rows": rows})
-    one = processes.rows_of(
-        {"rows": [row("one GPU", ms=20.0), row("one GPU, full logits", ms=9.0)]}
-    )
-    found = processes.with_efficiency(several, one)
+    several = distributed_runs.rows_of(rows)
+    alone = [row("one GPU", ms=20.0), row("one GPU, full logits", ms=9.0)]
+    one = distributed_runs.rows_of(alone)
+    found = distributed_runs.with_efficiency(several, one)
     assert found["efficiency"].tolist()[:2] == [0.8, 0.4]
     assert pd.isna(found["efficiency"].iloc[2]), "one GPU was not measured with that implementation"
     assert found["hidden"].tolist()[:2] == [0.5, 0.5]
     assert pd.isna(found["hidden"].iloc[2])
-    short = processes.rows_of({"rows": [row("FSDP2", exchange_ms=2.4)]})
-    assert processes.with_efficiency(short, None)[["efficiency", "hidden"]].isna().all(axis=None)
+    short = distributed_runs.rows_of([row("FSDP2", exchange_ms=2.4)])
+    found = distributed_runs.with_efficiency(short, None)
+    assert found[["efficiency", "hidden"]].isna().all(axis=None)
 
 
 def test_what_does_not_fit_is_said():
@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_said():
         "environment": {"device": "Some GPU", "torch": "2", "triton": "3", "commit": "abc"},
         "rows": [large, row("FSDP2", alone_ms=None, exchange_ms=None, why="RuntimeError: no")],
     }  # fmt: skip
-    page = processes.page([record])
+    page = distributed_runs.page([record])
     assert (
         "| Gemma 2 2B | 32,768 | tensor-parallel full logits | out of memory |  |  |  |  |  |  |"
         in page

@@ -1,0 +1,524 @@
+"""Tables of the benchmark's files: README.md, docs/benchmarks.md and docs/numerics.md."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from cut_cross_entropy.benchmark.environment import in_words
+from cut_cross_entropy.benchmark.methods import METHODS
+from cut_cross_entropy.benchmark.shapes import SHAPES
+from docs import plots
+from docs.page import Column, Row, cell, table
+
+BOTH = "loss-fw-bw"
+KINDS = ("loss-fw", "loss-bw", BOTH)
+PROBLEM = ["test_data", "method"]
+COLUMNS = [
+    "device", "source", "part", "test_data", "method", "kind", "dtype", "tokens", "dim", "classes",
+    "runtime_ms", "op_mem_mb", "gemms", "gemm_ms", "gemm_even", "tflops", "q1_ms", "q3_ms",
+    "repetitions", "cold", "first_ms", "ignored", "frozen", "filter", "version", "error_e",
+    "error_c", "rounding_e", "rounding_c",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Everything that was measured.
+
+    Args:
+        files: content of every JSON file by its path, later measurements last.
+        rows: all rows of the benchmark, with ``device``, ``source`` (the path) and ``part``;
+            ``title`` and ``data`` name method and problem; ``multiple_e`` and ``multiple_c`` are
+            errors as multiples of bfloat16 rounding. Methods sort in the order of the benchmark.
+        devices: names, the one with the most rows first.
+    """
+
+    files: dict[str, dict[str, Any]]
+    rows: pd.DataFrame
+    devices: list[str]
+
+    def on(self, device: str | None = None) -> pd.DataFrame:
+        """Return all rows of a device, by default of the first."""
+        return self.rows[self.rows["device"] == (device or self.devices[0])]
+
+    def of(self, device: str | None = None, **equal: Any) -> pd.DataFrame:
+        """Return the newest row of every problem, method and kind, of one device.
+
+        Args:
+            device: its name; the first one by default.
+            **equal: values of columns.
+        """
+        found = self.on(device)
+        for column, value in equal.items():
+            found = found[found[column].isna() if value is None else found[column] == value]
+        return found.drop_duplicates([*PROBLEM, "kind"], keep="last")
+
+    def whole_runs(self, device: str | None = None) -> pd.DataFrame:
+        """Return the rows of one run for every problem and method: of the runs with the most
+        kinds the latest.
+        """
+        rows = self.on(device)
+        runs = rows.groupby([*PROBLEM, "source"], observed=True)["kind"].transform("nunique")
+        rows = rows[
+            runs == runs.groupby([rows[x] for x in PROBLEM], observed=True).transform("max")
+        ]
+        last = rows.groupby(PROBLEM, observed=True)["source"].transform("last")
+        return rows[rows["source"] == last].drop_duplicates([*PROBLEM, "kind"], keep="last")
+
+    def parts(self, name: str) -> list[dict[str, Any]]:
+        """Return the files of a part that has a form of its own, the main device's first."""
+        found = [content for content in self.files.values() if content.get("part") == name]
+        return sorted(found, key=lambda each: self.devices.index(each["environment"]["device"]))
+
+    def problems(self, *parts: str) -> list[str]:
+        """Return the problems of some parts in the order of their measurement."""
+        rows = self.on()
+        return list(dict.fromkeys(rows[rows["part"].isin(parts)]["test_data"]))
+
+
+def collect(files: dict[str, dict[str, Any]]) -> Measurements:
+    """Put the rows of all files into one table.
+
+    Raises:
+        ValueError: a file does not name its device.
+    """
+    rows: list[dict[str, Any]] = []
+    count: dict[str, int] = {}
+    for source, content in files.items():
+        try:
+            device = content["environment"]["device"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{source} must name environment.device") from error
+        found = [row for row in content.get("rows", []) if "kind" in row]
+        count[device] = count.get(device, 0) + len(found)
+        where = {"device": device, "source": source, "part": content.get("part", "benchmark")}
+        rows += [{**row, **where} for row in found]
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    frame["title"], frame["data"] = frame["method"].map(title), frame["test_data"].map(data_title)
+    order = dict.fromkeys([*METHODS, *frame["method"]])
+    frame["method"] = pd.Categorical(frame["method"], list(order), ordered=True)
+    for name in "ec":
+        rounding = frame[f"rounding_{name}"].astype(float)
+        multiple = frame[f"error_{name}"].astype(float) / rounding.where(rounding > 0)
+        frame[f"multiple_{name}"] = multiple
+    # Files without gemm_even compare an odd V with a product of as many classes, which is far
+    # slower than one of a few less.
+    odd = frame["classes"].astype(float).mod(8).gt(0) & frame["gemm_even"].isna()
+    frame.loc[odd, ["gemms", "gemm_ms"]] = None
+    return Measurements(files, frame, sorted(count, key=lambda device: -count[device]))
+
+
+def read(folder: Path) -> Measurements:
+    """Read the benchmark's files below ``folder``; a device's own folder is newer than a file."""
+    paths = sorted(folder.rglob("*.json"), key=lambda path: (len(path.parts), path))
+    return collect(
+        {
+            path.relative_to(folder).as_posix(): json.loads(path.read_text(encoding="utf-8"))
+            for path in paths
+            if "experiments" not in path.parts
+        }
+    )
+
+
+def title(method: str) -> str:
+    """Name a method in a table."""
+    return METHODS[method].title if method in METHODS else f"`{method}`"
+
+
+def data_title(name: str) -> str:
+    """Name a problem in a table."""
+    model, _, kind = name.rpartition("-")
+    if model in SHAPES:
+        return f"{SHAPES[model].title}, {kind}"
+    return {"smollm2": "SmolLM2, real text", "smol": "SmolLM2, real text"}.get(name, name)
+
+
+def error(name: str) -> Callable[[Row], str]:
+    """Return a column: an error in percent, and as a multiple of rounding the exact gradient."""
+    share, multiple = f"{{error_{name}:.2%}}", f" ({{multiple_{name}:.1f}})"
+    return lambda row: cell(row, share) and cell(row, share) + cell(row, multiple)
+
+
+ERRORS: list[Column] = [("error of dE", error("e")), ("of dC", error("c"))]
+MULTIPLES = "{multiple_e:.1f} / {multiple_c:.1f}"
+
+COMPARED = {
+    "cce": "**this package**, `cce`",
+    "cce_exact": "**this package**, `cce_exact`",
+    "torch_compile": "full logits, `torch.compile`",
+    "baseline": "full logits, eager",
+    "trl": "TRL {version}",
+    "apple": "Apple's `cut_cross_entropy` {version}",
+    "liger": "Liger {version}",
+}
+"""Lines of the README's table."""
+
+
+def headline(kept: Measurements, names: Sequence[str] = ("gemma2-structured", "smollm2")) -> str:
+    """README: time, peak and error of every method, the problems next to each other."""
+    rows, measured = kept.of(kind=BOTH), kept.parts("table")
+    rows = rows[rows["test_data"].isin(names)]
+    if not measured or rows.empty:
+        return ""
+    versions = (
+        rows.drop_duplicates("method").set_index("method")["version"].astype(object).fillna("")
+    )
+    lines = [{"method": m, "name": text.format(version=versions[m]).strip()}
+             for m, text in COMPARED.items() if m in versions.index]  # fmt: skip
+    columns: list[Column] = [("loss and both gradients", "{name}")]
+    for name in (name for name in names if name in set(rows["test_data"])):
+        own = rows[rows["test_data"] == name].set_index("method").to_dict("index")
+        for heading, text in ((f"{data_title(name).split(',')[0]}, ms", "{runtime_ms:,.1f}"),
+                              ("peak, MiB", "{op_mem_mb:,.0f}"),
+                              ("error of dE / dC", MULTIPLES)):  # fmt: skip
+            columns.append(
+                (heading, lambda row, own=own, text=text: cell(own.get(row["method"], {}), text))
+            )
+    environment = measured[0]["environment"]
+    return f"{table(lines, columns)}\n{in_words(environment)}, commit {environment['commit']}."
+
+
+def models(kept: Measurements) -> str:
+    """Our default on the models' shapes."""
+    rows = kept.of(method="cce", kind=BOTH)
+    rows = rows[rows["part"].isin(("table", "shapes"))].set_index("test_data")
+    shapes = {f"{shape.name}-structured": shape for shape in SHAPES.values()}
+    rows = rows.loc[[name for name in shapes if name in rows.index]]
+    gradients = (rows["tokens"] + rows["classes"]) * rows["dim"] * 2 / 2**20
+    above = rows["op_mem_mb"] - gradients
+    head = [f"{shapes[name].title} (V {shapes[name].num_classes:,}, D {shapes[name].dim:,}"
+            + ", softcap" * bool(shapes[name].softcap) + ")" for name in rows.index]  # fmt: skip
+    return table(
+        rows.assign(head=head, above=above, share=above / gradients),
+        [("classifier", "{head}"), ("loss and gradients", "{runtime_ms:.1f} ms"),
+         ("× matmul", "{gemms:.2f}"),
+         ("peak beyond the gradients", "{above:.0f} MiB ({share:.0%})"),
+         ("error of dE / dC, × bf16 rounding", MULTIPLES)],
+    )  # fmt: skip
+
+
+def all_kinds(rows: pd.DataFrame) -> str:
+    """Every method and kind of one problem, as the command's own table shows them."""
+    rows = rows.assign(order=rows["kind"].map(KINDS.index)).sort_values(["order", "runtime_ms"])
+    return table(
+        rows,
+        [("method", "{title}"), ("kind", "{kind}"), ("runtime_ms", "{runtime_ms:,.1f}"),
+         ("op_mem_mb", "{op_mem_mb:,.0f}"), ("× matmul", "{gemms:.2f}"),
+         ("TFLOP/s", "{tflops:.0f}"), *ERRORS],
+    )  # fmt: skip
+
+
+def by_problem(
+    kept: Measurements,
+    names: Sequence[str],
+    methods: Sequence[str] = (),
+    device: str | None = None,
+) -> str:
+    """One line for a problem and method, by default all, kinds next to each other, of one run."""
+    runs = kept.whole_runs(device)
+    runs = runs[runs["test_data"].isin(names) & (runs["method"].isin(methods) | (not methods))]
+    kinds = runs.pivot(index=PROBLEM, columns="kind", values="gemms").reindex(columns=KINDS)
+    rows = runs[runs["kind"] == BOTH].join(kinds, on=PROBLEM).sort_values(
+        PROBLEM, key=lambda x: x.map(list(names).index) if x.name == "test_data" else x
+    )  # fmt: skip
+    return table(
+        rows,
+        [("data", "{data}"), ("method", "{title}"), ("loss", "{loss-fw:.2f}"),
+         ("gradients", "{loss-bw:.2f}"), ("both", "{loss-fw-bw:.2f}"),
+         ("both, ms", "{runtime_ms:.2f}"), ("peak, MiB", "{op_mem_mb:,.0f}"), *ERRORS],
+    )  # fmt: skip
+
+
+def shapes(kept: Measurements) -> str:
+    """Our kernels on all shapes, and which of them other tables have from another run."""
+    names = [name for name in kept.problems("table", "shapes") if not name.startswith("smol")]
+    newest = kept.of(method="cce", kind=BOTH).set_index("test_data")
+    runs = kept.whole_runs()
+    runs = runs[(runs["method"] == "cce") & (runs["kind"] == BOTH)].set_index("test_data")
+    return "\n".join([by_problem(kept, names, ("cce", "cce_exact")), *(
+        f"{data_title(name)}, was measured twice: `cce` took {runs['runtime_ms'][name]:.1f} ms in "
+        "the run above, which timed this package alone, and "
+        f"{newest['runtime_ms'][name]:.1f} ms in the run of all methods, whose figures all other "
+        "tables and plots show."
+        for name in names
+        if name in runs.index and newest["source"][name] != runs["source"][name]
+    )])  # fmt: skip
+
+
+def against_others(kept: Measurements) -> str:
+    """Our default and the best of everything that is not this package, problem by problem."""
+    # Compiled full logits go by the name of this package's implementation that makes them.
+    other = {m for m, method in METHODS.items() if method.peer} | {"baseline", "torch_compile",
+                                                                   "torch"}  # fmt: skip
+    measures = {"time, ms": ("runtime_ms", ",.1f"), "peak, MiB": ("op_mem_mb", ",.0f"),
+                "error of dE, × bf16 rounding": ("multiple_e", ".2f"),
+                "error of dC, × bf16 rounding": ("multiple_c", ".2f")}  # fmt: skip
+    lines = []
+    for name in kept.problems("table", "tails", "benchmark"):
+        rows = kept.of(test_data=name, kind=BOTH).set_index("method")
+        others = rows[rows.index.isin(other)]
+        if "cce" not in rows.index or set(others.index) <= {"baseline"}:
+            continue  # eager full logits are slower than whatever else was not measured there
+        line = {"data": data_title(name)}
+        for heading, (column, form) in measures.items():
+            own, known = rows.loc["cce", column], others[column].dropna().astype(float)
+            if pd.isna(own) or known.empty:
+                continue
+            best = known.min()
+            verdict = "**won**" if own < best else "lost" if own > best else "even"
+            line[heading] = f"{verdict}: {own:{form}}, {title(known.idxmin())} {best:{form}}"
+        lines.append(line)
+    return table(lines, [("data", "{data}"), *((name, f"{{{name}}}") for name in measures)])
+
+
+def filter_table(kept: Measurements, device: str | None = None) -> str:
+    """What the filter kept and dropped."""
+    rows = kept.of(device, method="cce", kind=BOTH, ignored=0.0, frozen=None)
+    found = [{"data": data, **records[0]} for data, records in zip(rows["data"], rows["filter"],
+             strict=True) if isinstance(records, list) and records]  # fmt: skip
+    return table(
+        found,
+        [("data", "{data}"), ("strips kept", "{strips_kept:.2%}"),
+         ("dropped mass", "{dropped_mass:.2%}"), ("flat tokens", "{flat_tokens} of {tokens}"),
+         ("path", "{path}")],
+    )  # fmt: skip
+
+
+def cold_starts(kept: Measurements) -> str:
+    """First calls from empty caches."""
+    rows = kept.on()
+    rows = rows[rows["cold"].eq(True) & rows["part"].isin(("table", "benchmark"))]
+    rows = rows.drop_duplicates("method").sort_values("method")
+    rows = rows.assign(seconds=rows["first_ms"] / 1e3)
+    return table(rows, [("method", "{title}"), ("first call", "{seconds:.1f} s")])
+
+
+def by_method(rows: pd.DataFrame, heading: str, form: str) -> str:
+    """A line for each ``line`` of the rows, a column for each method with its ``value``."""
+    wide = rows.pivot_table("value", "line", "method", sort=False, observed=True).sort_index(axis=1)
+    wide.columns = list(wide.columns)
+    columns = [(title(method), form.replace("value", method)) for method in wide.columns]
+    return table(wide.reset_index(), [(heading, "{line}"), *columns])
+
+
+def options(kept: Measurements) -> str:
+    """Ignored targets and frozen inputs compared with the plain call."""
+    rows = kept.of(part="options", kind=BOTH)
+    line = [f"`{frozen}` needs no gradient" if isinstance(frozen, str) else
+            f"{ignored:.0%} of the targets ignored"
+            for ignored, frozen in zip(rows["ignored"], rows["frozen"], strict=True)]  # fmt: skip
+    return by_method(rows.assign(line=line, value=rows["runtime_ms"]), "", "{value:.1f} ms")
+
+
+def sweep(kept: Measurements, size: str) -> str:
+    """Time per token or per class as a table and a plot."""
+    letter, unit = ("N", "token") if size == "tokens" else ("V", "class")
+    rows = swept(kept.of(part="sweeps"), size).sort_values(size)
+    value = rows["runtime_ms"] * 1e3 / rows[size]
+    rows = rows.assign(line=rows[size].map("{:,}".format), value=value)
+    text = by_method(rows, f"{letter}, µs a {unit}", "{value:.3g}")
+    return text.strip() + image(f"sweep_{size}", "Time and memory against the size", kept)
+
+
+def swept(rows: pd.DataFrame, size: str) -> pd.DataFrame:
+    """Return the rows of a sweep: those that the suite names after it, or that are alike but in
+    ``size``.
+    """
+    named = rows[rows["test_data"].str.fullmatch(("N" if size == "tokens" else "V") + r"\d+")]
+    other = rows["classes" if size == "tokens" else "tokens"]
+    return rows[other == other.mode().max()] if named.empty else named
+
+
+def largest(kept: Measurements) -> str:
+    """Largest batches."""
+    found: dict[str, dict[str, str]] = {}
+    limits: dict[str, None] = {}
+    for content in kept.parts("largest")[:1]:
+        for row in content["rows"]:
+            limit = f"within {row['limit_gib']:g} GiB"
+            limits[limit] = None
+            more = " or more" * (row["tokens"] >= content["most"])
+            line = found.setdefault(row["method"], {"title": title(row["method"])})
+            line[limit] = f"{row['tokens']:,.0f}{more}"
+    lines = [found[method] for method in METHODS if method in found]
+    return table(lines, [("method", "{title}"), *((limit, f"{{{limit}}}") for limit in limits)])
+
+
+def parts(kept: Measurements) -> str:
+    """What each part of the filter buys, simulated, with the times of what exists."""
+    exists = {"no filter": "cce_exact", "strips and tail, classes by mask": "cce",
+              "tiles, classes by mean logit": "apple"}  # fmt: skip
+    timed = kept.of(kind=BOTH).set_index(PROBLEM)["runtime_ms"]
+
+    def time(row: Row) -> str:
+        method = exists.get(row["part"], "")
+        ms = timed.get((row["test_data"], method))
+        return "" if ms is None else f"{ms:.1f} ms ({title(method)})"
+
+    rows = [row for content in kept.parts("simulate")[:1] for row in content["rows"]]
+    for row in rows:
+        row |= {f"multiple_{x}": row[f"error_{x}"] / row[f"rounding_{x}"] for x in "ec"}
+    return table(
+        rows,
+        [("data", lambda row: data_title(row["test_data"])), ("part", "{part}"),
+         ("kept", "{kept:.1%}"), ("error of dE", "{error_e:.3%} ({multiple_e:.1f})"),
+         ("of dC", "{error_c:.3%} ({multiple_c:.1f})"), ("pairs in dC", "{pairs:.1f}"),
+         ("time measured", time)],
+    )  # fmt: skip
+
+
+def rank_sentence(kept: Measurements) -> str:
+    """The rank curve in words."""
+    return "\n".join(
+        f"{data_title(name)}, {curve['tokens']:,} tokens: on average "
+        f"{curve['above_cutoff']:.0f} of {curve['classes']:,} classes lie above the cut-off, and "
+        f"they hold {curve['mass_above_cutoff']:.1%} of the probability."
+        for content in kept.parts("ranks")[:1]
+        for name, curve in content["curves"].items()
+    )
+
+
+def errors_sentence(kept: Measurements) -> str:
+    """The range of the errors of our default."""
+    rows = kept.of(method="cce", kind=BOTH)[["multiple_e", "multiple_c"]].dropna(how="all")
+    if rows.empty:
+        return ""
+    ranges = (f"d{x.upper()} {rows[f'multiple_{x}'].min():.1f} to {rows[f'multiple_{x}'].max():.1f}"
+              for x in "ec")  # fmt: skip
+    return (
+        f"Measured for `cce` on the {kept.devices[0]}, in multiples of the bf16 rounding error: "
+        f"{', '.join(ranges)} ({len(rows)} problems)."
+    )
+
+
+def spread(kept: Measurements) -> str:
+    """How far repetitions lie apart."""
+    rows = kept.on()
+    rows = rows[rows["repetitions"] > 3]
+    shares = (rows["q3_ms"] - rows["q1_ms"]) / rows["runtime_ms"]
+    if shares.empty:
+        return ""
+    tenth = shares.quantile(0.9, interpolation="higher")
+    return (f"Between the quartiles of the repetitions of a row lie {shares.median():.1%} of its "
+            f"median (median row), {tenth:.1%} for one row in ten.")  # fmt: skip
+
+
+def failures(kept: Measurements) -> str:
+    """What could not be measured, and why; a method that ran out of time is named once."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for file, content in kept.files.items():
+        if content["environment"]["device"] != kept.devices[0]:
+            continue
+        for failure in content.get("failures", []):
+            reason = failure["error"].split(". ")[0]
+            if re.fullmatch(r"no answer within (-\d+|0) s", reason):
+                reason = "no time was left"
+            what = "" if reason == "no time was left" else f" ({failure.get('what', '')})"
+            key = (file, data_title(failure.get("test_data", "")), reason)
+            found.setdefault(key, []).append(title(failure["method"]) + what)
+    return "\n".join(
+        f"- {file}: {data}{': ' if data else ''}{', '.join(dict.fromkeys(methods))}: {reason}"
+        for (file, data, reason), methods in found.items()
+    ) or "Nothing failed."  # fmt: skip
+
+
+def where(kept: Measurements, device: str | None = None) -> str:
+    """Name the device, the versions and the commits of the benchmark's rows."""
+    commits: dict[str, dict[str, None]] = {}
+    for content in kept.files.values():
+        found = content["environment"]
+        apart = content.get("part") in ("distributed", "training-processes")
+        if found["device"] == (device or kept.devices[0]) and not apart:
+            commits.setdefault(in_words(found), {})[found["commit"]] = None
+    texts = (f"{text}, commit{'s' * (len(names) > 1)} {' and '.join(names)}"
+             for text, names in commits.items())  # fmt: skip
+    return "; ".join(texts) + "."
+
+
+def other_devices(kept: Measurements) -> str:
+    """Everything that was measured elsewhere."""
+    text = []
+    for device in kept.devices[1:]:
+        names = list(dict.fromkeys(kept.on(device)["test_data"]))
+        if names:
+            tables = by_problem(kept, names, device=device), filter_table(kept, device)
+            text += [f"### {device}\n", where(kept, device) + "\n", *tables]
+    return "\n".join(text)
+
+
+def raw_files(kept: Measurements) -> str:
+    """Every file and where it comes from."""
+    rows = [{"name": name, "count": len(content.get("rows", content.get("curves", []))),
+             **content["environment"]} for name, content in kept.files.items()]  # fmt: skip
+    return table(
+        sorted(rows, key=lambda row: kept.devices.index(row["device"])),
+        [("file", "[{name}](measurements/{name})"), ("device", "{device}"), ("PyTorch", "{torch}"),
+         ("Triton", "{triton}"), ("commit", "{commit}"), ("rows", "{count}")],
+    )  # fmt: skip
+
+
+def table_one(kept: Measurements) -> str:
+    """The paper's Table 1."""
+    name = "gemma2-structured"
+    text = all_kinds(kept.of(test_data=name)).strip()
+    return text + image(f"bars_{name}", "Time and memory of all methods", kept)
+
+
+def all_methods(kept: Measurements) -> str:
+    """The problems of the table that the paper does not have."""
+    return by_problem(kept, [x for x in kept.problems("table") if x != "gemma2-structured"])
+
+
+BLOCKS: dict[str, Callable[[Measurements], str]] = {
+    "headline": headline,
+    "models": models,
+    "where": where,
+    "spread": spread,
+    "table-1": table_one,
+    "all-methods": all_methods,
+    "against-others": against_others,
+    "shapes": shapes,
+    "tails": lambda kept: by_problem(kept, kept.problems("tails")),
+    "filter": filter_table,
+    "cold-starts": cold_starts,
+    "options": options,
+    "sweep-tokens": partial(sweep, size="tokens"),
+    "sweep-classes": partial(sweep, size="classes"),
+    "largest": largest,
+    "parts": parts,
+    "ranks": rank_sentence,
+    "errors": errors_sentence,
+    "failures": failures,
+    "other-devices": other_devices,
+    "files": raw_files,
+}
+
+
+def image(name: str, text: str, kept: Measurements) -> str:
+    """Link a plot if there are measurements for it."""
+    known = [plot.name for plot in plots_of(kept)]
+    return f"\n\n![{text}](images/{name}.png)" if name in known else ""
+
+
+def plots_of(kept: Measurements) -> list[plots.Plot]:
+    """Return every plot that the main device's measurements suffice for."""
+    ranks = [plots.ranks(content["curves"]) for content in kept.parts("ranks")[:1]]
+    usual = kept.on()
+    if usual.empty:
+        return ranks
+    ignored, frozen = usual.iloc[0][["ignored", "frozen"]]
+    rows = kept.of(kind=BOTH, ignored=ignored, frozen=None if pd.isna(frozen) else frozen)
+    tables = rows[rows["part"].isin(("table", "benchmark"))]
+    found = [plots.bars(tables[tables["test_data"] == name], f"bars_{name}")
+             for name in dict.fromkeys(usual["test_data"])]  # fmt: skip
+    sweeps = rows[rows["part"] == "sweeps"]
+    sweeps = rows[rows["part"] == "benchmark"] if sweeps.empty else sweeps
+    found += [plots.sweep(swept(sweeps, x), f"sweep_{x}", x) for x in ("tokens", "classes")]
+    found.append(plots.speed_error(kept.of(kind=BOTH), "speed_error"))
+    return [*(plot for plot in found if plot is not None), *ranks]
