@@ -6,6 +6,7 @@ from cut_cross_entropy.distributed.options import DataParallelOptions, VocabPara
 from cut_cross_entropy.filter_report import FilterRecord, record_filter
 from cut_cross_entropy.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from cut_cross_entropy.options import LinearCrossEntropyImpl
+from cut_cross_entropy.token_logprobs import TokenLogprobs, token_logprobs
 from cut_cross_entropy.utils import compute_z_loss, recommend_c_grad_chunk_size
 
 if TYPE_CHECKING:
@@ -18,12 +19,14 @@ __all__ = [
     "FilterRecord",
     "LinearCrossEntropy",
     "LinearCrossEntropyImpl",
+    "TokenLogprobs",
     "VocabParallelOptions",
     "__version__",
     "compute_z_loss",
     "linear_cross_entropy",
     "recommend_c_grad_chunk_size",
     "record_filter",
+    "token_logprobs",
 ]
 
 

@@ -10,7 +10,14 @@ from cut_cross_entropy.device_support import kernels_unavailable, triton_is_inte
 from cut_cross_entropy.distributed.collectives import combine_shards
 from cut_cross_entropy.implementations import full_logits, reference
 from cut_cross_entropy.operators import run_chunked, run_kernels
-from cut_cross_entropy.options import KERNEL_IMPLS, CCEPreset, CCEPresets
+from cut_cross_entropy.options import KERNEL_IMPLS, CCEPreset, CCEPresets, FilterEps
+from cut_cross_entropy.output_operators import (
+    mean_logits_of_rank_one,
+    run_class_logits,
+    run_outputs,
+    sum_shards,
+)
+from cut_cross_entropy.outputs import Asked, TokenOutputs
 from cut_cross_entropy.problem import Filter, PerToken, Problem
 from cut_cross_entropy.transforms import is_traced, is_transformed, plain
 from cut_cross_entropy.validation import check_target_range
@@ -140,3 +147,106 @@ def _full_losses(impl: str, problem: Problem) -> PerToken:
             logit, lse = combine_shards(logit, lse, problem.group)
         nll = torch.where(logit == torch.inf, torch.nan, lse - logit)
         return PerToken(torch.where(kept, nll, 0), torch.where(kept, lse, 0))
+
+
+def token_outputs(
+    impl: str,
+    problem: Problem,
+    asked: Asked,
+    filter_eps: FilterEps = "auto",
+    filter_mass: float | None = None,
+    *,
+    weights: Tensor | None = None,
+    world_size: int = 1,
+) -> TokenOutputs:
+    """Loss, log-sum-exp and the sums that are asked for, of every token.
+
+    Args:
+        impl: an implementation other than ``"torch_compile"``, or ``"auto"``.
+        problem: the inputs.
+        asked: the sums to compute.
+        filter_eps, filter_mass: see :func:`linear_cross_entropy`.
+        weights: (V,) of the classes in the mean logit; by default they are equal.
+        world_size: processes that share the classes.
+
+    Raises:
+        RuntimeError: kernels that lack what is asked for, named explicitly.
+    """
+    if asked.mean_logit and weights is None:
+        weights = equal_weights(problem)
+    if impl == "reference":
+        _refuse_shards(problem)
+        check_target_range(plain(problem.targets), problem.c.shape[0], problem.ignore_index)
+        with torch.autocast(problem.e.device.type, enabled=False):
+            logits = reference.all_logits(problem)
+            return reference.token_outputs(problem, logits, asked, weights)
+    chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
+    by_kernels = chosen in KERNEL_IMPLS and not asked and problem.multiplier is None
+    if chosen in KERNEL_IMPLS and impl != "auto" and not by_kernels:
+        raise RuntimeError(
+            f"impl={impl!r} computes log-probabilities, lse and candidates at temperature 1; for "
+            "other outputs use impl='auto' or 'chunked'"
+        )
+    if not by_kernels:
+        return run_outputs(problem, asked, weights)
+    options: CCEPreset = {
+        "filter_eps": filter_eps,
+        "accum_e_fp32": True,
+        "accum_c_fp32": True,
+        "filter_e_grad": True,
+        "filter_c_grad": True,
+    }
+    mass = 1.0 if filter_mass is None else float(filter_mass)
+    nll, lse = token_losses(chosen, problem, options, filter_mass=mass, world_size=world_size)
+    nothing = lse.new_empty(0)
+    no_class = lse.new_empty((lse.shape[0], 0))
+    return TokenOutputs(
+        nll,
+        lse,
+        entropy=nothing,
+        log_sum_sq=nothing,
+        mean_logit=nothing,
+        rank=nothing.int(),
+        max_logit=nothing,
+        top_ids=no_class.long(),
+        top_logits=no_class,
+    )
+
+
+def class_logits(impl: str, problem: Problem, ids: Tensor) -> Tensor:
+    """Logits of the classes ``ids`` (N, K) of each token, 0 for ignored tokens and negative ids."""
+    if impl != "reference":
+        return run_class_logits(problem, ids)
+    num_classes = problem.c.shape[0]
+    kept = (problem.targets != problem.ignore_index)[:, None] & (ids >= 0)
+    with torch.autocast(problem.e.device.type, enabled=False):
+        logits = reference.all_logits(problem).gather(1, ids.clamp(0, num_classes - 1))
+    return torch.where(kept, torch.where(ids < num_classes, logits, torch.nan), 0)
+
+
+def mean_logits(impl: str, problem: Problem, weights: Tensor | None) -> Tensor:
+    """Mean logit of every token, weighted by ``weights`` (V,); by default they are equal."""
+    if weights is None:
+        weights = equal_weights(problem)
+    if problem.softcap is None and impl != "reference":
+        return mean_logits_of_rank_one(problem, weights)
+    if impl in KERNEL_IMPLS:
+        impl = "auto"  # they have no walk with other sums
+    return token_outputs(impl, problem, Asked(mean_logit=True), weights=weights).mean_logit
+
+
+def equal_weights(problem: Problem) -> Tensor:
+    """Weights (V,) of a mean over all classes, those of other processes included."""
+    num_classes = problem.c.shape[0]
+    count = problem.e.new_full((1,), num_classes, dtype=problem.wide)
+    if problem.group is not None:
+        count = sum_shards(count, problem.group)
+    return (1 / count).expand(num_classes).contiguous()
+
+
+def _refuse_shards(problem: Problem) -> None:
+    if problem.group is not None:
+        raise ValueError(
+            "impl='reference' of token_logprobs needs all classes: use 'auto' or 'chunked' where "
+            "they are spread over processes"
+        )

@@ -79,7 +79,7 @@ def chunked_gradients(
 
 @chunked_gradients.register_fake
 def _(grad_nll: Tensor, grad_lse: Tensor, nll: Tensor, lse: Tensor, *flat: Any) -> Gradients:
-    return _fake_gradients(Problem(*flat[:_NUM_FIELDS]), Needed(*flat[_NUM_FIELDS:]))
+    return fake_gradients(Problem(*flat[:_NUM_FIELDS]), Needed(*flat[_NUM_FIELDS:]))
 
 
 @torch.library.custom_op(
@@ -164,7 +164,7 @@ def cce_gradients(grad_nll: Tensor, grad_lse: Tensor, *flat: Any) -> Gradients:
 
 @cce_gradients.register_fake
 def _(grad_nll: Tensor, grad_lse: Tensor, *flat: Any) -> Gradients:
-    return _fake_gradients(_kernel_options(flat[5:])[0], Needed(*flat[-3:]))
+    return fake_gradients(_kernel_options(flat[5:])[0], Needed(*flat[-3:]))
 
 
 def _fake_per_token(problem: Problem) -> Tensor:
@@ -172,7 +172,7 @@ def _fake_per_token(problem: Problem) -> Tensor:
     return torch.empty(shape, dtype=problem.wide, device=problem.e.device)
 
 
-def _fake_gradients(problem: Problem, needed: Needed) -> Gradients:
+def fake_gradients(problem: Problem, needed: Needed) -> Gradients:
     """Results of a backward operator without values; an empty tensor for each not needed."""
     e, c, bias = problem.e, problem.c, problem.bias
     pairs = ((e, needed.e), (c, needed.c), (bias, needed.bias))

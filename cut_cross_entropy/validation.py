@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import ParamSpec, TypeVar, get_args
 
 import torch
@@ -25,6 +25,7 @@ from cut_cross_entropy.options import (
     check_flag,
     did_you_mean,
 )
+from cut_cross_entropy.transforms import is_traced, is_transformed
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -166,6 +167,138 @@ def check_options(
         check_flag(name, flag)
 
 
+def check_logit_scale(logit_scale: float) -> None:
+    """Accept a finite number other than 0.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if isinstance(logit_scale, bool) or not isinstance(logit_scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"logit_scale must be a float, got {type(logit_scale).__name__}")
+    if not 0 < abs(logit_scale) < math.inf:
+        raise ValueError(f"logit_scale must be a finite float other than 0, got {logit_scale!r}")
+
+
+def check_temperature(temperature: float | Tensor, targets: Tensor) -> None:
+    """Accept a number above 0, or a tensor of them that broadcasts against ``targets``.
+
+    The values of a tensor are looked at where that does not stall anything, as those of targets.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if not isinstance(temperature, Tensor):
+        if isinstance(temperature, bool) or not isinstance(
+            temperature, (int, float, torch.SymFloat)
+        ):
+            raise TypeError(
+                f"temperature must be a float or a tensor, got {type(temperature).__name__}"
+            )
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be a finite float > 0, got {temperature!r}")
+        return
+    check_per_token("temperature", temperature, targets)
+    if temperature.requires_grad:
+        raise ValueError("temperature has no gradient here: pass temperature.detach()")
+    if _looks_at_argument(temperature) and not bool(
+        (temperature > 0).all() & (temperature < math.inf).all()
+    ):
+        raise ValueError(
+            f"temperature must have finite values > 0, got {float(temperature.min())} to "
+            f"{float(temperature.max())}"
+        )
+
+
+def check_per_token(name: str, values: Tensor, targets: Tensor) -> None:
+    """Accept a tensor of floats that broadcasts against ``targets``, on its device.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
+    if not values.is_floating_point():
+        raise TypeError(f"the dtype of {name} must be a floating point one, got {values.dtype}")
+    if values.device != targets.device:
+        raise ValueError(
+            f"{name} must be on the device of targets, {targets.device}, got {values.device}"
+        )
+    got, wanted = tuple(values.shape), tuple(targets.shape)
+    padded = (1,) * (len(wanted) - len(got)) + got
+    if len(padded) != len(wanted) or any(
+        a not in (1, b) for a, b in zip(padded, wanted, strict=True)
+    ):
+        raise ValueError(f"{name} must broadcast against targets, {wanted}, got shape {got}")
+
+
+def check_class_ids(name: str, ids: Tensor, targets: Tensor) -> None:
+    """Accept class ids (..., K) of each target, as far as shape, dtype and device go.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.dtype not in TARGET_DTYPES:
+        raise TypeError(
+            f"the dtype of {name} must be one of {_names(TARGET_DTYPES)}, got {ids.dtype}"
+        )
+    if ids.device != targets.device:
+        raise ValueError(
+            f"{name} must be on the device of targets, {targets.device}, got {ids.device}"
+        )
+    if tuple(ids.shape[:-1]) != tuple(targets.shape) or ids.ndim != targets.ndim + 1:
+        raise ValueError(
+            f"{name} must have the shape of targets, {tuple(targets.shape)}, with a last dimension "
+            f"of K class ids, -1 for none, got {tuple(ids.shape)}"
+        )
+
+
+def check_class_id_range(name: str, ids: Tensor, num_classes: int) -> None:
+    """Refuse class ids outside [-1, V), where looking does not stall anything.
+
+    Raises:
+        ValueError: an id that is neither -1 nor that of a class.
+    """
+    if not _looks_at_argument(ids):
+        return
+    wrong = (ids < -1) | (ids >= num_classes)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name} must be class ids in [0, V) with V = {num_classes}, or -1 for none, "
+            f"got {int(ids[wrong][0])} ({int(wrong.sum())} out of range)"
+        )
+
+
+def check_outputs(outputs: Collection[str], known: Sequence[str]) -> None:
+    """Accept a collection of the names in ``known``.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if isinstance(outputs, str) or not isinstance(outputs, Collection):
+        got = repr(outputs) if isinstance(outputs, str) else type(outputs).__name__
+        raise TypeError(f"outputs must be a collection of names, such as a tuple, got {got}")
+    for name in outputs:
+        if name not in known:
+            hint = did_you_mean(name, known) if isinstance(name, str) else ""
+            raise ValueError(f"outputs must be among {', '.join(known)}, got {name!r}{hint}")
+
+
+def check_top_k(top_k: int, num_classes: int | None) -> None:
+    """Accept an int from 0 to V; ``num_classes`` is None if V is not known.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if isinstance(top_k, bool) or not isinstance(top_k, (int, torch.SymInt)):
+        raise TypeError(f"top_k must be an int, got {type(top_k).__name__}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be >= 0, got {top_k}")
+    if num_classes is not None and top_k > num_classes:
+        raise ValueError(f"top_k must be at most V = {num_classes}, got {top_k}")
+
+
 def check_reduction(reduction: str) -> None:
     """Accept the names in ``REDUCTIONS``.
 
@@ -211,6 +344,19 @@ def check_compute_dtypes(e: Tensor, c: Tensor, bias: Tensor | None, autocast: bo
         )
 
 
+def _looks_at(tensor: Tensor) -> bool:
+    """Whether checks read the values of ``tensor``: on the CPU, elsewhere under ``CCE_DEBUG=1``."""
+    if isinstance(tensor, FakeTensor) or tensor.is_meta:  # a shape and no values
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("CCE_DEBUG", "0") == "1"
+
+
+def _looks_at_argument(tensor: Tensor) -> bool:
+    """The same outside of operators, where a compiler or a transform may have no values."""
+    transformed = torch.compiler.is_compiling() or is_traced() or is_transformed()
+    return not transformed and _looks_at(tensor)
+
+
 def check_target_range(targets: Tensor, num_classes: int, ignore_index: int) -> None:
     """Refuse targets outside [0, V), where looking does not stall anything.
 
@@ -220,9 +366,7 @@ def check_target_range(targets: Tensor, num_classes: int, ignore_index: int) -> 
     Raises:
         ValueError: a target that is neither in [0, V) nor ``ignore_index``.
     """
-    if isinstance(targets, FakeTensor) or targets.is_meta:  # a shape and no values
-        return
-    if targets.device.type != "cpu" and os.environ.get("CCE_DEBUG", "0") != "1":
+    if not _looks_at(targets):
         return
     wrong = ((targets < 0) | (targets >= num_classes)) & (targets != ignore_index)
     if bool(wrong.any()):

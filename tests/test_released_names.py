@@ -161,6 +161,7 @@ except AttributeError as error:
         "FilterRecord",
         "LinearCrossEntropy",
         "LinearCrossEntropyImpl",
+        "TokenLogprobs",
         "VocabParallelOptions",
         "__version__",
         "cce_patch",
@@ -168,4 +169,5 @@ except AttributeError as error:
         "linear_cross_entropy",
         "recommend_c_grad_chunk_size",
         "record_filter",
+        "token_logprobs",
     ]
