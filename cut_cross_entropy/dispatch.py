@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cut_cross_entropy.device_support import kernels_unavailable, triton_is_interpreted
 from cut_cross_entropy.distributed.collectives import combine_shards
-from cut_cross_entropy.implementations import full_logits, reference
+from cut_cross_entropy.implementations import chunked_sum, full_logits, reference
 from cut_cross_entropy.operators import run_chunked, run_kernels
 from cut_cross_entropy.options import KERNEL_IMPLS, CCEPreset, CCEPresets, FilterEps
 from cut_cross_entropy.output_operators import (
@@ -18,7 +18,8 @@ from cut_cross_entropy.output_operators import (
     sum_shards,
 )
 from cut_cross_entropy.outputs import Asked, TokenOutputs
-from cut_cross_entropy.problem import Filter, PerToken, Problem
+from cut_cross_entropy.problem import Filter, Needed, PerToken, Problem
+from cut_cross_entropy.sum_operators import run_chunked_sum
 from cut_cross_entropy.transforms import is_traced, is_transformed, plain
 from cut_cross_entropy.validation import check_target_range
 
@@ -122,6 +123,46 @@ def token_losses(
         )
         return run_kernels(problem, filter_)
     return _full_losses(impl, problem)
+
+
+def sum_of_losses(
+    impl: str,
+    problem: Problem,
+    kernel_options: CCEPreset,
+    *,
+    recompute: bool = False,
+    keep_inputs: bool = True,
+    filter_mass: float = 1.0,
+    world_size: int = 1,
+) -> Tensor:
+    """Sum of the losses of all tokens, ().
+
+    Args:
+        impl, problem, kernel_options, filter_mass, world_size: see :func:`token_losses`.
+        recompute: compute no gradient in the forward.
+        keep_inputs: whether autograd may save ``problem.e``, ``.c`` and ``.bias`` where they are
+            not needed; see :class:`cut_cross_entropy.sum_operators.SumOptions`.
+    """
+    needed = _needed(problem)
+    in_forward = any(needed.flat()) and problem.group is None and not recompute
+    if in_forward and not is_transformed():
+        chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
+        if chosen == "chunked" and chunked_sum.tokens_per_chunk(problem):
+            return run_chunked_sum(problem, needed, keep_inputs=keep_inputs)
+    results = token_losses(
+        impl, problem, kernel_options, filter_mass=filter_mass, world_size=world_size
+    )
+    return results.nll.sum()
+
+
+def _needed(problem: Problem) -> Needed:
+    """Return the gradients that a backward pass may ask for."""
+    return Needed(
+        *(
+            torch.is_grad_enabled() and x is not None and x.requires_grad
+            for x in (problem.e, problem.c, problem.bias)
+        )
+    )
 
 
 def _full_losses(impl: str, problem: Problem) -> PerToken:

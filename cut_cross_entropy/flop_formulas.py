@@ -40,6 +40,11 @@ def _forward(e: Any, c: Any, *others: Any, out_val: Any = None) -> int:
     return _product(e, c)
 
 
+def _sum(e: Any, c: Any, *flat: Any, out_val: Any = None) -> int:
+    need_e, need_c, _, _, loss_only = flat[-5:]
+    return _product(e, c) * (1 if loss_only else sum((1, need_e, need_c)))
+
+
 def _backward(num_state: int) -> Callable[..., int]:
     """Of a backward operator whose schema has ``num_state`` tensors ahead of the problem."""
 
@@ -59,6 +64,7 @@ def _tangents(tangent_e: Any, tangent_c: Any, *flat: Any, out_val: Any = None) -
 _FORMULAS: dict[str, Callable[..., int]] = {
     "chunked": _forward,
     "chunked_backward": _backward(4),
+    "chunked_sum": _sum,
     "cce": _forward,
     "cce_backward": _backward(7),
     "tangents": _tangents,

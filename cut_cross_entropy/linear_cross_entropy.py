@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.device_support import current_autocast
-from cut_cross_entropy.dispatch import token_losses
+from cut_cross_entropy.dispatch import sum_of_losses, token_losses
 from cut_cross_entropy.distributed.collectives import group_name
 from cut_cross_entropy.distributed.data_parallel import Like, gather, gathered_again
 from cut_cross_entropy.distributed.dtensor import check_parallel_options, resolve
@@ -30,7 +30,7 @@ from cut_cross_entropy.options import (
     impl_name,
 )
 from cut_cross_entropy.problem import Problem
-from cut_cross_entropy.reductions import reduce_tokens
+from cut_cross_entropy.reductions import mean_of_sum, reduce_tokens
 from cut_cross_entropy.transforms import refuse_transforms
 from cut_cross_entropy.validation import (
     check_compute_dtypes,
@@ -61,6 +61,7 @@ class LossOptions(TypedDict, total=False):
     memory_budget: int
     data_parallel_options: DataParallelOptions | None
     c_grad_chunk_size: int
+    recompute: bool
 
 
 @overload
@@ -122,6 +123,7 @@ def linear_cross_entropy(
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     data_parallel_options: DataParallelOptions | None = None,
     c_grad_chunk_size: int = 0,
+    recompute: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the logits ``e @ c.T + bias`` without storing them.
 
@@ -174,6 +176,9 @@ def linear_cross_entropy(
         data_parallel_options: how to gather ``c`` and ``bias`` that are DTensors sharded by
             ``fully_shard``. By default the names of their mesh's dimensions decide.
         c_grad_chunk_size: accepted for compatibility; ``memory_budget`` bounds scratch memory.
+        recompute: compute the logits again in the backward pass. Without, exact implementations
+            compute the gradients of a mean or a sum in the forward, which saves a matrix product;
+            until the backward pass they take 4 bytes per element of ``e`` and ``c``.
 
     Returns:
         The loss: a scalar, or with ``reduction="none"`` the shape of ``targets`` less ``shift`` at
@@ -211,6 +216,7 @@ def linear_cross_entropy(
         accum_c_fp32=accum_c_fp32,
         filter_e_grad=filter_e_grad,
         filter_c_grad=filter_c_grad,
+        recompute=recompute,
     )
     shift = int(shift)
     e, c, targets, bias, shards, data = resolve(
@@ -269,13 +275,22 @@ def linear_cross_entropy(
         first_class=0 if shard is None else shard.start,
         group=None if shard is None else shard.group,
     )
+    mass = 1.0 if filter_mass is None else float(filter_mass)
+    world_size = 1 if shard is None else shard.world_size
     with gathered_again(wholes) if wholes else nullcontext():
+        if reduction != "none" and not return_lse:
+            loss = sum_of_losses(
+                impl_chosen,
+                problem,
+                kernel_options,
+                recompute=recompute,
+                keep_inputs=not wholes,  # the backward would gather them again
+                filter_mass=mass,
+                world_size=world_size,
+            )
+            return mean_of_sum(loss, flat_targets, ignore_index) if reduction == "mean" else loss
         nll, lse = token_losses(
-            impl_chosen,
-            problem,
-            kernel_options,
-            filter_mass=1.0 if filter_mass is None else float(filter_mass),
-            world_size=1 if shard is None else shard.world_size,
+            impl_chosen, problem, kernel_options, filter_mass=mass, world_size=world_size
         )
 
     if reduction == "none":
@@ -343,6 +358,7 @@ class LinearCrossEntropy(nn.Module):
     memory_budget: int = field(default=DEFAULT_MEMORY_BUDGET, kw_only=True)
     data_parallel_options: DataParallelOptions | None = field(default=None, kw_only=True)
     c_grad_chunk_size: int = field(default=0, kw_only=True)
+    recompute: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__init__()

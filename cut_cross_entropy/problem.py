@@ -165,6 +165,22 @@ class Gradients(NamedTuple):
     bias: Tensor
 
 
+class SumGradients(NamedTuple):
+    """The sum of all losses and its gradients, float32 or wider; empty where not needed.
+
+    Args:
+        loss: ().
+        e: (N, D).
+        c: (V, D).
+        bias: (V,).
+    """
+
+    loss: Tensor
+    e: Tensor
+    c: Tensor
+    bias: Tensor
+
+
 class Directions(NamedTuple):
     """A direction in the space of the inputs, for forward-mode differentiation.
 

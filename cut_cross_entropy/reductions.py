@@ -26,5 +26,10 @@ def reduce_tokens(
         return total
     if targets is None:
         return total / max(values.numel(), 1)
+    return mean_of_sum(total, targets, ignore_index)
+
+
+def mean_of_sum(total: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """Divide a sum by the number of tokens that are not ignored."""
     # All ignored: 0 / 1, not 0 / 0.
     return total / (targets != ignore_index).sum().clamp_min(1)

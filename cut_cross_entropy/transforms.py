@@ -35,6 +35,19 @@ def _within_functorch() -> bool:
 _within_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def is_computed_again() -> bool:
+    """Whether a checkpoint is active that will drop what is saved and run the forward again.
+
+    That is ``torch.utils.checkpoint`` with ``use_reentrant=False``; the other kind has gradients
+    disabled the first time. False where PyTorch does not say: nothing but time is lost.
+    """
+    find = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = None if find is None or torch.compiler.is_compiling() else find(True)
+    return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith(
+        "_checkpoint_hook."
+    )
+
+
 def is_traced() -> bool:
     """Whether ``make_fx`` records operations, as ``torch.func.linearize`` has it: no values."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None

@@ -143,7 +143,7 @@ def test_a_target_that_the_shift_drops_is_not_looked_at(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_out_of_range_is_nan_where_the_range_is_not_checked(impl, monkeypatch):
     """As on a GPU, where the check would stall: never a plausible number."""
-    for module in ("dispatch", "implementations.chunked"):
+    for module in ("dispatch", "implementations.blocks"):
         monkeypatch.setattr(
             f"cut_cross_entropy.{module}.check_target_range", lambda *arguments: None
         )
@@ -152,7 +152,8 @@ def test_out_of_range_is_nan_where_the_range_is_not_checked(impl, monkeypatch):
     results = run_ours(problem, impl, reduction="none")
     assert results.loss.isnan().tolist() == [False, False, True, False]
     assert run_ours(problem, impl).loss.isnan()
-    assert run_ours(problem, "chunked").grad_c.isnan().any()
+    for return_lse in (True, False):
+        assert run_ours(problem, "chunked", return_lse=return_lse).grad_c.isnan().any()
 
 
 def test_the_error_budget_sees_an_error():

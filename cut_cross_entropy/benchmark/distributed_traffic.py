@@ -24,6 +24,10 @@ FILTERED = ("cce", "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e")
 """Implementations whose filter needs two more numbers a token."""
 
 
+IN_FORWARD = ("chunked",)
+"""Implementations that compute the gradients of a mean in the forward, if the budget allows it."""
+
+
 @dataclass(frozen=True)
 class Collective:
     """One collective over all processes.
@@ -62,7 +66,9 @@ def collectives(
     weights = classes * dim
     if setup in ("FSDP2", "FSDP2, DTensor"):
         gather = Collective("all_gather", weights, dtype)
-        return [gather, gather, Collective("reduce_scatter", weights, dtype)]
+        once = setup == "FSDP2, DTensor" and impl in IN_FORWARD
+        gathers = [gather] if once else [gather, gather]
+        return [*gathers, Collective("reduce_scatter", weights, dtype)]
     if setup == "DDP":
         return [Collective("all_reduce", weights, dtype)]
     if setup == "tensor-parallel full logits":

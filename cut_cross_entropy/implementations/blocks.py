@@ -142,6 +142,20 @@ class Blocks:
             return torch.mm(left, right, out_dtype=self.wide)
         return left @ right
 
+    def store_product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Overwrite ``out`` with the product of two factors."""
+        if self.half_products:
+            torch.ops.aten.mm.dtype_out(left, right, self.wide, out=out)
+        else:
+            torch.mm(left, right, out=out)
+
+    def add_product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Add the product of two factors to ``out``."""
+        if self.half_products:
+            torch.ops.aten.addmm.dtype_out(out, left, right, self.wide, out=out)
+        else:
+            out.addmm_(left, right)
+
     def as_factor(self, grad: Tensor, scale: Tensor) -> Tensor:
         """A block of logit gradients as a factor of the products that follow."""
         return grad.mul_(scale).to(self.problem.compute_dtype) if self.half_products else grad

@@ -266,7 +266,7 @@ def mixed_precision(rank, how):
         loss.backward()
     finally:
         data_parallel._whole = original
-    assert seen == [torch.bfloat16] * 2
+    assert seen == [torch.bfloat16]
     grad = head.weight.grad
     assert grad.dtype == torch.float32
     results = [own_problem(r) for r in range(WORLD)]
@@ -333,9 +333,9 @@ def loss_beside_a_model_that_fsdp_manages(rank, reshard):
         close(grad, wanted.grad / WORLD, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@case(("chunked",), ("reference",))
-def the_whole_lives_while_it_is_needed(rank, impl):
-    """Gathered once for the loss and once for the gradients, and there at no other time."""
+@case(("chunked", False), ("chunked", True), ("reference", True))
+def the_whole_lives_while_it_is_needed(rank, impl, recompute):
+    """Gathered for the loss, and again for the gradients that are not computed with it."""
     from cut_cross_entropy.distributed import data_parallel
 
     problem = own_problem(rank)
@@ -349,15 +349,17 @@ def the_whole_lives_while_it_is_needed(rank, impl):
 
     data_parallel._whole = watched
     try:
-        loss = linear_cross_entropy(e, head.weight, problem.targets, impl=impl)
+        loss = linear_cross_entropy(
+            e, head.weight, problem.targets, impl=impl, recompute=recompute
+        )
         assert len(wholes) == 1
         assert settled(wholes[0]) is None
         loss.backward()
-        assert len(wholes) == 2
-        assert settled(wholes[1]) is None
+        assert len(wholes) == 1 + recompute
+        assert settled(wholes[-1]) is None
         with torch.no_grad():
             linear_cross_entropy(e, head.weight, problem.targets, impl=impl)
-        assert len(wholes) == 3
+        assert len(wholes) == 2 + recompute
     finally:
         data_parallel._whole = original
 
@@ -371,7 +373,9 @@ def peak_of_memory(rank):
     e = problem.e.requires_grad_()
 
     def loss():
-        return linear_cross_entropy(e, head.weight, problem.targets, memory_budget=budget)
+        return linear_cross_entropy(
+            e, head.weight, problem.targets, memory_budget=budget, recompute=True
+        )
 
     def both():
         torch.autograd.grad(loss(), (e, head.weight))
@@ -389,7 +393,9 @@ def peak_of_memory(rank):
 def modification_between_forward_and_backward_is_caught(rank):
     problem = own_problem(rank)
     head = head_of(problem.c, mesh_of("fsdp"))
-    loss = linear_cross_entropy(problem.e.requires_grad_(), head.weight, problem.targets)
+    loss = linear_cross_entropy(
+        problem.e.requires_grad_(), head.weight, problem.targets, recompute=True
+    )
     with torch.no_grad():
         head.weight.mul_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -1,0 +1,193 @@
+"""The operators of a sum of losses whose gradients are computed in the forward.
+
+A per-token loss has to wait for the gradient of each token, and its backward computes the logits
+again. The gradient of a sum is one number, so the forward can leave gradients that only have to be
+multiplied by it: three products instead of four. They are kept in float32 (float64 for float64
+inputs) until then, so they are rounded once.
+
+As in ``cut_cross_entropy.operators`` the operators are opaque to the compiler.
+"""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.flop_formulas import register_flop_formulas
+from cut_cross_entropy.implementations import chunked, chunked_sum
+from cut_cross_entropy.problem import Gradients, Needed, PerToken, Problem, SumGradients
+from cut_cross_entropy.transforms import (
+    is_computed_again,
+    refuse_second_derivative,
+    transformable,
+)
+
+SCALED_BYTES = 16 * 2**20  # of a copy in float32 that PyTorch makes on a CPU to change the dtype
+
+_NUM_FIELDS = len(fields(Problem))
+_SUMS = ", ".join(f"Tensor sum_{name}" for name in SumGradients._fields)
+_GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
+
+
+@dataclass(frozen=True)
+class SumOptions:
+    """What the operators of a sum have to compute and keep.
+
+    Args:
+        need_e, need_c, need_bias: the gradients that a backward pass may ask for.
+        keep_inputs: whether to save the inputs as well. Nothing reads them, but PyTorch then
+            notices that they were modified, and what they depend on when it differentiates twice.
+        loss_only: compute no gradient, because this forward will run again before a backward pass.
+    """
+
+    need_e: bool
+    need_c: bool
+    need_bias: bool
+    keep_inputs: bool
+    loss_only: bool
+
+    SCHEMA: ClassVar[str] = f"{Needed.SCHEMA}, bool keep_inputs, bool loss_only"
+
+    @property
+    def needed(self) -> Needed:
+        """The gradients to compute."""
+        return Needed(self.need_e, self.need_c, self.need_bias)
+
+
+def _problem_and_options(flat: Sequence[Any]) -> tuple[Problem, SumOptions]:
+    return Problem(*flat[:_NUM_FIELDS]), SumOptions(*flat[-len(fields(SumOptions)) :])
+
+
+@torch.library.custom_op(
+    "cut_cross_entropy::chunked_sum",
+    mutates_args=(),
+    schema=f"({Problem.SCHEMA}, {SumOptions.SCHEMA}) -> ({_SUMS})",
+)
+def chunked_sums(*flat: Any) -> SumGradients:
+    """Sum of the losses with its gradients by the memory-bounded PyTorch implementation."""
+    problem, options = _problem_and_options(flat)
+    with torch.autocast(problem.e.device.type, enabled=False):
+        if options.loss_only:
+            return _without_gradients(chunked.forward(problem))
+        return chunked_sum.loss_and_gradients(problem, options.needed)
+
+
+def _without_gradients(results: PerToken) -> SumGradients:
+    return SumGradients(results.nll.sum(), *(results.nll.new_empty(0) for _ in range(3)))
+
+
+def _fake_sums(*flat: Any) -> SumGradients:
+    problem, options = _problem_and_options(flat)
+    found = options.needed.flat() if not options.loss_only else (False, False, False)
+    inputs = (problem.e, problem.c, problem.bias)
+
+    def make(*shape: Any) -> Tensor:
+        return torch.empty(shape, dtype=problem.wide, device=problem.e.device)
+
+    return SumGradients(
+        make(),
+        *(
+            make(*x.shape) if x is not None and need else make(0)
+            for x, need in zip(inputs, found, strict=True)
+        ),
+    )
+
+
+@torch.library.custom_op(
+    "cut_cross_entropy::scaled",
+    mutates_args=(),
+    schema=(
+        "(Tensor factor, Tensor? sum_e, Tensor? sum_c, Tensor? sum_bias, Tensor? e, Tensor? c, "
+        "Tensor? bias, ScalarType? dtype_e, ScalarType? dtype_c, ScalarType? dtype_bias) "
+        f"-> ({_GRADIENTS})"
+    ),
+)
+def scaled_gradients(factor: Tensor, *flat: Any) -> Gradients:
+    """Gradients of a sum times that of the sum itself, in their own dtypes.
+
+    ``e``, ``c`` and ``bias`` are not read; a second derivative has to be refused because of them.
+    """
+    sums, dtypes = flat[:3], flat[6:]
+    return Gradients(
+        *(
+            factor.new_empty(0) if total is None else _scaled(total, factor, dtype)
+            for total, dtype in zip(sums, dtypes, strict=True)
+        )
+    )
+
+
+def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    result = torch.empty(total.shape, dtype=dtype, device=total.device)
+    rows = len(total)
+    if dtype != total.dtype and not total.is_cuda and total.numel() > 0:
+        rows = max(1, SCALED_BYTES * rows // total.nbytes)
+    for start in range(0, len(total), max(1, rows)):
+        part = slice(start, start + rows)
+        torch.mul(total[part], factor, out=result[part])
+    return result
+
+
+@scaled_gradients.register_fake
+def _(factor: Tensor, *flat: Any) -> Gradients:
+    sums, dtypes = flat[:3], flat[6:]
+    return Gradients(
+        *(
+            factor.new_empty(0) if total is None else torch.empty_like(total, dtype=dtype)
+            for total, dtype in zip(sums, dtypes, strict=True)
+        )
+    )
+
+
+scaled_gradients.register_autograd(refuse_second_derivative)
+_call_scaled = transformable(scaled_gradients)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    problem, options = _problem_and_options(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros as large as the sums
+    tensors = (problem.e, problem.c, problem.bias)
+    ctx.dtypes = [None if x is None else x.dtype for x in tensors]
+    sums = output[1:]
+    if options.loss_only:
+        # The checkpoint compares what the second forward saves with the first, by shape.
+        sums = tuple(
+            output[0].detach().expand(x.shape) if x is not None and need else empty
+            for x, need, empty in zip(tensors, options.needed.flat(), output[1:], strict=True)
+        )
+    kept = problem.tensors() if options.keep_inputs else (None,) * 4
+    ctx.save_for_backward(*sums, *kept)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *nothing: Any) -> tuple[Any, ...]:
+    *saved, e, c, _, bias = ctx.saved_tensors  # once: a checkpoint computes them again each time
+    need_e, need_c, _, need_bias = ctx.needs_input_grad[:4]
+    needed = (need_e, need_c, need_bias)
+    sums = (total if need else None for total, need in zip(saved, needed, strict=True))
+    found = _call_scaled(grad_loss, *sums, e, c, bias, *ctx.dtypes)
+    grad_e, grad_c, grad_bias = (
+        grad if need else None for grad, need in zip(found, needed, strict=True)
+    )
+    nothing_else = (None,) * (_NUM_FIELDS - 4 + len(fields(SumOptions)))
+    return grad_e, grad_c, None, grad_bias, *nothing_else
+
+
+chunked_sums.register_fake(_fake_sums)
+chunked_sums.register_autograd(_backward, setup_context=_save)
+
+
+def run_chunked_sum(problem: Problem, needed: Needed, *, keep_inputs: bool) -> Tensor:
+    """Sum of all losses by the memory-bounded PyTorch implementation, (), differentiable.
+
+    Args:
+        problem: one for which :func:`chunked_sum.tokens_per_chunk` is not 0.
+        needed: the gradients to compute.
+        keep_inputs: see :class:`SumOptions`.
+    """
+    if not torch.compiler.is_compiling():
+        register_flop_formulas()
+    options = SumOptions(*needed.flat(), keep_inputs, loss_only=is_computed_again())
+    sums: tuple[Tensor, ...] = chunked_sums(*problem.flat(), *astuple(options))
+    return sums[0]

@@ -1,0 +1,289 @@
+"""Losses that are summed: their gradients come from the forward, and three products are enough."""
+
+import functools
+import math
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy, sum_operators
+from cut_cross_entropy.implementations import chunked, chunked_sum
+from cut_cross_entropy.problem import Problem
+from tests.support import check, full_logits, make_problem, run_ours
+from tests.test_memory import peak_bytes
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+
+chunked_loss = functools.partial(linear_cross_entropy, impl="chunked")
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Record which passes over the logits are made."""
+    made = []
+
+    def watch(module, name):
+        function = getattr(module, name)
+
+        def record(*arguments):
+            made.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, record)
+
+    watch(chunked_sum, "loss_and_gradients")
+    watch(chunked, "forward")
+    watch(chunked, "backward")
+    return made
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Let chunks be as small as the budget has them."""
+    monkeypatch.setattr(chunked_sum, "MIN_TOKENS", 1)
+
+
+def leaves_of(problem):
+    return [x.detach().requires_grad_() for x in (problem.e, problem.c, problem.bias)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("ignored", [0.0, 0.25])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_several_chunks(dtype, softcap, ignored, reduction, passes, small_chunks):
+    """Of the 65 tokens, and for half precision inputs also several slices of c at a time."""
+    problem = make_problem((5, 13), 300, 16, bias=True, ignored=ignored, dtype=dtype)
+    budget = 20 * 300 * torch.promote_types(dtype, torch.float32).itemsize
+    options = {"softcap": softcap, "reduction": reduction, "shift": 1, "memory_budget": budget}
+    check(problem, "chunked", return_lse=False, **options)
+    assert passes == ["loss_and_gradients"]
+    tensors = (problem.e[0], problem.c, problem.targets, problem.bias)
+    call = Problem(*tensors, -100, softcap, dtype, budget)
+    assert 1 < chunked_sum.tokens_per_chunk(call) < 20
+
+
+@pytest.mark.parametrize("needed", [("e",), ("c",), ("bias",), ("e", "c"), ("c", "bias")])
+def test_only_what_is_needed_is_computed(needed, passes):
+    results = check(make_problem(bias=True), "chunked", return_lse=False, needed=needed)
+    names = ("e", "c", "bias")
+    assert [getattr(results, f"grad_{x}") is not None for x in names] == [
+        x in needed for x in names
+    ]
+    assert passes == ["loss_and_gradients"]
+
+
+@pytest.mark.parametrize("leading", [(0,), (4,)])
+def test_no_token_counts(leading, passes):
+    problem = make_problem(leading, bias=True, ignored=1.0)
+    inputs = leaves_of(problem)
+    loss = chunked_loss(*inputs[:2], problem.targets, inputs[2])
+    loss.backward()
+    assert loss == 0
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in inputs)
+    assert passes == ["loss_and_gradients"]
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_nothing_but_the_loss_without_gradients(context, passes):
+    problem = make_problem()
+    with context():
+        loss = chunked_loss(problem.e.requires_grad_(), problem.c, problem.targets)
+    assert not loss.requires_grad
+    assert passes == ["forward"]
+
+
+def test_nothing_but_the_loss_of_constants(passes):
+    problem = make_problem()
+    chunked_loss(problem.e, problem.c, problem.targets)
+    assert passes == ["forward"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"recompute": True}, {"memory_budget": 1}, {"return_lse": True}]
+)
+def test_what_computes_the_logits_again(options, passes):
+    check(make_problem(), "chunked", **{"return_lse": False, **options})
+    assert passes == ["forward", "backward"]
+
+
+def test_the_module_takes_the_option(passes):
+    problem = make_problem()
+    module = LinearCrossEntropy(impl="chunked", recompute=True)
+    module(problem.e.requires_grad_(), problem.c, problem.targets).backward()
+    assert passes == ["forward", "backward"]
+    assert "recompute=True" in repr(module)
+
+
+def test_a_forward_that_is_thrown_away_leaves_nothing():
+    problem = make_problem((40,), 3000, 64)
+    inputs = (problem.e.requires_grad_(), problem.c.requires_grad_(), problem.targets)
+    chunked_loss(*inputs)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        loss = chunked_loss(*inputs)
+        del loss
+    events = [x for x in recorded.profiler.kineto_results.events() if x.name() == "[memory]"]
+    assert max(x.nbytes() for x in events) >= problem.c.nbytes
+    assert sum(x.nbytes() for x in events) == 0
+
+
+def test_one_pass_of_a_backward_for_each_of_several_steps(passes):
+    """Gradients accumulate in the parameters as they do from full logits."""
+    problem = make_problem((3, 20))
+    c = problem.c.requires_grad_()
+    for e, targets in zip(problem.e, problem.targets, strict=True):
+        (chunked_loss(e, c, targets) / 3).backward()
+    expected = problem.c.detach().double().requires_grad_()
+    for e, targets in zip(problem.e, problem.targets, strict=True):
+        (full_logits(e.double(), expected, targets)[0] / 3).backward()
+    torch.testing.assert_close(c.grad.double(), expected.grad, rtol=1e-5, atol=1e-7)
+    assert passes == 3 * ["loss_and_gradients"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_factor_rounds_nothing_twice(dtype):
+    problem = make_problem((40,), bias=True, dtype=dtype)
+    inputs = leaves_of(problem)
+    loss = chunked_loss(*inputs[:2], problem.targets, inputs[2], reduction="sum") / 3
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        sums = chunked_loss(*wide[:2], problem.targets, wide[2], reduction="sum") / 3
+    grads, expected = torch.autograd.grad(loss, inputs), torch.autograd.grad(sums, wide)
+    for grad, exact in zip(grads, expected, strict=True):
+        assert torch.equal(grad, exact.to(dtype))
+
+
+def test_a_retained_graph_gives_the_same_again(passes):
+    problem = make_problem(bias=True)
+    inputs = leaves_of(problem)
+    loss = chunked_loss(*inputs[:2], problem.targets, inputs[2])
+    once = torch.autograd.grad(loss, inputs, retain_graph=True)
+    twice = torch.autograd.grad(2 * loss, inputs, retain_graph=True)
+    assert all(torch.equal(2 * a, b) for a, b in zip(once, twice, strict=True))
+    (alone,) = torch.autograd.grad(loss, inputs[2])
+    assert torch.equal(alone, once[2])
+    assert passes == ["loss_and_gradients"]
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_second_derivative_is_refused(which):
+    problem = make_problem(bias=True)
+    inputs = leaves_of(problem)
+    loss = chunked_loss(*inputs[:2], problem.targets, inputs[2])
+    (grad,) = torch.autograd.grad(loss, inputs[which], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(grad.square().sum(), inputs[1])
+
+
+def test_batched_gradients():
+    problem = make_problem()
+    c = problem.c.requires_grad_()
+    loss = chunked_loss(problem.e, c, problem.targets)
+    factors = torch.tensor([1.0, -2.0])
+    (rows,) = torch.autograd.grad(loss, c, factors, is_grads_batched=True, retain_graph=True)
+    (once,) = torch.autograd.grad(loss, c)
+    assert torch.equal(rows, torch.stack([once, -2 * once]))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_computes_gradients_once(use_reentrant, passes):
+    problem = make_problem(bias=True)
+    inputs = leaves_of(problem)
+
+    def head(e, c, bias):
+        return chunked_loss(e * 2, c, problem.targets, bias)
+
+    checkpoint(head, *inputs, use_reentrant=use_reentrant).backward()
+    assert passes == ["forward", "loss_and_gradients"]
+    got = [x.grad for x in inputs]
+    expected = torch.autograd.grad(head(*inputs), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_hooks_see_each_gradient_once():
+    problem = make_problem()
+    c, seen = problem.c.requires_grad_(), []
+    c.register_hook(lambda grad: seen.append(grad.clone()))
+    c.register_post_accumulate_grad_hook(lambda x: seen.append(x.grad.clone()))
+    chunked_loss(problem.e, c, problem.targets).backward()
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("miss", [1e-3, 1e-6, 1e-9])
+def test_gradients_of_sure_tokens(miss):
+    """In float32, 1 - p has an error of 6 % at 1e-6; the sum of all others has seven digits."""
+    classes = 200
+    e = torch.zeros(1, classes)
+    e[0, 7] = math.log((classes - 1) * (1 - miss) / miss)
+    e.requires_grad_()
+    target = torch.tensor([7])
+    loss = chunked_loss(e, torch.eye(classes), target)
+    loss.backward()
+    expected = torch.full((classes,), miss / (classes - 1))
+    expected[7] = -miss
+    torch.testing.assert_close(e.grad[0], expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.item(), -math.log1p(-miss), rtol=1e-5, atol=0)
+
+
+def test_same_bits_every_time():
+    problem = make_problem((50,), bias=True)
+    first, second = (run_ours(problem, "chunked", return_lse=False) for _ in range(2))
+    assert all(torch.equal(x, second.named()[name]) for name, x in first.named().items())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(backend, dynamic, passes):
+    torch._dynamo.reset()
+    problem = make_problem(bias=True)
+
+    def model(e, c, targets, bias):
+        return chunked_loss(torch.sin(e), c, targets, bias, shift=1)
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+    ours, expected = leaves_of(problem), leaves_of(problem)
+    for function, (e, c, bias) in ((compiled, ours), (model, expected)):
+        (3 * function(e, c, problem.targets, bias)).backward()
+    for got, exact in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got.grad, exact.grad)
+    assert passes == 2 * ["loss_and_gradients"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backward_allocates_the_gradients_and_nothing_else(dtype, monkeypatch):
+    monkeypatch.setattr(sum_operators, "SCALED_BYTES", 2**12)
+    problem = make_problem((600,), 2048, 32, bias=True, ignored=0.0, dtype=dtype)
+    inputs = leaves_of(problem)
+    loss = chunked_loss(*inputs[:2], problem.targets, inputs[2])
+    peak, _ = peak_bytes(lambda: torch.autograd.grad(loss, inputs, retain_graph=True))
+    assert peak <= sum(x.nbytes for x in inputs) + 2**13
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("budget", [2**23, 2**25])
+def test_peak_memory(dtype, softcap, budget, passes):
+    """Sums in float32 wait for their factor; their product with it is made as well."""
+    tokens, classes, dim = 600, 2048, 32
+    problem = make_problem((tokens,), classes, dim, bias=True, dtype=dtype)
+    inputs = leaves_of(problem)
+
+    def compute():
+        loss = chunked_loss(
+            *inputs[:2], problem.targets, inputs[2], softcap=softcap, memory_budget=budget
+        )
+        torch.autograd.grad(loss, inputs)
+
+    compute()
+    peak, _ = peak_bytes(compute)
+    assert passes == 2 * ["loss_and_gradients"]
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    results = sum(x.nbytes for x in inputs)
+    sums = (2 * tokens * dim + classes * (dim + 1)) * wide  # of e also for the tokens that count
+    assert peak <= max(budget, results) + sums + 20 * tokens * wide
