@@ -144,8 +144,8 @@ def sum_of_losses(
             not needed; see :class:`cut_cross_entropy.sum_operators.SumOptions`.
     """
     needed = _needed(problem)
-    in_forward = any(needed.flat()) and problem.group is None and not recompute
-    if in_forward and not is_transformed():
+    is_plain = problem.group is None and problem.multiplier is None
+    if any(needed.flat()) and is_plain and not recompute and not is_transformed():
         chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
         if chosen == "chunked" and chunked_sum.tokens_per_chunk(problem):
             return run_chunked_sum(problem, needed, keep_inputs=keep_inputs)

@@ -157,7 +157,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
             output[0].detach().expand(x.shape) if x is not None and need else empty
             for x, need, empty in zip(tensors, options.needed.flat(), output[1:], strict=True)
         )
-    kept = problem.tensors() if options.keep_inputs else (None,) * 4
+    inputs_to_keep = (problem.e, problem.c, problem.targets, problem.bias)
+    kept = inputs_to_keep if options.keep_inputs else (None,) * 4
     ctx.save_for_backward(*sums, *kept)
 
 

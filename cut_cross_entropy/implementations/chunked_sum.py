@@ -48,7 +48,7 @@ def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
     """Compute the sum of all losses, and its gradients in :attr:`Problem.wide`.
 
     Args:
-        problem: without a group; :func:`tokens_per_chunk` is not 0.
+        problem: without a group or a multiplier; :func:`tokens_per_chunk` is not 0.
         needed: the gradients to compute.
     """
     blocks, bias, softcap, wide = Blocks(problem), problem.bias, problem.softcap, problem.wide
