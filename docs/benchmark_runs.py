@@ -327,12 +327,11 @@ def sweep(kept: Measurements, size: str) -> str:
 
 
 def swept(rows: pd.DataFrame, size: str) -> pd.DataFrame:
-    """Return the rows of a sweep: those that the suite names after it, or that are alike but in
-    ``size``.
-    """
-    named = rows[rows["test_data"].str.fullmatch(("N" if size == "tokens" else "V") + r"\d+")]
-    other = rows["classes" if size == "tokens" else "tokens"]
-    return rows[other == other.mode().max()] if named.empty else named
+    """Return the rows that are alike but in ``size``, those named after it if there are any."""
+    letter, other = ("N", "classes") if size == "tokens" else ("V", "tokens")
+    named = rows[rows["test_data"].str.contains(rf"(?:^|-){letter}\d+$")]
+    rows = rows if named.empty else named
+    return rows[rows[other] == rows[other].mode().max()]
 
 
 def largest(kept: Measurements) -> str:

@@ -124,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rows": [],
         "failures": [],
     }
-    with processes(parsed.methods, peers) as pool:  # all of them import at the same time
+    own = {"module": "largest_worker", "folder": Path(__file__).resolve().parent}
+    with processes(parsed.methods, peers, **own) as pool:  # all of them import at the same time
         for method, process in pool.items():
             try:
                 results["rows"] += measure(process, parsed, clock)

@@ -20,7 +20,7 @@ from .data import KINDS as DATA_KINDS
 from .environment import environment
 from .measure import KINDS
 from .methods import METHODS, installed
-from .runs import Session, Task, measure_all
+from .runs import Task, measure_all
 from .shapes import SHAPES, SMALL, Shape
 
 SWEEP_TOKENS = [2**i for i in range(10, 18)]
@@ -140,61 +140,34 @@ def reduced_sizes(arguments: argparse.Namespace) -> str:
 def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure; the JSON file is written anew after every problem."""
     on_gpu = torch.cuda.is_available()
-    where = environment(arguments.commit)
     if not on_gpu:
         say(reduced_sizes(arguments))
-    say("  ".join(f"{key} {value}" for key, value in where.items()))
-    results: dict[str, Any] = {
-        "part": "benchmark",
-        "command": " ".join(["python -m benchmark", *map(str, sys.argv[1:])]),
-        "environment": where,
-        "rows": [],
-        "failures": [],
-        "data": {},
-    }
-    todo = tasks(arguments, on_gpu)
-    progress = output.Progress(len(todo))
-
-    def done(rows: list[dict[str, Any]], session: Session) -> None:
-        results["rows"] += rows
-        results["failures"], results["data"] = session.failures, session.data
-        progress.step()
-        if arguments.json:
-            output.write_json(arguments.json, results)
-
-    def measured(rows: list[dict[str, Any]]) -> None:
-        notes = ["", output.sizes(rows[0]), output.table(rows), output.memory_note(rows)]
-        say("\n".join(notes).rstrip())
-
-    session = measure_all(
-        todo,
+    say("  ".join(f"{key} {value}" for key, value in environment(arguments.commit).items()))
+    results = measure_all(
+        tasks(arguments, on_gpu),
         chosen_methods(arguments, on_gpu),
         arguments.peer,
+        part="benchmark",
+        command=" ".join(["python -m benchmark", *map(str, sys.argv[1:])]),
         seconds=arguments.time_limit,
         repetitions=arguments.repetitions,
-        progress=progress.say,
-        measured=measured,
-        done=done,
+        commit=arguments.commit,
+        path=arguments.json,
+        say=say,
     )
-    progress.close()
-    results["failures"] = session.failures
-    for failure in session.failures:
+    for failure in results["failures"]:
         say("not measured: {test_data}, {method}, {what}: {error}".format(**failure))
     return results
 
 
-def write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
-    """The files that the command line asks for."""
-    if arguments.json:
-        output.write_json(arguments.json, results)
-    if arguments.csv:
-        output.write_csv(arguments.csv, results)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure, print, and write the files that the command line asks for."""
     parsed = parse_arguments(arguments)
-    write(parsed, run(parsed))
+    results = run(parsed)
+    if parsed.json:
+        output.write_json(parsed.json, results)
+    if parsed.csv:
+        output.write_csv(parsed.csv, results)
 
 
 if __name__ == "__main__":

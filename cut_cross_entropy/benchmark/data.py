@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .shapes import SHAPES, Shape
@@ -33,6 +34,11 @@ class Problem:
     targets: Tensor
     softcap: float | None = None
 
+    def logits(self, e: Tensor, c: Tensor) -> Tensor:
+        """Full logits of embeddings and a classifier, in float32, capped as the problem's."""
+        logits = F.linear(e, c).float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
 
 def make(
     kind: str,
@@ -51,8 +57,7 @@ def make(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     generator = torch.Generator(device=device).manual_seed(seed)
     if kind in ("structured", "diffuse"):
-        e, c, targets = _trained_like(kind, num_tokens, shape, dtype, device, generator)
-        return Problem(e, c, targets, shape.softcap)
+        return _trained_like(kind, num_tokens, shape, dtype, device, generator)
     scale = 1.0 if kind == "randn" else 0.02
     e = torch.randn(num_tokens, shape.dim, device=device, generator=generator).to(dtype)
     c = torch.randn(shape.num_classes, shape.dim, device=device, generator=generator)
@@ -68,11 +73,8 @@ def read(path: Path, device: str | torch.device = "cpu") -> Problem:
     Raises:
         ValueError: the file lacks one of them.
     """
-    if path.suffix == ".xz":
-        with lzma.open(path) as file:
-            saved = torch.load(file, weights_only=True)
-    else:
-        saved = torch.load(path, weights_only=True)
+    with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+        saved = torch.load(file, weights_only=True)
     missing = {"e", "c", "t"} - set(saved)
     if missing:
         raise ValueError(f"{path} must hold tensors e, c and t, lacks {', '.join(sorted(missing))}")
@@ -104,7 +106,7 @@ def _trained_like(
     dtype: torch.dtype,
     device: str | torch.device,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Problem:
     num_classes, dim = shape.num_classes, shape.dim
 
     def randn(*size: int) -> Tensor:
@@ -161,38 +163,29 @@ def _trained_like(
     c = own  # in place: the largest tensor here, and its directions have been used
     c += cluster_share * center[member]
     c += (log_frequency / 10)[:, None] * common
-    e, c = e.to(dtype), c.to(dtype)
+    problem = Problem(e.to(dtype), c.to(dtype), torch.empty_like(likely[:, 0]), shape.softcap)
 
     # Targets are drawn from the model's own distribution, so that its loss is its entropy.
-    targets = torch.empty(num_tokens, dtype=torch.int64, device=device)
-    for start in range(0, num_tokens, 512):
-        logits = (
-            (e[start : start + 512].float() @ c.float().T)
-            if e.device.type == "cpu"
-            else (e[start : start + 512] @ c.T).float()
-        )
-        if shape.softcap is not None:
-            logits = shape.softcap * torch.tanh(logits / shape.softcap)
+    for block, targets in zip(problem.e.split(512), problem.targets.split(512), strict=True):
+        logits = problem.logits(block, problem.c)
         noise = torch.empty_like(logits).exponential_(generator=generator).log_()
-        targets[start : start + 512] = (logits - noise).argmax(1)
-    return e, c, targets
+        targets.copy_((logits - noise).argmax(1))
+    return problem
 
 
 def describe(problem: Problem, tokens: int = 512) -> dict[str, float]:
     """What the distribution of the first tokens looks like, averaged."""
-    logits = (problem.e[:tokens] @ problem.c.T).float()
-    if problem.softcap is not None:
-        logits = problem.softcap * torch.tanh(logits / problem.softcap)
-    p = logits.softmax(1)
+    p = problem.logits(problem.e[:tokens], problem.c).softmax(1)
     ordered = p.sort(dim=1, descending=True).values
     running = ordered.cumsum(1)
-    result = {"top1": ordered[:, 0].mean().item()}
-    for share in (0.9, 0.95, 0.98, 0.99, 0.999):
-        result[f"classes_{share}"] = ((running < share).sum(1) + 1.0).mean().item()
-    result["above_2^-12"] = (p > 2**-12).sum(1).float().mean().item()
     block = min(128, p.shape[0])
     strips = p[: p.shape[0] // block * block].view(-1, block, p.shape[1]).sum(1)
     mass = strips.sort(dim=1, descending=True).values.cumsum(1) / block
-    result["strips_98%"] = ((mass < 0.98).float().mean()).item()
-    result["entropy"] = -(p * p.clamp_min(1e-30).log()).sum(1).mean().item()
-    return result
+    found = {
+        "top1": ordered[:, 0],
+        **{f"classes_{x}": (running < x).sum(1) + 1.0 for x in (0.9, 0.95, 0.98, 0.99, 0.999)},
+        "above_2^-12": (p > 2**-12).sum(1).float(),
+        "strips_98%": (mass < 0.98).float(),
+        "entropy": -(p * p.clamp_min(1e-30).log()).sum(1),
+    }
+    return {name: values.mean().item() for name, values in found.items()}

@@ -1,12 +1,14 @@
 """Time, memory and error of one loss on one problem, in the process that it runs in."""
 
 import itertools
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .data import IGNORE_INDEX, Problem
@@ -15,12 +17,11 @@ KINDS = ("loss-fw", "loss-bw", "loss-fw-bw")
 
 SOAK = 0.15  # seconds of work before a GPU is timed: one that has rested is faster than it can stay
 LONG_SOAK = 1.5  # the same, until its power limit shows as well
-ROOMY_GIB = 120  # of GPU memory: from here on what all methods keep fits at once
-MANY_LOGITS = 2**32  # full logits of this many take a GPU to themselves
+ROOMY_GIB = 120  # of GPU memory: from here on the data of all methods are made at once
 
 
 def is_roomy() -> bool:
-    """Whether several methods can hold their memory on this GPU at the same time."""
+    """Whether several methods can make their data on this GPU at the same time."""
     return (
         torch.cuda.is_available()
         and torch.cuda.get_device_properties(0).total_memory >= ROOMY_GIB * 2**30
@@ -33,57 +34,53 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def clock_mhz(device: torch.device) -> float | None:
-    """Clock of a GPU's multiprocessors now; None where the driver's library does not tell."""
-    try:
-        return float(torch.cuda.clock_rate(device))
-    except Exception:  # of that library, which need not be there: a note must not cost the times
-        return None
-
-
-def timed(run: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
-    """Milliseconds of each repetition after one that does not count."""
-    return timed_after(lambda: None, lambda _: run(), device, repetitions)
-
-
-def timed_after(
-    prepare: Callable[[], Any],
-    run: Callable[[Any], object],
+def timed(
+    run: Callable[..., object],
     device: torch.device,
     repetitions: int,
+    prepare: Callable[[], Any] = lambda: None,
     soak: float = 0.0,
-    watch: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """The same, where each repetition gets what ``prepare`` gives, which is not timed.
+    """Milliseconds of each repetition after one that does not count.
 
-    On a GPU by events, without waiting in between, as in training, and after ``soak`` seconds of
-    repetitions that do not count (not for steps of several processes, which have to be as many).
-    ``watch`` is called while the last repetition runs.
+    On a GPU by events, without waiting in between, as in training.
+
+    Args:
+        run: what is timed; gets what ``prepare`` returns.
+        device: that it runs on.
+        repetitions: how many times.
+        prepare: what each repetition needs and is not timed.
+        soak: seconds of repetitions before, on a GPU (0 for steps of several processes, of which
+            all have to run as many).
     """
+
+    def mark() -> Any:
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     start = time.perf_counter()
     while device.type == "cuda" and time.perf_counter() - start < soak:
         run(prepare())
         synchronize(device)
     run(prepare())
-    if device.type != "cuda":
-        times = []
-        for _ in range(repetitions):
-            prepared = prepare()
-            start = time.perf_counter()
-            run(prepared)
-            times.append((time.perf_counter() - start) * 1e3)
-        return times
-    events = []
+    marks = []
     for _ in range(repetitions):
         prepared = prepare()
-        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        pair[0].record()
+        begin = mark()
         run(prepared)
-        pair[1].record()
-        events.append(pair)
-    watch()
-    torch.cuda.synchronize(device)
-    return [first.elapsed_time(last) for first, last in events]
+        marks.append((begin, mark()))
+    synchronize(device)
+    if device.type == "cuda":
+        return [begin.elapsed_time(end) for begin, end in marks]
+    return [(end - begin) * 1e3 for begin, end in marks]
+
+
+def quartiles(times: Sequence[float]) -> list[float]:
+    """First quartile, median and third quartile."""
+    return statistics.quantiles(times, n=4) if len(times) > 1 else [*times] * 3
 
 
 def peak_mib(
@@ -133,36 +130,18 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 
 def exact_gradients(problem: Problem, tokens: int = 512) -> Exact:
     """Reference by blocks of tokens; needs a few float32 copies of c."""
-    e, c, targets = problem.e.detach(), problem.c.detach().float(), problem.targets
-    counted = targets != IGNORE_INDEX
-    count = int(counted.sum())
-    grad_e = torch.zeros(e.shape, device=e.device)
-    grad_c = torch.zeros_like(c)
-    total = 0.0
-    for start in range(0, e.shape[0], tokens):
-        here = slice(start, start + tokens)
-        block, inside = e[here].float(), counted[here]
-        wanted = targets[here].clamp_min(0)
-        logits = block @ c.T
-        slope = None
-        if problem.softcap is not None:
-            tanh = torch.tanh(logits / problem.softcap)
-            slope, logits = 1 - tanh.square(), tanh * problem.softcap
-        lse = torch.logsumexp(logits, 1)
-        rows = torch.arange(block.shape[0], device=e.device)
-        total += float((lse - logits[rows, wanted])[inside].double().sum())
-        grad = logits.sub_(lse[:, None]).exp_()
-        grad[rows, wanted] -= 1
-        if slope is not None:
-            grad *= slope
-        grad *= inside[:, None] / count
-        grad_e[here] = grad @ c
-        grad_c.addmm_(grad.T, block)
-    dtype = problem.e.dtype
-    return Exact(
-        total / count,
-        grad_e,
-        grad_c,
-        relative_error(grad_e.to(dtype), grad_e),
-        relative_error(grad_c.to(dtype), grad_c),
-    )
+    c = problem.c.detach().float().requires_grad_()
+    count = int((problem.targets != IGNORE_INDEX).sum())
+    c.grad = torch.zeros_like(c)
+    total, parts = 0.0, []
+    for block, targets in zip(
+        problem.e.detach().split(tokens), problem.targets.split(tokens), strict=True
+    ):
+        e = block.float().requires_grad_()
+        losses = F.cross_entropy(problem.logits(e, c), targets, reduction="none")
+        (losses.sum() / count).backward()
+        total += losses.detach().double().sum().item()
+        parts.append(e)
+    grad_e, grad_c = torch.cat([part.grad for part in parts if part.grad is not None]), c.grad
+    rounding = lambda grad: relative_error(grad.to(problem.e.dtype), grad)
+    return Exact(total / count, grad_e, grad_c, rounding(grad_e), rounding(grad_c))

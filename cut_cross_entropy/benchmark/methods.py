@@ -50,24 +50,15 @@ def _ours(impl: "ImplName") -> Callable[[Problem], Loss]:
     def build(problem: Problem) -> Loss:
         from cut_cross_entropy import linear_cross_entropy
 
-        def loss() -> Tensor:
-            return linear_cross_entropy(
-                problem.e, problem.c, problem.targets, softcap=problem.softcap, impl=impl
-            )
-
-        return loss
+        return lambda: linear_cross_entropy(
+            problem.e, problem.c, problem.targets, softcap=problem.softcap, impl=impl
+        )
 
     return build
 
 
 def _baseline(problem: Problem) -> Loss:
-    def loss() -> Tensor:
-        logits = F.linear(problem.e, problem.c).float()
-        if problem.softcap is not None:
-            logits = problem.softcap * torch.tanh(logits / problem.softcap)
-        return F.cross_entropy(logits, problem.targets)
-
-    return loss
+    return lambda: F.cross_entropy(problem.logits(problem.e, problem.c), problem.targets)
 
 
 def _gemm(problem: Problem) -> Loss:
@@ -82,8 +73,7 @@ def _gemm(problem: Problem) -> Loss:
     out = torch.empty((e.shape[0], -(-part // 64) * 64), dtype=e.dtype, device=e.device)
 
     def run() -> Tensor:
-        for start in range(0, count, part):
-            rows = c[start : min(count, start + part)]
+        for rows in c[:count].split(part):
             torch.mm(e, rows.T, out=out[:, : rows.shape[0]])
         return out
 
@@ -94,38 +84,22 @@ def _apple(problem: Problem) -> Loss:
     package = importlib.import_module("cut_cross_entropy")
     if hasattr(package, "record_filter"):
         raise ImportError("apple needs --peer apple=PATH, a folder that holds Apple's package")
-
-    def loss() -> Tensor:
-        value: Tensor = package.linear_cross_entropy(
-            problem.e, problem.c, problem.targets, softcap=problem.softcap, impl="cce"
-        )
-        return value
-
-    return loss
+    return lambda: package.linear_cross_entropy(
+        problem.e, problem.c, problem.targets, softcap=problem.softcap, impl="cce"
+    )
 
 
 def _liger(problem: Problem) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     module = LigerFusedLinearCrossEntropyLoss(softcap=problem.softcap)
-
-    def loss() -> Tensor:
-        value: Tensor = module(problem.c, problem.e, problem.targets)
-        return value
-
-    return loss
+    return lambda: module(problem.c, problem.e, problem.targets)
 
 
 def _quack(problem: Problem) -> Loss:
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy as loss
 
-    def loss() -> Tensor:
-        value: Tensor = chunked_linear_cross_entropy(
-            problem.e, problem.c, problem.targets, tuned=False
-        )
-        return value
-
-    return loss
+    return lambda: loss(problem.e, problem.c, problem.targets, tuned=False)
 
 
 def _trl(problem: Problem) -> Loss:
@@ -150,14 +124,9 @@ def _torch(problem: Problem) -> Loss:
     options: Any = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None or options is None:
         raise ImportError(f"PyTorch {torch.__version__} has no linear_cross_entropy")
-
-    def loss() -> Tensor:
-        value: Tensor = function(
-            problem.e, problem.c, problem.targets, options=options(allow_retain_graph=True)
-        )
-        return value
-
-    return loss
+    return lambda: function(
+        problem.e, problem.c, problem.targets, options=options(allow_retain_graph=True)
+    )
 
 
 METHODS = {

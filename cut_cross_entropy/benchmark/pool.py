@@ -1,8 +1,7 @@
-"""Worker processes, one for each method, and the rounds in which they take turns.
+"""Worker processes, one for each method.
 
 Every process starts with an empty compilation cache of its own, so that its first call is a cold
-start. Methods take turns within a round, and the order moves on by one each round, so that no
-method always runs on the warmest or the coolest GPU.
+start.
 """
 
 import contextlib
@@ -13,10 +12,9 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,7 @@ for known in [known for known in sys.modules if known.split(".")[0] == "cut_cros
     del sys.modules[known]  # of a command that starts by importing this package
 sys.path[:0] = paths
 package = sys.modules[alias] = types.ModuleType(alias)
-package.__path__ = [folder]
+package.__path__ = folders
 __import__(module, fromlist=["start"]).start(method)
 """
 """Initializer of a worker. It is source text because nothing of this package may be imported."""
@@ -56,8 +54,8 @@ class Process:
     Args:
         name: the method.
         path: folder that goes first on its ``sys.path``.
-        module: in this folder, with functions ``start`` and ``call``; tests use their own.
-        folder: of the module.
+        module: with functions ``start`` and ``call``.
+        folder: of the module, which imports the others of this folder by relative names.
     """
 
     def __init__(
@@ -68,11 +66,11 @@ class Process:
         full_name = f"{ALIAS}.{module}"
         # A function is sent to a worker by its name, so this process needs the same names.
         alias = sys.modules[ALIAS] = types.ModuleType(ALIAS)
-        alias.__path__ = [str(folder)]
+        alias.__path__ = folders = [str(folder), str(FOLDER)]
         self.call = importlib.import_module(full_name).call
         given = {
             "alias": ALIAS,
-            "folder": str(folder),
+            "folders": folders,
             "log_file": f"{self.scratch}/log",
             "method": name,
             "module": full_name,
@@ -86,44 +84,29 @@ class Process:
             1, multiprocessing.get_context("spawn"), initializer=exec, initargs=(START, given)
         )
         before = set(multiprocessing.active_children())
-        self.answer: Future[dict[str, Any]] = self.executor.submit(dict)
+        self.executor.submit(dict)  # starts the process
         (self.process,) = set(multiprocessing.active_children()) - before
 
-    def send(self, do: str, **arguments: Any) -> None:
-        """Give a command; its answer comes from :meth:`receive`.
+    def ask(self, do: str, timeout: float, **arguments: Any) -> dict[str, Any]:
+        """Give a command and return its answer; a process that takes too long is ended.
 
         Raises:
-            WorkerError: the process has ended.
+            WorkerError: the command failed or took too long, or the process has ended.
         """
         try:
-            self.answer = self.executor.submit(self.call, do, arguments)
-        except RuntimeError as error:  # a broken pool, or one that was closed
-            raise WorkerError(self._ended()) from error
-
-    def receive(self, timeout: float) -> dict[str, Any]:
-        """Return the answer to the last command.
-
-        Raises:
-            WorkerError: it failed, ended, or took too long (the process is then ended).
-        """
-        try:
-            answer = self.answer.result(timeout=max(0.0, timeout))
+            future = self.executor.submit(self.call, do, arguments)
+            answer: dict[str, Any] = future.result(timeout=max(0.0, timeout))
         except FutureTimeoutError:
             self.close()
             late = f"no answer within {timeout:.0f} s" if timeout > 0.5 else "no time was left"
             raise WorkerError(late) from None
-        except BrokenProcessPool:
+        except RuntimeError as error:  # a broken pool, or one that was closed
             ended = self._ended()
             self.close()
-            raise WorkerError(ended) from None
+            raise WorkerError(ended) from error
         if "error" in answer:
             raise WorkerError(answer["error"])
         return answer
-
-    def ask(self, do: str, timeout: float, **arguments: Any) -> dict[str, Any]:
-        """Give a command and return its answer."""
-        self.send(do, **arguments)
-        return self.receive(timeout)
 
     @property
     def alive(self) -> bool:
@@ -147,9 +130,11 @@ class Process:
 
 
 @contextlib.contextmanager
-def processes(names: Sequence[str], peers: dict[str, str]) -> Iterator[dict[str, Process]]:
+def processes(
+    names: Sequence[str], peers: dict[str, str], **worker: Any
+) -> Iterator[dict[str, Process]]:
     """Processes by method; they start at once and are ended at the end."""
-    pool = {name: Process(name, peers.get(name)) for name in names}
+    pool = {name: Process(name, peers.get(name), **worker) for name in names}
     try:
         yield pool
     finally:
@@ -166,35 +151,3 @@ class Clock:
     def left(self, most: float = float("inf")) -> float:
         """What is left, at most ``most``."""
         return min(most, self.end - time.monotonic())
-
-
-def take_turns(
-    pool: dict[str, Process],
-    commands: Callable[[str], dict[str, Any]],
-    rounds: int,
-    clock: Clock,
-    failed: Callable[[str, str], None],
-    limit: float = 120.0,
-    answered: Callable[[str, dict[str, Any]], None] = lambda name, answer: None,
-) -> dict[str, list[float]]:
-    """Times of every process over some rounds; one that fails takes no more turns.
-
-    Args:
-        commands: the command for a process.
-        failed: told of the process and the reason.
-        answered: told of the process and its whole answer.
-        limit: seconds of one turn.
-    """
-    times: dict[str, list[float]] = {name: [] for name in pool}
-    names = list(pool)
-    for round_number in range(rounds):
-        shift = round_number % max(1, len(names))
-        for name in names[shift:] + names[:shift]:
-            try:
-                answer = pool[name].ask(timeout=clock.left(limit), **commands(name))
-                times[name] += answer["times"]
-                answered(name, answer)
-            except WorkerError as error:
-                failed(name, str(error))
-                names = [other for other in names if other != name]
-    return {name: values for name, values in times.items() if name in names}

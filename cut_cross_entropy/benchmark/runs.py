@@ -1,21 +1,27 @@
-"""One problem, all methods: what the coordinator asks for, and the rows that come of it."""
+"""What is asked of the processes, problem by problem, and the rows that come of it."""
 
 import dataclasses
-import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .measure import KINDS, SOAK, is_roomy
-from .methods import METHODS
-from .pool import Clock, Process, WorkerError, processes, take_turns
+from . import output
+from .environment import environment
+from .measure import KINDS, SOAK, is_roomy, quartiles
+from .pool import Clock, Process, WorkerError, processes
 from .shapes import Shape
 
 PASSES = {"loss-fw": 1, "loss-bw": 2, "loss-fw-bw": 3}
 """Products that an exact computation cannot do without: what TFLOP/s count."""
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,15 +51,8 @@ class Task:
 
     def data(self) -> dict[str, Any]:
         """Arguments of a worker's ``load``."""
-        return {
-            "kind": self.kind,
-            "tokens": self.tokens,
-            "shape": dataclasses.asdict(self.shape),
-            "dtype": self.dtype,
-            "file": self.file,
-            "ignored": self.ignored,
-            "frozen": self.frozen,
-        }
+        own = ("name", "kinds", "errors")
+        return {name: x for name, x in dataclasses.asdict(self).items() if name not in own}
 
 
 @dataclass
@@ -77,7 +76,7 @@ class Session:
     first_limit: float = 150.0
     soak: float = SOAK
     progress: Callable[[str], None] = lambda text: None
-    measured: Callable[[list[dict[str, Any]]], None] = lambda rows: None
+    measured: Callable[[list[Row]], None] = lambda rows: None
     failures: list[dict[str, str]] = field(default_factory=list)
     started: set[str] = field(default_factory=set)
     data: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -91,115 +90,57 @@ class Session:
         if method in self.pool and not self.pool[method].alive:
             self.pool.pop(method).close()
 
+    def ask(
+        self, task: Task, method: str, do: str, limit: float = 120.0, what: str = "", **options: Any
+    ) -> Row | None:
+        """The answer of a method's process; None, and a failure is kept, if there is none."""
+        if method not in self.pool:
+            return None
+        try:
+            return self.pool[method].ask(do, timeout=self.clock.left(limit), **options)
+        except WorkerError as error:
+            self.fail(task, method, what or do, str(error))
+            return None
 
-def measure(task: Task, session: Session) -> list[dict[str, Any]]:
+
+def measure(task: Task, session: Session) -> list[Row]:
     """Rows of one problem: one a method and kind. Failures are kept in the session."""
-    loaded = _load(task, session)
-    found: dict[str, dict[str, Any]] = {name: {} for name in loaded}
-    _first_calls(task, session, found)
+    ask, names = partial(session.ask, task), list(session.pool)
+    session.progress(f"{task.name}: data")
+    # Making the data takes several times their size.
+    with ThreadPoolExecutor(len(names) if names and is_roomy() else 1) as threads:
+        answers = threads.map(lambda name: ask(name, "load", 180.0, **task.data()), names)
+        found = {name: answer for name, answer in zip(names, answers, strict=True) if answer}
+    # One after the other: compilers use every core, and some methods tune themselves.
+    for name in list(found):
+        session.progress(f"{task.name}: first call of {name}")
+        answer = ask(name, "first", session.first_limit, kind=task.kinds[-1])
+        if answer is None:
+            del found[name]
+            continue
+        found[name] |= {**answer, "cold": name not in session.started}
+        session.started.add(name)
     if task.errors:
-        if "gemm" in session.pool:
-            answer: dict[str, Any] = {}
-            _ask_for(task, session, "gemm", "describe", answer)
-            session.data[task.name] = answer.get("data", {})
-            _quietly(session, "gemm", "release")
-        for name in [name for name in found if name in session.pool and name != "gemm"]:
+        session.data[task.name] = ask("gemm", "describe") or {}
+        for name in [name for name in found if name != "gemm"]:
             session.progress(f"{task.name}: errors of {name}")
-            _ask_for(task, session, name, "errors", found[name])
-            _quietly(session, name, "release")
+            found[name] |= ask(name, "errors") or {}
     rows = []
     for kind in task.kinds:
-        new = _rows_of_kind(task, session, kind, loaded, found)
+        new = _rows_of_kind(task, session, kind, found)
         if new:
             session.measured(new)
         rows += new
     return rows
 
 
-def _load(task: Task, session: Session) -> dict[str, dict[str, Any]]:
-    session.progress(f"{task.name}: data")
-    loaded: dict[str, dict[str, Any]] = {}
-    names = list(session.pool)
-    # Making the data takes several times their size.
-    for group in [names] if is_roomy() else [[name] for name in names]:
-        loaded |= _ask_group(task, session, group, "load", 180.0, dict.fromkeys(group, task.data()))
-    return loaded
-
-
-def _first_calls(task: Task, session: Session, found: dict[str, dict[str, Any]]) -> None:
-    """One after the other: compilers use every core, and some methods tune themselves."""
-    for name in list(found):
-        session.progress(f"{task.name}: first call of {name}")
-        kind = "gemm" if name == "gemm" else task.kinds[-1]
-        limit = session.first_limit
-        answers = _ask_group(task, session, [name], "first", limit, {name: {"kind": kind}})
-        if name not in answers:
-            found.pop(name)
-            continue
-        cold = name not in session.started
-        found[name] = {"first_ms": answers[name]["ms"], "cold": cold}
-        session.started.add(name)
-
-
-def _ask_group(
-    task: Task,
-    session: Session,
-    names: Sequence[str],
-    do: str,
-    limit: float,
-    arguments: dict[str, dict[str, Any]],
-) -> dict[str, dict[str, Any]]:
-    """The same command to several processes at once; answers of those that could."""
-    sent, answers = [], {}
-    for name in names:
-        try:
-            session.pool[name].send(do, **arguments[name])
-            sent.append(name)
-        except WorkerError as error:
-            session.fail(task, name, do, str(error))
-    clock = Clock(session.clock.left(limit))
-    for name in sent:
-        try:
-            answers[name] = session.pool[name].receive(clock.left())
-        except WorkerError as error:
-            session.fail(task, name, do, str(error))
-    return answers
-
-
-def _ask_for(
-    task: Task, session: Session, name: str, do: str, result: dict[str, Any], **arguments: Any
-) -> None:
-    try:
-        answer = session.pool[name].ask(do, timeout=session.clock.left(120.0), **arguments)
-    except WorkerError as error:
-        session.fail(task, name, do, str(error))
-        return
-    result.update(answer)
-
-
-def _quietly(session: Session, name: str, do: str) -> None:
-    """A command whose failure shows in what follows."""
-    try:
-        session.pool[name].ask(do, timeout=session.clock.left(60.0))
-    except (KeyError, WorkerError):
-        return
-
-
-def _rows_of_kind(
-    task: Task,
-    session: Session,
-    kind: str,
-    loaded: dict[str, dict[str, Any]],
-    found: dict[str, dict[str, Any]],
-) -> list[dict[str, Any]]:
-    memory: dict[str, dict[str, Any]] = {}
+def _rows_of_kind(task: Task, session: Session, kind: str, found: dict[str, Row]) -> list[Row]:
+    memory: dict[str, Row | None] = {}
     start = time.perf_counter()
-    for name in [name for name in found if name in session.pool and name != "gemm"]:
+    for name in [name for name in found if name != "gemm"]:
         session.progress(f"{task.name}: memory of {name}, {kind}")
-        memory[name] = {}
-        _ask_for(task, session, name, "memory", memory[name], kind=kind)
-        _quietly(session, name, "release")
-    ready = [name for name in found if name == "gemm" or "mib" in memory.get(name, {})]
+        memory[name] = session.ask(task, name, "memory", kind=kind)
+    ready = [name for name in found if name == "gemm" or memory[name]]
     # Memory took two passes of each method; a turn is one that does not count and a burst.
     seconds = (time.perf_counter() - start) / 2 * session.rounds * (session.burst + 1)
     if torch.cuda.is_available():
@@ -208,80 +149,58 @@ def _rows_of_kind(
     session.progress(
         f"{task.name}: {kind}, {rounds} of {len(ready)} methods, about {seconds:.0f} s"
     )
-    clocks: dict[str, list[float]] = {name: [] for name in ready}
-
-    def note_clock(name: str, answer: dict[str, Any]) -> None:
-        if answer.get("clock_mhz") is not None:
-            clocks[name].append(answer["clock_mhz"])
-
-    times = take_turns(
-        {name: session.pool[name] for name in ready if name in session.pool},
-        lambda name: {
-            "do": "time",
-            "kind": "gemm" if name == "gemm" else kind,
-            "count": session.burst,
-            "soak": session.soak,
-        },
-        session.rounds,
-        session.clock,
-        lambda name, reason: session.fail(task, name, kind, reason),
-        answered=note_clock,
-    )
-    for name, values in clocks.items():
-        found[name]["clock_mhz"] = statistics.median(values) if values else None
-    for name in times:
-        _quietly(session, name, "release")
-    gemm = statistics.median(times["gemm"]) if times.get("gemm") else None
+    times = take_turns(task, session, kind, ready)
+    gemm = quartiles(times["gemm"])[1] if times.get("gemm") else None
     return [
-        _row(task, kind, name, values, gemm, memory[name]["mib"], loaded[name], found[name])
+        {**_row(task, kind, values, gemm, found[name]), **(memory[name] or {}), "method": name}
         for name, values in times.items()
         if name != "gemm" and values
     ]
 
 
-def _row(
-    task: Task,
-    kind: str,
-    name: str,
-    times: list[float],
-    gemm: float | None,
-    mib: float,
-    loaded: dict[str, Any],
-    found: dict[str, Any],
-) -> dict[str, Any]:
-    median = statistics.median(times)
-    tokens, classes, dim = loaded["tokens"], loaded["classes"], loaded["dim"]
-    passes = PASSES[kind]
-    if task.frozen and kind != "loss-fw":
-        passes -= 1
-    flop = 2.0 * tokens * classes * dim * passes * (1 - task.ignored)
-    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [median] * 3
-    row: dict[str, Any] = {
-        "method": name,
+def take_turns(
+    task: Task, session: Session, kind: str, methods: Sequence[str]
+) -> dict[str, list[float]]:
+    """Times of every method over some rounds; one that fails takes no more turns.
+
+    The order moves on by one each round, so that no method always runs on the warmest or the
+    coolest GPU.
+    """
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for number in range(session.rounds):
+        names = list(times)
+        shift = number % max(1, len(names))
+        for name in names[shift:] + names[:shift]:
+            options: Row = {"kind": kind, "count": session.burst, "soak": session.soak}
+            answer = session.ask(task, name, "time", what=kind, **options)
+            if answer is None:
+                del times[name]
+            else:
+                times[name] += answer["times"]
+    return times
+
+
+def _row(task: Task, kind: str, times: list[float], gemm: float | None, found: Row) -> Row:
+    first, median, third = quartiles(times)
+    passes = PASSES[kind] - bool(task.frozen and kind != "loss-fw")
+    flop = 2.0 * found["tokens"] * found["classes"] * found["dim"] * passes * (1 - task.ignored)
+    return {
+        **found,
         "kind": kind,
         "runtime_ms": median,
-        "op_mem_mb": mib,
         "test_data": task.name,
         "spread_ms": max(times) - min(times),
-        "q1_ms": quartiles[0],
-        "q3_ms": quartiles[2],
+        "q1_ms": first,
+        "q3_ms": third,
         "repetitions": len(times),
         "gemms": None if gemm is None else median / gemm,
         "gemm_ms": gemm,
         "gemm_even": True,
         "tflops": flop / median / 1e9,
-        "tokens": tokens,
-        "classes": classes,
-        "dim": dim,
-        "dtype": loaded["dtype"],
         "kind_of_data": "file" if task.file else task.kind,
         "ignored": task.ignored,
         "frozen": task.frozen,
-        "version": loaded["version"],
-        "peer": METHODS[name].peer,
     }
-    row.update({key: value for key, value in found.items() if key not in row})
-    return row
 
 
 def measure_all(
@@ -289,40 +208,60 @@ def measure_all(
     methods: Sequence[str],
     peers: dict[str, str],
     *,
+    part: str,
+    command: str,
     seconds: float,
     repetitions: int,
     soak: float = SOAK,
-    progress: Callable[[str], None] = lambda text: None,
-    measured: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
-    done: Callable[[list[dict[str, Any]], Session], None] = lambda rows, session: None,
-) -> Session:
-    """Measure the problems one by one.
+    commit: str | None = None,
+    path: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure the problems one by one, print their rows, and return the content of a file.
 
     Args:
         todo: problems.
         methods: what takes turns.
         peers: folders of other packages by method.
+        part: name of the file's content.
+        command: what it was measured by.
         seconds: limit for everything.
         repetitions: timed runs of each.
         soak: seconds of work before repetitions count, on a GPU.
-        progress: told of every step.
-        measured: gets the rows of each kind of pass.
-        done: gets all rows of a problem.
+        commit: of the code, where there is no history.
+        path: the file, written anew after every problem.
+        say: prints the rows of each kind of pass.
     """
+    begin = time.perf_counter()
+
+    def progress(text: str) -> None:
+        print(f"[{time.perf_counter() - begin:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+    def measured(rows: list[Row]) -> None:
+        say("\n".join(["", output.sizes(rows[0]), output.table(rows), output.memory_note(rows)]))
+
     burst = min(3, repetitions)
     with processes(methods, peers) as pool:
-        rounds = -(-repetitions // burst)
         session = Session(
-            pool, Clock(seconds), rounds, burst, soak=soak, progress=progress, measured=measured
-        )
+            pool, Clock(seconds), -(-repetitions // burst), burst, soak=soak, progress=progress,
+            measured=measured,
+        )  # fmt: skip
+        results: dict[str, Any] = {
+            "part": part,
+            "command": command,
+            "environment": environment(commit),
+            "rows": [],
+            "failures": session.failures,
+            "data": session.data,
+        }
         for task in todo:
             if session.clock.left() < 5:
                 session.fail(task, "all", "time", "not measured: the time limit was reached")
                 continue
             try:
-                rows = measure(task, session)
+                results["rows"] += measure(task, session)
             except Exception as error:  # one problem must not take the others with it
                 session.fail(task, "all", "measure", f"{type(error).__name__}: {error}")
-                rows = []
-            done(rows, session)
-    return session
+            if path is not None:
+                output.write_json(path, results)
+    return results

@@ -9,25 +9,24 @@ documentation from them once they lie in ``docs/measurements``.
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import output
-from .environment import environment
+from . import __main__ as command
 from .measure import LONG_SOAK, SOAK
 from .methods import METHODS, installed
-from .runs import Session, Task, measure_all
-from .shapes import SHAPES, SMALL
+from .runs import Task, measure_all
 
 OURS = ("cce", "cce_exact")
 ALL = (
     "cce", "cce_exact", "torch_compile", "chunked", "baseline", "apple", "liger", "quack", "trl",
     "torch",
 )  # fmt: skip
-BOTH = ("loss-fw-bw",)
+BOTH = "--kinds loss-fw-bw"
+FILE = "--data file"
 
 
 @dataclass(frozen=True)
@@ -37,65 +36,48 @@ class Part:
     Args:
         seconds: limit, of which a part should need two thirds.
         methods: what runs; other packages only if they are there.
+        problems: arguments of ``python -m benchmark``, most wanted first.
         repetitions: timed runs of each.
         soak: seconds of work before them.
     """
 
     seconds: float
     methods: Sequence[str]
+    problems: Sequence[str]
     repetitions: int = 9
     soak: float = SOAK
 
 
+# Sizes of a sweep are compared with each other: all of them at the clock of a long run. The largest
+# batches come last: they take the longest.
 PARTS = {
-    "table": Part(300, ALL),
-    "shapes": Part(150, OURS, 6),
-    # Sizes that are compared with each other: all of them at the clock of a long run.
-    "sweeps": Part(420, ("cce", "cce_exact", "chunked", "baseline", "liger"), 6, LONG_SOAK),
-    "options": Part(60, ("cce", "cce_exact", "baseline"), 6),
-    "tails": Part(75, ("cce", "cce_exact", "baseline", "apple", "liger"), 6),
-}
+    "table": Part(300, ALL, ("--data gemma2", FILE, f"--data llama3-8b {BOTH}")),
+    "shapes": Part(150, OURS, (
+        "--data qwen3-0.6b phi3.5 mistral-nemo qwen3-8b gpt-oss llama3.2-1b",
+        "--data llama3-8b gpt2 gemma2-9b llama3-70b gemma2-27b",
+    ), 6),
+    "sweeps": Part(420, (*OURS, "chunked", "baseline", "liger"), (
+        "--data llama3.2-1b --sweep classes",
+        "--data llama3.2-1b --sweep tokens",
+    ), 6, LONG_SOAK),
+    "options": Part(60, (*OURS, "baseline"), (
+        f"--data llama3.2-1b --no-errors --ignored 0 0.5 0.75 0.9 {BOTH}",
+        f"--data llama3.2-1b --no-errors --frozen e c {BOTH}",
+    ), 6),
+    "tails": Part(75, (*OURS, "baseline", "apple", "liger"), (
+        f"--data gemma2 --tail diffuse randn flat {BOTH}",
+    ), 6),
+}  # fmt: skip
 
 
 def tasks_of(part: str, hidden: Path | None, on_gpu: bool) -> list[Task]:
-    """The problems of a part, most wanted first."""
-
-    def made(model: str, kind: str = "structured", tokens: int = 8192, **changes: Any) -> Task:
-        shape = SHAPES[model] if on_gpu else SMALL
-        if not on_gpu:
-            tokens //= 64
-        dtype = "bfloat16" if on_gpu else "float32"
-        return replace(Task(f"{shape.name}-{kind}", kind, tokens, shape, dtype), **changes)
-
-    if part == "table":
-        result = [made("gemma2")]
-        if hidden is not None:
-            name = hidden.name.split(".")[0]
-            result.append(made("gemma2", name=name, file=str(hidden)))
-        return [*result, made("llama3-8b", kinds=BOTH)]
-    if part == "shapes":
-        first = ("qwen3-0.6b", "phi3.5", "mistral-nemo", "qwen3-8b", "gpt-oss", "llama3.2-1b")
-        rest = ("llama3-8b", "gpt2", "gemma2-9b", "llama3-70b", "gemma2-27b")
-        return [made(name) for name in first + rest]
-    if part == "tails":
-        return [made("gemma2", kind, kinds=BOTH) for kind in ("diffuse", "randn", "flat")]
-    plain = made("llama3.2-1b", kinds=BOTH, errors=False)
-    if part == "sweeps":
-        counts = [2**i for i in range(10, 18)]
-        sizes = [65536, 98304, 131072, 196608, 262144]
-        scale = 1 if on_gpu else 64
-        result = []
-        for v in sizes:
-            shape = replace(plain.shape, num_classes=v // scale)
-            result.append(replace(plain, name=f"V{v}", shape=shape))
-        # The largest batches last: they take the longest.
-        return result + [replace(plain, name=f"N{n}", tokens=n // scale) for n in counts]
-    if part == "options":
-        shares = [
-            replace(plain, name=f"ignored-{share}", ignored=share) for share in (0, 0.5, 0.75, 0.9)
-        ]
-        return [*shares, *(replace(plain, name=f"frozen-{x}", frozen=x) for x in "ec")]
-    raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+    """The problems of a part, most wanted first; those of saved hidden states if there are any."""
+    result = []
+    for line in PARTS[part].problems:
+        if line != FILE or hidden is not None:
+            arguments = command.parse_arguments([*line.split(), "--file", str(hidden)])
+            result += command.tasks(arguments, on_gpu)
+    return result
 
 
 def run_part(
@@ -103,42 +85,25 @@ def run_part(
 ) -> dict[str, Any]:
     """Measure a part and return the content of its file."""
     part, on_gpu = PARTS[name], torch.cuda.is_available()
-    results: dict[str, Any] = {
-        "part": name,
-        "command": f"python -m benchmark.suite --parts {name}",
-        "environment": environment(arguments.commit),
-        "rows": [],
-        "failures": [],
-        "data": {},
-    }
-    file = arguments.out / f"{name}.json"
-
-    def keep(rows: list[dict[str, Any]], session: Session) -> None:
-        results["rows"] += rows
-        results["failures"], results["data"] = session.failures, session.data
-        output.write_json(file, results)
-
-    methods = ["gemm"]
-    for method in part.methods:
-        wanted = not arguments.methods or method in arguments.methods
-        there = method in peers if METHODS[method].peer else installed(method, peers)
-        if wanted and there and (on_gpu or METHODS[method].cpu):
-            methods.append(method)
-    progress = output.Progress(1)
-    session = measure_all(
+    methods = [
+        method
+        for method in part.methods
+        if (not arguments.methods or method in arguments.methods)
+        and (method in peers if METHODS[method].peer else installed(method, peers))
+        and (on_gpu or METHODS[method].cpu)
+    ]
+    return measure_all(
         tasks_of(name, arguments.hidden, on_gpu),
-        methods,
+        ["gemm", *methods],
         peers,
+        part=name,
+        command=f"python -m benchmark.suite --parts {name}",
         seconds=seconds,
         repetitions=part.repetitions,
         soak=part.soak,
-        progress=progress.say,
-        measured=lambda rows: print(output.table(rows), flush=True),
-        done=keep,
+        commit=arguments.commit,
+        path=arguments.out / f"{name}.json",
     )
-    results["failures"] = session.failures
-    output.write_json(file, results)
-    return results
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

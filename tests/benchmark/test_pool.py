@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cut_cross_entropy.benchmark.pool import Clock, Process, WorkerError, take_turns
+from cut_cross_entropy.benchmark.pool import Clock, Process, WorkerError
 
 
 @pytest.fixture
@@ -61,38 +61,6 @@ def test_a_worker_that_takes_too_long_is_ended(fake):
     assert not process.alive
 
 
-class Recorder:
-    """Stands in for a process and keeps the order of turns."""
-
-    def __init__(self, name, turns, fails_at=None):
-        self.name, self.turns, self.fails_at = name, turns, fails_at
-
-    def ask(self, do, timeout, **arguments):
-        self.turns.append(self.name)
-        if self.turns.count(self.name) == self.fails_at:
-            raise WorkerError("broken")
-        return {"times": [1.0] * arguments["count"]}
-
-
-def test_turns_rotate_and_a_failure_takes_no_more_turns():
-    turns, failed = [], []
-    pool = {
-        "a": Recorder("a", turns),
-        "b": Recorder("b", turns, fails_at=2),
-        "c": Recorder("c", turns),
-    }
-    times = take_turns(
-        pool,
-        lambda name: {"do": "time", "count": 2},
-        3,
-        Clock(60),
-        lambda name, reason: failed.append((name, reason)),
-    )
-    assert turns == ["a", "b", "c", "b", "c", "a", "a", "c"]
-    assert times == {"a": [1.0] * 6, "c": [1.0] * 6}
-    assert failed == [("b", "broken")]
-
-
 def test_a_clock_counts_down():
     clock = Clock(10)
     assert 9 < clock.left() <= 10
@@ -113,7 +81,7 @@ def test_another_package_of_the_same_name_is_measured_and_not_this_one(tmp_path)
     process = Process("apple", str(tmp_path))
     try:
         assert process.ask("load", 60, **task)["version"] == "99.9"
-        assert process.ask("first", 60, kind="loss-fw-bw")["ms"] > 0
+        assert process.ask("first", 60, kind="loss-fw-bw")["first_ms"] > 0
         assert process.ask("errors", 60)["error_e"] < 1e-5
         assert len(process.ask("time", 60, kind="loss-fw-bw", count=2)["times"]) == 2
         with pytest.raises(WorkerError, match="has no attribute 'nothing'"):

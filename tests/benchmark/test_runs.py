@@ -1,44 +1,42 @@
 """What the coordinator asks of the processes, and in which order."""
 
+import json
+import threading
+
 import pytest
 
 from cut_cross_entropy.benchmark import runs
 from cut_cross_entropy.benchmark.pool import Clock, WorkerError
-from cut_cross_entropy.benchmark.runs import Session, Task, measure
+from cut_cross_entropy.benchmark.runs import Session, Task, measure, take_turns
 from cut_cross_entropy.benchmark.shapes import Shape
 
 TASK = Task("made", "structured", 1024, Shape("made", 4096, 64))
 LOADED = {"version": "1", "tokens": 1024, "classes": 4096, "dim": 64, "dtype": "bfloat16"}
 ANSWERS = {
     "load": LOADED,
-    "first": {"ms": 500.0},
-    "describe": {"data": {"top1": 0.5}},
+    "first": {"first_ms": 500.0},
+    "describe": {"top1": 0.5},
     "errors": {"error_e": 0.1, "error_c": 0.2, "rounding_e": 0.1, "rounding_c": 0.1},
-    "memory": {"mib": 7.0},
+    "memory": {"op_mem_mb": 7.0},
     "time": {"times": [2.0, 1.0, 3.0]},
-    "release": {},
 }
 
 
 class Fake:
-    """A process that answers at once and keeps what it was asked."""
+    """A process that answers at once and keeps what it was asked, when it begins and ends."""
 
     def __init__(self, name, log, fails=()):
         self.name, self.log, self.fails, self.alive = name, log, fails, True
-
-    def send(self, do, **arguments):
-        self.log.append((f"send {do}", self.name))
-        self.pending = do
-
-    def receive(self, timeout):
-        self.log.append((f"receive {self.pending}", self.name))
-        if self.pending in self.fails:
-            raise WorkerError("ValueError: no")
-        return dict(ANSWERS[self.pending])
+        self.meet = None
 
     def ask(self, do, timeout, **arguments):
-        self.send(do, **arguments)
-        return self.receive(timeout)
+        self.log.append((f"begin {do}", self.name))
+        if self.meet is not None and do == "load":
+            self.meet.wait(10)
+        self.log.append((f"end {do}", self.name))
+        if do in self.fails:
+            raise WorkerError("ValueError: no")
+        return dict(ANSWERS[do])
 
 
 def session_of(names, log, fails=None):
@@ -76,20 +74,44 @@ def test_first_calls_do_not_overlap():
     measure(TASK, session_of(["gemm", "cce", "apple"], log))
     first = [entry for entry in log if entry[0].endswith("first")]
     names = ("gemm", "cce", "apple")
-    assert first == [(f"{do} first", name) for name in names for do in ("send", "receive")]
+    assert first == [(f"{do} first", name) for name in names for do in ("begin", "end")]
 
 
 @pytest.mark.parametrize("roomy", [True, False])
 def test_data_are_made_together_where_memory_suffices(monkeypatch, roomy):
     monkeypatch.setattr(runs, "is_roomy", lambda: roomy)
     log = []
-    measure(TASK, session_of(["gemm", "cce"], log))
+    session = session_of(["gemm", "cce"], log)
+    if roomy:  # each waits for the other
+        for process, barrier in zip(session.pool.values(), [threading.Barrier(2)] * 2, strict=True):
+            process.meet = barrier
+    measure(TASK, session)
     order = [what for what, _ in log[:4]]
-    assert order == (["send load"] * 2 + ["receive load"] * 2 if roomy else
-                     ["send load", "receive load"] * 2)  # fmt: skip
+    assert order == (["begin load"] * 2 + ["end load"] * 2 if roomy else
+                     ["begin load", "end load"] * 2)  # fmt: skip
 
 
-def test_an_error_of_the_coordinator_costs_one_problem(monkeypatch):
+def test_turns_rotate_and_a_failure_takes_no_more_turns():
+    log = []
+    session = session_of(["a", "b", "c"], log)
+    session.rounds = 3
+    asked = session.pool["b"].ask
+
+    def fails_at_the_second_turn(do, timeout, **arguments):
+        if log.count(("end time", "b")) == 1:
+            session.pool["b"].fails = ("time",)
+        return asked(do, timeout, **arguments)
+
+    session.pool["b"].ask = fails_at_the_second_turn
+    times = take_turns(TASK, session, "loss-fw", ["a", "b", "c"])
+    turns = [name for what, name in log if what == "begin time"]
+    assert turns == ["a", "b", "c", "b", "c", "a", "a", "c"]
+    assert times == {"a": [2.0, 1.0, 3.0] * 3, "c": [2.0, 1.0, 3.0] * 3}
+    failed = [(x["method"], x["what"], x["error"]) for x in session.failures]
+    assert failed == [("b", "loss-fw", "ValueError: no")]
+
+
+def test_an_error_of_the_coordinator_costs_one_problem(monkeypatch, tmp_path):
     calls = []
 
     def broken(task, session):
@@ -99,9 +121,10 @@ def test_an_error_of_the_coordinator_costs_one_problem(monkeypatch):
         return [{"row": 1}]
 
     monkeypatch.setattr(runs, "measure", broken)
-    found = []
-    session = runs.measure_all(
-        [TASK, TASK], [], {}, seconds=60, repetitions=3, done=lambda rows, _: found.append(rows)
+    path = tmp_path / "rows.json"
+    results = runs.measure_all(
+        [TASK, TASK], [], {}, part="x", command="y", seconds=60, repetitions=3, path=path
     )
-    assert found == [[], [{"row": 1}]]
-    assert session.failures[0]["error"] == "KeyError: 'trl'"
+    assert results["rows"] == [{"row": 1}]
+    assert results["failures"][0]["error"] == "KeyError: 'trl'"
+    assert json.loads(path.read_text()) == results
