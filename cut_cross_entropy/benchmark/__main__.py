@@ -95,7 +95,8 @@ def tasks(arguments: argparse.Namespace, on_gpu: bool) -> list[Task]:
     result = []
     for ignored, frozen in itertools.product(arguments.ignored, arguments.frozen):
         more = {**options, "ignored": ignored, "frozen": None if frozen == "none" else frozen}
-        suffix = f"-ignored{ignored:g}" * bool(ignored) + f"-frozen-{frozen}" * (frozen != "none")
+        suffix = f"-ignored{ignored:g}" * (ignored > 0 or len(arguments.ignored) > 1)
+        suffix += f"-frozen-{frozen}" * (frozen != "none")
         for shape, tail, n, v in itertools.product(chosen, arguments.tail, tokens, classes):
             name = f"{shape.name}-{tail}"
             if v is not None:

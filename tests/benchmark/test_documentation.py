@@ -245,6 +245,8 @@ def test_parts_of_the_suite_are_problems_that_the_tables_find(tmp_path):
     for part in PARTS:
         assert len(set(names[part])) == len(names[part])
         assert set(PARTS[part].methods) <= set(ALL)
+    every = [name for found in names.values() for name in found]
+    assert sorted(x for x in set(every) if every.count(x) > 1) == ["llama3-8b-structured"]
     assert names["table"] == ["gemma2-structured", "smollm2", "llama3-8b-structured"]
     rows = [
         row("cce", data=task.name, part=part, ignored=task.ignored, frozen=task.frozen,
