@@ -1,20 +1,14 @@
 """The public function and module; ``dispatch`` chooses the implementation."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
-from cut_cross_entropy.device_support import current_autocast
-from cut_cross_entropy.dispatch import sum_of_losses, token_losses
-from cut_cross_entropy.distributed.collectives import group_name
-from cut_cross_entropy.distributed.data_parallel import Like, gather, gathered_again
-from cut_cross_entropy.distributed.dtensor import check_parallel_options, resolve
-from cut_cross_entropy.distributed.embeddings import own_tokens, share_tokens
+from cut_cross_entropy.dispatch import equal_weights, mean_logits, sum_of_losses, token_losses
+from cut_cross_entropy.distributed.dtensor import check_parallel_options
 from cut_cross_entropy.distributed.options import (
     DataParallelOptions,
     VocabParallelOptions,
@@ -29,13 +23,15 @@ from cut_cross_entropy.options import (
     Reduction,
     impl_name,
 )
-from cut_cross_entropy.problem import Problem
+from cut_cross_entropy.prepare import Prepared, prepare
+from cut_cross_entropy.problem import PerToken
 from cut_cross_entropy.reductions import mean_of_sum, reduce_tokens
-from cut_cross_entropy.transforms import refuse_transforms
 from cut_cross_entropy.validation import (
-    check_compute_dtypes,
+    check_class_weights,
+    check_num_items,
     check_options,
-    check_tensors,
+    check_per_token,
+    check_temperature,
     explains_unknown_keywords,
 )
 
@@ -62,6 +58,12 @@ class LossOptions(TypedDict, total=False):
     data_parallel_options: DataParallelOptions | None
     c_grad_chunk_size: int
     recompute: bool
+    temperature: float | Tensor
+    logit_scale: float
+    label_smoothing: float
+    class_weights: Tensor | None
+    token_weights: Tensor | None
+    num_items_in_batch: int | Tensor | None
 
 
 @overload
@@ -124,6 +126,12 @@ def linear_cross_entropy(
     data_parallel_options: DataParallelOptions | None = None,
     c_grad_chunk_size: int = 0,
     recompute: bool = False,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the logits ``e @ c.T + bias`` without storing them.
 
@@ -179,6 +187,19 @@ def linear_cross_entropy(
         recompute: compute the logits again in the backward pass. Without, exact implementations
             compute the gradients of a mean or a sum in the forward, which saves a matrix product;
             until the backward pass they take 4 bytes per element of ``e`` and ``c``.
+        temperature: above 0; divides the logits, after the softcap. A number, or a tensor that
+            broadcasts against ``targets``, with which it is shifted. Has no gradient.
+        logit_scale: factor of the logits, bias included, before the softcap.
+        label_smoothing: as in ``F.cross_entropy``: the share of the loss that is the mean over all
+            classes. In [0, 1].
+        class_weights: (V,), as ``weight`` in ``F.cross_entropy``: the loss of a token is multiplied
+            by the weight of its target, and the mean divided by the sum of these weights. Has no
+            gradient. Where classes are spread over processes, the weights of all of them.
+        token_weights: floats that broadcast against ``targets``, with which they are shifted: the
+            loss of each token is multiplied by its own, and the mean is divided by the sum of
+            these weights (times those of the classes). Differentiable.
+        num_items_in_batch: divides the sum of the losses in place of the mean's own divisor, as
+            trainers that accumulate gradients have it.
 
     Returns:
         The loss: a scalar, or with ``reduction="none"`` the shape of ``targets`` less ``shift`` at
@@ -218,43 +239,33 @@ def linear_cross_entropy(
         filter_c_grad=filter_c_grad,
         recompute=recompute,
     )
-    shift = int(shift)
-    e, c, targets, bias, shards, data = resolve(
+    check_num_items(num_items_in_batch, reduction)
+    prepared = prepare(
         e,
         c,
         targets,
         bias,  # type: ignore[arg-type]  # a bool, which check_tensors refuses
-        vocab_parallel_options,
-        data_parallel_options,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        shift=shift,
+        memory_budget=memory_budget,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        vocab_parallel_options=vocab_parallel_options,
+        data_parallel_options=data_parallel_options,
     )
-    if shards is not None or data is not None:
-        refuse_transforms()
-    wholes: list[tuple[Any, Tensor]] = []
-    if data is not None:
-        dtype = data.param_dtype or _gathered_dtype(e, c)
-        whole = gather(c, "c", Like(e.device, dtype), data)
-        wholes.append((c, whole))
-        c = whole
-        if bias is not None and is_dtensor(bias):
-            whole = gather(bias, "bias", Like(e.device, bias.dtype), data)
-            wholes.append((bias, whole))
-            bias = whole
-        del whole
-    num_classes = None if shards is None else shards.stop - shards.start
-    check_tensors(e, c, targets, bias, ignore_index, shift, num_classes)
-    compute_dtype = _compute_dtype(e, c, bias)
-
-    if shift:
-        shift = min(shift, targets.shape[-1])
-        # Shifting the targets instead of the embeddings copies N integers, not N x D features;
-        # the last tokens of each sequence have no target and are ignored.
-        targets = F.pad(targets[..., shift:], (0, shift), value=ignore_index)
-    tokens, flat_targets, shard = e.reshape(-1, e.shape[-1]), targets.reshape(-1), None
-    if shards is not None:
-        shard = shards.shard()
-        tokens, flat_targets = share_tokens(
-            tokens, flat_targets, ignore_index, compute_dtype, shards
-        )
+    problem = prepared.problem
+    if class_weights is not None:
+        if is_dtensor(class_weights):
+            raise NotImplementedError(
+                "class_weights is a DTensor: pass the weights of all classes, full_tensor()"
+            )
+        first, is_whole = problem.first_class, problem.group is None
+        check_class_weights(class_weights, problem.c, first, is_whole)
+    if token_weights is not None:
+        check_per_token("token_weights", token_weights, targets)
+        whole_weights = token_weights.to(problem.wide).expand(targets.shape)
+        token_weights = prepared.flatten(whole_weights, 0.0)
     # A literal: torch.compile of PyTorch 2.4 cannot follow a call of the class.
     kernel_options: CCEPreset = {
         "filter_eps": filter_eps,
@@ -263,69 +274,76 @@ def linear_cross_entropy(
         "filter_e_grad": filter_e_grad,
         "filter_c_grad": filter_c_grad,
     }
-    problem = Problem(
-        tokens,
-        c,
-        flat_targets,
-        bias,
-        ignore_index=ignore_index,
-        softcap=None if softcap is None else float(softcap),
-        compute_dtype=compute_dtype,
-        memory_budget=memory_budget,
-        first_class=0 if shard is None else shard.start,
-        group=None if shard is None else shard.group,
-    )
     mass = 1.0 if filter_mass is None else float(filter_mass)
-    world_size = 1 if shard is None else shard.world_size
-    with gathered_again(wholes) if wholes else nullcontext():
-        if reduction != "none" and not return_lse:
+    world_size = prepared.world_size
+    is_weighted = label_smoothing or class_weights is not None or token_weights is not None
+    with prepared.computing():
+        if reduction != "none" and not return_lse and not is_weighted:
             loss = sum_of_losses(
                 impl_chosen,
                 problem,
                 kernel_options,
                 recompute=recompute,
-                keep_inputs=not wholes,  # the backward would gather them again
+                keep_inputs=not prepared.wholes,  # the backward would gather them again
                 filter_mass=mass,
                 world_size=world_size,
             )
-            return mean_of_sum(loss, flat_targets, ignore_index) if reduction == "mean" else loss
-        nll, lse = token_losses(
+            if num_items_in_batch is not None:
+                return loss / num_items_in_batch
+            if reduction == "mean":
+                return mean_of_sum(loss, problem.targets, ignore_index)
+            return loss
+        results = token_losses(
             impl_chosen, problem, kernel_options, filter_mass=mass, world_size=world_size
         )
-
+        losses, weights = _weighted(
+            results, prepared, impl_chosen, label_smoothing, class_weights, token_weights
+        )
     if reduction == "none":
-        loss = _per_token(nll, targets, shift, shards)
+        loss = prepared.per_token(losses)
+    elif num_items_in_batch is not None:
+        loss = losses.sum() / num_items_in_batch
     else:
-        loss = reduce_tokens(nll, flat_targets, ignore_index, reduction)
-    return (loss, _per_token(lse, targets, shift, shards)) if return_lse else loss
+        loss = reduce_tokens(losses, problem.targets, ignore_index, reduction, weights)
+    return (loss, prepared.per_token(results.lse)) if return_lse else loss
 
 
-def _per_token(
-    values: Tensor, targets: Tensor, shift: int, shards: VocabParallelOptions | None
-) -> Tensor:
-    if shards is not None and shards.gather_e:
-        values = own_tokens(values, group_name(shards.group))
-    values = values.reshape(targets.shape)
-    if shift:
-        values = values[..., :-shift]
-    return values.clone()  # callers may change it in place; the backward needs the operator's own
-
-
-def _gathered_dtype(e: Tensor, c: Tensor) -> torch.dtype:
-    """The dtype to gather a classifier in: that of the product, if it is narrower."""
-    autocast = current_autocast(e.device.type)
-    if autocast is not None:
-        return autocast
-    return e.dtype if e.dtype.itemsize < c.dtype.itemsize else c.dtype
-
-
-def _compute_dtype(e: Tensor, c: Tensor, bias: Tensor | None) -> torch.dtype:
-    """The dtype of the product: that of autocast, which leaves float64 alone, or of the inputs."""
-    autocast = current_autocast(e.device.type)
-    check_compute_dtypes(e, c, bias, autocast is not None)
-    if autocast is not None and torch.float64 not in (e.dtype, c.dtype):
-        return autocast
-    return torch.promote_types(e.dtype, c.dtype)
+def _weighted(
+    results: PerToken,
+    prepared: Prepared,
+    impl: str,
+    label_smoothing: float,
+    class_weights: Tensor | None,  # (V,)
+    token_weights: Tensor | None,  # (N,)
+) -> tuple[Tensor, Tensor | None]:
+    """Losses with label smoothing and weights, and the weights that a mean is divided by, (N,)."""
+    problem, losses = prepared.problem, results.nll
+    weights: Tensor | None = None
+    smooth: Tensor | None = None
+    if label_smoothing:
+        # The mean over the classes of their losses: one logit of a mean row, and the log-sum-exp.
+        own = equal_weights(problem)
+        mean_weight: float | Tensor = 1.0
+        if class_weights is not None:
+            every = class_weights.to(problem.wide)
+            mean_weight = every.mean()
+            own = own * every[problem.first_class : problem.first_class + own.shape[0]]
+        smooth = results.lse * mean_weight - mean_logits(impl, problem, own)
+        losses = (1 - label_smoothing) * losses
+    if class_weights is not None:
+        kept = problem.targets != problem.ignore_index
+        num_classes = class_weights.shape[0]
+        places = torch.where(kept, problem.targets, 0).long().clamp(0, num_classes - 1)
+        weights = torch.where(kept, class_weights.to(problem.wide)[places], 0)
+        losses = losses * weights
+    if smooth is not None:
+        losses = losses + label_smoothing * smooth
+    if token_weights is not None:
+        # An ignored token has no loss, whatever its weight.
+        token_weights = torch.where(problem.targets != problem.ignore_index, token_weights, 0)
+        losses = losses * token_weights
+        weights = token_weights if weights is None else weights * token_weights
+    return losses, weights
 
 
 @dataclass(eq=False, repr=False)
@@ -359,10 +377,18 @@ class LinearCrossEntropy(nn.Module):
     data_parallel_options: DataParallelOptions | None = field(default=None, kw_only=True)
     c_grad_chunk_size: int = field(default=0, kw_only=True)
     recompute: bool = field(default=False, kw_only=True)
+    temperature: float | Tensor = field(default=1.0, kw_only=True)
+    logit_scale: float = field(default=1.0, kw_only=True)
+    label_smoothing: float = field(default=0.0, kw_only=True)
+    class_weights: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__init__()
         options = {option.name: getattr(self, option.name) for option in fields(self)}
+        check_temperature(self.temperature, None)
+        for name in ("temperature", "class_weights"):
+            if isinstance(options.pop(name), Tensor):  # moves with the module
+                self.register_buffer(name, self.__dict__.pop(name))
         impl_name(options.pop("impl"))
         check_parallel_options(
             options.pop("vocab_parallel_options"), options.pop("data_parallel_options")
@@ -370,7 +396,14 @@ class LinearCrossEntropy(nn.Module):
         check_options(**options)
 
     def forward(
-        self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None
+        self,
+        e: Tensor,
+        c: Tensor,
+        targets: Tensor,
+        bias: Tensor | None = None,
+        *,
+        token_weights: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the loss of ``e`` (..., D), ``c`` (V, D) and ``targets`` (...).
 
@@ -378,7 +411,15 @@ class LinearCrossEntropy(nn.Module):
             As :func:`linear_cross_entropy`.
         """
         result: Tensor | tuple[Tensor, Tensor]
-        result = linear_cross_entropy(e, c, targets, bias, **self._options())
+        result = linear_cross_entropy(
+            e,
+            c,
+            targets,
+            bias,
+            token_weights=token_weights,
+            num_items_in_batch=num_items_in_batch,
+            **self._options(),
+        )
         return result
 
     def extra_repr(self) -> str:
@@ -386,13 +427,17 @@ class LinearCrossEntropy(nn.Module):
         changed = {
             option.name: getattr(self, option.name)
             for option in fields(self)
-            if getattr(self, option.name) != option.default
+            if not isinstance(getattr(self, option.name), Tensor)
+            and getattr(self, option.name) != option.default
         }
         return ", ".join(f"{name}={value!r}" for name, value in changed.items())
 
     def _options(self) -> Any:
         return {name: getattr(self, name) for name in _OPTIONS}
 
+
+for _name in ("temperature", "class_weights"):
+    delattr(LinearCrossEntropy, _name)  # a default of the class would hide the buffer of a module
 
 _OPTIONS = tuple(option.name for option in fields(LinearCrossEntropy))  # torch.compile reads it
 

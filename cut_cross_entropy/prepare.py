@@ -63,7 +63,7 @@ class Prepared:
         """Return values (N, ...) of the problem's tokens in the shape of the caller's results."""
         if self.shards is not None and self.shards.gather_e:
             values = own_tokens(values, group_name(self.shards.group))
-        values = values.reshape(*self.targets.shape, *values.shape[1:])
+        values = values.reshape((*self.targets.shape, *values.shape[1:]))
         if self.shift:
             dim = self.targets.ndim - 1
             values = values.narrow(dim, 0, values.shape[dim] - self.shift)
@@ -161,7 +161,7 @@ def _flatten(
         dim = targets.ndim - 1
         values = values.narrow(dim, shift, values.shape[dim] - shift)
         values = F.pad(values, [0, 0] * (values.ndim - targets.ndim) + [0, shift], value=fill)
-    values = values.reshape(targets.numel(), *values.shape[targets.ndim :])
+    values = values.reshape((targets.numel(), *values.shape[targets.ndim :]))
     if shards is not None and shards.gather_e:
         values = gather_tokens(values, group_name(shards.group))
     return values

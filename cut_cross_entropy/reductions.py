@@ -6,7 +6,11 @@ from cut_cross_entropy.options import Reduction
 
 
 def reduce_tokens(
-    values: Tensor, targets: Tensor | None, ignore_index: int, reduction: Reduction
+    values: Tensor,
+    targets: Tensor | None,
+    ignore_index: int,
+    reduction: Reduction,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Reduce values per token, which are 0 at ignored tokens.
 
@@ -15,6 +19,7 @@ def reduce_tokens(
         targets: class ids, as many as ``values``; None ignores no token.
         ignore_index: target value of ignored tokens.
         reduction: ``"mean"`` over the tokens that are not ignored, ``"sum"``, or ``"none"``.
+        weights: of the tokens in the mean, 0 where ignored; ``values`` are multiplied by them.
 
     Returns:
         A scalar, 0 without any token that counts; with ``"none"`` the values themselves.
@@ -24,6 +29,9 @@ def reduce_tokens(
     total = values.sum()
     if reduction == "sum":
         return total
+    if weights is not None:
+        divisor = weights.sum()
+        return total / divisor.where(divisor != 0, 1)
     if targets is None:
         return total / max(values.numel(), 1)
     return mean_of_sum(total, targets, ignore_index)

@@ -139,6 +139,8 @@ def check_options(
     filter_eps: FilterEps = None,
     filter_mass: float | None = None,
     c_grad_chunk_size: int = 0,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
     **flags: bool,
 ) -> None:
     """Check options that are plain values, those that are not given being in order.
@@ -163,6 +165,8 @@ def check_options(
     check_filter_eps(filter_eps)
     check_filter_mass(filter_mass)
     check_chunk_size(c_grad_chunk_size)
+    check_logit_scale(logit_scale)
+    check_label_smoothing(label_smoothing)
     for name, flag in flags.items():
         check_flag(name, flag)
 
@@ -179,8 +183,80 @@ def check_logit_scale(logit_scale: float) -> None:
         raise ValueError(f"logit_scale must be a finite float other than 0, got {logit_scale!r}")
 
 
-def check_temperature(temperature: float | Tensor, targets: Tensor) -> None:
-    """Accept a number above 0, or a tensor of them that broadcasts against ``targets``.
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Accept a number from 0 to 1.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if isinstance(label_smoothing, bool) or not isinstance(
+        label_smoothing, (int, float, torch.SymFloat)
+    ):
+        raise TypeError(f"label_smoothing must be a float, got {type(label_smoothing).__name__}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be a float from 0 to 1, got {label_smoothing!r}")
+
+
+def check_class_weights(class_weights: Tensor, c: Tensor, first_class: int, exactly: bool) -> None:
+    """Accept a vector with a weight for each class; of a shard, for all classes and not its own.
+
+    Args:
+        class_weights: (V,).
+        c: the classifier or one shard of it.
+        first_class: class id of the first row of ``c``.
+        exactly: whether ``c`` has all classes.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if not isinstance(class_weights, Tensor):
+        raise TypeError(f"class_weights must be a torch.Tensor, got {type(class_weights).__name__}")
+    if not class_weights.is_floating_point():
+        raise TypeError(
+            f"the dtype of class_weights must be a floating point one, got {class_weights.dtype}"
+        )
+    if class_weights.device != c.device:
+        raise ValueError(
+            f"class_weights must be on the device of c, {c.device}, got {class_weights.device}"
+        )
+    if class_weights.requires_grad:
+        raise ValueError("class_weights have no gradient here: pass class_weights.detach()")
+    stop, got = first_class + c.shape[0], tuple(class_weights.shape)
+    if len(got) != 1 or (got[0] != stop if exactly else got[0] < stop):
+        wanted = f"(V,) = ({stop},)" if exactly else f"(V,) with V >= {stop}, all classes"
+        raise ValueError(f"class_weights must have shape {wanted}, got {got}")
+
+
+def check_num_items(num_items_in_batch: int | Tensor | None, reduction: str) -> None:
+    """Accept None, a number above 0, or a tensor of one element, for a mean.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if num_items_in_batch is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"num_items_in_batch is the divisor of reduction='mean', got {reduction=}")
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(
+                "num_items_in_batch must have one element, got shape "
+                f"{tuple(num_items_in_batch.shape)}"
+            )
+        return
+    if isinstance(num_items_in_batch, bool) or not isinstance(
+        num_items_in_batch, (int, float, torch.SymInt, torch.SymFloat)
+    ):
+        raise TypeError(
+            "num_items_in_batch must be None, an int or a tensor, got "
+            f"{type(num_items_in_batch).__name__}"
+        )
+    if not num_items_in_batch > 0:
+        raise ValueError(f"num_items_in_batch must be > 0, got {num_items_in_batch!r}")
+
+
+def check_temperature(temperature: float | Tensor, targets: Tensor | None) -> None:
+    """Accept a number above 0, or a tensor of them that broadcasts against ``targets``, if known.
 
     The values of a tensor are looked at where that does not stall anything, as those of targets.
 
@@ -197,7 +273,8 @@ def check_temperature(temperature: float | Tensor, targets: Tensor) -> None:
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a finite float > 0, got {temperature!r}")
         return
-    check_per_token("temperature", temperature, targets)
+    if targets is not None:
+        check_per_token("temperature", temperature, targets)
     if temperature.requires_grad:
         raise ValueError("temperature has no gradient here: pass temperature.detach()")
     if _looks_at_argument(temperature) and not bool(
@@ -392,9 +469,9 @@ _ELSEWHERE = {
     "target": "the argument is named targets",
     "labels": "the argument is named targets",
     "input": "the embeddings are named e",
-    "weight": "class weights are not supported (the classifier is named c); see docs/faq.md",
-    "ce_weight": "class weights are not supported; see docs/faq.md",
-    "label_smoothing": "it is not supported; see docs/faq.md",
+    "weight": "class weights are named class_weights, and the classifier c",
+    "ce_weight": "class weights are named class_weights",
+    "num_items": "the argument is named num_items_in_batch",
     "lse_square_scale": "use return_lse=True and compute_z_loss",
     "size_average": "use reduction",
     "reduce": "use reduction",

@@ -322,8 +322,8 @@ def test_flags_are_bools(flag):
 UNKNOWN = {
     "target": ": the argument is named targets",
     "labels": ": the argument is named targets",
-    "weight": (": class weights are not supported (the classifier is named c); see docs/faq.md"),
-    "label_smoothing": ": it is not supported; see docs/faq.md",
+    "weight": ": class weights are named class_weights, and the classifier c",
+    "label_smooting": ". Did you mean 'label_smoothing'?",
     "lse_square_scale": ": use return_lse=True and compute_z_loss",
     "reductoin": ". Did you mean 'reduction'?",
     "colour": "",

@@ -71,7 +71,7 @@ def options(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
 def wrong(e: Tensor, c: Tensor, targets: Tensor) -> None:
     linear_cross_entropy(e, c, targets, impl="cee")  # type: ignore[call-overload]
     linear_cross_entropy(e, c, targets, reduction="avg")  # type: ignore[call-overload]
-    linear_cross_entropy(e, c, targets, label_smoothing=0.1)  # type: ignore[call-overload]
+    linear_cross_entropy(e, c, targets, smoothing=0.1)  # type: ignore[call-overload]
     LinearCrossEntropy(impl="cee")  # type: ignore[arg-type]
     LinearCrossEntropy(colour=3)  # type: ignore[call-arg]
     cce_patch("llama", impl="cee")  # type: ignore[call-overload]
