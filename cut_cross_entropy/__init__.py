@@ -31,12 +31,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "cce_patch":  # imported when it is asked for: transformers is optional
-        from importlib import import_module
+    from importlib import import_module
 
+    if name == "cce_patch":  # imported when it is asked for: transformers is optional
         return import_module("cut_cross_entropy.transformers").cce_patch
+    if name == "adapters":
+        return import_module("cut_cross_entropy.adapters")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "cce_patch"])
+    return sorted([*__all__, "adapters", "cce_patch"])

@@ -1,0 +1,133 @@
+"""Liger: its scaled cross-entropy of a linear layer, which verl's ``liger`` backend calls too."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.adapters.seam import Adapter, Seam
+from cut_cross_entropy.distributed.options import VocabParallelOptions
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_NAME = "LigerFusedLinearScaledCrossEntropyFunction"
+_TP_NAME = "LigerFusedLinearScaledCrossEntropyTPFunction"
+_FILE = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+
+SEAM = Seam(
+    package="liger-kernel",
+    version="0.8.5",
+    module="liger_kernel.ops",
+    name=_NAME,
+    method="apply",
+    parameters=(
+        "_input",
+        "weight",
+        "target",
+        "temperature",
+        "ignore_index",
+        "m_tiles_per_cluster",
+        "return_entropy",
+        "selected_token_ids",
+    ),
+    copies=(
+        (_FILE, _NAME),
+        (
+            "verl.utils.experimental.torch_functional",
+            "_LIGER_FUSED_LINEAR_SCALED_CROSS_ENTROPY",
+        ),
+    ),
+)
+
+TENSOR_PARALLEL_SEAM = Seam(
+    package="liger-kernel",
+    version="0.8.5",
+    module="liger_kernel.ops",
+    name=_TP_NAME,
+    method="apply",
+    parameters=(
+        "_input",
+        "weight",
+        "target",
+        "tp_group",
+        "temperature",
+        "ignore_index",
+        "tiles_per_reduce",
+        "return_entropy",
+    ),
+    copies=((_FILE, _TP_NAME), ("liger_kernel.transformers.functional", _TP_NAME)),
+)
+
+
+def liger(**options: Any) -> Adapter:
+    """Compute Liger's scaled cross-entropy of a linear layer with :func:`token_logprobs`.
+
+    It replaces ``liger_kernel.ops.LigerFusedLinearScaledCrossEntropyFunction`` and its
+    tensor-parallel twin, ``...TPFunction``. Tile sizes are ignored; the entropy is float32, where
+    Liger rounds it to the dtype of the hidden states.
+
+    Args:
+        **options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
+            :func:`token_logprobs`.
+
+    Returns:
+        The active adapter. Its ``remove()`` or the end of a ``with`` block puts Liger's functions
+        back; ``calls`` counts the calls.
+
+    Raises:
+        ImportError: Liger is not installed.
+        RuntimeError: Liger's functions have moved or take other arguments, or are replaced already.
+        TypeError: an unknown option.
+    """
+    adapter = Adapter(options)
+
+    def nll(
+        _input: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        target: Tensor,  # (N,)
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        m_tiles_per_cluster: int = 1,
+        return_entropy: bool = False,
+        selected_token_ids: Tensor | None = None,  # (K,), the same for all tokens
+    ) -> Any:
+        candidates = None
+        if selected_token_ids is not None:
+            candidates = selected_token_ids.expand(len(target), -1)
+        result = adapter.compute(
+            _input,
+            weight,
+            target,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            outputs=["entropy"] if return_entropy else [],
+            candidates=candidates,
+        )
+        found = (-result.logprobs, result.entropy, result.candidate_logprobs)
+        asked = tuple(x for x in found if x is not None)
+        return asked if len(asked) > 1 else asked[0]
+
+    def tensor_parallel_nll(
+        _input: Tensor,  # (N, D), the same on all processes
+        weight: Tensor,  # (V / R, D), the rows of this process
+        target: Tensor,  # (N,), ids of the whole vocabulary
+        tp_group: "ProcessGroup | None",
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        tiles_per_reduce: int = 1,
+        return_entropy: bool = False,
+    ) -> Any:
+        start = torch.distributed.get_rank(tp_group) * len(weight)
+        result = adapter.compute(
+            _input,
+            weight,
+            target,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            outputs=["entropy"] if return_entropy else [],
+            vocab_parallel_options=VocabParallelOptions(start, start + len(weight), tp_group),
+        )
+        return (-result.logprobs, result.entropy) if return_entropy else -result.logprobs
+
+    return adapter.install((SEAM, nll), (TENSOR_PARALLEL_SEAM, tensor_parallel_nll))

@@ -1,0 +1,70 @@
+"""prime-rl: its fused output layers, of Gemma and of the other models."""
+
+from typing import Any
+
+from torch import Tensor
+
+from cut_cross_entropy.adapters.seam import Adapter, Seam, in_dtype_of
+
+_PARAMETERS = ("hidden", "weight", "labels", "inv_temperature", "chunk_size")
+
+SEAM = Seam(
+    package="prime-rl",
+    version="at commit 559b447",
+    module="prime_rl.trainer.models.layers.lm_head",
+    name="_SequenceChunkedLogProbEntropyFn",
+    method="forward",
+    parameters=_PARAMETERS,
+)
+
+GEMMA_SEAM = Seam(
+    package="prime-rl",
+    version="at commit 559b447",
+    module="prime_rl.trainer.models.layers.lm_head_gemma",
+    name="_GemmaChunkedLogProbEntropyFn",
+    method="forward",
+    parameters=(*_PARAMETERS, "softcap"),
+)
+
+
+def prime_rl(**options: Any) -> Adapter:
+    """Compute prime-rl's log-probabilities and entropies with :func:`token_logprobs`.
+
+    It replaces ``_SequenceChunkedLogProbEntropyFn`` and its twin for Gemma, which the output layer
+    calls if ``model.fused_lm_head_token_chunk_size`` is set. Entropies have a gradient then; in
+    prime-rl they have none.
+
+    Args:
+        **options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
+            :func:`token_logprobs`.
+
+    Returns:
+        The active adapter. Its ``remove()`` or the end of a ``with`` block puts prime-rl's
+        functions back; ``calls`` counts the calls.
+
+    Raises:
+        ImportError: prime-rl is not installed.
+        RuntimeError: its functions have moved or take other arguments, or are replaced already.
+        TypeError: an unknown option.
+    """
+    adapter = Adapter(options)
+
+    def logprobs_and_entropy(
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        labels: Tensor,  # (N,)
+        inv_temperature: Tensor,  # (N,)
+        chunk_size: int,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        result = adapter.compute(
+            hidden,
+            in_dtype_of(hidden, weight),
+            labels,
+            temperature=inv_temperature.reciprocal(),
+            softcap=softcap,
+            outputs=["entropy"],
+        )
+        return result.logprobs, result.entropy
+
+    return adapter.install((SEAM, logprobs_and_entropy), (GEMMA_SEAM, logprobs_and_entropy))

@@ -1,0 +1,170 @@
+"""Names of other packages that stand for functions of this one while an adapter is active."""
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.token_logprobs import TokenLogprobs, token_logprobs
+
+_OPTIONS = ("impl", "filter_eps", "filter_mass", "memory_budget")
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A function of another package that an adapter replaces, as the adapter knows it.
+
+    Args:
+        package: name of the distribution.
+        version: of the package that the adapter was tested with.
+        module: where the trainer looks the name up when it calls.
+        name: of a function, or of a class whose ``apply`` the trainer calls.
+        parameters: names of its parameters, without ``ctx``.
+        method: method of the class that has these parameters; "" for a function.
+        copies: module and name of what other modules import from there, and so keep.
+    """
+
+    package: str
+    version: str
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+    method: str = ""
+    copies: tuple[tuple[str, str], ...] = ()
+
+    def original(self) -> Any:
+        """Return what the name stands for, with its signature checked.
+
+        Raises:
+            ImportError: the package is not installed, or cannot be imported.
+            RuntimeError: the name is gone, takes other parameters, or is replaced already.
+        """
+        try:
+            module = importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            if error.name == self.module.partition(".")[0]:
+                raise ImportError(
+                    f"{self.package} is not installed; this adapter was written for "
+                    f"{self.package} {self.version}"
+                ) from error
+            if error.name is None or not f"{self.module}.".startswith(f"{error.name}."):
+                raise  # something that the package needs
+            raise self._moved(f"has no module {error.name}") from error
+        path = f"{self.module}.{self.name}"
+        found = getattr(module, self.name, None)
+        if found is None:
+            raise self._moved(f"has no {path}")
+        if isinstance(found, _Replacement):
+            raise RuntimeError(f"{path} is replaced already: remove the adapter that did it first")
+        # A name may be bound to the ``apply`` of a class.
+        function = getattr(getattr(found, "__self__", found), self.method) if self.method else found
+        parameters = tuple(name for name in inspect.signature(function).parameters if name != "ctx")
+        if parameters != self.parameters:
+            raise self._moved(
+                f"has {path} with the parameters ({', '.join(parameters)}) instead of "
+                f"({', '.join(self.parameters)})"
+            )
+        return found
+
+    def _moved(self, change: str) -> RuntimeError:
+        try:
+            installed = version(self.package)
+        except PackageNotFoundError:
+            installed = "(version unknown)"
+        return RuntimeError(
+            f"{self.package} {installed} {change}. This adapter was written for {self.package} "
+            f"{self.version}: use that version, or a cut-cross-entropy that knows yours"
+        )
+
+
+class _Replacement:
+    """A function of ours, called as the original is: directly, or by ``apply``."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    apply = __call__
+
+
+class Adapter:
+    """Functions of a trainer that stand for ours until :meth:`remove` is called.
+
+    It is a context manager too, and removes itself at the end of the block.
+
+    Args:
+        options: those of :func:`token_logprobs` that are the user's to choose, not the trainer's.
+
+    Attributes:
+        calls: how often the trainer has called ours. Compiled code counts when it is traced.
+
+    Raises:
+        TypeError: another option.
+    """
+
+    def __init__(self, options: dict[str, Any]):
+        for name in options:
+            if name not in _OPTIONS:
+                raise TypeError(f"unknown option {name!r}; an adapter takes {', '.join(_OPTIONS)}")
+        self.calls = 0
+        self._options = options
+        self._places: list[tuple[str, str, Any, Any]] = []  # module, name, original, ours
+
+    def install(self, *replacements: tuple[Seam, Callable[..., Any]]) -> "Adapter":
+        """Put each function in the place of the one that its seam describes, or change nothing."""
+        for seam, function in replacements:
+            original, ours = seam.original(), _Replacement(function)
+            for module, name in ((seam.module, seam.name), *seam.copies):
+                self._places.append((module, name, original, ours))
+        for module, name, original, ours in self._places:
+            _exchange(module, name, original, ours)
+        return self
+
+    def remove(self) -> None:
+        """Put the originals back, except where ours was replaced by something else since."""
+        for module, name, original, ours in self._places:
+            _exchange(module, name, ours, original)
+        self._places.clear()
+
+    def compute(self, e: Tensor, head: Tensor, targets: Tensor, **arguments: Any) -> TokenLogprobs:
+        """Call :func:`token_logprobs` with the user's options, and count the call."""
+        if torch.compiler.is_compiling():  # a count per step would have each step traced again
+            _count_trace(self)
+        else:
+            self.calls += 1
+        return token_logprobs(e, head, targets, **arguments, **self._options)
+
+    def __enter__(self) -> "Adapter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def _exchange(module: str, name: str, old: Any, new: Any) -> None:
+    """Let ``name`` stand for ``new`` if it stands for ``old``; a module may not be imported yet."""
+    found = sys.modules.get(module)
+    if found is not None and getattr(found, name, None) is old:
+        setattr(found, name, new)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _count_trace(adapter: Adapter) -> None:
+    adapter.calls += 1
+
+
+def in_dtype_of(hidden: Tensor, parameter: Tensor | None) -> Any:
+    """A parameter of the head in the dtype of its input, unless autocast sees to that."""
+    if parameter is None or torch.is_autocast_enabled(hidden.device.type):
+        return parameter
+    return parameter.to(hidden.dtype)

@@ -1,0 +1,45 @@
+"""Problems for an adapter and a trainer's own function, and a comparison of the two."""
+
+import torch
+
+TOKENS, CLASSES, DIM = 12, 150, 16
+
+
+def problem(tokens=TOKENS, classes=CLASSES, dim=DIM, dtype=torch.float32, seed=0):
+    """Hidden states (N, D), a classifier (V, D) with peaked softmax, targets (N,)."""
+    random = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, dim, generator=random, dtype=torch.float64)
+    weight = torch.randn(classes, dim, generator=random, dtype=torch.float64) * 3 / dim**0.5
+    targets = torch.randint(0, classes, (tokens,), generator=random)
+    return hidden.to(dtype), weight.to(dtype), targets
+
+
+def step(function, *tensors):
+    """Outputs of ``function(*leaves)``, and gradients of a weighted sum of those that have one."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    random = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=random) for x in outputs]
+    terms = [(x * w).sum() for x, w in zip(outputs, weights, strict=True) if x.requires_grad]
+    sum(terms).backward()
+    return [x.detach() for x in outputs], [x.grad for x in leaves]
+
+
+def assert_same(ours, theirs, rtol=1e-4, atol=1e-5):
+    """Equal outputs and gradients, in number, shape and value."""
+    for mine, other in zip(ours, theirs, strict=True):
+        assert len(mine) == len(other)
+        for a, b in zip(mine, other, strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=rtol, atol=atol)
+            assert a.abs().sum() > 0  # zeros would prove nothing
+
+
+def plain(hidden, weight, targets, temperature=1.0, softcap=None):
+    """Log-probabilities and entropies of full logits."""
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logprobs = (logits / torch.as_tensor(temperature).unsqueeze(-1)).log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[..., None]).squeeze(-1), entropy

@@ -1,0 +1,263 @@
+"""The adapters against the trainers themselves, in an environment that has them.
+
+Not collected with the other tests. Each test skips where its trainer is missing; none needs a GPU::
+
+    python -m pytest -p no:cacheprovider -rs tests/adapters/with_trainers.py
+
+Run with verl 0.9.1, torchtitan 0.3.0 and Megatron-core 0.19.2 from PyPI, prime-rl at 559b447 and
+NeMo-RL at 7ea279a from their repositories, each unpacked into a folder of PYTHONPATH.
+"""
+
+import importlib
+import importlib.util
+import sys
+import types
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cut_cross_entropy import adapters
+from tests.adapters import stand_ins
+from tests.adapters.parity import CLASSES, DIM, assert_same, problem, step
+from tests.transformers.models import batch, llama
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def hollow(monkeypatch, *packages):
+    """Import modules of packages without what their ``__init__`` imports, such as vLLM."""
+    for name in packages:
+        parent, _, last = name.rpartition(".")
+        roots = sys.modules[parent].__path__ if parent else sys.path
+        found = [Path(root) / last for root in roots if (Path(root) / last).is_dir()]
+        if not found:
+            pytest.skip(f"{name} is not installed")
+        package = types.ModuleType(name)
+        package.__path__ = [str(found[0])]
+        monkeypatch.setitem(sys.modules, name, package)
+
+
+@pytest.fixture
+def megatron(one_process, monkeypatch):
+    """Megatron's own process groups; its buffers are on the CPU, its random state is PyTorch's."""
+    state = pytest.importorskip("megatron.core.parallel_state")
+    state.initialize_model_parallel()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    tracker = types.SimpleNamespace(fork=nullcontext)
+    monkeypatch.setattr("megatron.core.tensor_parallel.get_cuda_rng_tracker", lambda: tracker)
+    yield
+    state.destroy_model_parallel()
+
+
+# --- verl
+
+
+def test_verl_with_its_triton_backend():
+    common = pytest.importorskip("verl.models.transformers.dense_common")
+    inputs = batch()
+    inputs.pop("labels")
+    results = []
+    for forward in (common.forward_with_torch_backend, common.forward_with_triton_backend):
+        model = llama()
+        model.forward = types.MethodType(forward, model)
+        with adapters.verl() as adapter:
+            output = model(**inputs, temperature=0.7, return_dict=True)
+        logprobs, entropy = (x.flatten() for x in (output.log_probs, output.entropy))
+        (logprobs.sum() + 0.1 * entropy.sum()).backward()
+        grads = [parameter.grad for parameter in model.parameters()]
+        results.append(([logprobs.detach(), entropy.detach()], grads))
+    assert adapter.calls == 1
+    assert_same(results[1], results[0])
+
+
+def test_verl_with_its_liger_backend():
+    functional = pytest.importorskip("verl.utils.experimental.torch_functional")
+    hidden, weight, targets = problem()
+    call = lambda backend: step(
+        lambda h, w: functional.FusedLinearForPPO(impl_backend=backend)(
+            h.view(2, 6, DIM), w, targets.view(2, 6), 0.7
+        ),
+        hidden,
+        weight,
+    )
+    with adapters.liger() as adapter:
+        ours = call("liger")
+    assert adapter.calls == 1
+    assert_same(ours, call("torch"))
+    call("liger")
+    assert adapter.calls == 1
+
+
+def test_verl_with_megatron(megatron):
+    fused = pytest.importorskip("verl.models.mcore.model_forward_fused")
+    hidden, weight, targets = problem()
+    call = lambda h, w: fused.fused_output_processor(
+        hidden_states=h.view(12, 1, DIM),
+        output_layer=None,
+        output_weight=w,
+        labels=targets.view(1, 12),
+        context=fused.FusedOutputProcessorContext(temperature=0.7),
+        config=types.SimpleNamespace(sequence_parallel=False, config_logger_dir=""),
+    )
+    with adapters.verl() as adapter:
+        ours = step(lambda h, w: (lambda o: (o.log_probs, o.entropy))(call(h, w)), hidden, weight)
+    assert adapter.calls == 1
+    functional = importlib.import_module("verl.utils.experimental.torch_functional")
+    theirs = step(lambda h, w: functional.FusedLinearForPPO()(h, w, targets, 0.7), hidden, weight)
+    assert_same(ours, theirs)
+
+
+# --- prime-rl
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_prime_rl(softcap, monkeypatch):
+    layers = "prime_rl.trainer.models.layers"
+    hollow(monkeypatch, "prime_rl", "prime_rl.trainer", "prime_rl.trainer.models", layers)
+    lm_head = importlib.import_module(f"{layers}.lm_head")
+    gemma = importlib.import_module(f"{layers}.lm_head_gemma")
+    if softcap is None:
+        head = lm_head.FusedOutputLinear(DIM, CLASSES, chunk_size=5)
+    else:
+        head = gemma.GemmaFusedOutputLinear(DIM, CLASSES, chunk_size=5, softcap=softcap)
+    hidden, weight, targets = problem()
+    temperature = torch.linspace(0.5, 2.0, 12).view(2, 6)
+
+    def call(hidden, weight):
+        head.weight = None  # a leaf of the comparison stands for the parameter
+        head.__dict__["weight"] = weight
+        output = head(hidden.view(2, 6, DIM), targets.view(2, 6), temperature=temperature)
+        return output["logprobs"], output["entropy"].detach()
+
+    theirs = step(call, hidden, weight)
+    with adapters.prime_rl() as adapter:
+        ours = step(call, hidden, weight)
+    assert adapter.calls == 1
+    assert_same(ours, theirs)
+
+
+# --- NeMo-RL
+
+
+def test_nemo_rl(one_process):
+    utils = pytest.importorskip("nemo_rl.distributed.model_utils")
+    hidden, weight, targets = problem()
+    # Its package for Megatron needs more than can be installed without a GPU.
+    with stand_ins.modules(nemo_rl__models__megatron__train=stand_ins.STEP):
+        call = lambda h, w: utils.from_parallel_hidden_states_to_logprobs(
+            h.view(6, 2, DIM), w, False, targets.view(2, 6), 0, CLASSES, one_process, chunk_size=4
+        )
+        theirs = step(call, hidden, weight)
+        with adapters.nemo_rl() as adapter:
+            ours = step(call, hidden, weight)
+        assert adapter.calls == 1
+    assert_same(ours, theirs)
+
+
+# --- torchtitan
+
+
+@pytest.mark.parametrize("name", ["CrossEntropyLoss", "DAPOLoss", "GRPOLoss"])
+def test_torchtitan(name, monkeypatch):
+    titan = pytest.importorskip("torchtitan.components.loss")
+    experiments = "torchtitan.experiments"
+    hollow(monkeypatch, experiments, f"{experiments}.rl")
+    losses = importlib.import_module(f"{experiments}.rl.losses")
+    inner = getattr(losses, name, None) or getattr(titan, name)
+    hidden, weight, targets = problem()
+    random = torch.Generator().manual_seed(3)
+    extra = {
+        "generator_logprobs": -5 * torch.rand(2, 6, generator=random),
+        "advantages": torch.randn(2, 6, generator=random),
+        "loss_mask": torch.rand(2, 6, generator=random) < 0.7,
+    }
+    results, all_metrics = [], []
+    for cls in (titan.ChunkedLossWrapper, adapters.torchtitan()):
+        loss = cls.Config(num_chunks=2, loss_fn=inner.Config()).build()
+        head = nn.Linear(DIM, CLASSES, bias=False)
+        loss.set_lm_head(head)
+        head.weight.data.copy_(weight)
+        leaf = hidden.clone().requires_grad_()
+        value, metrics = loss(
+            leaf.view(2, 6, DIM),
+            targets.view(2, 6),
+            7.0,
+            **(extra if inner is not titan.CrossEntropyLoss else {}),
+        )
+        value.backward()
+        results.append(([value.detach()], [leaf.grad, head.weight.grad]))
+        all_metrics.append(metrics)
+        assert isinstance(loss, titan.ChunkedLossWrapper)
+    assert cls.adapter.calls == 1
+    assert_same(results[1], results[0])
+    assert all_metrics[0].keys() == all_metrics[1].keys()
+    for key, metric in all_metrics[0].items():
+        torch.testing.assert_close(all_metrics[1][key], metric, rtol=1e-4, atol=1e-5, msg=key)
+
+
+# --- Megatron-core
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_megatron_output_processor(tied, megatron):
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=4,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+    )
+    torch.manual_seed(0)
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(),
+        vocab_size=CLASSES,
+        max_sequence_length=16,
+        parallel_output=True,
+        share_embeddings_and_output_weights=tied,
+    )
+    ids = torch.randint(0, CLASSES, (2, 9))
+    labels = ids.roll(-1, 1)
+    positions = torch.arange(9).expand(2, 9)
+    mask = torch.ones(9, 9).triu(1).bool()[None, None]
+    results = []
+    for ours in (False, True):
+        model.zero_grad()
+        if ours:
+            context = adapters.MegatronContext(temperature=0.7, outputs=("entropy",))
+            output = model(
+                ids,
+                positions,
+                mask,
+                labels=labels,
+                output_processor=adapters.megatron_output_processor,
+                output_processor_context=context,
+            )
+            logprobs, entropy = output.logprobs, output.entropy
+        else:
+            all_logprobs = (model(ids, positions, mask) / 0.7).log_softmax(-1)
+            logprobs = all_logprobs.gather(-1, labels[..., None])[..., 0]
+            entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+        (logprobs.sum() + 0.1 * entropy.sum()).backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append(
+            ([logprobs.detach(), entropy.detach()], [torch.cat([g.flatten() for g in grads])])
+        )
+    assert_same(results[1], results[0])
