@@ -1,8 +1,8 @@
 """``python -m research.rounded_logits FILE``: what logits in bfloat16 do to probability ratios.
 
 FILE is what ``python -m research.hidden`` writes: bfloat16 hidden states e (N, D) before the head c
-(V, D) of a real model, and the next tokens t (N,). Policy and old policy are the same model here, so
-that every ratio should be 1. One log-probability is rounded as stated, the other is float64.
+(V, D) of a real model, and the next tokens t (N,). Policy and old policy are the same model here,
+so that every ratio should be 1. One log-probability is computed as stated, the other in float64.
 """
 
 import argparse

@@ -10,6 +10,7 @@ from torch import Tensor
 from cut_cross_entropy.distributed.collectives import group_name
 from cut_cross_entropy.distributed.embeddings import gather_tokens
 from cut_cross_entropy.distributed.options import VocabParallelOptions
+from cut_cross_entropy.outputs import OutputName
 from cut_cross_entropy.token_logprobs import TokenLogprobs, token_logprobs
 
 
@@ -25,7 +26,7 @@ class MegatronContext:
     """
 
     temperature: float | Tensor = 1.0
-    outputs: Collection[str] = ()
+    outputs: Collection[OutputName] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -56,7 +56,7 @@ def prime_rl(**options: Any) -> Adapter:
         inv_temperature: Tensor,  # (N,)
         chunk_size: int,
         softcap: float | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Any]:
         result = adapter.compute(
             hidden,
             in_dtype_of(hidden, weight),

@@ -61,7 +61,7 @@ class Seam:
         found = getattr(module, self.name, None)
         if found is None:
             raise self._moved(f"has no {path}")
-        if isinstance(found, _Replacement):
+        if self.is_replaced():
             raise RuntimeError(f"{path} is replaced already: remove the adapter that did it first")
         # A name may be bound to the ``apply`` of a class.
         function = getattr(getattr(found, "__self__", found), self.method) if self.method else found
@@ -72,6 +72,10 @@ class Seam:
                 f"({', '.join(self.parameters)})"
             )
         return found
+
+    def is_replaced(self) -> bool:
+        """Whether an adapter is active here."""
+        return isinstance(getattr(sys.modules.get(self.module), self.name, None), _Replacement)
 
     def _moved(self, change: str) -> RuntimeError:
         try:

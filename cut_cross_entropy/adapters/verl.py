@@ -57,7 +57,7 @@ def verl(**options: Any) -> Adapter:
         temperature: float = 1.0,
         reduction: str = "none",
         dist_process_group: "ProcessGroup | None" = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Any]:
         if reduction != "none":
             raise NotImplementedError(f"reduction must be 'none', got {reduction!r}")
         shards = None

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from cut_cross_entropy.adapters.trl import SEAM as TRL_HEAD
 from cut_cross_entropy.lazy.notices import warn_once
 from cut_cross_entropy.transformers.forward import is_patched_forward, patched_forward
 from cut_cross_entropy.transformers.utils import PatchOptions
@@ -144,12 +145,13 @@ def _with_self(forward: Any) -> inspect.Signature:
 def _warn_if_idle(model: nn.Module, function: Any) -> None:
     """Say so if a trainer's own fused head stands before the patched forward."""
     code = getattr(function, "__code__", None)  # its signature claims to be that of the model
-    if code is None:
+    if code is None or TRL_HEAD.is_replaced():
         return
     if "fused_lm_head" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
         warn_once(
             type(model).__name__,
             "fused_lm_head",
             "TRL computes the loss with a fused head of its own (fused_lm_head=True), which never "
-            "reaches the patched forward: for those calls the patch is idle",
+            "reaches the patched forward: for those calls the patch is idle, and "
+            "cut_cross_entropy.adapters.trl() is what computes them without logits",
         )
