@@ -165,11 +165,15 @@ def _needed(problem: Problem) -> Needed:
     )
 
 
+def _check_targets(problem: Problem) -> None:
+    if problem.group is None and not (torch.compiler.is_compiling() or is_traced()):
+        check_target_range(plain(problem.targets), problem.c.shape[0], problem.ignore_index)
+
+
 def _full_losses(impl: str, problem: Problem) -> PerToken:
     """The same by an implementation of full logits."""
     targets, first_class = problem.targets, problem.first_class
-    if problem.group is None and not (torch.compiler.is_compiling() or is_traced()):
-        check_target_range(plain(targets), problem.c.shape[0], problem.ignore_index)
+    _check_targets(problem)
     full: Callable[..., tuple[Tensor, Tensor]] = FULL_IMPLS[impl].target_logits_and_lse
     kept = targets != problem.ignore_index
     # compute_dtype has its say already; meta tensors have no autocast to turn off.
@@ -217,7 +221,7 @@ def token_outputs(
         weights = equal_weights(problem)
     if impl == "reference":
         _refuse_shards(problem)
-        check_target_range(plain(problem.targets), problem.c.shape[0], problem.ignore_index)
+        _check_targets(problem)
         with torch.autocast(problem.e.device.type, enabled=False):
             logits = reference.all_logits(problem)
             return reference.token_outputs(problem, logits, asked, weights)
@@ -269,10 +273,10 @@ def mean_logits(impl: str, problem: Problem, weights: Tensor | None) -> Tensor:
     """Mean logit of every token, weighted by ``weights`` (V,); by default they are equal."""
     if weights is None:
         weights = equal_weights(problem)
+    if impl in KERNEL_IMPLS or problem.group is not None:
+        impl = "auto"  # the kernels have no walk with other sums, the reference no shards
     if problem.softcap is None and impl != "reference":
         return mean_logits_of_rank_one(problem, weights)
-    if impl in KERNEL_IMPLS:
-        impl = "auto"  # they have no walk with other sums
     return token_outputs(impl, problem, Asked(mean_logit=True), weights=weights).mean_logit
 
 

@@ -232,6 +232,8 @@ def linear_cross_entropy(
         filter_eps=filter_eps,
         filter_mass=filter_mass,
         c_grad_chunk_size=c_grad_chunk_size,
+        logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
         return_lse=return_lse,
         accum_e_fp32=accum_e_fp32,
         accum_c_fp32=accum_c_fp32,

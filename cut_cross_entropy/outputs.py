@@ -6,7 +6,7 @@ Shape legend: ``cut_cross_entropy.implementations``.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor
@@ -40,8 +40,14 @@ class Asked:
     @classmethod
     def of(cls, outputs: Collection[str], top_k: int = 0) -> "Asked":
         """Return the sums that outputs of these names need."""
-        names = (field.name for field in fields(cls) if field.name != "top_k")
-        return cls(**{name: name in outputs for name in names}, top_k=top_k)
+        return cls(
+            "entropy" in outputs,
+            "log_sum_sq" in outputs,
+            "mean_logit" in outputs,
+            "rank" in outputs,
+            "max_logit" in outputs,
+            top_k,
+        )
 
     def flat(self) -> tuple[bool | int, ...]:
         """All fields in the order of the schema."""

@@ -30,8 +30,9 @@ SETTINGS = {
 
 
 def random_like(x: Tensor, seed: int) -> Tensor:
-    random = torch.Generator().manual_seed(seed)
-    return torch.randn(x.shape, generator=random, dtype=torch.float64).to(x.dtype)
+    """Numbers without a pattern, which transforms allow."""
+    places = torch.arange(x.numel(), dtype=torch.float64).reshape(x.shape)
+    return torch.sin(1 + seed + 7 * places.square()).to(x.dtype)
 
 
 def extras(problem: Problem, settings: dict, seed: int = 3) -> dict:
@@ -429,3 +430,137 @@ def test_a_class_of_no_probability(impl):
     torch.testing.assert_close(found["e"], wanted["e"])
     torch.testing.assert_close(found["c"][left], wanted["c"])
     assert not found["c"][7].any()
+
+
+def loss_of_everything(e, c, bias, targets, candidates, support, temperature, impl="chunked"):
+    got = token_logprobs(
+        e,
+        c,
+        targets,
+        outputs=OUTPUTS,
+        candidates=candidates,
+        support=support,
+        temperature=temperature,
+        bias=bias,
+        softcap=4.0,
+        top_k=2,
+        impl=impl,
+    )
+    return objective(vars(got), DIFFERENTIABLE), got.rank, got.top_ids
+
+
+def everything(problem: Problem) -> tuple[Tensor, ...]:
+    made = extras(problem, {"temperature": "per token"})
+    support = some_support(problem)
+    return problem.targets, made["candidates"], support, made["temperature"]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_fullgraph(impl, softcap):
+    """A model that ends in the function compiles in one graph, forward and backward."""
+    torch._dynamo.reset()
+    problem = make_problem(dtype=torch.float64, bias=True)
+    targets, candidates, support, temperature = everything(problem)
+
+    def model(e, c, bias):
+        got = token_logprobs(
+            torch.sin(e),
+            c,
+            targets,
+            outputs=OUTPUTS,
+            candidates=candidates,
+            support=support,
+            temperature=temperature,
+            bias=bias,
+            softcap=softcap,
+            top_k=2,
+            impl=impl,
+        )
+        return got.logprobs, got.lse, got.entropy, got.mean_logit, got.log_sum_sq, got.rank
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (model, compiled):
+        tensors = leaves(problem)
+        *values, rank = function(*tensors.values())
+        total = sum((x * random_like(x, i)).sum() for i, x in enumerate(values))
+        results.append((*values, rank, *gradients(total, tensors).values()))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+    torch._dynamo.reset()
+
+
+def test_transforms():
+    """``vmap`` of ``grad``, as per-example gradients have it."""
+    problem = make_problem((3, 5), dtype=torch.float64, bias=True, ignored=0.0)
+    batch = everything(problem)
+
+    def example(e, targets, candidates, support, temperature):
+        def of(c):
+            return loss_of_everything(
+                e, c, problem.bias, targets, candidates, support, temperature, "chunked"
+            )[0]
+
+        return torch.func.grad(of)(problem.c)
+
+    got = torch.func.vmap(example)(problem.e, *batch)
+    for i in range(3):
+        expected = example(problem.e[i], *(x[i] for x in batch))
+        torch.testing.assert_close(got[i], expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_derivatives_that_do_not_exist_are_refused():
+    problem = make_problem((4,))
+    with pytest.raises(NotImplementedError, match="token_logprobs has no second and no forward"):
+        torch.func.jvp(
+            lambda e: token_logprobs(e, problem.c, problem.targets).logprobs,
+            (problem.e,),
+            (problem.e,),
+        )
+    e = problem.e.requires_grad_()
+    (grad,) = torch.autograd.grad(
+        token_logprobs(e, problem.c, problem.targets).logprobs.sum(), e, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="token_logprobs has no second and no forward"):
+        grad.sum().backward()
+
+
+def test_operators():
+    """Schema, fake and autograd of each operator, as PyTorch checks them."""
+    from cut_cross_entropy import output_operators as ops
+    from cut_cross_entropy.outputs import Asked
+    from cut_cross_entropy.problem import Problem as Call
+
+    problem = make_problem((4,), bias=True)
+    e, c, bias = leaves(problem).values()
+    flat = Call(
+        e, c, problem.targets, bias, -100, 3.0, torch.float32, 2**20, multiplier=torch.ones(4)
+    ).flat()
+    weights = torch.full((300,), 1 / 300)
+    for asked in (Asked(), Asked(True, True, True, True, True, 2)):
+        torch.library.opcheck(ops.token_outputs, (*flat, weights, *asked.flat()))
+    ids = torch.tensor([[0, -1], [5, 5], [299, 3], [1, 2]])
+    torch.library.opcheck(ops.logits_of_classes, (*flat, ids))
+    torch.library.opcheck(ops.weighted_sum_of_rows, (c, weights, torch.float32, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_autocast(dtype):
+    """Logits are never rounded: factors in half precision are exact in float32 products."""
+    problem = make_problem((40,), 500, 64, dtype=dtype, bias=True)
+    got = token_logprobs(
+        problem.e, problem.c, problem.targets, outputs=OUTPUTS, bias=problem.bias, impl="chunked"
+    )
+    exact = plain(
+        problem.e.double(), problem.c.double(), problem.targets, bias=problem.bias.double()
+    )
+    for name in ("logprobs", "lse", "entropy", "log_sum_sq", "mean_logit", "max_logit"):
+        found = getattr(got, name)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact[name], rtol=1e-6, atol=4e-6)
+    wide = problem.to(torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        cast = token_logprobs(wide.e, wide.c, wide.targets, outputs=OUTPUTS, bias=wide.bias)
+    torch.testing.assert_close(cast.logprobs, got.logprobs)

@@ -51,7 +51,7 @@ def forward(problem: Problem, asked: Asked, weights: Tensor | None) -> TokenOutp
             logits, _ = blocks.logits(e_block, tokens, classes)
             here, columns = targets_within(target_block, classes)
             part.count(logits, classes, target_block, target_logits[tokens], problem.first_class)
-            if weights is not None:
+            if asked.mean_logit and weights is not None:
                 part.mean += logits @ weights[classes]
             part.add(logits, here, columns)
     if problem.group is not None:

@@ -349,9 +349,7 @@ def the_whole_lives_while_it_is_needed(rank, impl, recompute):
 
     data_parallel._whole = watched
     try:
-        loss = linear_cross_entropy(
-            e, head.weight, problem.targets, impl=impl, recompute=recompute
-        )
+        loss = linear_cross_entropy(e, head.weight, problem.targets, impl=impl, recompute=recompute)
         assert len(wholes) == 1
         assert settled(wholes[0]) is None
         loss.backward()
