@@ -16,7 +16,6 @@ import datetime
 import gc
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +39,7 @@ from .distributed_traffic import (
 )
 from .environment import environment
 from .leave import leave
-from .measure import synchronize
+from .measure import peak_mib
 from .output import write_json
 from .setups import ALONE, LOGITS, OWN_CLASSES, OWN_TOKENS, SETUPS
 from .shapes import SHAPES, SMALL
@@ -114,16 +113,10 @@ def measure(job: Job, problem: Problem, repetitions: int, row: dict[str, Any]) -
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     step = (SETUPS | ALONE)[job.setup](problem, job.impl)
     step.run()  # compiles, and what the first call of a group does only
-    peak = None
     if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step.run()
-        synchronize(device)
-        peak = slowest((torch.cuda.max_memory_allocated(device) - before) / 2**20)
-    times = timed_together(step.run, device, repetitions)
-    first, middle, third = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
-    row.update(peak_mib=peak, ms=slowest(middle), q1_ms=first, q3_ms=third)
+        held = (torch.cuda.memory_allocated(device) - before) / 2**20
+        row["peak_mib"] = slowest(held + peak_mib(lambda _: step.run(), device))  # noqa: F821
+    row["q1_ms"], row["ms"], row["q3_ms"] = timed_together(step.run, device, repetitions)
     classes, dim = problem.c.shape
     found = collectives(job.setup, job.tokens, classes, dim, job.impl, problem.e.dtype, processes)
     if not found:  # one process, or a set-up whose collectives are not known
@@ -131,10 +124,9 @@ def measure(job: Job, problem: Problem, repetitions: int, row: dict[str, Any]) -
     row["sent_mib"] = sum(one.sent(processes) for one in found) / 2**20
     alone = without_communication(job, problem, step.run)
     del step  # what it holds is not needed by work that needs no processes
-    row["alone_ms"] = slowest(statistics.median(timed_together(alone, device, repetitions)))
+    row["alone_ms"] = timed_together(alone, device, repetitions)[1]
     del alone
-    exchange = back_to_back(found, device)
-    row["exchange_ms"] = slowest(statistics.median(timed_together(exchange, device, repetitions)))
+    row["exchange_ms"] = timed_together(back_to_back(found, device), device, repetitions)[1]
 
 
 def without_communication(

@@ -5,7 +5,6 @@ that a step really runs. Legend: R processes, N tokens of each, V classes, D fea
 """
 
 import functools
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from cut_cross_entropy.distributed import collectives as operators
 
-from .measure import synchronize, timed
+from .measure import quartiles, synchronize, timed
 from .setups import OWN_CLASSES, OWN_TOKENS
 
 FILTERED = ("cce", "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e")
@@ -180,25 +179,22 @@ def slowest(value: float) -> float:
 def timed_together(
     run: Callable[[], object], device: torch.device, repetitions: int
 ) -> list[float]:
-    """Milliseconds of each repetition, which all processes begin together."""
+    """Quartiles in milliseconds of repetitions that all processes begin together, the median that
+    of the slowest process.
+    """
     synchronize(device)
     dist.barrier()
-    return timed(run, device, repetitions)
+    first, median, third = quartiles(timed(lambda _: run(), device, repetitions))
+    return [first, slowest(median), third]
 
 
 def measure_links(device: torch.device) -> dict[str, float]:
     """Bus bandwidth in GB/s of the collectives, at 256 MiB a process (1 MiB on a CPU)."""
     world = dist.get_world_size()
     count = (2**27 if device.type == "cuda" else 2**19) // world * world
-    whole = torch.ones(count, dtype=torch.bfloat16, device=device)
-    part = torch.empty(count // world, dtype=torch.bfloat16, device=device)
-    runs = {
-        "all_reduce": (lambda: dist.all_reduce(whole), 2),
-        "all_gather": (lambda: operators.gather_shards(part, ""), 1),
-        "reduce_scatter": (lambda: operators.sum_own_part(whole.view(world, -1), ""), 1),
-    }
     result = {}
-    for name, (run, passes) in runs.items():
-        milliseconds = slowest(statistics.median(timed_together(run, device, 10)))
-        result[name] = passes * (world - 1) / world * whole.nbytes / milliseconds / 1e6
+    for kind in ("all_reduce", "all_gather", "reduce_scatter"):
+        one = Collective(kind, count, torch.bfloat16)
+        _, milliseconds, _ = timed_together(back_to_back([one], device), device, 10)
+        result[kind] = one.sent(world) / milliseconds / 1e6
     return result

@@ -17,15 +17,6 @@ KINDS = ("loss-fw", "loss-bw", "loss-fw-bw")
 
 SOAK = 0.15  # seconds of work before a GPU is timed: one that has rested is faster than it can stay
 LONG_SOAK = 1.5  # the same, until its power limit shows as well
-ROOMY_GIB = 120  # of GPU memory: from here on the data of all methods are made at once
-
-
-def is_roomy() -> bool:
-    """Whether several methods can make their data on this GPU at the same time."""
-    return (
-        torch.cuda.is_available()
-        and torch.cuda.get_device_properties(0).total_memory >= ROOMY_GIB * 2**30
-    )
 
 
 def synchronize(device: torch.device) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from . import output
 from .environment import environment
-from .measure import KINDS, SOAK, is_roomy, quartiles
+from .measure import KINDS, SOAK, quartiles
 from .pool import Clock, Process, WorkerError, processes
 from .shapes import Shape
 
@@ -63,7 +62,6 @@ class Session:
         pool: processes by method; those that end are taken out.
         clock: when everything has to be over.
         rounds, burst: turns of each method, and timed repetitions a turn.
-        first_limit: seconds that a first call may take.
         soak: seconds of work before repetitions count, on a GPU.
         progress: told of every step.
         measured: gets the rows of a kind as soon as its methods have taken their turns.
@@ -73,7 +71,6 @@ class Session:
     clock: Clock
     rounds: int = 4
     burst: int = 3
-    first_limit: float = 150.0
     soak: float = SOAK
     progress: Callable[[str], None] = lambda text: None
     measured: Callable[[list[Row]], None] = lambda rows: None
@@ -105,24 +102,20 @@ class Session:
 
 def measure(task: Task, session: Session) -> list[Row]:
     """Rows of one problem: one a method and kind. Failures are kept in the session."""
-    ask, names = partial(session.ask, task), list(session.pool)
-    session.progress(f"{task.name}: data")
-    # Making the data takes several times their size.
-    with ThreadPoolExecutor(len(names) if names and is_roomy() else 1) as threads:
-        answers = threads.map(lambda name: ask(name, "load", 180.0, **task.data()), names)
-        found = {name: answer for name, answer in zip(names, answers, strict=True) if answer}
-    # One after the other: compilers use every core, and some methods tune themselves.
-    for name in list(found):
-        session.progress(f"{task.name}: first call of {name}")
-        answer = ask(name, "first", session.first_limit, kind=task.kinds[-1])
-        if answer is None:
-            del found[name]
+    ask, found = partial(session.ask, task), dict[str, Row]()
+    # One method after the other: making the data takes several times their size, compilers use
+    # every core, and some methods tune themselves.
+    for name in list(session.pool):
+        session.progress(f"{task.name}: data and first call of {name}")
+        loaded = ask(name, "load", 180.0, **task.data())
+        first = loaded and ask(name, "first", 150.0, kind=task.kinds[-1])
+        if not loaded or not first:
             continue
-        found[name] |= {**answer, "cold": name not in session.started}
+        found[name] = {**loaded, **first, "cold": name not in session.started}
         session.started.add(name)
-    if task.errors:
-        session.data[task.name] = ask("gemm", "describe") or {}
-        for name in [name for name in found if name != "gemm"]:
+        if task.errors and name == "gemm":
+            session.data[task.name] = ask(name, "describe") or {}
+        elif task.errors:
             session.progress(f"{task.name}: errors of {name}")
             found[name] |= ask(name, "errors") or {}
     rows = []

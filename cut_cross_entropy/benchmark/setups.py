@@ -6,10 +6,11 @@ describes them.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,36 +26,30 @@ class Step:
     """One process's part of a training step's output layer.
 
     Args:
-        run: computes the loss and leaves gradients in ``e`` and ``c``; returns the loss.
+        loss: computes it.
         e, c: what gets gradients: embeddings of this process, and its part of the classifier.
         tokens: which of all tokens ``e`` holds.
         classes: which classes ``c`` holds; None for a DTensor, which knows.
         shared: all processes have the loss of all tokens; else each has that of its own.
+        context: what surrounds loss and gradients.
     """
 
-    run: Callable[[], Tensor]
+    loss: Callable[[], Tensor]
     e: Tensor
     c: Any
     tokens: slice
-    classes: slice | None
-    shared: bool
+    classes: slice | None = None
+    shared: bool = True
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
 
-
-def _step(
-    loss: Callable[[], Tensor],
-    e: Tensor,
-    c: Any,
-    tokens: slice,
-    classes: slice | None,
-    shared: bool,
-) -> Step:
-    def run() -> Tensor:
-        e.grad = c.grad = None
-        result = loss()
-        result.backward()
-        return result.detach()
-
-    return Step(run, e, c, tokens, classes, shared)
+    def run(self) -> Tensor:
+        """Leave gradients in ``e`` and ``c``; return the loss."""
+        self.e.grad = self.c.grad = None
+        with self.context():
+            loss: Any = self.loss()
+            loss.backward()
+        whole: Tensor = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
+        return whole.detach()
 
 
 def _own_tokens(problem: Problem) -> slice:
@@ -63,11 +58,11 @@ def _own_tokens(problem: Problem) -> slice:
     return slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
 
 
-def _mesh(problem: Problem, *shape: tuple[str, int]) -> Any:
+def _mesh(problem: Problem, **sizes: int) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
-    names, sizes = zip(*shape, strict=True)
-    return init_device_mesh(problem.e.device.type, sizes, mesh_dim_names=names)
+    kind = problem.e.device.type
+    return init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -86,49 +81,29 @@ def vocab_parallel(problem: Problem, impl: ImplName, own: bool = False) -> Step:
             e, c, targets, softcap=problem.softcap, impl=impl, vocab_parallel_options=options
         )
 
-    return _step(loss, e, c, tokens, classes, shared=True)
+    return Step(loss, e, c, tokens, classes)
 
 
-def sequence_parallel(problem: Problem, impl: ImplName) -> Step:
-    """Vocabulary-parallel, with tokens of its own on each process."""
-    return vocab_parallel(problem, impl, own=True)
+def tensor_parallel(problem: Problem, impl: ImplName, logits: bool = False) -> Step:
+    """The classifier as a DTensor sharded by classes, as ``parallelize_module`` leaves it.
 
+    With ``logits`` what PyTorch has for it: sharded full logits and ``loss_parallel``.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import loss_parallel
 
-def tensor_parallel(problem: Problem, impl: ImplName) -> Step:
-    """The classifier as a DTensor sharded by classes, as ``parallelize_module`` leaves it."""
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = _mesh(problem, ("tp", dist.get_world_size()))
+    mesh = _mesh(problem, tp=dist.get_world_size())
     e = _leaf(problem.e)
     c = nn.Parameter(distribute_tensor(problem.c.detach(), mesh, [Shard(0)]))
 
     def loss() -> Tensor:
-        return linear_cross_entropy(e, c, problem.targets, softcap=problem.softcap, impl=impl)
+        if not logits:
+            return linear_cross_entropy(e, c, problem.targets, softcap=problem.softcap, impl=impl)
+        tokens = DTensor.from_local(e, mesh, [Replicate()], run_check=False)
+        return F.cross_entropy(problem.logits(tokens, c), problem.targets)
 
-    return _step(loss, e, c, slice(0, e.shape[0]), None, shared=True)
-
-
-def tensor_parallel_logits(problem: Problem, impl: ImplName) -> Step:
-    """What PyTorch has for it: sharded full logits and ``loss_parallel``."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor.parallel import loss_parallel
-
-    mesh = _mesh(problem, ("tp", dist.get_world_size()))
-    e = _leaf(problem.e)
-    c = nn.Parameter(distribute_tensor(problem.c.detach(), mesh, [Shard(0)]))
-
-    def run() -> Tensor:
-        e.grad = c.grad = None
-        with loss_parallel():
-            tokens = DTensor.from_local(e, mesh, [Replicate()], run_check=False)
-            logits = F.linear(tokens, c).float()
-            if problem.softcap is not None:
-                logits = problem.softcap * torch.tanh(logits / problem.softcap)
-            loss: Any = F.cross_entropy(logits, problem.targets)
-            loss.backward()
-        return loss.detach().full_tensor()  # type: ignore[no-any-return]
-
-    return Step(run, e, c, slice(0, e.shape[0]), None, shared=True)
+    context = loss_parallel if logits else nullcontext
+    return Step(loss, e, c, slice(0, e.shape[0]), context=context)
 
 
 class _Head(nn.Module):
@@ -145,9 +120,16 @@ class _Head(nn.Module):
         return loss
 
 
-def _fully_sharded(problem: Problem, impl: ImplName, mesh: Any, inside: bool) -> Step:
+def fully_sharded(
+    problem: Problem, impl: ImplName, inside: bool = False, replicas: int = 1
+) -> Step:
+    """FSDP2; the loss ``inside`` of the forward of the module that holds the classifier, or
+    outside, where the classifier is a DTensor. With ``replicas`` HSDP.
+    """
     from torch.distributed.fsdp import fully_shard
 
+    sizes = {"dp_shard": dist.get_world_size() // replicas}
+    mesh = _mesh(problem, **({"dp_replicate": replicas} if replicas > 1 else {}), **sizes)
     head = _Head(problem, impl)
     # As within a model, whose root alone keeps its weights from the forward to the backward.
     fully_shard(head, mesh=mesh, reshard_after_forward=True)
@@ -155,30 +137,10 @@ def _fully_sharded(problem: Problem, impl: ImplName, mesh: Any, inside: bool) ->
     e, targets = _leaf(problem.e[tokens]), problem.targets[tokens]
 
     def loss() -> Tensor:
-        # Outside of the module's forward the weight is a DTensor, and the call gathers it.
-        result = head(e, targets) if inside else _Head.forward(head, e, targets)
-        assert isinstance(result, Tensor)
+        result: Tensor = head(e, targets) if inside else _Head.forward(head, e, targets)
         return result
 
-    return _step(loss, e, head.weight, tokens, None, shared=False)
-
-
-def fsdp(problem: Problem, impl: ImplName) -> Step:
-    """FSDP2, the loss in the forward of the module that holds the classifier."""
-    mesh = _mesh(problem, ("dp_shard", dist.get_world_size()))
-    return _fully_sharded(problem, impl, mesh, inside=True)
-
-
-def fsdp_outside(problem: Problem, impl: ImplName) -> Step:
-    """FSDP2, the loss outside of that forward, where the classifier is a DTensor."""
-    mesh = _mesh(problem, ("dp_shard", dist.get_world_size()))
-    return _fully_sharded(problem, impl, mesh, inside=False)
-
-
-def hsdp(problem: Problem, impl: ImplName) -> Step:
-    """The same, sharded over half of the processes and replicated over two halves."""
-    mesh = _mesh(problem, ("dp_replicate", 2), ("dp_shard", dist.get_world_size() // 2))
-    return _fully_sharded(problem, impl, mesh, inside=False)
+    return Step(loss, e, head.weight, tokens, shared=False)
 
 
 def data_parallel(problem: Problem, impl: ImplName) -> Step:
@@ -189,47 +151,39 @@ def data_parallel(problem: Problem, impl: ImplName) -> Step:
     tokens = _own_tokens(problem)
     e, targets = _leaf(problem.e[tokens]), problem.targets[tokens]
     classes = slice(0, problem.c.shape[0])
-    return _step(lambda: wrapped(e, targets), e, head.weight, tokens, classes, shared=False)
+    return Step(lambda: wrapped(e, targets), e, head.weight, tokens, classes, shared=False)
 
 
-def one_gpu(problem: Problem, impl: ImplName) -> Step:
-    """No processes to share with: all tokens and classes of the problem here."""
+def one_gpu(problem: Problem, impl: ImplName, logits: bool = False) -> Step:
+    """No processes to share with: all tokens and classes of the problem here.
+
+    With ``logits`` in the operations of :func:`tensor_parallel` with full logits.
+    """
     e, c = _leaf(problem.e), _leaf(problem.c)
 
     def loss() -> Tensor:
+        if logits:
+            return F.cross_entropy(problem.logits(e, c), problem.targets)
         return linear_cross_entropy(e, c, problem.targets, softcap=problem.softcap, impl=impl)
 
-    return _step(loss, e, c, slice(0, len(e)), slice(0, len(c)), shared=True)
-
-
-def one_gpu_logits(problem: Problem, impl: ImplName) -> Step:
-    """The same with full logits, in the operations of :func:`tensor_parallel_logits`."""
-    e, c = _leaf(problem.e), _leaf(problem.c)
-
-    def loss() -> Tensor:
-        logits = F.linear(e, c).float()
-        if problem.softcap is not None:
-            logits = problem.softcap * torch.tanh(logits / problem.softcap)
-        return F.cross_entropy(logits, problem.targets)
-
-    return _step(loss, e, c, slice(0, len(e)), slice(0, len(c)), shared=True)
+    return Step(loss, e, c, slice(0, len(e)), slice(0, len(c)))
 
 
 SETUPS: dict[str, Callable[[Problem, ImplName], Step]] = {
     "vocabulary-parallel": vocab_parallel,
-    "vocabulary-parallel, own tokens": sequence_parallel,
+    "vocabulary-parallel, own tokens": partial(vocab_parallel, own=True),
     "tensor-parallel DTensor": tensor_parallel,
-    "tensor-parallel full logits": tensor_parallel_logits,
-    "FSDP2": fsdp,
-    "FSDP2, DTensor": fsdp_outside,
-    "HSDP, DTensor": hsdp,
+    "tensor-parallel full logits": partial(tensor_parallel, logits=True),
+    "FSDP2": partial(fully_sharded, inside=True),
+    "FSDP2, DTensor": fully_sharded,
+    "HSDP, DTensor": partial(fully_sharded, replicas=2),
     "DDP": data_parallel,
 }
 """By the name in the tables. Each needs a process group, and HSDP an even number of processes."""
 
 ALONE: dict[str, Callable[[Problem, ImplName], Step]] = {
     "one GPU": one_gpu,
-    "one GPU, full logits": one_gpu_logits,
+    "one GPU, full logits": partial(one_gpu, logits=True),
 }
 """What one GPU does without the others; needs no process group."""
 

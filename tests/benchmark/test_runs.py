@@ -1,7 +1,6 @@
 """What the coordinator asks of the processes, and in which order."""
 
 import json
-import threading
 
 import pytest
 
@@ -27,12 +26,9 @@ class Fake:
 
     def __init__(self, name, log, fails=()):
         self.name, self.log, self.fails, self.alive = name, log, fails, True
-        self.meet = None
 
     def ask(self, do, timeout, **arguments):
         self.log.append((f"begin {do}", self.name))
-        if self.meet is not None and do == "load":
-            self.meet.wait(10)
         self.log.append((f"end {do}", self.name))
         if do in self.fails:
             raise WorkerError("ValueError: no")
@@ -69,26 +65,13 @@ def test_a_failure_of_one_method_leaves_the_others_alone():
     assert failed == {(name, what) for name, (what,) in fails.items()}
 
 
-def test_first_calls_do_not_overlap():
+@pytest.mark.parametrize("command", ["load", "first"])
+def test_making_data_and_first_calls_do_not_overlap(command):
     log = []
     measure(TASK, session_of(["gemm", "cce", "apple"], log))
-    first = [entry for entry in log if entry[0].endswith("first")]
+    found = [entry for entry in log if entry[0].endswith(command)]
     names = ("gemm", "cce", "apple")
-    assert first == [(f"{do} first", name) for name in names for do in ("begin", "end")]
-
-
-@pytest.mark.parametrize("roomy", [True, False])
-def test_data_are_made_together_where_memory_suffices(monkeypatch, roomy):
-    monkeypatch.setattr(runs, "is_roomy", lambda: roomy)
-    log = []
-    session = session_of(["gemm", "cce"], log)
-    if roomy:  # each waits for the other
-        for process, barrier in zip(session.pool.values(), [threading.Barrier(2)] * 2, strict=True):
-            process.meet = barrier
-    measure(TASK, session)
-    order = [what for what, _ in log[:4]]
-    assert order == (["begin load"] * 2 + ["end load"] * 2 if roomy else
-                     ["begin load", "end load"] * 2)  # fmt: skip
+    assert found == [(f"{do} {command}", name) for name in names for do in ("begin", "end")]
 
 
 def test_turns_rotate_and_a_failure_takes_no_more_turns():
