@@ -153,7 +153,7 @@ def tokenizer():
 
 
 class PatchedSFTTrainer(SFTTrainer):
-    """As the documentation has it: the loss is the model's own."""
+    """Ask the model for its own loss."""
 
     compute_loss = Trainer.compute_loss
 
