@@ -334,55 +334,6 @@ def swept(rows: pd.DataFrame, size: str) -> pd.DataFrame:
     return rows[rows[other] == rows[other].mode().max()]
 
 
-def largest(kept: Measurements) -> str:
-    """Largest batches."""
-    found: dict[str, dict[str, str]] = {}
-    limits: dict[str, None] = {}
-    for content in kept.parts("largest")[:1]:
-        for row in content["rows"]:
-            limit = f"within {row['limit_gib']:g} GiB"
-            limits[limit] = None
-            more = " or more" * (row["tokens"] >= content["most"])
-            line = found.setdefault(row["method"], {"title": title(row["method"])})
-            line[limit] = f"{row['tokens']:,.0f}{more}"
-    lines = [found[method] for method in METHODS if method in found]
-    return table(lines, [("method", "{title}"), *((limit, f"{{{limit}}}") for limit in limits)])
-
-
-def parts(kept: Measurements) -> str:
-    """What each part of the filter buys, simulated, with the times of what exists."""
-    exists = {"no filter": "cce_exact", "strips and tail, classes by mask": "cce",
-              "tiles, classes by mean logit": "apple"}  # fmt: skip
-    timed = kept.of(kind=BOTH).set_index(PROBLEM)["runtime_ms"]
-
-    def time(row: Row) -> str:
-        method = exists.get(row["part"], "")
-        ms = timed.get((row["test_data"], method))
-        return "" if ms is None else f"{ms:.1f} ms ({title(method)})"
-
-    rows = [row for content in kept.parts("simulate")[:1] for row in content["rows"]]
-    for row in rows:
-        row |= {f"multiple_{x}": row[f"error_{x}"] / row[f"rounding_{x}"] for x in "ec"}
-    return table(
-        rows,
-        [("data", lambda row: data_title(row["test_data"])), ("part", "{part}"),
-         ("kept", "{kept:.1%}"), ("error of dE", "{error_e:.3%} ({multiple_e:.1f})"),
-         ("of dC", "{error_c:.3%} ({multiple_c:.1f})"), ("pairs in dC", "{pairs:.1f}"),
-         ("time measured", time)],
-    )  # fmt: skip
-
-
-def rank_sentence(kept: Measurements) -> str:
-    """The rank curve in words."""
-    return "\n".join(
-        f"{data_title(name)}, {curve['tokens']:,} tokens: on average "
-        f"{curve['above_cutoff']:.0f} of {curve['classes']:,} classes lie above the cut-off, and "
-        f"they hold {curve['mass_above_cutoff']:.1%} of the probability."
-        for content in kept.parts("ranks")[:1]
-        for name, curve in content["curves"].items()
-    )
-
-
 def errors_sentence(kept: Measurements) -> str:
     """The range of the errors of our default."""
     rows = kept.of(method="cce", kind=BOTH)[["multiple_e", "multiple_c"]].dropna(how="all")
@@ -489,9 +440,6 @@ BLOCKS: dict[str, Callable[[Measurements], str]] = {
     "options": options,
     "sweep-tokens": partial(sweep, size="tokens"),
     "sweep-classes": partial(sweep, size="classes"),
-    "largest": largest,
-    "parts": parts,
-    "ranks": rank_sentence,
     "errors": errors_sentence,
     "failures": failures,
     "other-devices": other_devices,
@@ -507,10 +455,9 @@ def image(name: str, text: str, kept: Measurements) -> str:
 
 def plots_of(kept: Measurements) -> list[plots.Plot]:
     """Return every plot that the main device's measurements suffice for."""
-    ranks = [plots.ranks(content["curves"]) for content in kept.parts("ranks")[:1]]
     usual = kept.on()
     if usual.empty:
-        return ranks
+        return []
     ignored, frozen = usual.iloc[0][["ignored", "frozen"]]
     rows = kept.of(kind=BOTH, ignored=ignored, frozen=None if pd.isna(frozen) else frozen)
     tables = rows[rows["part"].isin(("table", "benchmark"))]
@@ -520,4 +467,4 @@ def plots_of(kept: Measurements) -> list[plots.Plot]:
     sweeps = rows[rows["part"] == "benchmark"] if sweeps.empty else sweeps
     found += [plots.sweep(swept(sweeps, x), f"sweep_{x}", x) for x in ("tokens", "classes")]
     found.append(plots.speed_error(kept.of(kind=BOTH), "speed_error"))
-    return [*(plot for plot in found if plot is not None), *ranks]
+    return [plot for plot in found if plot is not None]

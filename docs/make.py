@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # started by its path: Python then puts this folder first, not the root
     sys.path[0] = str(ROOT)
 
-from docs import benchmark_runs, distributed_runs, plots, training_runs  # noqa: E402
+from docs import benchmark_runs, distributed_runs, training_runs  # noqa: E402
 from docs.benchmark_runs import Measurements  # noqa: E402
 from docs.page import fill  # noqa: E402
+from research import figures  # noqa: E402
 
 PAGES = tuple(
     Path(page)
@@ -47,6 +48,7 @@ def arguments(_: Measurements) -> str:
 
 BLOCKS = {
     **benchmark_runs.BLOCKS,
+    **figures.BLOCKS,
     "distributed": lambda kept: distributed_runs.page(kept.parts("distributed")),
     "training-processes": training_processes,
     "arguments": arguments,
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"make.py: error: {error}", file=sys.stderr)
         return 2
     folder = parsed.root / "docs/images"
-    drawn = [plots.strips(), *benchmark_runs.plots_of(kept), *training_runs.plots_of(runs)]
+    drawn = [*benchmark_runs.plots_of(kept), *figures.plots_of(kept), *training_runs.plots_of(runs)]
     old_pages = [p for p, text in made.items() if text != (parsed.root / p).read_text("utf-8")]
     old_plots = [plot for plot in drawn if not plot.is_current(folder)]
     if parsed.check:

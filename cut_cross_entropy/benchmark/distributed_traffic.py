@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -155,16 +156,15 @@ class Replay:
 
     @contextmanager
     def _instead(self, replacement: Callable[..., None]) -> Iterator[None]:
-        module: Any = dist
-        before = {name: getattr(module, name) for name in self.names if hasattr(module, name)}
+        names = [name for name in self.names if hasattr(dist, name)]
+        instead: dict[str, Any] = {
+            name: functools.partial(replacement, getattr(dist, name)) for name in names
+        }
         try:
-            for name, function in before.items():
-                setattr(module, name, functools.partial(replacement, function))
-            operators._collective.cache_clear()
-            yield
+            with mock.patch.multiple(dist, **instead):
+                operators._collective.cache_clear()
+                yield
         finally:
-            for name, function in before.items():
-                setattr(module, name, function)
             operators._collective.cache_clear()
 
 

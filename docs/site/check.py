@@ -1,6 +1,6 @@
 """Open every page of the built site in a headless browser; report what is broken for a reader.
 
-    python docs/site/check.py build/site [--screenshots DIR]
+    python docs/site/check.py build/site
 
 Needs Debian's ``chromium`` (or another Chromium, named by ``CHROMIUM``) and Playwright, which
 drives it. Exit code 1 if the search finds nothing, or if a page
@@ -161,23 +161,7 @@ def check_search(context: BrowserContext, address: str, query: str = "softcap") 
     return []
 
 
-def photograph(launched: Browser, address: str, paths: list[str], folder: Path) -> None:
-    """Write a picture of the top of every page: narrow, wide, and wide in dark colours."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for width, scheme in ((NARROW, "light"), (WIDE, "light"), (WIDE, "dark")):
-        context = launched.new_context(
-            viewport={"width": width, "height": 900},
-            color_scheme=scheme,  # type: ignore[arg-type]
-        )
-        page = context.new_page()
-        for path in paths:
-            page.goto(f"{address}/{path}", wait_until="load")
-            name = path.removesuffix(".html").replace("/", "_")
-            page.screenshot(path=folder / f"{name}_{width}_{scheme}.png")
-        context.close()
-
-
-def check_site(site: Path, screenshots: Path | None = None) -> dict[str, list[str]]:
+def check_site(site: Path) -> dict[str, list[str]]:
     """Problems of every page below ``site``, by the page's path."""
     paths = sorted(str(path.relative_to(site)) for path in site.rglob("*.html"))
     if not paths:
@@ -189,8 +173,6 @@ def check_site(site: Path, screenshots: Path | None = None) -> dict[str, list[st
         found["index.html"] += check_search(
             launched.new_context(viewport={"width": WIDE, "height": 900}), f"{address}/index.html"
         )
-        if screenshots is not None:
-            photograph(launched, address, paths, screenshots)
     return found
 
 
@@ -198,9 +180,8 @@ def main() -> int:
     """Check the site named on the command line."""
     parser = argparse.ArgumentParser(description="Check the built site in a headless browser.")
     parser.add_argument("site", type=Path, help="folder of the built site")
-    parser.add_argument("--screenshots", type=Path, help="folder for pictures of every page")
     options = parser.parse_args()
-    found = check_site(options.site, options.screenshots)
+    found = check_site(options.site)
     for path, problems in found.items():
         for problem in problems:
             print(f"{path}: {problem}")

@@ -12,6 +12,7 @@ from docs import benchmark_runs as tables
 from docs import make, plots
 from docs.make import BLOCKS, ROOT
 from docs.page import fill
+from research import figures
 
 
 def row(method, data="gemma2-structured", kind="loss-fw-bw", **more):
@@ -149,8 +150,8 @@ def test_tables_show_the_rows(found):
     assert table.count("\n") == 5
     assert "| 0.30% (1.9) | 0.25% (1.6) |" in table
     assert "Gemma 2 2B (V 256,000, D 2,304, softcap) | 20.0 ms | 1.50 |" in tables.models(found)
-    assert "| `cce` | 1,000 or more |" in tables.largest(found)
-    assert "| full logits, eager | 512 |" in tables.largest(found)
+    assert "| `cce` | 1,000 or more |" in figures.largest(found)
+    assert "| full logits, eager | 512 |" in figures.largest(found)
     assert "| `cce` | 9.0 s |" in tables.cold_starts(found)
     assert tables.failures(found) == "- table.json: Liger (load): ImportError: no"
     assert "### Old GPU" in tables.other_devices(found)

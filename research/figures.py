@@ -1,0 +1,141 @@
+"""Tables and plots of the finished studies, which ``docs/make.py`` puts into the documentation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cut_cross_entropy.benchmark.methods import METHODS
+from docs.benchmark_runs import BOTH, PROBLEM, Measurements, data_title, title
+from docs.page import Row, table
+from docs.plots import Plot
+
+
+def largest(kept: Measurements) -> str:
+    """Largest batches."""
+    found: dict[str, dict[str, str]] = {}
+    limits: dict[str, None] = {}
+    for content in kept.parts("largest")[:1]:
+        for row in content["rows"]:
+            limit = f"within {row['limit_gib']:g} GiB"
+            limits[limit] = None
+            more = " or more" * (row["tokens"] >= content["most"])
+            line = found.setdefault(row["method"], {"title": title(row["method"])})
+            line[limit] = f"{row['tokens']:,.0f}{more}"
+    lines = [found[method] for method in METHODS if method in found]
+    return table(lines, [("method", "{title}"), *((limit, f"{{{limit}}}") for limit in limits)])
+
+
+def parts(kept: Measurements) -> str:
+    """What each part of the filter buys, simulated, with the times of what exists."""
+    exists = {"no filter": "cce_exact", "strips and tail, classes by mask": "cce",
+              "tiles, classes by mean logit": "apple"}  # fmt: skip
+    timed = kept.of(kind=BOTH).set_index(PROBLEM)["runtime_ms"]
+
+    def time(row: Row) -> str:
+        method = exists.get(row["part"], "")
+        ms = timed.get((row["test_data"], method))
+        return "" if ms is None else f"{ms:.1f} ms ({title(method)})"
+
+    rows = [row for content in kept.parts("simulate")[:1] for row in content["rows"]]
+    for row in rows:
+        row |= {f"multiple_{x}": row[f"error_{x}"] / row[f"rounding_{x}"] for x in "ec"}
+    return table(
+        rows,
+        [("data", lambda row: data_title(row["test_data"])), ("part", "{part}"),
+         ("kept", "{kept:.1%}"), ("error of dE", "{error_e:.3%} ({multiple_e:.1f})"),
+         ("of dC", "{error_c:.3%} ({multiple_c:.1f})"), ("pairs in dC", "{pairs:.1f}"),
+         ("time measured", time)],
+    )  # fmt: skip
+
+
+def rank_sentence(kept: Measurements) -> str:
+    """The rank curve in words."""
+    return "\n".join(
+        f"{data_title(name)}, {curve['tokens']:,} tokens: on average "
+        f"{curve['above_cutoff']:.0f} of {curve['classes']:,} classes lie above the cut-off, and "
+        f"they hold {curve['mass_above_cutoff']:.1%} of the probability."
+        for content in kept.parts("ranks")[:1]
+        for name, curve in content["curves"].items()
+    )
+
+
+def ranks(content: dict[str, Any]) -> Plot:
+    """Probability by rank of the class, and Apple's threshold."""
+    titles = {"smollm2": "SmolLM2 135M on real text"}
+    return Plot("ranks", draw_ranks, {titles.get(k, k): v for k, v in content["curves"].items()})
+
+
+def draw_ranks(figure: Any, points: dict[str, Any]) -> None:
+    """Draw the mean as a line and the 10th to 90th percentile of the tokens as a band."""
+    figure.set_size_inches(9, 5)
+    ax = figure.subplots()
+    for (key, found), color in zip(points.items(), ("#c1272d", "#3d6fb6", "#5b8c5a"), strict=False):
+        name = f"{key}, {found['tokens']:,} tokens" if len(points) > 1 else "mean over the tokens"
+        ax.plot(found["ranks"], found["mean"], color=color, label=name)
+        ax.fill_between(found["ranks"], found["low"], found["high"], alpha=0.18, color=color,
+                        linewidth=0, label="10th to 90th percentile of the tokens")  # fmt: skip
+    (name, first), *more = points.items()
+    ax.axhline(first["cutoff"], color="black", linewidth=1, linestyle="--",
+               label="threshold of Apple's filter for bfloat16, $2^{-12}$")  # fmt: skip
+    title = "" if more else f"{name}: {first['tokens']:,} tokens, {first['classes']:,} classes"
+    ax.set(
+        xscale="log", yscale="log", ylim=(1e-10, 1), title=title,
+        xlabel="rank of the class among the token's classes, 1 is the likeliest (log scale)",
+        ylabel="probability of the class (log scale)",
+    )  # fmt: skip
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.legend()
+
+
+def strips() -> Plot:
+    """Probabilities, the strips that are kept, and the rank-one matrix for the rest."""
+    return Plot("strips", draw_strips, {"tokens": 48, "classes": 96, "strip": 8})
+
+
+def draw_strips(figure: Any, points: dict[str, int]) -> None:
+    """Draw the filter at work on a small softmax of a low-rank product, strips by energy."""
+    from matplotlib.colors import LogNorm
+
+    tokens, classes, strip = points["tokens"], points["classes"], points["strip"]
+    random = np.random.default_rng(3)
+    topics = random.normal(size=(tokens // strip, 6)).repeat(strip, 0)
+    e = topics * 1.1 + 0.8 * random.normal(size=(tokens, 6))
+    c = random.normal(size=(classes, 6))
+    logits = e @ c.T - 1.1 * np.log(np.arange(classes) + 1.5)
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    energy = np.square(p).reshape(-1, strip, classes).sum(1)
+    order = np.sort(energy, axis=None)
+    threshold = order[np.searchsorted(np.cumsum(order), 0.003 * energy.sum())]
+    kept = (energy >= threshold).repeat(strip, 0)
+    mass = np.where(kept, 0, p).sum(1)
+    weight = np.sqrt(np.where(energy >= threshold, 0, energy)).sum(0)
+    panels = (
+        (p, f"probabilities of {tokens} tokens x {classes} classes"),
+        (np.where(kept, p, np.nan), f"kept: strips of {strip} tokens, {kept.mean():.0%}"),
+        (np.outer(mass, weight) / weight.sum(), "in place of the rest: a column times a row"),
+    )
+    figure.set_size_inches(12, 3.5)
+    axes = figure.subplots(1, 3)
+    for ax, (values, text) in zip(axes, panels, strict=True):
+        shown = ax.imshow(values, norm=LogNorm(1e-4, 1), cmap="magma_r", aspect="auto",
+                          interpolation="nearest")  # fmt: skip
+        ax.set_title(text, fontsize=11)
+        ax.set(xlabel="classes, frequent ones first", yticks=[])
+        for line in range(strip, tokens, strip):
+            ax.axhline(line - 0.5, color="gray", linewidth=0.4)
+    axes[0].set_ylabel("tokens")
+    figure.colorbar(shown, ax=axes, shrink=0.8, label="probability (log scale)")
+
+
+BLOCKS: dict[str, Callable[[Measurements], str]] = {
+    "largest": largest,
+    "parts": parts,
+    "ranks": rank_sentence,
+}
+
+
+def plots_of(kept: Measurements) -> list[Plot]:
+    """Return the plots of all studies."""
+    return [strips(), *(ranks(content) for content in kept.parts("ranks")[:1])]
