@@ -1,0 +1,1 @@
+"""Scripts to run from a checkout, each a module of its own."""
