@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ RUN_COLORS = {
 }
 RUN_NAMES = {"full": "full logits", "full_reordered": "full logits, batch reversed"}
 STYLE: dict[str, Any] = {
-    "font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False,
+    "font.size": 11, "figure.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "figure.constrained_layout.use": True, "savefig.dpi": 110,
 }  # fmt: skip
 
@@ -38,24 +38,26 @@ class Plot:
 
     Args:
         name: file name without ``.png``.
-        draw: draws ``points`` into an empty matplotlib figure.
-        points: everything the plot shows, as JSON values.
+        title: stands above it.
+        draw: draws ``data`` into an empty matplotlib figure.
+        data: everything that the plot shows.
     """
 
     name: str
-    draw: Callable[[Any, Any], None]
-    points: Any
+    title: str
+    draw: Callable[[Any, pd.DataFrame], None]
+    data: pd.DataFrame
 
     @property
     def digest(self) -> str:
-        """Hash of the points, the drawing function's source, and the names and colours of all."""
+        """Hash of the data, the drawing function's source, and the names and colours of all."""
         shared = [COLORS, RUN_COLORS, RUN_NAMES, STYLE, [method_name(m) for m in METHODS]]
-        code = inspect.getsource(self.draw) + inspect.getsource(log_axis)
-        content = json.dumps([self.points, shared], sort_keys=True) + code
+        code = [inspect.getsource(function) for function in (self.draw, log_axis, Plot.figure)]
+        content = json.dumps([self.title, self.data.to_dict("list"), shared, code])
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
     def is_current(self, folder: Path) -> bool:
-        """Whether ``folder`` holds this plot, drawn from the same points by the same code."""
+        """Whether ``folder`` holds this plot, drawn from the same data by the same code."""
         from PIL import Image
 
         path = folder / f"{self.name}.png"
@@ -71,7 +73,8 @@ class Plot:
 
         with matplotlib.rc_context(STYLE):
             figure = Figure()
-            self.draw(figure, self.points)
+            figure.suptitle(self.title)
+            self.draw(figure, self.data)
         return figure
 
     def save(self, folder: Path) -> Path:
@@ -123,85 +126,68 @@ def log_axis(axis: Any, between: Sequence[float] = (2, 5)) -> None:
     axis.set_tick_params(which="minor", labelsize=9)
 
 
-def series(rows: pd.DataFrame, columns: Sequence[str]) -> dict[str, list[list[float]]]:
-    """Return the values of the columns, a list of lists by method in the order of the benchmark."""
-    groups = rows.groupby("method", observed=True)
-    return {str(method): own[list(columns)].values.tolist() for method, own in groups}
-
-
 def bars(rows: pd.DataFrame, name: str) -> Plot | None:
     """Time and memory of all methods on one problem."""
     if rows["method"].nunique() < 2:
         return None
-    rows = rows.sort_values("runtime_ms")
     first = rows.iloc[0]
-    points = {
-        "title": f"{head(first['test_data'])}, {first['tokens']:,} tokens, "
-        f"{first['dtype']}, {short(first['device'])}",
-        "methods": list(rows["method"]),
-        "ms": list(rows["runtime_ms"]),
-        "mib": list(rows["op_mem_mb"]),
-        "gemm_ms": None if pd.isna(first["gemm_ms"]) else first["gemm_ms"],
-    }
-    return Plot(name, draw_bars, points)
+    title = (f"{head(first['test_data'])}, {first['tokens']:,} tokens, {first['dtype']}, "
+             f"{short(first['device'])}")  # fmt: skip
+    columns = ["method", "runtime_ms", "op_mem_mb", "gemm_ms"]
+    return Plot(name, title, draw_bars, rows.sort_values("runtime_ms")[columns])
 
 
-def draw_bars(figure: Any, points: dict[str, Any]) -> None:
+def draw_bars(figure: Any, data: pd.DataFrame) -> None:
     """Draw horizontal bars that start at 0, time on the left and memory on the right."""
-    names = [method_name(method) for method in points["methods"]]
+    names = data["method"].map(method_name)
     figure.set_size_inches(11, 0.46 * len(names) + 1.6)
     axes = figure.subplots(1, 2, sharey=True)
-    colors = [COLORS.get(method, "gray") for method in points["methods"]]
-    sides = (("ms", ",.1f", "time of loss and both gradients, ms"),
-             ("mib", ",.0f", "peak memory, gradients included, MiB"))  # fmt: skip
+    colors = [COLORS.get(method, "gray") for method in data["method"]]
+    sides = (("runtime_ms", ",.1f", "time of loss and both gradients, ms"),
+             ("op_mem_mb", ",.0f", "peak memory, gradients included, MiB"))  # fmt: skip
     for ax, (column, form, label) in zip(axes, sides, strict=True):
-        shown = ax.barh(names, points[column], color=colors)
-        texts = ax.bar_label(shown, [format(x, form) for x in points[column]], padding=3)
+        shown = ax.barh(names, data[column], color=colors)
+        texts = ax.bar_label(shown, [format(x, form) for x in data[column]], padding=3)
         for text in texts:  # a line behind a number must not cross it
             text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
-        ax.set(xlim=(0, max(points[column]) * 1.18), xlabel=label)
+        ax.set(xlim=(0, data[column].max() * 1.18), xlabel=label)
         ax.locator_params(axis="x", nbins=5)
         ax.xaxis.set_major_formatter("{x:,.0f}")
         ax.tick_params(axis="y", length=0)
     axes[0].invert_yaxis()
-    if points["gemm_ms"] is not None:
-        least = 3 * points["gemm_ms"]
+    least = 3 * data["gemm_ms"].iloc[0]
+    if not pd.isna(least):
         label = f"three matrix products e @ c.T\nby the vendor's library: {least:.1f} ms"
         axes[0].axvline(least, color="black", linewidth=1, linestyle=":", zorder=0.5, label=label)
         axes[0].legend(loc="upper right")
-    figure.suptitle(points["title"])
 
 
 def sweep(rows: pd.DataFrame, name: str, size: str) -> Plot | None:
     """Time and memory against the number of tokens or classes."""
-    if rows["dim"].nunique() != 1 or rows.groupby("method", observed=True).size().max() < 3:
+    if rows["dim"].nunique() != 1 or rows["method"].value_counts().max() < 3:
         return None
-    rows, first = rows.sort_values(size), rows.iloc[0]
-    alike = [shape.title for shape in SHAPES.values() if shape.dim == first["dim"]
+    first = rows.iloc[0]
+    alike = [f"{shape.title} head, " for shape in SHAPES.values() if shape.dim == first["dim"]
              and (size == "classes" or shape.num_classes == first["classes"])]  # fmt: skip
     fixed = f"{first['classes']:,} classes" if size == "tokens" else f"{first['tokens']:,} tokens"
-    points = {
-        "title": f"{f'{alike[0]} head, ' if alike else ''}{fixed}, {first['dim']:,} features, "
-        f"{first['dtype']}, {short(first['device'])}",
-        "size": size,
-        "series": series(rows, (size, "runtime_ms", "op_mem_mb")),
-    }
-    return Plot(name, draw_sweep, points)
+    title = (f"{''.join(alike[:1])}{fixed}, {first['dim']:,} features, {first['dtype']}, "
+             f"{short(first['device'])}")  # fmt: skip
+    columns = ["method", size, "runtime_ms", "op_mem_mb"]
+    return Plot(name, title, draw_sweep, rows.sort_values(["method", size])[columns])
 
 
-def draw_sweep(figure: Any, points: dict[str, Any]) -> None:
+def draw_sweep(figure: Any, data: pd.DataFrame) -> None:
     """Draw two panels with logarithmic axes, microseconds a token or class and memory."""
     figure.set_size_inches(11, 4.4)
-    axes = figure.subplots(1, 2)
-    unit = "token" if points["size"] == "tokens" else "class"
-    for method, values in points["series"].items():
-        n, ms, mib = np.array(values).T
+    axes, size = figure.subplots(1, 2), data.columns[1]
+    unit, what = ("token", "tokens in a batch") if size == "tokens" else ("class", "classes")
+    for method, own in data.groupby("method", observed=True):
+        n, ms, mib = own[size], own["runtime_ms"], own["op_mem_mb"]
         for ax, y in zip(axes, (1e3 * ms / n, mib), strict=True):
             # Wide and pale below narrow and dark, since several methods need the same memory.
             ax.plot(n, y, "o-", color=COLORS.get(method), label=method_name(method), alpha=0.85,
                     markersize=4, linewidth=4 if method == "baseline" else 1.8)  # fmt: skip
-    ticks = sorted({row[0] for values in points["series"].values() for row in values})
-    what = "tokens in a batch" if unit == "token" else "classes"
+    ticks = sorted(data[size].unique())
     labels = (f"loss and gradients, µs per {unit}", "peak memory, MiB")
     for ax, label in zip(axes, labels, strict=True):
         ax.set_xscale("log", base=2)
@@ -209,7 +195,6 @@ def draw_sweep(figure: Any, points: dict[str, Any]) -> None:
         ax.set_xticks(ticks, [f"{x / 1024:g}k" for x in ticks])
         ax.set(xlabel=f"{what} (log scale)", ylabel=f"{label} (log scale)")
     axes[1].legend(fontsize=10)
-    figure.suptitle(points["title"])
 
 
 def speed_error(rows: pd.DataFrame, name: str) -> Plot | None:
@@ -218,20 +203,17 @@ def speed_error(rows: pd.DataFrame, name: str) -> Plot | None:
     if len(rows) < 2:
         return None
     first = rows.iloc[0]
-    points = {
-        "title": f"Each dot one problem: {rows['test_data'].nunique()} heads and kinds of data, "
-        f"{first['dtype']}, {short(first['device'])}",
-        "series": series(rows, ("gemms", "multiple_e")),
-    }
-    return Plot(name, draw_speed_error, points)
+    title = (f"Each dot one problem: {rows['test_data'].nunique()} heads and kinds of data, "
+             f"{first['dtype']}, {short(first['device'])}")  # fmt: skip
+    return Plot(name, title, draw_speed_error, rows[["method", "gemms", "multiple_e"]])
 
 
-def draw_speed_error(figure: Any, points: dict[str, Any]) -> None:
+def draw_speed_error(figure: Any, data: pd.DataFrame) -> None:
     """Draw a scatter plot with logarithmic axes."""
     figure.set_size_inches(9, 5.6)
     ax = figure.subplots()
-    for method, values in points["series"].items():
-        ax.scatter(*zip(*values, strict=True), s=46, color=COLORS.get(method), alpha=0.8,
+    for method, own in data.groupby("method", observed=True):
+        ax.scatter(own["gemms"], own["multiple_e"], s=46, color=COLORS.get(method), alpha=0.8,
                    label=method_name(method))  # fmt: skip
     ax.axhline(1, color="black", linewidth=1, linestyle=":")
     ax.annotate("exact gradient, rounded to bfloat16", (1, 0.98), ha="right", va="top",
@@ -242,28 +224,21 @@ def draw_speed_error(figure: Any, points: dict[str, Any]) -> None:
         xlabel="time of loss and gradients in multiples of one matrix product e @ c.T\n"
         "by the vendor's library (log scale; left is faster)",
         ylabel="error of dE in multiples of the error of\nrounding it to bfloat16 (log scale)",
-        title=points["title"],
     )
-    figure.legend(loc="outside right upper", fontsize=10)
+    figure.legend(loc="outside right center", fontsize=10)
 
 
-def by_seed(runs: pd.DataFrame, columns: Iterable[str] | str) -> dict[str, dict[str, Any]]:
-    """Return values of training runs by method, those with a colour first, and seed."""
+def runs_in_order(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the training runs of each method by seed, methods with a colour first."""
     order = [*RUN_COLORS, *runs["method"]]
-    runs = runs.sort_values(["method", "seed"], key=lambda x: (
-        x.map(order.index) if x.name == "method" else x))  # fmt: skip
-    found: dict[str, dict[str, Any]] = {}
-    for method, seed, values in zip(runs["method"], runs["seed"], runs[columns].values.tolist(),
-                                    strict=True):  # fmt: skip
-        found.setdefault(method, {})[str(seed)] = values
-    return found
+    methods = sorted(runs["method"].unique(), key=order.index)
+    return {m: runs[runs["method"] == m].set_index("seed").sort_index() for m in methods}
 
 
-def paired(losses: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """Return the losses of a method minus those of full logits, of each seed that both have."""
-    full = losses["full"]
-    return {seed: np.subtract(np.array(x, float), np.array(full[seed], float))
-            for seed, x in losses[method].items() if seed in full}  # fmt: skip
+def minus(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """Return the difference of two methods for each seed that both have."""
+    seeds = one.index.intersection(other.index)
+    return one.loc[seeds] - other.loc[seeds]
 
 
 def seeds(method: str, count: int) -> str:
@@ -271,22 +246,12 @@ def seeds(method: str, count: int) -> str:
     return f"{run_name(method)}, {count} seed{'s' * (count > 1)}"
 
 
-def curves(runs: pd.DataFrame, name: str, title: str, smooth: int) -> Plot:
-    """Losses of training runs, by method and seed, and their distance from full logits.
-
-    Args:
-        runs: a row for each method and seed; full logits are the method ``full``.
-        name: file name without ``.png``.
-        title: says what was trained, on what.
-        smooth: steps of the running mean; 1 for none.
+def draw_curves(figure: Any, runs: pd.DataFrame) -> None:
+    """Draw losses of training runs: one seed above, the methods nested by line width, and the
+    differences from full logits of all seeds below; ``smooth`` steps of a running mean.
     """
-    points = {"title": title, "smooth": smooth, "losses": by_seed(runs, "losses")}
-    return Plot(name, draw_curves, points)
-
-
-def draw_curves(figure: Any, points: dict[str, Any]) -> None:
-    """Draw one seed above, nested by line width, and the differences of all seeds below."""
-    losses, smooth = points["losses"], points["smooth"]
+    smooth, by_method = int(runs["smooth"].iloc[0]), runs_in_order(runs)
+    losses = {m: pd.DataFrame(own["losses"].tolist(), own.index) for m, own in by_method.items()}
 
     def running_mean(values: Any) -> tuple[Any, Any]:
         width = min(smooth, len(values))
@@ -295,28 +260,24 @@ def draw_curves(figure: Any, points: dict[str, Any]) -> None:
 
     figure.set_size_inches(9.5, 7)
     above, below = figure.subplots(2, 1, sharex=True)
-    shown_seed = min(losses["full"])
+    full = losses.pop("full")
+    seed, others = full.index[0], losses.items()
+    shown = {"full": full} | {m: x for m, x in others if m != "full_reordered" and seed in x.index}
     # Curves that coincide lie in each other, the widest below.
-    upper = [m for m in losses if m != "full_reordered" and shown_seed in losses[m]]
-    for order, (method, width) in enumerate(
-        zip(upper, np.linspace(8, 1.2, len(upper)), strict=True)
-    ):
-        above.plot(*running_mean(losses[method][shown_seed]), linewidth=width,
+    for order, (method, own) in enumerate(shown.items()):
+        above.plot(*running_mean(own.loc[seed]), linewidth=np.linspace(8, 1.2, len(shown))[order],
                    color=RUN_COLORS.get(method, "#a05195"), zorder=order)  # fmt: skip
-    handles = [below.plot([], [], color=RUN_COLORS["full"], linewidth=6)[0]]
-    names = [seeds("full", len(losses["full"]))]
-    for method in [m for m in losses if m != "full"]:
-        found, color = list(paired(losses, method).values()), RUN_COLORS.get(method, "#a05195")
-        for values in found:
+    handles = below.plot([], [], color=RUN_COLORS["full"], linewidth=6)
+    names = [seeds("full", len(full))]
+    for method, own in losses.items():
+        found, color = minus(own, full), RUN_COLORS.get(method, "#a05195")
+        for values in found.to_numpy():
             below.plot(*running_mean(values), color=color, linewidth=0.8, alpha=0.35)
-        if found:
-            handles += below.plot(*running_mean(np.mean(found, axis=0)), color=color, linewidth=2.4)
+        if len(found):
+            handles += below.plot(*running_mean(found.mean()), color=color, linewidth=2.4)
             names.append(seeds(method, len(found)))
     below.axhline(0, color="black", linewidth=0.8)
-    above.set(
-        ylabel=f"training loss, nats\n(seed {shown_seed}; lines lie in each other)",
-        title=points["title"],
-    )
+    above.set_ylabel(f"training loss, nats\n(seed {seed}; lines lie in each other)")
     below.set(
         ylabel="minus full logits of the same seed, nats\n(thick: mean of the seeds, thin: each)",
         xlabel="step" if smooth == 1 else f"step (running mean of {smooth} steps)",
@@ -324,34 +285,29 @@ def draw_curves(figure: Any, points: dict[str, Any]) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
 
 
-def rarity(runs: pd.DataFrame, name: str, title: str) -> Plot:
-    """Held-out loss by how often training saw the token; see :func:`curves`."""
-    columns = [column for column in runs if column.startswith("seen ")]
-    names = [column.removeprefix("seen ") for column in columns]
-    return Plot(
-        name, draw_rarity, {"title": title, "names": names, "losses": by_seed(runs, columns)}
-    )
-
-
-def draw_rarity(figure: Any, points: dict[str, Any]) -> None:
-    """Draw a dot for each seed and a bar for their mean, losses above and differences below."""
+def draw_rarity(figure: Any, runs: pd.DataFrame) -> None:
+    """Draw held-out losses by how often training saw the token: a dot for each seed and a bar for
+    their mean, losses above and differences from full logits below.
+    """
     figure.set_size_inches(9.5, 7)
     above, below = figure.subplots(2, 1, sharex=True)
-    losses, groups = points["losses"], np.arange(len(points["names"]))
-    for i, method in enumerate(losses):
-        middle = groups + (i - (len(losses) - 1) / 2) * 0.2
-        color, differences = RUN_COLORS.get(method, "#a05195"), paired(losses, method)
-        own = {seed: np.array(losses[method][seed], float) for seed in differences}
+    columns = [column for column in runs if column.startswith("seen ")]
+    by_method = {m: own[columns].astype(float) for m, own in runs_in_order(runs).items()}
+    groups = np.arange(len(columns))
+    for i, (method, own) in enumerate(by_method.items()):
+        middle = groups + (i - (len(by_method) - 1) / 2) * 0.2
+        color = RUN_COLORS.get(method, "#a05195")
+        differences = minus(own, by_method["full"])
+        own = own.loc[differences.index]
         for ax, found in ((above, own), (below, differences))[: 1 if method == "full" else 2]:
-            for j, values in enumerate(found.values()):
+            for j, values in enumerate(found.to_numpy()):
                 place = middle + (j - (len(found) - 1) / 2) * 0.035
                 ax.plot(place, values, "o", color=color, markersize=5, alpha=0.75)
-            mean = np.mean(list(found.values()), axis=0)
-            ax.hlines(mean, middle - 0.085, middle + 0.085, color=color, linewidth=2.2,
+            ax.hlines(found.mean(), middle - 0.085, middle + 0.085, color=color, linewidth=2.2,
                       label=seeds(method, len(own)) if ax is above else None)  # fmt: skip
     below.axhline(0, color="black", linewidth=0.8)
-    above.set(ylabel="held-out loss, nats", title=points["title"])
-    below.set(ylabel="minus full logits of the\nsame seed, nats")
+    above.set_ylabel("held-out loss, nats")
+    below.set_ylabel("minus full logits of the\nsame seed, nats")
     below.set_xlabel("how often training saw the token (a dot for each seed, a bar for their mean)")
-    below.set_xticks(groups, points["names"])
-    figure.legend(loc="outside lower center", ncols=min(4, len(losses)))
+    below.set_xticks(groups, [column.removeprefix("seen ") for column in columns])
+    figure.legend(loc="outside lower center", ncols=min(4, len(by_method)))

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from docs.page import Column, table
-from docs.plots import Plot, curves, rarity, run_name, short
+from docs.plots import Plot, draw_curves, draw_rarity, minus, run_name, short
 
 NAMES = ("finetune", "pretrain")
 FULL = "full"
@@ -94,10 +94,7 @@ def compared_columns(runs: pd.DataFrame) -> list[str]:
 def differences(runs: pd.DataFrame, method: str, against: str = FULL) -> pd.DataFrame:
     """Return ``method`` minus another of the same seed, a row for each seed that has both."""
     by_seed = runs.set_index(KEY)[compared_columns(runs)].astype(float)
-    found = by_seed.loc[method] - by_seed.loc[against]
-    return found.loc[
-        by_seed.loc[method].index.intersection(by_seed.loc[against].index)
-    ].sort_index()
+    return minus(by_seed.loc[method], by_seed.loc[against]).sort_index()
 
 
 def shared_seeds(runs: pd.DataFrame) -> set[int]:
@@ -281,11 +278,14 @@ def plots_of(records: Records) -> list[Plot]:
         settings = record.content["settings"]
         title = (f"Fine-tuning SmolLM2 135M, batches of {settings['batch_size']} x "
                  f"{settings['length']:,} tokens, {short(record.device)}")  # fmt: skip
-        found.append(curves(record.runs, record.name, title, 1))
+        data = record.runs[[*KEY, "losses"]].assign(smooth=1)
+        found.append(Plot(record.name, title, draw_curves, data))
     for record in records["pretrain"]:
-        settings = record.content["settings"]
+        settings, runs = record.content["settings"], record.runs
         title = (f"Pretraining a Llama of {settings['layers']} layers from scratch, vocabulary "
                  f"{settings['vocabulary']:,}, {short(record.device)}")  # fmt: skip
-        found.append(curves(record.runs, record.name, title, 25))
-        found.append(rarity(record.runs, f"{record.name}_rare", title))
+        data = runs[[*KEY, "losses"]].assign(smooth=25)
+        found.append(Plot(record.name, title, draw_curves, data))
+        data = runs[[*KEY, *(column for column in runs if column.startswith("seen "))]]
+        found.append(Plot(f"{record.name}_rare", title, draw_rarity, data))
     return found

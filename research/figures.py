@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from cut_cross_entropy.benchmark.methods import METHODS
 from docs.benchmark_runs import BOTH, PROBLEM, Measurements, data_title, title
-from docs.page import Row, table
-from docs.plots import Plot
+from docs.page import Row, cell, table
+from docs.plots import COLORS, Plot
 
 
 def largest(kept: Measurements) -> str:
@@ -63,24 +64,24 @@ def rank_sentence(kept: Measurements) -> str:
 def ranks(content: dict[str, Any]) -> Plot:
     """Probability by rank of the class, and Apple's threshold."""
     titles = {"smollm2": "SmolLM2 135M on real text"}
-    return Plot("ranks", draw_ranks, {titles.get(k, k): v for k, v in content["curves"].items()})
+    data = pd.DataFrame({"name": titles.get(k, k), **v} for k, v in content["curves"].items())
+    title = cell(data.iloc[0], "{name}: {tokens:,} tokens, {classes:,} classes")
+    return Plot("ranks", title * (len(data) == 1), draw_ranks, data)
 
 
-def draw_ranks(figure: Any, points: dict[str, Any]) -> None:
+def draw_ranks(figure: Any, data: pd.DataFrame) -> None:
     """Draw the mean as a line and the 10th to 90th percentile of the tokens as a band."""
     figure.set_size_inches(9, 5)
     ax = figure.subplots()
-    for (key, found), color in zip(points.items(), ("#c1272d", "#3d6fb6", "#5b8c5a"), strict=False):
-        name = f"{key}, {found['tokens']:,} tokens" if len(points) > 1 else "mean over the tokens"
+    for found, color in zip(data.to_dict("records"), COLORS.values(), strict=False):
+        name = cell(found, "{name}, {tokens:,} tokens") * (len(data) > 1) or "mean over the tokens"
         ax.plot(found["ranks"], found["mean"], color=color, label=name)
         ax.fill_between(found["ranks"], found["low"], found["high"], alpha=0.18, color=color,
                         linewidth=0, label="10th to 90th percentile of the tokens")  # fmt: skip
-    (name, first), *more = points.items()
-    ax.axhline(first["cutoff"], color="black", linewidth=1, linestyle="--",
+    ax.axhline(data["cutoff"].iloc[0], color="black", linewidth=1, linestyle="--",
                label="threshold of Apple's filter for bfloat16, $2^{-12}$")  # fmt: skip
-    title = "" if more else f"{name}: {first['tokens']:,} tokens, {first['classes']:,} classes"
     ax.set(
-        xscale="log", yscale="log", ylim=(1e-10, 1), title=title,
+        xscale="log", yscale="log", ylim=(1e-10, 1),
         xlabel="rank of the class among the token's classes, 1 is the likeliest (log scale)",
         ylabel="probability of the class (log scale)",
     )  # fmt: skip
@@ -90,14 +91,14 @@ def draw_ranks(figure: Any, points: dict[str, Any]) -> None:
 
 def strips() -> Plot:
     """Probabilities, the strips that are kept, and the rank-one matrix for the rest."""
-    return Plot("strips", draw_strips, {"tokens": 48, "classes": 96, "strip": 8})
+    return Plot("strips", "", draw_strips, pd.DataFrame())
 
 
-def draw_strips(figure: Any, points: dict[str, int]) -> None:
+def draw_strips(figure: Any, _: pd.DataFrame) -> None:
     """Draw the filter at work on a small softmax of a low-rank product, strips by energy."""
     from matplotlib.colors import LogNorm
 
-    tokens, classes, strip = points["tokens"], points["classes"], points["strip"]
+    tokens, classes, strip = 48, 96, 8
     random = np.random.default_rng(3)
     topics = random.normal(size=(tokens // strip, 6)).repeat(strip, 0)
     e = topics * 1.1 + 0.8 * random.normal(size=(tokens, 6))

@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 
 from cut_cross_entropy.benchmark import suite
@@ -128,7 +129,7 @@ def test_a_problem_measured_twice_is_said_to_be(found):
     assert "| 10.0 ms |" in tables.models(later)
     assert "| **this package**, `cce` | 10.0 |" in tables.headline(later)
     bars = next(p for p in tables.plots_of(later) if p.name == "bars_gemma2-structured")
-    assert bars.points["ms"][0] == 10.0
+    assert bars.data["runtime_ms"].iloc[0] == 10.0
 
 
 def test_the_readme_compares_every_method_on_each_problem(found):
@@ -223,17 +224,19 @@ def test_a_plot_carries_a_digest_of_its_points_and_its_code(tmp_path):
     def draw_otherwise(figure, points):
         figure.set_size_inches(1, 1)
 
-    plot = plots.Plot("dot", draw, [1, 2])
+    one, other = pd.DataFrame({"x": [1, 2]}), pd.DataFrame({"x": [1, 3]})
+    plot = plots.Plot("dot", "Dots", draw, one)
     assert not plot.is_current(tmp_path)
     plot.save(tmp_path)
     assert plot.is_current(tmp_path)
-    assert not plots.Plot("dot", draw, [1, 3]).is_current(tmp_path)
-    assert not plots.Plot("dot", draw_otherwise, [1, 2]).is_current(tmp_path)
+    assert not plots.Plot("dot", "Spots", draw, one).is_current(tmp_path)
+    assert not plots.Plot("dot", "Dots", draw, other).is_current(tmp_path)
+    assert not plots.Plot("dot", "Dots", draw_otherwise, one).is_current(tmp_path)
 
 
 def test_bars_start_at_zero_and_titles_are_words(found):
     (bars,) = [plot for plot in tables.plots_of(found) if plot.name.startswith("bars")]
-    assert bars.points["title"] == "Gemma 2 2B head, 8,192 tokens, bfloat16, Some GPU"
+    assert bars.title == "Gemma 2 2B head, 8,192 tokens, bfloat16, Some GPU"
     for ax, unit in zip(bars.figure().axes, ("ms", "MiB"), strict=True):
         assert ax.get_xscale() == "linear"
         assert ax.get_xlim()[0] == 0
