@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from . import output
 from .data import KINDS as DATA_KINDS
 from .environment import environment
-from .measure import KINDS
+from .measure import KINDS, SOAK
 from .methods import METHODS, installed
 from .runs import Task, measure_all
 from .shapes import SHAPES, SMALL, Shape
@@ -52,6 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="folder with another package, for instance apple=PATH")
     add("--kinds", nargs="+", choices=KINDS, help="passes to measure; default all")
     add("--repetitions", type=int, default=12, help="timed runs of each, in rounds of three")
+    add("--soak", type=float, default=SOAK, help="seconds of work before each turn, on a GPU")
     add("--no-errors", action="store_true", help="skip the float32 reference")
     add("--json", type=Path, help="write everything measured to this file")
     add("--csv", type=Path, help="write the rows to this file")
@@ -114,12 +115,10 @@ def tasks(arguments: argparse.Namespace, on_gpu: bool) -> list[Task]:
 
 def chosen_methods(arguments: argparse.Namespace, on_gpu: bool) -> list[str]:
     """The methods to start, the product that all are compared with included."""
-    names = arguments.methods or [
-        name for name in METHODS if name != "gemm" and installed(name, arguments.peer)
-    ]
-    if not on_gpu:
-        names = [name for name in names if METHODS[name].cpu]
-    return ["gemm", *names]
+    names = arguments.methods
+    if names is None:
+        names = [name for name in METHODS if installed(name, arguments.peer)]
+    return ["gemm", *(name for name in names if name != "gemm" and (on_gpu or METHODS[name].cpu))]
 
 
 def reduced_sizes(arguments: argparse.Namespace) -> str:
@@ -138,33 +137,35 @@ def reduced_sizes(arguments: argparse.Namespace) -> str:
     )
 
 
-def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measure; the JSON file is written anew after every problem."""
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        say(reduced_sizes(arguments))
-    say("  ".join(f"{key} {value}" for key, value in environment(arguments.commit).items()))
+def run(
+    arguments: argparse.Namespace, todo: Sequence[Task], part: str, command: str
+) -> dict[str, Any]:
+    """Measure problems as the command line asks for; the JSON file is written after each."""
+    print("  ".join(f"{key} {value}" for key, value in environment(arguments.commit).items()))
     results = measure_all(
-        tasks(arguments, on_gpu),
-        chosen_methods(arguments, on_gpu),
+        todo,
+        chosen_methods(arguments, torch.cuda.is_available()),
         arguments.peer,
-        part="benchmark",
-        command=" ".join(["python -m benchmark", *map(str, sys.argv[1:])]),
+        part=part,
+        command=command,
         seconds=arguments.time_limit,
         repetitions=arguments.repetitions,
+        soak=arguments.soak,
         commit=arguments.commit,
         path=arguments.json,
-        say=say,
     )
     for failure in results["failures"]:
-        say("not measured: {test_data}, {method}, {what}: {error}".format(**failure))
+        print("not measured: {test_data}, {method}, {what}: {error}".format(**failure))
     return results
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write the files that the command line asks for."""
-    parsed = parse_arguments(arguments)
-    results = run(parsed)
+    parsed, on_gpu = parse_arguments(arguments), torch.cuda.is_available()
+    if not on_gpu:
+        print(reduced_sizes(parsed))
+    command = " ".join(["python -m benchmark", *sys.argv[1:]])
+    results = run(parsed, tasks(parsed, on_gpu), "benchmark", command)
     if parsed.json:
         output.write_json(parsed.json, results)
     if parsed.csv:

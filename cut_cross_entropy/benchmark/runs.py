@@ -208,7 +208,6 @@ def measure_all(
     soak: float = SOAK,
     commit: str | None = None,
     path: Path | None = None,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure the problems one by one, print their rows, and return the content of a file.
 
@@ -223,7 +222,6 @@ def measure_all(
         soak: seconds of work before repetitions count, on a GPU.
         commit: of the code, where there is no history.
         path: the file, written anew after every problem.
-        say: prints the rows of each kind of pass.
     """
     begin = time.perf_counter()
 
@@ -231,7 +229,8 @@ def measure_all(
         print(f"[{time.perf_counter() - begin:5.0f} s] {text}", file=sys.stderr, flush=True)
 
     def measured(rows: list[Row]) -> None:
-        say("\n".join(["", output.sizes(rows[0]), output.table(rows), output.memory_note(rows)]))
+        texts = (output.sizes(rows[0]), output.table(rows), output.memory_note(rows))
+        print("", *texts, sep="\n", flush=True)
 
     burst = min(3, repetitions)
     with processes(methods, peers) as pool:

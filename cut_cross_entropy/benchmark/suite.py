@@ -9,101 +9,58 @@ documentation from them once they lie in ``docs/measurements``.
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from . import __main__ as command
-from .measure import LONG_SOAK, SOAK
+from .measure import LONG_SOAK
 from .methods import METHODS, installed
-from .runs import Task, measure_all
+from .runs import Task
 
-OURS = ("cce", "cce_exact")
-ALL = (
-    "cce", "cce_exact", "torch_compile", "chunked", "baseline", "apple", "liger", "quack", "trl",
-    "torch",
-)  # fmt: skip
-BOTH = "--kinds loss-fw-bw"
-FILE = "--data file"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One file of measurements.
-
-    Args:
-        seconds: limit, of which a part should need two thirds.
-        methods: what runs; other packages only if they are there.
-        problems: arguments of ``python -m benchmark``, most wanted first.
-        repetitions: timed runs of each.
-        soak: seconds of work before them.
-    """
-
-    seconds: float
-    methods: Sequence[str]
-    problems: Sequence[str]
-    repetitions: int = 9
-    soak: float = SOAK
-
+OURS = "--methods cce cce_exact"
+BOTH = "--kinds loss-fw-bw --repetitions 6"
+HEAD = f"--data llama3.2-1b {BOTH} {OURS} baseline"
 
 # Sizes of a sweep are compared with each other: all of them at the clock of a long run. The largest
 # batches come last: they take the longest.
+SWEEP = f"{HEAD} chunked liger --soak {LONG_SOAK} --time-limit 420 --sweep"
+TABLE = "--repetitions 9 --time-limit 300 --data"
 PARTS = {
-    "table": Part(300, ALL, ("--data gemma2", FILE, f"--data llama3-8b {BOTH}")),
-    "shapes": Part(150, OURS, (
-        "--data qwen3-0.6b phi3.5 mistral-nemo qwen3-8b gpt-oss llama3.2-1b",
-        "--data llama3-8b gpt2 gemma2-9b llama3-70b gemma2-27b",
-    ), 6),
-    "sweeps": Part(420, (*OURS, "chunked", "baseline", "liger"), (
-        "--data llama3.2-1b --sweep classes",
-        "--data llama3.2-1b --sweep tokens",
-    ), 6, LONG_SOAK),
-    "options": Part(60, (*OURS, "baseline"), (
-        f"--data llama3.2-1b --no-errors --ignored 0 0.5 0.75 0.9 {BOTH}",
-        f"--data llama3.2-1b --no-errors --frozen e c {BOTH}",
-    ), 6),
-    "tails": Part(75, (*OURS, "baseline", "apple", "liger"), (
-        f"--data gemma2 --tail diffuse randn flat {BOTH}",
-    ), 6),
-}  # fmt: skip
+    "table": (f"{TABLE} gemma2", f"{TABLE} file", f"{TABLE} llama3-8b --kinds loss-fw-bw"),
+    "shapes": (
+        f"{OURS} --repetitions 6 --time-limit 150 --data qwen3-0.6b phi3.5 mistral-nemo qwen3-8b "
+        "gpt-oss llama3.2-1b llama3-8b gpt2 gemma2-9b llama3-70b gemma2-27b",
+    ),
+    "sweeps": (f"{SWEEP} classes", f"{SWEEP} tokens"),
+    "options": (
+        f"{HEAD} --time-limit 60 --no-errors --ignored 0 0.5 0.75 0.9",
+        f"{HEAD} --time-limit 60 --no-errors --frozen e c",
+    ),
+    "tails": (
+        f"{BOTH} {OURS} baseline apple liger --time-limit 75 --data gemma2 "
+        "--tail diffuse randn flat",
+    ),
+}
+"""Arguments of ``python -m benchmark`` for the problems of each part, most wanted first.
+
+A part has the methods, the repetitions and the limit of its first line; it should need two thirds
+of the limit.
+"""
+
+
+def lines_of(part: str, hidden: Path | None) -> list[argparse.Namespace]:
+    """The command lines of a part; that of saved hidden states only if there are any."""
+    return [
+        command.parse_arguments([*line.split(), "--file", str(hidden)])
+        for line in PARTS[part]
+        if hidden is not None or not line.endswith("--data file")
+    ]
 
 
 def tasks_of(part: str, hidden: Path | None, on_gpu: bool) -> list[Task]:
-    """The problems of a part, most wanted first; those of saved hidden states if there are any."""
-    result = []
-    for line in PARTS[part].problems:
-        if line != FILE or hidden is not None:
-            arguments = command.parse_arguments([*line.split(), "--file", str(hidden)])
-            result += command.tasks(arguments, on_gpu)
-    return result
-
-
-def run_part(
-    name: str, arguments: argparse.Namespace, peers: dict[str, str], seconds: float
-) -> dict[str, Any]:
-    """Measure a part and return the content of its file."""
-    part, on_gpu = PARTS[name], torch.cuda.is_available()
-    methods = [
-        method
-        for method in part.methods
-        if (not arguments.methods or method in arguments.methods)
-        and (method in peers if METHODS[method].peer else installed(method, peers))
-        and (on_gpu or METHODS[method].cpu)
-    ]
-    return measure_all(
-        tasks_of(name, arguments.hidden, on_gpu),
-        ["gemm", *methods],
-        peers,
-        part=name,
-        command=f"python -m benchmark.suite --parts {name}",
-        seconds=seconds,
-        repetitions=part.repetitions,
-        soak=part.soak,
-        commit=arguments.commit,
-        path=arguments.out / f"{name}.json",
-    )
+    """The problems of a part."""
+    return [task for line in lines_of(part, hidden) for task in command.tasks(line, on_gpu)]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -129,13 +86,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peers = {p.name: str(p) for p in sorted(parsed.peers.iterdir()) if p.name in METHODS}
     end = time.monotonic() + parsed.time_limit
     for name in parsed.parts:
-        seconds = min(PARTS[name].seconds, end - time.monotonic()) - 15
-        if seconds < 5:
+        line = lines_of(name, parsed.hidden)[0]
+        line.time_limit = min(line.time_limit, end - time.monotonic()) - 15
+        if line.time_limit < 5:
             print(f"== {name}: not run, no time left", flush=True)
             continue
         print(f"== {name}", flush=True)
         start = time.monotonic()
-        results = run_part(name, parsed, peers, seconds)
+        line.methods = [
+            method
+            for method in line.methods or METHODS
+            if (not parsed.methods or method in parsed.methods)
+            and (method in peers if METHODS[method].peer else installed(method, peers))
+        ]
+        line.peer, line.commit, line.json = peers, parsed.commit, parsed.out / f"{name}.json"
+        todo = tasks_of(name, parsed.hidden, torch.cuda.is_available())
+        results = command.run(line, todo, name, f"python -m benchmark.suite --parts {name}")
         print(
             f"== {name}: {len(results['rows'])} rows, {len(results['failures'])} failures, "
             f"{time.monotonic() - start:.0f} s",

@@ -140,6 +140,8 @@ def test_a_cpu_runs_what_runs_on_a_cpu():
     assert on_cpu[0] == "gemm"
     assert not {"apple", "cce", "cce_exact"} & set(on_cpu)
     assert {task.shape.name for task in tasks(arguments, on_gpu=False)} == {"small"}
+    arguments.methods = []
+    assert chosen_methods(arguments, on_gpu=True) == ["gemm"]
 
 
 @pytest.mark.parametrize(
