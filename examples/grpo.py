@@ -44,15 +44,15 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
     model, tokenizer = load_model(chosen.model, torch.float32, None)
     config = GRPOConfig(
         output_dir=chosen.output, max_steps=chosen.steps, max_completion_length=chosen.tokens,
-        num_generations=8, per_device_train_batch_size=16, learning_rate=1e-5, temperature=0.9,
-        logging_steps=1, save_strategy="no", report_to=[], bf16=False, disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
+        num_generations=8, per_device_train_batch_size=16, num_iterations=2, learning_rate=1e-5,
+        temperature=0.9, logging_steps=1, save_strategy="no", report_to=[], bf16=False,
+        disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = GRPOTrainer(model, reward, config, data, processing_class=tokenizer)
     with nullcontext() if chosen.plain else adapters.trl() as adapter:
         trainer.train()
     print("TRL's output layer" if adapter is None else f"token_logprobs: {adapter.calls} calls")
-    return [entry for entry in trainer.state.log_history if "reward" in entry]
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 if __name__ == "__main__":

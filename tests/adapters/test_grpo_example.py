@@ -23,9 +23,11 @@ def test_rewards_and_losses_are_the_same_with_the_adapter(tmp_path, capsys):
     plain = grpo.main([*arguments, "--plain"])
     assert "TRL's output layer" in capsys.readouterr().out
     ours = grpo.main(arguments)
-    assert "token_logprobs: 2 calls" in capsys.readouterr().out
+    # The log-probabilities of the old policy, and those of two steps on its completions.
+    assert "token_logprobs: 3 calls" in capsys.readouterr().out
     assert len(plain) == 2
-    assert any(step["reward_std"] > 0 for step in plain)
+    assert plain[0]["loss"] != pytest.approx(plain[1]["loss"], rel=1e-4)
+    assert plain[0]["reward_std"] > 0
     for mine, other in zip(ours, plain, strict=True):
         times = {name for name in other if "time" in name}
         assert {k: v for k, v in mine.items() if k not in times} == pytest.approx(

@@ -141,6 +141,29 @@ def test_an_output_that_a_newer_trl_may_ask_for_is_refused():
         )
 
 
+def test_compiled_code_is_counted_when_it_is_traced():
+    (hidden, weight, _), targets = inputs()
+
+    def loss(hidden):
+        options = (targets, 0.7, CHUNK, None, 1.0, ("entropy",))
+        logprobs, entropy, *_ = trl_utils._ChunkedLogProbFunction.apply(
+            hidden, weight, None, *options
+        )
+        return (logprobs + 0.1 * entropy).sum()
+
+    torch._dynamo.reset()
+    with adapters.trl() as adapter:
+        leaf = hidden.clone().requires_grad_()
+        loss(leaf).backward()
+        compiled = torch.compile(loss, backend="eager", fullgraph=True)
+        for _ in range(3):
+            other = hidden.clone().requires_grad_()
+            compiled(other).backward()
+    assert adapter.calls == 2
+    torch.testing.assert_close(other.grad, leaf.grad)
+    torch._dynamo.reset()
+
+
 # --- trainers
 
 
