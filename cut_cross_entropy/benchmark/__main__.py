@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import itertools
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from .data import KINDS as DATA_KINDS
 from .environment import environment
 from .measure import KINDS, SOAK
 from .methods import METHODS, installed
-from .runs import Task, measure_all
+from .pool import Clock, processes
+from .runs import Session, Task, measure
 from .shapes import SHAPES, SMALL, Shape
 
 SWEEP_TOKENS = [2**i for i in range(10, 18)]
@@ -140,21 +142,54 @@ def reduced_sizes(arguments: argparse.Namespace) -> str:
 def run(
     arguments: argparse.Namespace, todo: Sequence[Task], part: str, command: str
 ) -> dict[str, Any]:
-    """Measure problems as the command line asks for; the JSON file is written after each."""
-    print("  ".join(f"{key} {value}" for key, value in environment(arguments.commit).items()))
-    results = measure_all(
-        todo,
-        chosen_methods(arguments, torch.cuda.is_available()),
-        arguments.peer,
-        part=part,
-        command=command,
-        seconds=arguments.time_limit,
-        repetitions=arguments.repetitions,
-        soak=arguments.soak,
-        commit=arguments.commit,
-        path=arguments.json,
-    )
-    for failure in results["failures"]:
+    """Measure problems one by one with the methods and within the limits of the command line.
+
+    Args:
+        arguments: of the command line; its JSON file is written anew after every problem.
+        todo: problems.
+        part: name of the file's content.
+        command: what it is measured by.
+
+    Returns:
+        The content of the file.
+    """
+    begin = time.perf_counter()
+
+    def progress(text: str) -> None:
+        print(f"[{time.perf_counter() - begin:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+    def measured(rows: list[dict[str, Any]]) -> None:
+        texts = (output.sizes(rows[0]), output.table(rows), output.memory_note(rows))
+        print("", *texts, sep="\n", flush=True)
+
+    where = environment(arguments.commit)
+    print("  ".join(f"{key} {value}" for key, value in where.items()))
+    burst = min(3, arguments.repetitions)
+    methods = chosen_methods(arguments, torch.cuda.is_available())
+    with processes(methods, arguments.peer) as pool:
+        clock, rounds = Clock(arguments.time_limit), -(-arguments.repetitions // burst)
+        session = Session(pool, clock, rounds, burst, arguments.soak, progress, measured)
+        results: dict[str, Any] = {
+            "part": part,
+            "command": command,
+            "environment": where,
+            "rows": [],
+            "failures": session.failures,
+            "data": session.data,
+        }
+        for task in todo:
+            if clock.left() < 5:
+                session.fail(task, "all", "time", "not measured: the time limit was reached")
+                continue
+            try:
+                results["rows"] += measure(task, session)
+            except Exception as error:  # one problem must not take the others with it
+                session.fail(task, "all", "measure", f"{type(error).__name__}: {error}")
+            if arguments.json:
+                output.write_json(arguments.json, results)
+    if arguments.json:
+        output.write_json(arguments.json, results)
+    for failure in session.failures:
         print("not measured: {test_data}, {method}, {what}: {error}".format(**failure))
     return results
 
@@ -166,8 +201,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(reduced_sizes(parsed))
     command = " ".join(["python -m benchmark", *sys.argv[1:]])
     results = run(parsed, tasks(parsed, on_gpu), "benchmark", command)
-    if parsed.json:
-        output.write_json(parsed.json, results)
     if parsed.csv:
         output.write_csv(parsed.csv, results)
 

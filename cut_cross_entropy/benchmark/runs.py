@@ -1,20 +1,16 @@
 """What is asked of the processes, problem by problem, and the rows that come of it."""
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import output
-from .environment import environment
 from .measure import KINDS, SOAK, quartiles
-from .pool import Clock, Process, WorkerError, processes
+from .pool import Clock, Process, WorkerError
 from .shapes import Shape
 
 PASSES = {"loss-fw": 1, "loss-bw": 2, "loss-fw-bw": 3}
@@ -194,66 +190,3 @@ def _row(task: Task, kind: str, times: list[float], gemm: float | None, found: R
         "ignored": task.ignored,
         "frozen": task.frozen,
     }
-
-
-def measure_all(
-    todo: Sequence[Task],
-    methods: Sequence[str],
-    peers: dict[str, str],
-    *,
-    part: str,
-    command: str,
-    seconds: float,
-    repetitions: int,
-    soak: float = SOAK,
-    commit: str | None = None,
-    path: Path | None = None,
-) -> dict[str, Any]:
-    """Measure the problems one by one, print their rows, and return the content of a file.
-
-    Args:
-        todo: problems.
-        methods: what takes turns.
-        peers: folders of other packages by method.
-        part: name of the file's content.
-        command: what it was measured by.
-        seconds: limit for everything.
-        repetitions: timed runs of each.
-        soak: seconds of work before repetitions count, on a GPU.
-        commit: of the code, where there is no history.
-        path: the file, written anew after every problem.
-    """
-    begin = time.perf_counter()
-
-    def progress(text: str) -> None:
-        print(f"[{time.perf_counter() - begin:5.0f} s] {text}", file=sys.stderr, flush=True)
-
-    def measured(rows: list[Row]) -> None:
-        texts = (output.sizes(rows[0]), output.table(rows), output.memory_note(rows))
-        print("", *texts, sep="\n", flush=True)
-
-    burst = min(3, repetitions)
-    with processes(methods, peers) as pool:
-        session = Session(
-            pool, Clock(seconds), -(-repetitions // burst), burst, soak=soak, progress=progress,
-            measured=measured,
-        )  # fmt: skip
-        results: dict[str, Any] = {
-            "part": part,
-            "command": command,
-            "environment": environment(commit),
-            "rows": [],
-            "failures": session.failures,
-            "data": session.data,
-        }
-        for task in todo:
-            if session.clock.left() < 5:
-                session.fail(task, "all", "time", "not measured: the time limit was reached")
-                continue
-            try:
-                results["rows"] += measure(task, session)
-            except Exception as error:  # one problem must not take the others with it
-                session.fail(task, "all", "measure", f"{type(error).__name__}: {error}")
-            if path is not None:
-                output.write_json(path, results)
-    return results

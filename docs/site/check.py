@@ -28,15 +28,6 @@ from urllib.parse import urlsplit
 from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
 NARROW, WIDE = 500, 1280  # pixels
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 # Each returns a list of descriptions, one for every element that is wrong.
 UNSTYLED_TABLES = """() => [...document.querySelectorAll('table')]
@@ -107,7 +98,7 @@ def served(folder: Path) -> Iterator[str]:
 def browser() -> Iterator[Browser]:
     """A headless Chromium with an empty profile."""
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        launched = playwright.chromium.launch(executable_path=chromium())
         try:
             yield launched
         finally:

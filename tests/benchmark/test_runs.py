@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cut_cross_entropy.benchmark import runs
+from cut_cross_entropy.benchmark import __main__ as command
 from cut_cross_entropy.benchmark.pool import Clock, WorkerError
 from cut_cross_entropy.benchmark.runs import Session, Task, measure, take_turns
 from cut_cross_entropy.benchmark.shapes import Shape
@@ -103,11 +103,11 @@ def test_an_error_of_the_coordinator_costs_one_problem(monkeypatch, tmp_path):
             raise KeyError("trl")
         return [{"row": 1}]
 
-    monkeypatch.setattr(runs, "measure", broken)
+    monkeypatch.setattr(command, "measure", broken)
     path = tmp_path / "rows.json"
-    results = runs.measure_all(
-        [TASK, TASK], [], {}, part="x", command="y", seconds=60, repetitions=3, path=path
-    )
+    arguments = command.parse_arguments(["--methods", "chunked", "--json", str(path)])
+    arguments.methods = []
+    results = command.run(arguments, [TASK, TASK], "x", "y")
     assert results["rows"] == [{"row": 1}]
     assert results["failures"][0]["error"] == "KeyError: 'trl'"
     assert json.loads(path.read_text()) == results
