@@ -1,5 +1,6 @@
-"""Whether training without logits trains as well: the runs, their records and their report.
+"""Whether training without logits trains as well: runs with full logits and without.
 
-``finetune`` and ``pretrain`` write one JSON file each; ``report`` makes ``docs/experiments.md`` and
-its pictures from the files kept in ``docs/measurements``. Not part of the wheel.
+``finetune`` and ``pretrain`` write one JSON file each, with the runs that ``comparison`` does.
+``docs/make.py`` makes ``docs/experiments.md`` and its plots of the files that are kept in
+``docs/measurements``. Not part of the wheel.
 """

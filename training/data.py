@@ -1,14 +1,10 @@
 """Read text and conversations from files, from Python itself or through ``datasets``."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 BUILTIN = "builtin"
 """Name of the text that every Python has: the language reference behind ``help()``."""
@@ -47,6 +43,11 @@ class Document:
     """Precedes the text or the messages; no loss is computed for it."""
     where: str = field(default="data", compare=False)
     """Its origin, for errors."""
+
+    @property
+    def roles(self) -> set[str]:
+        """Roles of the messages after the prompt."""
+        return {message["role"] for message in self.messages or ()}
 
 
 def documents(
@@ -96,20 +97,6 @@ def documents(
     if empty:
         only = f" (of a folder, {', '.join(SUFFIXES)} are read)" if path.is_dir() else ""
         raise ValueError(f"{what} holds no text{only}")
-
-
-def load_text(source: str, split: str = "train", column: str = "text") -> str:
-    """Return all text in ``source`` as one string; see :func:`documents`.
-
-    Raises:
-        FileNotFoundError, ValueError: as there; and conversations are not text.
-    """
-    parts = []
-    for document in documents(source, split, column):
-        if document.messages is not None:
-            raise ValueError(f"--data {source!r} holds conversations, not text")
-        parts.append(f"{document.prompt}{document.text}" + ("\n\n" if document.ends else ""))
-    return "".join(parts).removesuffix("\n\n")
 
 
 def _read_file(path: Path, column: str, flag: str) -> Iterator[Document]:
@@ -225,51 +212,3 @@ def _read_dataset(
         raise ValueError(f"{what} has the columns {', '.join(columns)}, got {column!r}")
     for number, row in enumerate(dataset[split]):
         yield _document(row, column, f"{what}, row {number}")
-
-
-def tokenize(text: str, tokenizer: Any) -> Tensor:
-    """Return the token ids of ``text``, (T,), int64, without special tokens."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-class Windows:
-    """Windows of ``length`` tokens without overlap, in a new order each epoch.
-
-    The window at a position depends on nothing but the seed and the position.
-
-    Args:
-        tokens: one dimension.
-        length: tokens a window, at least 2: the first has nothing to predict it.
-        seed: decides the order.
-
-    Raises:
-        ValueError: fewer tokens than one window.
-    """
-
-    def __init__(self, tokens: Tensor, length: int, seed: int) -> None:
-        self.count = len(tokens) // length
-        if self.count == 0:
-            raise ValueError(
-                f"--sequence-length must be at most the {len(tokens)} tokens of the data, "
-                f"got {length}"
-            )
-        self.windows = tokens[: self.count * length].view(self.count, length)
-        self.seed = seed
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-
-    def batch(self, position: int, size: int) -> Tensor:
-        """Return the ``size`` windows from ``position`` on, (size, length), across epochs."""
-        return torch.stack([self._window(position + i) for i in range(size)])
-
-    def fingerprint(self) -> str:
-        """Hash the tokens, to tell whether two runs have the same data."""
-        return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
-
-    def _window(self, position: int) -> Tensor:
-        epoch, index = divmod(position, self.count)
-        if epoch != self._epoch:
-            # Not the global generator: the order must not depend on what the model drew.
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.count, generator=generator)
-        return self.windows[self._order[index]]

@@ -8,12 +8,15 @@ is 1 if the losses differ by more than the tolerance. Ctrl-C ends it with the st
 """
 
 import csv
+import math
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,11 @@ from torch import Tensor
 from cut_cross_entropy.benchmark.measure import peak_mib
 from training.arguments import Parser, add_settings, config_from
 from training.config import SETUP_ERRORS, TrainConfig, check_output
-from training.data import Windows, load_text, tokenize
-from training.loop import StepLoop, StepRecord
+from training.loop import Schedule, draw_batches, train_steps
 from training.losses import FULL, FullLogits, hidden_states, make_loss
-from training.models import load_model
+from training.models import load_model, vocabulary_size
 from training.plot import plot_losses
+from training.rows import load_windows
 
 TOLERANCE = 1e-3
 """Largest difference, in nats, at which the two losses still count as the same."""
@@ -57,15 +60,23 @@ SETTINGS = (
 
 
 @dataclass
+class Curve:
+    """Losses and seconds of the steps done with one loss."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass
 class Comparison:
     """Results of the demo, filled in as it goes."""
 
     config: TrainConfig
     device: torch.device
     parameters: int
-    full: list[StepRecord] = field(default_factory=list)
-    cut: list[StepRecord] = field(default_factory=list)
-    memory: dict[int, tuple[float, float]] = field(default_factory=dict)
+    full: Curve = field(default_factory=Curve)
+    cut: Curve = field(default_factory=Curve)
+    memory: dict[int, list[float]] = field(default_factory=dict)
     """Peak MiB with full logits and without, by number of tokens."""
 
     @property
@@ -74,51 +85,54 @@ class Comparison:
         return f"linear_cross_entropy ({self.config.loss})"
 
     @property
-    def pairs(self) -> list[tuple[StepRecord, StepRecord]]:
-        """Steps that both losses have."""
-        return list(zip(self.full, self.cut, strict=False))
+    def pairs(self) -> list[tuple[float, float]]:
+        """Losses of the steps that both have."""
+        return list(zip(self.full.losses, self.cut.losses, strict=False))
 
     @property
     def largest_difference(self) -> float:
         """Largest difference of all steps, in nats."""
-        return max((abs(a["loss"] - b["loss"]) for a, b in self.pairs), default=0.0)
+        return max((abs(a - b) for a, b in self.pairs), default=0.0)
 
     def table(self) -> str:
         """Format the result as Markdown that is also readable as text."""
-        wide = max(len(self.name), 20)
-        lines = [_row(wide, "", "full logits", self.name, "difference"), _rule(wide)]
+        rows = [("", "full logits", self.name, "difference")]
         for tokens, peaks in self.memory.items():
-            cells = (f"{peak:.0f} MiB" for peak in peaks)
-            lines.append(_row(wide, f"peak of the loss, {tokens:,} tokens", *cells))
-        for a, b in self.pairs:
-            if a["step"] in (1, len(self.pairs)) or a["step"] % self.config.log_interval == 0:
-                full, cut = a["loss"], b["loss"]
-                losses = f"{full:.6f}", f"{cut:.6f}", f"{abs(full - cut):.1e}"
-                lines.append(_row(wide, f"loss of step {a['step']}", *losses))
+            full, cut = (f"{peak:.0f} MiB" for peak in peaks)
+            rows.append((f"peak of the loss, {tokens:,} tokens", full, cut, ""))
+        for step, (a, b) in enumerate(self.pairs, start=1):
+            if step in (1, len(self.pairs)) or step % self.config.log_interval == 0:
+                rows.append((f"loss of step {step}", f"{a:.6f}", f"{b:.6f}", f"{abs(a - b):.1e}"))
         if self.pairs:
-            times = (f"{_seconds_per_step(log):.3f} s" for log in (self.full, self.cut))
-            lines.append(_row(wide, "time per step", *times))
-        return "\n".join([*lines, "", *self._notes()])
+            # The first step also prepares.
+            times = (statistics.median(c.seconds[1:] or c.seconds) for c in (self.full, self.cut))
+            rows.append(("time per step", *(f"{seconds:.3f} s" for seconds in times), ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        first, *others = (
+            f"| {label:<{widths[0]}} | " + " | ".join(map(str.rjust, cells, widths[1:])) + " |"
+            for label, *cells in rows
+        )
+        rule = f"|:{'-' * (widths[0] + 1)}|" + "".join(f"{'-' * (w + 1)}:|" for w in widths[1:])
+        return "\n".join([first, rule, *others, "", *self._notes()])
 
     def _notes(self) -> list[str]:
-        notes = []
+        notes, steps = [], len(self.pairs)
         if self.memory:
-            small = min(self.memory)
             notes.append(
                 "Peak of the loss: forward and backward of the output layer and the loss alone, "
                 f"both gradients included, from {HOW[self.device.type]}. Full logits grow with the "
                 "tokens; the loss without them works in chunks of a fixed size, which may exceed "
-                f"the logits of a batch as small as {small:,} tokens."
+                f"the logits of a batch as small as {min(self.memory):,} tokens."
             )
-        if self.pairs:
+        if steps:
             notes.append(
-                f"Largest difference of all {len(self.pairs)} steps: {self.largest_difference:.1e} "
+                f"Largest difference of all {steps} steps: {self.largest_difference:.1e} "
                 f"nats (allowed: {TOLERANCE:g}). Time per step: median, without the first."
             )
-        if len(self.pairs) < self.config.steps:
+        if steps < self.config.steps:
             notes.append(
-                f"Interrupted: {len(self.full)} of {self.config.steps} steps with full logits, "
-                f"{len(self.cut)} without."
+                f"Interrupted: {len(self.full.losses)} of {self.config.steps} steps with full "
+                f"logits, {len(self.cut.losses)} without."
             )
         where = f"{self.device.type} with {torch.get_num_threads()} threads"
         if self.device.type == "cuda":
@@ -130,25 +144,12 @@ class Comparison:
         return notes
 
 
-def _row(wide: int, first: str, full: str, cut: str, difference: str = "") -> str:
-    return f"| {first:<34} | {full:>12} | {cut:>{wide}} | {difference:>10} |"
-
-
-def _rule(wide: int) -> str:
-    return f"|:{'-' * 35}|{'-' * 13}:|{'-' * (wide + 1)}:|{'-' * 11}:|"
-
-
-def _seconds_per_step(log: list[StepRecord]) -> float:
-    later = sorted(record["seconds"] for record in log[1:] or log)
-    return later[len(later) // 2]
-
-
-def compare(config: TrainConfig, window_count: int) -> tuple[Comparison, bool]:
+def compare(config: TrainConfig, count: int) -> tuple[Comparison, bool]:
     """Train twice and measure.
 
     Args:
         config: settings of both runs; ``loss`` is the one to compare with full logits.
-        window_count: windows of the data to use, from its beginning.
+        count: sequences of the data to use, from its beginning.
 
     Returns:
         The results, and whether Ctrl-C ended it early.
@@ -160,68 +161,67 @@ def compare(config: TrainConfig, window_count: int) -> tuple[Comparison, bool]:
     """
     device = config.torch_device()
     losses = [make_loss(FULL, device), make_loss(config.loss, device)]
-    text = load_text(config.data, config.data_split, config.data_column)
     print(f"loading {config.model} ...", flush=True)
     started = time.perf_counter()
     model, tokenizer = load_model(config.model, torch.float32, device)
-    tokens = tokenize(text, tokenizer)
-    length = config.sequence_length
-    windows = Windows(tokens[: window_count * length], length, config.seed)
-    print(f"loaded in {time.perf_counter() - started:.0f} s: {len(tokens)} tokens on {device}")
+    windows = load_windows(config, tokenizer, vocabulary_size(model)).to(device)
+    print(f"loaded in {time.perf_counter() - started:.0f} s: {windows.numel()} tokens on {device}")
+    drawn = draw_batches(windows[:count].cpu(), config.steps, config.batch_size, config.seed)
+    batches = drawn.to(device)
+    schedule = Schedule(config.learning_rate)
     result = Comparison(config, device, sum(p.numel() for p in model.parameters()))
     try:
-        _measure_memory(model, tokens, losses, result)
+        if device.type in HOW:
+            for sequences in (MEMORY_TOKENS // config.sequence_length, config.batch_size):
+                _measure_memory(model, windows[: max(1, sequences)], losses, result)
         start = {name: value.clone() for name, value in model.state_dict().items()}
-        for loss, log in zip(losses, (result.full, result.cut), strict=True):
+        for loss, curve in zip(losses, (result.full, result.cut), strict=True):
             model.load_state_dict(start)
-            _train(StepLoop(model, windows, loss, config), log)
+            torch.manual_seed(config.seed)
+            _train(model, loss, batches, schedule, curve)
     except KeyboardInterrupt:
-        if not (result.memory or result.full):
+        if not (result.memory or result.full.losses):
             raise
         return result, True
     return result, False
 
 
-def _train(loop: StepLoop, log: list[StepRecord]) -> None:
+def _train(model: Any, loss: FullLogits, batches: Tensor, schedule: Schedule, curve: Curve) -> None:
     from tqdm import tqdm
 
-    name = getattr(loop.loss, "impl", FULL)
-    with tqdm(total=loop.config.steps, desc=f"training, {name:>12}", unit="step") as bar:
-        for _ in range(loop.config.steps):
-            log.append(loop.train_step())
-            bar.update()
-            bar.set_postfix(loss=f"{log[-1]['loss']:.4f}")
+    name = getattr(loss, "impl", FULL)
+    steps = train_steps(model, loss, batches, schedule)
+    with tqdm(steps, f"training, {name:>12}", len(batches), unit="step") as bar:
+        since = time.perf_counter()
+        for value in bar:
+            curve.losses.append(float(value))  # waits for the device
+            curve.seconds.append(time.perf_counter() - since)
+            since += curve.seconds[-1]
+            if not math.isfinite(curve.losses[-1]):
+                raise FloatingPointError(f"the loss of step {len(curve.losses)} is {float(value)}")
+            bar.set_postfix(loss=f"{curve.losses[-1]:.4f}")
 
 
 def _measure_memory(
-    model: Any, tokens: Tensor, losses: Sequence[FullLogits], result: Comparison
+    model: Any, labels: Tensor, losses: Sequence[FullLogits], result: Comparison
 ) -> None:
-    """Measure the peak memory of each loss on real hidden states, where that is possible."""
-    device, length = result.device, result.config.sequence_length
-    if device.type not in HOW:
+    """Measure the peak memory of each loss on the hidden states of ``labels`` (B, T)."""
+    if labels.numel() in result.memory:
         return
-    largest = min(MEMORY_TOKENS, len(tokens)) // length
-    for sequences in (max(1, largest), result.config.batch_size):
-        count = sequences * length
-        if count > len(tokens) or count in result.memory:
-            continue
-        print(f"measuring the memory of the loss on {count:,} tokens ...", flush=True)
-        labels = tokens[:count].view(sequences, length).to(device)
-        with torch.no_grad():
-            hidden = torch.cat([hidden_states(model, row[None]) for row in labels])
-        hidden.requires_grad_()
-        full, cut = (_peak_of_head(loss, model, hidden, labels) for loss in losses)
-        result.memory[count] = full, cut
-
-
-def _peak_of_head(loss: FullLogits, model: Any, hidden: Tensor, labels: Tensor) -> float:
+    print(f"measuring the memory of the loss on {labels.numel():,} tokens ...", flush=True)
+    with torch.no_grad():
+        hidden = torch.cat([hidden_states(model, row[None]) for row in labels])
+    hidden.requires_grad_()
     weight = model.get_output_embeddings().weight
+    peaks = []
+    for loss in losses:
 
-    def work(_: object = None) -> object:
-        return torch.autograd.grad(loss.head(model, hidden, labels), (hidden, weight))
+        def work(_: object = None, loss: FullLogits = loss) -> object:
+            return torch.autograd.grad(loss.head(model, hidden, labels), (hidden, weight))
 
-    work()  # workspaces that stay
-    return peak_mib(work, hidden.device)
+        work()  # workspaces that stay
+        peaks.append(peak_mib(work, hidden.device))
+    result.memory[labels.numel()] = peaks
 
 
 def write_results(result: Comparison, folder: Path) -> None:
@@ -231,13 +231,13 @@ def write_results(result: Comparison, folder: Path) -> None:
     with (folder / "losses.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", "full", result.config.loss])
-        for index, record in enumerate(result.full):
-            cut = result.cut[index]["loss"] if index < len(result.cut) else ""
-            writer.writerow([record["step"], record["loss"], cut])
+        for step, losses in enumerate(
+            zip_longest(result.full.losses, result.cut.losses, fillvalue=""), start=1
+        ):
+            writer.writerow([step, *losses])
     if result.pairs:
-        logs = zip(*result.pairs, strict=True)
-        curves = [[record["loss"] for record in log] for log in logs]
-        plot_losses(curves[0], curves[1], result.name, folder / "demo.png")
+        full, cut = zip(*result.pairs, strict=True)
+        plot_losses(full, cut, result.name, folder / "demo.png")
 
 
 def build_parser() -> Parser:

@@ -14,13 +14,6 @@ TRIAL = 8
 """Tokens of the trial run of a changed configuration."""
 
 
-def vocabulary_size(model: Any) -> int:
-    """Return the number of token ids that ``model`` can embed."""
-    embedding = model.get_input_embeddings()
-    # Under ZeRO-3 the weight is empty outside of its use.
-    return int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
-
-
 def positions(model: Any) -> int | None:
     """Return the number of positions that the configuration of ``model`` names, or None."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)

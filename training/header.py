@@ -44,7 +44,10 @@ def _size(data: Any) -> str:
     if not isinstance(data, LoadedRows):
         return "read while training"
     tokens = sum(len(row["input_ids"]) for row in data.rows)
-    return f"{len(data):,} sequences, {tokens:,} tokens"
+    size = f"{len(data):,} sequences, {tokens:,} tokens"
+    if data.unanswered:
+        size += f"; conversations without an assistant's message, not learned: {data.unanswered:,}"
+    return size
 
 
 def steps_per_epoch(config: TrainConfig, data: Any, processes: int) -> int:

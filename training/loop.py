@@ -1,78 +1,95 @@
-"""Plain training loop, one step per call, with which the demo compares losses."""
+"""Plain training loop on one device, with which the demo and the experiments compare losses.
 
-import random
-import time
-from typing import Any, TypedDict
+Legend: S steps, B sequences, T tokens each.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from training.config import TrainConfig
-from training.data import Windows
 from training.losses import FullLogits
 
 
-class StepRecord(TypedDict):
-    """Log entry of a step; steps count from 1."""
+@dataclass(frozen=True)
+class Schedule:
+    """Options of AdamW, and its learning rate: a linear rise, then half a cosine.
 
-    step: int
-    loss: float
-    seconds: float
+    Args:
+        learning_rate: highest learning rate.
+        warmup_steps: steps of the rise.
+        weight_decay: weight decay.
+        final: learning rate after the last step, relative to the highest.
+        max_grad_norm: norm that gradients are clipped to.
+        betas: of AdamW.
+    """
+
+    learning_rate: float
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    final: float = 1.0
+    max_grad_norm: float = math.inf
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of ``step``, counted from 0, of ``steps``."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
+        falls = (1 + math.cos(math.pi * done)) / 2
+        return self.learning_rate * (self.final + (1 - self.final) * falls)
 
 
-class StepLoop:
-    """Train one model on one device with AdamW.
+def train_steps(
+    model: Any,
+    loss: FullLogits,
+    batches: Tensor,  # (S, B, T), int64, on the model's device
+    schedule: Schedule,
+    autocast: bool = False,
+) -> Iterator[Tensor]:
+    """Train ``model`` on one batch after the other, without waiting for the device.
 
     Args:
         model: a causal language model of transformers, on its device; ``loss`` prepares it.
-        windows: the data.
         loss: how the loss is computed.
-        config: settings of the run.
+        batches: the data.
+        schedule: options of the optimizer.
+        autocast: whether the model computes in bfloat16.
+
+    Yields:
+        The loss (a scalar without a graph) of each step, after its update.
 
     Raises:
         RuntimeError: the loss cannot be computed with this model.
+        IdlePatchError: the loss is not computed the way that was asked for; nothing is updated.
     """
+    loss.prepare(model)
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        betas=schedule.betas,
+        weight_decay=schedule.weight_decay,
+        fused=batches.is_cuda,
+    )
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step, len(batches))
+        with torch.autocast(batches.device.type, torch.bfloat16, enabled=autocast):
+            value = loss(model, batch)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield value.detach()
 
-    def __init__(self, model: Any, windows: Windows, loss: FullLogits, config: TrainConfig) -> None:
-        self.model, self.windows, self.loss, self.config = model, windows, loss, config
-        self.device: torch.device = next(model.parameters()).device
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        self.log: list[StepRecord] = []
-        random.seed(config.seed)
-        torch.manual_seed(config.seed)
-        loss.prepare(model)
-        model.train()
 
-    def train_step(self) -> StepRecord:
-        """Do one step; after an error the parameters are as they were.
-
-        Returns:
-            Its record, which is in the log too.
-
-        Raises:
-            FloatingPointError: the loss is not finite.
-            IdlePatchError: the loss does not go the way that was asked for.
-        """
-        started = time.perf_counter()
-        step, size = len(self.log) + 1, self.config.batch_size
-        batch = self.windows.batch((step - 1) * size, size).to(self.device)
-        for group in self.optimizer.param_groups:
-            rise = step / max(1, self.config.warmup_steps)
-            group["lr"] = self.config.learning_rate * min(1.0, rise)
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.dtype == "autocast"
-        ):
-            loss = self.loss(self.model, batch)
-        value = float(loss.detach())
-        if value - value != 0:  # infinite or NaN
-            raise FloatingPointError(f"the loss of step {step} is {value}")
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # or the clock would stop too early
-
-        record = StepRecord(step=step, loss=value, seconds=time.perf_counter() - started)
-        self.log.append(record)
-        return record
+def draw_batches(windows: Tensor, steps: int, batch_size: int, seed: int) -> Tensor:
+    """Draw batches (S, B, T) of ``windows`` (n, T): each of them once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    needed = steps * batch_size
+    epochs = -(-needed // len(windows))
+    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
+    return windows[order[:needed]].view(steps, batch_size, -1)

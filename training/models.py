@@ -93,6 +93,13 @@ def load_model(
     return model if device is None else model.to(device), tokenizer
 
 
+def vocabulary_size(model: Any) -> int:
+    """Return the number of token ids that ``model`` can embed."""
+    embedding = model.get_input_embeddings()
+    # Under ZeRO-3 the weight is empty outside of its use.
+    return int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
+
+
 @contextmanager
 def _named(flag: str, source: str | None, path: Path) -> Iterator[None]:
     """Turn an error of a loader into one sentence that names the flag."""

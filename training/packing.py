@@ -99,17 +99,25 @@ def encode_chat(
     return ids, labels
 
 
-def pack(
-    found: Iterable[Document], tokenizer: Any, length: int, isolate: bool = False
+def make_rows(
+    found: Iterable[Document],
+    tokenizer: Any,
+    length: int,
+    packing: bool = True,
+    isolate: bool = False,
 ) -> Iterator[Row]:
-    """Concatenate documents into rows of exactly ``length`` tokens; the remainder is left out.
+    """Make rows of at most ``length`` tokens of documents.
 
     Args:
         found: the documents.
         tokenizer: for :func:`encode`.
         length: tokens per row.
-        isolate: add ``position_ids`` that begin anew with each document, by which transformers
-            keeps attention inside it; and no document predicts the first token of the next.
+        packing: concatenate documents to rows of exactly ``length`` tokens and leave out the
+            remainder. Else each document has a row of its own, or several if it is longer, and rows
+            without a label to learn are left out.
+        isolate: when packing, add ``position_ids`` that begin anew with each document, by which
+            transformers keeps attention inside it; and no document predicts the first token of the
+            next.
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -123,15 +131,22 @@ def pack(
         labels += new_labels
         positions += range(position, position + len(new_ids))
         position = 0 if document.ends else position + len(new_ids)
-        start = 0
-        while len(ids) - start >= length:
-            part = slice(start, start + length)
+        ready = len(ids) // length * length
+        if document.ends and not packing:
+            ready = len(ids)
+        for start in range(0, ready, length):
+            part = slice(start, min(start + length, ready))
             row = {"input_ids": torch.tensor(ids[part]), "labels": torch.tensor(labels[part])}
             if isolate:
                 row["position_ids"] = _from_zero(torch.tensor(positions[part]))
-            yield row
-            start += length
-        del ids[:start], labels[:start], positions[:start]
+            if packing or is_learned(row):
+                yield row
+        del ids[:ready], labels[:ready], positions[:ready]
+
+
+def is_learned(row: Row) -> bool:
+    """Tell whether ``row`` has a token to learn."""
+    return bool((row["labels"][1:] != IGNORED).any())
 
 
 def _from_zero(positions: Tensor) -> Tensor:
@@ -140,26 +155,6 @@ def _from_zero(positions: Tensor) -> Tensor:
     end = int(begins[0]) if len(begins) else len(positions)
     positions[:end] -= positions[0].clone()
     return positions
-
-
-def one_by_one(found: Iterable[Document], tokenizer: Any, length: int) -> Iterator[Row]:
-    """Give each document a row of its own, or several if it is longer than ``length``.
-
-    Rows without a label to learn are left out.
-    """
-    ids: list[int] = []
-    labels: list[int] = []
-    for document in found:
-        new_ids, new_labels = encode(document, tokenizer)
-        ids += new_ids
-        labels += new_labels
-        ready = len(ids) if document.ends else len(ids) // length * length
-        for start in range(0, ready, length):
-            part = slice(start, min(start + length, ready))
-            row = {"input_ids": torch.tensor(ids[part]), "labels": torch.tensor(labels[part])}
-            if (row["labels"][1:] != IGNORED).any():
-                yield row
-        del ids[:ready], labels[:ready]
 
 
 def collate(rows: Sequence[Row], pad_id: int = 0) -> Row:

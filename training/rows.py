@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from training.config import TrainConfig
 from training.data import Document, documents
-from training.packing import IGNORED, Row, one_by_one, pack
+from training.packing import IGNORED, Row, is_learned, make_rows
 
 RowMaker = Callable[[], Iterator[Row]]
 """Read the source from its beginning."""
@@ -24,15 +25,11 @@ class LoadedRows(Dataset):
 
     Args:
         rows: the rows.
-
-    Raises:
-        ValueError: there are none.
+        unanswered: conversations of the source that teach nothing: no assistant says anything.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        if not rows:
-            raise ValueError("no row")
-        self.rows = rows
+    def __init__(self, rows: Sequence[Row], unanswered: int = 0) -> None:
+        self.rows, self.unanswered = rows, unanswered
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,7 +52,7 @@ class LoadedRows(Dataset):
         ).tolist()
         picked = set(order[:count])
         kept = [row for i, row in enumerate(self.rows) if i not in picked]
-        return LoadedRows(kept), LoadedRows([self.rows[i] for i in sorted(picked)])
+        return LoadedRows(kept, self.unanswered), LoadedRows([self.rows[i] for i in sorted(picked)])
 
 
 class StreamedRows(IterableDataset):
@@ -120,7 +117,7 @@ def load_data(
         ValueError: it cannot be read, is too short, has nothing to learn, or has tokens beyond the
             vocabulary.
     """
-    train = _Source("--data", config.data, config.data_split, config, tokenizer, vocabulary)
+    train = Source("--data", config.data, config.data_split, config, tokenizer, vocabulary)
     held_out = None
     if config.eval_data is not None:
         held_out = replace(
@@ -141,8 +138,21 @@ def load_data(
     return data, held_out
 
 
-@dataclass(frozen=True)
-class _Source:
+def load_windows(config: TrainConfig, tokenizer: Any, vocabulary: int) -> Tensor:
+    """Load text as sequences of equal length, (n, T), int64.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`load_data`; and conversations are not text.
+    """
+    data, _ = load_data(config, tokenizer, vocabulary)
+    assert isinstance(data, LoadedRows)
+    if any((row["labels"] == IGNORED).any() for row in data.rows):
+        raise ValueError(f"--data {config.data!r} holds conversations, not text")
+    return torch.stack([row["input_ids"] for row in data.rows])
+
+
+@dataclass
+class Source:
     """Data that a flag names, and how rows are made of it."""
 
     flag: str
@@ -151,18 +161,29 @@ class _Source:
     config: TrainConfig
     tokenizer: Any
     vocabulary: int
+    unanswered: int = 0
+    """Conversations without a message of an assistant, of those read in the current pass."""
 
     def documents(self) -> Iterator[Document]:
-        config = self.config
-        return documents(self.name, self.split, config.data_column, config.streaming, self.flag)
+        """Read the data from its beginning."""
+        config, self.unanswered = self.config, 0
+        for document in documents(
+            self.name, self.split, config.data_column, config.streaming, self.flag
+        ):
+            if document.messages is not None and "assistant" not in document.roles:
+                self.unanswered += 1
+            yield document
 
     def rows(self) -> Iterator[Row]:
-        config, length = self.config, self.config.sequence_length
-        if config.packing:
-            rows = pack(self.documents(), self.tokenizer, length, config.isolate_documents)
-        else:
-            rows = one_by_one(self.documents(), self.tokenizer, length)
-        for row in rows:
+        """Make rows of the data, from its beginning."""
+        config = self.config
+        for row in make_rows(
+            self.documents(),
+            self.tokenizer,
+            config.sequence_length,
+            config.packing,
+            config.isolate_documents,
+        ):
             highest = int(row["input_ids"].max())
             if highest >= self.vocabulary:
                 raise ValueError(
@@ -172,15 +193,16 @@ class _Source:
             yield row
 
     def load(self) -> LoadedRows:
+        """Make all rows."""
         rows = list(self.rows())
         self.require_labels(iter(rows))
-        return LoadedRows(rows)
+        return LoadedRows(rows, self.unanswered)
 
     def require_labels(self, rows: Iterator[Row]) -> None:
         """Raise ``ValueError`` unless a row has a token to learn."""
-        if any(bool((row["labels"][1:] != IGNORED).any()) for row in rows):
+        if any(map(is_learned, rows)):
             return
-        roles = {m["role"] for document in self.documents() for m in document.messages or ()}
+        roles = {role for document in self.documents() for role in document.roles}
         if roles and "assistant" not in roles:
             raise ValueError(
                 f"{self.flag} {self.name!r} has nothing to learn: its conversations have messages "

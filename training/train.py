@@ -33,10 +33,10 @@ from training.arguments import build_parser, config_from
 from training.callbacks import Checkpoints, Interrupts, Log, StopSignals
 from training.checkpoint import CheckpointError, checkpoint_folder, step_of, verify_checkpoint
 from training.config import DTYPES, SETUP_ERRORS, TrainConfig, UsageError, check_output
-from training.fit import check_fit, vocabulary_size
+from training.fit import check_fit
 from training.header import describe, steps_per_epoch
 from training.losses import IdlePatchError, make_loss
-from training.models import in_one_line, load_model
+from training.models import in_one_line, load_model, vocabulary_size
 from training.packing import collate
 from training.resume import (
     DoneError,

@@ -1,16 +1,18 @@
 """A tiny model with its tokenizer and a text, made here: nothing comes from outside."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from training.config import DTYPES, TrainConfig
-from training.data import Windows, load_text, tokenize
-from training.loop import StepLoop
-from training.losses import make_loss
-from training.models import load_model
+from training.loop import Schedule, draw_batches, train_steps
+from training.losses import FullLogits, make_loss
+from training.models import load_model, vocabulary_size
+from training.rows import load_windows
 
 transformers = pytest.importorskip("transformers")
 
@@ -54,13 +56,21 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_loop(config: TrainConfig) -> StepLoop:
-    """The plain loop that the demo has, on the CPU."""
-    device = torch.device("cpu")
-    model, tokenizer = load_model(config.model, DTYPES[config.dtype], device)
-    tokens = tokenize(load_text(config.data), tokenizer)
-    windows = Windows(tokens, config.sequence_length, config.seed)
-    return StepLoop(model, windows, make_loss(config.loss, device), config)
+def load(config: TrainConfig) -> tuple[Any, torch.Tensor]:
+    """The model of a configuration on the CPU, and its batches in the plain loop, (S, B, T)."""
+    model, tokenizer = load_model(config.model, DTYPES[config.dtype], torch.device("cpu"))
+    windows = load_windows(config, tokenizer, vocabulary_size(model))
+    return model, draw_batches(windows, config.steps, config.batch_size, config.seed)
+
+
+def plain_steps(
+    config: TrainConfig, model: Any, batches: torch.Tensor, loss: FullLogits | None = None
+) -> Iterator[torch.Tensor]:
+    """The plain loop of the demo and the experiments; yields the loss of each step."""
+    torch.manual_seed(config.seed)
+    loss = loss or make_loss(config.loss, torch.device("cpu"))
+    schedule = Schedule(config.learning_rate, config.warmup_steps)
+    return train_steps(model, loss, batches, schedule, config.dtype == "autocast")
 
 
 @pytest.fixture

@@ -8,21 +8,13 @@ import pytest
 import torch
 
 from docs import make, training_runs
-from experiments import corpus, finetune, pretrain
-from experiments.loop import (
-    REORDERED,
-    Schedule,
-    cut_windows,
-    draw_batches,
-    token_losses,
-    train,
-)
-from experiments.options import MEASUREMENTS
-from experiments.record import Clock, Record
+from experiments import comparison, corpus, finetune, pretrain
+from experiments.comparison import MEASUREMENTS, REORDERED, cut_windows, token_losses, train
+from training.loop import Schedule, draw_batches
 from training.models import load_model
 
 CPU = torch.device("cpu")
-SCHEDULE = Schedule(learning_rate=1e-2, warmup_steps=2, weight_decay=0.0)
+SCHEDULE = Schedule(learning_rate=1e-2, warmup_steps=2, final=0.1, max_grad_norm=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +37,13 @@ def roots(tmp_path_factory):
 class TestCorpus:
     def test_folders_are_held_out_whole_and_nothing_comes_twice(self, roots):
         split = corpus.sources(roots, 30_000, held_out_share=0.2)
-        assert split.train
-        assert split.held_out
-        texts = split.train + split.held_out
+        train, held_out = split
+        assert train
+        assert held_out
+        texts = train + held_out
         assert len(set(texts)) == len(texts)
         assert not any("1 1 1" in text for text in texts)
-        assert sum(map(len, split.train)) >= 30_000
+        assert sum(map(len, train)) >= 30_000
         again = corpus.sources(roots, 30_000, held_out_share=0.2)
         assert again == split
 
@@ -81,11 +74,12 @@ def test_rate_rises_and_falls():
     assert rates[10] == pytest.approx(1e-3)
 
 
-def test_judge_measures_every_token_by_full_logits(model_folder):
+def test_judge_measures_every_token_by_full_logits(model_folder, monkeypatch):
+    monkeypatch.setattr(comparison, "JUDGED_TOKENS", 30)  # two windows at a time
     model, _ = load_model(str(model_folder), torch.float32, CPU)
     windows = torch.randint(256, (5, 12), generator=torch.Generator().manual_seed(0))
     classes = torch.arange(256) < 40
-    losses, mass = token_losses(model, windows, batch_size=2, autocast=False, classes=classes)
+    losses, mass = token_losses(model, windows, autocast=False, classes=classes)
     with torch.no_grad():
         logits = model.eval()(windows).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(
@@ -93,6 +87,15 @@ def test_judge_measures_every_token_by_full_logits(model_folder):
     )
     torch.testing.assert_close(losses, expected)
     assert mass == pytest.approx(float(logits.softmax(-1)[..., :40].sum(-1).mean()))
+
+
+class Measured:
+    """As much of an experiment as a run asks for."""
+
+    autocast = False
+
+    def measure(self, model, batches):
+        return {"asked": True}
 
 
 def test_methods_see_the_same_and_the_yardstick_is_close(model_folder):
@@ -104,9 +107,7 @@ def test_methods_see_the_same_and_the_yardstick_is_close(model_folder):
         model.config.attention_dropout = 0.0
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.0
-        results[method] = train(
-            model, method, batches, SCHEDULE, False, lambda step: {"asked": step}, judge_interval=4
-        )
+        results[method] = train(Measured(), model, method, batches, SCHEDULE, interval=4)
     full = results["full"]["losses"]
     assert len(full) == 6
     assert [said["step"] for said in results["full"]["judged"]] == [4, 6]
@@ -124,21 +125,32 @@ def test_rarity_groups():
     assert found["rarest_tenth"] == {"at_most": 0, "targets": 2, "loss": 0.5}
 
 
-def test_clock_and_record(tmp_path, monkeypatch):
-    clock = Clock(100.0)
-    assert clock.fits()
-    clock.note(1000.0)
-    assert not clock.fits()
-    path = tmp_path / "new" / "record.json"
-    record = Record(path, "finetune", {"steps": 1}, {}, CPU, commit="abc")
-    record.add_run({"method": "full", "seed": 0})
-    record.skip({"method": "cce", "seed": 0}, "late")
+def test_no_run_starts_that_would_end_after_the_time_limit(
+    roots, model_folder, tmp_path, monkeypatch
+):
+    """Runs take 40 seconds each here, of 100; what is there is on the disk after each."""
+    now, seen = [0.0], []
+    path = tmp_path / "new" / "finetune_label.json"
+
+    def train(*_):
+        seen.append(len(json.loads(path.read_text())["runs"]) if path.exists() else None)
+        now[0] += 40
+        return {"judged": [{}], "ms_per_step": 1.0}
+
+    monkeypatch.setattr(comparison, "train", train)
+    monkeypatch.setattr(comparison.time, "monotonic", lambda: now[0])
+    arguments = ["--smoke", "--device", "cpu", "--device-label", "label", "--commit", "abc"]
+    arguments += ["--out", str(path.parent), "--roots", str(roots[0]), "--megabytes", "0.02"]
+    arguments += ["--model", str(model_folder), "--held-out", "2", "--time-limit", "100"]
+    assert finetune.main(arguments) == 0
     content = json.loads(path.read_text())
+    assert seen == [None, 1]
     assert content["machine"]["commit"] == "abc"
     assert content["machine"]["versions"]["torch"] == torch.__version__
-    assert content["runs"] == [{"method": "full", "seed": 0}]
-    assert content["skipped"] == [{"method": "cce", "seed": 0, "reason": "late"}]
-    assert [p.name for p in path.parent.iterdir()] == ["record.json"]
+    assert [run["method"] for run in content["runs"]] == ["full", "chunked"]
+    late = {"method": REORDERED, "seed": 0, "reason": "time limit of 100 s"}
+    assert content["skipped"] == [late]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 @pytest.fixture(scope="module")

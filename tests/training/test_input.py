@@ -7,14 +7,16 @@ import types
 import pytest
 import torch
 
-from tests.training.conftest import make_loop
+from tests.training.conftest import load, plain_steps
 from training import models
 from training.arguments import build_parser
 from training.config import TrainConfig
-from training.data import Windows, load_text, tokenize
+from training.data import Document, documents
 from training.demo import build_parser as build_demo_parser
+from training.loop import draw_batches
 from training.losses import make_loss
-from training.models import find_smollm2, load_model
+from training.models import find_smollm2, load_model, vocabulary_size
+from training.rows import LoadedRows, load_windows
 from training.train import main
 
 CPU = torch.device("cpu")
@@ -135,7 +137,8 @@ def test_unknown_loss_on_the_command_line(arguments, capsys):
 
 class TestText:
     def test_builtin_is_english(self):
-        text = load_text("builtin")
+        (document,) = documents("builtin")
+        text = document.text
         assert len(text) > 100_000
         assert " the " in text
 
@@ -144,20 +147,20 @@ class TestText:
         path = tmp_path / "empty.txt"
         path.write_text(content)
         with pytest.raises(ValueError, match=r"empty\.txt' holds no text"):
-            load_text(str(path))
+            list(documents(str(path)))
 
     def test_not_text(self, tmp_path):
         path = tmp_path / "binary"
         path.write_bytes(b"\xff\xfe\xfa")
         with pytest.raises(ValueError, match="binary' is not UTF-8 text"):
-            load_text(str(path))
+            list(documents(str(path)))
 
     def test_missing_file_without_datasets(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(
             FileNotFoundError, match="no such file, and `datasets` is not installed"
         ):
-            load_text("missing")
+            list(documents("missing"))
 
     @pytest.fixture
     def fake_datasets(self, monkeypatch):
@@ -178,14 +181,15 @@ class TestText:
 
     @pytest.mark.usefixtures("fake_datasets")
     def test_dataset_by_name(self):
-        assert load_text("poems:short") == "roses\n\nviolets"
-        assert load_text("poems:short", column="title") == "a\n\nb"
+        assert list(documents("poems:short")) == [Document("roses"), Document("violets")]
+        found = documents("poems:short", column="title")
+        assert list(found) == [Document("a"), Document("b")]
         with pytest.raises(ValueError, match="has the splits train, got 'test'"):
-            load_text("poems:short", split="test")
+            list(documents("poems:short", split="test"))
         with pytest.raises(ValueError, match="has the columns text, title, got 'body'"):
-            load_text("poems:short", column="body")
+            list(documents("poems:short", column="body"))
         with pytest.raises(FileNotFoundError, match=r"no such file, and .* Couldn't find prose"):
-            load_text("prose")
+            list(documents("prose"))
 
 
 class TestModel:
@@ -229,53 +233,55 @@ class TestModel:
         assert {p.dtype for p in model.parameters()} == {dtype}
 
 
-class TestWindows:
-    tokens = torch.arange(103)
+class TestBatches:
+    windows = torch.arange(100).view(10, 10)
 
     def test_each_epoch_has_every_window_once_in_its_own_order(self):
-        windows = Windows(self.tokens, 10, seed=0)
-        epochs = [windows.batch(10 * epoch, 10) for epoch in range(3)]
+        epochs = draw_batches(self.windows, steps=6, batch_size=5, seed=0).view(3, -1)
         for epoch in epochs:
-            assert epoch.flatten().sort().values.tolist() == list(range(100))
+            assert epoch.sort().values.tolist() == list(range(100))
         assert not torch.equal(epochs[0], epochs[1])
 
     def test_position_alone_decides(self):
-        windows = Windows(self.tokens, 10, seed=0)
-        expected = [windows.batch(position, 4) for position in range(25)]
+        """Neither the number of steps nor what a model drew before."""
+        expected = draw_batches(self.windows, 25, 4, seed=0)
         torch.manual_seed(5)
-        for position in reversed(range(25)):
-            again = Windows(self.tokens, 10, seed=0).batch(position, 4)
-            assert torch.equal(again, expected[position])
+        for steps in (1, 24):
+            assert torch.equal(draw_batches(self.windows, steps, 4, seed=0), expected[:steps])
 
     def test_seed_decides(self):
-        a, b = (Windows(self.tokens, 10, seed=s).batch(0, 10) for s in (0, 1))
+        a, b = (draw_batches(self.windows, 1, 10, seed) for seed in (0, 1))
         assert not torch.equal(a, b)
 
-    def test_fingerprint_follows_the_tokens(self):
-        assert (
-            Windows(self.tokens, 10, 0).fingerprint()
-            != Windows(self.tokens + 1, 10, 0).fingerprint()
-        )
 
-    def test_too_short(self):
-        with pytest.raises(ValueError, match="at most the 103 tokens of the data, got 104"):
-            Windows(self.tokens, 104, seed=0)
+def test_fingerprint_follows_the_tokens():
+    rows = [
+        LoadedRows([{"input_ids": torch.arange(9) + i, "labels": torch.arange(9)}]) for i in (0, 1)
+    ]
+    assert rows[0].fingerprint() != rows[1].fingerprint()
 
 
-def test_tokens_of_a_text(model_folder):
-    _, tokenizer = load_model(str(model_folder), torch.float32, CPU)
-    tokens = tokenize("abca", tokenizer)
-    assert tokens.dtype == torch.int64
-    assert tokens[0] == tokens[3]
-    assert tokens.unique().numel() == 3
+def test_tokens_of_a_text(config, tmp_path):
+    model, tokenizer = load_model(config.model, torch.float32, CPU)
+    path = tmp_path / "text.txt"
+    path.write_text("abca" * 8)
+    changed = dataclasses.replace(config, data=str(path))
+    windows = load_windows(changed, tokenizer, vocabulary_size(model))
+    assert windows.shape == (2, 16)
+    assert windows.dtype == torch.int64
+    assert windows[0, 0] == windows[0, 3]
+    assert windows.unique().numel() == 3
+    path.write_text("abca" * 3)
+    with pytest.raises(ValueError, match=r"at least 16 tokens \(--sequence-length\)"):
+        load_windows(changed, tokenizer, vocabulary_size(model))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("loss", ["full", "chunked"])
 def test_other_dtypes_train(config, dtype, loss):
-    loop = make_loop(dataclasses.replace(config, dtype=dtype, loss=loss))
-    records = [loop.train_step() for _ in range(5)]
-    assert records[-1]["loss"] < records[0]["loss"]
+    changed = dataclasses.replace(config, dtype=dtype, loss=loss, steps=5)
+    losses = [float(value) for value in plain_steps(changed, *load(changed))]
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.usefixtures("no_interpreter")

@@ -16,10 +16,9 @@ import transformers
 from cut_cross_entropy.benchmark.measure import peak_mib
 from cut_cross_entropy.lazy.notices import forget_warnings
 from cut_cross_entropy.transformers import CutCrossEntropyWarning, is_patched
-from tests.training.conftest import make_loop
+from tests.training.conftest import load, plain_steps
 from training import demo
 from training.checkpoint import list_checkpoints
-from training.loop import StepLoop
 from training.losses import CutLogits, FullLogits, IdlePatchError
 from training.train import main, set_up
 
@@ -45,10 +44,8 @@ def one_step(model, loss, batch):
 
 @pytest.mark.parametrize("impl", ["auto", "chunked", "reference"])
 def test_same_loss_and_gradients(config, impl):
-    loop = make_loop(config)
-    model = loop.model.eval()  # dropout would draw twice
-    batch = loop.windows.batch(0, 4)
-    assert_same_step(model, impl, batch)
+    model, batches = load(config)
+    assert_same_step(model.eval(), impl, batches[0, :4])  # dropout would draw twice
 
 
 def assert_same_step(model, impl, batch):
@@ -62,8 +59,9 @@ def assert_same_step(model, impl, batch):
 def test_training_curves_agree(config):
     curves = []
     for loss in ("full", "chunked"):
-        loop = make_loop(dataclasses.replace(config, loss=loss))
-        curves.append([loop.train_step()["loss"] for _ in range(10)])
+        changed = dataclasses.replace(config, loss=loss)
+        curves.append([float(value) for value in plain_steps(changed, *load(changed))])
+    assert len(curves[0]) == 10
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
     assert curves[0][-1] < curves[0][0]
 
@@ -108,31 +106,31 @@ def tiny_model(family, **options):
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_softcap_and_scales_of_a_family(family, config, impl):
-    batch = make_loop(config).windows.batch(0, 4)
+    batch = load(config)[1][0, :4]
     changed, unchanged = (one_step(model, CutLogits(impl), batch)[0] for model in family)
     assert abs(changed - unchanged) > 0.01
     assert_same_step(family[0], impl, batch)
 
 
 def test_training_curves_of_a_family_agree(family, config):
-    windows = make_loop(config).windows
+    _, batches = load(config)
     curves = []
     for loss in (FullLogits(), CutLogits("chunked")):
-        loop = StepLoop(copy.deepcopy(family[0]), windows, loss, config)
-        curves.append([loop.train_step()["loss"] for _ in range(10)])
+        steps = plain_steps(config, copy.deepcopy(family[0]), batches, loss)
+        curves.append([float(value) for value in steps])
+    assert len(curves[0]) == 10
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
     assert curves[0][-1] < curves[0][0]
 
 
 def test_a_model_is_patched_for_the_loss_that_asks_for_it(config):
-    loop = make_loop(config)
-    assert is_patched(loop.model)
-    loop.train_step()
+    model, batches = load(config)
+    next(plain_steps(config, model, batches))
+    assert is_patched(model)
     # The demo trains one model with one loss after the other.
-    full = StepLoop(loop.model, loop.windows, FullLogits(), config)
-    assert not is_patched(full.model)
-    assert type(full.model) is transformers.LlamaForCausalLM
-    full.train_step()
+    next(plain_steps(config, model, batches, FullLogits()))
+    assert not is_patched(model)
+    assert type(model) is transformers.LlamaForCausalLM
 
 
 def test_patched_run_leaves_what_a_plain_model_does(config, arguments, tmp_path):
@@ -175,17 +173,16 @@ class TestIdlePatch:
 
     @pytest.mark.usefixtures("with_idle_patch")
     def test_stops_before_the_first_update(self, config):
-        loop = make_loop(config)
-        before = copy.deepcopy(loop.model.state_dict())
+        model, batches = load(config)
+        before = copy.deepcopy(model.state_dict())
         with (
             pytest.warns(CutCrossEntropyWarning, match="backward hooks"),
             pytest.raises(
                 IdlePatchError, match=r"loss='chunked' .* LlamaForCausalLM did nothing .*'full'"
             ),
         ):
-            loop.train_step()
-        assert loop.log == []
-        for name, value in loop.model.state_dict().items():
+            next(plain_steps(config, model, batches))
+        for name, value in model.state_dict().items():
             assert torch.equal(value, before[name]), name
 
     @pytest.mark.usefixtures("with_idle_patch")
@@ -198,11 +195,12 @@ class TestIdlePatch:
         assert "demo.py: error: loss='chunked' was asked for" in capsys.readouterr().err
 
     def test_patch_that_is_gone(self, config):
-        loop = make_loop(config)
-        loop.train_step()
-        FullLogits().prepare(loop.model)
+        model, batches = load(config)
+        steps = plain_steps(config, model, batches)
+        next(steps)
+        FullLogits().prepare(model)
         with pytest.raises(IdlePatchError, match="LlamaForCausalLM is not there"):
-            loop.train_step()
+            next(steps)
 
 
 def test_peak_is_what_the_work_held():
@@ -261,13 +259,13 @@ def test_ctrl_c_keeps_the_steps_done(arguments, tmp_path, capsys, monkeypatch, s
     pytest.importorskip("matplotlib")
     done = []
 
-    def until(loop, before=StepLoop.train_step):
+    def until(*given, before=FullLogits.__call__):
         if len(done) == steps:
             raise KeyboardInterrupt
         done.append(None)
-        return before(loop)
+        return before(*given)
 
-    monkeypatch.setattr(StepLoop, "train_step", until)
+    monkeypatch.setattr(FullLogits, "__call__", until)
     assert demo.main([*demo_arguments(arguments, tmp_path), "--steps", "4"]) == 130
     output = tmp_path / "run"
     summary = (output / "summary.md").read_text(encoding="utf-8")
@@ -278,6 +276,23 @@ def test_ctrl_c_keeps_the_steps_done(arguments, tmp_path, capsys, monkeypatch, s
     assert len(table) == min(steps, 4)
     assert [row["chunked"] != "" for row in table] == [i < rows for i in range(len(table))]
     assert (output / "demo.png").exists() == (rows > 0)
+
+
+def test_demo_refuses_conversations(arguments, model_folder, tmp_path, capsys):
+    """It learns every token of its data."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    )
+    folder, path = tmp_path / "chat", tmp_path / "chat.jsonl"
+    transformers.AutoModelForCausalLM.from_pretrained(model_folder).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    chat = [{"role": role, "content": "Ten times ten."} for role in ("user", "assistant")]
+    path.write_text(json.dumps({"messages": chat}))
+    words = ["--model", str(folder), "--data", str(path)]
+    assert demo.main([*demo_arguments(arguments, tmp_path), *words]) == 2
+    message = f"demo.py: error: --data {str(path)!r} holds conversations, not text\n"
+    assert capsys.readouterr().err == message
 
 
 def test_ctrl_c_before_there_is_a_result(arguments, tmp_path, capsys, monkeypatch):

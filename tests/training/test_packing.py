@@ -11,7 +11,7 @@ import transformers
 
 from training.data import Document, documents
 from training.models import load_model
-from training.packing import IGNORED, collate, encode, encode_chat, one_by_one, pack
+from training.packing import IGNORED, collate, encode, encode_chat, make_rows
 from training.rows import LoadedRows, StreamedRows
 from training.train import main
 
@@ -228,9 +228,27 @@ class TestChat:
         assert message in error
         assert error.count("\n") == 1
 
+    @pytest.mark.parametrize("packing", ["--packing", "--no-packing"])
+    def test_conversations_without_an_answer_are_counted(
+        self, arguments, tokenizer, model_folder, tmp_path, capsys, packing
+    ):
+        """The others train; these teach nothing, and the header says how many they are."""
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        path = tmp_path / "chat.jsonl"
+        rows = [CHAT, CHAT[:1], CHAT, CHAT[2:3], CHAT]
+        path.write_text("\n".join(json.dumps({"messages": messages}) for messages in rows))
+        words = ["--data", str(path), "--tokenizer", str(tmp_path / "tokenizer"), packing]
+        common = [*arguments, *words, "--steps", "1", "--no-export", "--sequence-length", "64"]
+        assert main(common) == 0
+        said = "tokens; conversations without an assistant's message, not learned: 2\n"
+        assert said in capsys.readouterr().out
+        path.write_text("\n".join(json.dumps({"messages": CHAT}) for _ in rows))
+        assert main([*common, "--output", str(tmp_path / "all")]) == 0
+        assert "without an assistant" not in capsys.readouterr().out
+
     def test_prompts_add_nothing_to_the_loss(self, tokenizer, model_folder):
         model = load_model(str(model_folder), torch.float32, None)[0].eval()
-        (row,) = one_by_one([Document(messages=tuple(CHAT))], tokenizer, 200)
+        (row,) = make_rows([Document(messages=tuple(CHAT))], tokenizer, 200, packing=False)
         batch = collate([row])
         with torch.no_grad():
             loss = model(**batch).loss
@@ -245,7 +263,7 @@ class TestChat:
 class TestPacking:
     def test_rows_are_full_and_nothing_is_lost_but_the_rest(self, with_end):
         found = [Document("abc"), Document("defgh", ends=False), Document("ij"), Document("k")]
-        rows = list(pack(found, with_end, length=4))
+        rows = list(make_rows(found, with_end, length=4))
         ids = torch.cat([row["input_ids"] for row in rows])
         whole = [i for text in ("abc", "defghij", "k") for i in (*with_end(text).input_ids, 7)]
         assert ids.tolist() == whole[: len(whole) // 4 * 4]
@@ -254,7 +272,7 @@ class TestPacking:
     def test_isolated_documents_have_the_losses_they_have_alone(self, tokenizer, model_folder):
         model = load_model(str(model_folder), torch.float32, None)[0].eval()
         texts = ["first text", "another one", "end"]
-        (row,) = pack([Document(text) for text in texts], tokenizer, 24, isolate=True)
+        (row,) = make_rows([Document(text) for text in texts], tokenizer, 24, isolate=True)
         batch = collate([row])
         assert batch["position_ids"][0].tolist() == [*range(10), *range(11), *range(3)]
         with torch.no_grad():
@@ -267,12 +285,12 @@ class TestPacking:
                 start += len(alone)
 
     def test_a_document_that_goes_on_in_the_next_row_begins_at_zero(self, tokenizer):
-        rows = list(pack([Document("abcdef"), Document("gh")], tokenizer, 4, isolate=True))
+        rows = list(make_rows([Document("abcdef"), Document("gh")], tokenizer, 4, isolate=True))
         assert [row["position_ids"].tolist() for row in rows] == [[0, 1, 2, 3], [0, 1, 0, 1]]
 
     def test_one_by_one_cuts_pads_and_leaves_out_what_teaches_nothing(self, tokenizer):
         found = [Document("abcdef"), Document("g"), Document("hi", ends=False), Document("jk")]
-        rows = list(one_by_one(found, tokenizer, 5))
+        rows = list(make_rows(found, tokenizer, 5, packing=False))
         texts = [tokenizer.decode(row["input_ids"]) for row in rows]
         assert texts == ["abcde", "hijk"]
         batch = collate(rows, pad_id=9)
@@ -284,7 +302,7 @@ class TestPacking:
 class TestStreaming:
     def test_each_pass_has_every_row_once_in_its_own_order(self, tokenizer):
         def make():
-            return pack([Document("abcdefghijklmnopqrstuvwxyz" * 3)], tokenizer, 2)
+            return make_rows([Document("abcdefghijklmnopqrstuvwxyz" * 3)], tokenizer, 2)
 
         once = [tuple(row["input_ids"].tolist()) for row in make()]
         stream = iter(StreamedRows(make, "x", seed=0, buffer=8))
@@ -308,7 +326,7 @@ class TestStreaming:
         assert size > 10_000_000
 
         def make():
-            return pack(documents(str(path)), tokenizer, 512)
+            return make_rows(documents(str(path)), tokenizer, 512)
 
         stream = StreamedRows(make, str(path), seed=0, buffer=16)
         tracemalloc.start()
