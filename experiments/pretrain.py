@@ -111,7 +111,8 @@ class Pretrain(Experiment):
             bos_token_id=None,
             eos_token_id=None,
         )
-        return LlamaForCausalLM(config).to(self.device)
+        model: Any = LlamaForCausalLM(config)
+        return model.to(self.device)
 
     def count(self, batches: Tensor) -> Tensor:
         """Count how often ``batches`` show each token as a target, (V,)."""

@@ -1,4 +1,4 @@
-"""Actions during training: checkpoints, lines of output, the table of losses, interrupts."""
+"""Actions during training: checkpoints, lines of output, the table of losses, interrupts, speed."""
 
 import csv
 import json
@@ -32,49 +32,37 @@ COLUMNS = (
 """Columns of ``losses.csv``."""
 
 
-class StopSignals:
-    """Remember the first SIGINT or SIGTERM inside a ``with``; a second one acts at once."""
+class Interrupts(TrainerCallback):
+    """End the run after the step in which a signal came to any process, with a checkpoint.
+
+    Inside a ``with`` the first SIGINT or SIGTERM is remembered; a second one acts at once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
-    def __enter__(self) -> "StopSignals":
-        self._previous = {s: signal.signal(s, self._handle) for s in self._signals()}
+    def __enter__(self) -> "Interrupts":
+        self._previous = {each: signal.signal(each, self._handle) for each in self.SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    @staticmethod
-    def _signals() -> tuple[signal.Signals, ...]:
-        return signal.SIGINT, signal.SIGTERM
+        for each, handler in self._previous.items():
+            signal.signal(each, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        for each in self._signals():
+        for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL)
 
-
-class Interrupts(TrainerCallback):
-    """End the run after the step in which a signal came to any process, with a checkpoint.
-
-    Args:
-        signals: where they are remembered.
-    """
-
-    def __init__(self, signals: StopSignals) -> None:
-        self.signals = signals
-
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """See :class:`TrainerCallback`."""
+        """Let all processes stop after the same step."""
         if torch.distributed.is_initialized():
-            # All processes have to stop after the same step.
-            number = torch.tensor(int(self.signals.received or 0), device=args.device)
+            number = torch.tensor(int(self.received or 0), device=args.device)
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-            if number:
-                self.signals.received = signal.Signals(int(number))
-        if self.signals.received is not None:
+            self.received = signal.Signals(int(number)) if number else None
+        if self.received is not None:
             control.should_save = control.should_training_stop = True
 
 
@@ -127,8 +115,57 @@ class Checkpoints(TrainerCallback):
         return error
 
 
+class Pace(TrainerCallback):
+    """Measure tokens per second, without evaluations and checkpoints, and the peak memory.
+
+    Args:
+        processes: processes that train, each with as many tokens as this one.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self.processes, self.tokens = processes, 0
+        self.since: float | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Start the clock if it stands."""
+        self.since = self.since or time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Stop the clock."""
+        self.since = None
+
+    on_evaluate = on_save
+
+    def measure(self, device: torch.device) -> dict[str, float]:
+        """Return the numbers since the last call."""
+        now = time.perf_counter()
+        seconds = now - (self.since or now)
+        found = {"tokens_per_second": round(self.processes * self.tokens / max(seconds, 1e-9), 1)}
+        self.tokens, self.since = 0, now
+        if (peak := peak_memory(device)) is not None:
+            found["peak_memory_mib"] = round(peak / 2**20, 1)
+        return found
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the bytes that this process held at most, or None if nothing tells.
+
+    On a CUDA device PyTorch's tensors since the last call, on others the whole process.
+    """
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 class Log(TrainerCallback):
-    """Print a line and extend ``losses.csv`` at each look at the losses; a bar on a terminal.
+    """Print a line and write ``losses.csv`` whenever losses are logged; a bar on a terminal.
 
     Args:
         path: the table.
@@ -145,23 +182,14 @@ class Log(TrainerCallback):
 
         self.began, self.first = time.perf_counter(), state.global_step
         self.since, self.last = self.began, self.first
-        if not self.active:
-            return
-        # disable=None: no bar where the output is not a terminal.
-        self.bar = tqdm(total=state.max_steps, initial=self.first, unit="step", disable=None)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("w", newline="", encoding="utf-8")
-        self.table = csv.DictWriter(self.file, COLUMNS, extrasaction="ignore")
-        self.table.writeheader()
-        self.row: dict[str, Any] = {}
-        self.start = 0
-        for entry in state.log_history:
-            self._write_row(entry)
+        # None: no bar where the output is not a terminal.
+        off = None if self.active else True
+        self.bar = tqdm(total=state.max_steps, initial=self.first, unit="step", disable=off)
+        self._write_table(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """See :class:`TrainerCallback`."""
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        """Move the bar on."""
+        self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         """Write what was logged.
@@ -169,12 +197,12 @@ class Log(TrainerCallback):
         Raises:
             FloatingPointError: the loss or the gradient is not finite.
         """
-        if self.bar is not None:
+        if self.active:
             if "loss" in logs:
                 self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
             self.bar.write(self._line(state, logs))
             sys.stdout.flush()
-            self._write_row({**logs, "step": state.global_step})
+            self._write_table(state)
         self.since, self.last = time.perf_counter(), state.global_step
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
             if not math.isfinite(logs.get(name, 0.0)):
@@ -184,16 +212,10 @@ class Log(TrainerCallback):
                     "--max-grad-norm; checkpoints hold only steps before it"
                 )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """See :class:`TrainerCallback`."""
-        self.close()
-
     def close(self) -> None:
-        """End the bar and the table."""
+        """End the bar."""
         if self.bar is not None:
             self.bar.close()
-            self.file.close()
-            self.bar = None
 
     def _line(self, state: Any, logs: dict[str, Any]) -> str:
         step, now = state.global_step, time.perf_counter()
@@ -212,12 +234,17 @@ class Log(TrainerCallback):
             + f"epoch {logs.get('epoch', 0.0):.2f}, {timedelta(seconds=round(left))} left"
         )
 
-    def _write_row(self, entry: dict[str, Any]) -> None:
-        """Append a row, or complete the last one if it is of the same step."""
-        if self.row.get("step") == entry["step"]:
-            self.file.seek(self.start)
-            self.file.truncate()
-            entry = {**self.row, **entry}
-        self.start, self.row = self.file.tell(), entry
-        self.table.writerow(entry)
-        self.file.flush()
+    def _write_table(self, state: Any) -> None:
+        """Write a row for each step that was logged, in one piece."""
+        if not self.active:
+            return
+        rows: dict[int, dict[str, Any]] = {}
+        for entry in state.log_history:
+            rows.setdefault(entry["step"], {}).update(entry)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".part")
+        with unfinished.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            table.writeheader()
+            table.writerows(rows.values())
+        unfinished.replace(self.path)

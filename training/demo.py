@@ -96,7 +96,7 @@ class Comparison:
 
     def table(self) -> str:
         """Format the result as Markdown that is also readable as text."""
-        rows = [("", "full logits", self.name, "difference")]
+        rows: list[tuple[str, ...]] = [("", "full logits", self.name, "difference")]
         for tokens, peaks in self.memory.items():
             full, cut = (f"{peak:.0f} MiB" for peak in peaks)
             rows.append((f"peak of the loss, {tokens:,} tokens", full, cut, ""))

@@ -47,30 +47,19 @@ def _state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def check_steps(config: TrainConfig, source: Path) -> None:
-    """Check that steps are left to do after the checkpoint ``source``.
+def check_resume(run: dict[str, Any], config: TrainConfig, source: Path) -> None:
+    """Check that a run may go on from the checkpoint ``source``, and that steps are left to do.
+
+    Args:
+        run: what must be as it was when the checkpoint was written.
+        config: settings of the run.
+        source: the checkpoint.
 
     Raises:
         DoneError: it is of the last step.
-        UsageError: it is of a later one.
+        UsageError: it is of a later one, or other settings or other data decided its losses.
     """
-    done = _state(source)["global_step"]
-    if done == config.steps:
-        raise DoneError
-    if done > config.steps:
-        asked = f"--steps {config.steps}"
-        if config.epochs is not None:
-            asked = f"--epochs {config.epochs:g} ({config.steps} steps)"
-        raise UsageError(f"{asked} is below the {done} steps done in {source}")
-
-
-def check_same_run(run: dict[str, Any], folder: Path) -> None:
-    """Check the settings in ``run`` against those of the checkpoint in ``folder``.
-
-    Raises:
-        UsageError: other settings or other data decided its losses.
-    """
-    saved: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    saved: dict[str, Any] = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))
     for name in run:
         if name not in saved or run[name] == saved[name]:
             continue
@@ -82,6 +71,14 @@ def check_same_run(run: dict[str, Any], folder: Path) -> None:
         raise UsageError(
             f"{what} must be {saved[name]!r}, as in the run that is resumed, got {run[name]!r}"
         )
+    done = _state(source)["global_step"]
+    if done == config.steps:
+        raise DoneError
+    if done > config.steps:
+        asked = f"--steps {config.steps}"
+        if config.epochs is not None:
+            asked = f"--epochs {config.epochs:g} ({config.steps} steps)"
+        raise UsageError(f"{asked} is below the {done} steps done in {source}")
 
 
 def export(checkpoint: Path, folder: Path) -> None:

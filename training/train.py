@@ -30,7 +30,7 @@ if not torch.cuda.is_available():
 
 from cut_cross_entropy.benchmark.leave import leave
 from training.arguments import build_parser, config_from
-from training.callbacks import Checkpoints, Interrupts, Log, StopSignals
+from training.callbacks import Checkpoints
 from training.checkpoint import CheckpointError, checkpoint_folder, step_of, verify_checkpoint
 from training.config import DTYPES, SETUP_ERRORS, TrainConfig, UsageError, check_output
 from training.fit import check_fit
@@ -38,15 +38,9 @@ from training.header import describe, steps_per_epoch
 from training.losses import IdlePatchError, make_loss
 from training.models import in_one_line, load_model, vocabulary_size
 from training.packing import collate
-from training.resume import (
-    DoneError,
-    check_same_run,
-    check_steps,
-    checkpoint_to_resume,
-    export,
-)
+from training.resume import DoneError, check_resume, checkpoint_to_resume, export
 from training.rows import load_data
-from training.trainer import Trainer, quiet_resume
+from training.trainer import Trainer
 from training.trainer_arguments import tensorboard_callback, training_arguments
 
 TRAIN_ERRORS = (CheckpointError, IdlePatchError, FloatingPointError, ValueError, OSError)
@@ -61,9 +55,6 @@ class Run:
     trainer: Trainer
     source: Path | None
     """The checkpoint to resume from."""
-    signals: StopSignals
-    checkpoints: Checkpoints
-    log: Log
     header: str
     warnings: list[str]
 
@@ -90,8 +81,7 @@ def set_up(config: TrainConfig) -> Run:
         except CheckpointError as error:
             raise UsageError(f"--resume: {error}") from error
         if config.epochs is None:
-            check_same_run(config.decisive(), source)
-            check_steps(config, source)
+            check_resume(config.decisive(), config, source)
     # Before the model: with DeepSpeed they decide how its weights are loaded.
     arguments = training_arguments(config, output / "checkpoints", device)
     torch.manual_seed(config.seed)
@@ -113,59 +103,28 @@ def set_up(config: TrainConfig) -> Run:
         steps = math.ceil(config.epochs * steps_per_epoch(config, data, arguments.world_size))
         config = replace(config, steps=steps)
         arguments.max_steps = steps
-        if source is not None:
-            check_same_run(config.decisive(), source)
-            check_steps(config, source)
     run = {**config.decisive(), "data_hash": data.fingerprint(), "processes": arguments.world_size}
     if source is not None:
-        check_same_run(run, source)
+        check_resume(run, config, source)
     warnings = list(check_fit(model, config, data))
-    main = arguments.process_index == 0
-    signals = StopSignals()
-    checkpoints = Checkpoints(output / "checkpoints", run, config.keep_checkpoints)
-    log = Log(output / "losses.csv", main)
-    callbacks: list[Any] = [Interrupts(signals), checkpoints, log]
-    if config.tensorboard and main:
-        callbacks.append(
-            tensorboard_callback(output / "tensorboard", step_of(source) if source else 0)
-        )
+    callbacks = []
+    if config.tensorboard and arguments.process_index == 0:
+        done = step_of(source) if source else 0
+        callbacks = [tensorboard_callback(output / "tensorboard", done)]
     pad = tokenizer.pad_token_id
     trainer = Trainer(
         loss,
+        Checkpoints(output / "checkpoints", run, config.keep_checkpoints),
+        output / "losses.csv",
+        callbacks,
         model=model,
         args=arguments,
         train_dataset=data,
         eval_dataset=held_out,
         data_collator=partial(collate, pad_id=pad if pad and pad < vocabulary else 0),
         processing_class=tokenizer,
-        callbacks=callbacks,
     )
-    header = describe(config, trainer, device)
-    return Run(config, trainer, source, signals, checkpoints, log, header, warnings)
-
-
-def train(run: Run) -> signal.Signals | None:
-    """Train to the last step, or to the first interrupt, and leave a checkpoint there.
-
-    Returns:
-        The signal that ended it, or None.
-
-    Raises:
-        CheckpointError: a checkpoint could not be written.
-        FloatingPointError: the loss is no longer finite.
-        IdlePatchError: the loss is not computed the way that was asked for.
-        ValueError: the data is damaged, where it is read while training.
-    """
-    source = str(run.source) if run.source else None
-    try:
-        with run.signals, quiet_resume(run.trainer.model):
-            run.trainer.train(resume_from_checkpoint=source)
-    # The writers of transformers, safetensors and PyTorch have no common class of errors.
-    except Exception as error:
-        raise run.checkpoints.failure(run.trainer.state.global_step, error) from error
-    finally:
-        run.log.close()
-    return run.signals.received
+    return Run(config, trainer, source, describe(config, trainer, device), warnings)
 
 
 def run_all(arguments: Any) -> int:
@@ -203,7 +162,7 @@ def run_all(arguments: Any) -> int:
     if run.source is not None:
         say(f"resumed from {run.source}")
     try:
-        stopped_by = train(run)
+        stopped_by = run.trainer.run(run.source)
         step = run.trainer.state.global_step
         if stopped_by is not None:
             say(f"{stopped_by.name} at step {step}: checkpoint written; go on with --resume")

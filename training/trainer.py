@@ -1,18 +1,19 @@
-"""The Trainer of transformers with a choice of losses, measured as it runs."""
+"""The Trainer of transformers with a choice of losses, checkpoints that verify, and interrupts."""
 
 import logging
 import math
 import re
-import sys
-import time
-from collections.abc import Iterator, Mapping
+import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
+from training.callbacks import Checkpoints, Interrupts, Log, Pace
 from training.losses import FullLogits
 from training.packing import IGNORED
 
@@ -22,15 +23,27 @@ class Trainer(transformers.Trainer):
 
     Args:
         loss: how the loss is computed.
+        checkpoints: makes checkpoints of the folders that are saved.
+        table: file of the losses.
+        callbacks: further callbacks.
         options: for ``transformers.Trainer``.
     """
 
-    def __init__(self, loss: FullLogits, **options: Any) -> None:
+    def __init__(
+        self,
+        loss: FullLogits,
+        checkpoints: Checkpoints,
+        table: Path,
+        callbacks: list[Any],
+        **options: Any,
+    ) -> None:
         loss.prepare(options["model"])
-        super().__init__(**options)
-        self.loss = loss
-        self.pace = Pace(self.args.world_size)
-        self.add_callback(self.pace)
+        arguments = options["args"]
+        self.loss, self.checkpoints = loss, checkpoints
+        self.interrupts, self.pace = Interrupts(), Pace(arguments.world_size)
+        self.lines = Log(table, active=arguments.process_index == 0)
+        ours = [self.interrupts, checkpoints, self.lines, *callbacks, self.pace]
+        super().__init__(**options, callbacks=ours, compute_metrics=held_out_metrics)
         self.remove_callback(transformers.PrinterCallback)
         transformers.utils.logging.disable_progress_bar()
 
@@ -47,6 +60,31 @@ class Trainer(transformers.Trainer):
             state.distributed_type = DistributedType.FSDP
             PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
+
+    def run(self, source: Path | None) -> signal.Signals | None:
+        """Train to the last step, or to the first interrupt, and leave a checkpoint there.
+
+        Args:
+            source: the checkpoint to resume from.
+
+        Returns:
+            The signal that ended it, or None.
+
+        Raises:
+            CheckpointError: a checkpoint could not be written.
+            FloatingPointError: the loss is no longer finite.
+            IdlePatchError: the loss is not computed the way that was asked for.
+            ValueError: the data is damaged, where it is read while training.
+        """
+        try:
+            with self.interrupts, quiet_resume(self.model):
+                self.train(resume_from_checkpoint=str(source) if source else None)
+        # The writers of transformers, safetensors and PyTorch have no common class of errors.
+        except Exception as error:
+            raise self.checkpoints.failure(self.state.global_step, error) from error
+        finally:
+            self.lines.close()
+        return self.interrupts.received
 
     def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
         """Compute the loss of one batch; see ``transformers.Trainer``.
@@ -65,87 +103,33 @@ class Trainer(transformers.Trainer):
         if "train_runtime" not in logs:  # the sums at the end are not a step's
             super().log(logs, *arguments, **options)
 
-    @torch.no_grad()
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Compute the mean loss over all held-out tokens, weighted equally, and its perplexity.
-
-        Returns:
-            ``eval_loss``, ``eval_perplexity`` and ``eval_tokens``.
-        """
-        from tqdm import tqdm
-
-        # Sharded weights are gathered by their wrapper.
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        model: Any = self.model_wrapped if sharded else self.model
-        training = model.training
-        model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device="cpu")
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Compute :func:`held_out_metrics`; their names begin with ``eval_``."""
         # A loader draws a number; the training is to be the same with and without evaluations.
         with torch.random.fork_rng(devices=[]):
-            loader = self.get_eval_dataloader(eval_dataset)
-            silent = None if self.is_world_process_zero() else True  # None: a terminal decides
-            for batch in tqdm(loader, "held-out data", leave=False, disable=silent):
-                total += self._sums(model, self._prepare_inputs(batch))
-        model.train(training)
-        loss = float(total[0] / total[1])
-        metrics: dict[str, float] = {
-            "eval_loss": loss,
-            "eval_perplexity": math.exp(min(loss, 700.0)),
-            "eval_tokens": int(total[1]),
-        }
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
+            found: dict[str, float] = super().evaluate(*arguments, **options)
+        return found
 
-    def _sums(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the sum of the losses and the number of tokens in a batch, of all processes."""
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Tensor, Tensor]:
+        """Return the losses (B, T - 1) of a batch and their labels; see ``transformers.Trainer``.
+
+        It adds those of all processes, which get equally many sequences, and drops what is twice.
+        """
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            model = self.model_wrapped  # gathers the weights
+        inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             losses = self.loss.token_losses(model, inputs)
-        counted = inputs["labels"][:, 1:] != IGNORED
-        sums = torch.stack([losses.float().sum(1), counted.sum(1)], dim=1)
-        # Processes get equally many sequences, if need be some twice; those are dropped here.
-        gathered: Tensor = self.accelerator.gather_for_metrics(sums)
-        return gathered.double().sum(0).cpu()
+        return None, losses.float(), inputs["labels"][:, 1:].contiguous()
 
 
-class Pace(transformers.TrainerCallback):
-    """Measure tokens per second, without evaluations and checkpoints, and the peak memory.
-
-    Args:
-        processes: processes that train, each with as many tokens as this one.
-    """
-
-    def __init__(self, processes: int) -> None:
-        self.processes, self.tokens = processes, 0
-        self.since: float | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Start the clock if it stands."""
-        if self.since is None:
-            self.since = time.perf_counter()
-
-    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Stop the clock."""
-        self.since = None
-
-    on_evaluate = on_save
-
-    def measure(self, device: torch.device) -> dict[str, float]:
-        """Return the numbers since the last call."""
-        now = time.perf_counter()
-        seconds = now - (self.since or now)
-        found = {"tokens_per_second": round(self.processes * self.tokens / max(seconds, 1e-9), 1)}
-        self.tokens, self.since = 0, now
-        if (peak := peak_memory(device)) is not None:
-            found["peak_memory_mib"] = round(peak / 2**20, 1)
-        return found
+def held_out_metrics(found: transformers.EvalPrediction) -> dict[str, float]:
+    """Return the mean ``loss`` of all tokens, weighted equally, ``perplexity`` and ``tokens``."""
+    losses: Any = found.predictions[found.label_ids != IGNORED]
+    loss = float(losses.mean(dtype="float64"))
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": losses.size}
 
 
 @contextmanager
@@ -167,20 +151,3 @@ def quiet_resume(model: Any) -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(keep)
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Return the bytes that this process held at most, or None if nothing tells.
-
-    On a CUDA device PyTorch's tensors since the last call, on others the whole process.
-    """
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -43,6 +43,7 @@ def training_arguments(config: TrainConfig, folder: Path, device: torch.device) 
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
+        eval_accumulation_steps=16,  # losses of single tokens, on their way to the CPU
         gradient_accumulation_steps=config.gradient_accumulation,
         lr_scheduler_type=(
             "constant_with_warmup" if config.schedule == "constant" else config.schedule

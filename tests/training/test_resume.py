@@ -128,7 +128,7 @@ def test_signal_saves_and_the_rest_is_bit_identical(arguments, tmp_path, number)
 
 def test_a_second_signal_acts_at_once():
     before = signal.getsignal(signal.SIGINT)  # a shell's background jobs start with it ignored
-    with callbacks.StopSignals() as stop:
+    with callbacks.Interrupts() as stop:
         signal.raise_signal(signal.SIGTERM)
         assert stop.received is signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
