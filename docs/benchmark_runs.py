@@ -11,20 +11,16 @@ from typing import Any
 import pandas as pd
 
 from cut_cross_entropy.benchmark.environment import in_words
+from cut_cross_entropy.benchmark.measure import KINDS
 from cut_cross_entropy.benchmark.methods import METHODS
+from cut_cross_entropy.benchmark.output import COLUMNS, MORE
 from cut_cross_entropy.benchmark.shapes import SHAPES
 from docs import plots
 from docs.page import Column, Row, cell, table
 
 BOTH = "loss-fw-bw"
-KINDS = ("loss-fw", "loss-bw", BOTH)
 PROBLEM = ["test_data", "method"]
-COLUMNS = [
-    "device", "source", "part", "test_data", "method", "kind", "dtype", "tokens", "dim", "classes",
-    "runtime_ms", "op_mem_mb", "gemms", "gemm_ms", "gemm_even", "tflops", "q1_ms", "q3_ms",
-    "repetitions", "cold", "first_ms", "ignored", "frozen", "filter", "version", "error_e",
-    "error_c", "rounding_e", "rounding_c",
-]  # fmt: skip
+MEASURED = ["device", "source", "part", *COLUMNS, *MORE, "gemm_even", "filter"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def collect(files: dict[str, dict[str, Any]]) -> Measurements:
         count[device] = count.get(device, 0) + len(found)
         where = {"device": device, "source": source, "part": content.get("part", "benchmark")}
         rows += [{**row, **where} for row in found]
-    frame = pd.DataFrame(rows, columns=COLUMNS)
+    frame = pd.DataFrame(rows, columns=MEASURED)
     frame["title"], frame["data"] = frame["method"].map(title), frame["test_data"].map(data_title)
     order = dict.fromkeys([*METHODS, *frame["method"]])
     frame["method"] = pd.Categorical(frame["method"], list(order), ordered=True)

@@ -1,10 +1,12 @@
 """Tables of docs/distributed.md from what ``benchmark.distributed`` measured."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import pandas as pd
 
+from cut_cross_entropy.benchmark.distributed import FIGURES, Job
 from cut_cross_entropy.benchmark.environment import in_words
 from cut_cross_entropy.benchmark.setups import LOGITS, OWN_TOKENS
 from cut_cross_entropy.benchmark.shapes import SHAPES
@@ -16,8 +18,7 @@ WANTED = (2, 4, 8)
 TELLING = 0.1
 """Collectives that take a smaller part of a step are lost in what a step varies by."""
 
-COLUMNS = ["data", "tokens", "setup", "impl", "processes", "ms", "alone_ms", "exchange_ms",
-           "sent_mib", "peak_mib", "why"]  # fmt: skip
+COLUMNS = [*(field.name for field in fields(Job)), "processes", *FIGURES, "why"]
 KEY = ["data", "tokens", "alone", "impl"]
 
 

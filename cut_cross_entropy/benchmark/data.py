@@ -39,6 +39,10 @@ class Problem:
         logits = F.linear(e, c).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def part(self, tokens: slice) -> "Problem":
+        """The problem of some of the tokens."""
+        return dataclasses.replace(self, e=self.e[tokens], targets=self.targets[tokens])
+
 
 def make(
     kind: str,

@@ -143,10 +143,8 @@ def without_communication(
     """
     processes, rank = dist.get_world_size(), dist.get_rank()
     if job.setup not in OWN_CLASSES:
-        size = job.tokens
-        own = slice(rank * size, (rank + 1) * size)
-        part = replace(problem, e=problem.e[own], targets=problem.targets[own])
-        return ALONE["one GPU"](part, job.impl).run
+        own = slice(rank * job.tokens, (rank + 1) * job.tokens)
+        return ALONE["one GPU"](problem.part(own), job.impl).run
     if job.setup in LOGITS:
         rows = -(-problem.c.shape[0] // processes)
         part = replace(problem, c=problem.c[:rows], targets=problem.targets % rows)
@@ -160,11 +158,9 @@ def without_communication(
 def measure_or_note(job: Job, problem: Problem, repetitions: int) -> dict[str, Any]:
     """A row, with the reason if something of it is missing; the memory that it took is free."""
     times = dist.get_world_size() if job.setup in OWN_TOKENS else 1
-    tokens = slice(0, job.tokens * times)
-    given = replace(problem, e=problem.e[tokens], targets=problem.targets[tokens])
     row: dict[str, Any] = {"repetitions": repetitions, **dict.fromkeys(FIGURES)}
     try:
-        measure(job, given, repetitions, row)
+        measure(job, problem.part(slice(job.tokens * times)), repetitions, row)
     except torch.OutOfMemoryError:
         row["why"] = NO_MEMORY
     except Exception as error:  # of whatever a set-up is made of: the other rows are still wanted
@@ -192,25 +188,22 @@ def make_problems(jobs: list[Job], kind: str, device: torch.device) -> dict[str,
 
 def compile_ahead(jobs: list[Job], problems: dict[str, Problem]) -> None:
     """Compile the kernels of different problems on different processes, which share a cache."""
+    few = slice(min(job.tokens for job in jobs))
     needed = dict.fromkeys((job.impl, job.data) for job in jobs if job.setup not in LOGITS)
-    for i, (impl, data) in enumerate(needed):
-        if i % dist.get_world_size() == dist.get_rank():
-            few = slice(0, min(job.tokens for job in jobs))
-            part = problems[data]
-            part = replace(part, e=part.e[few], targets=part.targets[few])
-            ALONE["one GPU"](part, impl).run()
+    for impl, data in list(needed)[dist.get_rank() :: dist.get_world_size()]:
+        ALONE["one GPU"](problems[data].part(few), impl).run()
     dist.barrier()
 
 
 def start(device: str) -> torch.device:
     """Join the other processes; this one's device."""
-    rank = int(os.environ.get("LOCAL_RANK", 0))
+    timeout = datetime.timedelta(seconds=120)
     if device == "cpu":
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+        dist.init_process_group("gloo", timeout=timeout)
         return torch.device("cpu")
-    own = torch.device("cuda", rank)
+    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(own)
-    dist.init_process_group("nccl", timeout=datetime.timedelta(seconds=120), device_id=own)
+    dist.init_process_group("nccl", timeout=timeout, device_id=own)
     return own
 
 
