@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.budget import powers_per_chunk
 from cut_cross_entropy.device_support import kernels_unavailable, triton_is_interpreted
 from cut_cross_entropy.distributed.collectives import combine_shards
 from cut_cross_entropy.implementations import chunked_sum, full_logits, reference
@@ -19,7 +20,7 @@ from cut_cross_entropy.output_operators import (
 )
 from cut_cross_entropy.outputs import Asked, TokenOutputs
 from cut_cross_entropy.problem import Filter, Needed, PerToken, Problem
-from cut_cross_entropy.sum_operators import run_chunked_sum
+from cut_cross_entropy.sum_operators import run_chunked_sum, run_kernel_sum
 from cut_cross_entropy.transforms import is_traced, is_transformed, plain
 from cut_cross_entropy.validation import check_target_range
 
@@ -113,16 +114,20 @@ def token_losses(
     if impl == "chunked":
         return run_chunked(problem)
     if impl in KERNEL_IMPLS:
-        preset = CCEPresets.build_for_impl(impl, kernel_options)
-        # Each process drops its own strips; the budget is one for all of them, and energies add.
-        filter_ = Filter(
-            tolerance=filter_tolerance(preset["filter_eps"]) / math.sqrt(world_size),
-            max_mass=filter_mass / world_size,
-            e=preset["filter_e_grad"],
-            c=preset["filter_c_grad"],
-        )
-        return run_kernels(problem, filter_)
+        return run_kernels(problem, _filter(impl, kernel_options, filter_mass, world_size))
     return _full_losses(impl, problem)
+
+
+def _filter(impl: str, kernel_options: CCEPreset, filter_mass: float, world_size: int) -> Filter:
+    """Return what a preset of the kernels may skip on each process."""
+    preset = CCEPresets.build_for_impl(impl, kernel_options)
+    # Each process drops its own strips; the budget is one for all of them, and energies add.
+    return Filter(
+        tolerance=filter_tolerance(preset["filter_eps"]) / math.sqrt(world_size),
+        max_mass=filter_mass / world_size,
+        e=preset["filter_e_grad"],
+        c=preset["filter_c_grad"],
+    )
 
 
 def sum_of_losses(
@@ -149,6 +154,12 @@ def sum_of_losses(
         chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
         if chosen == "chunked" and chunked_sum.tokens_per_chunk(problem):
             return run_chunked_sum(problem, needed, keep_inputs=keep_inputs)
+        if (
+            chosen in KERNEL_IMPLS
+            and not _filter(chosen, kernel_options, filter_mass, world_size).is_on
+            and powers_per_chunk(problem, needed)
+        ):
+            return run_kernel_sum(problem, needed, keep_inputs=keep_inputs)
     results = token_losses(
         impl, problem, kernel_options, filter_mass=filter_mass, world_size=world_size
     )

@@ -65,6 +65,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "chunked": _forward,
     "chunked_backward": _backward(4),
     "chunked_sum": _sum,
+    "cce_sum": _sum,
     "cce": _forward,
     "cce_backward": _backward(7),
     "tangents": _tangents,

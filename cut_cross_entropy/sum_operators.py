@@ -17,7 +17,14 @@ from torch import Tensor
 
 from cut_cross_entropy.flop_formulas import register_flop_formulas
 from cut_cross_entropy.implementations import chunked, chunked_sum
-from cut_cross_entropy.problem import Gradients, Needed, PerToken, Problem, SumGradients
+from cut_cross_entropy.problem import (
+    Filter,
+    Gradients,
+    Needed,
+    PerToken,
+    Problem,
+    SumGradients,
+)
 from cut_cross_entropy.transforms import (
     is_computed_again,
     refuse_second_derivative,
@@ -72,6 +79,26 @@ def chunked_sums(*flat: Any) -> SumGradients:
         if options.loss_only:
             return _without_gradients(chunked.forward(problem))
         return chunked_sum.loss_and_gradients(problem, options.needed)
+
+
+@torch.library.custom_op(
+    "cut_cross_entropy::cce_sum",
+    mutates_args=(),
+    schema=f"({Problem.SCHEMA}, {SumOptions.SCHEMA}) -> ({_SUMS})",
+)
+def cce_sums(*flat: Any) -> SumGradients:
+    """Sum of the losses with its exact gradients by the kernels."""
+    from cut_cross_entropy.kernels import exact_sum, step, warmup
+    from cut_cross_entropy.kernels.launch import current_device
+
+    problem, options = _problem_and_options(flat)
+    with torch.autocast(problem.e.device.type, enabled=False), current_device(problem.e.device):
+        if options.loss_only:
+            no_filter = Filter(0.0)
+            warmup.compile_ahead(problem, no_filter, training=False)
+            state = step.forward(problem, no_filter, training=True)
+            return _without_gradients(PerToken(state.nll, state.lse))
+        return exact_sum.loss_and_gradients(problem, options.needed)
 
 
 def _without_gradients(results: PerToken) -> SumGradients:
@@ -175,8 +202,9 @@ def _backward(ctx: Any, grad_loss: Tensor, *nothing: Any) -> tuple[Any, ...]:
     return grad_e, grad_c, None, grad_bias, *nothing_else
 
 
-chunked_sums.register_fake(_fake_sums)
-chunked_sums.register_autograd(_backward, setup_context=_save)
+for operator in (chunked_sums, cce_sums):
+    operator.register_fake(_fake_sums)
+    operator.register_autograd(_backward, setup_context=_save)
 
 
 def run_chunked_sum(problem: Problem, needed: Needed, *, keep_inputs: bool) -> Tensor:
@@ -187,8 +215,22 @@ def run_chunked_sum(problem: Problem, needed: Needed, *, keep_inputs: bool) -> T
         needed: the gradients to compute.
         keep_inputs: see :class:`SumOptions`.
     """
+    return _run(chunked_sums, problem, needed, keep_inputs)
+
+
+def run_kernel_sum(problem: Problem, needed: Needed, *, keep_inputs: bool) -> Tensor:
+    """Sum of all losses by the kernels without a filter; as :func:`run_chunked_sum`.
+
+    Args:
+        problem: one for which :func:`powers_per_chunk` is not 0.
+        needed, keep_inputs: as there.
+    """
+    return _run(cce_sums, problem, needed, keep_inputs)
+
+
+def _run(operator: Any, problem: Problem, needed: Needed, keep_inputs: bool) -> Tensor:
     if not torch.compiler.is_compiling():
         register_flop_formulas()
     options = SumOptions(*needed.flat(), keep_inputs, loss_only=is_computed_again())
-    sums: tuple[Tensor, ...] = chunked_sums(*problem.flat(), *astuple(options))
+    sums: tuple[Tensor, ...] = operator(*problem.flat(), *astuple(options))
     return sums[0]

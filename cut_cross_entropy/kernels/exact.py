@@ -410,6 +410,18 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         _add_copied_product(total, left, right)
 
 
+def store_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Compute ``total = left @ right`` in the same way."""
+    if left.is_meta:
+        return
+    if left.dtype == torch.float32:
+        torch.mm(left, right, out=total)
+    elif has_wide_products(left.device):
+        torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=total)
+    else:
+        _add_copied_product(total.zero_(), left, right)
+
+
 def _add_copied_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Do the same with factors copied to float32, where the library has no mixed product.
 

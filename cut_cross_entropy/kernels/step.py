@@ -55,7 +55,7 @@ def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
         nothing = [e.new_zeros(0, dtype=torch.float32) for _ in range(4)]
         return KernelState(nothing[0], nothing[1], energy, nothing[2], nothing[3])
 
-    problem = _in_compute_dtype(problem)
+    problem = in_compute_dtype(problem)
     tokens, target_logits, bound = score_targets(problem, compact=training)
     flags = torch.zeros(num_blocks, dtype=torch.int32, device=e.device)
     inputs = PassInputs(
@@ -67,10 +67,7 @@ def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
         flags=flags,
     )
 
-    # A short pass over the frequent classes gives a tight bound.
-    num_frequent = _num_frequent(problem)
-    if 0 < num_frequent < num_classes or (group is not None and num_frequent > 0):
-        raise_bound(bound, vocabulary_pass(inputs, num_frequent, None, online=True))
+    raise_bound_by_frequent(inputs, problem)
     if group is not None and with_energy:
         exchange_bound(bound, group)  # the energies of all shards are relative to the same bound
 
@@ -127,7 +124,7 @@ def _compute(
     by_filter, exactly = wanted.split(e=use_filter and filter_.e, c=use_filter and filter_.c)
     flat_support = math.log2(filtered.FLAT_SUPPORT)
     tokens = compact_for_backward(upstream, saved, problem, flat_support, count_valid=not by_filter)
-    problem = _in_compute_dtype(problem)
+    problem = in_compute_dtype(problem)
 
     grad_e: Tensor | None = None
     num_valid: int | None
@@ -151,10 +148,17 @@ def _compute(
     return grad_e
 
 
-def _in_compute_dtype(problem: Problem) -> Problem:
+def in_compute_dtype(problem: Problem) -> Problem:
     """Return the problem as the stages take it: c and bias contiguous, c of the compute dtype."""
     bias = None if problem.bias is None else problem.bias.contiguous()
     return replace(problem, c=problem.c.to(problem.compute_dtype).contiguous(), bias=bias)
+
+
+def raise_bound_by_frequent(inputs: PassInputs, problem: Problem) -> None:
+    """Raise the bounds to the log-sum-exp of the frequent classes, by a short pass over these."""
+    num_frequent, num_classes = _num_frequent(problem), problem.c.shape[0]
+    if 0 < num_frequent < num_classes or (problem.group is not None and num_frequent > 0):
+        raise_bound(inputs.bound, vocabulary_pass(inputs, num_frequent, None, online=True))
 
 
 def _num_frequent(problem: Problem) -> int:

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cut_cross_entropy.kernels import BLOCK_T, exact, lse, tokens
+from cut_cross_entropy.kernels import BLOCK_T, exact, exact_sum, lse, tokens
 from cut_cross_entropy.kernels.filtered import grad_c, grad_e, index, selection, strips, tail
 from cut_cross_entropy.kernels.tiles import Tiles, tiles_for
 
@@ -24,11 +24,13 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 2**10),
 }
 
-_INT64 = {"origin_ptr", "all_targets_ptr", "masks_ptr", "order_ptr", "targets_ptr"}
+_INT64 = {"origin_ptr", "all_targets_ptr", "masks_ptr", "order_ptr", "targets_ptr",
+          "sorted_ptr"}  # fmt: skip
 _INT32 = {"starts_ptr", "block_starts_ptr", "chunk_starts_ptr", "offsets_ptr", "keys_ptr",
           "tile_block_ptr", "tile_start_ptr", "first_tile_ptr", "flag_ptr", "threshold_ptr",
           "classes_ptr", "count_ptr", "slots_ptr", "unions_ptr", "sizes_ptr"}  # fmt: skip
-_HALF = {"c_ptr", "e_ptr", "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c"}
+_HALF = {"c_ptr", "e_ptr", "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c",
+         "powers_ptr", "scaled_ptr"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,17 @@ def variants(tiles: Tiles) -> list[Variant]:
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )
+        for flagged in (False, True):
+            add(
+                f"powers-{label}-{flagged:d}",
+                exact_sum.powers_kernel,
+                {**products, **flags, "ONLY_FLAGGED": flagged, "HALVES": tiles.block_v > BLOCK_T},
+                boxes={"e": e_box, "c": c_box},
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+            )
+        add(f"chunk_sums-{label}", exact_sum.chunk_sums_kernel,
+            {"SOFTCAP": softcap, "BLOCK_T": BLOCK_T})  # fmt: skip
         add(
             f"strips-{label}",
             strips.strip_gradients_kernel,
@@ -131,6 +144,12 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "SUPERBLOCK": 64})
     add("list_valid", tokens.list_valid_kernel, {"BLOCK": tokens.SCAN}, num_warps=8)
     add("backward_tokens", tokens.backward_tokens_kernel, {"HAS_SUPPORT": True, "BLOCK_D": 1024})
+    add("repair_bound", exact_sum.repair_bound_kernel, {"BLOCK_T": BLOCK_T})
+    add("scale_rows", exact_sum.scale_rows_kernel,
+        {"NEED_E": True, "NEED_C": True, "BLOCK_D": 1024}, types=(("out_ptr", "*fp32"),))  # fmt: skip
+    add("add_targets", exact_sum.add_targets_kernel,
+        {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 256},
+        types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip
     add("bound", lse.bound_kernel, {"BLOCK_T": BLOCK_T})
     add("finish", lse.finish_kernel, {"HAS_ENERGY": True, "BLOCK_T": BLOCK_T})
     add("threshold", selection.threshold_kernel, {"BLOCK_T": BLOCK_T, "BLOCK": 4096},

@@ -1,0 +1,575 @@
+"""Sum of all losses with its exact gradients, in one pass over the logits.
+
+Tokens are taken in chunks. A kernel stores ``2^(logit - bound)`` of all classes of a chunk, with a
+bound known beforehand, and sums it in float32. The stored values differ from the probabilities by
+one factor per token, which goes into the rows of dE and of e; the products with c and e are the
+vendor library's. They are three in all, where gradients that wait for the backward take four.
+
+What a target adds is left out of these products and added in float32 afterwards: it is the largest
+gradient of most tokens, and the only one that is a difference (p - 1, computed as the sum of all
+other probabilities). A bound so low that a sum overflows is found on the device, and the block is
+computed again. Shape legend: ``cut_cross_entropy.kernels``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cut_cross_entropy.budget import powers_per_chunk
+from cut_cross_entropy.filter_report import FilterRecord, recording, report
+from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.exact import MAX_ELEMENTS, add_product, store_product
+from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, is_captured, launch
+from cut_cross_entropy.kernels.lse import (
+    LN2,
+    MAX_SEGMENTS,
+    OVERFLOW,
+    PassInputs,
+    Segments,
+    logsumexp2,
+    vocabulary_pass,
+)
+from cut_cross_entropy.kernels.primitives import (
+    LOG2E,
+    load_rows,
+    logit_slope,
+    swizzle_program,
+    transform_logits,
+)
+from cut_cross_entropy.kernels.step import in_compute_dtype, raise_bound_by_frequent
+from cut_cross_entropy.kernels.tiles import swizzle_width
+from cut_cross_entropy.kernels.tokens import Tokens, score_targets
+from cut_cross_entropy.problem import Needed, Problem, SumGradients
+from cut_cross_entropy.validation import check_target_range
+
+RUN = 32  # tokens of one target that are added together
+
+
+@triton.jit
+def store_powers(
+    product,  # (BLOCK_T, classes) rows of e times rows of c
+    powers_ptr,  # (N, V) out
+    bias_ptr,  # (V,)
+    classes,  # (classes,) class ids
+    tokens,  # (BLOCK_T,)
+    targets,  # (BLOCK_T,)
+    bound,  # (BLOCK_T,) log2
+    N,
+    V,
+    softcap,
+    stride_out,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Store powers of a tile, 0 for targets, times the slope of a softcap; return their sums."""
+    inside = classes < V
+    logits = transform_logits(
+        product,
+        bias_ptr=bias_ptr,
+        classes=classes,
+        inside=inside,
+        softcap=softcap,
+        HAS_BIAS=HAS_BIAS,
+        SOFTCAP=SOFTCAP,
+        TOKEN_AXIS=0,
+    )
+    powers = tl.exp2(logits - bound[:, None])
+    powers = tl.where(classes[None, :] == targets[:, None], 0.0, powers)
+    stored = powers
+    if SOFTCAP:
+        stored = powers * logit_slope(logits, softcap)
+    # 32 bits reach: a chunk is bounded in elements
+    out = tokens[:, None] * stride_out + classes[None, :]
+    stored = stored.to(powers_ptr.dtype.element_ty)
+    tl.store(powers_ptr + out, stored, mask=(tokens < N)[:, None] & inside[None, :])
+    return tl.sum(powers, 1)
+
+
+@triton.jit(do_not_specialize=["N", "segment_tiles", "num_segments", "num_blocks", "swizzle_width"])
+def powers_kernel(
+    e,  # (N, D)
+    c,  # (V, D)
+    bias_ptr,  # (V,)
+    bound_ptr,  # (N,) log2; +inf: no token
+    targets_ptr,  # (N,)
+    powers_ptr,  # (N, V) out
+    lse_ptr,  # (segments, N) out, log2, of all classes but the target
+    flag_ptr,  # (blocks,) out, or in if ONLY_FLAGGED
+    N,
+    V,
+    D,
+    softcap,
+    stride_out,
+    segment_tiles,
+    num_segments,
+    num_blocks,
+    swizzle_width,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ONLY_FLAGGED: tl.constexpr,
+    E_TMA: tl.constexpr,
+    C_TMA: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write the powers of one block of tokens for one segment of the classes, and their sums.
+
+    Tiles are (tokens, classes): the values of a token are in few threads.
+    """
+    block, segment = swizzle_program(num_blocks, swizzle_width, num_segments)
+    if ONLY_FLAGGED:  # noqa: SIM102 (a constant, then a value of the device)
+        if tl.load(flag_ptr + block) == 0:
+            return
+    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    bound = tl.load(bound_ptr + tokens, mask=tokens < N, other=float("inf"))
+    targets = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1).to(tl.int32)
+    sums = tl.zeros((BLOCK_T,), tl.float32)
+    start = segment * segment_tiles * BLOCK_V
+    tiles = min(segment_tiles, tl.cdiv(V - start, BLOCK_V))
+    steps = tl.cdiv(D, BLOCK_D)
+    # A wide tile ends in two halves, which need fewer registers at a time.
+    half: tl.constexpr = BLOCK_V // 2 if HALVES else BLOCK_V
+    product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    # One loop over tiles and features, so that loads of the next tile overlap a tile's end.
+    for i in tl.range(0, tiles * steps, flatten=True):
+        step = i % steps
+        v = start + (i // steps) * BLOCK_V
+        e_tile = load_rows(
+            e,
+            row=block * BLOCK_T,
+            num_rows=N,
+            column=step * BLOCK_D,
+            D=D,
+            USE_TMA=E_TMA,
+            ROWS=BLOCK_T,
+            COLUMNS=BLOCK_D,
+        )
+        c_tile = load_rows(
+            c,
+            row=v,
+            num_rows=V,
+            column=step * BLOCK_D,
+            D=D,
+            USE_TMA=C_TMA,
+            ROWS=BLOCK_V,
+            COLUMNS=BLOCK_D,
+        )
+        product = tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
+        if step == steps - 1:
+            if HALVES:
+                pairs = tl.permute(tl.reshape(product, (BLOCK_T, 2, half)), (0, 2, 1))
+                left, right = tl.split(pairs)
+            for part in tl.static_range(2 if HALVES else 1):
+                tile = (left if part == 0 else right) if HALVES else product
+                sums += store_powers(
+                    tile,
+                    powers_ptr=powers_ptr,
+                    bias_ptr=bias_ptr,
+                    classes=v + part * half + tl.arange(0, half),
+                    tokens=tokens,
+                    targets=targets,
+                    bound=bound,
+                    N=N,
+                    V=V,
+                    softcap=softcap,
+                    stride_out=stride_out,
+                    HAS_BIAS=HAS_BIAS,
+                    SOFTCAP=SOFTCAP,
+                )
+            product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+
+    is_token = bound != float("inf")
+    lse = tl.where(is_token, bound, 0.0) + tl.log2(sums)
+    tl.store(lse_ptr + segment.to(tl.int64) * N + tokens, lse, mask=is_token)
+    if not ONLY_FLAGGED:
+        overflown = tl.sum((is_token & ~(lse - bound < OVERFLOW)).to(tl.int32), 0)
+        if overflown > 0:
+            tl.store(flag_ptr + block, 1)
+
+
+@triton.jit(do_not_specialize=["N", "num_segments"])
+def repair_bound_kernel(
+    lse_ptr,  # (segments, N) log2, with a running maximum where they overflowed
+    flag_ptr,  # (blocks,)
+    bound_ptr,  # (N,) in, out
+    N,
+    num_segments,
+    BLOCK_T: tl.constexpr,
+):
+    """Raise the bounds that were too low."""
+    block = tl.program_id(0)
+    if tl.load(flag_ptr + block) == 0:
+        return
+    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = tokens < N
+    bound = tl.load(bound_ptr + tokens, mask=inside, other=float("inf"))
+    present = inside & (bound != float("inf"))
+    lse = logsumexp2(
+        lse_ptr, tokens=tokens, present=present, N=N, num_segments=num_segments, BLOCK_T=BLOCK_T
+    )
+    too_low = present & ~(lse - bound < OVERFLOW) & (lse < float("inf"))
+    tl.store(bound_ptr + tokens, lse, mask=too_low)
+
+
+@triton.jit(do_not_specialize=["N", "num_segments"])
+def chunk_sums_kernel(
+    lse_ptr,  # (segments, N) log2, of all classes but the target
+    logits_ptr,  # (N,) of the targets, log2
+    bound_ptr,  # (N,) log2; +inf: no token
+    nll_ptr,  # (N,) out
+    factor_ptr,  # (N,) out: probability over power
+    target_ptr,  # (N,) out: 1 - p of the target, times the slope of a softcap
+    N,
+    num_segments,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Reduce the sums of a block of tokens to their losses and factors; 0 without a token."""
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = tokens < N
+    bound = tl.load(bound_ptr + tokens, mask=inside, other=float("inf"))
+    present = inside & (bound != float("inf"))
+    others = logsumexp2(
+        lse_ptr, tokens=tokens, present=present, N=N, num_segments=num_segments, BLOCK_T=BLOCK_T
+    )
+    logit = tl.load(logits_ptr + tokens, mask=present, other=0.0)
+    excess = others - logit
+    x = tl.exp2(-tl.abs(excess))
+    # log(1 + x), also of an x that 1 + x does not show
+    rounded = 1.0 + x
+    shown = tl.where(rounded == 1.0, 1.0, rounded - 1.0)
+    log1p = tl.where(rounded == 1.0, x, tl.log(rounded) * (x / shown))
+    nll = tl.maximum(excess * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p
+    lse = tl.maximum(others, logit, propagate_nan=tl.PropagateNan.ALL) + log1p * LOG2E
+    lse = tl.where(lse == float("inf"), float("nan"), lse)
+    nll = tl.where(lse == lse, nll, float("nan"))
+    target = tl.exp2(others - lse)
+    if SOFTCAP:
+        target *= logit_slope(logit, softcap)
+    tl.store(nll_ptr + tokens, tl.where(present, nll, 0.0), mask=inside)
+    tl.store(factor_ptr + tokens, tl.where(present, tl.exp2(bound - lse), 0.0), mask=inside)
+    tl.store(target_ptr + tokens, tl.where(present, target, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def scale_rows_kernel(
+    product_ptr,  # (N, D) powers times c
+    e_ptr,  # (N, D)
+    c_ptr,  # (V, D)
+    factor_ptr,  # (N,)
+    target_ptr,  # (N,)
+    targets_ptr,  # (N,)
+    origin_ptr,  # (N,) row of out; num_tokens for none
+    out_ptr,  # (num_tokens, D) out: dE in the caller's order
+    scaled_ptr,  # (N, D) out: e times the factor
+    num_tokens,
+    D,
+    NEED_E: tl.constexpr,
+    NEED_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Turn one token's product of powers into its gradient, and scale its embedding for dC."""
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factor_ptr + row)
+    weight = tl.load(target_ptr + row)
+    target = tl.load(targets_ptr + row)
+    origin = tl.load(origin_ptr + row)
+    of_target = tl.where(target >= 0, D, 0)
+    of_token = tl.where(origin < num_tokens, D, 0)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        if NEED_E:
+            product = tl.load(product_ptr + row * D + d, mask=d < D, other=0.0)
+            c = tl.load(c_ptr + target * D + d, mask=d < of_target, other=0.0).to(tl.float32)
+            tl.store(out_ptr + origin * D + d, product * factor - weight * c, mask=d < of_token)
+        if NEED_C:
+            e = tl.load(e_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+            tl.store(
+                scaled_ptr + row * D + d,
+                (e * factor).to(scaled_ptr.dtype.element_ty),
+                mask=d < D,
+            )
+
+
+@triton.jit(do_not_specialize=["N"])
+def add_targets_kernel(
+    sorted_ptr,  # (N,) targets in order; -1 for none
+    order_ptr,  # (N,) token of each
+    e_ptr,  # (N, D)
+    target_ptr,  # (N,) 1 - p of the target
+    grad_c_ptr,  # (V, D) in, out
+    grad_bias_ptr,  # (V,) in, out
+    N,
+    D,
+    NEED_C: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Subtract what the tokens of one target add to its row, one after the other.
+
+    The program of the first of these tokens computes it; those of the others end at once.
+    """
+    first = tl.program_id(0)
+    target = tl.load(sorted_ptr + first)
+    before = tl.load(sorted_ptr + first - 1, mask=first > 0, other=-1)
+    if (target < 0) | (target == before):
+        return
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    sums = tl.zeros((BLOCK_D,), tl.float32)
+    weights = 0.0
+    start, found = first, RUN
+    while found == RUN:
+        places = start + tl.arange(0, RUN)
+        same = tl.load(sorted_ptr + places, mask=places < N, other=-1) == target
+        token = tl.load(order_ptr + places, mask=same, other=0)
+        weight = tl.load(target_ptr + token, mask=same, other=0.0)
+        if NEED_C:
+            rows = tl.load(
+                e_ptr + token[:, None] * D + d[None, :],
+                mask=same[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
+            sums += tl.sum(rows.to(tl.float32) * weight[:, None], 0)
+        weights += tl.sum(weight, 0)
+        found = tl.sum(same.to(tl.int32), 0)
+        start += RUN
+    if NEED_C:
+        out = grad_c_ptr + target * D + d
+        tl.store(out, tl.load(out, mask=d < D, other=0.0) - sums, mask=d < D)
+    if NEED_BIAS:  # noqa: SIM102 (a constant, then a value of the device)
+        if tl.program_id(1) == 0:
+            tl.store(grad_bias_ptr + target, tl.load(grad_bias_ptr + target) - weights)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some tokens, and the values that a pass over their logits leaves."""
+
+    tokens: Tokens
+    inputs: PassInputs
+    logits: Tensor  # (N,) of the targets, log2
+    nll: Tensor  # (N,)
+    factor: Tensor  # (N,)
+    target: Tensor  # (N,)
+
+
+def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
+    """Compute the sum of all losses, and its gradients in float32.
+
+    The number of valid tokens is read from the device while it computes bounds.
+
+    Args:
+        problem: without a group or a multiplier; :func:`powers_per_chunk` is not 0.
+        needed: the gradients to compute.
+    """
+    e, (num_tokens, dim), num_classes = problem.e, problem.e.shape, problem.c.shape[0]
+    check_target_range(problem.targets, num_classes, problem.ignore_index)
+    make = e.new_empty
+    grad_e = e.new_zeros((num_tokens, dim) if needed.e else 0, dtype=torch.float32)
+    grad_c = make((num_classes, dim) if needed.c else 0, dtype=torch.float32)
+    grad_bias = e.new_zeros(num_classes if needed.bias else 0, dtype=torch.float32)
+    if num_tokens == 0:
+        return SumGradients(grad_e.new_zeros(()), grad_e, grad_c.zero_(), grad_bias)
+
+    most = powers_per_chunk(problem, needed)
+    problem = in_compute_dtype(problem)
+    tokens, logits, bound = score_targets(problem, compact=True)
+    num_valid = None
+    if not (e.is_meta or is_captured(e)):
+        num_valid = HostCopy((tokens.origin < num_tokens).sum())
+    flags = torch.zeros(-(-num_tokens // BLOCK_T), dtype=torch.int32, device=e.device)
+    shared = (problem.c, problem.bias, problem.softcap)
+    raise_bound_by_frequent(PassInputs(tokens.e, *shared, bound, flags), problem)
+    nll, factor, target = aligned_rows(3, num_tokens, torch.float32, e.device, zeros=True)
+
+    count = num_tokens if num_valid is None else int(num_valid.wait())
+    if recording() and num_valid is not None:
+        report(FilterRecord("exact", 1.0, 0.0, 0, count))
+    end = min(-(-max(count, 1) // BLOCK_T) * BLOCK_T, num_tokens)
+    rows = min(most, end)
+    stride = -(-num_classes // 256) * 256  # rows stay aligned
+    buffer = make((rows, stride), dtype=problem.c.dtype)
+    product = make((rows, dim) if needed.e else 0, dtype=torch.float32)
+    scaled = make((rows, dim) if needed.c else 0, dtype=problem.c.dtype)
+    for start in range(0, end, rows):
+        stop = min(start + rows, end)
+        part, blocks = slice(start, stop), slice(start // BLOCK_T, -(-stop // BLOCK_T))
+        some = Tokens(tokens.e[part], tokens.targets[part], tokens.origin[part])
+        inputs = PassInputs(some.e, *shared, bound[part], flags[blocks])
+        chunk = _Chunk(some, inputs, logits[part], nll[part], factor[part], target[part])
+        powers = buffer[: stop - start, :num_classes]
+        _store_powers(chunk, powers)
+        if needed.e:
+            _multiply(powers, problem.c, product[: stop - start])
+        if needed.e or needed.c:
+            _scale_rows(chunk, problem.c, product, grad_e, scaled, needed)
+        if needed.c:
+            multiply = add_product if start else store_product
+            step = max(1, MAX_ELEMENTS // max(dim, rows))
+            for first in range(0, num_classes, step):
+                classes = slice(first, first + step)
+                multiply(grad_c[classes], powers[:, classes].T, scaled[: stop - start])
+        if needed.bias:
+            grad_bias += _weighted_sum(powers, chunk.factor)
+    if needed.c or needed.bias:
+        _add_targets(tokens, target, grad_c, grad_bias, needed)
+    return SumGradients(nll.sum(), grad_e, grad_c, grad_bias)
+
+
+def _store_powers(chunk: _Chunk, powers: Tensor) -> None:
+    """Store the powers (N, V) of a chunk and compute its losses and factors."""
+    inputs, e, tiles = chunk.inputs, chunk.tokens.e, chunk.inputs.tiles
+    (num_tokens, dim), num_classes = e.shape, inputs.c.shape[0]
+    num_blocks = triton.cdiv(num_tokens, BLOCK_T)
+    num_tiles = triton.cdiv(num_classes, tiles.block_v)
+    segment_tiles = triton.cdiv(num_tiles, MAX_SEGMENTS)
+    num_segments = triton.cdiv(num_tiles, segment_tiles)
+    parts = torch.empty((num_segments, num_tokens), dtype=torch.float32, device=e.device)
+    (e_operand, e_tma), (c_operand, c_tma) = inputs.operands
+
+    def store(only_flagged: bool) -> None:
+        launch(
+            powers_kernel,
+            (num_blocks * num_segments,),
+            e=e_operand,
+            c=c_operand,
+            bias_ptr=inputs.bias,
+            bound_ptr=inputs.bound,
+            targets_ptr=chunk.tokens.targets,
+            powers_ptr=powers,
+            lse_ptr=parts,
+            flag_ptr=inputs.flags,
+            N=num_tokens,
+            V=num_classes,
+            D=dim,
+            softcap=inputs.softcap or 0.0,
+            stride_out=powers.stride(0),
+            segment_tiles=segment_tiles,
+            num_segments=num_segments,
+            num_blocks=num_blocks,
+            swizzle_width=swizzle_width(num_blocks, e),
+            HAS_BIAS=inputs.bias is not None,
+            SOFTCAP=inputs.softcap is not None,
+            ONLY_FLAGGED=only_flagged,
+            E_TMA=e_tma,
+            C_TMA=c_tma,
+            HALVES=tiles.block_v > BLOCK_T,
+            BLOCK_T=BLOCK_T,
+            BLOCK_V=tiles.block_v,
+            BLOCK_D=tiles.block_d,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+
+    store(only_flagged=False)
+    # Blocks with a bound that was too low, if any: better bounds, and the same again.
+    segments = Segments(parts, parts.new_empty((0, num_tokens)))
+    vocabulary_pass(inputs, num_classes, None, online=True, repair=segments)
+    launch(
+        repair_bound_kernel,
+        (num_blocks,),
+        lse_ptr=parts,
+        flag_ptr=inputs.flags,
+        bound_ptr=inputs.bound,
+        N=num_tokens,
+        num_segments=num_segments,
+        BLOCK_T=BLOCK_T,
+    )
+    store(only_flagged=True)
+    launch(
+        chunk_sums_kernel,
+        (num_blocks,),
+        lse_ptr=parts,
+        logits_ptr=chunk.logits,
+        bound_ptr=inputs.bound,
+        nll_ptr=chunk.nll,
+        factor_ptr=chunk.factor,
+        target_ptr=chunk.target,
+        N=num_tokens,
+        num_segments=num_segments,
+        softcap=inputs.softcap or 0.0,
+        SOFTCAP=inputs.softcap is not None,
+        BLOCK_T=BLOCK_T,
+    )
+
+
+def _multiply(powers: Tensor, c: Tensor, out: Tensor) -> None:
+    """Store the product of powers (N, V) and c (V, D) in float32."""
+    step = max(1, MAX_ELEMENTS // max(c.shape[1], powers.shape[0]))
+    for first in range(0, c.shape[0], step):
+        classes = slice(first, first + step)
+        multiply = add_product if first else store_product
+        multiply(out, powers[:, classes], c[classes])
+
+
+def _scale_rows(
+    chunk: _Chunk, c: Tensor, product: Tensor, grad_e: Tensor, scaled: Tensor, needed: Needed
+) -> None:
+    """Write the rows of dE, and of e times the factors, of a chunk."""
+    num_rows, dim = chunk.tokens.e.shape
+    launch(
+        scale_rows_kernel,
+        (num_rows,),
+        product_ptr=product,
+        e_ptr=chunk.tokens.e,
+        c_ptr=c,
+        factor_ptr=chunk.factor,
+        target_ptr=chunk.target,
+        targets_ptr=chunk.tokens.targets,
+        origin_ptr=chunk.tokens.origin,
+        out_ptr=grad_e,
+        scaled_ptr=scaled,
+        num_tokens=len(grad_e) if needed.e else 0,
+        D=dim,
+        NEED_E=needed.e,
+        NEED_C=needed.c,
+        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+    )
+
+
+def _weighted_sum(powers: Tensor, factor: Tensor) -> Tensor:
+    """Sum powers (N, V) times factor (N,) over the tokens, in float32."""
+    parts, rest = [], factor
+    if powers.dtype == torch.float32:
+        parts.append(rest)
+    else:  # three terms of 8 bits each; eight columns are aligned
+        for _ in range(3):
+            parts.append(rest.to(powers.dtype))
+            rest = rest - parts[-1].float()
+        parts.extend([torch.zeros_like(parts[0])] * 5)
+    columns = torch.stack(parts, 1)
+    sums = factor.new_empty((powers.shape[1], columns.shape[1]))
+    store_product(sums, powers.T, columns)
+    return sums.sum(1)
+
+
+def _add_targets(
+    tokens: Tokens, target: Tensor, grad_c: Tensor, grad_bias: Tensor, needed: Needed
+) -> None:
+    """Add what the targets contribute to dC and to the gradient of the bias."""
+    num_tokens, dim = tokens.e.shape
+    ordered, order = torch.sort(tokens.targets, stable=True)
+    block_d = min(256, triton.next_power_of_2(dim))
+    launch(
+        add_targets_kernel,
+        (num_tokens, triton.cdiv(dim, block_d) if needed.c else 1),
+        sorted_ptr=ordered,
+        order_ptr=order,
+        e_ptr=tokens.e,
+        target_ptr=target,
+        grad_c_ptr=grad_c,
+        grad_bias_ptr=grad_bias,
+        N=num_tokens,
+        D=dim,
+        NEED_C=needed.c,
+        NEED_BIAS=needed.bias,
+        RUN=RUN,
+        BLOCK_D=block_d,
+    )
