@@ -5,10 +5,9 @@ import torch
 from cut_cross_entropy.problem import Needed, Problem
 
 # The sums of dC are read and written once per chunk: with fewer tokens in it, that takes longer
-# than to compute the logits again. Without dC a chunk has to fill the GPU. The vectors of chunks of
-# a multiple of 512 tokens are aligned.
+# than to compute the logits again. Without dC, c is read for each chunk, and that takes as long.
 MIN_TOKENS = 1024
-MIN_TOKENS_WITHOUT_C = 512
+MIN_TOKENS_WITHOUT_C = 256
 MAX_ELEMENTS = 2**30  # 32 bits reach them
 
 

@@ -98,6 +98,7 @@ def cce_sums(*flat: Any) -> SumGradients:
             warmup.compile_ahead(problem, no_filter, training=False)
             state = step.forward(problem, no_filter, training=True)
             return _without_gradients(PerToken(state.nll, state.lse))
+        warmup.compile_sum_ahead(problem, options.needed)
         return exact_sum.loss_and_gradients(problem, options.needed)
 
 

@@ -16,7 +16,7 @@ from tests.support import make_problem
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 PRODUCT = 2 * 5 * 130 * 8
-SUMS = ("chunked",)  # compute the gradients of a sum in the forward
+SUMS = ("chunked", "cce_exact")  # compute the gradients of a sum in the forward
 IMPLS = ["chunked", *(pytest.param(x, marks=pytest.mark.interpret) for x in ("cce", "cce_exact"))]
 
 

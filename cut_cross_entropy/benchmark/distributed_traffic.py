@@ -24,7 +24,7 @@ FILTERED = ("cce", "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e")
 """Implementations whose filter needs two more numbers a token."""
 
 
-IN_FORWARD = ("chunked",)
+IN_FORWARD = ("chunked", "cce_exact")
 """Implementations that compute the gradients of a mean in the forward, if the budget allows it."""
 
 

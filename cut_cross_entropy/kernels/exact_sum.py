@@ -21,7 +21,12 @@ from torch import Tensor
 from cut_cross_entropy.budget import powers_per_chunk
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.exact import MAX_ELEMENTS, add_product, store_product
+from cut_cross_entropy.kernels.exact import (
+    MAX_ELEMENTS,
+    PROGRAMS_IN_FLIGHT,
+    add_product,
+    store_product,
+)
 from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, is_captured, launch
 from cut_cross_entropy.kernels.lse import (
     LN2,
@@ -45,6 +50,7 @@ from cut_cross_entropy.kernels.tokens import Tokens, score_targets
 from cut_cross_entropy.problem import Needed, Problem, SumGradients
 from cut_cross_entropy.validation import check_target_range
 
+MIN_SEGMENTS = 16  # of the classes, each of which takes a program for a block of tokens
 RUN = 32  # tokens of one target that are added together
 
 
@@ -358,6 +364,7 @@ class _Chunk:
     nll: Tensor  # (N,)
     factor: Tensor  # (N,)
     target: Tensor  # (N,)
+    num_segments: int
 
 
 def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
@@ -384,9 +391,12 @@ def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
     num_valid = None
     if not (e.is_meta or is_captured(e)):
         num_valid = HostCopy((tokens.origin < num_tokens).sum())
-    flags = torch.zeros(-(-num_tokens // BLOCK_T), dtype=torch.int32, device=e.device)
+    num_blocks = -(-num_tokens // BLOCK_T)
+    flags = torch.zeros(num_blocks, dtype=torch.int32, device=e.device)
     shared = (problem.c, problem.bias, problem.softcap)
     raise_bound_by_frequent(PassInputs(tokens.e, *shared, bound, flags), problem)
+    # Not of the tokens that there are: the sums of a token do not depend on the others.
+    num_segments = max(MIN_SEGMENTS, PROGRAMS_IN_FLIGHT * BLOCK_T // most)
     nll, factor, target = aligned_rows(3, num_tokens, torch.float32, e.device, zeros=True)
 
     count = num_tokens if num_valid is None else int(num_valid.wait())
@@ -400,16 +410,31 @@ def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
     scaled = make((rows, dim) if needed.c else 0, dtype=problem.c.dtype)
     for start in range(0, end, rows):
         stop = min(start + rows, end)
-        part, blocks = slice(start, stop), slice(start // BLOCK_T, -(-stop // BLOCK_T))
+        part = slice(start, stop)
         some = Tokens(tokens.e[part], tokens.targets[part], tokens.origin[part])
-        inputs = PassInputs(some.e, *shared, bound[part], flags[blocks])
-        chunk = _Chunk(some, inputs, logits[part], nll[part], factor[part], target[part])
+        inputs = PassInputs(some.e, *shared, bound[part], flags)
+        chunk = _Chunk(
+            some,
+            inputs,
+            logits=logits[part],
+            nll=nll[part],
+            factor=factor[part],
+            target=target[part],
+            num_segments=num_segments,
+        )
         powers = buffer[: stop - start, :num_classes]
         _store_powers(chunk, powers)
         if needed.e:
             _multiply(powers, problem.c, product[: stop - start])
         if needed.e or needed.c:
-            _scale_rows(chunk, problem.c, product, grad_e, scaled, needed)
+            _scale_rows(
+                chunk,
+                needed,
+                c=problem.c,
+                product=product,
+                grad_e=grad_e,
+                scaled=scaled,
+            )
         if needed.c:
             multiply = add_product if start else store_product
             step = max(1, MAX_ELEMENTS // max(dim, rows))
@@ -429,9 +454,10 @@ def _store_powers(chunk: _Chunk, powers: Tensor) -> None:
     (num_tokens, dim), num_classes = e.shape, inputs.c.shape[0]
     num_blocks = triton.cdiv(num_tokens, BLOCK_T)
     num_tiles = triton.cdiv(num_classes, tiles.block_v)
-    segment_tiles = triton.cdiv(num_tiles, MAX_SEGMENTS)
+    segment_tiles = triton.cdiv(num_tiles, chunk.num_segments)
     num_segments = triton.cdiv(num_tiles, segment_tiles)
     parts = torch.empty((num_segments, num_tokens), dtype=torch.float32, device=e.device)
+    inputs.flags.zero_()
     (e_operand, e_tma), (c_operand, c_tma) = inputs.operands
 
     def store(only_flagged: bool) -> None:
@@ -470,16 +496,18 @@ def _store_powers(chunk: _Chunk, powers: Tensor) -> None:
 
     store(only_flagged=False)
     # Blocks with a bound that was too low, if any: better bounds, and the same again.
-    segments = Segments(parts, parts.new_empty((0, num_tokens)))
-    vocabulary_pass(inputs, num_classes, None, online=True, repair=segments)
+    tiles_of_pass = triton.cdiv(num_tiles, MAX_SEGMENTS)
+    better = parts.new_full((triton.cdiv(num_tiles, tiles_of_pass), num_tokens), torch.inf)
+    repaired = Segments(better, parts.new_empty((0, num_tokens)))
+    vocabulary_pass(inputs, num_classes, None, online=True, repair=repaired)
     launch(
         repair_bound_kernel,
         (num_blocks,),
-        lse_ptr=parts,
+        lse_ptr=better,
         flag_ptr=inputs.flags,
         bound_ptr=inputs.bound,
         N=num_tokens,
-        num_segments=num_segments,
+        num_segments=len(better),
         BLOCK_T=BLOCK_T,
     )
     store(only_flagged=True)
@@ -510,7 +538,13 @@ def _multiply(powers: Tensor, c: Tensor, out: Tensor) -> None:
 
 
 def _scale_rows(
-    chunk: _Chunk, c: Tensor, product: Tensor, grad_e: Tensor, scaled: Tensor, needed: Needed
+    chunk: _Chunk,
+    needed: Needed,
+    *,
+    c: Tensor,  # (V, D)
+    product: Tensor,  # (N, D) of the powers of the chunk with c
+    grad_e: Tensor,  # (all tokens, D) out
+    scaled: Tensor,  # (N, D) out
 ) -> None:
     """Write the rows of dE, and of e times the factors, of a chunk."""
     num_rows, dim = chunk.tokens.e.shape

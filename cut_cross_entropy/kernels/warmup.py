@@ -6,6 +6,7 @@ launch nothing (``launch.planning``). The launches that they would have made are
 
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from cut_cross_entropy.device_support import triton_is_interpreted
 from cut_cross_entropy.filter_report import unrecorded
-from cut_cross_entropy.kernels import BLOCK_T, step
+from cut_cross_entropy.kernels import BLOCK_T, exact_sum, step
 from cut_cross_entropy.kernels.filtered.partial_sums import FEW_SUPERBLOCKS
 from cut_cross_entropy.kernels.filtered.selection import SUPERBLOCK
 from cut_cross_entropy.kernels.launch import (
@@ -49,18 +50,8 @@ def kind_of_step(problem: Problem, filter_: Filter, training: bool) -> tuple[obj
 
 def plan_step(problem: Problem, filter_: Filter, training: bool) -> Plan:
     """Record the launches of a step, with all gradients if ``training``."""
-    device = problem.e.device
-    bias = None if problem.bias is None else _meta(problem.bias)
-    problem = replace(
-        problem,
-        e=_meta(problem.e),
-        c=_meta(problem.c),
-        targets=_meta(problem.targets),
-        bias=bias,
-        first_class=0,
-        group=None,
-    )
-    everything = Needed(e=True, c=True, bias=bias is not None)
+    device, problem = problem.e.device, _without_values(problem)
+    everything = Needed(e=True, c=True, bias=problem.bias is not None)
     with planning(device) as plan, unrecorded():
         saved = step.forward(problem, filter_, training)
         upstream = PerToken(saved.nll, saved.lse)
@@ -78,9 +69,28 @@ def compile_ahead(problem: Problem, filter_: Filter, training: bool) -> None:
     batches that take several passes within the budget, the gradients of shards of the vocabulary,
     and those of a frozen bias with inputs that are trained.
     """
+    kind = kind_of_step(problem, filter_, training)
+    _compile_once(problem, kind, lambda: plan_step(problem, filter_, training))
+
+
+def plan_sum(problem: Problem, needed: Needed) -> Plan:
+    """Record the launches of a sum of losses with its gradients."""
+    with planning(problem.e.device) as plan, unrecorded():
+        exact_sum.loss_and_gradients(_without_values(problem), needed)
+    return plan
+
+
+def compile_sum_ahead(problem: Problem, needed: Needed) -> None:
+    """Compile the kernels of a sum of losses with its gradients, unless that has been done."""
+    kind = ("sum", needed.flat(), *kind_of_step(problem, Filter(0.0), training=True))
+    _compile_once(problem, kind, lambda: plan_sum(problem, needed))
+
+
+def _compile_once(
+    problem: Problem, kind: tuple[object, ...], make_plan: Callable[[], Plan]
+) -> None:
     if triton_is_interpreted() or problem.e.shape[0] == 0 or problem.c.shape[0] == 0:
         return
-    kind = kind_of_step(problem, filter_, training)
     if kind in _compiled:
         return
     if is_captured(problem.e):
@@ -90,11 +100,24 @@ def compile_ahead(problem: Problem, filter_: Filter, training: bool) -> None:
             return
         # This saves time and nothing else: without it kernels are compiled when they are launched.
         try:
-            compile_concurrently(plan_step(problem, filter_, training))
+            compile_concurrently(make_plan())
         except Exception as error:
             warnings.warn(f"the kernels were not compiled ahead: {error!r}", stacklevel=2)
         finally:
             _compiled.add(kind)
+
+
+def _without_values(problem: Problem) -> Problem:
+    """Return the problem of one process on the meta device."""
+    return replace(
+        problem,
+        e=_meta(problem.e),
+        c=_meta(problem.c),
+        targets=_meta(problem.targets),
+        bias=None if problem.bias is None else _meta(problem.bias),
+        first_class=0,
+        group=None,
+    )
 
 
 def _meta(tensor: Tensor) -> Tensor:

@@ -146,7 +146,8 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("backward_tokens", tokens.backward_tokens_kernel, {"HAS_SUPPORT": True, "BLOCK_D": 1024})
     add("repair_bound", exact_sum.repair_bound_kernel, {"BLOCK_T": BLOCK_T})
     add("scale_rows", exact_sum.scale_rows_kernel,
-        {"NEED_E": True, "NEED_C": True, "BLOCK_D": 1024}, types=(("out_ptr", "*fp32"),))  # fmt: skip
+        {"NEED_E": True, "NEED_C": True, "BLOCK_D": 1024},
+        types=(("out_ptr", "*fp32"),))  # fmt: skip
     add("add_targets", exact_sum.add_targets_kernel,
         {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 256},
         types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from cut_cross_entropy import dispatch, record_filter
-from cut_cross_entropy.kernels import exact, lse, tokens, warmup
+from cut_cross_entropy.kernels import exact, exact_sum, lse, tokens, warmup
 from cut_cross_entropy.kernels.filtered import (
     grad_c,
     grad_e,
@@ -18,12 +18,12 @@ from cut_cross_entropy.kernels.filtered import (
     tail,
 )
 from cut_cross_entropy.kernels.launch import Launch, launch, planning
-from cut_cross_entropy.problem import Filter, Problem
+from cut_cross_entropy.problem import Filter, Needed, Problem
 from tests.support import make_problem, run_ours
 
 pytestmark = pytest.mark.interpret
 
-MODULES = (exact, lse, tokens, grad_c, grad_e, index, selection, strips, tail)
+MODULES = (exact, exact_sum, lse, tokens, grad_c, grad_e, index, selection, strips, tail)
 
 
 @pytest.fixture
@@ -83,6 +83,23 @@ def test_a_step_launches_what_was_planned(case, launched, always_filtered, reque
     plan = warmup.plan_step(call, Filter(tolerance), training=bool(needed))
     assert not launched, "a plan launches nothing"
     run_ours(problem, options["impl"], softcap=options["softcap"], needed=needed)
+    planned = {one.variant() for one in plan.launches}
+    missing = [variant for variant in launched if variant not in planned]
+    assert not missing, missing
+    assert len(launched) > 3
+
+
+@pytest.mark.parametrize("needed", [("e", "c", "bias"), ("e",)])
+@pytest.mark.parametrize("tokens", [138, 300])
+def test_a_sum_launches_what_was_planned(needed, tokens, launched, monkeypatch):
+    """Also where its chunks are of different sizes."""
+    monkeypatch.setattr(exact_sum, "powers_per_chunk", lambda problem, needed: 128)
+    problem = make_problem((tokens,), 1100, 16, bias=True)
+    tensors = (problem.e, problem.c, problem.targets, problem.bias)
+    call = Problem(*tensors, -100, 5.0, torch.float32, 2**28)
+    plan = warmup.plan_sum(call, Needed(*(name in needed for name in ("e", "c", "bias"))))
+    assert not launched, "a plan launches nothing"
+    run_ours(problem, "cce_exact", softcap=5.0, needed=needed, return_lse=False)
     planned = {one.variant() for one in plan.launches}
     missing = [variant for variant in launched if variant not in planned]
     assert not missing, missing

@@ -1,0 +1,260 @@
+"""Sums of losses with their exact gradients from one pass, interpreted."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from cut_cross_entropy import budget, linear_cross_entropy, record_filter
+from cut_cross_entropy.kernels import exact_sum, step
+from tests.support import check, make_problem, run_ours
+
+pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """Record the number of tokens of every chunk, and which chunks store their powers twice."""
+    made = []
+    store = exact_sum._store_powers
+
+    def record(chunk, powers):
+        store(chunk, powers)
+        made.append((powers.shape[0], int(chunk.inputs.flags.sum())))
+
+    monkeypatch.setattr(exact_sum, "_store_powers", record)
+    return made
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Let a chunk be one block of tokens."""
+    monkeypatch.setattr(exact_sum, "powers_per_chunk", lambda problem, needed: 128)
+
+
+def leaves_of(problem):
+    return [x.detach().requires_grad_() for x in (problem.e, problem.c, problem.bias)]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_several_chunks(softcap, bias, chunks, small_chunks, monkeypatch):
+    """And products that are computed in slices of the classes."""
+    monkeypatch.setattr(exact_sum, "MAX_ELEMENTS", 100 * 128)
+    problem = make_problem((5, 80), 300, 24, bias=bias, ignored=0.1)
+    options = {"softcap": softcap, "reduction": "sum" if bias else "mean", "shift": 1}
+    check(problem, "cce_exact", return_lse=False, **options)
+    assert [rows for rows, _ in chunks] == [128, 128, 128]
+    assert not any(repaired for _, repaired in chunks)
+
+
+@pytest.mark.parametrize("needed", [("e",), ("c",), ("bias",), ("e", "bias")])
+def test_only_what_is_needed_is_computed(needed, chunks):
+    results = check(make_problem(bias=True), "cce_exact", return_lse=False, needed=needed)
+    names = ("e", "c", "bias")
+    assert [getattr(results, f"grad_{x}") is not None for x in names] == [
+        x in needed for x in names
+    ]
+    assert len(chunks) == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "valid", "rows"), [(400, 129, 256), (400, 128, 128), (399, 390, 399), (5, 3, 5)]
+)
+def test_ignored_tokens_are_not_multiplied(tokens, valid, rows, chunks):
+    problem = make_problem((tokens,), 150, 16, bias=True, ignored=0.0)
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))
+    problem.targets[order[valid:]] = -100
+    problem.e[order[valid:]] = torch.nan
+    with record_filter() as records:
+        ours = run_ours(problem, "cce_exact", return_lse=False)
+    problem.e.nan_to_num_()
+    expected = run_ours(problem, "reference", return_lse=False)
+    for name, exact in expected.named().items():
+        torch.testing.assert_close(ours.named()[name], exact, rtol=1e-4, atol=1e-6)
+    assert chunks == [(rows, 0)]
+    assert [(record.path, record.tokens) for record in records] == [("exact", valid)]
+
+
+@pytest.mark.parametrize("leading", [(0,), (4,)])
+def test_no_token_counts(leading):
+    problem = make_problem(leading, bias=True, ignored=1.0)
+    inputs = leaves_of(problem)
+    loss = linear_cross_entropy(*inputs[:2], problem.targets, inputs[2], impl="cce_exact")
+    loss.backward()
+    assert loss == 0
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in inputs)
+
+
+@pytest.mark.parametrize("softcap", [None, 400.0])
+def test_bounds_that_are_too_low(softcap, chunks, small_chunks):
+    """A class behind the frequent ones that is 150 times as likely in nats as all that are seen."""
+    problem = make_problem((150,), 1200, 16, bias=True, ignored=0.0)
+    problem.e[:, 3], problem.e[7], problem.e[140] = 0.0, 0.0, 0.0
+    problem.e[7, 3], problem.e[140, 3] = 1.0, 1.0
+    problem.c[1100] = 0.0
+    problem.c[1100, 3] = 150.0
+    problem.targets[7], problem.targets[140] = 5, 1100  # the second token's target is its bound
+    check(problem, "cce_exact", return_lse=False, softcap=softcap)
+    assert [repaired for _, repaired in chunks] == [1, 0]
+
+
+@pytest.mark.parametrize("same", [1, 33, 150])
+def test_tokens_of_one_target(same, chunks):
+    problem = make_problem((150,), 300, 24, bias=True, ignored=0.0)
+    problem.targets[-same:] = 17
+    check(problem, "cce_exact", return_lse=False)
+    assert len(chunks) == 1
+
+
+@pytest.mark.parametrize("miss", [1e-3, 1e-6, 1e-9])
+def test_gradients_of_sure_tokens(miss):
+    """In float32, 1 - p has an error of 6 % at 1e-6."""
+    classes = 200
+    e = torch.zeros(1, classes)
+    e[0, 7] = math.log((classes - 1) * (1 - miss) / miss)
+    e.requires_grad_()
+    loss = linear_cross_entropy(e, torch.eye(classes), torch.tensor([7]), impl="cce_exact")
+    loss.backward()
+    expected = torch.full((classes,), miss / (classes - 1))
+    expected[7] = -miss
+    torch.testing.assert_close(e.grad[0], expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(loss.item(), -math.log1p(-miss), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("value", [300, -1])
+def test_a_target_out_of_range_is_nan(value, monkeypatch):
+    monkeypatch.setattr(exact_sum, "check_target_range", lambda *arguments: None)
+    problem = make_problem((5,), ignored=0.0)
+    problem.targets[2] = value
+    results = run_ours(problem, "cce_exact", return_lse=False)
+    assert results.loss.isnan()
+    assert results.grad_e.isnan().all(1).tolist() == [False, False, True, False, False]
+    assert results.grad_c.isnan().all()
+
+
+@pytest.mark.parametrize("infinite", [math.inf, math.nan])
+def test_an_infinite_logit_is_nan(infinite):
+    problem = make_problem((5,), bias=True, ignored=0.0)
+    problem.bias[int(problem.targets[0])] = infinite
+    assert run_ours(problem, "cce_exact", return_lse=False).loss.isnan()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recompute": True},
+        {"memory_budget": 1, "needed": ("e",)},
+        {"return_lse": True},
+        {"reduction": "none"},
+    ],
+)
+def test_what_computes_the_logits_again(options, chunks):
+    check(make_problem(), "cce_exact", **{"return_lse": False, **options})
+    assert not chunks
+
+
+def test_float16_computes_the_logits_again(chunks):
+    """Its range is too small for powers relative to a bound."""
+    check(make_problem(dtype=torch.float16), "cce_exact", return_lse=False)
+    assert not chunks
+
+
+def test_a_filter_needs_the_logits_again(chunks):
+    for impl in ("cce", "cce_kahan_full_c"):
+        run_ours(make_problem(), impl, return_lse=False)
+    assert not chunks
+    run_ours(make_problem(), "cce", return_lse=False, filter_eps=None)
+    assert len(chunks) == 1
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_computes_gradients_once(use_reentrant, chunks, monkeypatch):
+    passes, forward = [], step.forward
+    monkeypatch.setattr(
+        step, "forward", lambda *args, **k: (passes.append(args), forward(*args, **k))[1]
+    )
+    problem = make_problem(bias=True)
+    inputs = leaves_of(problem)
+
+    def head(e, c, bias):
+        return linear_cross_entropy(e * 2, c, problem.targets, bias, impl="cce_exact")
+
+    checkpoint(head, *inputs, use_reentrant=use_reentrant).backward()
+    assert (len(passes), len(chunks)) == (1, 1)
+    expected = torch.autograd.grad(head(*inputs), inputs)
+    assert all(torch.equal(x.grad, b) for x, b in zip(inputs, expected, strict=True))
+
+
+def test_a_retained_graph_and_a_second_derivative(chunks):
+    problem = make_problem(bias=True)
+    inputs = leaves_of(problem)
+    loss = linear_cross_entropy(*inputs[:2], problem.targets, inputs[2], impl="cce_exact")
+    once = torch.autograd.grad(loss, inputs, retain_graph=True)
+    twice = torch.autograd.grad(2 * loss, inputs, retain_graph=True)
+    assert all(torch.equal(2 * a, b) for a, b in zip(once, twice, strict=True))
+    (grad,) = torch.autograd.grad(loss, inputs[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.square().sum().backward()
+    assert len(chunks) == 1
+
+
+def test_compiled(chunks):
+    torch._dynamo.reset()
+    problem = make_problem(bias=True)
+
+    def model(e, c, targets, bias):
+        return linear_cross_entropy(torch.sin(e), c, targets, bias, impl="cce_exact")
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    ours, expected = leaves_of(problem), leaves_of(problem)
+    for function, (e, c, bias) in ((compiled, ours), (model, expected)):
+        function(e, c, problem.targets, bias).backward()
+    assert all(torch.equal(x.grad, y.grad) for x, y in zip(ours, expected, strict=True))
+    assert len(chunks) == 2
+    torch._dynamo.reset()
+
+
+def test_weights_of_the_bias_s_sum_in_half_precision():
+    """Three terms of bfloat16 have the 24 bits of a float32."""
+    generator = torch.Generator().manual_seed(0)
+    powers = torch.rand(150, 70, generator=generator).bfloat16()
+    factor = torch.rand(150, generator=generator) * 1e-6
+    expected = powers.double().T @ factor.double()
+    found = exact_sum._weighted_sum(powers, factor)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+def problem_of_size(num_classes, dim, dtype=torch.bfloat16, memory_budget=2**28):
+    from cut_cross_entropy.problem import Problem
+
+    e, c = (torch.empty(n, dim, dtype=dtype, device="meta") for n in (1, num_classes))
+    return Problem(e, c, e, None, -100, None, torch.bfloat16, memory_budget)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "dim", "dtype", "with_c", "without_c"),
+    [
+        (256000, 2304, torch.bfloat16, 2048, 256),
+        (128256, 4096, torch.bfloat16, 4096, 768),
+        (151936, 1024, torch.bfloat16, 1024, 768),
+        (128256, 4096, torch.float32, 4096, 768),  # autocast: a copy of c takes half of dC's bytes
+        (262144, 640, torch.bfloat16, 1024, 256),
+        (2**20, 512, torch.bfloat16, 0, 0),
+    ],
+)
+def test_tokens_of_a_chunk(num_classes, dim, dtype, with_c, without_c):
+    from cut_cross_entropy.problem import Needed
+
+    problem = problem_of_size(num_classes, dim, dtype)
+    assert budget.powers_per_chunk(problem, Needed(True, True, False)) == with_c
+    assert budget.powers_per_chunk(problem, Needed(True, False, False)) == without_c
+
+
+def test_a_chunk_is_bounded_in_elements():
+    from cut_cross_entropy.problem import Needed
+
+    problem = problem_of_size(256000, 2304, memory_budget=2**40)
+    rows = budget.powers_per_chunk(problem, Needed(True, True, False))
+    assert 2**29 < rows * 256000 <= 2**30
