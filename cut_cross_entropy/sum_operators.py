@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.device_support import kernels_unavailable
 from cut_cross_entropy.flop_formulas import register_flop_formulas
 from cut_cross_entropy.implementations import chunked, chunked_sum
 from cut_cross_entropy.problem import (
@@ -149,9 +150,18 @@ def scaled_gradients(factor: Tensor, *flat: Any) -> Gradients:
 def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     result = torch.empty(total.shape, dtype=dtype, device=total.device)
     rows = len(total)
-    if dtype != total.dtype and not total.is_cuda and total.numel() > 0:
+    if total.numel() == 0:
+        return result
+    if total.is_cuda and total.dtype == torch.float32 and not kernels_unavailable(total.device):
+        from cut_cross_entropy.kernels import scale
+        from cut_cross_entropy.kernels.launch import current_device
+
+        with current_device(total.device):
+            scale.scale(total, factor.float(), result)
+        return result
+    if dtype != total.dtype and not total.is_cuda:
         rows = max(1, SCALED_BYTES * rows // total.nbytes)
-    for start in range(0, len(total), max(1, rows)):
+    for start in range(0, len(total), rows):
         part = slice(start, start + rows)
         torch.mul(total[part], factor, out=result[part])
     return result

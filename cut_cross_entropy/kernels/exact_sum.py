@@ -11,6 +11,7 @@ other probabilities). A bound so low that a sum overflows is found on the device
 computed again. Shape legend: ``cut_cross_entropy.kernels``.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cut_cross_entropy.budget import powers_per_chunk
+from cut_cross_entropy.budget import MIN_TOKENS, powers_per_chunk
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.exact import (
@@ -31,7 +32,6 @@ from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, is_captured
 from cut_cross_entropy.kernels.lse import (
     LN2,
     MAX_SEGMENTS,
-    OVERFLOW,
     PassInputs,
     Segments,
     logsumexp2,
@@ -50,8 +50,10 @@ from cut_cross_entropy.kernels.tokens import Tokens, score_targets
 from cut_cross_entropy.problem import Needed, Problem, SumGradients
 from cut_cross_entropy.validation import check_target_range
 
+OVERFLOW = tl.constexpr(100.0)  # log2 of a sum over its bound; e over it has to stay normal
 MIN_SEGMENTS = 16  # of the classes, each of which takes a program for a block of tokens
-RUN = 32  # tokens of one target that are added together
+RUN = 4  # tokens of one target that are added together
+ALIGNED = 256  # classes of a library product, but for the last few
 
 
 @triton.jit
@@ -331,7 +333,7 @@ def add_targets_kernel(
     sums = tl.zeros((BLOCK_D,), tl.float32)
     weights = 0.0
     start, found = first, RUN
-    while found == RUN:
+    while found == RUN:  # one after the other: the order does not change
         places = start + tl.arange(0, RUN)
         same = tl.load(sorted_ptr + places, mask=places < N, other=-1) == target
         token = tl.load(order_ptr + places, mask=same, other=0)
@@ -403,8 +405,10 @@ def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
     if recording() and num_valid is not None:
         report(FilterRecord("exact", 1.0, 0.0, 0, count))
     end = min(-(-max(count, 1) // BLOCK_T) * BLOCK_T, num_tokens)
-    rows = min(most, end)
-    stride = -(-num_classes // 256) * 256  # rows stay aligned
+    # Chunks of about equal size, in whole turns of the programs that a GPU runs at a time.
+    num_chunks, unit = triton.cdiv(end, most), min(most, MIN_TOKENS)
+    rows = min(triton.cdiv(triton.cdiv(end, num_chunks), unit) * unit, end)
+    stride = -(-num_classes // ALIGNED) * ALIGNED  # rows stay aligned
     buffer = make((rows, stride), dtype=problem.c.dtype)
     product = make((rows, dim) if needed.e else 0, dtype=torch.float32)
     scaled = make((rows, dim) if needed.c else 0, dtype=problem.c.dtype)
@@ -437,9 +441,7 @@ def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
             )
         if needed.c:
             multiply = add_product if start else store_product
-            step = max(1, MAX_ELEMENTS // max(dim, rows))
-            for first in range(0, num_classes, step):
-                classes = slice(first, first + step)
+            for classes in _slices(num_classes, max(dim, rows)):
                 multiply(grad_c[classes], powers[:, classes].T, scaled[: stop - start])
         if needed.bias:
             grad_bias += _weighted_sum(powers, chunk.factor)
@@ -530,11 +532,23 @@ def _store_powers(chunk: _Chunk, powers: Tensor) -> None:
 
 def _multiply(powers: Tensor, c: Tensor, out: Tensor) -> None:
     """Store the product of powers (N, V) and c (V, D) in float32."""
-    step = max(1, MAX_ELEMENTS // max(c.shape[1], powers.shape[0]))
-    for first in range(0, c.shape[0], step):
-        classes = slice(first, first + step)
-        multiply = add_product if first else store_product
+    for classes in _slices(c.shape[0], max(c.shape[1], powers.shape[0])):
+        multiply = add_product if classes.start else store_product
         multiply(out, powers[:, classes], c[classes])
+
+
+def _slices(num_classes: int, row: int) -> Iterator[slice]:
+    """Slices of the classes for products with ``row`` elements per class.
+
+    For a number of classes that is not a multiple of 8 the library takes far slower kernels, so the
+    last few are a slice of their own.
+    """
+    step = max(ALIGNED, MAX_ELEMENTS // row // ALIGNED * ALIGNED)
+    aligned = num_classes if num_classes % 8 == 0 else num_classes // ALIGNED * ALIGNED
+    for start in range(0, aligned, step):
+        yield slice(start, min(start + step, aligned))
+    if aligned < num_classes:
+        yield slice(aligned, num_classes)
 
 
 def _scale_rows(
@@ -590,7 +604,7 @@ def _add_targets(
     """Add what the targets contribute to dC and to the gradient of the bias."""
     num_tokens, dim = tokens.e.shape
     ordered, order = torch.sort(tokens.targets, stable=True)
-    block_d = min(256, triton.next_power_of_2(dim))
+    block_d = min(1024, triton.next_power_of_2(dim))
     launch(
         add_targets_kernel,
         (num_tokens, triton.cdiv(dim, block_d) if needed.c else 1),

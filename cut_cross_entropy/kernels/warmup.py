@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cut_cross_entropy.device_support import triton_is_interpreted
 from cut_cross_entropy.filter_report import unrecorded
-from cut_cross_entropy.kernels import BLOCK_T, exact_sum, step
+from cut_cross_entropy.kernels import BLOCK_T, exact_sum, scale, step
 from cut_cross_entropy.kernels.filtered.partial_sums import FEW_SUPERBLOCKS
 from cut_cross_entropy.kernels.filtered.selection import SUPERBLOCK
 from cut_cross_entropy.kernels.launch import (
@@ -75,8 +75,12 @@ def compile_ahead(problem: Problem, filter_: Filter, training: bool) -> None:
 
 def plan_sum(problem: Problem, needed: Needed) -> Plan:
     """Record the launches of a sum of losses with its gradients."""
+    inputs = (problem.e, problem.c, problem.bias)
     with planning(problem.e.device) as plan, unrecorded():
-        exact_sum.loss_and_gradients(_without_values(problem), needed)
+        loss, *sums = exact_sum.loss_and_gradients(_without_values(problem), needed)
+        for total, x, need in zip(sums, inputs, needed.flat(), strict=True):
+            if x is not None and need:
+                scale.scale(total, loss, torch.empty_like(total, dtype=x.dtype))
     return plan
 
 

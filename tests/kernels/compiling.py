@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cut_cross_entropy.kernels import BLOCK_T, exact, exact_sum, lse, tokens
+from cut_cross_entropy.kernels import BLOCK_T, exact, exact_sum, lse, scale, tokens
 from cut_cross_entropy.kernels.filtered import grad_c, grad_e, index, selection, strips, tail
 from cut_cross_entropy.kernels.tiles import Tiles, tiles_for
 
@@ -144,12 +144,13 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "SUPERBLOCK": 64})
     add("list_valid", tokens.list_valid_kernel, {"BLOCK": tokens.SCAN}, num_warps=8)
     add("backward_tokens", tokens.backward_tokens_kernel, {"HAS_SUPPORT": True, "BLOCK_D": 1024})
+    add("scale", scale.scale_kernel, {"BLOCK": scale.BLOCK})
     add("repair_bound", exact_sum.repair_bound_kernel, {"BLOCK_T": BLOCK_T})
     add("scale_rows", exact_sum.scale_rows_kernel,
         {"NEED_E": True, "NEED_C": True, "BLOCK_D": 1024},
         types=(("out_ptr", "*fp32"),))  # fmt: skip
     add("add_targets", exact_sum.add_targets_kernel,
-        {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 256},
+        {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 1024},
         types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip
     add("bound", lse.bound_kernel, {"BLOCK_T": BLOCK_T})
     add("finish", lse.finish_kernel, {"HAS_ENERGY": True, "BLOCK_T": BLOCK_T})

@@ -59,6 +59,36 @@ def test_presets(impl):
     assert_exact(data("structured"), impl)
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("kind", ["structured", "diffuse", "flat", "randn"])
+@pytest.mark.parametrize("budget", [2**26, 2**30])  # of several chunks, and of one
+def test_gradients_of_a_sum(kind, softcap, budget):
+    """At most 1.4 times the rounding; 1.7 where other classes than the target are sure."""
+    problem = data(kind, softcap)
+    options = {"softcap": softcap, "reduction": "sum"}
+    ours = run_ours(problem, "cce_exact", return_lse=False, memory_budget=budget, **options)
+    truth = truth_of(problem, **options)
+    limit = 1.7 if kind == "randn" else 1.4
+    for name in ("grad_e", "grad_c"):
+        exact = truth.named()[name]
+        found = relative_error(ours.named()[name], exact) / rounding_error(exact)
+        assert found <= limit, f"{name}: {found}"
+    assert relative_error(ours.grad_bias, truth.grad_bias) < 2e-3
+    torch.testing.assert_close(ours.loss.double(), truth.loss, rtol=2e-5, atol=0)
+
+
+def test_a_factor_rounds_the_gradients_of_a_sum_once():
+    problem = data("structured")
+    e, c = problem.e.clone().requires_grad_(), problem.c.clone().requires_grad_()
+    loss = linear_cross_entropy(e, c, problem.targets, impl="cce_exact", reduction="sum")
+    third = torch.autograd.grad(loss / 3, (e, c), retain_graph=True)
+    truth = truth_of(Problem(problem.e, problem.c, problem.targets), reduction="sum")
+    for got, exact in zip(third, (truth.grad_e, truth.grad_c), strict=True):
+        assert relative_error(got, exact / 3) <= 1.4 * rounding_error(exact / 3)
+    again = torch.autograd.grad(loss, (e, c))
+    assert all(relative_error(3 * a.double(), b) < 0.01 for a, b in zip(third, again, strict=True))
+
+
 def test_library_without_float32_results(monkeypatch):
     """As before PyTorch 2.8: factors are copied to float32."""
     monkeypatch.setattr(exact_stage, "has_wide_products", lambda device: False)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import budget, linear_cross_entropy, record_filter
-from cut_cross_entropy.kernels import exact_sum, step
+from cut_cross_entropy.kernels import exact_sum, scale, step
 from tests.support import check, make_problem, run_ours
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
@@ -41,8 +41,8 @@ def leaves_of(problem):
 @pytest.mark.parametrize("bias", [False, True])
 def test_several_chunks(softcap, bias, chunks, small_chunks, monkeypatch):
     """And products that are computed in slices of the classes."""
-    monkeypatch.setattr(exact_sum, "MAX_ELEMENTS", 100 * 128)
-    problem = make_problem((5, 80), 300, 24, bias=bias, ignored=0.1)
+    monkeypatch.setattr(exact_sum, "MAX_ELEMENTS", 256 * 128)
+    problem = make_problem((5, 80), 603, 24, bias=bias, ignored=0.1)
     options = {"softcap": softcap, "reduction": "sum" if bias else "mean", "shift": 1}
     check(problem, "cce_exact", return_lse=False, **options)
     assert [rows for rows, _ in chunks] == [128, 128, 128]
@@ -224,6 +224,26 @@ def test_weights_of_the_bias_s_sum_in_half_precision():
     expected = powers.double().T @ factor.double()
     found = exact_sum._weighted_sum(powers, factor)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [(3, 5000), (1,), (8192,)])
+def test_scale(size, dtype):
+    total = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    out = torch.full(size, torch.nan, dtype=dtype)
+    scale.scale(total, torch.tensor(-3.0), out)
+    assert torch.equal(out, (total * -3).to(dtype))
+
+
+@pytest.mark.parametrize("num_classes", [1, 7, 300, 1024, 1027, 5000])
+def test_slices_of_products(num_classes, monkeypatch):
+    monkeypatch.setattr(exact_sum, "MAX_ELEMENTS", 600 * 8)
+    slices = list(exact_sum._slices(num_classes, 8))
+    covered = [i for part in slices for i in range(part.start, part.stop)]
+    assert covered == list(range(num_classes))
+    assert all((part.stop - part.start) % 8 == 0 for part in slices[:-1])
+    assert all(part.stop - part.start <= 512 for part in slices)
+    assert num_classes % 8 == 0 or slices[-1].stop - slices[-1].start < 256
 
 
 def problem_of_size(num_classes, dim, dtype=torch.bfloat16, memory_budget=2**28):
