@@ -59,9 +59,12 @@ def has_wide_products(device: torch.device) -> bool:
 
 def current_autocast(device_type: str) -> torch.dtype | None:
     """The dtype of products under autocast, or None where it is off."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not torch._C._is_any_autocast_enabled():
+        return None
     # Devices without autocast (meta) refuse the question. Dynamo of torch 2.11 cannot trace the
     # question whether they have one, and what it traces runs on a device that has.
-    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    known = compiling or torch.amp.is_autocast_available(device_type)
     if known and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None

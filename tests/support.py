@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cut_cross_entropy import linear_cross_entropy
+from cut_cross_entropy.lazy import notices
 from cut_cross_entropy.options import KERNEL_IMPLS
 
 IMPLS = ("chunked", "torch_compile", "reference")
@@ -25,6 +26,16 @@ FLOOR = {torch.float32: 8.0, torch.float64: 32.0}
 KERNEL_FLOOR = 84.0
 """The same for the kernels' gradients: 1e-5. Their backward computes the logits again, in units of
 log2, so a probability is off by the rounding of the largest logit rather than by its own."""
+
+
+def forget_warnings() -> None:
+    """Give every warning about lazy logits again the next time its reason occurs."""
+    notices._given.clear()
+
+
+def is_computed(logits: Tensor) -> bool:
+    """Return whether lazy logits were used."""
+    return logits.lazy.storage.value is not None
 
 
 def budget_factor(impl: str, dtype: torch.dtype) -> float:

@@ -12,7 +12,7 @@ from cut_cross_entropy.lazy.recipe import Recipe
 from cut_cross_entropy.lazy.record import ForwardRecord, Uses
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class HeadCall:
     """One call of a head, or what a sum of several has in common.
 
@@ -32,11 +32,6 @@ class HeadCall:
     autocast_dtype: torch.dtype | None
     versions: tuple[tuple[Tensor, int | None], ...]
     reenter: nn.Module | None = None
-
-    @property
-    def reenters(self) -> bool:
-        """Whether the weight has to be fetched through the head."""
-        return self.reenter is not None
 
     @property
     def model_name(self) -> str:
@@ -59,8 +54,7 @@ class HeadCall:
         Raises:
             RuntimeError: a weight has changed since then, or is gone.
         """
-        if not torch.compiler.is_compiling():
-            self._check_fresh()
+        self._check_fresh()
         self.record.suspended += 1
         try:
             if current_autocast(self.device_type) == self.autocast_dtype:
@@ -111,7 +105,10 @@ class HeadCall:
 
 def tensor_version(tensor: Tensor) -> int | None:
     """Return a number that each change in place increases; None for a tensor without one."""
-    return None if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # of inference mode
+        return None
 
 
 def depends_on(*tensors: Any) -> tuple[tuple[Tensor, int | None], ...]:

@@ -10,7 +10,6 @@ from torch import nn
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET
 from cut_cross_entropy.lazy import intercept
 from cut_cross_entropy.lazy.record import ForwardRecord, enter, leave
-from cut_cross_entropy.lazy.sharded_heads import gathers, why_not_intercept
 from cut_cross_entropy.options import (
     LCE_IMPL_DEFAULT,
     FilterEps,
@@ -100,25 +99,13 @@ def lazy_head(
         "memory_budget": memory_budget,
     }
     check_options(**options)
-    record = ForwardRecord(
-        head,
-        _Options({"impl": impl_name(impl), **options}),
-        None,
-        "lazy_head",
-        "Call the model outside of lazy_head",
-    )
+    record = ForwardRecord(head, _Options({"impl": impl_name(impl), **options}), None)
+    record.means, record.way_out = "lazy_head", "Call the model outside of lazy_head"
     enter(record, depth=3)  # the frame with the block: this one, that of next() and __enter__
     try:
-        for module in (head, *more_heads):
-            its_own = gathers(module)
-            reason = why_not_intercept(module, its_own)
-            if reason is None:
-                record.heads.append(intercept.install(module, its_own))
-            else:
-                record.not_captured = reason
+        intercept.install(record, (head, *more_heads))
         yield record
     finally:
         leave(record)
-        for stand_in in record.heads:
-            intercept.remove(stand_in)
+        intercept.remove(record)
     record.check_at_return()

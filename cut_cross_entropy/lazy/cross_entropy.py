@@ -56,45 +56,66 @@ def cross_entropy(
             logits, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
     else:
-        options = record.options.to_kwargs()
-        options["reduction"] = reduction
-
-        def compute(recipe: Recipe) -> Tensor:
-            folded = fold(recipe)
-            e, c = folded.e, folded.c
-            if e.dtype != c.dtype and current_autocast(e.device.type) is None:
-                e = e.to(c.dtype)
-            result = linear_cross_entropy(
-                e,
-                c,
-                target if target.device == e.device else target.to(e.device),
-                bias=folded.bias,
-                softcap=folded.softcap,
-                ignore_index=ignore_index,
-                vocab_parallel_options=(
-                    VocabParallelOptions.from_dtensor(c) if recipe.is_divided else None
-                ),
-                **options,
-            )
-            assert isinstance(result, Tensor)
-            return result
-
-        loss = call.compute(input.recipe, compute)
-        record.note_loss(call.uses)
-        if torch.is_grad_enabled():
-            input.note_use()
-        # PyTorch's own is of the logits' dtype, and at least float32 under autocast.
-        dtype = input.dtype
-        if current_autocast(target.device.type) is not None:
-            dtype = torch.promote_types(dtype, torch.float32)
-        if loss.dtype != dtype:
-            loss = loss.to(dtype)
-        if loss.device != target.device:
-            loss = loss.to(target.device)
+        loss = fused_cross_entropy(input, target, ignore_index, reduction, input.dtype)
 
     if reduction == "none" and asked != "none":
         loss = _per_token(loss, target, record)
     return loss
+
+
+def fused_cross_entropy(
+    logits: LazyValue,  # (..., V)
+    target: Tensor,  # as many elements as there are rows of logits
+    ignore_index: int,
+    reduction: str,
+    dtype: torch.dtype,
+    shift: bool = False,
+) -> Tensor:
+    """Compute the loss of logits that :func:`is_foldable` accepts by the operator.
+
+    Args:
+        logits: of which nothing has changed in place.
+        target: class ids.
+        ignore_index: target value of tokens without a loss.
+        reduction: see ``linear_cross_entropy``.
+        dtype: of the logits in the model's code.
+        shift: position t predicts target t + 1; ``target`` has the leading shape of ``logits``.
+    """
+    call = logits.call
+    options = call.record.options.to_kwargs()
+    options["reduction"] = reduction
+
+    def compute(recipe: Recipe) -> Tensor:
+        folded = fold(recipe)
+        e, c = folded.e, folded.c
+        if e.dtype != c.dtype and current_autocast(e.device.type) is None:
+            e = e.to(c.dtype)
+        result = linear_cross_entropy(
+            e,
+            c,
+            target if target.device == e.device else target.to(e.device),
+            bias=folded.bias,
+            softcap=folded.softcap,
+            ignore_index=ignore_index,
+            shift=shift,
+            vocab_parallel_options=(
+                VocabParallelOptions.from_dtensor(c) if recipe.is_divided else None
+            ),
+            **options,
+        )
+        assert isinstance(result, Tensor)
+        return result
+
+    loss = call.compute(logits.recipe, compute)
+    call.record.note_loss(call.uses)
+    if torch.is_grad_enabled():
+        logits.note_use()
+    # PyTorch's own is of the logits' dtype, and at least float32 under autocast.
+    if dtype != torch.float32 and current_autocast(target.device.type) is not None:
+        dtype = torch.promote_types(dtype, torch.float32)
+    if loss.dtype != dtype:
+        loss = loss.to(dtype)
+    return loss if loss.device == target.device else loss.to(target.device)
 
 
 def _what_is_missing(

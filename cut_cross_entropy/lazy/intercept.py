@@ -1,7 +1,8 @@
 """Replaces the product of a head by lazy logits while a model computes its loss."""
 
+import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from cut_cross_entropy.lazy.logits import LazyLogits, lazy_tensor
 from cut_cross_entropy.lazy.recipe import Recipe, lazy_recipe
 from cut_cross_entropy.lazy.record import ForwardRecord, active_record, inside_checkpoint
 from cut_cross_entropy.lazy.sharded_heads import (
+    gathers,
     num_rows,
     own_parameter,
     product_of,
     promised_dtype,
+    why_not_intercept,
 )
 from cut_cross_entropy.lazy.tensor_parallel import (
     LazyShards,
@@ -27,7 +30,7 @@ from cut_cross_entropy.lazy.tensor_parallel import (
     why_not_vocab_parallel,
 )
 from cut_cross_entropy.lazy.traced import TracedLogits
-from cut_cross_entropy.lazy.value import LazyValue, Unevaluated, contiguous_geometry
+from cut_cross_entropy.lazy.value import LazyValue, Unevaluated
 
 Request = Callable[[Recipe], Tensor]
 
@@ -53,8 +56,7 @@ class HeadForward:
         self.forward = product.forward
         self.is_plain = self.instance_forward is None and type(product).forward is nn.Linear.forward
         self.gathers = gathers
-        self.instance_call = head.__dict__.get("_compiled_call_impl")
-        self.replaces_call = self.gathers and self.instance_call is None
+        self.replaces_call = gathers and head.__dict__.get("_compiled_call_impl") is None
 
     @property
     def is_spread(self) -> bool:
@@ -231,7 +233,8 @@ def lazy_linear(
     if not isinstance(x, Tensor):
         record.not_captured = f"its head got {type(x).__name__}"
         return None
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._are_functorch_transforms_active():
         record.note_idle("its head runs inside a transform of torch.func")
         return None
     device, dtype = x.device, x.dtype
@@ -248,13 +251,12 @@ def lazy_linear(
         if reason is not None:
             record.not_captured = reason
             return None
-    requires_grad = torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    compiling = torch.compiler.is_compiling()
+    shards = not is_usual and is_dtensor(weight)
+    features: Any = x.to_local() if shards else x  # type: ignore[attr-defined]
+    recipe = lazy_recipe(features, weight, bias)
     call = HeadCall(
         record,
-        (record.new_call(requires_grad),),
+        (record.new_call(len(recipe.leaves()) > 0),),
         device.type,
         autocast_dtype,
         () if compiling else depends_on(x, weight, bias),
@@ -262,19 +264,23 @@ def lazy_linear(
     if autocast_dtype is not None and dtype != torch.float64:
         dtype = autocast_dtype
     tensor: Any = TracedLogits if compiling else lazy_tensor
-    if not is_usual and is_dtensor(weight):
-        return lazy_shards(x, weight, bias, dtype, call, tensor)
-    recipe = lazy_recipe(x, weight, bias)
-    return tensor(_whole(recipe, dtype, weight.shape[0], call))  # type: ignore[no-any-return]
+    if shards:
+        return lazy_shards(recipe, x.ndim - 1, dtype, call, tensor)
+    return tensor(_whole(recipe, dtype, weight.shape[0], call, compiling))  # type: ignore[no-any-return]
 
 
-def _whole(recipe: Recipe, dtype: torch.dtype, num_classes: int, call: HeadCall) -> LazyValue:
+def _whole(
+    recipe: Recipe, dtype: torch.dtype, num_classes: int, call: HeadCall, compiling: bool = False
+) -> LazyValue:
     """Return the logits that a head gives, contiguous."""
     x = recipe.terms[0][0]
-    geometry = None
-    if not torch.compiler.is_compiling():
-        geometry = contiguous_geometry(x.shape[:-1], num_classes)
+    geometry = None if compiling else _geometry(x.shape[:-1], num_classes)
     return LazyValue(recipe, dtype, num_classes, x.device, call, geometry)
+
+
+@functools.lru_cache(64)
+def _geometry(leading: torch.Size, num_classes: int) -> Tensor:
+    return torch.empty((*leading, num_classes), device="meta")
 
 
 def _has_to_compute(record: ForwardRecord) -> bool:
@@ -318,33 +324,40 @@ def _is_ordinary(tensor: Tensor) -> bool:
     )
 
 
-def install(head: nn.Module, gathers: bool) -> HeadForward:
-    """Intercept the calls of ``head`` until :func:`remove` of the result; may be nested."""
-    with _lock:
-        attributes = product_of(head).__dict__
-        forward = attributes.get("forward")
-        if not isinstance(forward, HeadForward):
-            forward = HeadForward(head, gathers)
-            attributes["forward"] = forward
-            if forward.replaces_call:  # where nn.Module.__call__ looks before it runs any hook
-                head.__dict__["_compiled_call_impl"] = forward.call
-        forward.users += 1
-        return forward
+def install(record: ForwardRecord, heads: Iterable[nn.Module]) -> None:
+    """Intercept the calls of ``heads`` for ``record`` until :func:`remove`; may be nested."""
+    for head in heads:
+        its_own = gathers(head)
+        reason = why_not_intercept(head, its_own)
+        if reason is not None:
+            record.not_captured = reason
+            continue
+        with _lock:
+            attributes = product_of(head).__dict__
+            forward = attributes.get("forward")
+            if not isinstance(forward, HeadForward):
+                forward = HeadForward(head, its_own)
+                attributes["forward"] = forward
+                if forward.replaces_call:  # where nn.Module.__call__ looks before it runs any hook
+                    head.__dict__["_compiled_call_impl"] = forward.call
+            forward.users += 1
+        record.heads.append(forward)
 
 
-def remove(forward: HeadForward) -> None:
-    """Undo one :func:`install`."""
-    with _lock:
-        forward.users -= 1
-        if forward.users:
-            return
-        attributes = forward.product.__dict__
-        if forward.replaces_call:
-            del forward.head.__dict__["_compiled_call_impl"]
-        if forward.instance_forward is None:
-            del attributes["forward"]
-        else:
-            attributes["forward"] = forward.instance_forward
+def remove(record: ForwardRecord) -> None:
+    """Undo :func:`install`."""
+    for forward in record.heads:
+        with _lock:
+            forward.users -= 1
+            if forward.users:
+                continue
+            attributes = forward.product.__dict__
+            if forward.replaces_call:
+                del forward.head.__dict__["_compiled_call_impl"]
+            if forward.instance_forward is None:
+                del attributes["forward"]
+            else:
+                attributes["forward"] = forward.instance_forward
 
 
 def is_intercepted(head: nn.Module) -> bool:

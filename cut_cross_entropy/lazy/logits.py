@@ -69,30 +69,10 @@ class LazyLogits(Tensor, Unevaluated):
 
     _lazy: LazyValue
 
-    @staticmethod
-    def __new__(cls, lazy: LazyValue) -> "LazyLogits":
-        """Return a tensor with the shape, strides, dtype and device of ``lazy``."""
-        geometry = lazy.geometry
-        assert geometry is not None
-        logits: LazyLogits = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, geometry.shape, strides=geometry.stride(), dtype=lazy.dtype, device=lazy.device
-        )
-        torch._C._set_throw_on_mutable_data_ptr(
-            logits
-        )  # an error for C++ that skips the dispatcher
-        logits._lazy = lazy
-        lazy.storage.handles.append(weakref.ref(logits))
-        return logits
-
     @property
     def lazy(self) -> LazyValue:
         """The logits that this tensor stands for."""
         return self._lazy
-
-    @property
-    def is_computed(self) -> bool:
-        """Whether the logits were used."""
-        return self._lazy.storage.value is not None
 
     def materialise(self, operation: str = "outputs.logits") -> Tensor:
         """Return the logits as an ordinary tensor.
@@ -193,12 +173,29 @@ def lazy_tensor(lazy: LazyValue) -> LazyLogits:
     if lazy.requires_grad and is_attachable(lazy):
         logits: LazyLogits = _attach(lazy, *lazy.storage.recipe.leaves())
         return logits
-    return LazyLogits(lazy)
+    return _wrapper(lazy)
+
+
+def _wrapper(lazy: LazyValue) -> LazyLogits:
+    """Return a tensor with the shape, strides, dtype and device of ``lazy``."""
+    geometry = lazy.geometry
+    assert geometry is not None
+    logits: LazyLogits = _make_wrapper_subclass(
+        LazyLogits, geometry.shape, strides=geometry.stride(), dtype=lazy.dtype, device=lazy.device
+    )
+    # An error for C++ that skips the dispatcher.
+    torch._C._set_throw_on_mutable_data_ptr(logits)
+    logits._lazy = lazy
+    lazy.storage.handles.append(weakref.ref(logits))
+    return logits
+
+
+_make_wrapper_subclass: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
 def is_attachable(lazy: LazyValue) -> bool:
     """Return whether all factors are known, so that autograd can reach them by itself."""
-    return not lazy.call.reenters and not lazy.recipe.is_divided
+    return lazy.call.reenter is None and not lazy.recipe.is_divided
 
 
 class _Attach(torch.autograd.Function):
@@ -207,7 +204,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lazy: LazyValue, *leaves: Tensor) -> LazyLogits:  # type: ignore[override]
         _keep(ctx, lazy, leaves)
-        return LazyLogits(lazy)
+        return _wrapper(lazy)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:  # type: ignore[override]
@@ -290,6 +287,15 @@ def _requires_grad(logits: LazyLogits) -> bool:
         _adopt(logits)
     lazy = logits._lazy
     return lazy.compute().requires_grad if lazy.is_changed else lazy.requires_grad
+
+
+def is_untouched(logits: LazyLogits) -> bool:
+    """Return whether a loss function may take the recipe for the logits, here and now."""
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or _is_changed(logits)
+        or _is_over(logits._lazy.call.record)
+    )
 
 
 def _is_changed(logits: LazyLogits) -> bool:

@@ -44,11 +44,6 @@ def _callers_level() -> int:
     return 2
 
 
-def forget_warnings() -> None:
-    """Give every warning again the next time its reason occurs."""
-    _given.clear()
-
-
 def count_loss(model: nn.Module) -> None:
     """Note that the patch computed a loss of ``model``."""
     global _total

@@ -24,7 +24,7 @@ from cut_cross_entropy.lazy.recipe import (
     add,
     scale_classes,
 )
-from cut_cross_entropy.lazy.value import LazyValue, contiguous_geometry
+from cut_cross_entropy.lazy.value import LazyValue
 
 
 def record(name: str, lazy: LazyValue, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -113,6 +113,7 @@ def _clone(lazy: LazyValue, **kwargs: Any) -> Any:
 
 def _detach(lazy: LazyValue, shared: bool = True) -> LazyValue:
     result = lazy.view(lazy.recipe.detached(), Tensor.detach, lazy.geometry)
+    result.requires_grad = False
     lazy.storage.shared = shared
     return result
 
@@ -158,15 +159,11 @@ def _shaped(lazy: LazyValue, shape: Any, kwargs: dict[str, Any], name: str) -> A
     if last != lazy.num_classes:
         return NotImplemented
     # The logits may be contiguous where the features are not: those need reshape.
-    function = lambda e: e.reshape(*leading, e.shape[-1])
-    of_logits = lambda logits: getattr(logits, name)(*leading, logits.shape[-1])
-    geometry = lazy.geometry
-    if leading == (-1,) and geometry is not None and geometry.is_contiguous() and geometry.numel():
-        rows = torch.Size((geometry.numel() // last,))  # what nearly every model asks for
-        return lazy.view(
-            lazy.recipe.on_features(function), of_logits, contiguous_geometry(rows, last)
-        )
-    return _lead(lazy, function, of_logits)
+    return _lead(
+        lazy,
+        lambda e: e.reshape(*leading, e.shape[-1]),
+        lambda logits: getattr(logits, name)(*leading, logits.shape[-1]),
+    )
 
 
 def _flatten(lazy: LazyValue, start_dim: int = 0, end_dim: int = -1, **kwargs: Any) -> Any:
@@ -328,7 +325,7 @@ def _scaled(lazy: LazyValue, other: Any, how: str) -> Any:
         return NotImplemented
     dtype = _promoted(lazy, other)
     if _is_per_class(lazy, other):
-        if not recipe.is_linear or lazy.call.reenters or recipe.is_divided:
+        if not recipe.is_linear or lazy.call.reenter is not None or recipe.is_divided:
             return NotImplemented
         factors = other.reshape(-1)
         if how == DIVIDE:
@@ -340,7 +337,7 @@ def _scaled(lazy: LazyValue, other: Any, how: str) -> Any:
     added = [value for name, value in recipe.steps if name == BIAS]
     if (recipe.bias is not None or added) and other.numel() != 1:
         return NotImplemented
-    if lazy.call.reenters:  # whose bias is not known here
+    if lazy.call.reenter is not None:  # whose bias is not known here
         return NotImplemented
 
     def scale(tensor: Tensor, factor: Tensor) -> Tensor:
@@ -369,8 +366,8 @@ def _add(lazy: LazyValue, other: Any, *, alpha: Any = 1, **kwargs: Any) -> Any:
             or other.recipe.is_divided
             or lazy.shape != other.shape
             or lazy.device != other.device
-            or lazy.call.reenters
-            or other.call.reenters
+            or lazy.call.reenter is not None
+            or other.call.reenter is not None
         ):
             return NotImplemented
         dtype = torch.promote_types(lazy.dtype, other.dtype)

@@ -85,15 +85,10 @@ class Recipe:
         return self._leaves
 
     def _find_leaves(self) -> list[Tensor]:
-        tensors: list[Any] = []
+        tensors: list[Any] = [self.bias, *[value for _, value in self.steps]]
         for e, c, constant in self.terms:
-            tensors.append(e)
-            if c is not None and not constant:
-                tensors.append(c)
-        if self.bias is not None:
-            tensors.append(self.bias)
-        tensors.extend([value for _, value in self.steps if isinstance(value, Tensor)])
-        leaves = [tensor for tensor in tensors if tensor.requires_grad]
+            tensors += (e, None if constant else c)
+        leaves = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
         if len(self.terms) > 1:
             leaves = list({id(leaf): leaf for leaf in leaves}.values())
         return leaves
@@ -195,6 +190,8 @@ def fold(recipe: Recipe) -> Folded:
     nothing: the loss is computed in high precision from the factors.
     """
     e, c = _one_product(recipe.terms)
+    if not recipe.steps and recipe.bias is None:
+        return Folded(e, c, None, None)
     bias, scale, after_tanh = recipe.bias, 1.0, None
     for name, value in recipe.steps:
         factor = _factor(name, value)

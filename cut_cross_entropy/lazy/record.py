@@ -38,42 +38,41 @@ class ForwardRecord:
         model: the model that runs.
         options: how to compute its losses.
         labels: of the call, or None if they are not known.
+
+    Attributes:
         means: what made the head lazy, for messages.
         way_out: what to do without it, for messages.
     """
 
+    means = "the patch"
+    way_out = "Use cce_unpatch for this model"
     suspended = 0  # > 0 while logits are computed: their product is not to be captured
     finished = False
     heads_called = 0
     losses = 0
     labels_padded = False
     not_captured: str | None = None
+    dispatch_keys: tuple[Any, Any]
+    saved_tensors_hooks: Any = None
+    frame = 0
 
     def __init__(
         self,
         model: nn.Module,
         options: LossOptions,
         labels: Tensor | None,
-        means: str = "the patch",
-        way_out: str = "Use cce_unpatch for this model",
     ) -> None:
         self.model = model
         self.options = options
         self.labels = labels
-        self.means = means
-        self.way_out = way_out
         self.heads: list[Any] = []  # what stands in for the heads whose calls belong here
         self.calls: list[Uses] = []
         self.grad_enabled = torch.is_grad_enabled()
-        # Inside an operator PyTorch leaves out autograd and autocast: logits need what is here.
-        self.dispatch_keys: tuple[Any, ...] = ()
-        if not torch.compiler.is_compiling():
-            self.dispatch_keys = (
-                torch._C._dispatch_tls_local_include_set(),
-                torch._C._dispatch_tls_local_exclude_set(),
-            )
-        self.saved_tensors_hooks: Any = None
-        self.frame = 0
+        # Inside an operator PyTorch leaves out autograd: logits need what is here.
+        if not torch.compiler.is_compiling() and (
+            torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack()
+        ):
+            self.dispatch_keys = _dispatch_keys()
 
     @property
     def model_name(self) -> str:
@@ -160,6 +159,14 @@ class ForwardRecord:
             "idle",
             f"{self.means} did nothing: {reason}. The loss is the model's own, from full logits",
         )
+
+
+def _dispatch_keys() -> tuple[Any, Any]:
+    """Return what the dispatcher includes and excludes now, whatever the tensors."""
+    return torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+ForwardRecord.dispatch_keys = _dispatch_keys()
 
 
 class _Active(threading.local):
@@ -252,5 +259,7 @@ def runs_in_function(record: ForwardRecord, module: str | None = None) -> bool:
 
 def saved_tensors_hooks() -> Any:
     """Return the innermost hooks on saved tensors, which checkpoints install, or None."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return None if top is None else top(False)
+    return None if _top_hooks is None else _top_hooks(False)
+
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)

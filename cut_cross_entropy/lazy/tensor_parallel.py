@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from cut_cross_entropy.distributed.options import is_dtensor
 from cut_cross_entropy.lazy.call import HeadCall
-from cut_cross_entropy.lazy.recipe import Recipe, classifier, lazy_recipe, product
+from cut_cross_entropy.lazy.recipe import Recipe, classifier, product
 from cut_cross_entropy.lazy.value import LazyValue, Unevaluated
 
 
@@ -128,21 +128,24 @@ class LazyShards(Unevaluated):
 
 
 def lazy_shards(
-    x: Any,
-    weight: Any,
-    bias: Any,
+    recipe: Recipe,
+    dim: int,
     dtype: torch.dtype,
     call: HeadCall,
     tensor: Callable[[LazyValue], Any],
 ) -> LazyShards:
-    """Return ``F.linear`` of DTensors that :func:`why_not_vocab_parallel` accepts."""
+    """Return the product of ``recipe``, with a divided classifier, as a DTensor.
+
+    Args:
+        dim: of the logits, which is divided.
+    """
     from torch.distributed.tensor import Shard
 
-    recipe = lazy_recipe(x.to_local(), weight, bias)
-    features = recipe.terms[0][0]
+    features, weight, _ = recipe.terms[0]
+    assert weight is not None
     num_classes = weight.shape[0]
     geometry = None
     if not torch.compiler.is_compiling():
         geometry = torch.empty((*features.shape[:-1], num_classes), device="meta")
     lazy = LazyValue(recipe, dtype, num_classes, features.device, call, geometry)
-    return LazyShards(lazy, (Shard(x.ndim - 1),), tensor)
+    return LazyShards(lazy, (Shard(dim),), tensor)

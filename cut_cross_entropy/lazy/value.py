@@ -1,7 +1,6 @@
 """The state of lazy logits: what they are, without the object that stands for them in a model."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,12 +13,6 @@ from cut_cross_entropy.lazy.recipe import Recipe, replay
 from cut_cross_entropy.lazy.record import ForwardRecord, saved_tensors_hooks
 
 View = Callable[[Tensor], Tensor]
-
-
-@functools.lru_cache(64)
-def contiguous_geometry(leading: torch.Size, num_classes: int) -> Tensor:
-    """Return a tensor without memory with the shape and strides of contiguous logits."""
-    return torch.empty((*leading, num_classes), device="meta")
 
 
 class Unevaluated:
@@ -48,7 +41,9 @@ class Storage:
         """Return the logits, with a gradient if their factors require one."""
         if self.value is None:
             recipe = self.recipe
-            live = len(recipe.leaves()) > 0 or (self.call.reenters and not recipe.terms[0][2])
+            live = len(recipe.leaves()) > 0 or (
+                self.call.reenter is not None and not recipe.terms[0][2]
+            )
             if torch.compiler.is_compiling():
                 with torch.set_grad_enabled(live):
                     self.value = self.call.compute(recipe, replay)
@@ -97,6 +92,7 @@ class LazyValue:
         geometry: a tensor on the meta device with their shape and strides; None in compiled code.
         storage: of the logits that these are a view of, and the ``views`` that lead from there.
         base: the logits that the last of these views was taken of.
+        requires_grad: whether a factor requires a gradient; None: look.
 
     Attributes:
         used: whether a gradient of theirs goes to the factors without passing through their value.
@@ -119,6 +115,7 @@ class LazyValue:
         storage: Storage | None = None,
         views: tuple[View, ...] = (),
         base: "LazyValue | None" = None,
+        requires_grad: bool | None = None,
     ) -> None:
         self.recipe = recipe
         self.dtype = dtype
@@ -128,9 +125,11 @@ class LazyValue:
         self.geometry = geometry
         self.storage = Storage(recipe, call) if storage is None else storage
         self.views = views
-        self.requires_grad = len(recipe.leaves()) > 0 or (  # Dynamo knows no bool of a list
-            call.reenters and not recipe.terms[0][2] and call.uses[0].requires_grad
-        )
+        if requires_grad is None:
+            requires_grad = len(recipe.leaves()) > 0 or (  # Dynamo knows no bool of a list
+                call.reenter is not None and not recipe.terms[0][2] and call.uses[0].requires_grad
+            )
+        self.requires_grad = requires_grad
         self.base = base
         self.used = self.hooked = False
         self._value: tuple[Tensor, Tensor] | None = None
@@ -219,6 +218,7 @@ class LazyValue:
             self.storage,
             (*self.views, view),
             self,
+            self.requires_grad,
         )
 
     def replace(self, changed: "LazyValue") -> None:

@@ -1,6 +1,5 @@
 """The forward of a patched model: the model's own, with its head and its loss intercepted."""
 
-import contextlib
 import copy
 import dataclasses
 import inspect
@@ -24,6 +23,7 @@ from cut_cross_entropy.lazy.sharded_heads import (
     why_not_intercept,
 )
 from cut_cross_entropy.lazy.value import Unevaluated
+from cut_cross_entropy.transformers import causal_loss
 from cut_cross_entropy.transformers.heads import find_heads
 from cut_cross_entropy.transformers.replaced_loss import calling_the_replacement, is_replaced
 from cut_cross_entropy.transformers.utils import PatchOptions, divisor
@@ -107,23 +107,21 @@ def _intercepted(
     record = ForwardRecord(model, options, labels)
     enter(record)
     try:
-        for head in heads:
-            its_own = gathers(head)
-            reason = why_not_intercept(head, its_own)
-            if reason is None:
-                record.heads.append(intercept.install(head, its_own))
-            else:
-                record.not_captured = reason
-        # Whether the model pads its labels decides which columns of an unreduced loss are kept.
-        watch = options.reduction == "none"
-        with intercept.HeadMode(record, ()) if watch else contextlib.nullcontext():
+        intercept.install(record, heads)
+        if options.reduction == "mean":
+            causal_loss.install(model)
+        if options.reduction == "none":
+            # Whether the model pads its labels decides which columns of the loss are kept.
+            with intercept.HeadMode(record, ()):
+                output = original(model, *args, **kwargs)
+        else:
             output = original(model, *args, **kwargs)
         if outer is None:
             output = replace_lazy(output, _replacement(model, record))
     finally:
         leave(record)
-        for stand_in in record.heads:
-            intercept.remove(stand_in)
+        intercept.remove(record)
+        causal_loss.remove(model)
     record.check_at_return()
     return output
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cut_cross_entropy.lazy.logits import LazyLogits
+from cut_cross_entropy.lazy.logits import LazyLogits, is_untouched
 from cut_cross_entropy.lazy.notices import warn_once
 from cut_cross_entropy.lazy.recipe import Recipe, fold, is_foldable
 from cut_cross_entropy.transformers import utils
@@ -32,8 +32,8 @@ def calling_the_replacement(model: nn.Module, options: PatchOptions) -> Iterator
 
     def loss_function(logits: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal called
-        lazy = logits.lazy if isinstance(logits, LazyLogits) else None
-        if lazy is None or lazy.is_changed or lazy.ndim != 3 or not is_foldable(lazy.recipe):
+        lazy = logits.lazy if isinstance(logits, LazyLogits) and is_untouched(logits) else None
+        if lazy is None or lazy.ndim != 3 or not is_foldable(lazy.recipe):
             return own(logits, labels, *args, **kwargs)
         called = True
         kwargs.pop("vocab_size", None)

@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from cut_cross_entropy.benchmark.measure import peak_mib
-from cut_cross_entropy.lazy.notices import forget_warnings
 from cut_cross_entropy.transformers import CutCrossEntropyWarning, is_patched
+from tests.support import forget_warnings
 from tests.training.conftest import load, plain_steps
 from training import demo
 from training.checkpoint import list_checkpoints

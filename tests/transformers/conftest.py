@@ -8,7 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import transformers
 
-from cut_cross_entropy.lazy.notices import forget_warnings
+from tests.support import forget_warnings
 
 transformers.logging.set_verbosity_error()
 

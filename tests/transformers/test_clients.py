@@ -15,6 +15,7 @@ import transformers
 from cut_cross_entropy.transformers import PatchOptions, call_count, cce_unpatch, is_patched
 from cut_cross_entropy.transformers import utils as transformers_utils
 from cut_cross_entropy.transformers.patch import PATCH_FNS, cce_patch
+from tests.support import forget_warnings
 from tests.transformers.models import assert_same_step, batch, llama, loss_and_grads, twin
 
 
@@ -267,7 +268,6 @@ def test_patched_models_call_a_replaced_apply_lce(replaced, everywhere, family):
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_models_call_a_replaced_apply_lce(replaced, training):
     """The forward runs eagerly then, and says so once; a later replacement counts as well."""
-    from cut_cross_entropy.lazy.notices import forget_warnings
     from cut_cross_entropy.transformers import CutCrossEntropyWarning
 
     model = cce_patch(llama()).train(training)
@@ -316,7 +316,6 @@ def test_an_apply_lce_that_is_put_back_has_no_effect_any_more(replaced):
 
 def test_a_model_that_cannot_call_a_replaced_apply_lce_says_so(replaced):
     """It has a loss of its own, which does not ask for ``loss_function``."""
-    from cut_cross_entropy.lazy.notices import forget_warnings
     from cut_cross_entropy.transformers import CutCrossEntropyWarning
 
     config = transformers.BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)
@@ -341,7 +340,6 @@ def test_a_model_that_cannot_call_a_replaced_apply_lce_says_so(replaced):
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_a_step_without_any_label(as_tensor):
     """Transformers' own loss is 0 / 0 there."""
-    from cut_cross_entropy.lazy.notices import forget_warnings
     from cut_cross_entropy.transformers import CutCrossEntropyWarning
 
     inputs = batch()
@@ -375,7 +373,6 @@ def test_short_rows(time, reduction):
 
 @pytest.mark.parametrize("num_items", [None, 0, 3, 0.5])
 def test_apply_lce_without_a_prediction(num_items):
-    from cut_cross_entropy.lazy.notices import forget_warnings
 
     e = torch.randn(2, 1, 8, requires_grad=True)
     c = torch.randn(11, 8, requires_grad=True)
