@@ -91,6 +91,8 @@ def prepare(
     behind them.
     """
     shift = int(shift)
+    if not isinstance(ignore_index, (int, torch.SymInt)):  # of NumPy
+        ignore_index = int(ignore_index)
     e, c, targets, bias, shards, data = resolve(
         e, c, targets, bias, vocab_parallel_options, data_parallel_options
     )

@@ -7,6 +7,7 @@ hint. Only :func:`check_target_range` reads values of a tensor, so nothing else 
 import functools
 import inspect
 import math
+import operator
 import os
 from collections.abc import Callable, Collection, Sequence
 from typing import ParamSpec, TypeVar, get_args
@@ -149,7 +150,7 @@ def check_options(
         TypeError: a value of the wrong type.
         ValueError: a value out of range, or an unknown reduction.
     """
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
+    if isinstance(ignore_index, bool) or not _is_integer(ignore_index):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if softcap is not None:
         if isinstance(softcap, bool) or not isinstance(softcap, (int, float, torch.SymFloat)):
@@ -397,10 +398,23 @@ def check_shift(shift: bool | int) -> None:
     Raises:
         TypeError, ValueError: anything else.
     """
-    if not isinstance(shift, (bool, int, torch.SymInt)):
+    if not _is_integer(shift):
         raise TypeError(f"shift must be a bool or an int, got {type(shift).__name__}")
     if shift < 0:
         raise ValueError(f"shift must be >= 0, got {shift}")
+
+
+def _is_integer(value: object) -> bool:
+    """Return whether ``value`` is an integer of Python, of NumPy, or symbolic; no tensor."""
+    if isinstance(value, (int, torch.SymInt)):
+        return True
+    if isinstance(value, Tensor):  # a look at it may wait for a GPU
+        return False
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
 
 
 def check_compute_dtypes(e: Tensor, c: Tensor, bias: Tensor | None, autocast: bool) -> None:

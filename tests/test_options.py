@@ -1,5 +1,6 @@
 """Each option of the loss against plain PyTorch in float64, values and gradients."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +38,15 @@ def test_reduction_and_shift(impl, reduction, shift):
 def test_ignore_index(impl, ignore_index, shift):
     problem = make_problem(ignore_index=ignore_index)
     check(problem, impl, ignore_index=ignore_index, shift=shift, reduction="none")
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_integers_of_numpy(impl, integer):
+    expected = run_ours(make_problem(ignore_index=3), impl, ignore_index=3, shift=1)
+    options = {"ignore_index": integer(3), "shift": integer(1)}
+    actual = run_ours(make_problem(ignore_index=3), impl, **options)
+    assert torch.equal(actual.loss, expected.loss)
+    assert torch.equal(actual.grad_e, expected.grad_e)
 
 
 @pytest.mark.parametrize("shift", [0, 2])

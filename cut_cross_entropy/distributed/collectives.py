@@ -111,7 +111,7 @@ def _save_combined(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _combine_autograd(ctx: Any, grad_logit: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    refuse_second_derivative()
+    refuse_create_graph()
     logit, lse, total = ctx.saved_tensors
     share = torch.where(lse == -torch.inf, 0, torch.exp(lse - total))  # of a shard in the sum
     return torch.where(logit == torch.inf, 0, grad_logit), grad_lse * share, None
@@ -120,7 +120,7 @@ def _combine_autograd(ctx: Any, grad_logit: Tensor, grad_lse: Tensor) -> tuple[A
 combine_shards.register_autograd(_combine_autograd, setup_context=_save_combined)
 
 
-def refuse_second_derivative() -> None:
+def refuse_create_graph() -> None:
     """Refuse a backward pass that is to be differentiated again.
 
     Raises:

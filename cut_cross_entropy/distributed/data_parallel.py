@@ -14,7 +14,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from cut_cross_entropy.distributed.collectives import refuse_second_derivative
+from cut_cross_entropy.distributed.collectives import refuse_create_graph
 from cut_cross_entropy.distributed.options import DataParallelOptions
 
 
@@ -31,7 +31,7 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, None, None]:  # type: ignore[override]
         from torch.distributed.tensor import DTensor, Partial
 
-        refuse_second_derivative()
+        refuse_create_graph()
         mesh, placements = ctx.sharding
         if ctx.options.reduce_dtype is not None:
             grad = grad.to(ctx.options.reduce_dtype)

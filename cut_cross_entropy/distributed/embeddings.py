@@ -14,7 +14,7 @@ from cut_cross_entropy.distributed.collectives import (
     gather_shards,
     group_name,
     group_of,
-    refuse_second_derivative,
+    refuse_create_graph,
     sum_over_group,
     sum_own_part,
     world_size,
@@ -32,7 +32,7 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        refuse_second_derivative()
+        refuse_create_graph()
         # In place: the gradient comes from an operator of ours and nobody else has it.
         grad = grad.contiguous()
         sum_over_group(grad, ctx.group)
@@ -103,12 +103,12 @@ def _save_group(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
 
 
 def _gather_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    refuse_second_derivative()
+    refuse_create_graph()
     return scatter_gradient(grad, ctx.group), None
 
 
 def _own_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    refuse_second_derivative()
+    refuse_create_graph()
     return gather_tokens(grad, ctx.group), None
 
 

@@ -105,17 +105,18 @@ class HeadForward:
         requires_grad = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.head.parameters())
         )
+        recipe = lazy_recipe(x if requires_grad else x.detach().clone(), None, None)
         call = HeadCall(
             record,
             (record.new_call(requires_grad),),
             x.device.type,
             current_autocast(x.device.type),
-            depends_on(x),
+            depends_on(recipe.terms[0][0]),
             self.head,
         )
         num_classes = num_rows(self.product)
         assert num_classes is not None
-        return lazy_tensor(_whole(lazy_recipe(x, None, None), dtype, num_classes, call))
+        return lazy_tensor(_whole(recipe, dtype, num_classes, call))
 
     def _answer(
         self,
@@ -254,12 +255,15 @@ def lazy_linear(
     shards = not is_usual and is_dtensor(weight)
     features: Any = x.to_local() if shards else x  # type: ignore[attr-defined]
     recipe = lazy_recipe(features, weight, bias)
+    requires_grad = len(recipe.leaves()) > 0
+    if compiling or not requires_grad:  # PyTorch allows changes in place of these features
+        recipe = recipe.on_features(torch.clone)
     call = HeadCall(
         record,
-        (record.new_call(len(recipe.leaves()) > 0),),
+        (record.new_call(requires_grad),),
         device.type,
         autocast_dtype,
-        () if compiling else depends_on(x, weight, bias),
+        () if compiling else depends_on(recipe.terms[0][0], weight, bias),
     )
     if autocast_dtype is not None and dtype != torch.float64:
         dtype = autocast_dtype

@@ -47,6 +47,7 @@ _PROPERTIES = frozenset(
 # After these the computed logits are what counts: others can change them, or their gradient.
 _GIVING_OUT = frozenset(
     {"register_hook", "retain_grad", "requires_grad_", "register_post_accumulate_grad_hook"}
+    | {"backward"}  # which sets the .grad of its inputs
     | {"detach_", "data_ptr", "untyped_storage", "storage", "numpy", "__array__", "__dlpack__"}
     | {
         "data",
@@ -156,6 +157,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if name == "requires_grad" or name == "is_leaf":
                 requires_grad = _requires_grad(args[0])
                 return requires_grad if name == "requires_grad" else not requires_grad
+            if name == "grad":
+                _check_grad(args[0])
             if name in _PROPERTIES and not (name == "grad" and _is_changed(args[0])):
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args)
@@ -298,6 +301,15 @@ def is_untouched(logits: LazyLogits) -> bool:
     )
 
 
+def _check_grad(logits: LazyLogits) -> None:
+    """Refuse to show a gradient that ``backward(inputs=[logits])`` of older PyTorch has left."""
+    lazy = logits._lazy
+    with torch._C.DisableTorchFunctionSubclass():
+        if logits.retains_grad and (lazy.used or lazy.storage.value is not None):
+            lazy.used = True
+            lazy.check_unused("backward(inputs=...)")
+
+
 def _is_changed(logits: LazyLogits) -> bool:
     return _is_rewired(logits) or logits._lazy.is_changed
 
@@ -391,7 +403,7 @@ def _loss(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _ordinary(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     """Call ``func`` with the logits themselves."""
-    if name in _HOOKS or func is torch.autograd.grad:
+    if name in _HOOKS or func in (torch.autograd.grad, torch.autograd.backward):
         _prepare_hooks(func, args, kwargs, name)
     used: list[tuple[LazyLogits, Tensor, int | None]] = []
 
@@ -419,9 +431,10 @@ def _ordinary(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: st
 
 def _prepare_hooks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
     """Make sure that the whole gradient of logits passes through their value from now on."""
-    if func is torch.autograd.grad:
-        name = "torch.autograd.grad"
-        inputs = args[1] if len(args) > 1 else kwargs.get("inputs")
+    if func in (torch.autograd.grad, torch.autograd.backward):
+        name = f"torch.autograd.{name}"
+        place = 1 if func is torch.autograd.grad else 5
+        inputs = args[place] if len(args) > place else kwargs.get("inputs")
         args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     else:
         args = args[:1]

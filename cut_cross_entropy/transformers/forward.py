@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from cut_cross_entropy.lazy import intercept
-from cut_cross_entropy.lazy.notices import warn_once
+from cut_cross_entropy.lazy.notices import call_count, warn_once
 from cut_cross_entropy.lazy.record import ForwardRecord, active_record, enter, leave
 from cut_cross_entropy.lazy.sharded_heads import (
     gathers,
@@ -52,8 +52,13 @@ def patched_forward(
         labels = kwargs.get("labels")
         if labels is None and 0 <= position < len(args):
             labels = args[position]
+        if labels is None:
+            labels = _labels_in_a_dictionary(args, kwargs)
         if not options.use_lce(labels, self.training) or not is_installed(self):
-            return original(self, *args, **kwargs)
+            output = original(self, *args, **kwargs)
+            if labels is None and not torch.compiler.is_compiling() and is_installed(self):
+                _warn_about_a_loss(self, output)
+            return output
         if options.reduction != "mean":
             kwargs.pop("num_items_in_batch", None)  # it asks for a mean
         elif kwargs.get("num_items_in_batch") is not None:
@@ -81,6 +86,26 @@ def patched_forward(
     forward.cce_original = original  # type: ignore[attr-defined]
     forward.cce_self = forward  # type: ignore[attr-defined]
     return forward
+
+
+def _labels_in_a_dictionary(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the labels where a forward of the model's own takes all inputs in one dictionary."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Mapping) and value.get("labels") is not None:
+            return value["labels"]
+    return None
+
+
+def _warn_about_a_loss(model: nn.Module, output: Any) -> None:
+    """Say so if a call in which no labels were found has returned a loss from full logits."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is not None and not call_count(model):
+        warn_once(
+            type(model).__name__,
+            "no labels",
+            "its forward returned a loss, and no labels were found among its arguments: the patch "
+            "did nothing. Pass labels=, or a dictionary with labels",
+        )
 
 
 def is_patched_forward(function: Any) -> bool:

@@ -236,3 +236,50 @@ def test_a_compiled_model_is_right():
     assert_same(expected[0], loss.detach())
     assert_same(expected[1], {name: p.grad for name, p in model.named_parameters()})
     torch._dynamo.reset()
+
+
+LOSSES = {
+    "fused": lambda logits, targets: F.cross_entropy(logits, targets),
+    "read": lambda logits, targets: logits.logsumexp(-1).sum(),
+    "both": lambda logits, targets: F.cross_entropy(logits, targets) + logits.square().sum(),
+}
+
+
+def _gradient(loss, logits):
+    loss.backward(inputs=[logits])
+    return logits.grad  # refused here by PyTorch before 2.11, which says nothing of the call
+
+
+@pytest.mark.filterwarnings("ignore::cut_cross_entropy.lazy.CutCrossEntropyWarning")
+@pytest.mark.parametrize("name", LOSSES)
+def test_backward_to_the_logits_is_right_or_refused(name):
+    """Of a loss that was computed without logits it would leave nothing, or a part."""
+    head = nn.Linear(WIDTH, VOCAB)
+    targets = torch.arange(5)
+    logits = head(torch.ones(5, WIDTH))
+    expected = _gradient(LOSSES[name](logits, targets), logits)
+    with lazy_head(head):
+        logits = head(torch.ones(5, WIDTH))
+        loss = LOSSES[name](logits, targets)
+        if name == "read":
+            torch.testing.assert_close(_gradient(loss, logits), expected)
+        else:
+            with pytest.raises(RuntimeError, match=r"before would miss that part .* gradient"):
+                _gradient(loss, logits)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["frozen", "no_grad"])
+def test_features_may_change_in_place_where_no_gradient_is_recorded(requires_grad):
+    head = nn.Linear(WIDTH, VOCAB).requires_grad_(requires_grad)
+
+    def loss():
+        features = torch.linspace(-1, 1, 5 * WIDTH).view(5, WIDTH)
+        logits = head(features)
+        features.mul_(2)
+        return F.cross_entropy(logits, torch.arange(5))
+
+    with torch.set_grad_enabled(not requires_grad):
+        expected = loss()
+        with lazy_head(head) as record:
+            torch.testing.assert_close(loss(), expected)
+    assert record.losses == 1

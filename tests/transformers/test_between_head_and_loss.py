@@ -772,3 +772,21 @@ def test_a_hook_in_compiled_code():
     compiled = torch.compile(cce_patch(model), backend="eager")
     with pytest.raises(RuntimeError, match="use cce_unpatch for this model"):
         compiled(**batch())
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_features_that_change_in_place_in_compiled_code(grad):
+    """The unpatched model compiles without a gradient only; with one the loss is the same."""
+
+    def forward(model, hidden, labels):
+        logits = model.lm_head(hidden)
+        hidden.mul_(3)
+        return ce(logits, labels)
+
+    model = model_with(forward)
+    with torch.no_grad():
+        expected = model(**batch())
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(grad):
+        actual = torch.compile(cce_patch(model), backend="aot_eager")(**batch())
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)

@@ -23,7 +23,15 @@ from cut_cross_entropy.transformers import (
 )
 from cut_cross_entropy.transformers.patch import AXOLOTL_CCE_FORK, PATCH_FNS
 from cut_cross_entropy.transformers.utils import TransformersModelT, apply_lce
-from tests.transformers.models import SIZES, assert_same_step, batch, llama, loss_and_grads, twin
+from tests.transformers.models import (
+    SIZES,
+    VOCAB,
+    assert_same_step,
+    batch,
+    llama,
+    loss_and_grads,
+    twin,
+)
 
 
 @pytest.mark.parametrize(
@@ -408,3 +416,40 @@ def test_an_own_forward_that_hands_on_all_arguments(positional, bound):
     assert call_count(model) == 1
     cce_unpatch(model)
     assert model(**batch()).logits is not None
+
+
+@pytest.mark.parametrize("of_class", [False, True], ids=["all by itself", "by that of the class"])
+def test_an_own_forward_that_takes_one_dictionary(of_class):
+    def forward(self, inputs):
+        if of_class:
+            return type(self).forward(self, **inputs)
+        hidden = self.model(input_ids=inputs["input_ids"])[0]
+        return {"loss": self.loss_function(self.lm_head(hidden), inputs["labels"], VOCAB)}
+
+    def step(model):
+        model.zero_grad()
+        loss = model(batch())["loss"]
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    model = llama()
+    model.forward = types.MethodType(forward, model)
+    expected = step(model)
+    assert_same_step(expected, step(cce_patch(model)))
+    assert call_count(model) == 1
+
+
+def test_a_loss_without_labels_is_told():
+    def forward(self, inputs):
+        hidden = self.model(input_ids=inputs["input_ids"])[0]
+        return {"loss": self.loss_function(self.lm_head(hidden), inputs["targets"], VOCAB)}
+
+    model = llama()
+    model.forward = types.MethodType(forward, model)
+    inputs = {"input_ids": batch()["input_ids"], "targets": batch()["labels"]}
+    expected = model(inputs)["loss"]
+    cce_patch(model)
+    with pytest.warns(CutCrossEntropyWarning, match="no labels were found .* did nothing"):
+        loss = model(inputs)["loss"]
+    assert torch.equal(loss, expected)
+    model(inputs)  # and no second warning, an error here
