@@ -197,11 +197,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         )
     inputs_to_keep = (problem.e, problem.c, problem.targets, problem.bias)
     kept = inputs_to_keep if options.keep_inputs else (None,) * 4
-    ctx.save_for_backward(*sums, *kept)
+    ctx.save_for_backward(output[0], *sums, *kept)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *nothing: Any) -> tuple[Any, ...]:
-    *saved, e, c, _, bias = ctx.saved_tensors  # once: a checkpoint computes them again each time
+    # Read once: a checkpoint computes them again each time.
+    loss, *saved, e, c, _, bias = ctx.saved_tensors
+    # Of a batch without labels a model may ask for 0 / 0, whose gradients are 0 in PyTorch.
+    grad_loss = torch.where((loss == 0) & ~grad_loss.isfinite(), 0.0, grad_loss)
     need_e, need_c, _, need_bias = ctx.needs_input_grad[:4]
     needed = (need_e, need_c, need_bias)
     sums = (total if need else None for total, need in zip(saved, needed, strict=True))

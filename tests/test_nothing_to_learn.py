@@ -45,6 +45,24 @@ def test_loss_and_gradients_are_zero(impl, reduction, leading, shift):
         assert torch.count_nonzero(grad) == 0  # NaN counts as not zero
 
 
+@pytest.mark.parametrize("impl", ALL)
+def test_a_sum_of_nothing_over_the_number_of_labels_has_gradients_of_zero(impl):
+    """The loss is 0 / 0; a gradient of NaN would stay in the parameters."""
+    problem = make_problem((2, 3), classes=7, bias=True)
+    inputs = [x.requires_grad_() for x in (problem.e, problem.c, problem.bias)]
+    e, c, bias = inputs
+    targets = torch.full_like(problem.targets, -100)
+    expected = torch.nn.functional.cross_entropy(
+        (e @ c.T + bias).flatten(0, 1), targets.flatten(), reduction="sum"
+    )
+    actual = linear_cross_entropy(e, c, targets, bias, reduction="sum", impl=impl)
+    for loss in (expected, actual):
+        loss = loss / (targets != -100).sum()
+        assert loss.isnan()
+        for grad in torch.autograd.grad(loss, inputs):
+            assert torch.count_nonzero(grad) == 0
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_long_shift_leaves_other_losses_alone(impl):
     """The last shift that leaves something, and the first that does not."""
