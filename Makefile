@@ -32,7 +32,7 @@ test: $(ENVIRONMENT)  ## all tests that need no GPU
 
 test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU
 	$(PYTHON) -m pytest -m gpu $(ARGS) tests/kernels tests/transformers/test_gpu.py \
-		tests/distributed/test_gpu_vocab_parallel.py
+		tests/adapters/test_gpu.py tests/distributed/test_gpu_vocab_parallel.py
 
 benchmark: $(ENVIRONMENT)  ## time, memory and error of all implementations
 	$(PYTHON) -m benchmark $(ARGS)

@@ -20,7 +20,7 @@ def step(function, *tensors):
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     random = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=random) for x in outputs]
+    weights = [torch.randn(x.shape, generator=random).to(x.device) for x in outputs]
     terms = [(x * w).sum() for x, w in zip(outputs, weights, strict=True) if x.requires_grad]
     sum(terms).backward()
     return [x.detach() for x in outputs], [x.grad for x in leaves]
