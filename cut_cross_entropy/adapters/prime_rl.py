@@ -15,6 +15,7 @@ SEAM = Seam(
     name="_SequenceChunkedLogProbEntropyFn",
     method="forward",
     parameters=_PARAMETERS,
+    newer_parameters=("sampling_mask", "return_mask_logprobs"),
 )
 
 GEMMA_SEAM = Seam(
@@ -32,7 +33,8 @@ def prime_rl(**options: Any) -> Adapter:
 
     It replaces ``_SequenceChunkedLogProbEntropyFn`` and its twin for Gemma, which the output layer
     calls if ``model.fused_lm_head_token_chunk_size`` is set. Entropies have a gradient then; in
-    prime-rl they have none.
+    prime-rl they have none. Where prime-rl passes a ``sampling_mask``, probabilities are normalised
+    over its classes.
 
     Args:
         **options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
@@ -55,8 +57,33 @@ def prime_rl(**options: Any) -> Adapter:
         labels: Tensor,  # (N,)
         inv_temperature: Tensor,  # (N,)
         chunk_size: int,
-        softcap: float | None = None,
-    ) -> tuple[Tensor, Any]:
+        *mask: Any,  # of later versions: (N, K) ids or None, and whether to return their logprobs
+    ) -> tuple[Any, ...]:
+        support, wanted = mask or (None, False)
+        result = adapter.compute(
+            hidden,
+            in_dtype_of(hidden, weight),
+            labels,
+            temperature=inv_temperature.reciprocal(),
+            support=support,
+            candidates=support if wanted else None,
+            outputs=["entropy"],
+        )
+        if not mask:
+            return result.logprobs, result.entropy
+        if not wanted:
+            return result.logprobs, result.entropy, None
+        replayed = (support == labels[:, None]).any(1, keepdim=True)  # others have all classes
+        return result.logprobs, result.entropy, result.candidate_logprobs * replayed
+
+    def of_gemma(
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        inv_temperature: Tensor,
+        chunk_size: int,
+        softcap: float,
+    ) -> tuple[Any, ...]:
         result = adapter.compute(
             hidden,
             in_dtype_of(hidden, weight),
@@ -67,4 +94,4 @@ def prime_rl(**options: Any) -> Adapter:
         )
         return result.logprobs, result.entropy
 
-    return adapter.install((SEAM, logprobs_and_entropy), (GEMMA_SEAM, logprobs_and_entropy))
+    return adapter.install((SEAM, logprobs_and_entropy), (GEMMA_SEAM, of_gemma))

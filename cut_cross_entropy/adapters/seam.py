@@ -27,6 +27,7 @@ class Seam:
         module: where the trainer looks the name up when it calls.
         name: of a function, or of a class whose ``apply`` the trainer calls.
         parameters: names of its parameters, without ``ctx``.
+        newer_parameters: names of those that later versions have in addition, all or none.
         method: method of the class that has these parameters; "" for a function.
         copies: module and name of what other modules import from there, and so keep.
     """
@@ -37,6 +38,7 @@ class Seam:
     name: str
     parameters: tuple[str, ...]
     method: str = ""
+    newer_parameters: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
 
     def original(self) -> Any:
@@ -66,7 +68,7 @@ class Seam:
         # A name may be bound to the ``apply`` of a class.
         function = getattr(getattr(found, "__self__", found), self.method) if self.method else found
         parameters = tuple(name for name in inspect.signature(function).parameters if name != "ctx")
-        if parameters != self.parameters:
+        if parameters not in (self.parameters, self.parameters + self.newer_parameters):
             raise self._moved(
                 f"has {path} with the parameters ({', '.join(parameters)}) instead of "
                 f"({', '.join(self.parameters)})"
@@ -102,9 +104,9 @@ class _Replacement:
 
 
 class Adapter:
-    """Functions of a trainer that stand for ours until :meth:`remove` is called.
+    """Functions of ours in the place of a trainer's, until :meth:`remove` is called.
 
-    It is a context manager too, and removes itself at the end of the block.
+    As a context manager it removes itself at the end of the block.
 
     Args:
         options: those of :func:`token_logprobs` that are the user's to choose, not the trainer's.

@@ -78,6 +78,38 @@ class SequenceChunked(_Differentiable):
         return logprobs, entropy.detach()
 
 
+class SequenceChunkedWithMask(_Differentiable):
+    """Of later versions: probabilities may be normalised over the classes of a mask."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        labels,
+        inv_temperature,
+        chunk_size,
+        sampling_mask=None,
+        return_mask_logprobs=False,
+    ):
+        logits = hidden @ weight.T * inv_temperature[:, None]
+        logprobs, entropy = plain(hidden, weight, labels, 1 / inv_temperature)
+        if sampling_mask is None:
+            return logprobs, entropy.detach(), None
+        own, of_masks = [], []
+        for row, label, mask, full in zip(logits, labels, sampling_mask, logprobs, strict=True):
+            ids = mask[mask >= 0]
+            if label not in ids:
+                own.append(full)
+                of_masks.append(torch.zeros(len(mask)))
+                continue
+            kept = row[ids].log_softmax(0)
+            own.append(kept[ids == label][0])
+            of_masks.append(F.pad(kept, (0, len(mask) - len(kept))))
+        third = torch.stack(of_masks) if return_mask_logprobs else None
+        return torch.stack(own), entropy.detach(), third
+
+
 class GemmaChunked(_Differentiable):
     @staticmethod
     def forward(ctx, hidden, weight, labels, inv_temperature, chunk_size, softcap):
@@ -85,11 +117,11 @@ class GemmaChunked(_Differentiable):
         return logprobs, entropy.detach()
 
 
-def prime_rl():
+def prime_rl(function=SequenceChunked):
     layers = "prime_rl__trainer__models__layers__"
     return modules(
         **{
-            f"{layers}lm_head": {"_SequenceChunkedLogProbEntropyFn": SequenceChunked},
+            f"{layers}lm_head": {"_SequenceChunkedLogProbEntropyFn": function},
             f"{layers}lm_head_gemma": {"_GemmaChunkedLogProbEntropyFn": GemmaChunked},
         }
     )

@@ -50,6 +50,33 @@ def test_prime_rl(softcap):
     assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("case", ["no mask", "mask", "mask with logprobs"])
+def test_prime_rl_with_a_sampling_mask(case):
+    hidden, weight, targets = problem()
+    inverse = torch.linspace(0.5, 2.0, len(targets))
+    mask = torch.arange(4 * len(targets)).view(-1, 4).int()  # most rows lack their target
+    mask[::2, 1] = targets[::2].int()
+    mask[:, 3] = -1
+    mask[3] = -1
+    options = (targets, inverse, 4, None if case == "no mask" else mask, case.endswith("logprobs"))
+    with stand_ins.prime_rl(stand_ins.SequenceChunkedWithMask):
+        module = sys.modules["prime_rl.trainer.models.layers.lm_head"]
+
+        def call(h, w):
+            found = module._SequenceChunkedLogProbEntropyFn.apply(h, w, *options)
+            assert len(found) == 3
+            logprobs, entropy, of_masks = found
+            results = (logprobs, entropy.detach(), of_masks)
+            return tuple(x for x in results if x is not None)
+
+        theirs = step(call, hidden, weight)
+        with adapters.prime_rl() as adapter:
+            ours = step(call, hidden, weight)
+    assert adapter.calls == 1
+    assert len(ours[0]) == 2 + case.endswith("logprobs")
+    assert_same(ours, theirs)
+
+
 class OneProcess:
     """A process group of one, as far as it is asked."""
 
