@@ -1,4 +1,4 @@
-"""Adapters under tensor and sequence parallelism, in two processes over gloo."""
+"""Adapters under tensor and sequence parallelism and FSDP, in two processes over gloo."""
 
 import sys
 import types
@@ -87,8 +87,43 @@ def case_megatron_sequence_parallel(rank):
 CASES = (case_liger, case_verl, case_nemo_rl, case_megatron, case_megatron_sequence_parallel)
 
 
+class Decoder(torch.nn.Module):
+    """A model as torchtitan has it, whose forward leaves the head out."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(weight.shape[1]))
+        self.lm_head = torch.nn.Linear(*reversed(weight.shape), bias=False)
+        self.lm_head.weight.data.copy_(weight)
+
+    def forward(self, hidden):
+        return hidden * self.scale
+
+
+def fsdp_of_torchtitan(rank):
+    """Loss of the own tokens, and the gradient of the whole head, which FSDP averages."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    hidden, _, targets = problem(seed=rank)
+    model = Decoder(problem()[1])
+    head = fully_shard(model.lm_head)
+    fully_shard(model)
+    with stand_ins.torchtitan():
+        cls = adapters.torchtitan()
+        inner = sys.modules["torchtitan.components.loss"].CrossEntropyLoss
+        loss = cls(cls.Config(loss_fn=inner.Config()))
+        loss.set_lm_head(head)
+        leaf = hidden.requires_grad_()
+        states = model(leaf.view(BATCH, TIME, DIM))
+        value, _ = loss(states, targets.view(BATCH, TIME), 12.0)
+    is_sharded = isinstance(head.weight, DTensor)
+    value.backward()
+    return value.detach(), leaf.grad, head.weight.grad.full_tensor(), is_sharded
+
+
 def all_cases(rank):
-    return [case(rank) for case in CASES]
+    return [*(case(rank) for case in CASES), fsdp_of_torchtitan(rank)]
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +160,18 @@ def test_every_process_has_all_results_and_its_part_of_the_gradients(results, ca
     else:
         for part in parts:
             assert_same(([part],), ([grad_hidden],))
+
+
+def test_torchtitan_under_fsdp(results):
+    weight = problem()[1].requires_grad_()
+    losses = []
+    for rank in range(WORLD):
+        hidden, _, targets = problem(seed=rank)
+        leaf = hidden.requires_grad_()
+        loss = torch.nn.functional.cross_entropy(leaf @ weight.T, targets)
+        loss.backward()
+        losses.append((loss.detach(), leaf.grad))
+    for rank, (*_, (loss, grad_hidden, grad_weight, is_sharded)) in enumerate(results):
+        assert is_sharded  # again, after the forward
+        own = ([loss], [grad_hidden, grad_weight])
+        assert_same(own, ([losses[rank][0]], [losses[rank][1], weight.grad / WORLD]))
