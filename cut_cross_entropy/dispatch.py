@@ -154,12 +154,14 @@ def sum_of_losses(
         chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
         if chosen == "chunked" and chunked_sum.tokens_per_chunk(problem):
             return run_chunked_sum(problem, needed, keep_inputs=keep_inputs)
-        if (
-            chosen in KERNEL_IMPLS
-            and not _filter(chosen, kernel_options, filter_mass, world_size).is_on
-            and powers_per_chunk(problem, needed)
-        ):
-            return run_kernel_sum(problem, needed, keep_inputs=keep_inputs)
+        if chosen in KERNEL_IMPLS:
+            filter_ = _filter(chosen, kernel_options, filter_mass, world_size)
+            # One exact gradient and one filtered take longer than both from one pass.
+            filtered_e, filtered_c = (filter_.is_on and x for x in (filter_.e, filter_.c))
+            exact_e = needed.e and not filtered_e
+            exact_c = (needed.c or needed.bias) and not filtered_c
+            if (exact_e or exact_c) and powers_per_chunk(problem, needed):
+                return run_kernel_sum(problem, needed, keep_inputs=keep_inputs)
     results = token_losses(
         impl, problem, kernel_options, filter_mass=filter_mass, world_size=world_size
     )

@@ -310,7 +310,14 @@ def test_options(error, changes, message):
     refused(error, message, **changes)
 
 
-FLAGS = ("return_lse", "accum_e_fp32", "accum_c_fp32", "filter_e_grad", "filter_c_grad")
+FLAGS = (
+    "return_lse",
+    "accum_e_fp32",
+    "accum_c_fp32",
+    "filter_e_grad",
+    "filter_c_grad",
+    "recompute",
+)
 
 
 @pytest.mark.parametrize("flag", FLAGS)

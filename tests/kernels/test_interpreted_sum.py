@@ -162,11 +162,34 @@ def test_float16_computes_the_logits_again(chunks):
 
 
 def test_a_filter_needs_the_logits_again(chunks):
-    for impl in ("cce", "cce_kahan_full_c"):
-        run_ours(make_problem(), impl, return_lse=False)
+    for options in (
+        {"impl": "cce"},
+        {"impl": "cce_kahan_full_c", "needed": ("e",)},
+        {"impl": "cce_kahan_full_e", "needed": ("c", "bias")},
+        {"impl": "cce", "filter_c_grad": False, "needed": ("e",)},
+    ):
+        run_ours(make_problem(bias=True), return_lse=False, **options)
     assert not chunks
-    run_ours(make_problem(), "cce", return_lse=False, filter_eps=None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"impl": "cce", "filter_eps": None},
+        {"impl": "cce_kahan_full_c"},
+        {"impl": "cce_kahan_full_c", "needed": ("bias",)},
+        {"impl": "cce_kahan_full_e", "needed": ("e",)},
+        {"impl": "cce", "filter_e_grad": False},
+    ],
+)
+def test_one_exact_gradient_makes_both_exact(options, chunks):
+    """Both from one pass take less time than a filter for the other one."""
+    problem = make_problem(bias=True)
+    ours = run_ours(problem, return_lse=False, **options)
     assert len(chunks) == 1
+    exact = run_ours(problem, "reference", return_lse=False)
+    for name, value in ours.named().items():
+        torch.testing.assert_close(value, exact.named()[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
