@@ -152,7 +152,7 @@ def sum_of_losses(
     is_plain = problem.group is None and problem.multiplier is None
     if any(needed.flat()) and is_plain and not recompute and not is_transformed():
         chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
-        if chosen == "chunked" and chunked_sum.tokens_per_chunk(problem):
+        if chosen == "chunked" and chunked_sum.tokens_per_chunk(problem, needed):
             return run_chunked_sum(problem, needed, keep_inputs=keep_inputs)
         if chosen in KERNEL_IMPLS:
             filter_ = _filter(chosen, kernel_options, filter_mass, world_size)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy, sum_operators
 from cut_cross_entropy.implementations import chunked, chunked_sum
-from cut_cross_entropy.problem import Problem
+from cut_cross_entropy.problem import Needed, Problem
 from tests.support import check, full_logits, make_problem, run_ours
 from tests.test_memory import peak_bytes
 
@@ -62,7 +62,21 @@ def test_several_chunks(dtype, softcap, ignored, reduction, passes, small_chunks
     assert passes == ["loss_and_gradients"]
     tensors = (problem.e[0], problem.c, problem.targets, problem.bias)
     call = Problem(*tensors, -100, softcap, dtype, budget)
-    assert 1 < chunked_sum.tokens_per_chunk(call) < 20
+    assert 1 < chunked_sum.tokens_per_chunk(call, Needed(True, True, True)) < 20
+
+
+def test_a_chunk_takes_the_memory_of_the_gradient_of_c_on_a_gpu():
+    """Which stands unused until the backward. On a CPU larger chunks are not faster."""
+    sizes = {}
+    for device in ("cpu", "meta"):
+        e, c = (torch.empty(n, 512, device=device) for n in (1, 2**16))
+        call = Problem(e, c, e, None, -100, None, torch.float32, 2**28)
+        for with_c in (False, True):
+            needed = Needed(True, with_c, False)
+            sizes[device, with_c] = chunked_sum.tokens_per_chunk(call, needed)
+    assert sizes["cpu", True] == sizes["cpu", False] == sizes["meta", False]
+    assert sizes["cpu", True] == 992
+    assert sizes["meta", True] == 992 + 496
 
 
 @pytest.mark.parametrize("needed", [("e",), ("c",), ("bias",), ("e", "c"), ("c", "bias")])

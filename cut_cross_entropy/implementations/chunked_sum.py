@@ -22,8 +22,12 @@ MIN_TOKENS = 128
 MIN_TOKENS_HALF = 512  # tensor cores multiply faster
 
 
-def tokens_per_chunk(problem: Problem) -> int:
-    """Return how many tokens' logits fit the budget; 0 if they are too few to be worth it."""
+def tokens_per_chunk(problem: Problem, needed: Needed) -> int:
+    """Return how many tokens' logits fit the budget; 0 if they are too few to be worth it.
+
+    Outside of a CPU, where larger chunks are faster, they also take as many bytes as the gradient
+    of c: beside the sums, the backward allocates those, and the forward does not.
+    """
     (num_classes, dim), wide = problem.c.shape, problem.wide.itemsize
     half = problem.compute_dtype.itemsize == 2 and problem.e.device.type == "cuda"
     # Logits, the slope of a softcap, and what the products take of them in half precision.
@@ -31,8 +35,10 @@ def tokens_per_chunk(problem: Problem) -> int:
     if half:
         per_class += problem.compute_dtype.itemsize
     per_token = per_class * num_classes + 4 * dim * wide  # rows of e, also scaled, and of dE
-    copies = _classes_per_product(problem) * dim * wide
-    tokens = (problem.memory_budget - copies) // per_token
+    num_bytes = problem.memory_budget - _classes_per_product(problem) * dim * wide
+    if needed.c and problem.e.device.type != "cpu":
+        num_bytes += num_classes * dim * problem.c.dtype.itemsize
+    tokens = num_bytes // per_token
     return tokens if tokens >= (MIN_TOKENS_HALF if half else MIN_TOKENS) else 0
 
 
@@ -53,7 +59,7 @@ def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
     """
     blocks, bias, softcap, wide = Blocks(problem), problem.bias, problem.softcap, problem.wide
     (num_classes, dim), num_kept = problem.c.shape, blocks.num_kept
-    num_chunks = -(-num_kept // max(1, tokens_per_chunk(problem)))
+    num_chunks = -(-num_kept // max(1, tokens_per_chunk(problem, needed)))
     rows = -(-num_kept // max(1, num_chunks))  # chunks of about equal size
     classes_at_a_time = _classes_per_product(problem) or num_classes
     make = functools.partial(torch.empty, dtype=wide, device=problem.e.device)
