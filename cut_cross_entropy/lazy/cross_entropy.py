@@ -12,6 +12,8 @@ from cut_cross_entropy.lazy.recipe import Recipe, fold, is_foldable
 from cut_cross_entropy.lazy.value import LazyValue
 from cut_cross_entropy.linear_cross_entropy import linear_cross_entropy
 
+NOTHING: dict[str, Any] = {}
+
 
 def cross_entropy(
     input: LazyValue,  # (N, V)
@@ -45,18 +47,21 @@ def cross_entropy(
         and target.ndim == 1
         and not input.recipe.has_tanh
     )
-    missing = (
-        None
-        if is_usual
-        else _what_is_missing(input, target, weight, size_average, reduce, label_smoothing)
-    )
+    missing = None if is_usual else _what_is_missing(input, target, weight, size_average, reduce)
     if missing is not None:
         logits = input.materialise(missing)
         loss = F.cross_entropy(
             logits, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
     else:
-        loss = fused_cross_entropy(input, target, ignore_index, reduction, input.dtype)
+        further: dict[str, Any] = {}
+        if weight is not None:
+            further["class_weights"] = weight
+        if label_smoothing:
+            further["label_smoothing"] = label_smoothing
+        loss = fused_cross_entropy(
+            input, target, ignore_index, reduction, input.dtype, further=further
+        )
 
     if reduction == "none" and asked != "none":
         loss = _per_token(loss, target, record)
@@ -70,6 +75,7 @@ def fused_cross_entropy(
     reduction: str,
     dtype: torch.dtype,
     shift: bool = False,
+    further: dict[str, Any] = NOTHING,
 ) -> Tensor:
     """Compute the loss of logits that :func:`is_foldable` accepts by the operator.
 
@@ -80,6 +86,7 @@ def fused_cross_entropy(
         reduction: see ``linear_cross_entropy``.
         dtype: of the logits in the model's code.
         shift: position t predicts target t + 1; ``target`` has the leading shape of ``logits``.
+        further: more options of ``linear_cross_entropy``.
     """
     call = logits.call
     options = call.record.options.to_kwargs()
@@ -102,6 +109,7 @@ def fused_cross_entropy(
                 VocabParallelOptions.from_dtensor(c) if recipe.is_divided else None
             ),
             **options,
+            **further,
         )
         assert isinstance(result, Tensor)
         return result
@@ -119,16 +127,14 @@ def fused_cross_entropy(
 
 
 def _what_is_missing(
-    logits: Any, target: Any, weight: Any, size_average: Any, reduce: Any, label_smoothing: float
+    logits: Any, target: Any, weight: Any, size_average: Any, reduce: Any
 ) -> str | None:
     """Why the operator cannot compute this loss, or None if it can."""
     name = "F.cross_entropy"
     if logits.is_changed:
         return f"{name} of logits that may have been changed in place"
-    if weight is not None:
-        return f"{name} with class weights"
-    if label_smoothing:
-        return f"{name} with label smoothing"
+    if weight is not None and (type(weight) is not Tensor or weight.requires_grad):
+        return f"{name} with class weights that have a gradient or are not a plain tensor"
     if size_average is not None or reduce is not None:
         return f"{name} with size_average or reduce"
     if not isinstance(target, Tensor):

@@ -219,30 +219,29 @@ def test_a_retained_gradient_is_that_of_the_logits():
     torch.testing.assert_close(setting.lazy.grad, setting.real.grad)
 
 
-ORDINARY = {
-    "class weights": {"weight": torch.linspace(0.5, 1, CLASSES)},
-    "label smoothing": {"label_smoothing": 0.1},
-}
-
-
-@pytest.mark.parametrize("name", ORDINARY)
-def test_what_the_operator_lacks_takes_the_ordinary_path_and_says_so_once(name):
+def test_what_the_operator_lacks_takes_the_ordinary_path_and_says_so_once():
     setting = Setting()
-    targets = setting.targets.flatten()
-    expected = F.cross_entropy(setting.real.flatten(0, 1), targets, **ORDINARY[name])
-    with pytest.warns(CutCrossEntropyWarning, match=name):
-        actual = F.cross_entropy(setting.lazy.flatten(0, 1), targets, **ORDINARY[name])
-    F.cross_entropy(setting.lazy.flatten(0, 1), targets, **ORDINARY[name])  # no second warning
+    soft = torch.softmax(torch.randn(BATCH * TIME, CLASSES), -1)
+    expected = F.cross_entropy(setting.real.flatten(0, 1), soft)
+    with pytest.warns(CutCrossEntropyWarning, match="soft targets"):
+        actual = F.cross_entropy(setting.lazy.flatten(0, 1), soft)
+    F.cross_entropy(setting.lazy.flatten(0, 1), soft)  # no second warning
     torch.testing.assert_close(actual, expected)
     assert setting.record.losses == 0
 
 
-def test_soft_targets_take_the_ordinary_path():
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "options", [{"weight": torch.linspace(0.5, 1, CLASSES)}, {"label_smoothing": 0.1}]
+)
+def test_class_weights_and_label_smoothing(options, reduction):
     setting = Setting()
-    soft = torch.softmax(torch.randn(BATCH * TIME, CLASSES), -1)
-    with pytest.warns(CutCrossEntropyWarning, match="soft targets"):
-        actual = F.cross_entropy(setting.lazy.flatten(0, 1), soft)
-    torch.testing.assert_close(actual, F.cross_entropy(setting.real.flatten(0, 1), soft))
+    targets = setting.targets.flatten()
+    options = {**options, "reduction": reduction}
+    expected = F.cross_entropy(setting.real.flatten(0, 1), targets, **options)
+    actual = F.cross_entropy(setting.lazy.flatten(0, 1), targets, **options)
+    torch.testing.assert_close(actual, expected)
+    assert setting.record.losses == 1
 
 
 def test_a_softcap_below_zero_takes_the_ordinary_path():
