@@ -1,6 +1,7 @@
 """TRL's output layer, computed by ours: against its own function, and in its trainers."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from cut_cross_entropy import adapters
 from cut_cross_entropy.transformers import cce_patch
 from tests.transformers.models import llama
 from tests.transformers.test_trainers import losses, tokenizer
+from tests.transformers.tiny import tiny_inputs, tiny_model
 
 # What these packages warn about themselves.
 pytestmark = [
@@ -139,6 +141,34 @@ def test_an_output_that_a_newer_trl_may_ask_for_is_refused():
         trl_utils._ChunkedLogProbFunction.apply(
             hidden, weight, None, targets, 1.0, CHUNK, None, 1.0, ("max_logits",)
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Gemma2ForCausalLM", "gemma2"),  # a softcap
+        ("CohereForCausalLM", "cohere"),  # logits are multiplied
+        ("GraniteForCausalLM", "granite"),  # and divided
+        ("PhiForCausalLM", "phi"),  # a bias
+    ],
+)
+def test_what_heads_do_to_logits(name, kind):
+    model = tiny_model(getattr(transformers, name), kind)
+    inputs = tiny_inputs(model)
+    trl_utils.add_fused_lm_head(model, temperature=0.8, outputs=("log_probs", *ALL))
+    results = []
+    for active in (False, True):
+        model.zero_grad()
+        with adapters.trl() if active else nullcontext():
+            output = model(**inputs, fused_lm_head=True)
+        output.loss.backward()
+        results.append((output, [p.grad for p in model.parameters()]))
+    (theirs, their_grads), (ours, our_grads) = results
+    for field in ("loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits"):
+        torch.testing.assert_close(ours[field], theirs[field], rtol=1e-5, atol=2e-6)
+    assert torch.equal(ours.is_top1, theirs.is_top1)
+    for mine, other in zip(our_grads, their_grads, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
 def test_compiled_code_is_counted_when_it_is_traced():
