@@ -77,9 +77,13 @@ class _Compiled(Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         if not any(ctx.needs_input_grad):
             return _run_compiled(*inputs)
-        ctx.graph = _differentiable(inputs, ctx.needs_input_grad)
+        leaves, results = _differentiable(inputs, ctx.needs_input_grad)
+        for leaf in leaves:  # what the backward needs of them is saved, where hooks may move it
+            leaf.data = leaf.new_empty(0)
+        ctx.graph = leaves, results
+        ctx.inputs = [None if isinstance(x, Tensor) else (x,) for x in inputs]
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
-        return tuple(x.detach() for x in ctx.graph[1])
+        return tuple(x.detach() for x in results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,9 +92,10 @@ class _Compiled(Function):
         # Reading them refuses inputs that were modified in place since the forward.
         saved = ctx.saved_tensors if retained or torch.is_grad_enabled() else ()
         if retained:
-            leaves, results = _differentiable(leaves, ctx.needs_input_grad)
-        needed = [x for x, need in zip(leaves, ctx.needs_input_grad, strict=True) if need]
-        found = torch.autograd.grad(results, needed, grads)
+            tensors = iter(saved)
+            inputs = [next(tensors) if x is None else x[0] for x in ctx.inputs]
+            leaves, results = _differentiable(inputs, ctx.needs_input_grad)
+        found = torch.autograd.grad(results, leaves, grads)
         if torch.is_grad_enabled():
             found = refuse_to_differentiate(found, (*grads, *saved))
         remaining = iter(found)
@@ -99,14 +104,14 @@ class _Compiled(Function):
 
 def _differentiable(
     inputs: Sequence[Any], needed: Sequence[bool]
-) -> tuple[list[Any], tuple[Tensor, ...]]:
-    """Results with a graph of their own, and its leaves."""
-    leaves = [
-        x.detach().requires_grad_(need) if isinstance(x, Tensor) else x
-        for x, need in zip(inputs, needed, strict=True)
-    ]
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Results with a graph of their own, and the leaves of those that are ``needed``."""
+    leaves = [x.detach().requires_grad_() for x, need in zip(inputs, needed, strict=True) if need]
     with torch.enable_grad(), torch.autocast(leaves[0].device.type, enabled=False):
-        return leaves, _run_compiled(*leaves)
+        # Views: autograd would save the leaves themselves, whatever happens to their memory.
+        views = iter([leaf.view_as(leaf) for leaf in leaves])
+        args = [next(views) if need else x for x, need in zip(inputs, needed, strict=True)]
+        return leaves, _run_compiled(*args)
 
 
 def _run_compiled(*inputs: Any) -> tuple[Tensor, Tensor]:

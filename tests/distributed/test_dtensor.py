@@ -333,7 +333,7 @@ def loss_beside_a_model_that_fsdp_manages(rank, reshard):
         close(grad, wanted.grad / WORLD, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@case(("chunked", False), ("chunked", True), ("reference", True))
+@case(("chunked", False), ("chunked", True), ("reference", True), ("torch_compile", True))
 def the_whole_lives_while_it_is_needed(rank, impl, recompute):
     """Gathered for the loss, and again for the gradients that are not computed with it."""
     from cut_cross_entropy.distributed import data_parallel
