@@ -28,6 +28,7 @@ from cut_cross_entropy.problem import (
 )
 from cut_cross_entropy.transforms import (
     is_computed_again,
+    is_transformed,
     refuse_second_derivative,
     transformable,
 )
@@ -207,13 +208,33 @@ def _backward(ctx: Any, grad_loss: Tensor, *nothing: Any) -> tuple[Any, ...]:
     grad_loss = torch.where((loss == 0) & ~grad_loss.isfinite(), 0.0, grad_loss)
     need_e, need_c, _, need_bias = ctx.needs_input_grad[:4]
     needed = (need_e, need_c, need_bias)
-    sums = (total if need else None for total, need in zip(saved, needed, strict=True))
-    found = _call_scaled(grad_loss, *sums, e, c, bias, *ctx.dtypes)
-    grad_e, grad_c, grad_bias = (
-        grad if need else None for grad, need in zip(found, needed, strict=True)
-    )
+    sums = [total if need else None for total, need in zip(saved, needed, strict=True)]
+    grads: list[Tensor | None] = [None, None, None]
+    for i, (total, dtype) in enumerate(zip(sums, ctx.dtypes, strict=True)):
+        if total is not None and _may_overwrite(total, dtype):
+            grads[i], sums[i] = total.mul_(grad_loss), None
+    if any(total is not None for total in sums):
+        found = _call_scaled(grad_loss, *sums, e, c, bias, *ctx.dtypes)
+        grads = [
+            grad if total is None else new
+            for grad, total, new in zip(grads, sums, found, strict=True)
+        ]
+    grad_e, grad_c, grad_bias = grads
     nothing_else = (None,) * (_NUM_FIELDS - 4 + len(fields(SumOptions)))
     return grad_e, grad_c, None, grad_bias, *nothing_else
+
+
+def _may_overwrite(total: Tensor, dtype: torch.dtype) -> bool:
+    """Whether this backward is the last to read a sum, which then becomes the gradient."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return (
+        keeps_graph is not None  # since PyTorch 2.5
+        and type(total) is Tensor  # not within the compiler
+        and total.dtype == dtype
+        and not torch.is_grad_enabled()
+        and not is_transformed()
+        and not keeps_graph()
+    )
 
 
 for operator in (chunked_sums, cce_sums):
