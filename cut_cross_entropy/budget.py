@@ -2,6 +2,7 @@
 
 import torch
 
+from cut_cross_entropy.constants import BLOCK_TOKENS
 from cut_cross_entropy.problem import Needed, Problem
 
 # The sums of dC are read and written once per chunk: with fewer tokens in it, that takes longer
@@ -28,4 +29,4 @@ def powers_per_chunk(problem: Problem, needed: Needed) -> int:
     per_token = itemsize * num_classes + dim * (itemsize + 4)  # e scaled, and a row of dE
     tokens = min(num_bytes // per_token, MAX_ELEMENTS // num_classes)
     least = MIN_TOKENS if needed.c else MIN_TOKENS_WITHOUT_C
-    return tokens // least * least
+    return tokens // BLOCK_TOKENS * BLOCK_TOKENS if tokens >= least else 0

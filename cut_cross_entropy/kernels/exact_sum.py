@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cut_cross_entropy.budget import MIN_TOKENS, powers_per_chunk
+from cut_cross_entropy.budget import powers_per_chunk
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.exact import (
@@ -45,13 +45,13 @@ from cut_cross_entropy.kernels.primitives import (
     transform_logits,
 )
 from cut_cross_entropy.kernels.step import in_compute_dtype, raise_bound_by_frequent
-from cut_cross_entropy.kernels.tiles import swizzle_width
+from cut_cross_entropy.kernels.tiles import swizzle_width, tiles_on
 from cut_cross_entropy.kernels.tokens import Tokens, score_targets
 from cut_cross_entropy.problem import Needed, Problem, SumGradients
 from cut_cross_entropy.validation import check_target_range
 
 OVERFLOW = tl.constexpr(100.0)  # log2 of a sum over its bound; e over it has to stay normal
-MIN_SEGMENTS = 16  # of the classes, each of which takes a program for a block of tokens
+SEGMENTS = range(16, 49)  # of the classes, each of which takes a program for a block of tokens
 RUN = 4  # tokens of one target that are added together
 ALIGNED = 256  # classes of a library product, but for the last few
 
@@ -366,7 +366,18 @@ class _Chunk:
     nll: Tensor  # (N,)
     factor: Tensor  # (N,)
     target: Tensor  # (N,)
-    num_segments: int
+    segment_tiles: int
+
+
+def choose_segment_tiles(num_blocks: int, num_tiles: int) -> int:
+    """Return how many tiles of classes a program takes, so that a GPU is busy to the end."""
+    sizes = {triton.cdiv(num_tiles, segments) for segments in SEGMENTS}
+
+    def duration(tiles: int) -> int:
+        programs = num_blocks * triton.cdiv(num_tiles, tiles)
+        return int(triton.cdiv(programs, PROGRAMS_IN_FLIGHT)) * tiles
+
+    return int(min(sorted(sizes, reverse=True), key=duration))
 
 
 def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
@@ -397,17 +408,16 @@ def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
     flags = torch.zeros(num_blocks, dtype=torch.int32, device=e.device)
     shared = (problem.c, problem.bias, problem.softcap)
     raise_bound_by_frequent(PassInputs(tokens.e, *shared, bound, flags), problem)
-    # Not of the tokens that there are: the sums of a token do not depend on the others.
-    num_segments = max(MIN_SEGMENTS, PROGRAMS_IN_FLIGHT * BLOCK_T // most)
     nll, factor, target = aligned_rows(3, num_tokens, torch.float32, e.device, zeros=True)
 
     count = num_tokens if num_valid is None else int(num_valid.wait())
     if recording() and num_valid is not None:
         report(FilterRecord("exact", 1.0, 0.0, 0, count))
     end = min(-(-max(count, 1) // BLOCK_T) * BLOCK_T, num_tokens)
-    # Chunks of about equal size, in whole turns of the programs that a GPU runs at a time.
-    num_chunks, unit = triton.cdiv(end, most), min(most, MIN_TOKENS)
-    rows = min(triton.cdiv(triton.cdiv(end, num_chunks), unit) * unit, end)
+    rows = triton.cdiv(end, triton.cdiv(end, most))  # chunks of about equal size
+    rows = min(triton.cdiv(rows, BLOCK_T) * BLOCK_T, end)
+    num_tiles = triton.cdiv(num_classes, tiles_on(e.device).block_v)
+    segment_tiles = choose_segment_tiles(triton.cdiv(rows, BLOCK_T), num_tiles)
     stride = -(-num_classes // ALIGNED) * ALIGNED  # rows stay aligned
     buffer = make((rows, stride), dtype=problem.c.dtype)
     product = make((rows, dim) if needed.e else 0, dtype=torch.float32)
@@ -424,7 +434,7 @@ def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
             nll=nll[part],
             factor=factor[part],
             target=target[part],
-            num_segments=num_segments,
+            segment_tiles=segment_tiles,
         )
         powers = buffer[: stop - start, :num_classes]
         _store_powers(chunk, powers)
@@ -456,8 +466,7 @@ def _store_powers(chunk: _Chunk, powers: Tensor) -> None:
     (num_tokens, dim), num_classes = e.shape, inputs.c.shape[0]
     num_blocks = triton.cdiv(num_tokens, BLOCK_T)
     num_tiles = triton.cdiv(num_classes, tiles.block_v)
-    segment_tiles = triton.cdiv(num_tiles, chunk.num_segments)
-    num_segments = triton.cdiv(num_tiles, segment_tiles)
+    segment_tiles, num_segments = chunk.segment_tiles, triton.cdiv(num_tiles, chunk.segment_tiles)
     parts = torch.empty((num_segments, num_tokens), dtype=torch.float32, device=e.device)
     inputs.flags.zero_()
     (e_operand, e_tma), (c_operand, c_tma) = inputs.operands

@@ -13,7 +13,7 @@ from cut_cross_entropy.kernels.launch import launch
 BLOCK = 4096
 
 
-@triton.jit(do_not_specialize=["num_elements"])
+@triton.jit  # specialised on the number of elements: a mask of any number would forbid vectors
 def scale_kernel(
     total_ptr,  # (num_elements,)
     factor_ptr,  # ()

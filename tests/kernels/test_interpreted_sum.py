@@ -269,6 +269,19 @@ def test_slices_of_products(num_classes, monkeypatch):
     assert num_classes % 8 == 0 or slices[-1].stop - slices[-1].start < 256
 
 
+@pytest.mark.parametrize(
+    ("blocks", "tiles", "expected"),
+    [
+        (8, 594, 38),  # 16 segments: 128 programs
+        (14, 594, 33),  # 18 segments: 252 programs, two turns of 128
+        (2, 594, 13),  # as many segments as there may be
+        (1, 3, 1),
+    ],
+)
+def test_segments_keep_a_gpu_busy(blocks, tiles, expected):
+    assert exact_sum.choose_segment_tiles(blocks, tiles) == expected
+
+
 def problem_of_size(num_classes, dim, dtype=torch.bfloat16, memory_budget=2**28):
     from cut_cross_entropy.problem import Problem
 
@@ -279,11 +292,11 @@ def problem_of_size(num_classes, dim, dtype=torch.bfloat16, memory_budget=2**28)
 @pytest.mark.parametrize(
     ("num_classes", "dim", "dtype", "with_c", "without_c"),
     [
-        (256000, 2304, torch.bfloat16, 2048, 256),
-        (128256, 4096, torch.bfloat16, 4096, 768),
-        (151936, 1024, torch.bfloat16, 1024, 768),
-        (128256, 4096, torch.float32, 4096, 768),  # autocast: a copy of c takes half of dC's bytes
-        (262144, 640, torch.bfloat16, 1024, 256),
+        (256000, 2304, torch.bfloat16, 2688, 384),
+        (128256, 4096, torch.bfloat16, 4608, 896),
+        (151936, 1024, torch.bfloat16, 1792, 768),
+        (128256, 4096, torch.float32, 4608, 896),  # autocast: a copy of c takes half of dC's bytes
+        (262144, 640, torch.bfloat16, 1024, 384),
         (2**20, 512, torch.bfloat16, 0, 0),
     ],
 )
