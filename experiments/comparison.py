@@ -26,6 +26,7 @@ from cut_cross_entropy.benchmark.measure import synchronize
 from cut_cross_entropy.benchmark.output import write_json
 from cut_cross_entropy.options import ALL_IMPLS
 from experiments.corpus import installed_roots
+from training.arguments import Parser, add_settings, config_from
 from training.loop import Schedule, draw_batches, train_steps
 from training.losses import FULL, hidden_states, make_loss
 
@@ -41,8 +42,13 @@ CPU_METHODS = [FULL, "chunked", REORDERED]
 MEASUREMENTS = Path("docs/measurements/experiments")
 """Folder of the records that the documentation is made from."""
 
+LABELS = {"sequence_length": "length"}
+"""Settings that records name otherwise."""
+
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "cut-cross-entropy")
-SETTINGS = ("steps", "batch_size", "length", "learning_rate", "warmup_steps")
+SETTINGS = ("steps", "batch_size", "sequence_length", "learning_rate", "warmup_steps")
+"""Settings of the training script that the experiments have too."""
+
 JUDGED_TOKENS = 4096
 """Tokens whose logits the held-out loss holds at a time."""
 
@@ -73,11 +79,10 @@ class Experiment(ABC):
 
     def measure(self, model: Any, batches: Tensor) -> dict[str, Any]:
         """Measure a model that trains on ``batches`` (S, B, T) on the text that was held out."""
-        return {"held_out_loss": mean(token_losses(model, self.held_out, self.autocast)[0])}
+        return {"held_out_loss": mean(token_losses(model, self.held_out)[0])}
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         self.arguments, self.device = arguments, device
-        self.autocast: bool = arguments.autocast
         self.roots: list[Path] = arguments.roots or installed_roots()
         self.characters = int(arguments.megabytes * 1e6)
 
@@ -114,16 +119,16 @@ def sha256(tokens: Tensor) -> str:
 def token_losses(
     model: Any,
     windows: Tensor,  # (n, T), int64, on the model's device
-    autocast: bool,
     classes: Tensor | None = None,  # (V,), bool
+    autocast: bool = True,
 ) -> tuple[Tensor, float]:
     """Compute the loss of every token but the first of a window, by full logits in float32.
 
     Args:
         model: a causal language model whose head is a plain product.
         windows: token ids, (n, T).
-        autocast: whether the body computes in bfloat16.
         classes: classes whose probability is added up.
+        autocast: whether the body computes in bfloat16.
 
     Returns:
         Losses (n, T - 1) on the CPU, and the mean probability of ``classes`` (0 without them).
@@ -150,6 +155,7 @@ def train(
     batches: Tensor,  # (S, B, T), int64, on the model's device
     schedule: Schedule,
     interval: int,
+    autocast: bool = True,
 ) -> dict[str, Any]:
     """Train ``model``, and measure it after every ``interval`` steps and at the end.
 
@@ -170,7 +176,7 @@ def train(
     losses, judged, peak = torch.zeros(steps, device=device), [], 0
     first_timed = min(10, steps - 1)  # those before compile kernels and choose their settings
     began, measuring = time.perf_counter(), 0.0
-    found = train_steps(model, loss, shown, schedule, experiment.autocast)
+    found = train_steps(model, loss, shown, schedule, autocast)
     for done, value in enumerate(found, start=1):
         losses[done - 1] = value
         if done == first_timed:
@@ -205,17 +211,14 @@ def run(name: str, kind: type[Experiment], arguments: argparse.Namespace) -> Pat
         ValueError, FileNotFoundError, RuntimeError: wrong settings, no such model, no text.
     """
     end, longest = time.monotonic() + arguments.time_limit, 0.0
-    chosen = arguments.device
-    if chosen == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(chosen)
+    device = config_from(arguments).torch_device()
     methods = arguments.methods or (GPU_METHODS if device.type == "cuda" else CPU_METHODS)
     experiment = kind(arguments, device)
     trained, held_out = experiment.training, experiment.held_out
     if not (len(trained) and len(held_out)):
         raise ValueError(
             f"megabytes must give more text than {arguments.held_out} sequences of "
-            f"{arguments.length} tokens, which are held out"
+            f"{arguments.sequence_length} tokens, which are held out"
         )
     print(f"{trained.numel()} tokens to train on, {held_out.numel()} held out, on {device}")
     schedule = Schedule(
@@ -230,14 +233,14 @@ def run(name: str, kind: type[Experiment], arguments: argparse.Namespace) -> Pat
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
         label = device_name.lower().removeprefix("nvidia ").split()[0]
-    path: Path = arguments.out / f"{name}_{arguments.device_label or label}.json"
+    path: Path = arguments.out / f"{name}_{label}.json"
     record: dict[str, Any] = {
         "experiment": name,
         "machine": machine(device_name, arguments.commit),
         "settings": {
-            **{setting: getattr(arguments, setting) for setting in SETTINGS},
+            **{LABELS.get(x, x): getattr(arguments, x) for x in SETTINGS},
             **experiment.settings,
-            "precision": "float32 parameters" + ", bfloat16 autocast" * experiment.autocast,
+            "precision": "float32 parameters, bfloat16 autocast",
         },
         "data": {**experiment.data, "held_out_tokens": held_out.numel()},
         "runs": [],
@@ -280,13 +283,16 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
     }
 
 
-def build_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """Build the options that every experiment has; it sets the defaults of most of them."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m experiments.{name}",
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def build_parser(name: str, description: str, **defaults: Any) -> Parser:
+    """Build the options that every experiment has.
+
+    Args:
+        name: module of the experiment.
+        description: for ``--help``.
+        defaults: those that differ between experiments.
+    """
+    parser = Parser(prog=f"python -m experiments.{name}", description=description)
+    add_settings(parser, (*SETTINGS, "device"), **defaults)
     add = parser.add_argument
     add("--out", type=Path, default=MEASUREMENTS, help="folder of the JSON file")
     add(
@@ -298,36 +304,21 @@ def build_parser(name: str, description: str) -> argparse.ArgumentParser:
         f"batch reversed) or an implementation; unless given: {' '.join(GPU_METHODS)} on a GPU, "
         f"{' '.join(CPU_METHODS)} without one",
     )
-    add("--device", default="auto", help="cpu, cuda; auto takes a GPU if there is one")
-    add("--device-label", help="name of the device in the file's name; unless given, its own name")
     add("--commit", help="commit of the code, where neither COMMIT nor git says it")
+    add("--seeds", type=int, help="number of seeds")
     add("--first-seed", type=int, default=0, help="first seed; the others follow")
     add("--time-limit", type=float, default=600.0, help="seconds within which runs have to end")
     add("--roots", type=Path, nargs="+", help="folders of the text; unless given, Python's own")
-    add(
-        "--autocast",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compute in bfloat16; the parameters are float32 either way",
-    )
-    add("--smoke", action="store_true", help="tiny settings that test the code in seconds")
-    add("--steps", type=int, help="steps of every run")
-    add("--batch-size", type=int, help="sequences per step")
-    add("--length", type=int, help="tokens per sequence")
-    add("--held-out", type=int, help="sequences held out")
-    add("--learning-rate", type=float, help="highest learning rate")
-    add("--warmup-steps", type=int, help="steps of linear rise")
     add("--megabytes", type=float, help="text to read")
-    add("--seeds", type=int, help="number of seeds")
+    add("--held-out", type=int, help="sequences held out")
     add("--judge-interval", type=int, help="steps between measurements; the last has one anyway")
+    add("--smoke", action="store_true", help="tiny settings that test the code in seconds")
+    parser.set_defaults(**defaults)
     return parser
 
 
 def main(
-    parser: argparse.ArgumentParser,
-    smoke: dict[str, Any],
-    kind: type[Experiment],
-    argv: Sequence[str] | None,
+    parser: Parser, smoke: dict[str, Any], kind: type[Experiment], argv: Sequence[str] | None
 ) -> int:
     """Run the command line; ``--smoke`` has other defaults. Exit code 0 done, 2 wrong input."""
     name = parser.prog.rpartition(".")[2]

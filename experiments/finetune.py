@@ -14,22 +14,35 @@ import torch
 from experiments import comparison
 from experiments.comparison import Experiment, cut_windows, sha256, tokenize
 from experiments.corpus import docstrings
-from training.models import SMOLLM2, load_model
+from training.arguments import Parser, add_settings
+from training.models import load_model
 
-SMOKE = {"steps": 3, "batch_size": 2, "length": 16, "held_out": 2, "megabytes": 0.3, "seeds": 1}
+SMOKE = {
+    "steps": 3,
+    "batch_size": 2,
+    "sequence_length": 16,
+    "held_out": 2,
+    "megabytes": 0.3,
+    "seeds": 1,
+}
 """Settings of ``--smoke``: all of the code, in seconds on a CPU."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the command line."""
-    parser = comparison.build_parser("finetune", "Fine-tuning curves with full logits and without.")
-    parser.add_argument(
-        "--model", default=SMOLLM2, help="a folder, a .gguf file, or 'smollm2' if it is installed"
+    parser = comparison.build_parser(
+        "finetune",
+        "Fine-tuning curves with full logits and without.",
+        steps=200,
+        batch_size=8,
+        sequence_length=1024,
+        held_out=48,
+        learning_rate=1e-4,
+        warmup_steps=20,
+        megabytes=12.0,
+        seeds=3,
     )
-    parser.set_defaults(
-        steps=200, batch_size=8, length=1024, held_out=48, learning_rate=1e-4, warmup_steps=20,
-        megabytes=12.0, seeds=3,
-    )  # fmt: skip
+    add_settings(parser, ("model",))
     return parser
 
 
@@ -42,7 +55,7 @@ class Finetune(Experiment):
         super().__init__(arguments, device)
         texts = docstrings(self.roots, self.characters)
         self.model, tokenizer = load_model(arguments.model, torch.float32, device)
-        windows = cut_windows(tokenize(texts, tokenizer), arguments.length)
+        windows = cut_windows(tokenize(texts, tokenizer), arguments.sequence_length)
         # The same sequences are held out with every seed.
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
         self.training = windows[order[arguments.held_out :]]

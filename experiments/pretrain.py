@@ -19,10 +19,11 @@ from torch import Tensor
 from experiments import comparison
 from experiments.comparison import Experiment, cut_windows, mean, sha256, token_losses, tokenize
 from experiments.corpus import sources
+from training.arguments import Parser
 
 SMOKE = {
-    "steps": 4, "batch_size": 2, "length": 16, "held_out": 4, "megabytes": 0.5, "vocabulary": 600,
-    "layers": 1, "width": 32, "seeds": 1, "judge_interval": 2,
+    "steps": 4, "batch_size": 2, "sequence_length": 16, "held_out": 4, "megabytes": 0.5, "seeds": 1,
+    "vocabulary": 600, "layers": 1, "width": 32, "judge_interval": 2,
 }  # fmt: skip
 """Settings of ``--smoke``: all of the code, in seconds on a CPU."""
 
@@ -32,19 +33,25 @@ BUCKETS = (1, 10, 100, 1000)
 END = "<|end|>"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the command line."""
     parser = comparison.build_parser(
-        "pretrain", "Pretraining curves and rare tokens with full logits and without."
+        "pretrain",
+        "Pretraining curves and rare tokens with full logits and without.",
+        steps=1000,
+        batch_size=16,
+        sequence_length=512,
+        held_out=256,
+        learning_rate=1e-3,
+        warmup_steps=100,
+        megabytes=80.0,
+        seeds=2,
+        judge_interval=250,
     )
     add = parser.add_argument
     add("--vocabulary", type=int, default=131072, help="tokens of the tokenizer that is trained")
     add("--layers", type=int, default=4, help="layers of the model")
     add("--width", type=int, default=512, help="features of the model")
-    parser.set_defaults(
-        steps=1000, batch_size=16, length=512, held_out=256, learning_rate=1e-3, warmup_steps=100,
-        megabytes=80.0, seeds=2, judge_interval=250,
-    )  # fmt: skip
     return parser
 
 
@@ -77,8 +84,8 @@ class Pretrain(Experiment):
         tokenizer = train_tokenizer(texts, arguments.vocabulary)
         self.vocabulary = len(tokenizer)
         tokens = tokenize(texts, tokenizer)
-        self.training = cut_windows(tokens, arguments.length)
-        windows = cut_windows(tokenize(held_out, tokenizer), arguments.length)
+        self.training = cut_windows(tokens, arguments.sequence_length)
+        windows = cut_windows(tokenize(held_out, tokenizer), arguments.sequence_length)
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
         self.held_out = windows[order[: arguments.held_out]].to(device)
         self.settings = {
@@ -106,7 +113,7 @@ class Pretrain(Experiment):
             num_hidden_layers=self.arguments.layers,
             num_attention_heads=heads,
             num_key_value_heads=heads,
-            max_position_embeddings=self.arguments.length,
+            max_position_embeddings=self.arguments.sequence_length,
             tie_word_embeddings=False,
             bos_token_id=None,
             eos_token_id=None,
@@ -125,7 +132,7 @@ class Pretrain(Experiment):
     def measure(self, model: Any, batches: Tensor) -> dict[str, Any]:
         """Measure also the loss by rarity and the probability of tokens that training never saw."""
         counts = self.count(batches)
-        losses, mass = token_losses(model, self.held_out, self.autocast, counts == 0)
+        losses, mass = token_losses(model, self.held_out, counts == 0)
         seen = counts[self.held_out[:, 1:]].flatten().cpu()
         rarity = by_rarity(losses.flatten(), seen)
         return {"held_out_loss": mean(losses), "unseen_mass": mass, **rarity}

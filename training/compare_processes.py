@@ -17,10 +17,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 if not __package__:  # started by its path: Python then puts this folder first, not the root
@@ -31,6 +33,7 @@ from training.config import UsageError, flag
 
 ROOT = Path(__file__).resolve().parents[1]
 PART = "training-processes"
+PACKAGES = ("transformers", "accelerate", "deepspeed")
 ZERO3 = ("--deepspeed", "training/zero3.json")
 SHARED = (
     "model", "data", "loss", "dtype", "device", "seed", "steps", "sequence_length", "learning_rate",
@@ -109,33 +112,26 @@ def run(setup: Setup, arguments: argparse.Namespace, seconds: float) -> dict[str
             text=True,
             start_new_session=True,
         )
+        code: int | None = None
         try:
             output, _ = process.communicate(timeout=seconds)
-            code: int | None = process.returncode
+            code = process.returncode
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun hands it on, and train.py ends after the step
-            output, code = _end(process), None
+            kill = threading.Timer(30, os.killpg, (process.pid, signal.SIGKILL))
+            kill.start()
+            output, _ = process.communicate()
+            kill.cancel()
         losses = read_losses(Path(folder, "losses.csv"))
-    row: dict[str, Any] = {
+    return {
         "name": setup.name,
         "against": list(setup.against),
         "processes": arguments.processes if setup.several else 1,
         "losses": losses,
         "seconds": round(time.monotonic() - begin, 1),
         "exit_code": code,
+        **({} if code == 0 else {"output": output[-4000:]}),
     }
-    if code != 0:
-        row["output"] = output[-4000:]
-    return row
-
-
-def _end(process: "subprocess.Popen[str]") -> str:
-    """Return the output of a process told to end; kill it and its children if it does not."""
-    try:
-        return process.communicate(timeout=30)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return process.communicate()[0]
 
 
 def read_losses(path: Path) -> list[float]:
@@ -174,39 +170,26 @@ def table(record: dict[str, Any]) -> str:
     ]
     order = [setup.name for setup in SETUPS.values()]
     rows = sorted(record["rows"], key=lambda row: order.index(row["name"]))
+    notes: list[str] = []
+    others: dict[str, list[str]] = {}
     for row in rows:
         losses = row["losses"]
         ends = [f"{losses[0]:.4f}", f"{losses[-1]:.4f}"] if losses else ["", ""]
         cells = [row["name"], str(row["processes"]), *ends]
         for name, found in list(differences(row, rows)) or [("", [])]:
-            cells += [name, *_three(found)]
-            lines.append("| " + " | ".join(cells) + " |")
+            figures = (max(found), mean(found), mean(found[-10:])) if found else ()
+            cells += [name, *(f"{x:.1e}" for x in figures)]
+            lines.append(f"| {' | '.join([*cells, '', '', ''][:8])} |")
             cells = [""] * 4
-    short = [row for row in rows if len(row["losses"]) < settings["steps"] or row["exit_code"] != 0]
-    for row in short:
-        lines += [
-            "",
-            f"{row['name']}: {len(row['losses'])} of {settings['steps']} steps, exit code "
-            f"{row['exit_code']}.",
-        ]
-    others: dict[str, list[str]] = {}
-    for row in rows:
-        if "environment" in row:
-            its = row["environment"]
+        if len(losses) < settings["steps"] or row["exit_code"] != 0:
+            done = f"{len(losses)} of {settings['steps']} steps, exit code {row['exit_code']}"
+            notes.append(f"{row['name']}: {done}.")
+        if its := row.get("environment"):
             others.setdefault(f"{in_words(its)}, commit {its['commit']}", []).append(row["name"])
-    for place, names in others.items():
-        lines += ["", f"Run on {place}: {', '.join(names)}."]
-    missing = [name for name in order if name not in {row["name"] for row in rows}]
-    if missing:
-        lines += ["", f"Not run: {', '.join(missing)}."]
-    return "\n".join(lines) + "\n"
-
-
-def _three(found: list[float]) -> list[str]:
-    if not found:
-        return ["", "", ""]
-    last = found[-10:]
-    return [f"{x:.1e}" for x in (max(found), sum(found) / len(found), sum(last) / len(last))]
+    notes += [f"Run on {place}: {', '.join(names)}." for place, names in others.items()]
+    if missing := [name for name in order if name not in {row["name"] for row in rows}]:
+        notes.append(f"Not run: {', '.join(missing)}.")
+    return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -254,26 +237,21 @@ def continued(path: Path, now: dict[str, Any]) -> dict[str, Any]:
     return before
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the training packages that are installed."""
-    installed = {one.name: one.version for one in importlib.metadata.distributions()}
-    names = ("transformers", "accelerate", "deepspeed")
-    return {name: installed[name] for name in names if name in installed}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and compare; exit code 0 done, 1 a run failed, 2 wrong input."""
     from cut_cross_entropy.benchmark.environment import environment
+    from cut_cross_entropy.benchmark.output import write_json
 
     begin = time.monotonic()
     arguments = parse_arguments(argv)
     where = environment(arguments.commit)
+    installed = {one.name: one.version for one in importlib.metadata.distributions()}
     names = [name for name in SHARED if name not in ("model", "device")]
     settings = {name: getattr(arguments, name) for name in (*names, "batch_size", "processes")}
     record: dict[str, Any] = {
         "part": PART,
         "environment": where,
-        "versions": versions(),
+        "versions": {name: installed[name] for name in PACKAGES if name in installed},
         "settings": {"model": Path(arguments.model).name, **settings},
         "rows": [],
     }
@@ -283,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UsageError as error:
             print(f"compare_processes.py: error: {error}", file=sys.stderr)
             return 2
-    done = []
+    failed = False
     for name in arguments.ways:
         left = arguments.time_limit - (time.monotonic() - begin)
         if left <= 0:
@@ -293,18 +271,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if where != record["environment"]:
             row["environment"] = where
         record["rows"] = [*(old for old in record["rows"] if old["name"] != row["name"]), row]
-        done.append(row)
         print(
             f"[{time.monotonic() - begin:5.1f} s] {row['name']}: {len(row['losses'])} steps, "
             f"exit code {row['exit_code']}",
             flush=True,
         )
         if row["exit_code"] != 0:
+            failed = True
             print(row["output"], flush=True)
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, record)
     print(table(record))
-    return int(any(row["exit_code"] != 0 for row in done))
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_judge_measures_every_token_by_full_logits(model_folder, monkeypatch):
     model, _ = load_model(str(model_folder), torch.float32, CPU)
     windows = torch.randint(256, (5, 12), generator=torch.Generator().manual_seed(0))
     classes = torch.arange(256) < 40
-    losses, mass = token_losses(model, windows, autocast=False, classes=classes)
+    losses, mass = token_losses(model, windows, classes, autocast=False)
     with torch.no_grad():
         logits = model.eval()(windows).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(
@@ -91,8 +91,6 @@ def test_judge_measures_every_token_by_full_logits(model_folder, monkeypatch):
 
 class Measured:
     """As much of an experiment as a run asks for."""
-
-    autocast = False
 
     def measure(self, model, batches):
         return {"asked": True}
@@ -107,7 +105,7 @@ def test_methods_see_the_same_and_the_yardstick_is_close(model_folder):
         model.config.attention_dropout = 0.0
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.0
-        results[method] = train(Measured(), model, method, batches, SCHEDULE, interval=4)
+        results[method] = train(Measured(), model, method, batches, SCHEDULE, 4, autocast=False)
     full = results["full"]["losses"]
     assert len(full) == 6
     assert [said["step"] for said in results["full"]["judged"]] == [4, 6]
@@ -130,7 +128,7 @@ def test_no_run_starts_that_would_end_after_the_time_limit(
 ):
     """Runs take 40 seconds each here, of 100; what is there is on the disk after each."""
     now, seen = [0.0], []
-    path = tmp_path / "new" / "finetune_label.json"
+    path = tmp_path / "new" / "finetune_cpu.json"
 
     def train(*_):
         seen.append(len(json.loads(path.read_text())["runs"]) if path.exists() else None)
@@ -139,7 +137,7 @@ def test_no_run_starts_that_would_end_after_the_time_limit(
 
     monkeypatch.setattr(comparison, "train", train)
     monkeypatch.setattr(comparison.time, "monotonic", lambda: now[0])
-    arguments = ["--smoke", "--device", "cpu", "--device-label", "label", "--commit", "abc"]
+    arguments = ["--smoke", "--device", "cpu", "--commit", "abc"]
     arguments += ["--out", str(path.parent), "--roots", str(roots[0]), "--megabytes", "0.02"]
     arguments += ["--model", str(model_folder), "--held-out", "2", "--time-limit", "100"]
     assert finetune.main(arguments) == 0
