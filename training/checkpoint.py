@@ -64,15 +64,20 @@ def commit_checkpoint(root: Path, step: int, keep: int, best: Path | None = None
         OSError: it cannot be written; call :func:`abandon_checkpoint` then.
     """
     folder = checkpoint_folder(root, step)
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    files = {name: _sync_and_sum(folder / name) for name in names}
-    for inner in (folder, *(p for p in folder.rglob("*") if p.is_dir()), root):
-        _sync_folder(inner)
-    manifest = {"format": FORMAT, "step": step, "files": files}
+    written = sorted(folder.rglob("*"))
+    for path in (*written, folder, root):
+        _sync(path)
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in written
+        if path.is_file()
+    }
     unfinished = folder / f".{MANIFEST}"
-    _write_synced(unfinished, json.dumps(manifest, indent=2).encode())
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    unfinished.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    _sync(unfinished)
     unfinished.rename(folder / MANIFEST)
-    _sync_folder(folder)
+    _sync(folder)
     older = [path for path in list_checkpoints(root) if step_of(path) <= step]
     kept = {path.name for path in (*older[-keep:], best) if path is not None}
     for path in _folders(root):
@@ -146,26 +151,12 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
     return CheckpointError(f"checkpoint {folder} is damaged: {what}. Nothing was loaded{hint}")
 
 
-def _sync_and_sum(path: Path) -> dict[str, Any]:
-    descriptor = os.open(path, os.O_RDWR)  # Windows syncs only files open for writing
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    # Windows syncs only files open for writing.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,6 +1,7 @@
 """Check that a model, its tokenizer and the data fit together, before the first step."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,12 +15,6 @@ TRIAL = 8
 """Tokens of the trial run of a changed configuration."""
 
 
-def positions(model: Any) -> int | None:
-    """Return the number of positions that the configuration of ``model`` names, or None."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
 def check_fit(model: Any, config: TrainConfig, data: Any) -> Iterator[str]:
     """Check a loaded model against its settings and data; yield warnings.
 
@@ -31,25 +26,16 @@ def check_fit(model: Any, config: TrainConfig, data: Any) -> Iterator[str]:
     Raises:
         UsageError: the model cannot compute with its configuration, or not as many tokens.
     """
-    known, longest = positions(model), _longest(data, config)
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    longest, short = _longest(data, config), int(min(TRIAL, known))
     tries = config.deepspeed is None  # ZeRO-3 has spread the weights already
     if config.config_override and tries:
-        try:
-            _compute(model, min(TRIAL, known or TRIAL), training=True)
-        except Exception as error:  # whatever the model's code and PyTorch raise
-            raise UsageError(
-                f"--config-override {' '.join(config.config_override)} gives a model that cannot "
-                f"compute: {in_one_line(error)}"
-            ) from error
-    if known is not None and longest > known:
-        if tries:
-            try:
-                _compute(model, longest, training=False)
-            except Exception as error:  # as above: an index out of range, most often
-                raise UsageError(
-                    f"--sequence-length must be at most the {known} positions of the model, got "
-                    f"{config.sequence_length}"
-                ) from error
+        what = f"--config-override {' '.join(config.config_override)} gives a model that cannot"
+        _compute(model, short, True, lambda reason: f"{what} compute: {reason}")
+    if longest > known:
+        what = f"--sequence-length must be at most the {known} positions of the model, got"
+        if tries:  # an index out of range, most often
+            _compute(model, longest, False, lambda _: f"{what} {config.sequence_length}")
         yield (
             f"--sequence-length {config.sequence_length} exceeds the {known} positions that the "
             "model was made for"
@@ -71,11 +57,18 @@ def _longest(data: Any, config: TrainConfig) -> int:
     )
 
 
-def _compute(model: Any, length: int, training: bool) -> None:
-    """Run ``model`` on ``length`` tokens; no weight and no random number of the run changes."""
+def _compute(model: Any, length: int, training: bool, message: Callable[[str], str]) -> None:
+    """Run ``model`` on ``length`` tokens; no weight and no random number of the run changes.
+
+    Raises:
+        UsageError: with ``message`` of the reason, if the model cannot compute.
+    """
     before, device = model.training, next(model.parameters()).device
     model.train(training)
-    with torch.random.fork_rng(), torch.set_grad_enabled(training):
-        hidden = hidden_states(model, torch.zeros(1, length, dtype=torch.int64, device=device))
-        model.get_output_embeddings()(hidden[:, -1:])
+    try:
+        with torch.random.fork_rng(), torch.set_grad_enabled(training):
+            hidden = hidden_states(model, torch.zeros(1, length, dtype=torch.int64, device=device))
+            model.get_output_embeddings()(hidden[:, -1:])
+    except Exception as error:  # whatever the model's code and PyTorch raise
+        raise UsageError(message(in_one_line(error))) from error
     model.train(before)

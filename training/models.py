@@ -60,22 +60,19 @@ def load_model(
         ImportError: a GGUF file without the package ``gguf``.
     """
     path, name, options = _locate(source, "--model")
-    other = None if tokenizer_source is None else _locate(tokenizer_source, "--tokenizer")
+    flag = "--model" if tokenizer_source is None else "--tokenizer"
+    other, other_name, other_options = _locate(tokenizer_source or source, flag)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     model: Any  # its class depends on the source
-    if other is None:
-        with _named("--model", source, path):
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    else:
-        with _named("--tokenizer", tokenizer_source, other[0]):
-            tokenizer = AutoTokenizer.from_pretrained(other[1], **other[2])
+    with _named(flag, tokenizer_source or source, other):
+        tokenizer = AutoTokenizer.from_pretrained(other_name, **other_options)
     with _named("--model", source, path):
         if from_scratch:
             config = AutoConfig.from_pretrained(name, **options)
-            if other is not None:
+            if tokenizer_source is not None:
                 config.vocab_size = len(tokenizer)
             override_config(config, overrides)
             try:
@@ -101,7 +98,7 @@ def vocabulary_size(model: Any) -> int:
 
 
 @contextmanager
-def _named(flag: str, source: str | None, path: Path) -> Iterator[None]:
+def _named(flag: str, source: str, path: Path) -> Iterator[None]:
     """Turn an error of a loader into one sentence that names the flag."""
     try:
         yield

@@ -122,15 +122,17 @@ def test_other_format_is_refused(tmp_path):
         verify_checkpoint(folder)
 
 
-@pytest.mark.parametrize("failing", ["_sync_and_sum", "_write_synced", "rename"])
+@pytest.mark.parametrize("failing", ["_sync", "write", "rename"])
 def test_failed_write_leaves_what_was_there(tmp_path, monkeypatch, failing):
     before = save(tmp_path, 1)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if failing == "rename":
         monkeypatch.setattr("pathlib.Path.rename", fail)
+    elif failing == "write":
+        monkeypatch.setattr("pathlib.Path.write_text", fail)
     else:
         monkeypatch.setattr(checkpoint, failing, fail)
     with pytest.raises(CheckpointError, match=r"No space left on device; the checkpoint .* intact"):

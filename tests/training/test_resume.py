@@ -194,7 +194,7 @@ def test_full_disk_ends_the_run_and_keeps_the_checkpoint(
         elif writer == "torch":
             patch.setattr(torch, "save", full_disk)
         else:
-            patch.setattr(checkpoint, "_write_synced", full_disk)
+            patch.setattr(checkpoint, "_sync", full_disk)
         assert main([*arguments, "--resume"]) == 1
     assert f"No space left on device; the checkpoint {before} is intact" in capsys.readouterr().err
     assert list((tmp_path / "run/checkpoints").iterdir()) == [before]

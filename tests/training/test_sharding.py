@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.sharding import deepspeed_settings
+from training.trainer_arguments import deepspeed_settings
 
 ZERO3 = str(Path(__file__).parents[2] / "training/zero3.json")
 
