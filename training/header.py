@@ -45,9 +45,12 @@ def _size(data: Any) -> str:
         return "read while training"
     tokens = sum(len(row["input_ids"]) for row in data.rows)
     size = f"{len(data):,} sequences, {tokens:,} tokens"
-    if data.unanswered:
-        size += f"; conversations without an assistant's message, not learned: {data.unanswered:,}"
-    return size
+    return f"{size}; {unanswered(data.unanswered)}" if data.unanswered else size
+
+
+def unanswered(count: int) -> str:
+    """Say how many conversations teach nothing."""
+    return f"conversations without an assistant's message, not learned: {count:,}"
 
 
 def steps_per_epoch(config: TrainConfig, data: Any, processes: int) -> int:

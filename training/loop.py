@@ -88,8 +88,9 @@ def train_steps(
 
 def draw_batches(windows: Tensor, steps: int, batch_size: int, seed: int) -> Tensor:
     """Draw batches (S, B, T) of ``windows`` (n, T): each of them once before any comes again."""
-    generator = torch.Generator().manual_seed(seed)
     needed = steps * batch_size
-    epochs = -(-needed // len(windows))
-    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
-    return windows[order[:needed]].view(steps, batch_size, -1)
+    order: list[Tensor] = []
+    for epoch in range(-(-needed // len(windows))):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order.append(torch.randperm(len(windows), generator=generator))
+    return windows[torch.cat(order)[:needed]].view(steps, batch_size, -1)

@@ -65,10 +65,19 @@ class StreamedRows(IterableDataset):
         source: the file or name; its size and ends are the fingerprint.
         seed: decides the order, with the number of the pass.
         buffer: rows held for mixing; each comes out at a random time.
+        unanswered: tells how many conversations of the current pass taught nothing so far.
     """
 
-    def __init__(self, make_rows: RowMaker, source: str, seed: int, buffer: int) -> None:
+    def __init__(
+        self,
+        make_rows: RowMaker,
+        source: str,
+        seed: int,
+        buffer: int,
+        unanswered: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.make_rows, self.source, self.seed, self.buffer = make_rows, source, seed, buffer
+        self.unanswered = unanswered
 
     def __iter__(self) -> Iterator[Row]:
         for epoch in itertools.count():
@@ -125,7 +134,10 @@ def load_data(
         ).load()
     if config.streaming:
         train.require_labels(train.rows())
-        return StreamedRows(train.rows, config.data, config.seed, config.shuffle_buffer), held_out
+        streamed = StreamedRows(
+            train.rows, config.data, config.seed, config.shuffle_buffer, lambda: train.unanswered
+        )
+        return streamed, held_out
     data = train.load()
     if config.eval_fraction:
         count = max(1, round(config.eval_fraction * len(data)))

@@ -34,12 +34,12 @@ from training.callbacks import Checkpoints
 from training.checkpoint import CheckpointError, checkpoint_folder, step_of, verify_checkpoint
 from training.config import DTYPES, SETUP_ERRORS, TrainConfig, UsageError, check_output
 from training.fit import check_fit
-from training.header import describe, steps_per_epoch
+from training.header import describe, steps_per_epoch, unanswered
 from training.losses import IdlePatchError, make_loss
 from training.models import in_one_line, load_model, vocabulary_size
 from training.packing import collate
 from training.resume import DoneError, check_resume, checkpoint_to_resume, export
-from training.rows import load_data
+from training.rows import StreamedRows, load_data
 from training.trainer import Trainer
 from training.trainer_arguments import tensorboard_callback, training_arguments
 
@@ -175,6 +175,9 @@ def run_all(arguments: Any) -> int:
     except torch.cuda.OutOfMemoryError as error:
         advice = "a smaller --batch-size (with --gradient-accumulation), --gradient-checkpointing"
         return fail(f"{in_one_line(error)} Try {advice} or --fsdp", 1)
+    data = run.trainer.train_dataset
+    if isinstance(data, StreamedRows) and (count := data.unanswered()):
+        say(f"{unanswered(count)}, in the last pass over the data")
     say(f"step {step} of {run.config.steps} done; checkpoints in {checkpoints}")
     return 0
 

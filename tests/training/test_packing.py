@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 import tracemalloc
 
@@ -242,6 +243,10 @@ class TestChat:
         assert main(common) == 0
         said = "tokens; conversations without an assistant's message, not learned: 2\n"
         assert said in capsys.readouterr().out
+        output = ["--output", str(tmp_path / "stream")]
+        assert main([*common, *output, "--streaming", "--shuffle-buffer", "5"]) == 0
+        said = r"without an assistant's message, not learned: \d, in the last pass over the data\n"
+        assert re.search(said, capsys.readouterr().out)
         path.write_text("\n".join(json.dumps({"messages": CHAT}) for _ in rows))
         assert main([*common, "--output", str(tmp_path / "all")]) == 0
         assert "without an assistant" not in capsys.readouterr().out
