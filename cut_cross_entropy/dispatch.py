@@ -21,7 +21,7 @@ from cut_cross_entropy.output_operators import (
 from cut_cross_entropy.outputs import Asked, TokenOutputs
 from cut_cross_entropy.problem import Filter, Needed, PerToken, Problem
 from cut_cross_entropy.sum_operators import run_chunked_sum, run_kernel_sum
-from cut_cross_entropy.transforms import is_traced, is_transformed, plain
+from cut_cross_entropy.transforms import is_offloaded, is_traced, is_transformed, plain
 from cut_cross_entropy.validation import check_target_range
 
 FILTER_TOLERANCE = 8e-4
@@ -150,7 +150,9 @@ def sum_of_losses(
     """
     needed = _needed(problem)
     is_plain = problem.group is None and problem.multiplier is None
-    if any(needed.flat()) and is_plain and not recompute and not is_transformed():
+    # Gradients that are saved would be copied to the host and back where activations are.
+    recompute = recompute or is_transformed() or is_offloaded()
+    if any(needed.flat()) and is_plain and not recompute:
         chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
         if chosen == "chunked" and chunked_sum.tokens_per_chunk(problem, needed):
             return run_chunked_sum(problem, needed, keep_inputs=keep_inputs)

@@ -41,11 +41,23 @@ def is_computed_again() -> bool:
     That is ``torch.utils.checkpoint`` with ``use_reentrant=False``; the other kind has gradients
     disabled the first time. False where PyTorch does not say: nothing but time is lost.
     """
+    return _packing_function().startswith("_checkpoint_hook.")
+
+
+def is_offloaded() -> bool:
+    """Whether hooks of the caller pack what autograd saves, as those that offload activations do.
+
+    Checkpoints have such hooks, and so has a classifier that is gathered again; these do not count.
+    """
+    ours = ("_checkpoint_hook.", "_recomputation_hook.", "gathered_again.")
+    return bool(_packing_function()) and not _packing_function().startswith(ours)
+
+
+def _packing_function() -> str:
+    """Name of the function that packs what autograd saves; empty if there is none, or unknown."""
     find = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     hooks = None if find is None or torch.compiler.is_compiling() else find(True)
-    return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith(
-        "_checkpoint_hook."
-    )
+    return "" if hooks is None else getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
 
 
 def is_traced() -> bool:

@@ -123,6 +123,14 @@ def test_what_computes_the_logits_again(options, passes):
     assert passes == ["forward", "backward"]
 
 
+def test_offloaded_activations_have_no_gradients_among_them(passes):
+    problem = make_problem()
+    with torch.autograd.graph.save_on_cpu():
+        loss = chunked_loss(problem.e.requires_grad_(), problem.c, problem.targets)
+    loss.backward()
+    assert passes == ["forward", "backward"]
+
+
 def test_the_module_takes_the_option(passes):
     problem = make_problem()
     module = LinearCrossEntropy(impl="chunked", recompute=True)
