@@ -54,7 +54,7 @@ HOW = {
 
 SETTINGS = (
     "model", "data", "data_split", "data_column", "steps", "batch_size", "sequence_length",
-    "learning_rate", "seed", "device", "log_interval",
+    "learning_rate", "seed", "device", "log_interval", "loss", "output",
 )  # fmt: skip
 """Settings of the training script that the demo has too."""
 
@@ -164,21 +164,20 @@ def compare(config: TrainConfig, count: int) -> tuple[Comparison, bool]:
     print(f"loading {config.model} ...", flush=True)
     started = time.perf_counter()
     model, tokenizer = load_model(config.model, torch.float32, device)
-    windows = load_windows(config, tokenizer, vocabulary_size(model)).to(device)
+    windows = load_windows(config, tokenizer, vocabulary_size(model))
     print(f"loaded in {time.perf_counter() - started:.0f} s: {windows.numel()} tokens on {device}")
-    drawn = draw_batches(windows[:count].cpu(), config.steps, config.batch_size, config.seed)
-    batches = drawn.to(device)
+    batches = draw_batches(windows[:count], config.steps, config.batch_size, config.seed)
     schedule = Schedule(config.learning_rate)
     result = Comparison(config, device, sum(p.numel() for p in model.parameters()))
     try:
         if device.type in HOW:
             for sequences in (MEMORY_TOKENS // config.sequence_length, config.batch_size):
-                _measure_memory(model, windows[: max(1, sequences)], losses, result)
+                _measure_memory(model, windows[: max(1, sequences)].to(device), losses, result)
         start = {name: value.clone() for name, value in model.state_dict().items()}
         for loss, curve in zip(losses, (result.full, result.cut), strict=True):
             model.load_state_dict(start)
             torch.manual_seed(config.seed)
-            _train(model, loss, batches, schedule, curve)
+            _train(model, loss, batches.to(device), schedule, curve)
     except KeyboardInterrupt:
         if not (result.memory or result.full.losses):
             raise
@@ -246,21 +245,13 @@ def build_parser() -> Parser:
         prog="demo.py",
         description="Compare training with full logits and with linear_cross_entropy.",
     )
-    add_settings(parser, SETTINGS, steps=30, log_interval=5, learning_rate=5e-5)
-    parser.add_argument(
-        "--loss",
-        default="auto",
-        metavar="IMPL",
-        help="implementation of linear_cross_entropy to compare with full logits",
-    )
+    defaults = {"steps": 30, "log_interval": 5, "learning_rate": 5e-5, "output": "out/demo"}
+    add_settings(parser, SETTINGS, **defaults)
     parser.add_argument(
         "--windows",
         type=int,
         default=20,
         help="sequences of the data to use: few enough to come back, so that the loss falls",
-    )
-    parser.add_argument(
-        "--output", default="out/demo", help="folder for the table, the losses and the picture"
     )
     return parser
 
