@@ -20,7 +20,7 @@ class FilterRecord:
         path: ``"filtered"``, ``"dense"`` (the data was too flat to skip anything) or ``"exact"``
             (no filter was asked for).
         strips_kept: fraction of the strips (a class for 128 tokens) that were computed.
-        dropped_mass: mean probability of a token that the rank-one tail stands for.
+        dropped_mass: mean probability of a token that the tail stands for.
         flat_tokens: tokens treated without the filter because their distribution is flat.
         tokens: tokens that are not ignored.
     """

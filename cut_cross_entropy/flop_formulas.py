@@ -67,6 +67,6 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "chunked_sum": _sum,
     "cce_sum": _sum,
     "cce": _forward,
-    "cce_backward": _backward(7),
+    "cce_backward": _backward(8),
     "tangents": _tangents,
 }

@@ -177,7 +177,7 @@ def linear_cross_entropy(
             when the classes are spread over processes. All get the same loss. See
             docs/distributed.md for this and for DTensors.
         filter_mass: upper bound of the probability, as a mean over tokens, that the filter may
-            replace by its rank-one tail, in addition to ``filter_eps``. None sets no bound;
+            replace by its tail, in addition to ``filter_eps``. None sets no bound;
             ``record_filter`` reports the value reached. In [0, 1].
         memory_budget: bytes of scratch memory beyond results and accumulators, for
             implementations that bound it; 256 MiB by default.

@@ -33,6 +33,7 @@ from cut_cross_entropy.transforms import is_transformed, refuse_second_derivativ
 
 _NUM_FIELDS = 11  # of a problem: four tensors, plain values, and a tensor without a gradient
 _MULTIPLIER = _NUM_FIELDS - 1
+_NUM_STATE = len(KernelState._fields)
 
 
 def _tensors(fields: tuple[str, ...], prefix: str = "") -> str:
@@ -131,12 +132,14 @@ def _(*flat: Any) -> KernelState:
     nll, lse, support = (_fake_per_token(problem) for _ in range(3))
     if not (training and filter_.is_on):
         support, shard_mass = (lse.new_empty(0) for _ in range(2))
-        return KernelState(nll, lse, lse.new_empty(0, dtype=torch.uint8), support, shard_mass)
+        strips, origin = (lse.new_empty(0, dtype=kind) for kind in (torch.int16, torch.int64))
+        return KernelState(nll, lse, strips, origin, support, shard_mass)
     num_tokens, num_classes = nll.shape[0], problem.c.shape[0]
     num_blocks = (num_tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-    energy = lse.new_empty((num_blocks, num_classes), dtype=torch.uint8)
+    strips = lse.new_empty((num_blocks, num_classes), dtype=torch.int16)
+    origin = lse.new_empty(num_tokens, dtype=torch.int64)
     shard_mass = lse.new_empty(0 if problem.group is None else num_tokens)
-    return KernelState(nll, lse, energy, support, shard_mass)
+    return KernelState(nll, lse, strips, origin, support, shard_mass)
 
 
 @torch.library.custom_op(
@@ -153,8 +156,8 @@ def cce_gradients(grad_nll: Tensor, grad_lse: Tensor, *flat: Any) -> Gradients:
     from cut_cross_entropy.kernels.launch import current_device
 
     state, (problem, filter_, _), needed = (
-        KernelState(*flat[:5]),
-        _kernel_options(flat[5:]),
+        KernelState(*flat[:_NUM_STATE]),
+        _kernel_options(flat[_NUM_STATE:]),
         Needed(*flat[-3:]),
     )
     upstream = PerToken(grad_nll, grad_lse)
@@ -164,7 +167,7 @@ def cce_gradients(grad_nll: Tensor, grad_lse: Tensor, *flat: Any) -> Gradients:
 
 @cce_gradients.register_fake
 def _(grad_nll: Tensor, grad_lse: Tensor, *flat: Any) -> Gradients:
-    return fake_gradients(_kernel_options(flat[5:])[0], Needed(*flat[-3:]))
+    return fake_gradients(_kernel_options(flat[_NUM_STATE:])[0], Needed(*flat[-3:]))
 
 
 def _fake_per_token(problem: Problem) -> Tensor:

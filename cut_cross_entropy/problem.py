@@ -137,16 +137,19 @@ class KernelState(NamedTuple):
     Args:
         nll: (N,) float32; as in :class:`PerToken`.
         lse: (N,) float32.
-        energy: (blocks, V) uint8, the energies of the strips; empty without a filter.
+        strips: (blocks, V) int16, energy (low byte) and mass (high byte) of each strip; empty
+            without a filter, like all that follow.
+        origin: (N,) int64, position of each row in the caller's order; N where absent.
         support: (N,) float32, compacted: log2 of the effective number of groups of classes (the
-            Renyi-2 support) over which a token's probability extends; empty without a filter.
+            Renyi-2 support) over which a token's probability extends.
         shard_mass: (N,) float32, compacted: probability of the classes of this process; empty if
-            it has all, or without a filter.
+            it has all.
     """
 
     nll: Tensor
     lse: Tensor
-    energy: Tensor
+    strips: Tensor
+    origin: Tensor
     support: Tensor
     shard_mass: Tensor
 

@@ -12,7 +12,8 @@ Legend, used in every file here:
 Logits, bounds and log-sum-exps inside kernels are in units of log2, so that exp2 serves.
 Tiles of logits are (classes, tokens): a strip's sum then stays inside a thread.
 
-``step`` is the entrance: its ``forward`` calls ``tokens`` (compact, score the targets) and ``lse``
+``step`` is the entrance: its ``forward`` calls ``tokens`` (compact, score the targets), which takes
+the order of the tokens from ``order``, and ``lse``
 (passes over the vocabulary), its ``backward`` ``tokens``, then ``filtered`` and ``exact``, as the
 filter and the data ask for. ``warmup`` compiles beforehand what a step launches. Callers make the
 tensors' device the current one first (``launch.current_device``).
@@ -27,4 +28,6 @@ are read (``load_rows``, ``gather_rows``), logits (``transform_logits``) and the
 
 from cut_cross_entropy.constants import BLOCK_TOKENS as BLOCK_T
 
-__all__ = ["BLOCK_T"]
+__all__ = ["BLOCK_T", "SUPERBLOCK"]
+
+SUPERBLOCK = 64  # token blocks whose bits share an int64

@@ -11,6 +11,7 @@ number of tokens, since one of them spills otherwise: they have two variants.
 
 import contextlib
 import contextvars
+import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,10 +78,52 @@ _plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("plan", defa
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Launch a kernel over a grid of programs; inside :func:`planning` only record the launch."""
     plan = _plan.get()
-    if plan is None:
-        kernel[grid](**arguments)
-    else:
+    if plan is not None:
         plan.launches.append(Launch(kernel, arguments))
+    elif _LAUNCHES_AGAIN and not triton_is_interpreted():
+        _launch_again(kernel, grid, arguments)
+    else:
+        kernel[grid](**arguments)
+
+
+# Triton finds the machine code of a launch in 40 microseconds, which is most of a small step. On
+# NVIDIA GPUs all that it compiles for is in the key below.
+_LAUNCHES_AGAIN = torch.version.hip is None
+_launched: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch_again(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Launch the machine code of an earlier launch of this kind; the first one is Triton's."""
+    parameters, plain = _parameters(kernel)
+    key: list[Any] = [kernel, torch.cuda.current_device()]
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            aligned = name in plain or value.data_ptr() % 16 == 0
+            key.append((name, value.dtype, aligned))
+        elif name not in parameters:  # a constant, or an option of the compiler
+            key.append((name, value))
+        elif type(value) is int:
+            wide = not -(2**31) <= value < 2**31
+            special = name not in plain and (value == 1, value % 16 == 0)
+            key.append((name, wide, special))
+        elif hasattr(value, "block_shape"):  # a tensor descriptor
+            key.append((name, value.base.dtype, *value.block_shape))
+        else:
+            key.append((name, type(value)))
+    compiled = _launched.get(tuple(key))
+    if compiled is None:
+        _launched[tuple(key)] = kernel[grid](**arguments)
+    else:
+        values = (arguments.get(name) for name in kernel.arg_names)
+        compiled[(*grid, 1, 1)[:3]](*values)
+
+
+@functools.cache
+def _parameters(kernel: Any) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of a kernel's parameters, without constants, and of the unspecialised."""
+    return frozenset(set(kernel.arg_names) - _constants(kernel)), frozenset(
+        kernel.do_not_specialize
+    )
 
 
 @contextlib.contextmanager

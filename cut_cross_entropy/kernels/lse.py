@@ -24,9 +24,9 @@ from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import (
     FORCED,
-    energy_to_byte,
     fold_rows,
     load_rows,
+    strip_bytes,
     swizzle_program,
     transform_logits,
 )
@@ -48,7 +48,7 @@ def vocabulary_pass_kernel(
     bound_ptr,  # (N,)
     lse_ptr,  # (segments, N) out, log2
     squares_ptr,  # (segments, N) out, log2 of the sum over groups of classes of p squared
-    energy_ptr,  # (blocks, V) out, bytes
+    strips_ptr,  # (blocks, V) int16 out, see strip_bytes
     flag_ptr,  # (blocks,) out, or in if ONLINE
     N,
     V,
@@ -60,7 +60,7 @@ def vocabulary_pass_kernel(
     swizzle_width,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    WRITE_ENERGY: tl.constexpr,
+    WRITE_STRIPS: tl.constexpr,
     ONLINE: tl.constexpr,
     ONLY_FLAGGED: tl.constexpr,
     E_TMA: tl.constexpr,
@@ -132,9 +132,9 @@ def vocabulary_pass_kernel(
             reference = tl.where(bound == float("-inf"), 0.0, bound) if ONLINE else bound
             p = tl.exp2(logits - reference[None, :])
             sums += fold_rows(p, BLOCK_V, BLOCK_T)
-            if WRITE_ENERGY:
-                byte = energy_to_byte(tl.sum(p * p, axis=1))
-                tl.store(energy_ptr + block.to(tl.int64) * V + classes, byte, mask=inside)
+            if WRITE_STRIPS:
+                both = strip_bytes(tl.sum(p * p, axis=1), tl.sum(p, axis=1))
+                tl.store(strips_ptr + block.to(tl.int64) * V + classes, both, mask=inside)
             product = tl.zeros((BLOCK_V, BLOCK_T), tl.float32)
 
     total = tl.sum(sums, 0)
@@ -146,7 +146,7 @@ def vocabulary_pass_kernel(
         wanted = is_token & ~(first_lse - known < OVERFLOW)
     lse = bound + tl.log2(total)
     tl.store(lse_ptr + out, lse, mask=wanted)
-    if WRITE_ENERGY:
+    if WRITE_STRIPS:
         squares = 2.0 * bound + tl.log2(tl.sum(sums * sums, 0))
         tl.store(squares_ptr + out, squares, mask=wanted)
     if not ONLINE:
@@ -206,7 +206,7 @@ class Segments:
 def vocabulary_pass(
     inputs: PassInputs,
     num_classes: int,
-    energy: Tensor | None,  # (blocks, V) uint8, out
+    strips: Tensor | None,  # (blocks, V) int16, out
     *,
     online: bool = False,
     repair: Segments | None = None,
@@ -216,7 +216,7 @@ def vocabulary_pass(
     Args:
         inputs: shared by the passes.
         num_classes: how many of the rows of c to read.
-        energy: receives the energy of each strip; None to compute none.
+        strips: receives energy and mass of each strip; None to compute none.
         online: carry a running maximum, for bounds that may be too loose.
         repair: results of an earlier pass, whose flagged blocks are overwritten.
     """
@@ -229,7 +229,7 @@ def vocabulary_pass(
     results = repair
     if results is None:
         shape = (num_segments, num_tokens)
-        squares_shape = shape if energy is not None else (0, num_tokens)
+        squares_shape = shape if strips is not None else (0, num_tokens)
         results = Segments(
             torch.empty(shape, dtype=torch.float32, device=e.device),
             torch.empty(squares_shape, dtype=torch.float32, device=e.device),
@@ -244,7 +244,7 @@ def vocabulary_pass(
         bound_ptr=inputs.bound,
         lse_ptr=results.lse,
         squares_ptr=results.squares,
-        energy_ptr=energy,
+        strips_ptr=strips,
         flag_ptr=inputs.flags,
         N=num_tokens,
         V=num_classes,
@@ -256,7 +256,7 @@ def vocabulary_pass(
         swizzle_width=swizzle_width(num_blocks, e),
         HAS_BIAS=inputs.bias is not None,
         SOFTCAP=inputs.softcap is not None,
-        WRITE_ENERGY=energy is not None,
+        WRITE_STRIPS=strips is not None,
         ONLINE=online,
         ONLY_FLAGGED=repair is not None,
         E_TMA=e_tma,
@@ -315,11 +315,11 @@ def finish_kernel(
     nll_ptr,  # (N,) out, in the caller's order
     lse_ptr,  # (N,) out, in the caller's order
     support_ptr,  # (N,) out, log2 of the effective support
-    energy_ptr,  # (blocks, V) in, out
+    strips_ptr,  # (blocks, 2 V) in, out: low and high bytes in turns
     N,
     V,
     num_segments,
-    HAS_ENERGY: tl.constexpr,
+    HAS_STRIPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Write loss and log-sum-exp of a block; mark the strips that hold its targets."""
@@ -341,7 +341,7 @@ def finish_kernel(
     nll = tl.maximum(nll, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(nll_ptr + origin, nll * LN2, mask=present)
     tl.store(lse_ptr + origin, lse * LN2, mask=present)
-    if HAS_ENERGY:
+    if HAS_STRIPS:
         squares = logsumexp2(
             squares_parts_ptr,
             tokens=tokens,
@@ -353,7 +353,7 @@ def finish_kernel(
         tl.store(support_ptr + tokens, tl.where(present, 2 * lse - squares, 0.0), mask=inside)
         target = tl.load(targets_ptr + tokens, mask=present, other=-1)
         marks = tl.full((BLOCK_T,), FORCED, tl.uint8)  # programs that meet write the same byte
-        tl.store(energy_ptr + block.to(tl.int64) * V + target, marks, mask=target >= 0)
+        tl.store(strips_ptr + 2 * (block.to(tl.int64) * V + target), marks, mask=target >= 0)
 
 
 def segments_without_classes(bound: Tensor) -> Segments:
@@ -385,13 +385,13 @@ def finish(
     segments: Segments,
     logits: Tensor,  # (N,) of the targets, log2
     tokens: Tokens,
-    energy: Tensor | None,  # (blocks, V) uint8, in, out; None without a filter
+    strips: Tensor | None,  # (blocks, V) int16, in, out; None without a filter
 ) -> KernelState:
     """Reduce the segments to the results of the forward; mark the strips that hold a target."""
     num_segments, num_tokens = segments.lse.shape
     nll = torch.zeros(num_tokens, dtype=torch.float32, device=logits.device)
     lse = torch.zeros(num_tokens, dtype=torch.float32, device=logits.device)
-    support = nll.new_empty(0 if energy is None else num_tokens)
+    support = nll.new_empty(0 if strips is None else num_tokens)
     launch(
         finish_kernel,
         (triton.cdiv(num_tokens, BLOCK_T),),
@@ -403,22 +403,25 @@ def finish(
         nll_ptr=nll,
         lse_ptr=lse,
         support_ptr=support,
-        energy_ptr=energy,
+        strips_ptr=None if strips is None else strips.view(torch.uint8),
         N=num_tokens,
-        V=0 if energy is None else energy.shape[1],
+        V=0 if strips is None else strips.shape[1],
         num_segments=num_segments,
-        HAS_ENERGY=energy is not None,
+        HAS_STRIPS=strips is not None,
         BLOCK_T=BLOCK_T,
     )
-    kept = nll.new_empty(0, dtype=torch.uint8) if energy is None else energy
-    return KernelState(nll, lse, kept, support, nll.new_empty(0))
+    if strips is None:
+        strips, origin = nll.new_empty(0, dtype=torch.int16), tokens.origin.new_empty(0)
+    else:
+        origin = tokens.origin
+    return KernelState(nll, lse, strips, origin, support, nll.new_empty(0))
 
 
 def finish_shards(
     segments: Segments,  # of this shard
     logits: Tensor,  # (N,) +inf where the target is in another shard
     tokens: Tokens,
-    energy: Tensor | None,  # (blocks, V) uint8, in, out; None without a filter
+    strips: Tensor | None,  # (blocks, V) int16, in, out; None without a filter
     group: str,
 ) -> KernelState:
     """Reduce the segments of all shards; like :func:`finish`, with the probability of this shard.
@@ -427,13 +430,13 @@ def finish_shards(
     the squares are exchanged as well as the pairs of lse and logit.
     """
     own = _sum_of_powers(segments.lse)
-    numbers = [own, logits, *([] if energy is None else [_sum_of_powers(segments.squares)])]
+    numbers = [own, logits, *([] if strips is None else [_sum_of_powers(segments.squares)])]
     gathered = gather_shards(torch.stack(numbers), group)  # (shards, 2 or 3, N)
     lse_parts, squares_parts = (gathered[:, i].contiguous() for i in (0, -1))
     least = gathered[:, 1].amin(0)
     least = torch.where(least == torch.inf, torch.nan, least)  # no shard holds the target
-    result = finish(Segments(lse_parts, squares_parts), least, tokens, energy)
-    if energy is None:
+    result = finish(Segments(lse_parts, squares_parts), least, tokens, strips)
+    if strips is None:
         return result
     support = result.support
     # Shards have more and finer groups than one process has. If a token's classes were spread over

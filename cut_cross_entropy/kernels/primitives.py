@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-ENERGY_STEPS = tl.constexpr(4.0)  # byte values per octave of energy
-ENERGY_FLOOR = tl.constexpr(-55.0)  # log2 of the energy that byte 0 stands for
+BYTE_STEPS = tl.constexpr(4.0)  # byte values per octave of a strip's energy or mass
+BYTE_FLOOR = tl.constexpr(-55.0)  # log2 of the value that byte 0 stands for
+BYTE_FLOOR_INT = tl.constexpr(-55)
+MANTISSAS = tl.constexpr(0x6B45260C)  # of 2^(1/8), 2^(3/8), 2^(5/8) and 2^(7/8), 7 bits in a byte
 FORCED = tl.constexpr(255)  # byte of a strip that holds a target: always kept
-FLAT = tl.constexpr(-1.0)  # target_miss of a token whose distribution is flat
-ABSENT = tl.constexpr(-2.0)  # target_miss of a row without a token
+FLAT = tl.constexpr(-1.0)  # target_grad of a token whose distribution is flat
+ABSENT = tl.constexpr(-2.0)  # target_grad of a row without a token
 
 
 @triton.jit
@@ -141,17 +143,35 @@ def fold_rows(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def energy_to_byte(energy):
-    """Return one byte for the energy of a strip, ENERGY_STEPS per octave; the highest for NaN."""
-    steps = tl.clamp(ENERGY_STEPS * (tl.log2(energy) - ENERGY_FLOOR), 0.0, 254.0)
-    return tl.where(energy == energy, steps, 254.0).to(tl.uint8)
+def log_to_byte(value):
+    """Return one byte (int32) for a value: its log2, BYTE_STEPS per octave; the highest for NaN."""
+    steps = tl.clamp(BYTE_STEPS * (tl.log2(value) - BYTE_FLOOR), 0.0, 254.0)
+    return tl.where(value == value, steps, 254.0).to(tl.int32)
 
 
 @triton.jit
-def byte_to_weight(byte):
-    """Return the square root of a strip's energy, its weight in the tail; 0 for byte 0."""
-    exponent = (byte.to(tl.float32) + 0.5) / ENERGY_STEPS + ENERGY_FLOOR
-    return tl.where(byte == 0, 0.0, tl.exp2(0.5 * exponent))
+def byte_to_log(byte):
+    """Return the log2 of the value that a byte stands for."""
+    return (byte.to(tl.float32) + 0.5) / BYTE_STEPS + BYTE_FLOOR
+
+
+@triton.jit
+def byte_to_value(byte):
+    """Return the value that a byte stands for, rounded to bfloat16; 0 for byte 0.
+
+    Its bits are put together: the exponent, and one of four mantissas, 2^(1/8), 2^(3/8) and so on.
+    """
+    byte = byte.to(tl.int32)
+    exponent = (byte >> 2) + (127 + BYTE_FLOOR_INT)
+    mantissa = (MANTISSAS >> ((byte & 3) * 8)) & 0x7F
+    value = ((exponent << 23) | (mantissa << 16)).to(tl.float32, bitcast=True)
+    return tl.where(byte == 0, 0.0, value)
+
+
+@triton.jit
+def strip_bytes(energy, mass):
+    """Return the int16 of a strip: its energy in the low byte, its mass in the high one."""
+    return (log_to_byte(energy) | (log_to_byte(mass) << 8)).to(tl.int16)
 
 
 @triton.jit

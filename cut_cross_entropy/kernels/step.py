@@ -39,24 +39,26 @@ def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
 
     Args:
         problem: the call; with a group, nll and lse are those of all shards' classes.
-        filter_: if it is on, a training step computes the energies of the strips.
+        filter_: if it is on, a training step orders the tokens by content and computes energy and
+            mass of every strip.
         training: copy the valid embeddings, so that ignored tokens cost nothing else; the copy is
             freed on return. Without, only whole blocks of ignored tokens are skipped.
     """
-    with_energy = training and filter_.is_on
+    with_strips = training and filter_.is_on
     e, group = problem.e, problem.group
     num_tokens, num_classes = e.shape[0], problem.c.shape[0]
     if group is None:
         check_target_range(problem.targets, num_classes, problem.ignore_index)
     num_blocks = -(-num_tokens // BLOCK_T)
-    # Blocks without a token are skipped, so their bytes are never written.
-    energy = e.new_zeros((num_blocks, num_classes) if with_energy else 0, dtype=torch.uint8)
+    # Blocks without a token are skipped, so their strips are never written.
+    strips = e.new_zeros((num_blocks, num_classes) if with_strips else 0, dtype=torch.int16)
     if num_tokens == 0:
         nothing = [e.new_zeros(0, dtype=torch.float32) for _ in range(4)]
-        return KernelState(nothing[0], nothing[1], energy, nothing[2], nothing[3])
+        origin = e.new_zeros(0, dtype=torch.int64)
+        return KernelState(nothing[0], nothing[1], strips, origin, nothing[2], nothing[3])
 
     problem = in_compute_dtype(problem)
-    tokens, target_logits, bound = score_targets(problem, compact=training)
+    tokens, target_logits, bound = score_targets(problem, compact=training, by_content=with_strips)
     flags = torch.zeros(num_blocks, dtype=torch.int32, device=e.device)
     inputs = PassInputs(
         tokens.e,
@@ -68,10 +70,10 @@ def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
     )
 
     raise_bound_by_frequent(inputs, problem)
-    if group is not None and with_energy:
-        exchange_bound(bound, group)  # the energies of all shards are relative to the same bound
+    if group is not None and with_strips:
+        exchange_bound(bound, group)  # the strips of all shards are relative to the same bound
 
-    out = energy if with_energy else None
+    out = strips if with_strips else None
     if num_classes > 0:
         segments = vocabulary_pass(inputs, num_classes, out)
         vocabulary_pass(inputs, num_classes, out, online=True, repair=segments)
@@ -95,7 +97,7 @@ def backward(
         upstream: gradients of nll and lse, (N,) each.
         saved: results of the forward.
         problem: the call.
-        filter_: tolerance 0, or a forward without energies, means no filter.
+        filter_: tolerance 0, or a forward without strips, means no filter.
         needed: the gradients to compute.
     """
     e, c, bias = problem.e, problem.c, problem.bias
@@ -120,7 +122,7 @@ def _compute(
     upstream: PerToken, saved: KernelState, problem: Problem, filter_: Filter, wanted: Wanted
 ) -> Tensor | None:
     """Write dC and dbias, return dE: each by the filtered stage or by the exact one."""
-    use_filter = filter_.tolerance > 0 and saved.energy.numel() > 0
+    use_filter = filter_.tolerance > 0 and saved.strips.numel() > 0
     by_filter, exactly = wanted.split(e=use_filter and filter_.e, c=use_filter and filter_.c)
     flat_support = math.log2(filtered.FLAT_SUPPORT)
     tokens = compact_for_backward(upstream, saved, problem, flat_support, count_valid=not by_filter)
@@ -129,7 +131,7 @@ def _compute(
     grad_e: Tensor | None = None
     num_valid: int | None
     if by_filter:
-        outcome = filtered.filtered_gradients(problem, tokens, by_filter, saved.energy, filter_)
+        outcome = filtered.filtered_gradients(problem, tokens, by_filter, saved.strips, filter_)
         grad_e, num_valid = outcome.grad_e, outcome.num_valid
         if outcome.too_flat:
             exactly = wanted

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, is_captured, launch
+from cut_cross_entropy.kernels.order import order_by_content
 from cut_cross_entropy.kernels.primitives import (
     ABSENT,
     FLAT,
@@ -181,17 +182,22 @@ def score_targets_kernel(
     tl.store(bound_ptr + row + lane, tl.where(present, bound, float("inf")))
 
 
-def score_targets(problem: Problem, compact: bool) -> tuple[Tokens, Tensor, Tensor]:
+def score_targets(
+    problem: Problem, compact: bool, by_content: bool = False
+) -> tuple[Tokens, Tensor, Tensor]:
     """Return the tokens, the logits of their targets and a first bound, (N,) float32, log2.
 
     ``problem.c`` is contiguous and of the compute dtype. With ``compact`` the embeddings of valid
-    tokens are copied into the first rows; without, tokens keep their positions. The logit of a
-    target that is not a row of ``problem.c`` is NaN, or +inf with a group; its bound is -inf.
+    tokens are copied into the first rows, with ``by_content`` in order of content; without, tokens
+    keep their positions. The logit of a target that is not a row of ``problem.c`` is NaN, or +inf
+    with a group; its bound is -inf.
     """
     e, c = problem.e, problem.c
     num_tokens, dim = e.shape
     if compact:
-        origin, _ = list_valid(problem.targets, problem.ignore_index)
+        origin, count = list_valid(problem.targets, problem.ignore_index)
+        if by_content:
+            origin = order_by_content(e, origin, count)
         rows = torch.empty((num_tokens, dim), dtype=c.dtype, device=e.device)
     else:
         origin = list_in_place(problem.targets, problem.ignore_index)
@@ -241,7 +247,7 @@ def backward_tokens_kernel(
     a_ptr,
     b_ptr,
     lse_ptr,  # log2; +inf for no token
-    target_miss_ptr,  # (1 - p)^2 of the target; FLAT for flat tokens, ABSENT for no token
+    target_grad_ptr,  # absolute; FLAT for flat tokens, ABSENT for no token
     N,
     V,
     D,
@@ -277,16 +283,16 @@ def backward_tokens_kernel(
     nll = tl.load(nll_in_ptr + position, mask=present, other=0.0)
     # No shard of the vocabulary holds the target: never a plausible number.
     a = tl.where((usable == 0) & (nll != nll), float("nan"), a)
-    miss = 1.0 - tl.exp2(0.0 - nll * LOG2E)
-    target_miss = tl.where(present, miss * miss, ABSENT)
+    target_grad = tl.abs(a * tl.exp2(0.0 - nll * LOG2E) - b)
+    target_grad = tl.where(present, target_grad, ABSENT)
     if HAS_SUPPORT:
         flat = present & (tl.load(support_ptr + row + lane) > flat_support)
-        target_miss = tl.where(flat, FLAT, target_miss)
+        target_grad = tl.where(flat, FLAT, target_grad)
     tl.store(targets_ptr + row + lane, tl.where(usable, target, -1))
     tl.store(a_ptr + row + lane, a)
     tl.store(b_ptr + row + lane, b)
     tl.store(lse_ptr + row + lane, lse)
-    tl.store(target_miss_ptr + row + lane, target_miss)
+    tl.store(target_grad_ptr + row + lane, target_grad)
 
 
 @dataclass(frozen=True)
@@ -297,8 +303,9 @@ class BackwardTokens(Tokens):
         lse: log2; +inf where absent.
         a: gradient of the loss plus that of lse, the factor of the probabilities.
         b: gradient of the loss, the factor of the one-hot target.
-        target_miss: (1 - p)^2 of the target, a lower bound of the gradient's energy; FLAT for
-            tokens whose distribution is flat, ABSENT where absent.
+        target_grad: absolute gradient of the target's logit, a lower bound of the root of the
+            energy of the token's gradient; FLAT for tokens whose distribution is flat, ABSENT where
+            absent.
         scale: () power of two by which stored logit gradients are multiplied, see gradient_scale.
         shard_mass: probability of this shard's classes; None if all classes are here.
         num_valid: number of valid tokens on its way to the host; None if not asked for, or if the
@@ -308,7 +315,7 @@ class BackwardTokens(Tokens):
     lse: Tensor
     a: Tensor
     b: Tensor
-    target_miss: Tensor
+    target_grad: Tensor
     scale: Tensor
     shard_mass: Tensor | None
     num_valid: HostCopy | None
@@ -317,7 +324,7 @@ class BackwardTokens(Tokens):
     def is_flat(self) -> Tensor:
         """(N,) whether the token's distribution is flat."""
         flat: float = FLAT.value
-        return self.target_miss == flat
+        return self.target_grad == flat
 
     def at(self, rows: Tensor | slice) -> "BackwardTokens":
         """Return the tokens of some rows."""
@@ -354,16 +361,20 @@ def compact_for_backward(
     """
     e = problem.e
     num_tokens, dim = e.shape
-    origin, count = list_valid(problem.targets, problem.ignore_index)
+    if saved.origin.numel() > 0:
+        origin = saved.origin  # the strips are those of this order
+        count = (origin < num_tokens).sum(dtype=torch.int32) if count_valid else None
+    else:
+        origin, count = list_valid(problem.targets, problem.ignore_index)
     num_valid = None
     # On its way while the copy below is made. A CUDA graph computes all rows, valid or not.
-    if count_valid and not (e.is_meta or is_captured(e)):
+    if count_valid and count is not None and not (e.is_meta or is_captured(e)):
         num_valid = HostCopy(count)
     # A copy even where nothing is ignored: the products that follow read every row, and a NaN in
     # the embedding of an ignored token would reach dC as 0 * NaN.
     rows = torch.empty((num_tokens, dim), dtype=problem.compute_dtype, device=e.device)
     targets = torch.empty(num_tokens, dtype=torch.int64, device=e.device)
-    a, b, lse, target_miss = aligned_rows(4, num_tokens, torch.float32, e.device)
+    a, b, lse, target_grad = aligned_rows(4, num_tokens, torch.float32, e.device)
     launch(
         backward_tokens_kernel,
         (num_tokens,),
@@ -380,7 +391,7 @@ def compact_for_backward(
         a_ptr=a,
         b_ptr=b,
         lse_ptr=lse,
-        target_miss_ptr=target_miss,
+        target_grad_ptr=target_grad,
         N=num_tokens,
         V=problem.c.shape[0],
         D=dim,
@@ -399,7 +410,7 @@ def compact_for_backward(
         lse=lse,
         a=a,
         b=b,
-        target_miss=target_miss,
+        target_grad=target_grad,
         scale=gradient_scale(a, b) if half else a.new_ones(()),
         shard_mass=saved.shard_mass if saved.shard_mass.numel() > 0 else None,
         num_valid=num_valid,

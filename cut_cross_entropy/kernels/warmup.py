@@ -14,9 +14,8 @@ from torch import Tensor
 
 from cut_cross_entropy.device_support import triton_is_interpreted
 from cut_cross_entropy.filter_report import unrecorded
-from cut_cross_entropy.kernels import BLOCK_T, exact_sum, scale, step
+from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK, exact_sum, scale, step
 from cut_cross_entropy.kernels.filtered.partial_sums import FEW_SUPERBLOCKS
-from cut_cross_entropy.kernels.filtered.selection import SUPERBLOCK
 from cut_cross_entropy.kernels.launch import (
     Plan,
     compile_concurrently,
@@ -44,6 +43,7 @@ def kind_of_step(problem: Problem, filter_: Filter, training: bool) -> tuple[obj
         training,
         # Sums of dC end in registers, or are stored between superblocks, in fewer bits or in more.
         (num_superblocks > 1) + (num_superblocks > FEW_SUPERBLOCKS),
+        problem.e.shape[0] > BLOCK_T,  # the tokens are ordered
         kind_of(problem.e.shape[0], specialised=True),  # two kernels specialise on it
     )
 

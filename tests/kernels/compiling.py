@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cut_cross_entropy.kernels import BLOCK_T, exact, exact_sum, lse, scale, tokens
+from cut_cross_entropy.kernels import BLOCK_T, exact, exact_sum, lse, order, scale, tokens
 from cut_cross_entropy.kernels.filtered import grad_c, grad_e, index, selection, strips, tail
 from cut_cross_entropy.kernels.tiles import Tiles, tiles_for
 
@@ -62,16 +62,16 @@ def variants(tiles: Tiles) -> list[Variant]:
     for softcap, bias in ((False, False), (True, True)):
         flags = {"HAS_BIAS": bias, "SOFTCAP": softcap}
         label = "softcap-bias" if softcap else "plain"
-        for online, flagged, energy in (
+        for online, flagged, strips_too in (
             (False, False, True),
             (False, False, False),
             (True, False, False),
             (True, True, True),
         ):
             add(
-                f"lse-{label}-{online:d}{flagged:d}{energy:d}",
+                f"lse-{label}-{online:d}{flagged:d}{strips_too:d}",
                 lse.vocabulary_pass_kernel,
-                {**products, **flags, "WRITE_ENERGY": energy, "ONLINE": online,
+                {**products, **flags, "WRITE_STRIPS": strips_too, "ONLINE": online,
                  "ONLY_FLAGGED": flagged},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
@@ -131,16 +131,31 @@ def variants(tiles: Tiles) -> list[Variant]:
             grad_c.grad_c_kernel,
             {"PARTIAL": partial, "LOW_BITS": low_bits, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C,
              "BLOCK_K": block_k, "BLOCK_T": BLOCK_T, "BLOCK_N": tiles.block_n, "SUPERBLOCK": 64,
-             "CHUNK": 1024},
+             "CHUNK": 1024, "BF16": True},
             boxes={"e": (block_k, tiles.block_n)},
             num_warps=8,
             num_stages=few,
             max_registers=128,
             types=of_sums,
         )  # fmt: skip
-        add(f"tail_rows-{partial:d}{low_bits}", grad_c.tail_rows_kernel,
-            {"SUMS": partial, "LOW_BITS": low_bits, "BLOCK_R": 32, "BLOCK_D": 512},
-            types=(of_sums[1], ("low_ptr", "*u8")) if partial else ())  # fmt: skip
+        add(
+            f"tail_rows-{partial:d}{low_bits}",
+            grad_c.tail_rows_kernel,
+            {
+                "SUMS": partial,
+                "LOW_BITS": low_bits,
+                "BF16": True,
+                "SUPERBLOCK": 64,
+                "BLOCK_R": 64,
+                "BLOCK_D": 128,
+            },
+            types=(
+                ("block_sums_ptr", "*bf16"),
+                *((of_sums[1], ("low_ptr", "*u8")) if partial else ()),
+            ),
+        )
+    add("list_dropped", grad_c.list_dropped_kernel, {"SUPERBLOCK": 64, "BLOCK_R": 64},
+        types=(("out_ptr", "*u8"),))  # fmt: skip
     add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "SUPERBLOCK": 64})
     add("list_valid", tokens.list_valid_kernel, {"BLOCK": tokens.SCAN}, num_warps=8)
     add("backward_tokens", tokens.backward_tokens_kernel, {"HAS_SUPPORT": True, "BLOCK_D": 1024})
@@ -153,24 +168,52 @@ def variants(tiles: Tiles) -> list[Variant]:
         {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 1024},
         types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip
     add("bound", lse.bound_kernel, {"BLOCK_T": BLOCK_T})
-    add("finish", lse.finish_kernel, {"HAS_ENERGY": True, "BLOCK_T": BLOCK_T})
+    add("finish", lse.finish_kernel, {"HAS_STRIPS": True, "BLOCK_T": BLOCK_T})
     add("threshold", selection.threshold_kernel, {"BLOCK_T": BLOCK_T, "BLOCK": 4096},
-        types=(("histogram_ptr", "*i64"), ("token_counts_ptr", "*i32")))  # fmt: skip
+        types=(("histogram_ptr", "*i64"), ("token_counts_ptr", "*i32"),
+               ("num_kept_ptr", "*i64")))  # fmt: skip
     add("tails", tail.tails_kernel, {"SOFTCAP": True, "SHARDED": True, "BLOCK": BLOCK_T})
     add("scatter", tokens.scatter_rows_kernel, {"BLOCK_D": 1024}, types=(("rows_ptr", "*fp32"),))
-    add("histogram", selection.histogram_kernel, {"BLOCK": 2**12},
-        types=(("energy_ptr", "*u8"), ("counts_ptr", "*i64")))  # fmt: skip
+    add("weigh_blocks", selection.weigh_blocks_kernel, {"BLOCK_T": BLOCK_T, "ROWS": 64},
+        num_warps=8, types=(("weights_ptr", "*i32"),))  # fmt: skip
+    for name in ("histogram_kernel", "shares_histogram_kernel"):
+        add(name, getattr(selection, name),
+            {"CHUNK": selection.PART, "ROWS": selection.ROWS_AT_ONCE}, num_warps=8,
+            types=(("counts_ptr", "*i64"), ("weights_ptr", "*i32")))  # fmt: skip
     add("kept", selection.kept_strips_kernel,
         {"IDLE": selection.IDLE, "SUPERBLOCK": 64, "CHUNK": 1024},
-        types=(("energy_ptr", "*u8"), ("counts_ptr", "*i32"), ("active_ptr", "*i32")))  # fmt: skip
+        types=(("counts_ptr", "*i32"), ("active_ptr", "*i32"), ("dropped_ptr", "*i64"),
+               ("weights_ptr", "*i32"), ("num_kept_ptr", "*i64"),
+               ("shares_ptr", "*i64")))  # fmt: skip
     add("index", index.index_kernel,
         {"WHOLE": True, "SUPERBLOCK": 64, "TILE": index.TILE, "ROWS": 16, "COLUMNS": 256},
         num_warps=8, types=(("counts_ptr", "*i32"),))  # fmt: skip
     add("list", index.list_strips_kernel,
         {"BY_CLASS": True, "SUPERBLOCK": 64, "CHUNK": 1024, "TILE": index.TILE})  # fmt: skip
-    add("row_sum", tail.weighted_row_sum_kernel,
-        {"HAS_FACTOR": True, "BLOCK_R": 32, "BLOCK_D": 256},
+    add("shares", tail.shares_kernel, {"COLUMNS": 256})
+    for bf16 in (True, False):
+        add(f"centers-{bf16:d}", tail.centers_kernel,
+            {"BF16": bf16, "SUPERBLOCK": 64, "BLOCK_R": 64, "BLOCK_D": 256 if bf16 else 128},
+            num_warps=8,
+            types=(("out_ptr", "*fp32"), ("c_ptr", "*bf16" if bf16 else "*fp16")))  # fmt: skip
+    add("finish_centers", tail.finish_centers_kernel, {"BLOCK_D": 256}, num_warps=2,
         types=(("out_ptr", "*fp32"),))  # fmt: skip
+    add("block_sums", tail.block_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 64})
+    add("tail_bias", tail.tail_bias_kernel, {"SUPERBLOCK": 64, "BLOCK": 64})
+    add("features", order.features_kernel, {"ROWS": 32, "BLOCK_D": 128, "FEATURES": 64})
+    for first in (True, False):
+        add(f"split_nodes-{first:d}", order.split_nodes_kernel,
+            {"LEVEL": 0 if first else 3, "KEYS": 3, "CAPACITY": 8192 if first else 1024,
+             "SAMPLES": order.SAMPLES, "STEP": order.STEP,
+             "ITERATIONS": order.ITERATIONS, "KEYS_AT_ONCE": order.KEYS_AT_ONCE,
+             "KEY_BITS": order.KEY_BITS, "FIRST": first, "FEATURES": 64, "SUPERBLOCK": 64,
+             "BLOCK_T": BLOCK_T},
+            num_warps=16 if first else 8, num_stages=2,
+            types=(("keys_ptr", "*fp32"), ("order_ptr", "*i32"), ("out_ptr", "*i32")))  # fmt: skip
+    add("scatter_of_blocks", order.scatter_kernel, {"FEATURES": 64, "BLOCK_T": BLOCK_T},
+        types=(("order_ptr", "*i32"),))  # fmt: skip
+    add("choose_order", order.choose_order_kernel, {"SUPERBLOCK": 64, "BLOCK_T": BLOCK_T},
+        types=(("order_ptr", "*i32"), ("out_ptr", "*i64")))  # fmt: skip
     add("sum_classes", strips.sum_classes_kernel, {"CHUNK": 1024, "BLOCK": 128},
         types=(("out_ptr", "*fp32"),))  # fmt: skip
     return result
@@ -204,13 +247,19 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
             signature[name] = "*i64"
         elif name in _INT32:
             signature[name] = "*i32"
-        elif name == "energy_ptr":
+        elif name == "strips_ptr":  # low and high bytes in turns, or both
+            signature[name] = "*u8" if "HAS_STRIPS" in variant.constants else "*i16"
+        elif name == "dropped_ptr":
             signature[name] = "*u8"
+        elif name == "features_ptr":
+            signature[name] = "*fp16"
         elif name.endswith("_ptr"):
             signature[name] = "*fp32"
         else:
             signature[name] = (
-                "fp32" if name in ("softcap", "tolerance", "max_mass", "flat_support") else "i32"
+                "fp32"
+                if name in ("softcap", "tolerance", "max_mass", "flat_support", "row_strips")
+                else "i32"
             )
         known = signature[name].startswith("*") or name in ("N", "V", "D", "stride_out")
         if known and name not in variant.kernel.do_not_specialize:

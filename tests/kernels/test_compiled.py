@@ -21,7 +21,7 @@ KERNELS = Path(__file__).parents[2] / "cut_cross_entropy" / "kernels"
 # main loop of a plain loss; elsewhere the measured value, with a margin.
 STACK_SINCE = (3, 9)
 STACK = {
-    "lse-plain-001": 16,  # with the energy: training
+    "lse-plain-001": 32,  # with energies and masses: training
     "lse-plain-000": 0,  # without: evaluation
     "lse-plain": 256,  # the short pass over frequent classes, and the repair of an overflow
     "lse-softcap-bias-001": 64,
@@ -32,7 +32,9 @@ STACK = {
     # Two programs share a multiprocessor, which leaves each 128 registers.
     "strips-plain": 192,
     "strips-softcap-bias": 768,
-    "grad_c-0": 16,
+    "grad_c-0": 96,  # after its loop, where the tail is added
+    "powers-softcap-bias": 16,
+    "split_nodes-1": 256,  # one program for 8,192 tokens
     "grad_c-1": 256,  # after its loop, where the sums of earlier superblocks are added
     "": 0,  # all others
 }

@@ -146,7 +146,7 @@ def test_logit_gradients_of_a_chunk(block_v, softcap, monkeypatch):
         lse=lse * 1.4426950408889634,
         a=a,
         b=b,
-        target_miss=torch.zeros(133),
+        target_grad=torch.zeros(133),
         scale=torch.tensor(2.0),
         shard_mass=None,
         num_valid=None,

@@ -39,7 +39,13 @@ from cut_cross_entropy.kernels.filtered.strips import (
     add_bias_grads,
     strip_gradients,
 )
-from cut_cross_entropy.kernels.filtered.tail import TokenTails, update_tails, weighted_row_sum
+from cut_cross_entropy.kernels.filtered.tail import (
+    BlockSums,
+    Tail,
+    TokenTails,
+    update_tails,
+    write_bias,
+)
 from cut_cross_entropy.kernels.launch import is_captured
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
 from cut_cross_entropy.problem import Filter, Problem
@@ -67,7 +73,7 @@ def filtered_gradients(
     problem: Problem,
     tokens: BackwardTokens,
     wanted: Wanted,
-    energy: Tensor,  # (blocks, V) uint8
+    strips: Tensor,  # (blocks, V) int16
     filter_: Filter,
 ) -> Outcome:
     """Compute gradients from the kept strips and the tail, unless the data is too flat for that.
@@ -75,17 +81,17 @@ def filtered_gradients(
     ``problem`` has c and bias contiguous, c of the compute dtype. The number of kept strips is read
     from the device: the one synchronisation of a step.
     """
-    if is_captured(energy):
+    if is_captured(strips):
         raise RuntimeError(
             "the filtered gradient reads the number of kept strips from the device, which a CUDA "
             "graph cannot capture; use impl='cce_exact' or filter_eps=None"
         )
-    kept = keep_strips(energy, tokens.target_miss, filter_)
+    kept = keep_strips(strips, tokens, filter_)
     counts = Counts(kept)
     selection = _Selection.of(kept, problem.c)
     num_strips = sum(counts.by_block)  # waits for the device, which is computing the selection
 
-    possible = -(-counts.tokens // BLOCK_T) * energy.shape[1]
+    possible = -(-counts.tokens // BLOCK_T) * strips.shape[1]
     too_flat = (
         counts.flat_tokens > FLAT_FRACTION * counts.tokens or num_strips > DENSE_FRACTION * possible
     )
@@ -112,20 +118,20 @@ class _Selection:
     Args:
         kept: the kept strips.
         index: index of all of them.
-        center: (D,) float32 mean row of c over the tail.
+        tail: what replaces the others.
         order: order of all classes.
     """
 
     kept: Kept
     index: StripIndex
-    center: Tensor
+    tail: Tail
     order: ClassOrder
 
     @classmethod
     def of(cls, kept: Kept, c: Tensor) -> "_Selection":
         index = index_strips(kept)
         order = ClassOrder.of(kept, (0, c.shape[0]))
-        return cls(kept, index, weighted_row_sum(kept.weights, c, index.share), order)
+        return cls(kept, index, Tail.of(kept, c), order)
 
 
 def _kept_and_flat(
@@ -191,9 +197,9 @@ class _Work:
         )
 
     @functools.cached_property
-    def mean(self) -> Tensor:
-        """(D,) float32 tail-weighted sum of e; to be read once the tails are final."""
-        return weighted_row_sum(self.tails.weights, self.tokens.e)
+    def block_sums(self) -> BlockSums:
+        """Tokens of each block weighted by their tails; to be read once the tails are final."""
+        return BlockSums.of(self.tokens, self.selection.tail, self.tails)
 
     def classes(self, chunks: Range) -> Range:
         """Return the range of class ids of a range of chunks."""
@@ -227,14 +233,14 @@ def _store(work: _Work, rectangle: Rectangle) -> StoredStrips:
 
 def _finish_tokens(work: _Work, stored: StoredStrips) -> None:
     """Finish tails and rows of dE of blocks all of whose strips are stored."""
-    update_tails(work.problem, work.tokens, stored, work.tails)
+    update_tails(work.problem, work.tokens, stored, work.selection.tail, work.tails)
     if work.grad_e is not None:
         write_grad_e(
             work.problem,
             work.tokens,
             stored,
             work.tails,
-            center=work.selection.center,
+            centers=work.selection.tail.centers,
             out=work.grad_e,
         )
 
@@ -244,7 +250,7 @@ def _write_classes(work: _Work, class_pass: ClassPass, stored_once: StoredStrips
 
     ``stored_once`` holds all strips if they need not be computed again.
     """
-    kept, wanted, index = work.selection.kept, work.wanted, work.selection.index
+    kept, wanted = work.selection.kept, work.wanted
     classes = work.classes(class_pass.chunks)
     order, rows = None, None
     if wanted.c is not None:
@@ -272,11 +278,9 @@ def _write_classes(work: _Work, class_pass: ClassPass, stored_once: StoredStrips
         del stored  # frees the strips before the next ones are computed
 
     if rows is not None and rows.sums is not None:
-        write_tail_rows(work.tokens, kept, index, rows, mean=work.mean)
+        write_tail_rows(work.tokens, kept, work.block_sums, rows, classes)
     if work.bias_sums is not None and wanted.bias is not None:
-        here = slice(*classes)
-        tail = kept.weights[here] * (index.share[0] * work.tails.weights.sum())
-        wanted.bias[here] = (work.bias_sums[here] + tail).to(wanted.bias.dtype)
+        write_bias(kept, work.block_sums, work.bias_sums, classes, wanted.bias)
 
 
 def _add_superblock(
@@ -295,9 +299,8 @@ def _add_superblock(
         part,
         order=order,
         num_active=num_active,
-        mean=work.mean if final else None,
+        block_sums=work.block_sums if final else None,
         rows=rows,
     )
     if final:
-        idle = order.classes[part.superblock - order.first, num_active:]
-        write_tail_rows(work.tokens, kept, work.selection.index, rows, mean=work.mean, idle=idle)
+        write_tail_rows(work.tokens, kept, work.block_sums, rows, part.classes)

@@ -16,18 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.filtered.index import Range, StripIndex
+from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
+from cut_cross_entropy.kernels.filtered.index import Range
 from cut_cross_entropy.kernels.filtered.partial_sums import PartialSums, load_sums, store_sums
-from cut_cross_entropy.kernels.filtered.selection import CHUNK, SUPERBLOCK, Kept
+from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept
 from cut_cross_entropy.kernels.filtered.strips import Part, StoredStrips
+from cut_cross_entropy.kernels.filtered.tail import BlockSums, load_dropped, tail_product
 from cut_cross_entropy.kernels.launch import launch
-from cut_cross_entropy.kernels.primitives import load_rows
+from cut_cross_entropy.kernels.primitives import byte_to_value, gather_rows, load_rows
 from cut_cross_entropy.kernels.tiles import rows_operand, tiles_on, two_per_sm
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 
 BLOCK_C = 128  # classes per tile
 BLOCK_K = 64  # tokens per step
+LISTED = 2**16  # classes whose dropped masses are listed at once, 4 MiB; whole tiles
 
 
 @triton.jit(do_not_specialize=["order_ptr", "masks_ptr", "num_listed", "num_tiles"])
@@ -80,13 +82,13 @@ def grad_c_kernel(
     sizes_ptr,  # (tiles,)
     chunk_starts_ptr,  # (chunks,) slot of a chunk's first strip
     scale_ptr,  # ()
-    weights_ptr,  # (V,) of the tail; unused if PARTIAL, like the two that follow
-    inverse_ptr,  # () 1 / sum of the weights
-    mean_ptr,  # (D,) tail-weighted sum of e
+    dropped_ptr,  # (classes, SUPERBLOCK) see list_dropped; unused if PARTIAL, like the next
+    block_sums_ptr,  # (SUPERBLOCK, D) see BlockSums
     out_ptr,  # (V, D), out; sums or their upper bits (int16), in and out, if PARTIAL
     low_ptr,  # the next bits of the sums, in and out, see load_sums; only if LOW_BITS
     num_listed,
     N,
+    V,
     D,
     first_block,
     first_slot,
@@ -95,6 +97,7 @@ def grad_c_kernel(
     has_sums,
     PARTIAL: tl.constexpr,
     LOW_BITS: tl.constexpr,
+    BF16: tl.constexpr,
     E_TMA: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -166,46 +169,93 @@ def grad_c_kernel(
             LOW_BITS=LOW_BITS,
         )
     else:
-        weights = tl.load(weights_ptr + classes, mask=inside, other=0.0) * tl.load(inverse_ptr)
-        mean = tl.load(mean_ptr + columns, mask=columns < D, other=0.0)
-        total = total / tl.load(scale_ptr) + weights[:, None] * mean[None, :]
+        blocks = tl.arange(0, SUPERBLOCK)
+        dropped = dropped_ptr + positions[:, None] * SUPERBLOCK + blocks[None, :]
+        masses = byte_to_value(tl.load(dropped, mask=inside[:, None], other=0))
+        block_sums = gather_rows(block_sums_ptr, blocks, blocks >= 0, columns, D)
+        total = tail_product(masses, block_sums, total / tl.load(scale_ptr), BF16)
         here = inside[:, None] & (columns < D)[None, :]
         rows = classes.to(tl.int64)[:, None] * stride_out + columns[None, :]
         tl.store(out_ptr + rows, total.to(out_ptr.dtype.element_ty), mask=here)
 
 
-@triton.jit(do_not_specialize=["order_ptr", "num_rows", "first_class"])
+@triton.jit(do_not_specialize=["order_ptr", "num_listed", "num_blocks"])
+def list_dropped_kernel(
+    order_ptr,  # (classes,)
+    strips_ptr,  # (blocks, V)
+    masks_ptr,  # (V,)
+    out_ptr,  # (classes, SUPERBLOCK) uint8 out
+    num_listed,
+    V,
+    num_blocks,
+    SUPERBLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """List the masses of the dropped strips of some classes, in the only superblock."""
+    positions = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = positions < num_listed
+    classes = tl.load(order_ptr + positions, mask=inside, other=0)
+    masks = tl.load(masks_ptr + classes, mask=inside, other=0)
+    blocks = tl.arange(0, SUPERBLOCK)
+    strips = tl.load(
+        strips_ptr + blocks.to(tl.int64)[None, :] * V + classes[:, None],
+        mask=inside[:, None] & (blocks < num_blocks)[None, :],
+        other=0,
+    ).to(tl.int32)
+    kept = ((masks[:, None] >> blocks.to(tl.int64)[None, :]) & 1) != 0
+    dropped = tl.where(kept, 0, (strips >> 8) & 255)
+    out = out_ptr + positions[:, None] * SUPERBLOCK + blocks[None, :]
+    tl.store(out, dropped.to(tl.uint8), mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["num_rows", "first_class", "num_superblocks", "num_blocks"])
 def tail_rows_kernel(
-    order_ptr,  # (rows,); unused if SUMS
     high_ptr,  # (V, D) sums or their upper bits, in the memory of dC; only if SUMS
     low_ptr,  # the next bits of the sums, see load_sums; only if LOW_BITS
     scale_ptr,  # (); only if SUMS
-    weights_ptr,  # (V,)
-    inverse_ptr,  # () 1 / sum of the weights
-    mean_ptr,  # (D,)
+    strips_ptr,  # (blocks, V)
+    masks_ptr,  # (superblocks, V)
+    block_sums_ptr,  # (blocks, D) see BlockSums
     out_ptr,  # (V, D)
     num_rows,
+    V,
     D,
     first_class,
+    num_superblocks,
+    num_blocks,
     stride_out,
     SUMS: tl.constexpr,
     LOW_BITS: tl.constexpr,
+    BF16: tl.constexpr,
+    SUPERBLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write rows of the tail: alone for classes that keep no strip, else added to their sums."""
-    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """Write rows of the tail: alone for classes that keep no strip, else added to their sums.
+
+    With sums a program writes BLOCK_D columns, without, all of them.
+    """
     positions = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = positions < num_rows
-    here = inside[:, None] & (columns < D)[None, :]
+    classes = (first_class + positions).to(tl.int64)
+    rows = classes[:, None] * stride_out
     if SUMS:
-        classes = (first_class + positions).to(tl.int64)
-    else:
-        classes = tl.load(order_ptr + positions, mask=inside, other=0)
-    weights = tl.load(weights_ptr + classes, mask=inside, other=0.0) * tl.load(inverse_ptr)
-    mean = tl.load(mean_ptr + columns, mask=columns < D, other=0.0)
-    values = weights[:, None] * mean[None, :]
-    if SUMS:
+        columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+        values = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        for superblock in range(num_superblocks):
+            masses = load_dropped(
+                strips_ptr,
+                masks_ptr=masks_ptr,
+                superblock=superblock,
+                classes=classes,
+                inside=inside,
+                V=V,
+                num_blocks=num_blocks,
+                SUPERBLOCK=SUPERBLOCK,
+            )
+            blocks = superblock * SUPERBLOCK + tl.arange(0, SUPERBLOCK)
+            block_sums = gather_rows(block_sums_ptr, blocks, blocks >= 0, columns, D)
+            values = tail_product(masses.T, block_sums, values, BF16)
         values += load_sums(
             high_ptr,
             low_ptr=low_ptr,
@@ -217,8 +267,31 @@ def tail_rows_kernel(
             stride=stride_out,
             LOW_BITS=LOW_BITS,
         ) / tl.load(scale_ptr)
-    rows = classes[:, None] * stride_out + columns[None, :]
-    tl.store(out_ptr + rows, values.to(out_ptr.dtype.element_ty), mask=here)
+        here = inside[:, None] & (columns < D)[None, :]
+        out = out_ptr + rows + columns[None, :]
+        tl.store(out, values.to(out_ptr.dtype.element_ty), mask=here)
+    else:
+        idle = inside & (tl.load(masks_ptr + classes, mask=inside, other=1) == 0)
+        masses = load_dropped(
+            strips_ptr,
+            masks_ptr=masks_ptr,
+            superblock=0,
+            classes=classes,
+            inside=idle,
+            V=V,
+            num_blocks=num_blocks,
+            SUPERBLOCK=SUPERBLOCK,
+        ).T
+        blocks = tl.arange(0, SUPERBLOCK)
+        for start in range(0, D, BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            block_sums = gather_rows(block_sums_ptr, blocks, blocks >= 0, columns, D)
+            values = tail_product(
+                masses, block_sums, tl.zeros((BLOCK_R, BLOCK_D), tl.float32), BF16
+            )
+            here = idle[:, None] & (columns < D)[None, :]
+            out = out_ptr + rows + columns[None, :]
+            tl.store(out, values.to(out_ptr.dtype.element_ty), mask=here)
 
 
 @dataclass(frozen=True)
@@ -285,7 +358,7 @@ def write_grad_c(
     *,
     order: ClassOrder,
     num_active: int,
-    mean: Tensor | None,  # (D,) float32 tail-weighted sum of e; only without sums
+    block_sums: BlockSums | None,  # only without partial sums
     rows: ClassRows,
 ) -> None:
     """Write the rows of the active classes of one superblock, or add them to the sums.
@@ -300,79 +373,104 @@ def write_grad_c(
     block_n = min(tiles.block_n, max(32, triton.next_power_of_2(dim)))
     block_k = min(BLOCK_K, tiles.block_d)
     e_operand, e_tma = rows_operand(e, block_k, block_n, tiles)
+    active = order.classes[row, :num_active]
+    for i, listed in enumerate(active.split(LISTED if sums is None else num_active)):
+        tile = i * LISTED // BLOCK_C
+        launch(
+            grad_c_kernel,
+            (triton.cdiv(dim, block_n), triton.cdiv(listed.shape[0], BLOCK_C)),
+            grad_ptr=stored.grads,
+            e=e_operand,
+            order_ptr=listed,
+            masks_ptr=kept.masks[part.superblock],
+            offsets_ptr=kept.offsets[part.superblock],
+            unions_ptr=order.unions[row, tile:],
+            sizes_ptr=order.sizes[row, tile:],
+            chunk_starts_ptr=index.chunk_starts[part.superblock],
+            scale_ptr=tokens.scale,
+            dropped_ptr=None if sums is not None else list_dropped(kept, listed),
+            block_sums_ptr=None if block_sums is None else block_sums.rows,
+            out_ptr=rows.out if sums is None else sums.high,
+            low_ptr=None if sums is None else sums.low,
+            num_listed=listed.shape[0],
+            N=e.shape[0],
+            V=rows.out.shape[0],
+            D=dim,
+            first_block=part.superblock * SUPERBLOCK,
+            first_slot=part.first_slot,
+            first_class=0 if sums is None else sums.classes[0],
+            stride_out=rows.out.stride(0),
+            has_sums=part.superblock > 0,
+            PARTIAL=sums is not None,
+            LOW_BITS=0 if sums is None else sums.low_bits,
+            BF16=e.dtype == torch.bfloat16,
+            E_TMA=e_tma,
+            BLOCK_C=BLOCK_C,
+            BLOCK_K=block_k,
+            BLOCK_T=BLOCK_T,
+            BLOCK_N=block_n,
+            SUPERBLOCK=SUPERBLOCK,
+            CHUNK=CHUNK,
+            **two_per_sm(e.device, tiles),
+        )
+
+
+def list_dropped(kept: Kept, classes: Tensor) -> Tensor:
+    """Return the masses of the dropped strips of ``classes`` in the only superblock.
+
+    The result is (classes, SUPERBLOCK) uint8, like the high byte of the strips; 0 where kept.
+    """
+    shape = (classes.shape[0], SUPERBLOCK)
+    dropped = torch.empty(shape, dtype=torch.uint8, device=classes.device)
+    block_r = 64
     launch(
-        grad_c_kernel,
-        (triton.cdiv(dim, block_n), triton.cdiv(num_active, BLOCK_C)),
-        grad_ptr=stored.grads,
-        e=e_operand,
-        order_ptr=order.classes[row],
-        masks_ptr=kept.masks[part.superblock],
-        offsets_ptr=kept.offsets[part.superblock],
-        unions_ptr=order.unions[row],
-        sizes_ptr=order.sizes[row],
-        chunk_starts_ptr=index.chunk_starts[part.superblock],
-        scale_ptr=tokens.scale,
-        weights_ptr=kept.weights,
-        inverse_ptr=index.share,
-        mean_ptr=mean,
-        out_ptr=rows.out if sums is None else sums.high,
-        low_ptr=None if sums is None else sums.low,
-        num_listed=num_active,
-        N=e.shape[0],
-        D=dim,
-        first_block=part.superblock * SUPERBLOCK,
-        first_slot=part.first_slot,
-        first_class=0 if sums is None else sums.classes[0],
-        stride_out=rows.out.stride(0),
-        has_sums=part.superblock > 0,
-        PARTIAL=sums is not None,
-        LOW_BITS=0 if sums is None else sums.low_bits,
-        E_TMA=e_tma,
-        BLOCK_C=BLOCK_C,
-        BLOCK_K=block_k,
-        BLOCK_T=BLOCK_T,
-        BLOCK_N=block_n,
+        list_dropped_kernel,
+        (triton.cdiv(classes.shape[0], block_r),),
+        order_ptr=classes,
+        strips_ptr=kept.strips,
+        masks_ptr=kept.masks,
+        out_ptr=dropped,
+        num_listed=classes.shape[0],
+        V=kept.strips.shape[1],
+        num_blocks=kept.shape[0],
         SUPERBLOCK=SUPERBLOCK,
-        CHUNK=CHUNK,
-        **two_per_sm(e.device, tiles),
+        BLOCK_R=block_r,
     )
+    return dropped
 
 
 def write_tail_rows(
     tokens: BackwardTokens,
     kept: Kept,
-    index: StripIndex,
+    block_sums: BlockSums,
     rows: ClassRows,
-    *,
-    mean: Tensor,  # (D,) float32 tail-weighted sum of e
-    idle: Tensor | None = None,  # (classes,) without a strip; only without sums
+    classes: Range,
 ) -> None:
-    """Write the rows that hold the tail alone, or all rows of the sums with their tail."""
+    """Write the rows of classes without a strip, or all rows of the sums with their tail."""
     out, sums = rows.out, rows.sums
-    dim = out.shape[1]
-    num_rows = idle.shape[0] if idle is not None else 0
-    if sums is not None:
-        num_rows = sums.classes[1] - sums.classes[0]
-    if num_rows == 0:
-        return
-    block_r, block_d = 32, min(512, triton.next_power_of_2(dim))
+    dim, num_rows = out.shape[1], classes[1] - classes[0]
+    block_r, block_d = 64, min(128, max(16, triton.next_power_of_2(dim)))
     launch(
         tail_rows_kernel,
-        (triton.cdiv(dim, block_d), triton.cdiv(num_rows, block_r)),
-        order_ptr=idle,
+        (triton.cdiv(dim, block_d) if sums is not None else 1, triton.cdiv(num_rows, block_r)),
         high_ptr=None if sums is None else sums.high,
         low_ptr=None if sums is None else sums.low,
         scale_ptr=tokens.scale,
-        weights_ptr=kept.weights,
-        inverse_ptr=index.share,
-        mean_ptr=mean,
+        strips_ptr=kept.strips,
+        masks_ptr=kept.masks,
+        block_sums_ptr=block_sums.rows,
         out_ptr=out,
         num_rows=num_rows,
+        V=out.shape[0],
         D=dim,
-        first_class=0 if sums is None else sums.classes[0],
+        first_class=classes[0],
+        num_superblocks=kept.num_superblocks,
+        num_blocks=kept.shape[0],
         stride_out=out.stride(0),
         SUMS=sums is not None,
         LOW_BITS=0 if sums is None else sums.low_bits,
+        BF16=tokens.e.dtype == torch.bfloat16,
+        SUPERBLOCK=SUPERBLOCK,
         BLOCK_R=block_r,
         BLOCK_D=block_d,
     )

@@ -28,7 +28,7 @@ def grad_e_kernel(
     starts_ptr,  # (blocks + 1,)
     scale_ptr,  # ()
     tail_ptr,  # (N,) weight of the tail
-    center_ptr,  # (D,) mean row of c over the dropped strips
+    centers_ptr,  # (blocks, D) mean row of c over the dropped strips of each block
     origin_ptr,  # (N,)
     out_ptr,  # (N, D) in the caller's order
     N,
@@ -59,7 +59,7 @@ def grad_e_kernel(
     tokens = (first_block + block) * BLOCK_T + lanes
     origin = tl.load(origin_ptr + tokens, mask=tokens < N, other=N)
     tail = tl.load(tail_ptr + tokens, mask=tokens < N, other=0.0)
-    center = tl.load(center_ptr + column, mask=column < D, other=0.0)
+    center = tl.load(centers_ptr + (first_block + block) * D + column, mask=column < D, other=0.0)
     total = total / tl.load(scale_ptr) + tail[:, None] * center[None, :]
     tl.store(
         out_ptr + origin.to(tl.int64)[:, None] * stride_out + column[None, :],
@@ -74,7 +74,7 @@ def write_grad_e(
     stored: StoredStrips,  # all kept strips of their blocks
     tails: TokenTails,
     *,
-    center: Tensor,  # (D,) float32
+    centers: Tensor,  # (blocks, D) float32
     out: Tensor,  # (N, D) in the caller's order
 ) -> None:
     """Write the rows of dE that belong to the blocks of the stored strips."""
@@ -91,7 +91,7 @@ def write_grad_e(
         starts_ptr=strips.index.block_starts,
         scale_ptr=tokens.scale,
         tail_ptr=tails.weights,
-        center_ptr=center,
+        centers_ptr=centers,
         origin_ptr=tokens.origin,
         out_ptr=out,
         N=out.shape[0],

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.filtered.selection import CHUNK, SUPERBLOCK, Kept
+from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
+from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept
 from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, launch
 from cut_cross_entropy.kernels.primitives import popcount
 
@@ -54,12 +54,10 @@ class Rectangle:
 )
 def index_kernel(
     counts_ptr,  # (all blocks, all chunks) int32
-    sums_ptr,  # (3, chunks) of w, w log(w) and w log(w)^2; only if WHOLE
     starts_ptr,  # (blocks, chunks) int32, out
     block_starts_ptr,  # (blocks + 1,) int32, out
     first_tile_ptr,  # (blocks + 1,) int32, out
     chunk_starts_ptr,  # (superblocks, chunks) int32, out; only if WHOLE
-    share_ptr,  # (3,) out: 1 / W, means of log(share) and of its square; only if WHOLE
     first_block,
     first_chunk,
     num_blocks,
@@ -106,17 +104,6 @@ def index_kernel(
             tl.store(chunk_starts_ptr + superblock * num_chunks + chunks, chunk_starts, mask=wanted)
     tl.store(block_starts_ptr + num_blocks, strips_before)
     tl.store(first_tile_ptr + num_blocks, tiles_before)
-    if WHOLE:
-        total = tl.sum(tl.load(sums_ptr + chunks, mask=wanted, other=0.0), 0)
-        first_moment = tl.sum(tl.load(sums_ptr + num_chunks + chunks, mask=wanted, other=0.0), 0)
-        second = tl.sum(tl.load(sums_ptr + 2 * num_chunks + chunks, mask=wanted, other=0.0), 0)
-        # Weights are not negative: where their sum is 0, so are they. A NaN propagates.
-        inverse = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
-        log_total = tl.log(tl.where(total == 0, 1.0, total))
-        mean = first_moment * inverse
-        tl.store(share_ptr, inverse)
-        tl.store(share_ptr + 1, mean - log_total)
-        tl.store(share_ptr + 2, second * inverse - log_total * (2.0 * mean - log_total))
 
 
 @dataclass(frozen=True)
@@ -129,15 +116,12 @@ class StripIndex:
         first_tile: (blocks + 1,) int32 index of a block's first tile of TILE strips.
         chunk_starts: (superblocks, chunks) int32 slot of the first strip that a chunk keeps in a
             superblock, if all strips are stored.
-        share: (3,) float32 1 / W, and the means of log(share) and of its square over the tail,
-            where W is the sum of the dropped weights and the share of a class its part of W.
     """
 
     starts: Tensor
     block_starts: Tensor
     first_tile: Tensor
     chunk_starts: Tensor
-    share: Tensor
 
 
 def index_strips(
@@ -157,20 +141,17 @@ def index_strips(
     if whole is None:
         shape = (kept.num_superblocks, num_chunks)
         chunk_starts = torch.empty(shape, dtype=torch.int32, device=device)
-        share = torch.empty(3, dtype=torch.float32, device=device)
     else:
-        chunk_starts, share = whole.chunk_starts, whole.share
+        chunk_starts = whole.chunk_starts
     columns = triton.next_power_of_2(num_chunks)
     launch(
         index_kernel,
         (1,),
         counts_ptr=kept.statistics,
-        sums_ptr=kept.sums,
         starts_ptr=starts,
         block_starts_ptr=block_starts,
         first_tile_ptr=first_tile,
         chunk_starts_ptr=chunk_starts,
-        share_ptr=share,
         first_block=blocks[0],
         first_chunk=chunks[0],
         num_blocks=num_blocks,
@@ -183,7 +164,7 @@ def index_strips(
         COLUMNS=columns,
         num_warps=8,
     )
-    return StripIndex(starts, block_starts, first_tile, chunk_starts, share)
+    return StripIndex(starts, block_starts, first_tile, chunk_starts)
 
 
 class Counts:

@@ -1,9 +1,12 @@
 """Chooses the strips whose gradient is computed.
 
-The forward leaves one byte per strip, the log2 of its energy (sum of squared probabilities). The
-error that a set of dropped strips makes is about the root of their energy relative to the norm of
-the whole gradient, so the lightest strips are dropped while that stays under a tolerance: one
-threshold for all blocks, found in a histogram of the bytes. Strips that hold a target are kept.
+The forward leaves two bytes per strip, the log2 of its energy (sum of squared probabilities) and of
+its mass (sum of probabilities). The energy is weighted by the largest upstream gradient of a token
+in the block. The error that a set of dropped strips makes is about the root of their energy
+relative to the norm of the whole gradient, so the lightest strips are dropped while that stays
+under a tolerance: one threshold for all blocks, found in a histogram of the bytes. Strips that hold
+a target are kept, and so are some that decide the direction of their class's row of dC: those whose
+root energy is the largest share of all the mass of the class.
 
 The blocks that keep a class are a mask of int64s, one for each superblock of 64 blocks. A sort key
 made of each mask clusters classes that are kept by similar blocks, which is what the tiles of dC
@@ -17,52 +20,121 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
+from cut_cross_entropy.kernels.launch import aligned_rows, launch
 from cut_cross_entropy.kernels.primitives import (
     ABSENT,
-    ENERGY_FLOOR,
-    ENERGY_STEPS,
+    BYTE_STEPS,
     FLAT,
     FORCED,
-    byte_to_weight,
+    byte_to_log,
+    byte_to_value,
     popcount,
 )
+from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.problem import Filter
 
-SUPERBLOCK = 64  # token blocks whose bits share an int64
 CHUNK = 1024  # classes per program of the selection
+PART = 512  # classes per program of a histogram
+ROWS_AT_ONCE = 8  # blocks per step of a histogram
+SHARES = tl.constexpr(16)  # shares of a class's mass, each 2^(1/4) times the next, from 1 down
+ROW_STRIPS = (
+    0.08  # strips kept for the rows of dC, at most: relative to those kept for their energy
+)
+WEIGHTLESS = tl.constexpr(1024)  # weight of a block whose tokens have no gradient
 IDLE = 2**31 - 1  # key of a class that keeps no strip in a superblock: behind all others
 
 
-@triton.jit(do_not_specialize=["total"])
-def histogram_kernel(
-    energy_ptr,  # (blocks * V,)
-    counts_ptr,  # (256,) int64, in, out
-    total,
-    per_program,
-    BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["N", "num_blocks"])
+def weigh_blocks_kernel(
+    a_ptr,  # (N,)
+    b_ptr,  # (N,)
+    weights_ptr,  # (blocks,) int32 out: see Kept
+    largest_ptr,  # () out: largest absolute value of a and b
+    N,
+    num_blocks,
+    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Add the histogram of a stretch of bytes; sums of integers do not depend on their order."""
-    start = tl.program_id(0).to(tl.int64) * per_program
-    bins = tl.arange(0, 256)
+    """Compare the largest upstream gradient of each block with that of all, in one program."""
+    largest = 0.0
+    for start in range(0, num_blocks, ROWS):
+        largest = tl.maximum(largest, tl.max(largest_of(a_ptr, b_ptr, start, N, BLOCK_T, ROWS), 0))
+    tl.store(largest_ptr, largest)
+    for start in range(0, num_blocks, ROWS):
+        own = largest_of(a_ptr, b_ptr, start, N, BLOCK_T, ROWS)
+        ratio = tl.log2(tl.maximum(largest, 1e-37)) - tl.log2(tl.maximum(own, 1e-37))
+        # Rounded down: a block may weigh too much, never too little.
+        steps = (ratio * (2.0 * BYTE_STEPS)).to(tl.int32)
+        steps = tl.where(own > 0, steps, WEIGHTLESS)
+        blocks = start + tl.arange(0, ROWS)
+        tl.store(weights_ptr + blocks, steps, mask=blocks < num_blocks)
+
+
+@triton.jit
+def largest_of(a_ptr, b_ptr, first_block, N, BLOCK_T: tl.constexpr, ROWS: tl.constexpr):
+    """Return the largest finite absolute value of a and b in each of some blocks, (ROWS,)."""
+    blocks = first_block + tl.arange(0, ROWS)
+    tokens = blocks[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+    a = tl.abs(tl.load(a_ptr + tokens, mask=tokens < N, other=0.0))
+    b = tl.abs(tl.load(b_ptr + tokens, mask=tokens < N, other=0.0))
+    either = tl.maximum(tl.where(a < float("inf"), a, 0.0), tl.where(b < float("inf"), b, 0.0))
+    return tl.max(either, 1)
+
+
+@triton.jit
+def weighted(energy, weight):
+    """Return energy bytes weighted by the upstream gradient of their block."""
+    lighter = tl.maximum(energy - weight, 0)
+    return tl.where((energy == FORCED) & (weight < WEIGHTLESS), energy, lighter)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def histogram_kernel(
+    strips_ptr,  # (blocks, V) int16
+    weights_ptr,  # (blocks,)
+    counts_ptr,  # (256,) int64, in, out
+    class_mass_ptr,  # (V,) out: log2
+    V,
+    num_blocks,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Add the histogram of the weighted energies of a chunk of classes; sum their masses.
+
+    Sums of integers do not depend on their order.
+    """
+    classes = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     counts = tl.zeros((256,), tl.int32)
-    for i in range(0, per_program, BLOCK):
-        offsets = start + i + tl.arange(0, BLOCK)
-        inside = offsets < total
-        bytes_ = tl.load(energy_ptr + offsets, mask=inside, other=0).to(tl.int32)
-        counts += tl.histogram(bytes_, 256)  # accepts a mask from Triton 3.4 on
-        counts -= tl.where(bins == 0, tl.sum((offsets >= total).to(tl.int32), 0), 0)
+    mass = tl.zeros((CHUNK,), tl.float32)
+    bins = tl.arange(0, 256)
+    outside = 0
+    for start in range(0, num_blocks, ROWS):
+        blocks = start + tl.arange(0, ROWS)
+        here = (blocks < num_blocks)[:, None] & (classes < V)[None, :]
+        place = blocks.to(tl.int64)[:, None] * V + classes[None, :]
+        both = tl.load(strips_ptr + place, mask=here, other=0).to(tl.int32)
+        weights = tl.load(weights_ptr + blocks, mask=blocks < num_blocks, other=0)
+        energies = weighted(both & 255, weights[:, None])
+        counts += tl.histogram(tl.reshape(energies, (ROWS * CHUNK,)), 256)
+        outside += tl.sum(tl.sum((~here).to(tl.int32), 0), 0)
+        # Half the weight of an energy.
+        scale = tl.exp2(weights.to(tl.float32) * (-0.5 / BYTE_STEPS))
+        mass += tl.sum(byte_to_value((both >> 8) & 255) * scale[:, None], 0)
+    counts -= tl.where(bins == 0, outside, 0)
     tl.atomic_add(counts_ptr + bins, counts.to(tl.int64), sem="relaxed")
+    tl.store(class_mass_ptr + classes, tl.log2(tl.maximum(mass, 1e-37)), mask=classes < V)
 
 
 @triton.jit(do_not_specialize=["token_counts_ptr", "N"])
 def threshold_kernel(
     histogram_ptr,  # (256,) int64
-    target_miss_ptr,  # (N,) see BackwardTokens
+    target_grad_ptr,  # (N,) see BackwardTokens
+    largest_ptr,  # ()
     tolerance,
     max_mass,
     threshold_ptr,  # () out: the first byte that is kept
+    num_kept_ptr,  # () int64 out: strips that are kept for it
     token_counts_ptr,  # (2,) out: flat tokens, valid tokens
     N,
     BLOCK_T: tl.constexpr,
@@ -72,71 +144,75 @@ def threshold_kernel(
     at_targets = 0.0
     num_flat = 0
     num_tokens = 0
+    largest = tl.maximum(tl.load(largest_ptr), 1e-37)
     for start in range(0, N, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        target_miss = tl.load(target_miss_ptr + tokens, mask=tokens < N, other=ABSENT)
-        at_targets += tl.sum(tl.where(target_miss < 0, 0.0, target_miss), 0)  # NaN stays NaN
-        num_flat += tl.sum((target_miss == FLAT).to(tl.int32), 0)
-        num_tokens += tl.sum((target_miss != ABSENT).to(tl.int32), 0)
+        grad = tl.load(target_grad_ptr + tokens, mask=tokens < N, other=ABSENT)
+        grad_ratio = grad / largest
+        at_targets += tl.sum(tl.where(grad < 0, 0.0, grad_ratio * grad_ratio), 0)  # NaN stays NaN
+        num_flat += tl.sum((grad == FLAT).to(tl.int32), 0)
+        num_tokens += tl.sum((grad != ABSENT).to(tl.int32), 0)
     bins = tl.arange(0, 256)
-    counts = tl.load(histogram_ptr + bins).to(tl.float32)
+    strips = tl.load(histogram_ptr + bins)
+    counts = strips.to(tl.float32)
     # Byte 0 is the floor of the scale and FORCED marks a target: neither stands for an energy.
-    per_strip = tl.exp2((bins.to(tl.float32) + 0.5) / ENERGY_STEPS + ENERGY_FLOOR)
+    per_strip = tl.exp2(byte_to_log(bins))
     energy = tl.where((bins == 0) | (bins == FORCED), 0.0, counts * per_strip)
     dropped = tl.cumsum(energy, 0)
-    # The bytes are relative to a lower bound of the log-sum-exp, so they overstate; the misses at
-    # the targets do not, and the gradient's energy is at least theirs.
+    # The bytes are relative to a lower bound of the log-sum-exp, so they overstate; the gradients
+    # at the targets do not, and the whole gradient's energy is at least theirs.
     allowed = tolerance * tolerance * at_targets
     # The mass of a strip is at most the root of BLOCK_T times its energy, and that is below what
     # the next byte stands for.
-    most = tl.exp2(0.5 * ((bins.to(tl.float32) + 1.0) / ENERGY_STEPS + ENERGY_FLOOR))
+    most = tl.exp2(0.5 * byte_to_log(bins + 0.5))
     mass = tl.cumsum(tl.where(energy > 0, counts * most, 0.0), 0)
     light = (dropped <= allowed) & (mass * tl.sqrt(BLOCK_T * 1.0) <= max_mass * num_tokens)
     below = tl.sum(light.to(tl.int32), 0)
-    tl.store(threshold_ptr, tl.minimum(tl.maximum(below, 1), FORCED))
+    threshold = tl.minimum(tl.maximum(below, 1), FORCED)
+    tl.store(threshold_ptr, threshold)
+    tl.store(num_kept_ptr, tl.sum(tl.where(bins >= threshold, strips, 0), 0))
     tl.store(token_counts_ptr, num_flat)
     tl.store(token_counts_ptr + 1, num_tokens)
 
 
-def choose_threshold(
-    energy: Tensor,  # (blocks, V) uint8
-    target_miss: Tensor,  # (N,)
-    filter_: Filter,
-    token_counts: Tensor,  # (2,) int32, out: flat tokens, valid tokens
-) -> Tensor:
-    """Return the first byte that is kept, () int32 on the device.
+@triton.jit
+def share_steps(energy, weighted_energy, weight, class_mass):
+    """Return the share of root energy in a class's mass: steps of 2^(-1/4), 0 for 1 or more."""
+    log_energy = byte_to_log(energy) - weight.to(tl.float32) / BYTE_STEPS
+    steps = tl.clamp(4.0 * (class_mass - 0.5 * log_energy), 0.0, SHARES - 1.0).to(tl.int32)
+    # A strip without energy has the least share.
+    return tl.where(weighted_energy > 0, steps, SHARES - 1)
 
-    ``filter_.tolerance`` bounds the root of the dropped energy relative to that of the whole
-    gradient, ``filter_.max_mass`` the dropped probability, a mean over tokens.
-    """
-    block = 2**12
-    # Enough programs to fill a GPU, few enough not to queue up at the counters.
-    per_program = min(2**17, max(block, triton.next_power_of_2(energy.numel()) // 512))
-    histogram = torch.zeros(256, dtype=torch.int64, device=energy.device)
-    threshold = torch.empty((), dtype=torch.int32, device=energy.device)
-    launch(
-        histogram_kernel,
-        (triton.cdiv(energy.numel(), per_program),),
-        energy_ptr=energy,
-        counts_ptr=histogram,
-        total=energy.numel(),
-        per_program=per_program,
-        BLOCK=block,
-    )
-    launch(
-        threshold_kernel,
-        (1,),
-        histogram_ptr=histogram,
-        target_miss_ptr=target_miss,
-        tolerance=filter_.tolerance,
-        max_mass=filter_.max_mass,
-        threshold_ptr=threshold,
-        token_counts_ptr=token_counts,
-        N=target_miss.shape[0],
-        BLOCK_T=BLOCK_T,
-        BLOCK=4096,
-    )
-    return threshold
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def shares_histogram_kernel(
+    strips_ptr,  # (blocks, V) int16
+    weights_ptr,  # (blocks,)
+    class_mass_ptr,  # (V,) log2
+    threshold_ptr,  # ()
+    counts_ptr,  # (SHARES,) int64, in, out
+    V,
+    num_blocks,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Add the histogram of the shares of the strips under the threshold, of a chunk of classes."""
+    classes = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    threshold = tl.load(threshold_ptr)
+    class_mass = tl.load(class_mass_ptr + classes, mask=classes < V, other=0.0)
+    counts = tl.zeros((SHARES,), tl.int32)
+    for start in range(0, num_blocks, ROWS):
+        blocks = start + tl.arange(0, ROWS)
+        here = (blocks < num_blocks)[:, None] & (classes < V)[None, :]
+        place = blocks.to(tl.int64)[:, None] * V + classes[None, :]
+        energies = tl.load(strips_ptr + place, mask=here, other=0).to(tl.int32) & 255
+        weights = tl.load(weights_ptr + blocks, mask=blocks < num_blocks, other=0)[:, None]
+        own = weighted(energies, weights)
+        steps = share_steps(energies, own, weights, class_mass[None, :])
+        # Strips above the threshold go where they do not count.
+        steps = tl.where(here & (own < threshold), steps, SHARES - 1)
+        counts += tl.histogram(tl.reshape(steps, (ROWS * CHUNK,)), SHARES)
+    tl.atomic_add(counts_ptr + tl.arange(0, SHARES), counts.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -157,19 +233,23 @@ def cluster_key(ranges8, ranges16, fold7):
 
 @triton.jit(do_not_specialize=["active_ptr", "num_blocks", "num_superblocks", "num_chunks"])
 def kept_strips_kernel(
-    energy_ptr,  # (blocks, V)
+    strips_ptr,  # (blocks, V) int16
+    weights_ptr,  # (blocks,)
+    class_mass_ptr,  # (V,) log2
     threshold_ptr,  # ()
+    num_kept_ptr,  # ()
+    shares_ptr,  # (SHARES,) see shares_histogram_kernel
     masks_ptr,  # (superblocks, V) int64, out
     keys_ptr,  # (superblocks, V) int32, out
     offsets_ptr,  # (superblocks, V) int32, out: strips in earlier classes of the chunk
-    weights_ptr,  # (V,) out: dropped root energy of each class
-    sums_ptr,  # (3, chunks) out: of w, w log(w) and w log(w)^2 over the weights
+    sums_ptr,  # (3, blocks, chunks) out: of w, w log2(w) and w log2(w)^2 over the dropped masses
     counts_ptr,  # (blocks, chunks) int32, out
     active_ptr,  # (superblocks, chunks) int32, out
     V,
     num_blocks,
     num_superblocks,
     num_chunks,
+    row_strips,
     IDLE: tl.constexpr,
     SUPERBLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -179,29 +259,43 @@ def kept_strips_kernel(
     classes = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = classes < V
     threshold = tl.load(threshold_ptr)
-    weights = tl.zeros((CHUNK,), tl.float32)
+    class_mass = tl.load(class_mass_ptr + classes, mask=inside, other=0.0)
+    # The largest shares, as many as the limit allows.
+    counts = tl.cumsum(tl.load(shares_ptr + tl.arange(0, SHARES)), 0).to(tl.float32)
+    most = row_strips * tl.load(num_kept_ptr).to(tl.float32)
+    decisive = tl.minimum(tl.sum((counts <= most).to(tl.int32), 0), SHARES - 1)
     for superblock in range(num_superblocks):
         mask = tl.zeros((CHUNK,), tl.int64)
         ranges8 = tl.zeros((CHUNK,), tl.int32)
         ranges16 = tl.zeros((CHUNK,), tl.int32)
         fold7 = tl.zeros((CHUNK,), tl.int32)
         size = min(SUPERBLOCK, num_blocks - superblock * SUPERBLOCK)
+        member = tl.cast(superblock, tl.int64) * V + classes
         for bit in range(size):
             block = superblock * SUPERBLOCK + bit
-            byte = tl.load(
-                energy_ptr + tl.cast(block, tl.int64) * V + classes, mask=inside, other=0
-            )
-            byte = byte.to(tl.int32)
-            kept = (byte >= threshold) & inside
+            place = tl.cast(block, tl.int64) * V + classes
+            both = tl.load(strips_ptr + place, mask=inside, other=0).to(tl.int32)
+            energy = both & 255
+            weight = tl.load(weights_ptr + block)
+            own = weighted(energy, weight)
+            kept = own >= threshold
+            kept |= (own > 0) & (share_steps(energy, own, weight, class_mass) < decisive)
+            kept &= inside
             one = tl.full((CHUNK,), 1, tl.int64)
             mask = tl.where(kept, mask | (one << bit), mask)
-            weights += tl.where(kept, 0.0, byte_to_weight(byte))
+            dropped = tl.where(kept, 0, (both >> 8) & 255)
+            mass = byte_to_value(dropped)
+            log = byte_to_log(dropped)
+            row = block * num_chunks + chunk
+            table = num_blocks * num_chunks
+            tl.store(sums_ptr + row, tl.sum(mass, 0))
+            tl.store(sums_ptr + table + row, tl.sum(mass * log, 0))
+            tl.store(sums_ptr + 2 * table + row, tl.sum(mass * log * log, 0))
+            tl.store(counts_ptr + row, tl.sum(kept.to(tl.int32), 0))
             bit_set = kept.to(tl.int32)
-            tl.store(counts_ptr + block * num_chunks + chunk, tl.sum(bit_set, 0))
             ranges8 |= bit_set << (bit * 8 // size)
             ranges16 |= bit_set << (bit * 16 // size)
             fold7 |= bit_set << (bit % 7)
-        member = tl.cast(superblock, tl.int64) * V + classes
         tl.store(masks_ptr + member, mask, mask=inside)
         active = mask != 0
         key = tl.where(active, cluster_key(ranges8, ranges16, fold7), IDLE)
@@ -209,11 +303,6 @@ def kept_strips_kernel(
         tl.store(active_ptr + superblock * num_chunks + chunk, tl.sum(active.to(tl.int32), 0))
         strips = popcount(mask)
         tl.store(offsets_ptr + member, tl.cumsum(strips, 0) - strips, mask=inside)
-    tl.store(weights_ptr + classes, weights, mask=inside)
-    log = tl.log(tl.where(weights > 0, weights, 1.0))
-    tl.store(sums_ptr + chunk, tl.sum(weights, 0))
-    tl.store(sums_ptr + num_chunks + chunk, tl.sum(weights * log, 0))
-    tl.store(sums_ptr + 2 * num_chunks + chunk, tl.sum(weights * log * log, 0))
 
 
 @dataclass(frozen=True)
@@ -221,21 +310,21 @@ class Kept:
     """The strips that are kept, on the device.
 
     Args:
+        strips: (blocks, V) int16 energies and masses of all strips.
         masks: (superblocks, V) int64; bit i of superblock s: block 64 s + i keeps the class.
         keys: (superblocks, V) int32 sort key of the classes; IDLE for those that keep no strip.
         offsets: (superblocks, V) int32 number of strips that earlier classes of the chunk keep in
             the superblock. Strips are numbered by superblock, then by class, then by block.
-        weights: (V,) float32 root energies dropped of each class, summed over the blocks.
-        sums: (3, chunks) float32 sums of w, w log(w) and w log(w)^2 over the weights.
+        sums: (3, blocks, chunks) float32 sums of w, w log2(w) and w log2(w)^2 over these masses.
         statistics: int32, in a row: kept strips (blocks, chunks), active classes (superblocks,
             chunks), flat tokens, valid tokens.
         shape: number of blocks, and of chunks of CHUNK classes.
     """
 
+    strips: Tensor
     masks: Tensor
     keys: Tensor
     offsets: Tensor
-    weights: Tensor
     sums: Tensor
     statistics: Tensor
     shape: tuple[int, int]
@@ -256,36 +345,104 @@ class Kept:
 
 
 def keep_strips(
-    energy: Tensor,  # (blocks, V) uint8
-    target_miss: Tensor,  # (N,)
+    strips: Tensor,  # (blocks, V) int16
+    tokens: BackwardTokens,
     filter_: Filter,
 ) -> Kept:
-    """Choose the strips to keep; nothing here waits for the device."""
-    num_blocks, num_classes = energy.shape
+    """Choose the strips to keep; nothing here waits for the device.
+
+    ``filter_.tolerance`` bounds the root of the dropped energy relative to that of the whole
+    gradient, ``filter_.max_mass`` the dropped probability, a mean over tokens that are weighted
+    like their blocks.
+    """
+    num_blocks, num_classes = strips.shape
     num_superblocks = triton.cdiv(num_blocks, SUPERBLOCK)
     num_chunks = triton.cdiv(num_classes, CHUNK)
-    device = energy.device
+    device = strips.device
     size = (num_blocks + num_superblocks) * num_chunks + 2
     statistics = torch.empty(size, dtype=torch.int32, device=device)
     kept = Kept(
+        strips=strips,
         masks=torch.empty((num_superblocks, num_classes), dtype=torch.int64, device=device),
         keys=torch.empty((num_superblocks, num_classes), dtype=torch.int32, device=device),
         offsets=torch.empty((num_superblocks, num_classes), dtype=torch.int32, device=device),
-        weights=torch.empty(num_classes, dtype=torch.float32, device=device),
-        sums=torch.empty((3, num_chunks), dtype=torch.float32, device=device),
+        sums=torch.empty((3, num_blocks, num_chunks), dtype=torch.float32, device=device),
         statistics=statistics,
         shape=(num_blocks, num_chunks),
     )
-    threshold = choose_threshold(energy, target_miss, filter_, statistics[-2:])
+    weights, threshold = aligned_rows(2, max(num_blocks, 1), torch.int32, device)
+    class_mass = torch.empty(num_classes, dtype=torch.float32, device=device)
+    largest = torch.empty((), dtype=torch.float32, device=device)
+    histogram = torch.zeros(256 + SHARES.value, dtype=torch.int64, device=device)
+    num_kept = torch.empty((), dtype=torch.int64, device=device)
+    num_tokens = tokens.a.shape[0]
+    launch(
+        weigh_blocks_kernel,
+        (1,),
+        a_ptr=tokens.a,
+        b_ptr=tokens.b,
+        weights_ptr=weights,
+        largest_ptr=largest,
+        N=num_tokens,
+        num_blocks=num_blocks,
+        BLOCK_T=BLOCK_T,
+        ROWS=SUPERBLOCK,
+        num_warps=8,
+    )
+    launch(
+        histogram_kernel,
+        (triton.cdiv(num_classes, PART),),
+        strips_ptr=strips,
+        weights_ptr=weights,
+        counts_ptr=histogram,
+        class_mass_ptr=class_mass,
+        V=num_classes,
+        num_blocks=num_blocks,
+        CHUNK=PART,
+        ROWS=ROWS_AT_ONCE,
+        num_warps=8,
+    )
+    launch(
+        threshold_kernel,
+        (1,),
+        histogram_ptr=histogram,
+        target_grad_ptr=tokens.target_grad,
+        largest_ptr=largest,
+        tolerance=filter_.tolerance,
+        max_mass=filter_.max_mass,
+        threshold_ptr=threshold,
+        num_kept_ptr=num_kept,
+        token_counts_ptr=statistics[-2:],
+        N=num_tokens,
+        BLOCK_T=BLOCK_T,
+        BLOCK=4096,
+    )
+    launch(
+        shares_histogram_kernel,
+        (triton.cdiv(num_classes, PART),),
+        strips_ptr=strips,
+        weights_ptr=weights,
+        class_mass_ptr=class_mass,
+        threshold_ptr=threshold,
+        counts_ptr=histogram[256:],
+        V=num_classes,
+        num_blocks=num_blocks,
+        CHUNK=PART,
+        ROWS=ROWS_AT_ONCE,
+        num_warps=8,
+    )
     launch(
         kept_strips_kernel,
         (num_chunks,),
-        energy_ptr=energy,
+        strips_ptr=strips,
+        weights_ptr=weights,
+        class_mass_ptr=class_mass,
         threshold_ptr=threshold,
+        num_kept_ptr=num_kept,
+        shares_ptr=histogram[256:],
         masks_ptr=kept.masks,
         keys_ptr=kept.keys,
         offsets_ptr=kept.offsets,
-        weights_ptr=kept.weights,
         sums_ptr=kept.sums,
         counts_ptr=statistics,
         active_ptr=statistics[num_blocks * num_chunks :],
@@ -293,6 +450,8 @@ def keep_strips(
         num_blocks=num_blocks,
         num_superblocks=num_superblocks,
         num_chunks=num_chunks,
+        row_strips=ROW_STRIPS,
+        num_warps=8,
         IDLE=IDLE,
         SUPERBLOCK=SUPERBLOCK,
         CHUNK=CHUNK,

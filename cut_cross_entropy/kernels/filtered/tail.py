@@ -1,9 +1,9 @@
-"""The tail: the rank-one matrix that stands in for the dropped strips.
+"""The tail: low-rank matrices that stand in for the dropped strips, one for each block of tokens.
 
-Dropped probabilities become the matrix ``m w^T / sum(w)``, with m the mass that a token lost and w
-the weight that a class lost. Its products with c and e are a vector each: the centre of the dropped
-rows of c, and the sum of the tokens weighted by their tails. Shape legend:
-``cut_cross_entropy.kernels``.
+The dropped probabilities of a block become the matrix ``m w^T / sum(w)``, with m the mass that each
+token lost and w the mass that each class lost in this block. Its products with c and e are a vector
+for each block: the centre of the dropped rows of c, and the sum of the block's tokens weighted by
+their tails. Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 from dataclasses import dataclass
@@ -13,75 +13,207 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
+from cut_cross_entropy.kernels.filtered.selection import Kept
 from cut_cross_entropy.kernels.filtered.strips import StoredStrips
 from cut_cross_entropy.kernels.launch import aligned_rows, launch
-from cut_cross_entropy.kernels.primitives import ABSENT, LOG2E
+from cut_cross_entropy.kernels.primitives import ABSENT, LOG2E, byte_to_value, gather_rows
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.problem import Problem
 
-MAX_SPLITS = 256
+MAX_SPLITS = 64
+LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["num_rows", "rows_per_split"])
-def weighted_row_sum_kernel(
-    weights_ptr,  # (rows,)
-    factor_ptr,  # () of all weights; only if HAS_FACTOR
-    rows_ptr,  # (rows, D)
-    out_ptr,  # (splits, D) out
-    num_rows,
+@triton.jit
+def tail_product(left, right, total, BF16: tl.constexpr):
+    """Add the product of masses with rows or sums of rows, whose range float16 does not have."""
+    if BF16:
+        total = tl.dot(left.to(tl.bfloat16), right.to(tl.bfloat16), total)
+    else:
+        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="tf32")
+    return total
+
+
+@triton.jit
+def load_dropped(
+    strips_ptr,  # (blocks, V) int16
+    masks_ptr,  # (superblocks, V) int64
+    superblock,
+    classes,  # (R,) consecutive
+    inside,  # (R,)
+    V,
+    num_blocks,
+    SUPERBLOCK: tl.constexpr,
+):
+    """Load the dropped masses of some classes in the blocks of one superblock, (SUPERBLOCK, R)."""
+    bits = tl.arange(0, SUPERBLOCK)
+    blocks = superblock * SUPERBLOCK + bits
+    here = (blocks < num_blocks)[:, None] & inside[None, :]
+    place = blocks.to(tl.int64)[:, None] * V + classes[None, :]
+    both = tl.load(strips_ptr + place, mask=here, other=0).to(tl.int32)
+    masks = tl.load(masks_ptr + tl.cast(superblock, tl.int64) * V + classes, mask=inside, other=0)
+    kept = ((masks[None, :] >> bits.to(tl.int64)[:, None]) & 1) != 0
+    return byte_to_value(tl.where(kept, 0, (both >> 8) & 255))
+
+
+@triton.jit(do_not_specialize=["num_blocks", "num_chunks"])
+def shares_kernel(
+    sums_ptr,  # (3, blocks, chunks) see Kept
+    shares_ptr,  # (blocks, 3) out, see Tail
+    num_blocks,
+    num_chunks,
+    COLUMNS: tl.constexpr,
+):
+    """Reduce the sums of one block over the chunks."""
+    block = tl.program_id(0)
+    chunks = tl.arange(0, COLUMNS)
+    wanted = chunks < tl.where(block < num_blocks, num_chunks, 0)  # blocks beyond are padding
+    row = sums_ptr + block * num_chunks + chunks
+    table = num_blocks * num_chunks
+    total = tl.sum(tl.load(row, mask=wanted, other=0.0), 0)
+    first = tl.sum(tl.load(row + table, mask=wanted, other=0.0), 0)
+    second = tl.sum(tl.load(row + 2 * table, mask=wanted, other=0.0), 0)
+    # Masses are not negative: where their sum is 0, so are they. A NaN propagates.
+    inverse = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
+    log_total = tl.log2(tl.where(total == 0, 1.0, total))
+    mean = first * inverse
+    tl.store(shares_ptr + block * 3, inverse)
+    tl.store(shares_ptr + block * 3 + 1, (mean - log_total) * LN2)
+    square = second * inverse - log_total * (2.0 * mean - log_total)
+    tl.store(shares_ptr + block * 3 + 2, square * LN2 * LN2)
+
+
+@triton.jit(do_not_specialize=["rows_per_split", "num_splits", "num_blocks"])
+def centers_kernel(
+    strips_ptr,  # (blocks, V)
+    masks_ptr,  # (superblocks, V)
+    c_ptr,  # (V, D)
+    out_ptr,  # (splits, blocks, D) out
+    V,
     D,
     rows_per_split,
-    HAS_FACTOR: tl.constexpr,
+    num_splits,
+    num_blocks,
+    BF16: tl.constexpr,
+    SUPERBLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum weight times row over one split of the rows."""
+    """Sum mass times row of c over one split of the classes, for the blocks of a superblock."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
-    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    stop = min(num_rows, (split + 1) * rows_per_split)
+    superblock = tl.program_id(2)
+    total = tl.zeros((SUPERBLOCK, BLOCK_D), tl.float32)
+    stop = min(V, (split + 1) * rows_per_split)
     for start in tl.range(split * rows_per_split, stop, BLOCK_R, num_stages=3):
-        rows = start + tl.arange(0, BLOCK_R)
-        weights = tl.load(weights_ptr + rows, mask=rows < stop, other=0.0)
-        values = tl.load(
-            rows_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :],
-            mask=(rows < stop)[:, None] & (columns < D)[None, :],
-            other=0.0,
+        classes = start + tl.arange(0, BLOCK_R)
+        inside = classes < stop
+        masses = load_dropped(
+            strips_ptr,
+            masks_ptr=masks_ptr,
+            superblock=superblock,
+            classes=classes,
+            inside=inside,
+            V=V,
+            num_blocks=num_blocks,
+            SUPERBLOCK=SUPERBLOCK,
         )
-        total += weights[:, None] * values.to(tl.float32)
-    row = tl.sum(total, 0)
-    if HAS_FACTOR:
-        row *= tl.load(factor_ptr)
-    tl.store(out_ptr + split * D + columns, row, mask=columns < D)
+        rows = gather_rows(c_ptr, classes, inside, columns, D)
+        total = tail_product(masses, rows, total, BF16)
+    blocks = superblock * SUPERBLOCK + tl.arange(0, SUPERBLOCK)
+    out = out_ptr + (split * tl.num_programs(2) * SUPERBLOCK + blocks).to(tl.int64)[:, None] * D
+    tl.store(out + columns[None, :], total, mask=(columns < D)[None, :])
 
 
-def weighted_row_sum(weights: Tensor, rows: Tensor, factor: Tensor | None = None) -> Tensor:
-    """Compute ``weights @ rows`` times the first element of ``factor``, in float32.
+@triton.jit(do_not_specialize=["num_splits"])
+def finish_centers_kernel(
+    parts_ptr,  # (splits, blocks, D)
+    shares_ptr,  # (blocks, 3)
+    out_ptr,  # (blocks, D) out
+    D,
+    num_splits,
+    BLOCK_D: tl.constexpr,
+):
+    """Reduce the splits of one block."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    block = tl.program_id(1)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for split in range(num_splits):
+        row = parts_ptr + (tl.cast(split, tl.int64) * tl.num_programs(1) + block) * D
+        total += tl.load(row + columns, mask=columns < D, other=0.0)
+    total *= tl.load(shares_ptr + block * 3)
+    tl.store(out_ptr + block * D + columns, total, mask=columns < D)
 
-    ``weights`` is (R,), ``rows`` a contiguous (R, D), the result (D,).
+
+@dataclass(frozen=True)
+class Tail:
+    """The tail's parts that follow from the selection; blocks are padded to whole superblocks.
+
+    Args:
+        shares: (blocks, 3) float32 1 / W, and the means of log(share) and of its square over the
+            tail, where W is the sum of the dropped masses and the share of a class its part of W.
+        centers: (blocks, D) float32 mean row of c over the dropped strips.
     """
-    num_rows, dim = rows.shape
-    block_r, block_d = 32, min(256, triton.next_power_of_2(dim))
-    per_split = block_r * triton.cdiv(triton.cdiv(num_rows, block_r), MAX_SPLITS)
-    splits = triton.cdiv(num_rows, per_split)
-    partial = torch.empty((splits, dim), dtype=torch.float32, device=rows.device)
-    launch(
-        weighted_row_sum_kernel,
-        (triton.cdiv(dim, block_d), splits),
-        weights_ptr=weights,
-        factor_ptr=factor,
-        rows_ptr=rows,
-        out_ptr=partial,
-        num_rows=num_rows,
-        D=dim,
-        rows_per_split=per_split,
-        HAS_FACTOR=factor is not None,
-        BLOCK_R=block_r,
-        BLOCK_D=block_d,
-        num_warps=8,
-    )
-    return partial.sum(0)
+
+    shares: Tensor
+    centers: Tensor
+
+    @classmethod
+    def of(cls, kept: Kept, c: Tensor) -> "Tail":
+        """Compute the tail of dropped strips; ``c`` is contiguous and of the compute dtype."""
+        num_classes, dim = c.shape
+        num_blocks, num_chunks = kept.shape
+        num_superblocks = kept.num_superblocks
+        padded = num_superblocks * SUPERBLOCK
+        shares = torch.empty((padded, 3), dtype=torch.float32, device=c.device)
+        launch(
+            shares_kernel,
+            (padded,),
+            sums_ptr=kept.sums,
+            shares_ptr=shares,
+            num_blocks=num_blocks,
+            num_chunks=num_chunks,
+            COLUMNS=triton.next_power_of_2(num_chunks),
+        )
+        widest = 256 if c.dtype == torch.bfloat16 else 128
+        block_r, block_d = 64, min(widest, max(16, triton.next_power_of_2(dim)))
+        # Enough programs to fill a GPU.
+        wanted = min(MAX_SPLITS, triton.cdiv(512, triton.cdiv(dim, block_d) * num_superblocks))
+        per_split = block_r * triton.cdiv(triton.cdiv(num_classes, block_r), wanted)
+        splits = triton.cdiv(num_classes, per_split)
+        parts = torch.empty((splits, padded, dim), dtype=torch.float32, device=c.device)
+        launch(
+            centers_kernel,
+            (triton.cdiv(dim, block_d), splits, num_superblocks),
+            strips_ptr=kept.strips,
+            masks_ptr=kept.masks,
+            c_ptr=c,
+            out_ptr=parts,
+            V=num_classes,
+            D=dim,
+            rows_per_split=per_split,
+            num_splits=splits,
+            num_blocks=num_blocks,
+            BF16=c.dtype == torch.bfloat16,
+            SUPERBLOCK=SUPERBLOCK,
+            BLOCK_R=block_r,
+            BLOCK_D=block_d,
+            num_warps=8,
+        )
+        centers = torch.empty((padded, dim), dtype=torch.float32, device=c.device)
+        launch(
+            finish_centers_kernel,
+            (triton.cdiv(dim, block_d), padded),
+            parts_ptr=parts,
+            shares_ptr=shares,
+            out_ptr=centers,
+            D=dim,
+            num_splits=splits,
+            BLOCK_D=block_d,
+            num_warps=2,
+        )
+        return cls(shares, centers)
 
 
 @triton.jit(do_not_specialize=["N", "first_block"])
@@ -91,8 +223,8 @@ def tails_kernel(
     kept_mass_ptr,  # (N,) in, out: mass of a token in its kept strips
     a_ptr,  # (N,)
     lse_ptr,  # (N,) log2
-    target_miss_ptr,  # (N,) negative for tokens without a filtered gradient
-    share_ptr,  # (3,) 1 / W, means of log(share) and of its square over the tail
+    target_grad_ptr,  # (N,) negative for tokens without a filtered gradient
+    shares_ptr,  # (blocks, 3) see Tail
     shard_mass_ptr,  # (N,) probability of this shard's classes; only if SHARDED
     tails_ptr,  # (N,) out
     mass_ptr,  # (N,) out
@@ -118,7 +250,7 @@ def tails_kernel(
         kept_mass += tl.load(tiles_ptr + tile * BLOCK + lanes)
     tl.store(kept_mass_ptr + tokens, kept_mass, mask=inside)
     # Not ">= 0": a NaN has to propagate.
-    filtered = inside & ~(tl.load(target_miss_ptr + tokens, mask=inside, other=ABSENT) < 0)
+    filtered = inside & ~(tl.load(target_grad_ptr + tokens, mask=inside, other=ABSENT) < 0)
     whole = tl.load(shard_mass_ptr + tokens, mask=inside, other=1.0) if SHARDED else 1.0
     mass = tl.where(
         filtered, tl.maximum(whole - kept_mass, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0
@@ -127,7 +259,8 @@ def tails_kernel(
     if SOFTCAP:
         lse = tl.load(lse_ptr + tokens, mask=inside & filtered, other=0.0)
         base = (lse + tl.log2(tl.maximum(mass, 1e-30))) / LOG2E
-        square = base * base + 2 * base * tl.load(share_ptr + 1) + tl.load(share_ptr + 2)
+        share = shares_ptr + (first_block + block) * 3
+        square = base * base + 2 * base * tl.load(share + 1) + tl.load(share + 2)
         weight *= tl.minimum(tl.maximum(1.0 - square / (softcap * softcap), 0.0), 1.0)
     a = tl.load(a_ptr + tokens, mask=inside, other=0.0)
     tl.store(tails_ptr + tokens, tl.where(filtered, a * weight, 0.0), mask=inside)
@@ -155,7 +288,11 @@ class TokenTails:
 
 
 def update_tails(
-    problem: Problem, tokens: BackwardTokens, stored: StoredStrips, tails: TokenTails
+    problem: Problem,
+    tokens: BackwardTokens,
+    stored: StoredStrips,
+    tail: Tail,
+    tails: TokenTails,
 ) -> None:
     """Add the kept mass of stored strips to ``tails``; recompute weights and masses, in place.
 
@@ -170,8 +307,8 @@ def update_tails(
         kept_mass_ptr=tails.kept_mass,
         a_ptr=tokens.a,
         lse_ptr=tokens.lse,
-        target_miss_ptr=tokens.target_miss,
-        share_ptr=strips.index.share,
+        target_grad_ptr=tokens.target_grad,
+        shares_ptr=tail.shares,
         shard_mass_ptr=tokens.shard_mass,
         tails_ptr=tails.weights,
         mass_ptr=tails.mass,
@@ -181,4 +318,128 @@ def update_tails(
         SOFTCAP=problem.softcap is not None,
         SHARDED=tokens.shard_mass is not None,
         BLOCK=BLOCK_T,
+    )
+
+
+@triton.jit(do_not_specialize=["N"])
+def block_sums_kernel(
+    tails_ptr,  # (N,) weight of each token's tail
+    e_ptr,  # (N, D)
+    shares_ptr,  # (blocks, 3)
+    sums_ptr,  # (blocks, D) out, in the dtype of the products
+    weights_ptr,  # (blocks,) out
+    N,
+    D,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum the tokens of one block, weighted by their tails."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    block = tl.program_id(1)
+    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    tails = tl.load(tails_ptr + tokens, mask=tokens < N, other=0.0)
+    rows = tl.load(
+        e_ptr + tokens.to(tl.int64)[:, None] * D + columns[None, :],
+        mask=(tokens < N)[:, None] & (columns < D)[None, :],
+        other=0.0,
+    )
+    inverse = tl.load(shares_ptr + block * 3)
+    total = tl.sum(tails[:, None] * rows.to(tl.float32), 0) * inverse
+    tl.store(sums_ptr + block * D + columns, total.to(sums_ptr.dtype.element_ty), mask=columns < D)
+    if tl.program_id(0) == 0:
+        tl.store(weights_ptr + block, tl.sum(tails, 0) * inverse)
+
+
+@dataclass(frozen=True)
+class BlockSums:
+    """The tokens of each block, weighted by their tails and divided by the block's dropped mass.
+
+    Args:
+        rows: (blocks, D) sum of the embeddings, in bfloat16 if they are and else in float32.
+        weights: (blocks,) float32 sum of the weights.
+    """
+
+    rows: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, tokens: BackwardTokens, tail: Tail, tails: TokenTails) -> "BlockSums":
+        """Sum all blocks; the tails are final."""
+        (num_tokens, dim), padded = tokens.e.shape, tail.shares.shape[0]
+        bf16 = tokens.e.dtype == torch.bfloat16
+        rows = tail.centers.new_empty((padded, dim), dtype=tokens.e.dtype if bf16 else None)
+        weights = tail.centers.new_empty(padded)
+        block_d = min(64, triton.next_power_of_2(dim))
+        launch(
+            block_sums_kernel,
+            (triton.cdiv(dim, block_d), padded),
+            tails_ptr=tails.weights,
+            e_ptr=tokens.e,
+            shares_ptr=tail.shares,
+            sums_ptr=rows,
+            weights_ptr=weights,
+            N=num_tokens,
+            D=dim,
+            BLOCK_T=BLOCK_T,
+            BLOCK_D=block_d,
+        )
+        return cls(rows, weights)
+
+
+@triton.jit(do_not_specialize=["first_class", "stop_class", "num_superblocks", "num_blocks"])
+def tail_bias_kernel(
+    strips_ptr,  # (blocks, V)
+    masks_ptr,  # (superblocks, V)
+    weights_ptr,  # (blocks,) see BlockSums
+    kept_ptr,  # (V,) float32 sums over the kept strips
+    out_ptr,  # (V,) out
+    V,
+    first_class,
+    stop_class,
+    num_superblocks,
+    num_blocks,
+    SUPERBLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write dbias: the kept strips and the tail."""
+    classes = first_class + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = classes < stop_class
+    total = tl.load(kept_ptr + classes, mask=inside, other=0.0)
+    blocks = tl.arange(0, SUPERBLOCK)
+    for superblock in range(num_superblocks):
+        masses = load_dropped(
+            strips_ptr,
+            masks_ptr=masks_ptr,
+            superblock=superblock,
+            classes=classes,
+            inside=inside,
+            V=V,
+            num_blocks=num_blocks,
+            SUPERBLOCK=SUPERBLOCK,
+        )
+        weights = tl.load(weights_ptr + superblock * SUPERBLOCK + blocks)
+        total += tl.sum(masses * weights[:, None], 0)
+    tl.store(out_ptr + classes, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def write_bias(
+    kept: Kept, sums: BlockSums, kept_sums: Tensor, classes: tuple[int, int], out: Tensor
+) -> None:
+    """Write dbias of a range of classes: ``kept_sums`` (V,) float32 plus the tail."""
+    block = 64
+    launch(
+        tail_bias_kernel,
+        (triton.cdiv(classes[1] - classes[0], block),),
+        strips_ptr=kept.strips,
+        masks_ptr=kept.masks,
+        weights_ptr=sums.weights,
+        kept_ptr=kept_sums,
+        out_ptr=out,
+        V=out.shape[0],
+        first_class=classes[0],
+        stop_class=classes[1],
+        num_superblocks=kept.num_superblocks,
+        num_blocks=kept.shape[0],
+        SUPERBLOCK=SUPERBLOCK,
+        BLOCK=block,
     )
