@@ -414,7 +414,9 @@ def finish(
         strips, origin = nll.new_empty(0, dtype=torch.int16), tokens.origin.new_empty(0)
     else:
         origin = tokens.origin
-    return KernelState(nll, lse, strips, origin, support, nll.new_empty(0))
+    return KernelState(
+        nll, lse, strips=strips, origin=origin, support=support, shard_mass=nll.new_empty(0)
+    )
 
 
 def finish_shards(

@@ -220,7 +220,16 @@ def split_nodes_kernel(
         return
 
     directions = principal_directions(
-        features_ptr, order_ptr, start, size, KEYS, SAMPLES, STEP, ITERATIONS, FIRST, FEATURES
+        features_ptr,
+        order_ptr=order_ptr,
+        start=start,
+        size=size,
+        DIRECTIONS=KEYS,
+        SAMPLES=SAMPLES,
+        STEP=STEP,
+        ITERATIONS=ITERATIONS,
+        FIRST=FIRST,
+        FEATURES=FEATURES,
     )
     directions = directions.to(features_ptr.dtype.element_ty)
     f = tl.arange(0, FEATURES)
@@ -239,7 +248,16 @@ def split_nodes_kernel(
     for k in tl.static_range(KEYS):
         key = tl.load(keys_ptr + k * N + start + lanes, mask=inside, other=0.0)
         key = ordered_bits(key, KEY_BITS)
-        leaf = leaf * 2 + right_halves(key, leaf, inside, blocks, k, KEY_BITS, BLOCK_T)
+        right = right_halves(
+            key,
+            leaf=leaf,
+            inside=inside,
+            blocks=blocks,
+            LEVEL=k,
+            KEY_BITS=KEY_BITS,
+            BLOCK_T=BLOCK_T,
+        )
+        leaf = leaf * 2 + right
     place = tl.zeros((CAPACITY,), tl.int32)
     for one in tl.static_range(1 << KEYS):
         first, _ = child(blocks, one, KEYS)

@@ -53,9 +53,15 @@ def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
     # Blocks without a token are skipped, so their strips are never written.
     strips = e.new_zeros((num_blocks, num_classes) if with_strips else 0, dtype=torch.int16)
     if num_tokens == 0:
-        nothing = [e.new_zeros(0, dtype=torch.float32) for _ in range(4)]
-        origin = e.new_zeros(0, dtype=torch.int64)
-        return KernelState(nothing[0], nothing[1], strips, origin, nothing[2], nothing[3])
+        nll, lse, support, shard_mass = (e.new_zeros(0, dtype=torch.float32) for _ in range(4))
+        return KernelState(
+            nll,
+            lse,
+            strips=strips,
+            origin=e.new_zeros(0, dtype=torch.int64),
+            support=support,
+            shard_mass=shard_mass,
+        )
 
     problem = in_compute_dtype(problem)
     tokens, target_logits, bound = score_targets(problem, compact=training, by_content=with_strips)

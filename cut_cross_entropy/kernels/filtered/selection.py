@@ -59,10 +59,11 @@ def weigh_blocks_kernel(
     """Compare the largest upstream gradient of each block with that of all, in one program."""
     largest = 0.0
     for start in range(0, num_blocks, ROWS):
-        largest = tl.maximum(largest, tl.max(largest_of(a_ptr, b_ptr, start, N, BLOCK_T, ROWS), 0))
+        own = largest_of(a_ptr, b_ptr=b_ptr, first_block=start, N=N, BLOCK_T=BLOCK_T, ROWS=ROWS)
+        largest = tl.maximum(largest, tl.max(own, 0))
     tl.store(largest_ptr, largest)
     for start in range(0, num_blocks, ROWS):
-        own = largest_of(a_ptr, b_ptr, start, N, BLOCK_T, ROWS)
+        own = largest_of(a_ptr, b_ptr=b_ptr, first_block=start, N=N, BLOCK_T=BLOCK_T, ROWS=ROWS)
         ratio = tl.log2(tl.maximum(largest, 1e-37)) - tl.log2(tl.maximum(own, 1e-37))
         # Rounded down: a block may weigh too much, never too little.
         steps = (ratio * (2.0 * BYTE_STEPS)).to(tl.int32)
