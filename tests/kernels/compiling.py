@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cut_cross_entropy.kernels import BLOCK_T, exact, exact_sum, lse, order, scale, tokens
+from cut_cross_entropy.kernels import BLOCK_T, exact, exact_sum, lse, order, powers, scale, tokens
 from cut_cross_entropy.kernels.filtered import grad_c, grad_e, index, selection, strips, tail
 from cut_cross_entropy.kernels.tiles import Tiles, tiles_for
 
@@ -88,13 +88,13 @@ def variants(tiles: Tiles) -> list[Variant]:
         for flagged in (False, True):
             add(
                 f"powers-{label}-{flagged:d}",
-                exact_sum.powers_kernel,
+                powers.powers_kernel,
                 {**products, **flags, "ONLY_FLAGGED": flagged, "HALVES": tiles.block_v > BLOCK_T},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
             )
-        add(f"chunk_sums-{label}", exact_sum.chunk_sums_kernel,
+        add(f"chunk_sums-{label}", powers.chunk_sums_kernel,
             {"SOFTCAP": softcap, "BLOCK_T": BLOCK_T})  # fmt: skip
         add(
             f"strips-{label}",
@@ -160,7 +160,7 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("list_valid", tokens.list_valid_kernel, {"BLOCK": tokens.SCAN}, num_warps=8)
     add("backward_tokens", tokens.backward_tokens_kernel, {"HAS_SUPPORT": True, "BLOCK_D": 1024})
     add("scale", scale.scale_kernel, {"BLOCK": scale.BLOCK})
-    add("repair_bound", exact_sum.repair_bound_kernel, {"BLOCK_T": BLOCK_T})
+    add("repair_bound", powers.repair_bound_kernel, {"BLOCK_T": BLOCK_T})
     add("scale_rows", exact_sum.scale_rows_kernel,
         {"NEED_E": True, "NEED_C": True, "BLOCK_D": 1024},
         types=(("out_ptr", "*fp32"),))  # fmt: skip

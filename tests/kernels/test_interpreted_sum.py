@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import budget, linear_cross_entropy, record_filter
 from cut_cross_entropy.kernels import exact_sum, scale, step
+from cut_cross_entropy.kernels.powers import choose_segment_tiles
 from tests.support import check, make_problem, run_ours
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
@@ -17,13 +18,13 @@ pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
 def chunks(monkeypatch):
     """Record the number of tokens of every chunk, and which chunks store their powers twice."""
     made = []
-    store = exact_sum._store_powers
+    store = exact_sum.store_powers
 
     def record(chunk, powers):
         store(chunk, powers)
         made.append((powers.shape[0], int(chunk.inputs.flags.sum())))
 
-    monkeypatch.setattr(exact_sum, "_store_powers", record)
+    monkeypatch.setattr(exact_sum, "store_powers", record)
     return made
 
 
@@ -279,7 +280,7 @@ def test_slices_of_products(num_classes, monkeypatch):
     ],
 )
 def test_segments_keep_a_gpu_busy(blocks, tiles, expected):
-    assert exact_sum.choose_segment_tiles(blocks, tiles) == expected
+    assert choose_segment_tiles(blocks, tiles) == expected
 
 
 def problem_of_size(num_classes, dim, dtype=torch.bfloat16, memory_budget=2**28):

@@ -7,7 +7,7 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from cut_cross_entropy import dispatch, record_filter
-from cut_cross_entropy.kernels import exact, exact_sum, lse, tokens, warmup
+from cut_cross_entropy.kernels import exact, exact_sum, lse, powers, tokens, warmup
 from cut_cross_entropy.kernels.filtered import (
     grad_c,
     grad_e,
@@ -23,7 +23,7 @@ from tests.support import make_problem, run_ours
 
 pytestmark = pytest.mark.interpret
 
-MODULES = (exact, exact_sum, lse, tokens, grad_c, grad_e, index, selection, strips, tail)
+MODULES = (exact, exact_sum, powers, lse, tokens, grad_c, grad_e, index, selection, strips, tail)
 
 
 @pytest.fixture

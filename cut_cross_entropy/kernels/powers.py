@@ -1,0 +1,350 @@
+"""Powers of the logits of a chunk of tokens, stored, and their sums.
+
+A kernel stores ``2^(logit - bound)`` of all classes but the target, with a bound known beforehand,
+and sums it in float32. The powers are probabilities times one number per token, which the last
+kernel here computes with the loss. A bound so low that a sum overflows is found on the device, and
+the block is computed again. Shape legend: ``cut_cross_entropy.kernels``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.exact import PROGRAMS_IN_FLIGHT
+from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.lse import (
+    LN2,
+    MAX_SEGMENTS,
+    PassInputs,
+    Segments,
+    logsumexp2,
+    vocabulary_pass,
+)
+from cut_cross_entropy.kernels.primitives import (
+    LOG2E,
+    load_rows,
+    logit_slope,
+    swizzle_program,
+    transform_logits,
+)
+from cut_cross_entropy.kernels.tiles import swizzle_width
+from cut_cross_entropy.kernels.tokens import Tokens
+
+OVERFLOW = tl.constexpr(100.0)  # log2 of a sum over its bound; e over it has to stay normal
+SEGMENTS = range(16, 49)  # of the classes, each of which takes a program for a block of tokens
+
+
+@triton.jit
+def store_tile(
+    product,  # (BLOCK_T, classes) rows of e times rows of c
+    powers_ptr,  # (N, V) out
+    bias_ptr,  # (V,)
+    classes,  # (classes,) class ids
+    tokens,  # (BLOCK_T,)
+    targets,  # (BLOCK_T,)
+    bound,  # (BLOCK_T,) log2
+    N,
+    V,
+    softcap,
+    stride_out,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Store powers of a tile, 0 for targets, times the slope of a softcap; return their sums."""
+    inside = classes < V
+    logits = transform_logits(
+        product,
+        bias_ptr=bias_ptr,
+        classes=classes,
+        inside=inside,
+        softcap=softcap,
+        HAS_BIAS=HAS_BIAS,
+        SOFTCAP=SOFTCAP,
+        TOKEN_AXIS=0,
+    )
+    powers = tl.exp2(logits - bound[:, None])
+    powers = tl.where(classes[None, :] == targets[:, None], 0.0, powers)
+    stored = powers
+    if SOFTCAP:
+        stored = powers * logit_slope(logits, softcap)
+    # 32 bits reach: a chunk is bounded in elements
+    out = tokens[:, None] * stride_out + classes[None, :]
+    stored = stored.to(powers_ptr.dtype.element_ty)
+    tl.store(powers_ptr + out, stored, mask=(tokens < N)[:, None] & inside[None, :])
+    return tl.sum(powers, 1)
+
+
+@triton.jit(do_not_specialize=["N", "segment_tiles", "num_segments", "num_blocks", "swizzle_width"])
+def powers_kernel(
+    e,  # (N, D)
+    c,  # (V, D)
+    bias_ptr,  # (V,)
+    bound_ptr,  # (N,) log2; +inf: no token
+    targets_ptr,  # (N,)
+    powers_ptr,  # (N, V) out
+    lse_ptr,  # (segments, N) out, log2, of all classes but the target
+    flag_ptr,  # (blocks,) out, or in if ONLY_FLAGGED
+    N,
+    V,
+    D,
+    softcap,
+    stride_out,
+    segment_tiles,
+    num_segments,
+    num_blocks,
+    swizzle_width,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ONLY_FLAGGED: tl.constexpr,
+    E_TMA: tl.constexpr,
+    C_TMA: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write the powers of one block of tokens for one segment of the classes, and their sums.
+
+    Tiles are (tokens, classes): the values of a token are in few threads.
+    """
+    block, segment = swizzle_program(num_blocks, swizzle_width, num_segments)
+    if ONLY_FLAGGED:  # noqa: SIM102 (a constant, then a value of the device)
+        if tl.load(flag_ptr + block) == 0:
+            return
+    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    bound = tl.load(bound_ptr + tokens, mask=tokens < N, other=float("inf"))
+    targets = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1).to(tl.int32)
+    sums = tl.zeros((BLOCK_T,), tl.float32)
+    start = segment * segment_tiles * BLOCK_V
+    tiles = min(segment_tiles, tl.cdiv(V - start, BLOCK_V))
+    steps = tl.cdiv(D, BLOCK_D)
+    # A wide tile ends in two halves, which need fewer registers at a time.
+    half: tl.constexpr = BLOCK_V // 2 if HALVES else BLOCK_V
+    product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    # One loop over tiles and features, so that loads of the next tile overlap a tile's end.
+    for i in tl.range(0, tiles * steps, flatten=True):
+        step = i % steps
+        v = start + (i // steps) * BLOCK_V
+        e_tile = load_rows(
+            e,
+            row=block * BLOCK_T,
+            num_rows=N,
+            column=step * BLOCK_D,
+            D=D,
+            USE_TMA=E_TMA,
+            ROWS=BLOCK_T,
+            COLUMNS=BLOCK_D,
+        )
+        c_tile = load_rows(
+            c,
+            row=v,
+            num_rows=V,
+            column=step * BLOCK_D,
+            D=D,
+            USE_TMA=C_TMA,
+            ROWS=BLOCK_V,
+            COLUMNS=BLOCK_D,
+        )
+        product = tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
+        if step == steps - 1:
+            if HALVES:
+                pairs = tl.permute(tl.reshape(product, (BLOCK_T, 2, half)), (0, 2, 1))
+                left, right = tl.split(pairs)
+            for part in tl.static_range(2 if HALVES else 1):
+                tile = (left if part == 0 else right) if HALVES else product
+                sums += store_tile(
+                    tile,
+                    powers_ptr=powers_ptr,
+                    bias_ptr=bias_ptr,
+                    classes=v + part * half + tl.arange(0, half),
+                    tokens=tokens,
+                    targets=targets,
+                    bound=bound,
+                    N=N,
+                    V=V,
+                    softcap=softcap,
+                    stride_out=stride_out,
+                    HAS_BIAS=HAS_BIAS,
+                    SOFTCAP=SOFTCAP,
+                )
+            product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+
+    is_token = bound != float("inf")
+    lse = tl.where(is_token, bound, 0.0) + tl.log2(sums)
+    tl.store(lse_ptr + segment.to(tl.int64) * N + tokens, lse, mask=is_token)
+    if not ONLY_FLAGGED:
+        overflown = tl.sum((is_token & ~(lse - bound < OVERFLOW)).to(tl.int32), 0)
+        if overflown > 0:
+            tl.store(flag_ptr + block, 1)
+
+
+@triton.jit(do_not_specialize=["N", "num_segments"])
+def repair_bound_kernel(
+    lse_ptr,  # (segments, N) log2, with a running maximum where they overflowed
+    flag_ptr,  # (blocks,)
+    bound_ptr,  # (N,) in, out
+    N,
+    num_segments,
+    BLOCK_T: tl.constexpr,
+):
+    """Raise the bounds that were too low."""
+    block = tl.program_id(0)
+    if tl.load(flag_ptr + block) == 0:
+        return
+    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = tokens < N
+    bound = tl.load(bound_ptr + tokens, mask=inside, other=float("inf"))
+    present = inside & (bound != float("inf"))
+    lse = logsumexp2(
+        lse_ptr, tokens=tokens, present=present, N=N, num_segments=num_segments, BLOCK_T=BLOCK_T
+    )
+    too_low = present & ~(lse - bound < OVERFLOW) & (lse < float("inf"))
+    tl.store(bound_ptr + tokens, lse, mask=too_low)
+
+
+@triton.jit(do_not_specialize=["N", "num_segments"])
+def chunk_sums_kernel(
+    lse_ptr,  # (segments, N) log2, of all classes but the target
+    logits_ptr,  # (N,) of the targets, log2
+    bound_ptr,  # (N,) log2; +inf: no token
+    nll_ptr,  # (N,) out
+    factor_ptr,  # (N,) out: probability over power
+    target_ptr,  # (N,) out: 1 - p of the target, times the slope of a softcap
+    N,
+    num_segments,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Reduce the sums of a block of tokens to their losses and factors; 0 without a token."""
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = tokens < N
+    bound = tl.load(bound_ptr + tokens, mask=inside, other=float("inf"))
+    present = inside & (bound != float("inf"))
+    others = logsumexp2(
+        lse_ptr, tokens=tokens, present=present, N=N, num_segments=num_segments, BLOCK_T=BLOCK_T
+    )
+    logit = tl.load(logits_ptr + tokens, mask=present, other=0.0)
+    excess = others - logit
+    x = tl.exp2(-tl.abs(excess))
+    # log(1 + x), also of an x that 1 + x does not show
+    rounded = 1.0 + x
+    shown = tl.where(rounded == 1.0, 1.0, rounded - 1.0)
+    log1p = tl.where(rounded == 1.0, x, tl.log(rounded) * (x / shown))
+    nll = tl.maximum(excess * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p
+    lse = tl.maximum(others, logit, propagate_nan=tl.PropagateNan.ALL) + log1p * LOG2E
+    lse = tl.where(lse == float("inf"), float("nan"), lse)
+    nll = tl.where(lse == lse, nll, float("nan"))
+    target = tl.exp2(others - lse)
+    if SOFTCAP:
+        target *= logit_slope(logit, softcap)
+    tl.store(nll_ptr + tokens, tl.where(present, nll, 0.0), mask=inside)
+    tl.store(factor_ptr + tokens, tl.where(present, tl.exp2(bound - lse), 0.0), mask=inside)
+    tl.store(target_ptr + tokens, tl.where(present, target, 0.0), mask=inside)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some tokens, and the values that a pass over their logits leaves."""
+
+    tokens: Tokens
+    inputs: PassInputs
+    logits: Tensor  # (N,) of the targets, log2
+    nll: Tensor  # (N,)
+    factor: Tensor  # (N,)
+    target: Tensor  # (N,)
+    segment_tiles: int
+
+
+def choose_segment_tiles(num_blocks: int, num_tiles: int) -> int:
+    """Return how many tiles of classes a program takes, so that a GPU is busy to the end."""
+    sizes = {triton.cdiv(num_tiles, segments) for segments in SEGMENTS}
+
+    def duration(tiles: int) -> int:
+        programs = num_blocks * triton.cdiv(num_tiles, tiles)
+        return int(triton.cdiv(programs, PROGRAMS_IN_FLIGHT)) * tiles
+
+    return int(min(sorted(sizes, reverse=True), key=duration))
+
+
+def store_powers(chunk: Chunk, powers: Tensor) -> None:
+    """Store the powers (N, V) of a chunk and compute its losses and factors."""
+    inputs, e, tiles = chunk.inputs, chunk.tokens.e, chunk.inputs.tiles
+    (num_tokens, dim), num_classes = e.shape, inputs.c.shape[0]
+    num_blocks = triton.cdiv(num_tokens, BLOCK_T)
+    num_tiles = triton.cdiv(num_classes, tiles.block_v)
+    segment_tiles, num_segments = chunk.segment_tiles, triton.cdiv(num_tiles, chunk.segment_tiles)
+    parts = torch.empty((num_segments, num_tokens), dtype=torch.float32, device=e.device)
+    inputs.flags.zero_()
+    (e_operand, e_tma), (c_operand, c_tma) = inputs.operands
+
+    def store(only_flagged: bool) -> None:
+        launch(
+            powers_kernel,
+            (num_blocks * num_segments,),
+            e=e_operand,
+            c=c_operand,
+            bias_ptr=inputs.bias,
+            bound_ptr=inputs.bound,
+            targets_ptr=chunk.tokens.targets,
+            powers_ptr=powers,
+            lse_ptr=parts,
+            flag_ptr=inputs.flags,
+            N=num_tokens,
+            V=num_classes,
+            D=dim,
+            softcap=inputs.softcap or 0.0,
+            stride_out=powers.stride(0),
+            segment_tiles=segment_tiles,
+            num_segments=num_segments,
+            num_blocks=num_blocks,
+            swizzle_width=swizzle_width(num_blocks, e),
+            HAS_BIAS=inputs.bias is not None,
+            SOFTCAP=inputs.softcap is not None,
+            ONLY_FLAGGED=only_flagged,
+            E_TMA=e_tma,
+            C_TMA=c_tma,
+            HALVES=tiles.block_v > BLOCK_T,
+            BLOCK_T=BLOCK_T,
+            BLOCK_V=tiles.block_v,
+            BLOCK_D=tiles.block_d,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+
+    store(only_flagged=False)
+    # Blocks with a bound that was too low, if any: better bounds, and the same again.
+    tiles_of_pass = triton.cdiv(num_tiles, MAX_SEGMENTS)
+    better = parts.new_full((triton.cdiv(num_tiles, tiles_of_pass), num_tokens), torch.inf)
+    repaired = Segments(better, parts.new_empty((0, num_tokens)))
+    vocabulary_pass(inputs, num_classes, None, online=True, repair=repaired)
+    launch(
+        repair_bound_kernel,
+        (num_blocks,),
+        lse_ptr=better,
+        flag_ptr=inputs.flags,
+        bound_ptr=inputs.bound,
+        N=num_tokens,
+        num_segments=len(better),
+        BLOCK_T=BLOCK_T,
+    )
+    store(only_flagged=True)
+    launch(
+        chunk_sums_kernel,
+        (num_blocks,),
+        lse_ptr=parts,
+        logits_ptr=chunk.logits,
+        bound_ptr=inputs.bound,
+        nll_ptr=chunk.nll,
+        factor_ptr=chunk.factor,
+        target_ptr=chunk.target,
+        N=num_tokens,
+        num_segments=num_segments,
+        softcap=inputs.softcap or 0.0,
+        SOFTCAP=inputs.softcap is not None,
+        BLOCK_T=BLOCK_T,
+    )
