@@ -178,7 +178,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         num_warps=8, types=(("weights_ptr", "*i32"),))  # fmt: skip
     for name in ("histogram_kernel", "shares_histogram_kernel"):
         add(name, getattr(selection, name),
-            {"CHUNK": selection.PART, "ROWS": selection.ROWS_AT_ONCE}, num_warps=8,
+            {"CHUNK": selection.CHUNK, "ROWS": selection.ROWS_AT_ONCE}, num_warps=8,
             types=(("counts_ptr", "*i64"), ("weights_ptr", "*i32")))  # fmt: skip
     add("kept", selection.kept_strips_kernel,
         {"IDLE": selection.IDLE, "SUPERBLOCK": 64, "CHUNK": 1024},
@@ -193,10 +193,9 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("shares", tail.shares_kernel, {"COLUMNS": 256})
     for bf16 in (True, False):
         add(f"centers-{bf16:d}", tail.centers_kernel,
-            {"BF16": bf16, "SUPERBLOCK": 64, "BLOCK_R": 64, "BLOCK_D": 256 if bf16 else 128},
-            num_warps=8,
+            {"BF16": bf16, "SUPERBLOCK": 64, "BLOCK_R": 64, "BLOCK_D": 128},
             types=(("out_ptr", "*fp32"), ("c_ptr", "*bf16" if bf16 else "*fp16")))  # fmt: skip
-    add("finish_centers", tail.finish_centers_kernel, {"BLOCK_D": 256}, num_warps=2,
+    add("finish_centers", tail.finish_centers_kernel, {"BLOCK_D": 128}, num_warps=1,
         types=(("out_ptr", "*fp32"),))  # fmt: skip
     add("block_sums", tail.block_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 64})
     add("tail_bias", tail.tail_bias_kernel, {"SUPERBLOCK": 64, "BLOCK": 64})

@@ -35,8 +35,7 @@ from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.problem import Filter
 
 CHUNK = 1024  # classes per program of the selection
-PART = 512  # classes per program of a histogram
-ROWS_AT_ONCE = 8  # blocks per step of a histogram
+ROWS_AT_ONCE = 4  # blocks per step of a histogram
 SHARES = tl.constexpr(16)  # shares of a class's mass, each 2^(1/4) times the next, from 1 down
 ROW_STRIPS = (
     0.08  # strips kept for the rows of dC, at most: relative to those kept for their energy
@@ -392,14 +391,14 @@ def keep_strips(
     )
     launch(
         histogram_kernel,
-        (triton.cdiv(num_classes, PART),),
+        (num_chunks,),
         strips_ptr=strips,
         weights_ptr=weights,
         counts_ptr=histogram,
         class_mass_ptr=class_mass,
         V=num_classes,
         num_blocks=num_blocks,
-        CHUNK=PART,
+        CHUNK=CHUNK,
         ROWS=ROWS_AT_ONCE,
         num_warps=8,
     )
@@ -420,7 +419,7 @@ def keep_strips(
     )
     launch(
         shares_histogram_kernel,
-        (triton.cdiv(num_classes, PART),),
+        (num_chunks,),
         strips_ptr=strips,
         weights_ptr=weights,
         class_mass_ptr=class_mass,
@@ -428,7 +427,7 @@ def keep_strips(
         counts_ptr=histogram[256:],
         V=num_classes,
         num_blocks=num_blocks,
-        CHUNK=PART,
+        CHUNK=CHUNK,
         ROWS=ROWS_AT_ONCE,
         num_warps=8,
     )

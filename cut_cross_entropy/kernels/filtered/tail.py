@@ -176,10 +176,9 @@ class Tail:
             num_chunks=num_chunks,
             COLUMNS=triton.next_power_of_2(num_chunks),
         )
-        widest = 256 if c.dtype == torch.bfloat16 else 128
-        block_r, block_d = 64, min(widest, max(16, triton.next_power_of_2(dim)))
+        block_r, block_d = 64, min(128, max(16, triton.next_power_of_2(dim)))
         # Enough programs to fill a GPU.
-        wanted = min(MAX_SPLITS, triton.cdiv(512, triton.cdiv(dim, block_d) * num_superblocks))
+        wanted = min(MAX_SPLITS, triton.cdiv(1024, triton.cdiv(dim, block_d) * num_superblocks))
         per_split = block_r * triton.cdiv(triton.cdiv(num_classes, block_r), wanted)
         splits = triton.cdiv(num_classes, per_split)
         parts = torch.empty((splits, padded, dim), dtype=torch.float32, device=c.device)
@@ -199,7 +198,7 @@ class Tail:
             SUPERBLOCK=SUPERBLOCK,
             BLOCK_R=block_r,
             BLOCK_D=block_d,
-            num_warps=8,
+            num_warps=4,
         )
         centers = torch.empty((padded, dim), dtype=torch.float32, device=c.device)
         launch(
@@ -211,7 +210,7 @@ class Tail:
             D=dim,
             num_splits=splits,
             BLOCK_D=block_d,
-            num_warps=2,
+            num_warps=1,
         )
         return cls(shares, centers)
 
