@@ -268,9 +268,8 @@ def lazy_linear(
     if autocast_dtype is not None and dtype != torch.float64:
         dtype = autocast_dtype
     tensor: Any = TracedLogits if compiling else lazy_tensor
-    if shards:
-        return lazy_shards(recipe, x.ndim - 1, dtype, call, tensor)
-    return tensor(_whole(recipe, dtype, weight.shape[0], call, compiling))  # type: ignore[no-any-return]
+    lazy = _whole(recipe, dtype, weight.shape[0], call, compiling)
+    return lazy_shards(lazy, tensor) if shards else tensor(lazy)
 
 
 def _whole(

@@ -1,5 +1,6 @@
 """The record of one forward whose head is lazy: how its logits were used, and whether by a loss."""
 
+import functools
 import sys
 import threading
 from typing import Any, Protocol
@@ -69,10 +70,13 @@ class ForwardRecord:
         self.calls: list[Uses] = []
         self.grad_enabled = torch.is_grad_enabled()
         # Inside an operator PyTorch leaves out autograd: logits need what is here.
-        if not torch.compiler.is_compiling() and (
-            torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack()
-        ):
-            self.dispatch_keys = _dispatch_keys()
+        if not torch.compiler.is_compiling():
+            is_usual = not (
+                torch.is_inference_mode_enabled()
+                or torch._C._len_torch_dispatch_stack()
+                or torch._C._are_functorch_transforms_active()
+            )
+            self.dispatch_keys = _usual_keys() if is_usual else _dispatch_keys()
 
     @property
     def model_name(self) -> str:
@@ -166,7 +170,7 @@ def _dispatch_keys() -> tuple[Any, Any]:
     return torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 
-ForwardRecord.dispatch_keys = _dispatch_keys()
+_usual_keys = functools.cache(_dispatch_keys)  # they take a while; autocast is restored apart
 
 
 class _Active(threading.local):

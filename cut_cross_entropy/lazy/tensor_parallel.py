@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cut_cross_entropy.distributed.options import is_dtensor
-from cut_cross_entropy.lazy.call import HeadCall
 from cut_cross_entropy.lazy.recipe import Recipe, classifier, product
 from cut_cross_entropy.lazy.value import LazyValue, Unevaluated
 
@@ -127,25 +126,8 @@ class LazyShards(Unevaluated):
         return func(*args, **kwargs)
 
 
-def lazy_shards(
-    recipe: Recipe,
-    dim: int,
-    dtype: torch.dtype,
-    call: HeadCall,
-    tensor: Callable[[LazyValue], Any],
-) -> LazyShards:
-    """Return the product of ``recipe``, with a divided classifier, as a DTensor.
-
-    Args:
-        dim: of the logits, which is divided.
-    """
+def lazy_shards(lazy: LazyValue, tensor: Callable[[LazyValue], Any]) -> LazyShards:
+    """Return what a tensor-parallel head gives, each process its classes of ``lazy``."""
     from torch.distributed.tensor import Shard
 
-    features, weight, _ = recipe.terms[0]
-    assert weight is not None
-    num_classes = weight.shape[0]
-    geometry = None
-    if not torch.compiler.is_compiling():
-        geometry = torch.empty((*features.shape[:-1], num_classes), device="meta")
-    lazy = LazyValue(recipe, dtype, num_classes, features.device, call, geometry)
-    return LazyShards(lazy, (Shard(dim),), tensor)
+    return LazyShards(lazy, (Shard(lazy.ndim - 1),), tensor)

@@ -1,5 +1,6 @@
 """``lazy_head`` with a model that is written by hand, as nanoGPT's is."""
 
+import contextlib
 import copy
 import threading
 import warnings
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cut_cross_entropy.lazy import CutCrossEntropyWarning, lazy_head
+from cut_cross_entropy.lazy import record as forward_record
 from cut_cross_entropy.lazy.intercept import is_intercepted
 from cut_cross_entropy.lazy.logits import LazyLogits
 from tests.support import forget_warnings, is_computed
@@ -283,3 +285,40 @@ def test_features_may_change_in_place_where_no_gradient_is_recorded(requires_gra
         with lazy_head(head) as record:
             torch.testing.assert_close(loss(), expected)
     assert record.losses == 1
+
+
+class LogSumExp(torch.autograd.Function):
+    """Gets the logits in its forward, where PyTorch leaves out autograd and autocast."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.save_for_backward(logits)
+        return logits.float().logsumexp(-1).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (logits,) = ctx.saved_tensors
+        return (grad * logits.float().softmax(-1)).to(logits.dtype)
+
+
+@pytest.mark.filterwarnings("ignore::cut_cross_entropy.lazy.CutCrossEntropyWarning")
+@pytest.mark.parametrize("first", ["autocast", "plain", "inference"])
+def test_a_function_gets_the_logits_of_its_own_forward(first):
+    """Whatever was on in the forward before."""
+    head, features = nn.Linear(WIDTH, VOCAB), torch.linspace(-1, 1, 5 * WIDTH).view(5, WIDTH)
+
+    def result(mode, lazy):
+        head.zero_grad()
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"),
+            torch.inference_mode(mode == "inference"),
+            lazy_head(head) if lazy else contextlib.nullcontext(),
+        ):
+            loss = LogSumExp.apply(head(features))
+        if mode != "inference":
+            loss.backward()
+        return loss.detach(), head.weight.grad
+
+    forward_record._usual_keys.cache_clear()
+    for mode in (first, "autocast", "plain", "inference", "plain"):
+        torch.testing.assert_close(result(mode, True), result(mode, False), rtol=0, atol=0)
