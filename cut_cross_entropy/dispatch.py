@@ -15,6 +15,7 @@ from cut_cross_entropy.options import KERNEL_IMPLS, CCEPreset, CCEPresets, Filte
 from cut_cross_entropy.output_operators import (
     mean_logits_of_rank_one,
     run_class_logits,
+    run_kernel_outputs,
     run_outputs,
     sum_shards,
 )
@@ -104,8 +105,6 @@ def token_losses(
     impl = choose_impl(impl, problem.e.device, problem.compute_dtype)
     if problem.group is not None and impl in FULL_IMPLS and problem.c.shape[0] == 0:
         impl = "chunked"  # the sums of full logits need a class; the results are the same
-    if problem.multiplier is not None and impl in KERNEL_IMPLS:
-        impl = "chunked"  # the kernels do not multiply logits
     if torch.compiler.is_compiling() and impl not in FULL_IMPLS and is_transformed():
         raise NotImplementedError(
             f"impl={impl!r} cannot be transformed by torch.func or differentiated in forward mode "
@@ -241,11 +240,11 @@ def token_outputs(
             logits = reference.all_logits(problem)
             return reference.token_outputs(problem, logits, asked, weights)
     chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
-    by_kernels = chosen in KERNEL_IMPLS and not asked and problem.multiplier is None
+    by_kernels = chosen in KERNEL_IMPLS and not _beyond_kernels(problem, asked)
     if chosen in KERNEL_IMPLS and impl != "auto" and not by_kernels:
         raise RuntimeError(
-            f"impl={impl!r} computes log-probabilities, lse and candidates at temperature 1; for "
-            "other outputs use impl='auto' or 'chunked'"
+            f"impl={impl!r} does not compute {_beyond_kernels(problem, asked)}; use impl='auto' or "
+            "'chunked'"
         )
     if not by_kernels:
         return run_outputs(problem, asked, weights)
@@ -257,7 +256,10 @@ def token_outputs(
         "filter_c_grad": True,
     }
     mass = 1.0 if filter_mass is None else float(filter_mass)
-    nll, lse = token_losses(chosen, problem, options, filter_mass=mass, world_size=world_size)
+    filter_ = _filter(chosen, options, mass, world_size)
+    if asked:
+        return run_kernel_outputs(problem, asked, filter_)
+    nll, lse = run_kernels(problem, filter_)
     nothing = lse.new_empty(0)
     no_class = lse.new_empty((lse.shape[0], 0))
     return TokenOutputs(
@@ -271,6 +273,17 @@ def token_outputs(
         top_ids=no_class.long(),
         top_logits=no_class,
     )
+
+
+def _beyond_kernels(problem: Problem, asked: Asked) -> str | None:
+    """Name what the kernels do not compute, or return None."""
+    if asked.mean_logit:
+        return "the mean of capped logits"
+    if asked.top_k:
+        return "the likeliest classes (top_k)"
+    if asked and problem.group is not None:
+        return "sums other than the loss where classes are spread over processes"
+    return None
 
 
 def class_logits(impl: str, problem: Problem, ids: Tensor) -> Tensor:

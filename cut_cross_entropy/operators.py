@@ -128,7 +128,11 @@ def _kernel_options(flat: tuple[Any, ...]) -> tuple[Problem, Filter, bool]:
 
 @cce_losses.register_fake
 def _(*flat: Any) -> KernelState:
-    problem, filter_, training = _kernel_options(flat)
+    return fake_state(*_kernel_options(flat))
+
+
+def fake_state(problem: Problem, filter_: Filter, training: bool) -> KernelState:
+    """Results of a forward by the kernels without values."""
     nll, lse, support = (_fake_per_token(problem) for _ in range(3))
     if not (training and filter_.is_on):
         support, shard_mass = (lse.new_empty(0) for _ in range(2))

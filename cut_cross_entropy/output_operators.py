@@ -12,7 +12,7 @@ from torch import Tensor
 from cut_cross_entropy.distributed.collectives import sum_over_group
 from cut_cross_entropy.implementations import chunked_outputs, class_logits
 from cut_cross_entropy.implementations.blocks import slices
-from cut_cross_entropy.operators import fake_gradients
+from cut_cross_entropy.operators import fake_gradients, fake_state
 from cut_cross_entropy.outputs import (
     NUM_DIFFERENTIABLE,
     Asked,
@@ -20,7 +20,14 @@ from cut_cross_entropy.outputs import (
     SavedOutputs,
     TokenOutputs,
 )
-from cut_cross_entropy.problem import Gradients, Needed, Problem
+from cut_cross_entropy.problem import (
+    Filter,
+    Gradients,
+    KernelState,
+    Needed,
+    PerToken,
+    Problem,
+)
 from cut_cross_entropy.transforms import transformable
 
 _NUM_FIELDS, _MULTIPLIER = 11, 10  # of a problem, and the place of its last tensor
@@ -175,6 +182,153 @@ def run_outputs(problem: Problem, asked: Asked, weights: Tensor | None = None) -
         weights: (V,) of the logits in their mean, in :attr:`Problem.wide`.
     """
     return TokenOutputs(*_call_outputs(*problem.flat(), weights, *asked.flat()))
+
+
+_STATE = ", ".join(f"Tensor {name}" for name in KernelState._fields)
+_NUM_STATE, _NUM_ASKED = len(KernelState._fields), len(Asked().flat())
+_NUM_FILTER = 4
+_FURTHER = ("entropy", "log_sum_sq", "rank", "max_logit")
+
+
+@torch.library.custom_op(
+    "cut_cross_entropy::cce_outputs",
+    mutates_args=(),
+    schema=(
+        f"({Problem.SCHEMA}, {Asked.SCHEMA}, {Filter.SCHEMA}, bool training) -> "
+        f"({_STATE}, {', '.join(f'Tensor {name}' for name in _FURTHER)})"
+    ),
+)
+def kernel_outputs(*flat: Any) -> tuple[Tensor, ...]:
+    """Sums over the classes of each token by the kernels, and what their backward needs."""
+    from cut_cross_entropy.kernels import step
+    from cut_cross_entropy.kernels.launch import current_device
+
+    problem, asked, filter_ = _kernel_parts(flat)
+    with torch.autocast(problem.e.device.type, enabled=False), current_device(problem.e.device):
+        state, further = step.forward_outputs(problem, filter_, flat[-1], asked)
+    return (*state, *further)
+
+
+def _kernel_parts(flat: tuple[Any, ...]) -> tuple[Problem, Asked, Filter]:
+    """Return the parts of the arguments of :func:`kernel_outputs`."""
+    stop = _NUM_FIELDS + _NUM_ASKED
+    return (
+        Problem(*flat[:_NUM_FIELDS]),
+        Asked(*flat[_NUM_FIELDS:stop]),
+        Filter(*flat[stop : stop + _NUM_FILTER]),
+    )
+
+
+@kernel_outputs.register_fake
+def _(*flat: Any) -> tuple[Tensor, ...]:
+    problem, asked, filter_ = _kernel_parts(flat)
+    state = fake_state(problem, filter_, flat[-1])
+    lse, nothing = state.lse, state.lse.new_empty(0)
+    return (
+        *state,
+        torch.empty_like(lse) if asked.entropy else nothing,
+        torch.empty_like(lse) if asked.log_sum_sq else nothing.clone(),
+        (torch.empty_like(lse) if asked.rank else nothing).int(),
+        torch.empty_like(lse) if asked.max_logit else nothing.clone(),
+    )
+
+
+@torch.library.custom_op(
+    "cut_cross_entropy::cce_outputs_backward",
+    mutates_args=(),
+    schema=(
+        f"(Tensor grad_nll, Tensor grad_lse, Tensor? eta, Tensor? q, {_STATE}, {Problem.SCHEMA}, "
+        f"{Filter.SCHEMA}, {Needed.SCHEMA}) -> ({_GRADIENTS})"
+    ),
+)
+def kernel_outputs_backward(
+    grad_nll: Tensor, grad_lse: Tensor, eta: Tensor | None, q: Tensor | None, *flat: Any
+) -> Gradients:
+    """Gradients of the inputs of :func:`kernel_outputs`; empty where not needed."""
+    from cut_cross_entropy.kernels import step
+    from cut_cross_entropy.kernels.launch import current_device
+
+    state = KernelState(*flat[:_NUM_STATE])
+    problem = Problem(*flat[_NUM_STATE : _NUM_STATE + _NUM_FIELDS])
+    filter_, needed = Filter(*flat[-3 - _NUM_FILTER : -3]), Needed(*flat[-3:])
+    upstream = PerToken(grad_nll, grad_lse)
+    with torch.autocast(problem.e.device.type, enabled=False), current_device(problem.e.device):
+        return step.backward(upstream, state, problem, filter_, needed, eta, q)
+
+
+@kernel_outputs_backward.register_fake
+def _(
+    grad_nll: Tensor, grad_lse: Tensor, eta: Tensor | None, q: Tensor | None, *flat: Any
+) -> Gradients:
+    problem = Problem(*flat[_NUM_STATE : _NUM_STATE + _NUM_FIELDS])
+    return fake_gradients(problem, Needed(*flat[-3:]))
+
+
+def _save_kernel_outputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # Gradients have the results nll, lse, entropy and log_sum_sq.
+    ctx.mark_non_differentiable(*output[2:_NUM_STATE], *output[_NUM_STATE + 2 :])
+    tensors = (*inputs[:4], inputs[_MULTIPLIER])
+    ctx.options, ctx.further = inputs[4:_MULTIPLIER], len(inputs)
+    ctx.filter = inputs[_NUM_FIELDS + _NUM_ASKED : -1]
+    ctx.save_for_backward(*tensors, *output[: _NUM_STATE + 2])
+    ctx.set_materialize_grads(False)
+
+
+def _kernel_outputs_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors  # once: a checkpoint computes them again each time
+    flat = (*saved[:4], *ctx.options, saved[4])
+    state, (entropy, log_sum_sq) = saved[5 : 5 + _NUM_STATE], saved[5 + _NUM_STATE :]
+    nll, lse, g_entropy, g_squares = (*grads[:2], *grads[_NUM_STATE : _NUM_STATE + 2])
+    zero = torch.zeros_like(state[1])
+    nll, lse = (zero if x is None else x for x in (nll, lse))
+    eta = q = None
+    if g_entropy is not None and entropy.numel() == zero.numel():
+        eta = -g_entropy
+        lse = lse + eta * entropy
+    if g_squares is not None and log_sum_sq.numel() == zero.numel():
+        lse = lse - 2 * g_squares
+        q = 2 * g_squares * torch.exp(-log_sum_sq)
+    found = _call_kernel_backward(nll, lse, eta, q, *state, *flat, *ctx.filter, *_needed(ctx))
+    return _input_gradients(ctx, found)
+
+
+kernel_outputs.register_autograd(_kernel_outputs_autograd, setup_context=_save_kernel_outputs)
+kernel_outputs_backward.register_autograd(_refuse)
+_call_kernel_backward = transformable(kernel_outputs_backward, backward=_refuse, jvp=_refuse)
+_call_kernel_outputs = transformable(
+    kernel_outputs,
+    setup_context=_save_kernel_outputs,
+    backward=_kernel_outputs_autograd,
+    jvp=_refuse,
+)
+
+
+def run_kernel_outputs(problem: Problem, asked: Asked, filter_: Filter) -> TokenOutputs:
+    """Sums over the classes by the kernels, differentiable.
+
+    Args:
+        problem: the inputs, without a group.
+        asked: the sums to compute; neither a mean logit nor the likeliest classes.
+        filter_: which part of the gradient may be skipped.
+    """
+    training = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (problem.e, problem.c, problem.bias)
+    )
+    results = _call_kernel_outputs(*problem.flat(), *asked.flat(), *filter_.flat(), training)
+    nll, lse, *_ = results
+    entropy, log_sum_sq, rank, max_logit = results[_NUM_STATE:]
+    no_class = lse.new_empty((lse.shape[0], 0))
+    return TokenOutputs(
+        nll,
+        lse,
+        entropy,
+        log_sum_sq,
+        lse.new_empty(0),
+        rank,
+        max_logit,
+        no_class.long(),
+        no_class,
+    )
 
 
 @torch.library.custom_op(

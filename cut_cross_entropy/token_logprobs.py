@@ -123,8 +123,9 @@ def token_logprobs(
         ignore_index: target value of tokens to leave out.
         shift: position t predicts target t + shift; True is 1.
         impl: as in :func:`linear_cross_entropy`. ``"torch_compile"`` is not available. The kernels
-            compute log-probabilities, ``lse``, candidates, support and the mean of uncapped logits;
-            with other outputs or a temperature ``"auto"`` is ``"chunked"``, on a GPU too.
+            lack ``top_k`` and the mean of capped logits, and where classes are spread over
+            processes all ``outputs`` but ``"lse"``: for them ``"auto"`` is ``"chunked"``, on a GPU
+            too. The backward of an entropy is not filtered.
         filter_eps: as in :func:`linear_cross_entropy`, like all that follow.
         filter_mass: largest probability that the filter may drop, as a mean over tokens.
         memory_budget: bytes of scratch memory beyond results and accumulators.

@@ -58,8 +58,14 @@ def store_gradients(
     softcap,
     first_class,
     stride_out,
+    eta,  # (BLOCK_T,) like the two that follow
+    q,
+    multiplier,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HAS_ETA: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
 ):
     """Store the logit gradients of a tile of products."""
     inside = classes < V
@@ -72,6 +78,8 @@ def store_gradients(
         HAS_BIAS=HAS_BIAS,
         SOFTCAP=SOFTCAP,
         TOKEN_AXIS=0,
+        multiplier=multiplier,
+        HAS_MULTIPLIER=HAS_MULTIPLIER,
     )
     p = tl.exp2(logits - lse[:, None])
     onehot = classes[None, :] == targets[:, None]
@@ -85,6 +93,13 @@ def store_gradients(
         softcap=softcap,
         SOFTCAP=SOFTCAP,
         TOKEN_AXIS=0,
+        lse=lse,
+        eta=eta,
+        q=q,
+        multiplier=multiplier,
+        HAS_ETA=HAS_ETA,
+        HAS_Q=HAS_Q,
+        HAS_MULTIPLIER=HAS_MULTIPLIER,
     )
     # 32 bits reach: a chunk is bounded in elements
     out = tokens[:, None] * stride_out + (classes - first_class)[None, :]
@@ -111,6 +126,9 @@ def chunk_gradients_kernel(
     b_ptr,  # (N,)
     targets_ptr,  # (N,)
     scale_ptr,  # ()
+    eta_ptr,  # (N,) like the two that follow; see logit_gradient
+    q_ptr,
+    multiplier_ptr,
     grad_ptr,  # (N, chunk) out
     N,
     V,
@@ -125,6 +143,9 @@ def chunk_gradients_kernel(
     swizzle_width,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HAS_ETA: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
     E_TMA: tl.constexpr,
     C_TMA: tl.constexpr,
     HALVES: tl.constexpr,
@@ -145,6 +166,13 @@ def chunk_gradients_kernel(
     b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
     targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1).to(tl.int32)
     scale = tl.load(scale_ptr)
+    eta, q, multiplier = a, a, a  # unused
+    if HAS_ETA:
+        eta = tl.load(eta_ptr + tokens, mask=is_token, other=0.0)
+    if HAS_Q:
+        q = tl.load(q_ptr + tokens, mask=is_token, other=0.0)
+    if HAS_MULTIPLIER:
+        multiplier = tl.load(multiplier_ptr + tokens, mask=is_token, other=1.0)
     start = first_class + segment * segment_tiles * BLOCK_V
     tiles = min(segment_tiles, tl.cdiv(stop_class - start, BLOCK_V))
     steps = tl.cdiv(D, BLOCK_D)
@@ -198,8 +226,14 @@ def chunk_gradients_kernel(
                     softcap=softcap,
                     first_class=first_class,
                     stride_out=stride_out,
+                    eta=eta,
+                    q=q,
+                    multiplier=multiplier,
                     HAS_BIAS=HAS_BIAS,
                     SOFTCAP=SOFTCAP,
+                    HAS_ETA=HAS_ETA,
+                    HAS_Q=HAS_Q,
+                    HAS_MULTIPLIER=HAS_MULTIPLIER,
                 )
             product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
 
@@ -230,6 +264,9 @@ def chunk_gradients(
         b_ptr=tokens.b,
         targets_ptr=tokens.targets,
         scale_ptr=tokens.scale,
+        eta_ptr=tokens.eta,
+        q_ptr=tokens.q,
+        multiplier_ptr=tokens.multiplier,
         grad_ptr=out,
         N=e.shape[0],
         V=c.shape[0],
@@ -244,6 +281,9 @@ def chunk_gradients(
         swizzle_width=swizzle_width,
         HAS_BIAS=problem.bias is not None,
         SOFTCAP=problem.softcap is not None,
+        HAS_ETA=tokens.eta is not None,
+        HAS_Q=tokens.q is not None,
+        HAS_MULTIPLIER=tokens.multiplier is not None,
         E_TMA=e_tma,
         C_TMA=c_tma,
         HALVES=tiles.block_v > BLOCK_T,

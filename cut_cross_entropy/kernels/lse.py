@@ -5,14 +5,14 @@ sums of a token do not depend on the other tokens. Exponentials are taken relati
 before the pass (from the frequent classes and from the target), so there is no running maximum to
 carry: partial sums stay in the thread that made them until the segment ends. Should a bound be so
 loose that a sum overflows, the block is flagged and computed again with a running maximum
-(``ONLINE``). A last kernel reduces the segments to loss and log-sum-exp; another per-token sum over
-the classes, such as that of an entropy, would be one more output of both kernels. Shape legend:
-``cut_cross_entropy.kernels``.
+(``ONLINE``). A last kernel reduces the segments to loss and log-sum-exp. Other sums over the
+classes of a token are further outputs of a pass, compiled away where nobody asks for them. Shape
+legend: ``cut_cross_entropy.kernels``.
 """
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,11 +32,13 @@ from cut_cross_entropy.kernels.primitives import (
 )
 from cut_cross_entropy.kernels.tiles import Tiles, rows_operand, swizzle_width, tiles_on
 from cut_cross_entropy.kernels.tokens import Tokens
+from cut_cross_entropy.outputs import Asked
 from cut_cross_entropy.problem import KernelState
 
 MAX_SEGMENTS = 16
 OVERFLOW = tl.constexpr(60.0)  # log2 of a sum relative to its bound; its square overflows at 128
 LN2 = tl.constexpr(0.6931471805599453)
+NOTHING = Asked()
 CLASS_GROUPS = 64 * MAX_SEGMENTS  # groups of classes whose sums a pass ends with, at most
 
 
@@ -49,6 +51,13 @@ def vocabulary_pass_kernel(
     lse_ptr,  # (segments, N) out, log2
     squares_ptr,  # (segments, N) out, log2 of the sum over groups of classes of p squared
     strips_ptr,  # (blocks, V) int16 out, see strip_bytes
+    multiplier_ptr,  # (N,)
+    limits_ptr,  # (N,) logits of the targets, log2
+    targets_ptr,  # (N,)
+    entropy_ptr,  # (segments, N) out, log2, of the segment alone
+    p_squares_ptr,  # (segments, N) out, log2 of the sum of exponentials squared
+    rank_ptr,  # (segments, N) int32 out, classes ahead of the target
+    highest_ptr,  # (segments, N) out, log2
     flag_ptr,  # (blocks,) out, or in if ONLINE
     N,
     V,
@@ -60,6 +69,11 @@ def vocabulary_pass_kernel(
     swizzle_width,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    P_SQUARES: tl.constexpr,
+    RANK: tl.constexpr,
+    HIGHEST: tl.constexpr,
     WRITE_STRIPS: tl.constexpr,
     ONLINE: tl.constexpr,
     ONLY_FLAGGED: tl.constexpr,
@@ -81,6 +95,17 @@ def vocabulary_pass_kernel(
     if tl.sum(is_token.to(tl.int32), 0) == 0:
         return
 
+    multiplier = bound  # unused
+    if HAS_MULTIPLIER:
+        multiplier = tl.load(multiplier_ptr + tokens, mask=tokens < N, other=1.0)
+    if RANK:
+        rank = tl.zeros((BLOCK_T,), tl.int32)
+    if ENTROPY:
+        first = tl.zeros((64, BLOCK_T), tl.float32)
+    if P_SQUARES:
+        p_squares = tl.zeros((BLOCK_T,), tl.float32)
+    if HIGHEST:
+        highest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     sums = tl.zeros((64, BLOCK_T), tl.float32)
     product = tl.zeros((BLOCK_V, BLOCK_T), tl.float32)
     first_class = segment * segment_tiles * BLOCK_V
@@ -122,16 +147,39 @@ def vocabulary_pass_kernel(
                 softcap=softcap,
                 HAS_BIAS=HAS_BIAS,
                 SOFTCAP=SOFTCAP,
+                multiplier=multiplier,
+                HAS_MULTIPLIER=HAS_MULTIPLIER,
             )
+            if RANK:  # loaded for each tile: between tiles, registers are for the product
+                limits = tl.load(limits_ptr + tokens, mask=tokens < N, other=0.0)
+                targets = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1).to(tl.int32)
+                own = classes[:, None] == targets[None, :]  # rounded otherwise in ``limits``
+                ahead = (logits > limits[None, :]) & (own == 0)
+                tie = (logits == limits[None, :]) & (classes[:, None] < targets[None, :])
+                rank += tl.sum((ahead | tie).to(tl.int32), 0)
+            if HIGHEST:
+                of_tile = tl.max(logits, 0)
+                highest = tl.maximum(highest, of_tile, propagate_nan=tl.PropagateNan.ALL)
             if ONLINE:
                 higher = tl.maximum(bound, tl.max(logits, 0), propagate_nan=tl.PropagateNan.ALL)
                 # -inf - -inf: nothing seen yet, nothing to scale
                 scale = tl.where(bound == higher, 1.0, tl.exp2(bound - higher))
+                if ENTROPY:  # the exponents of all classes fall
+                    fall = tl.where(bound == float("-inf"), 0.0, bound - higher)
+                    first = (first + fall[None, :] * sums) * scale[None, :]
+                if P_SQUARES:
+                    p_squares = p_squares * scale * scale
                 sums = sums * scale[None, :]
                 bound = higher
             reference = tl.where(bound == float("-inf"), 0.0, bound) if ONLINE else bound
             p = tl.exp2(logits - reference[None, :])
             sums += fold_rows(p, BLOCK_V, BLOCK_T)
+            if ENTROPY:
+                # Where p is 0 the exponent may be -inf, and their product is to be 0.
+                exponent = tl.maximum(logits - reference[None, :], -1000.0)
+                first += fold_rows(p * exponent, BLOCK_V, BLOCK_T)
+            if P_SQUARES:
+                p_squares += tl.sum(p * p, 0)
             if WRITE_STRIPS:
                 both = strip_bytes(tl.sum(p * p, axis=1), tl.sum(p, axis=1))
                 tl.store(strips_ptr + block.to(tl.int64) * V + classes, both, mask=inside)
@@ -146,6 +194,16 @@ def vocabulary_pass_kernel(
         wanted = is_token & ~(first_lse - known < OVERFLOW)
     lse = bound + tl.log2(total)
     tl.store(lse_ptr + out, lse, mask=wanted)
+    if ENTROPY:
+        divisor = tl.where(total == 0, 1.0, total)  # no class of any probability
+        entropy = tl.log2(divisor) - tl.sum(first, 0) / divisor
+        tl.store(entropy_ptr + out, entropy, mask=wanted)
+    if P_SQUARES:
+        tl.store(p_squares_ptr + out, 2.0 * bound + tl.log2(p_squares), mask=wanted)
+    if RANK:
+        tl.store(rank_ptr + out, rank, mask=wanted)
+    if HIGHEST:
+        tl.store(highest_ptr + out, highest, mask=wanted)
     if WRITE_STRIPS:
         squares = 2.0 * bound + tl.log2(tl.sum(sums * sums, 0))
         tl.store(squares_ptr + out, squares, mask=wanted)
@@ -166,6 +224,9 @@ class PassInputs:
         softcap: as in the problem.
         bound: (N,) float32 lower bound of the log-sum-exp, log2; +inf: no token.
         flags: (blocks,) int32, set for blocks whose sums overflowed.
+        multiplier: (N,) float32 of the logits of each token; None for 1.
+        limits: (N,) float32 logits of the targets, log2; for the rank.
+        targets: (N,) int64 row of c; for the rank.
     """
 
     e: Tensor
@@ -174,6 +235,9 @@ class PassInputs:
     softcap: float | None
     bound: Tensor
     flags: Tensor
+    multiplier: Tensor | None = None
+    limits: Tensor | None = None
+    targets: Tensor | None = None
 
     @functools.cached_property
     def tiles(self) -> Tiles:
@@ -197,10 +261,18 @@ class Segments:
     Args:
         lse: log-sum-exp.
         squares: sum over groups of classes of their squared probability; (0, N) without energies.
+        entropy: of the classes of the segment alone; None if not asked for, like all that follow.
+        p_squares: sum of the squared exponentials.
+        rank: int32 number of classes ahead of the target; not log2.
+        highest: the highest logit.
     """
 
     lse: Tensor
     squares: Tensor
+    entropy: Tensor | None = None
+    p_squares: Tensor | None = None
+    rank: Tensor | None = None
+    highest: Tensor | None = None
 
 
 def vocabulary_pass(
@@ -208,6 +280,7 @@ def vocabulary_pass(
     num_classes: int,
     strips: Tensor | None,  # (blocks, V) int16, out
     *,
+    asked: Asked = NOTHING,
     online: bool = False,
     repair: Segments | None = None,
 ) -> Segments:
@@ -217,6 +290,7 @@ def vocabulary_pass(
         inputs: shared by the passes.
         num_classes: how many of the rows of c to read.
         strips: receives energy and mass of each strip; None to compute none.
+        asked: further sums to compute.
         online: carry a running maximum, for bounds that may be too loose.
         repair: results of an earlier pass, whose flagged blocks are overwritten.
     """
@@ -233,6 +307,10 @@ def vocabulary_pass(
         results = Segments(
             torch.empty(shape, dtype=torch.float32, device=e.device),
             torch.empty(squares_shape, dtype=torch.float32, device=e.device),
+            entropy=_further(shape, asked.entropy, e.device),
+            p_squares=_further(shape, asked.log_sum_sq, e.device),
+            rank=_further(shape, asked.rank, e.device, torch.int32),
+            highest=_further(shape, asked.max_logit, e.device),
         )
     (e_operand, e_tma), (c_operand, c_tma) = inputs.operands
     launch(
@@ -245,6 +323,13 @@ def vocabulary_pass(
         lse_ptr=results.lse,
         squares_ptr=results.squares,
         strips_ptr=strips,
+        multiplier_ptr=inputs.multiplier,
+        limits_ptr=inputs.limits,
+        targets_ptr=inputs.targets,
+        entropy_ptr=results.entropy,
+        p_squares_ptr=results.p_squares,
+        rank_ptr=results.rank,
+        highest_ptr=results.highest,
         flag_ptr=inputs.flags,
         N=num_tokens,
         V=num_classes,
@@ -256,6 +341,11 @@ def vocabulary_pass(
         swizzle_width=swizzle_width(num_blocks, e),
         HAS_BIAS=inputs.bias is not None,
         SOFTCAP=inputs.softcap is not None,
+        HAS_MULTIPLIER=inputs.multiplier is not None,
+        ENTROPY=results.entropy is not None,
+        P_SQUARES=results.p_squares is not None,
+        RANK=results.rank is not None,
+        HIGHEST=results.highest is not None,
         WRITE_STRIPS=strips is not None,
         ONLINE=online,
         ONLY_FLAGGED=repair is not None,
@@ -268,6 +358,15 @@ def vocabulary_pass(
         num_stages=tiles.num_stages,
     )
     return results
+
+
+def _further(
+    shape: tuple[int, int],
+    wanted: bool,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor | None:
+    return torch.empty(shape, dtype=dtype, device=device) if wanted else None
 
 
 @triton.jit
@@ -354,6 +453,141 @@ def finish_kernel(
         target = tl.load(targets_ptr + tokens, mask=present, other=-1)
         marks = tl.full((BLOCK_T,), FORCED, tl.uint8)  # programs that meet write the same byte
         tl.store(strips_ptr + 2 * (block.to(tl.int64) * V + target), marks, mask=target >= 0)
+
+
+class FurtherSums(NamedTuple):
+    """Sums over the classes in the caller's order, 0 for ignored tokens; empty if not asked for.
+
+    See :class:`cut_cross_entropy.outputs.TokenOutputs`.
+    """
+
+    entropy: Tensor
+    log_sum_sq: Tensor
+    rank: Tensor
+    max_logit: Tensor
+
+
+def no_further_sums(like: Tensor) -> FurtherSums:
+    """Return empty results; of an operator, so that no two share memory."""
+    float_, int_ = like.dtype, torch.int32
+    return FurtherSums(*(like.new_empty(0, dtype=x) for x in (float_, float_, int_, float_)))
+
+
+@triton.jit(do_not_specialize=["N", "num_segments"])
+def further_sums_kernel(
+    lse_parts_ptr,  # (segments, N) log2, like the two that follow
+    entropy_parts_ptr,
+    p_squares_parts_ptr,
+    rank_parts_ptr,  # (segments, N) int32
+    highest_parts_ptr,  # (segments, N) log2
+    limits_ptr,  # (N,) logits of the targets, log2
+    origin_ptr,  # (N,)
+    entropy_ptr,  # (N,) out, in the caller's order, like all that follow
+    log_sum_sq_ptr,
+    rank_ptr,  # int32
+    highest_ptr,
+    N,
+    num_segments,
+    ENTROPY: tl.constexpr,
+    P_SQUARES: tl.constexpr,
+    RANK: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Reduce the further sums of the segments, in their order."""
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = tokens < N
+    origin = tl.load(origin_ptr + tokens, mask=inside, other=N)
+    present = origin < N
+    if ENTROPY or P_SQUARES:
+        lse = logsumexp2(
+            lse_parts_ptr,
+            tokens=tokens,
+            present=present,
+            N=N,
+            num_segments=num_segments,
+            BLOCK_T=BLOCK_T,
+        )
+    if ENTROPY:
+        # The entropy of the whole is that within the segments and that of the choice among them: a
+        # sum of terms that are not below 0, with nothing to cancel.
+        entropy = tl.zeros((BLOCK_T,), tl.float32)
+        for segment in range(num_segments):
+            part = tl.cast(segment, tl.int64) * N + tokens
+            surprise = lse - tl.load(lse_parts_ptr + part, mask=present, other=0.0)
+            share = tl.exp2(0.0 - surprise)
+            within = tl.load(entropy_parts_ptr + part, mask=present, other=0.0)
+            entropy += tl.where(share == 0, 0.0, share * (within + surprise))
+        entropy = tl.maximum(entropy * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(entropy_ptr + origin, entropy, mask=present)
+    if P_SQUARES:
+        squares = logsumexp2(
+            p_squares_parts_ptr,
+            tokens=tokens,
+            present=present,
+            N=N,
+            num_segments=num_segments,
+            BLOCK_T=BLOCK_T,
+        )
+        tl.store(log_sum_sq_ptr + origin, (squares - 2 * lse) * LN2, mask=present)
+    if RANK:
+        rank = tl.zeros((BLOCK_T,), tl.int32)
+        for segment in range(num_segments):
+            part = tl.cast(segment, tl.int64) * N + tokens
+            rank += tl.load(rank_parts_ptr + part, mask=present, other=0)
+        limit = tl.load(limits_ptr + tokens, mask=present, other=0.0)
+        tl.store(rank_ptr + origin, tl.where(limit == limit, rank, -1), mask=present)
+    if HIGHEST:
+        highest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+        for segment in range(num_segments):
+            part = tl.cast(segment, tl.int64) * N + tokens
+            value = tl.load(highest_parts_ptr + part, mask=present, other=0.0)
+            highest = tl.maximum(highest, value, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(highest_ptr + origin, highest * LN2, mask=present)
+
+
+def further_sums(
+    segments: Segments,
+    limits: Tensor,  # (N,) logits of the targets, log2
+    tokens: Tokens,
+    asked: Asked,
+) -> FurtherSums:
+    """Reduce the segments to the further sums."""
+    num_segments, num_tokens = segments.lse.shape
+
+    def zeros(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+        return limits.new_zeros(num_tokens if wanted else 0, dtype=dtype)
+
+    results = FurtherSums(
+        zeros(asked.entropy),
+        zeros(asked.log_sum_sq),
+        zeros(asked.rank, torch.int32),
+        zeros(asked.max_logit),
+    )
+    if asked and num_tokens:
+        launch(
+            further_sums_kernel,
+            (triton.cdiv(num_tokens, BLOCK_T),),
+            lse_parts_ptr=segments.lse,
+            entropy_parts_ptr=segments.entropy,
+            p_squares_parts_ptr=segments.p_squares,
+            rank_parts_ptr=segments.rank,
+            highest_parts_ptr=segments.highest,
+            limits_ptr=limits,
+            origin_ptr=tokens.origin,
+            entropy_ptr=results.entropy,
+            log_sum_sq_ptr=results.log_sum_sq,
+            rank_ptr=results.rank,
+            highest_ptr=results.max_logit,
+            N=num_tokens,
+            num_segments=num_segments,
+            ENTROPY=asked.entropy,
+            P_SQUARES=asked.log_sum_sq,
+            RANK=asked.rank,
+            HIGHEST=asked.max_logit,
+            BLOCK_T=BLOCK_T,
+        )
+    return results
 
 
 def segments_without_classes(bound: Tensor) -> Segments:

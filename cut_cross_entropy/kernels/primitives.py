@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 BYTE_STEPS = tl.constexpr(4.0)  # byte values per octave of a strip's energy or mass
 BYTE_FLOOR = tl.constexpr(-55.0)  # log2 of the value that byte 0 stands for
 BYTE_FLOOR_INT = tl.constexpr(-55)
@@ -80,8 +81,11 @@ def transform_logits(
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TOKEN_AXIS: tl.constexpr = 1,
+    multiplier=1.0,  # (tokens,)
+    HAS_MULTIPLIER: tl.constexpr = False,
 ):
-    """Return logits in units of log2: bias, then softcap; -inf where there is no class."""
+    """Return logits in units of log2: bias, softcap, multiplier; -inf where there is no class."""
+    CLASS_AXIS: tl.constexpr = 1 - TOKEN_AXIS
     nothing = tl.where(inside, 0.0, float("-inf"))
     if SOFTCAP:
         if HAS_BIAS:
@@ -90,7 +94,15 @@ def transform_logits(
         # tanh(z) = 1 - 2 / (exp(2 z) + 1), exact at both ends
         power = tl.exp2(product * (2 * LOG2E / softcap))
         capped = softcap * LOG2E - (2 * softcap * LOG2E) / (power + 1.0)
+        if HAS_MULTIPLIER:
+            capped *= tl.expand_dims(multiplier, CLASS_AXIS)
         return capped + tl.expand_dims(nothing, TOKEN_AXIS)
+    if HAS_MULTIPLIER:
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + classes, mask=inside, other=0.0).to(tl.float32)
+            product = product + tl.expand_dims(bias, TOKEN_AXIS)
+        scaled = product * tl.expand_dims(multiplier * LOG2E, CLASS_AXIS)
+        return scaled + tl.expand_dims(nothing, TOKEN_AXIS)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + classes, mask=inside, other=0.0).to(tl.float32)
         nothing = bias * LOG2E + nothing
@@ -115,17 +127,34 @@ def logit_gradient(
     softcap,
     SOFTCAP: tl.constexpr,
     TOKEN_AXIS: tl.constexpr = 1,
+    lse=0.0,  # (tokens,) log2, like the three that follow
+    eta=0.0,
+    q=0.0,
+    multiplier=1.0,
+    HAS_ETA: tl.constexpr = False,
+    HAS_Q: tl.constexpr = False,
+    HAS_MULTIPLIER: tl.constexpr = False,
 ):
-    """Return the gradient of the loss by the logits before the softcap.
+    """Return the gradient by the logits before softcap and multiplier.
 
-    Every gradient of the kernels goes through this formula, so further terms belong here. That of
-    an entropy adds ``eta * (logits - mean_logit)`` to the factor of p, with two further values per
-    token; weights of tokens and classes are factors of a and b.
+    Every gradient of the kernels goes through this formula, so further terms belong here. Weights
+    of tokens and classes, and the multiplier as a factor, are part of a, b, eta and q. An entropy
+    adds ``eta * log p`` to the factor of p, the logarithm of the sum of squares ``q * p``.
     """
     CLASS_AXIS: tl.constexpr = 1 - TOKEN_AXIS
-    grad = p * tl.expand_dims(a, CLASS_AXIS)
+    if HAS_ETA:
+        # Where p is 0 the exponent may be -inf, and their product is to be 0.
+        exponent = tl.maximum(logits - tl.expand_dims(lse, CLASS_AXIS), -200.0)
+        factor = tl.expand_dims(a, CLASS_AXIS) + tl.expand_dims(eta * LN2, CLASS_AXIS) * exponent
+        grad = p * factor
+    else:
+        grad = p * tl.expand_dims(a, CLASS_AXIS)
+    if HAS_Q:
+        grad += p * p * tl.expand_dims(q, CLASS_AXIS)
     grad -= tl.where(onehot, tl.expand_dims(b, CLASS_AXIS), 0.0)
     if SOFTCAP:
+        if HAS_MULTIPLIER:
+            logits = logits / tl.expand_dims(multiplier, CLASS_AXIS)
         slope = logit_slope(logits, softcap)
         grad *= tl.where(tl.expand_dims(inside, TOKEN_AXIS), slope, 0.0)
     return grad

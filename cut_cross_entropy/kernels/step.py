@@ -15,10 +15,14 @@ from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.exact import Wanted, exact_gradients
 from cut_cross_entropy.kernels.filtered import backward as filtered
 from cut_cross_entropy.kernels.lse import (
+    NOTHING,
+    FurtherSums,
     PassInputs,
     exchange_bound,
     finish,
     finish_shards,
+    further_sums,
+    no_further_sums,
     raise_bound,
     segments_without_classes,
     vocabulary_pass,
@@ -30,6 +34,7 @@ from cut_cross_entropy.kernels.tokens import (
     scatter_rows,
     score_targets,
 )
+from cut_cross_entropy.outputs import Asked
 from cut_cross_entropy.problem import Filter, Gradients, KernelState, Needed, PerToken, Problem
 from cut_cross_entropy.validation import check_target_range
 
@@ -37,12 +42,23 @@ from cut_cross_entropy.validation import check_target_range
 def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
     """Compute loss and log-sum-exp of every token, and the values that the backward needs again.
 
+    As :func:`forward_outputs` without further sums.
+    """
+    return forward_outputs(problem, filter_, training, NOTHING)[0]
+
+
+def forward_outputs(
+    problem: Problem, filter_: Filter, training: bool, asked: Asked
+) -> tuple[KernelState, FurtherSums]:
+    """Compute loss, log-sum-exp and further sums, and the values that the backward needs again.
+
     Args:
         problem: the call; with a group, nll and lse are those of all shards' classes.
         filter_: if it is on, a training step orders the tokens by content and computes energy and
             mass of every strip.
         training: copy the valid embeddings, so that ignored tokens cost nothing else; the copy is
             freed on return. Without, only whole blocks of ignored tokens are skipped.
+        asked: the sums to compute besides, without a group: entropy, log_sum_sq, rank, max_logit.
     """
     with_strips = training and filter_.is_on
     e, group = problem.e, problem.group
@@ -54,7 +70,7 @@ def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
     strips = e.new_zeros((num_blocks, num_classes) if with_strips else 0, dtype=torch.int16)
     if num_tokens == 0:
         nll, lse, support, shard_mass = (e.new_zeros(0, dtype=torch.float32) for _ in range(4))
-        return KernelState(
+        state = KernelState(
             nll,
             lse,
             strips=strips,
@@ -62,9 +78,17 @@ def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
             support=support,
             shard_mass=shard_mass,
         )
+        return state, no_further_sums(state.lse)
 
     problem = in_compute_dtype(problem)
     tokens, target_logits, bound = score_targets(problem, compact=training, by_content=with_strips)
+    multiplier = None
+    if problem.multiplier is not None:
+        multiplier = tokens.gather(problem.multiplier, 1.0)
+        # Infinities are marks: no target here, no token.
+        target_logits, bound = (
+            torch.where(x.isfinite(), x * multiplier, x) for x in (target_logits, bound)
+        )
     flags = torch.zeros(num_blocks, dtype=torch.int32, device=e.device)
     inputs = PassInputs(
         tokens.e,
@@ -73,6 +97,9 @@ def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
         softcap=problem.softcap,
         bound=bound,
         flags=flags,
+        multiplier=multiplier,
+        limits=target_logits if asked.rank else None,
+        targets=tokens.targets if asked.rank else None,
     )
 
     raise_bound_by_frequent(inputs, problem)
@@ -81,17 +108,25 @@ def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
 
     out = strips if with_strips else None
     if num_classes > 0:
-        segments = vocabulary_pass(inputs, num_classes, out)
+        segments = vocabulary_pass(inputs, num_classes, out, asked=asked)
         vocabulary_pass(inputs, num_classes, out, online=True, repair=segments)
     else:
         segments = segments_without_classes(bound)
     if group is None:
-        return finish(segments, target_logits, tokens, out)
-    return finish_shards(segments, target_logits, tokens, out, group)
+        state = finish(segments, target_logits, tokens, out)
+        return state, further_sums(segments, target_logits, tokens, asked)
+    state = finish_shards(segments, target_logits, tokens, out, group)
+    return state, no_further_sums(state.lse)
 
 
 def backward(
-    upstream: PerToken, saved: KernelState, problem: Problem, filter_: Filter, needed: Needed
+    upstream: PerToken,
+    saved: KernelState,
+    problem: Problem,
+    filter_: Filter,
+    needed: Needed,
+    eta: Tensor | None = None,
+    q: Tensor | None = None,
 ) -> Gradients:
     """Compute the gradients of e, c and bias in their own dtypes; empty tensors if not needed.
 
@@ -105,6 +140,7 @@ def backward(
         problem: the call.
         filter_: tolerance 0, or a forward without strips, means no filter.
         needed: the gradients to compute.
+        eta, q: (N,) further factors of the logit gradient, see ``logit_gradient``; None for 0.
     """
     e, c, bias = problem.e, problem.c, problem.bias
     wanted = Wanted(
@@ -118,20 +154,39 @@ def backward(
             if grad is not None:
                 grad.zero_()
     else:
-        grad_e = _compute(upstream, saved, problem, filter_, wanted)
+        grad_e = _compute(upstream, saved, problem, filter_, wanted, eta, q)
     none = e.new_empty(0)
     grads = (grad_e, wanted.c, wanted.bias)
     return Gradients(*(none.clone() if grad is None else grad for grad in grads))
 
 
 def _compute(
-    upstream: PerToken, saved: KernelState, problem: Problem, filter_: Filter, wanted: Wanted
+    upstream: PerToken,
+    saved: KernelState,
+    problem: Problem,
+    filter_: Filter,
+    wanted: Wanted,
+    eta: Tensor | None,
+    q: Tensor | None,
 ) -> Tensor | None:
     """Write dC and dbias, return dE: each by the filtered stage or by the exact one."""
     use_filter = filter_.tolerance > 0 and saved.strips.numel() > 0
+    # The filter knows neither their energies, nor the tail of a multiplied softcap.
+    is_capped = problem.softcap is not None and problem.multiplier is not None
+    use_filter = use_filter and eta is None and q is None and not is_capped
+    if problem.multiplier is not None:
+        factor = problem.multiplier.float()
+        upstream = PerToken(*(grad * factor for grad in upstream))
+        eta, q = (None if x is None else x * factor for x in (eta, q))
     by_filter, exactly = wanted.split(e=use_filter and filter_.e, c=use_filter and filter_.c)
     flat_support = math.log2(filtered.FLAT_SUPPORT)
     tokens = compact_for_backward(upstream, saved, problem, flat_support, count_valid=not by_filter)
+    tokens = replace(
+        tokens,
+        multiplier=None if problem.multiplier is None else tokens.gather(problem.multiplier, 1.0),
+        eta=None if eta is None else tokens.gather(eta, 0.0),
+        q=None if q is None else tokens.gather(q, 0.0),
+    )
     problem = in_compute_dtype(problem)
 
     grad_e: Tensor | None = None

@@ -94,6 +94,11 @@ class Tokens:
     targets: Tensor
     origin: Tensor
 
+    def gather(self, values: Tensor, fill: float) -> Tensor:
+        """Return values (N,) of the caller's tokens in the order of the rows, float32."""
+        padded = torch.nn.functional.pad(values.float(), (0, 1), value=fill)
+        return padded[self.origin]
+
 
 @triton.jit
 def copy_row(source_ptr, out_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D: tl.constexpr):
@@ -310,6 +315,7 @@ class BackwardTokens(Tokens):
         shard_mass: probability of this shard's classes; None if all classes are here.
         num_valid: number of valid tokens on its way to the host; None if not asked for, or if the
             host cannot wait for it.
+        multiplier, eta, q: (N,) float32 as in logit_gradient; None for 1, 0 and 0.
     """
 
     lse: Tensor
@@ -319,6 +325,9 @@ class BackwardTokens(Tokens):
     scale: Tensor
     shard_mass: Tensor | None
     num_valid: HostCopy | None
+    multiplier: Tensor | None = None
+    eta: Tensor | None = None
+    q: Tensor | None = None
 
     @property
     def is_flat(self) -> Tensor:
@@ -332,6 +341,7 @@ class BackwardTokens(Tokens):
             field.name: getattr(self, field.name)[rows]
             for field in fields(self)
             if field.name not in ("scale", "shard_mass", "num_valid")
+            and getattr(self, field.name) is not None
         }
         shard_mass = None if self.shard_mass is None else self.shard_mass[rows]
         return replace(self, **vectors, shard_mass=shard_mass, num_valid=None)

@@ -39,6 +39,7 @@ def kind_of_step(problem: Problem, filter_: Filter, training: bool) -> tuple[obj
         problem.c.shape,
         problem.compute_dtype,
         problem.softcap is None,
+        problem.multiplier is None,
         training and filter_.is_on,
         training,
         # Sums of dC end in registers, or are stored between superblocks, in fewer bits or in more.
@@ -119,6 +120,7 @@ def _without_values(problem: Problem) -> Problem:
         c=_meta(problem.c),
         targets=_meta(problem.targets),
         bias=None if problem.bias is None else _meta(problem.bias),
+        multiplier=None if problem.multiplier is None else _meta(problem.multiplier),
         first_class=0,
         group=None,
     )

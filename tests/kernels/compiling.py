@@ -28,7 +28,8 @@ _INT64 = {"origin_ptr", "all_targets_ptr", "masks_ptr", "order_ptr", "targets_pt
           "sorted_ptr"}  # fmt: skip
 _INT32 = {"starts_ptr", "block_starts_ptr", "chunk_starts_ptr", "offsets_ptr", "keys_ptr",
           "tile_block_ptr", "tile_start_ptr", "first_tile_ptr", "flag_ptr", "threshold_ptr",
-          "classes_ptr", "count_ptr", "slots_ptr", "unions_ptr", "sizes_ptr"}  # fmt: skip
+          "classes_ptr", "count_ptr", "slots_ptr", "unions_ptr", "sizes_ptr",
+          "rank_ptr"}  # fmt: skip
 _HALF = {"c_ptr", "e_ptr", "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c",
          "powers_ptr", "scaled_ptr"}  # fmt: skip
 
@@ -61,6 +62,9 @@ def variants(tiles: Tiles) -> list[Variant]:
 
     for softcap, bias in ((False, False), (True, True)):
         flags = {"HAS_BIAS": bias, "SOFTCAP": softcap}
+        names = ("HAS_MULTIPLIER", "ENTROPY", "P_SQUARES", "RANK", "HIGHEST")
+        no_sums = dict.fromkeys(names, False)
+        no_terms = {"HAS_MULTIPLIER": False, "HAS_ETA": False, "HAS_Q": False}
         label = "softcap-bias" if softcap else "plain"
         for online, flagged, strips_too in (
             (False, False, True),
@@ -71,7 +75,7 @@ def variants(tiles: Tiles) -> list[Variant]:
             add(
                 f"lse-{label}-{online:d}{flagged:d}{strips_too:d}",
                 lse.vocabulary_pass_kernel,
-                {**products, **flags, "WRITE_STRIPS": strips_too, "ONLINE": online,
+                {**products, **flags, **no_sums, "WRITE_STRIPS": strips_too, "ONLINE": online,
                  "ONLY_FLAGGED": flagged},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
@@ -80,7 +84,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         add(
             f"exact-{label}",
             exact.chunk_gradients_kernel,
-            {**products, **flags, "HALVES": tiles.block_v > BLOCK_T},
+            {**products, **flags, **no_terms, "HALVES": tiles.block_v > BLOCK_T},
             boxes={"e": e_box, "c": c_box},
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
@@ -96,10 +100,38 @@ def variants(tiles: Tiles) -> list[Variant]:
             )
         add(f"chunk_sums-{label}", powers.chunk_sums_kernel,
             {"SOFTCAP": softcap, "BLOCK_T": BLOCK_T})  # fmt: skip
+        # Further sums and a temperature.
+        for names, energy in (
+            (("HAS_MULTIPLIER",), True),
+            (("ENTROPY",), False),
+            (("ENTROPY",), True),
+            (("RANK",), False),
+            (("P_SQUARES", "HIGHEST"), False),
+        ):
+            add(
+                f"sums-{label}-{'-'.join(names).lower()}-{energy:d}",
+                lse.vocabulary_pass_kernel,
+                {**products, **flags, **no_sums, **dict.fromkeys(names, True),
+                 "WRITE_STRIPS": energy, "ONLINE": False, "ONLY_FLAGGED": False},
+                boxes={"e": e_box, "c": c_box},
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+            )  # fmt: skip
+        for names in (("HAS_ETA",), ("HAS_ETA", "HAS_Q", "HAS_MULTIPLIER")):
+            add(
+                f"terms-{label}-{'-'.join(names).lower()}",
+                exact.chunk_gradients_kernel,
+                {**products, **flags, **no_terms, **dict.fromkeys(names, True),
+                 "HALVES": tiles.block_v > BLOCK_T},
+                boxes={"e": e_box, "c": c_box},
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+            )  # fmt: skip
         add(
             f"strips-{label}",
             strips.strip_gradients_kernel,
-            {**flags, "BIAS_GRAD": bias, "E_TMA": tma, "BLOCK_T": BLOCK_T,
+            {**flags, "HAS_MULTIPLIER": False,
+             "BIAS_GRAD": bias, "E_TMA": tma, "BLOCK_T": BLOCK_T,
              "BLOCK_S": index.TILE, "BLOCK_D": tiles.block_d},
             boxes={"e": e_box},
             num_warps=8,
@@ -168,6 +200,9 @@ def variants(tiles: Tiles) -> list[Variant]:
         {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 1024},
         types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip
     add("bound", lse.bound_kernel, {"BLOCK_T": BLOCK_T})
+    add("further_sums", lse.further_sums_kernel,
+        {"ENTROPY": True, "P_SQUARES": True, "RANK": True, "HIGHEST": True, "BLOCK_T": BLOCK_T},
+        types=(("rank_parts_ptr", "*i32"),))  # fmt: skip
     add("finish", lse.finish_kernel, {"HAS_STRIPS": True, "BLOCK_T": BLOCK_T})
     add("threshold", selection.threshold_kernel, {"BLOCK_T": BLOCK_T, "BLOCK": 4096},
         types=(("histogram_ptr", "*i64"), ("token_counts_ptr", "*i32"),

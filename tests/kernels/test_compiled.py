@@ -27,6 +27,11 @@ STACK = {
     "lse-softcap-bias-001": 64,
     "lse-softcap-bias-000": 32,
     "lse-softcap-bias": 256,
+    # Further sums of the same pass: outside of its main loop.
+    "sums-plain": 640,
+    "sums-softcap-bias": 768,
+    "terms-plain": 64,
+    "terms-softcap-bias": 768,
     "exact-plain": 64,
     "exact-softcap-bias": 768,
     # Two programs share a multiprocessor, which leaves each 128 registers.

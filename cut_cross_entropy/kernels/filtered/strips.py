@@ -38,6 +38,7 @@ def strip_gradients_kernel(
     b_ptr,  # (N,)
     targets_ptr,  # (N,)
     scale_ptr,  # ()
+    multiplier_ptr,  # (N,)
     classes_ptr,  # (K,)
     slots_ptr,  # (K,)
     starts_ptr,  # (blocks + 1,)
@@ -52,6 +53,7 @@ def strip_gradients_kernel(
     first_block,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
     E_TMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -88,6 +90,9 @@ def strip_gradients_kernel(
     b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
     targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1)
     scale = tl.load(scale_ptr)
+    multiplier = a  # unused
+    if HAS_MULTIPLIER:
+        multiplier = tl.load(multiplier_ptr + tokens, mask=is_token, other=1.0)
     logits = transform_logits(
         product,
         bias_ptr=bias_ptr,
@@ -96,11 +101,22 @@ def strip_gradients_kernel(
         softcap=softcap,
         HAS_BIAS=HAS_BIAS,
         SOFTCAP=SOFTCAP,
+        multiplier=multiplier,
+        HAS_MULTIPLIER=HAS_MULTIPLIER,
     )
     p = tl.exp2(logits - lse[None, :])
     onehot = (classes[:, None] == targets[None, :]) & inside[:, None]
     grad = logit_gradient(
-        logits, p=p, onehot=onehot, inside=inside, a=a, b=b, softcap=softcap, SOFTCAP=SOFTCAP
+        logits,
+        p=p,
+        onehot=onehot,
+        inside=inside,
+        a=a,
+        b=b,
+        softcap=softcap,
+        SOFTCAP=SOFTCAP,
+        multiplier=multiplier,
+        HAS_MULTIPLIER=HAS_MULTIPLIER,
     )
     tl.store(kept_mass_ptr + tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.sum(p, 0))
     slots = tl.load(slots_ptr + strips, mask=inside, other=0).to(tl.int64)
@@ -152,6 +168,7 @@ def strip_gradients(
         b_ptr=tokens.b,
         targets_ptr=tokens.targets,
         scale_ptr=tokens.scale,
+        multiplier_ptr=tokens.multiplier,
         classes_ptr=strips.classes,
         slots_ptr=strips.slots,
         starts_ptr=strips.index.block_starts,
@@ -166,6 +183,7 @@ def strip_gradients(
         first_block=strips.first_block,
         HAS_BIAS=problem.bias is not None,
         SOFTCAP=problem.softcap is not None,
+        HAS_MULTIPLIER=tokens.multiplier is not None,
         BIAS_GRAD=bias_grad,
         E_TMA=e_tma,
         BLOCK_T=BLOCK_T,
