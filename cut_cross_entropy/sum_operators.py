@@ -211,7 +211,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *nothing: Any) -> tuple[Any, ...]:
     sums = [total if need else None for total, need in zip(saved, needed, strict=True)]
     grads: list[Tensor | None] = [None, None, None]
     for i, (total, dtype) in enumerate(zip(sums, ctx.dtypes, strict=True)):
-        if total is not None and _may_overwrite(total, dtype):
+        if total is not None and _may_overwrite(total, grad_loss, dtype):
             grads[i], sums[i] = total.mul_(grad_loss), None
     if any(total is not None for total in sums):
         found = _call_scaled(grad_loss, *sums, e, c, bias, *ctx.dtypes)
@@ -224,7 +224,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *nothing: Any) -> tuple[Any, ...]:
     return grad_e, grad_c, None, grad_bias, *nothing_else
 
 
-def _may_overwrite(total: Tensor, dtype: torch.dtype) -> bool:
+def _may_overwrite(total: Tensor, factor: Tensor, dtype: torch.dtype) -> bool:
     """Whether this backward is the last to read a sum, which then becomes the gradient."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return (
@@ -233,6 +233,7 @@ def _may_overwrite(total: Tensor, dtype: torch.dtype) -> bool:
         and total.dtype == dtype
         and not torch.is_grad_enabled()
         and not is_transformed()
+        and not torch._C._functorch.is_legacy_batchedtensor(factor)  # is_grads_batched=True
         and not keeps_graph()
     )
 

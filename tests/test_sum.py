@@ -319,3 +319,19 @@ def test_peak_memory(dtype, softcap, budget, passes):
     results = sum(x.nbytes for x in inputs)
     sums = (2 * tokens * dim + classes * (dim + 1)) * wide  # of e also for the tokens that count
     assert peak <= max(budget, results) + sums + 20 * tokens * wide
+
+
+def test_batched_gradients_in_the_last_backward():
+    """The factor of a sum is a batch then, which the sum cannot be overwritten with."""
+    problem = make_problem(dtype=torch.float32)
+    e, c = problem.e.requires_grad_(), problem.c.requires_grad_()
+    loss = linear_cross_entropy(e, c, problem.targets, impl="chunked")
+    expected = torch.autograd.grad(
+        torch.nn.functional.cross_entropy((e @ c.T).flatten(0, -2), problem.targets.flatten()),
+        (e, c),
+    )
+    factors = torch.tensor([1.0, -2.0, 0.5])
+    batched = torch.autograd.grad(loss, (e, c), factors, is_grads_batched=True)
+    for grad, wanted in zip(batched, expected, strict=True):
+        for one, factor in zip(grad, factors, strict=True):
+            torch.testing.assert_close(one, factor * wanted, rtol=1e-4, atol=1e-6)
