@@ -154,7 +154,7 @@ def backward(
             if grad is not None:
                 grad.zero_()
     else:
-        grad_e = _compute(upstream, saved, problem, filter_, wanted, eta, q)
+        grad_e = _compute(upstream, saved, problem, filter_, wanted, eta=eta, q=q)
     none = e.new_empty(0)
     grads = (grad_e, wanted.c, wanted.bias)
     return Gradients(*(none.clone() if grad is None else grad for grad in grads))
