@@ -125,7 +125,7 @@ def token_logprobs(
         impl: as in :func:`linear_cross_entropy`. ``"torch_compile"`` is not available. The kernels
             lack ``top_k`` and the mean of capped logits, and where classes are spread over
             processes all ``outputs`` but ``"lse"``: for them ``"auto"`` is ``"chunked"``, on a GPU
-            too. The backward of an entropy is not filtered.
+            too.
         filter_eps: as in :func:`linear_cross_entropy`, like all that follow.
         filter_mass: largest probability that the filter may drop, as a mean over tokens.
         memory_budget: bytes of scratch memory beyond results and accumulators.

@@ -171,9 +171,9 @@ def _compute(
 ) -> Tensor | None:
     """Write dC and dbias, return dE: each by the filtered stage or by the exact one."""
     use_filter = filter_.tolerance > 0 and saved.strips.numel() > 0
-    # The filter knows neither their energies, nor the tail of a multiplied softcap.
+    # The filter knows neither the energies of q, nor the tail of a multiplied softcap.
     is_capped = problem.softcap is not None and problem.multiplier is not None
-    use_filter = use_filter and eta is None and q is None and not is_capped
+    use_filter = use_filter and q is None and not is_capped
     if problem.multiplier is not None:
         factor = problem.multiplier.float()
         upstream = PerToken(*(grad * factor for grad in upstream))
@@ -187,6 +187,8 @@ def _compute(
         eta=None if eta is None else tokens.gather(eta, 0.0),
         q=None if q is None else tokens.gather(q, 0.0),
     )
+    if tokens.eta is not None:
+        tokens = replace(tokens, target_grad=_target_grad(tokens, tokens.eta, saved))
     problem = in_compute_dtype(problem)
 
     grad_e: Tensor | None = None
@@ -209,6 +211,14 @@ def _compute(
             grad_e = _embedding_gradient(tokens, problem.e.dtype)
             scatter_rows(sums, rows.origin, grad_e)
     return grad_e
+
+
+def _target_grad(tokens: BackwardTokens, eta: Tensor, saved: KernelState) -> Tensor:
+    """Return :attr:`BackwardTokens.target_grad` with the term of an entropy."""
+    log_p = -tokens.gather(saved.nll, 0.0)
+    factor = tokens.a + eta * log_p.clamp_min(-200)
+    grad = (log_p.exp() * factor - tokens.b).abs()
+    return torch.where(tokens.target_grad < 0, tokens.target_grad, grad)  # these are marks
 
 
 def in_compute_dtype(problem: Problem) -> Problem:

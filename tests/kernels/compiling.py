@@ -127,17 +127,18 @@ def variants(tiles: Tiles) -> list[Variant]:
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
             )  # fmt: skip
-        add(
-            f"strips-{label}",
-            strips.strip_gradients_kernel,
-            {**flags, "HAS_MULTIPLIER": False,
-             "BIAS_GRAD": bias, "E_TMA": tma, "BLOCK_T": BLOCK_T,
-             "BLOCK_S": index.TILE, "BLOCK_D": tiles.block_d},
-            boxes={"e": e_box},
-            num_warps=8,
-            num_stages=few,
-            max_registers=128,
-        )  # fmt: skip
+        for terms, suffix in ((False, ""), (True, "-terms")):
+            add(
+                f"strips-{label}{suffix}",
+                strips.strip_gradients_kernel,
+                {**flags, "HAS_ETA": terms, "HAS_MULTIPLIER": terms,
+                 "BIAS_GRAD": bias, "E_TMA": tma, "BLOCK_T": BLOCK_T,
+                 "BLOCK_S": index.TILE, "BLOCK_D": tiles.block_d},
+                boxes={"e": e_box},
+                num_warps=8,
+                num_stages=few,
+                max_registers=128,
+            )  # fmt: skip
         add(
             f"score-{label}",
             tokens.score_targets_kernel,
@@ -207,7 +208,11 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("threshold", selection.threshold_kernel, {"BLOCK_T": BLOCK_T, "BLOCK": 4096},
         types=(("histogram_ptr", "*i64"), ("token_counts_ptr", "*i32"),
                ("num_kept_ptr", "*i64")))  # fmt: skip
-    add("tails", tail.tails_kernel, {"SOFTCAP": True, "SHARDED": True, "BLOCK": BLOCK_T})
+    add(
+        "tails",
+        tail.tails_kernel,
+        {"HAS_ETA": True, "SOFTCAP": True, "SHARDED": True, "BLOCK": BLOCK_T},
+    )
     add("scatter", tokens.scatter_rows_kernel, {"BLOCK_D": 1024}, types=(("rows_ptr", "*fp32"),))
     add("weigh_blocks", selection.weigh_blocks_kernel, {"BLOCK_T": BLOCK_T, "ROWS": 64},
         num_warps=8, types=(("weights_ptr", "*i32"),))  # fmt: skip

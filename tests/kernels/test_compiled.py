@@ -35,6 +35,8 @@ STACK = {
     "exact-plain": 64,
     "exact-softcap-bias": 768,
     # Two programs share a multiprocessor, which leaves each 128 registers.
+    "strips-plain-terms": 1408,  # an entropy and a temperature; after its loop
+    "strips-softcap-bias-terms": 1664,
     "strips-plain": 192,
     "strips-softcap-bias": 768,
     "grad_c-0": 96,  # after its loop, where the tail is added

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cut_cross_entropy import linear_cross_entropy, token_logprobs
+from cut_cross_entropy import dispatch, linear_cross_entropy, token_logprobs
 from cut_cross_entropy.kernels import lse
 from tests.support import make_problem
 from tests.test_token_logprobs import gradients, leaves, objective, plain
@@ -99,6 +99,38 @@ def test_temperature_of_the_loss(settings, impl, always_filtered, drops_nothing)
     for got, expected in zip(*results, strict=True):
         scale = expected.abs().max()
         torch.testing.assert_close((got / scale).double(), expected / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bonus", [0.0, 0.01, 1.0, None])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_the_filter_holds_its_tolerance_with_entropies(
+    softcap, bonus, always_filtered, monkeypatch
+):
+    """With weights of reinforcement learning and an entropy bonus, up to the entropy alone."""
+    from cut_cross_entropy.filter_report import record_filter
+
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 2e-2)  # so that few tokens drop strips
+    random = torch.Generator().manual_seed(0)
+    problem = make_problem((128,), 1500, 16, bias=True, ignored=0.1)
+    problem = type(problem)(2.5 * problem.e, problem.c, problem.targets, problem.bias)
+    weights = torch.randn(128, generator=random) * (torch.rand(128, generator=random) < 0.5)
+    results = []
+    for impl, made in (("cce", problem), ("reference", problem.to(torch.float64))):
+        tensors = leaves(made)
+        with record_filter() as records:
+            got = call(made, tensors, impl, outputs=("entropy",), softcap=softcap)
+            total = got.entropy.sum()
+            if bonus is not None:
+                total = (got.logprobs * weights).sum() + bonus * total
+            results.append(gradients(total, tensors))
+        if impl == "cce":
+            (record,) = records
+            assert record.path == "filtered"
+            # Of an entropy alone the norm is not known: its lower bound keeps what is not zero.
+            assert record.strips_kept < 0.9 or bonus is None
+    for name, exact in results[1].items():
+        error = (results[0][name] - exact).norm() / exact.norm()
+        assert error < 2e-2, f"{name}: {error:.2e} with {record.strips_kept:.2f} kept"
 
 
 def test_a_loose_bound_is_repaired_with_its_further_sums(monkeypatch):

@@ -40,6 +40,8 @@ SHARES = tl.constexpr(16)  # shares of a class's mass, each 2^(1/4) times the ne
 ROW_STRIPS = (
     0.08  # strips kept for the rows of dC, at most: relative to those kept for their energy
 )
+# The logarithm of a probability that is dropped, at most: of smaller ones the energy is negligible.
+DEEPEST = 16.0
 WEIGHTLESS = tl.constexpr(1024)  # weight of a block whose tokens have no gradient
 IDLE = 2**31 - 1  # key of a class that keeps no strip in a superblock: behind all others
 
@@ -379,7 +381,8 @@ def keep_strips(
     launch(
         weigh_blocks_kernel,
         (1,),
-        a_ptr=tokens.a,
+        # Of an entropy's gradient a probability has at most this factor.
+        a_ptr=tokens.a if tokens.eta is None else tokens.a.abs() + DEEPEST * tokens.eta.abs(),
         b_ptr=tokens.b,
         weights_ptr=weights,
         largest_ptr=largest,

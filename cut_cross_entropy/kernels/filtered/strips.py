@@ -38,6 +38,7 @@ def strip_gradients_kernel(
     b_ptr,  # (N,)
     targets_ptr,  # (N,)
     scale_ptr,  # ()
+    eta_ptr,  # (N,)
     multiplier_ptr,  # (N,)
     classes_ptr,  # (K,)
     slots_ptr,  # (K,)
@@ -53,6 +54,7 @@ def strip_gradients_kernel(
     first_block,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HAS_ETA: tl.constexpr,
     HAS_MULTIPLIER: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
     E_TMA: tl.constexpr,
@@ -90,7 +92,9 @@ def strip_gradients_kernel(
     b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
     targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1)
     scale = tl.load(scale_ptr)
-    multiplier = a  # unused
+    eta, multiplier = a, a  # unused
+    if HAS_ETA:
+        eta = tl.load(eta_ptr + tokens, mask=is_token, other=0.0)
     if HAS_MULTIPLIER:
         multiplier = tl.load(multiplier_ptr + tokens, mask=is_token, other=1.0)
     logits = transform_logits(
@@ -115,7 +119,10 @@ def strip_gradients_kernel(
         b=b,
         softcap=softcap,
         SOFTCAP=SOFTCAP,
+        lse=lse,
+        eta=eta,
         multiplier=multiplier,
+        HAS_ETA=HAS_ETA,
         HAS_MULTIPLIER=HAS_MULTIPLIER,
     )
     tl.store(kept_mass_ptr + tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.sum(p, 0))
@@ -168,6 +175,7 @@ def strip_gradients(
         b_ptr=tokens.b,
         targets_ptr=tokens.targets,
         scale_ptr=tokens.scale,
+        eta_ptr=tokens.eta,
         multiplier_ptr=tokens.multiplier,
         classes_ptr=strips.classes,
         slots_ptr=strips.slots,
@@ -183,6 +191,7 @@ def strip_gradients(
         first_block=strips.first_block,
         HAS_BIAS=problem.bias is not None,
         SOFTCAP=problem.softcap is not None,
+        HAS_ETA=tokens.eta is not None,
         HAS_MULTIPLIER=tokens.multiplier is not None,
         BIAS_GRAD=bias_grad,
         E_TMA=e_tma,

@@ -221,6 +221,7 @@ def tails_kernel(
     first_tile_ptr,  # (blocks of the list + 1,)
     kept_mass_ptr,  # (N,) in, out: mass of a token in its kept strips
     a_ptr,  # (N,)
+    eta_ptr,  # (N,)
     lse_ptr,  # (N,) log2
     target_grad_ptr,  # (N,) negative for tokens without a filtered gradient
     shares_ptr,  # (blocks, 3) see Tail
@@ -230,14 +231,16 @@ def tails_kernel(
     first_block,
     N,
     softcap,
+    HAS_ETA: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SHARDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the weight of each token's tail: a times its dropped mass times the softcap's slope.
+    """Write the weight of each token's tail: its gradient per mass times mass and softcap's slope.
 
-    In the rank-one model a dropped probability is ``mass * share``, so its logit is
-    ``lse + log(mass) + log(share)``, and the mean of its square has a closed form.
+    In the rank-one model a dropped probability is ``mass * share``, so its logarithm is
+    ``log(mass) + log(share)`` and its logit higher by ``lse``. The mean of the logarithm, which the
+    gradient of an entropy needs, and that of the squared logit have a closed form.
     """
     block = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
@@ -255,13 +258,17 @@ def tails_kernel(
         filtered, tl.maximum(whole - kept_mass, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0
     )
     weight = mass
+    share = shares_ptr + (first_block + block) * 3
+    log_mass = tl.log2(tl.maximum(mass, 1e-30)) / LOG2E
     if SOFTCAP:
         lse = tl.load(lse_ptr + tokens, mask=inside & filtered, other=0.0)
-        base = (lse + tl.log2(tl.maximum(mass, 1e-30))) / LOG2E
-        share = shares_ptr + (first_block + block) * 3
+        base = lse / LOG2E + log_mass
         square = base * base + 2 * base * tl.load(share + 1) + tl.load(share + 2)
         weight *= tl.minimum(tl.maximum(1.0 - square / (softcap * softcap), 0.0), 1.0)
     a = tl.load(a_ptr + tokens, mask=inside, other=0.0)
+    if HAS_ETA:
+        eta = tl.load(eta_ptr + tokens, mask=inside, other=0.0)
+        a += eta * (log_mass + tl.load(share + 1))
     tl.store(tails_ptr + tokens, tl.where(filtered, a * weight, 0.0), mask=inside)
     tl.store(mass_ptr + tokens, mass, mask=inside)
 
@@ -305,6 +312,7 @@ def update_tails(
         first_tile_ptr=strips.index.first_tile,
         kept_mass_ptr=tails.kept_mass,
         a_ptr=tokens.a,
+        eta_ptr=tokens.eta,
         lse_ptr=tokens.lse,
         target_grad_ptr=tokens.target_grad,
         shares_ptr=tail.shares,
@@ -314,6 +322,7 @@ def update_tails(
         first_block=strips.first_block,
         N=tokens.a.shape[0],
         softcap=problem.softcap or 0.0,
+        HAS_ETA=tokens.eta is not None,
         SOFTCAP=problem.softcap is not None,
         SHARDED=tokens.shard_mass is not None,
         BLOCK=BLOCK_T,
