@@ -164,6 +164,7 @@ except AttributeError as error:
         "TokenLogprobs",
         "VocabParallelOptions",
         "__version__",
+        "adapters",
         "cce_patch",
         "compute_z_loss",
         "linear_cross_entropy",

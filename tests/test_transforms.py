@@ -186,6 +186,8 @@ def test_transforms_within_compiled_code(transform):
         compiled("chunked", True)(C)
 
 
+# The compiler runs this call eagerly and says once that it cannot look into PyTorch's own question.
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
 def test_compiled_code_meets_a_dual_tensor():
     torch._dynamo.reset()
     compiled = torch.compile(

@@ -29,10 +29,10 @@ def counts(request, monkeypatch):
     nothing = torch.empty(0)
     return Counts(
         Kept(
+            strips=nothing,
             masks=nothing,
             keys=nothing,
             offsets=nothing,
-            weights=nothing,
             sums=nothing,
             statistics=torch.cat([strips.flatten(), rest]),
             shape=(BLOCKS, CHUNKS),

@@ -109,7 +109,10 @@ def test_the_sweep_sees_a_forgotten_softcap(broken):
 def test_the_sweep_sees_logits_that_nobody_mentions(broken):
     def with_logits(right, a, k):
         e, c, targets = a
-        return F.cross_entropy(e @ c.T, targets, reduction=k["reduction"])
+        logits = e @ c.T
+        if k["shift"]:
+            logits, targets = logits[:, :-1], targets[:, 1:]
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=k["reduction"])
 
     broken(with_logits)
     result = sweep.compare("LlamaForCausalLM", "llama")
