@@ -1,15 +1,15 @@
-"""Blocks of tokens and classes, and their logits in the precision of the products.
+"""Blocks of tokens and classes: their logits, and the walk over them that makes gradients.
 
 Shape legend: ``cut_cross_entropy.implementations``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from cut_cross_entropy.device_support import has_wide_products
-from cut_cross_entropy.problem import Problem
+from cut_cross_entropy.problem import Gradients, Needed, Problem
 from cut_cross_entropy.validation import check_target_range
 
 MAX_TOKENS = 8192
@@ -159,6 +159,55 @@ class Blocks:
     def as_factor(self, grad: Tensor, scale: Tensor) -> Tensor:
         """A block of logit gradients as a factor of the products that follow."""
         return grad.mul_(scale).to(self.problem.compute_dtype) if self.half_products else grad
+
+    def gradients(
+        self, by_logits: Callable[[Tensor, slice, slice], Tensor], scale: Tensor, needed: Needed
+    ) -> Gradients:
+        """Compute the gradients of e, c and bias; an empty tensor for each not needed.
+
+        Args:
+            by_logits: takes logits, which it may overwrite, of a block of tokens and a block of
+                classes, and returns the gradient by them.
+            scale: scalar, power of two that brings these gradients near 1 where they are factors
+                in half precision; 1 elsewhere.
+            needed: the gradients to compute.
+        """
+        e, c, bias = self.problem.e, self.problem.c, self.problem.bias
+        shape = (self.num_kept if needed.e else 0, e.shape[1])
+        grad_e_sum = e.new_zeros(shape, dtype=self.wide)
+        # Contiguous whatever the layout of the input, as the operator's fake promises.
+        grad_c, grad_bias = e.new_empty(0), e.new_empty(0)
+        if needed.c:
+            grad_c = c.new_empty(c.shape)
+        if needed.bias and bias is not None:
+            grad_bias = bias.new_empty(bias.shape)
+        for classes in self.class_blocks():
+            rows_of_c = classes.stop - classes.start
+            grad_c_sum = e.new_zeros((rows_of_c if needed.c else 0, c.shape[1]), dtype=self.wide)
+            grad_bias_sum = e.new_zeros(rows_of_c, dtype=self.wide)
+            for tokens in self.token_blocks():
+                e_block = self.embeddings(tokens)
+                logits, slope = self.logits(e_block, tokens, classes, with_slope=True)
+                grad = by_logits(logits, tokens, classes)
+                if slope is not None:
+                    grad.mul_(slope)
+                if needed.bias:
+                    grad_bias_sum += grad.sum(0)
+                if not (needed.e or needed.c):
+                    continue
+                factor = self.as_factor(grad, scale)
+                if needed.e:
+                    grad_e_sum[tokens] += self.product(factor, self.classifier(classes))
+                if needed.c:
+                    grad_c_sum += self.product(factor.T, e_block)
+            if needed.bias:
+                grad_bias[classes] = grad_bias_sum
+            if needed.c:
+                grad_c[classes] = grad_c_sum / scale
+        grad_e = e.new_empty(0)
+        if needed.e:
+            grad_e = self.scatter(grad_e_sum.div_(scale)).to(e.dtype)
+        return Gradients(grad_e, grad_c, grad_bias)
 
 
 def slices(length: int, block: int) -> Iterator[slice]:

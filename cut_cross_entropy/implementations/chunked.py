@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cut_cross_entropy.distributed.collectives import combine
 from cut_cross_entropy.implementations.blocks import Blocks, targets_within
@@ -68,8 +69,7 @@ def backward(grads: PerToken, saved: PerToken, problem: Problem, needed: Needed)
         needed: the gradients to compute.
     """
     blocks = Blocks(problem)
-    e, c, bias, wide = problem.e, problem.c, problem.bias, problem.wide
-    grad_nll = grads.nll
+    wide, grad_nll = problem.wide, grads.nll
     if problem.group is not None:  # a shard alone cannot know that no other holds the target
         grad_nll = torch.where(saved.nll.isnan(), saved.nll, grad_nll)
     b = blocks.gather(grad_nll.to(wide))
@@ -78,46 +78,18 @@ def backward(grads: PerToken, saved: PerToken, problem: Problem, needed: Needed)
     lse = blocks.gather(saved.lse)
     scale = gradient_scale(a, b) if blocks.half_products else a.new_ones(())
 
-    grad_e_sum = torch.zeros(
-        (blocks.num_kept if needed.e else 0, e.shape[1]), dtype=wide, device=e.device
-    )
-    # Contiguous whatever the layout of the input, as the operator's fake promises.
-    grad_c = c.new_empty(c.shape) if needed.c else e.new_empty(0)
-    grad_bias = bias.new_empty(bias.shape) if bias is not None and needed.bias else e.new_empty(0)
+    def by_logits(logits: Tensor, tokens: slice, classes: slice) -> Tensor:
+        # Probabilities that no sum can notice are zero: as subnormal numbers they would make
+        # the products an order of magnitude slower on a CPU.
+        exponent = logits.sub_(lse[tokens, None])
+        F.threshold(exponent, blocks.floor, -torch.inf, inplace=True)
+        grad = exponent.exp_().mul_(a[tokens, None])
+        here, columns = targets_within(blocks.targets[tokens], classes)
+        at_target = grad.gather(1, columns[:, None])
+        at_target -= torch.where(here, b[tokens], 0)[:, None]
+        return grad.scatter_(1, columns[:, None], at_target)
 
-    for classes in blocks.class_blocks():
-        rows_of_c = classes.stop - classes.start
-        grad_c_sum = lse.new_zeros((rows_of_c if needed.c else 0, c.shape[1]))
-        grad_bias_sum = lse.new_zeros(rows_of_c)
-        for tokens in blocks.token_blocks():
-            e_block, target_block = blocks.embeddings(tokens), blocks.targets[tokens]
-            logits, slope = blocks.logits(e_block, tokens, classes, with_slope=True)
-            # Probabilities that no sum can notice are zero: as subnormal numbers they would make
-            # the products an order of magnitude slower on a CPU.
-            exponent = logits.sub_(lse[tokens, None])
-            F.threshold(exponent, blocks.floor, -torch.inf, inplace=True)
-            grad = exponent.exp_().mul_(a[tokens, None])
-            here, columns = targets_within(target_block, classes)
-            at_target = grad.gather(1, columns[:, None])
-            at_target -= torch.where(here, b[tokens], 0)[:, None]
-            grad.scatter_(1, columns[:, None], at_target)
-            if slope is not None:
-                grad.mul_(slope)
-            if needed.bias:
-                grad_bias_sum += grad.sum(0)
-            if not (needed.e or needed.c):
-                continue
-            factor = blocks.as_factor(grad, scale)
-            if needed.e:
-                grad_e_sum[tokens] += blocks.product(factor, blocks.classifier(classes))
-            if needed.c:
-                grad_c_sum += blocks.product(factor.T, e_block)
-        if needed.bias:
-            grad_bias[classes] = grad_bias_sum
-        if needed.c:
-            grad_c[classes] = grad_c_sum / scale
-    grad_e = blocks.scatter(grad_e_sum.div_(scale)).to(e.dtype) if needed.e else e.new_empty(0)
-    return Gradients(grad_e, grad_c, grad_bias)
+    return blocks.gradients(by_logits, scale, needed)
 
 
 def tangents(directions: Directions, saved: PerToken, problem: Problem) -> PerToken:

@@ -263,41 +263,15 @@ def backward(
         needed: the gradients to compute.
     """
     blocks = Blocks(problem)
-    e, c, bias, wide = problem.e, problem.c, problem.bias, problem.wide
     factors = _Factors.of(grads, saved, blocks)
-    half = blocks.half_products
-    scale = factors.scale() if half else e.new_ones((), dtype=wide)
-    grad_e_sum = e.new_zeros((blocks.num_kept if needed.e else 0, e.shape[1]), dtype=wide)
-    # Contiguous whatever the layout of the input, as the operator's fake promises.
-    grad_c = c.new_empty(c.shape) if needed.c else e.new_empty(0)
-    grad_bias = bias.new_empty(bias.shape) if bias is not None and needed.bias else e.new_empty(0)
-    for classes in blocks.class_blocks():
-        rows_of_c = classes.stop - classes.start
-        grad_c_sum = e.new_zeros((rows_of_c if needed.c else 0, c.shape[1]), dtype=wide)
-        grad_bias_sum = e.new_zeros(rows_of_c, dtype=wide)
-        for tokens in blocks.token_blocks():
-            e_block = blocks.embeddings(tokens)
-            logits, slope = blocks.logits(e_block, tokens, classes, with_slope=True)
-            here, columns = targets_within(blocks.targets[tokens], classes)
-            some = None if weights is None else weights[classes]
-            grad = factors.at(tokens).gradient(logits, here, columns, some, blocks.floor)
-            if slope is not None:
-                grad.mul_(slope)
-            if needed.bias:
-                grad_bias_sum += grad.sum(0)
-            if not (needed.e or needed.c):
-                continue
-            factor = blocks.as_factor(grad, scale)
-            if needed.e:
-                grad_e_sum[tokens] += blocks.product(factor, blocks.classifier(classes))
-            if needed.c:
-                grad_c_sum += blocks.product(factor.T, e_block)
-        if needed.bias:
-            grad_bias[classes] = grad_bias_sum
-        if needed.c:
-            grad_c[classes] = grad_c_sum / scale
-    grad_e = blocks.scatter(grad_e_sum.div_(scale)).to(e.dtype) if needed.e else e.new_empty(0)
-    return Gradients(grad_e, grad_c, grad_bias)
+    scale = factors.scale() if blocks.half_products else factors.lse.new_ones(())
+
+    def by_logits(logits: Tensor, tokens: slice, classes: slice) -> Tensor:
+        here, columns = targets_within(blocks.targets[tokens], classes)
+        some = None if weights is None else weights[classes]
+        return factors.at(tokens).gradient(logits, here, columns, some, blocks.floor)
+
+    return blocks.gradients(by_logits, scale, needed)
 
 
 @dataclass
