@@ -1,7 +1,7 @@
 """The public function and module; ``dispatch`` chooses the implementation."""
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+Bias: TypeAlias = Tensor | int | None
+"""Bias of the logits, or ``ignore_index`` in its place."""
+
+
 class LossOptions(TypedDict, total=False):
     """Options of :func:`linear_cross_entropy` as keywords, all but ``return_lse``."""
 
@@ -66,39 +70,39 @@ class LossOptions(TypedDict, total=False):
     num_items_in_batch: int | Tensor | None
 
 
+class LossAlone(LossOptions, total=False):
+    """Options with which the loss is the only result."""
+
+    return_lse: Literal[False]
+
+
+class LossAndLse(LossOptions):
+    """Options with which the results are the loss and the log-sum-exp."""
+
+    return_lse: Literal[True]
+
+
+class LossPerhapsLse(LossOptions):
+    """Options of which a type checker cannot tell the results."""
+
+    return_lse: bool
+
+
 @overload
 def linear_cross_entropy(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | int | None = ...,
-    *,
-    return_lse: Literal[False] = ...,
-    **options: "Unpack[LossOptions]",
+    e: Tensor, c: Tensor, targets: Tensor, bias: Bias = ..., **options: "Unpack[LossAlone]"
 ) -> Tensor: ...
 
 
 @overload
 def linear_cross_entropy(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | int | None = ...,
-    *,
-    return_lse: Literal[True],
-    **options: "Unpack[LossOptions]",
+    e: Tensor, c: Tensor, targets: Tensor, bias: Bias = ..., **options: "Unpack[LossAndLse]"
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def linear_cross_entropy(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | int | None = ...,
-    *,
-    return_lse: bool,
-    **options: "Unpack[LossOptions]",
+    e: Tensor, c: Tensor, targets: Tensor, bias: Bias = ..., **options: "Unpack[LossPerhapsLse]"
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -223,25 +227,6 @@ def linear_cross_entropy(
             )
         ignore_index, bias = bias, None
     impl_chosen = impl_name(impl)
-    check_options(
-        ignore_index=ignore_index,
-        softcap=softcap,
-        reduction=reduction,
-        shift=shift,
-        memory_budget=memory_budget,
-        filter_eps=filter_eps,
-        filter_mass=filter_mass,
-        c_grad_chunk_size=c_grad_chunk_size,
-        logit_scale=logit_scale,
-        label_smoothing=label_smoothing,
-        return_lse=return_lse,
-        accum_e_fp32=accum_e_fp32,
-        accum_c_fp32=accum_c_fp32,
-        filter_e_grad=filter_e_grad,
-        filter_c_grad=filter_c_grad,
-        recompute=recompute,
-    )
-    check_num_items(num_items_in_batch, reduction)
     prepared = prepare(
         e,
         c,
@@ -249,13 +234,25 @@ def linear_cross_entropy(
         bias,  # type: ignore[arg-type]  # a bool, which check_tensors refuses
         ignore_index=ignore_index,
         softcap=softcap,
+        reduction=reduction,
         shift=shift,
+        return_lse=return_lse,
+        filter_eps=filter_eps,
+        accum_e_fp32=accum_e_fp32,
+        accum_c_fp32=accum_c_fp32,
+        filter_e_grad=filter_e_grad,
+        filter_c_grad=filter_c_grad,
+        vocab_parallel_options=vocab_parallel_options,
+        filter_mass=filter_mass,
         memory_budget=memory_budget,
+        data_parallel_options=data_parallel_options,
+        c_grad_chunk_size=c_grad_chunk_size,
+        recompute=recompute,
         temperature=temperature,
         logit_scale=logit_scale,
-        vocab_parallel_options=vocab_parallel_options,
-        data_parallel_options=data_parallel_options,
+        label_smoothing=label_smoothing,
     )
+    check_num_items(num_items_in_batch, reduction)
     problem = prepared.problem
     if class_weights is not None:
         if is_dtensor(class_weights):

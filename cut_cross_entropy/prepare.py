@@ -23,6 +23,7 @@ from cut_cross_entropy.problem import Problem
 from cut_cross_entropy.transforms import refuse_transforms
 from cut_cross_entropy.validation import (
     check_compute_dtypes,
+    check_options,
     check_temperature,
     check_tensors,
 )
@@ -84,12 +85,22 @@ def prepare(
     logit_scale: float,
     vocab_parallel_options: VocabParallelOptions | None,
     data_parallel_options: DataParallelOptions | None,
+    **others: Any,
 ) -> Prepared:
-    """Check the tensors, resolve DTensors, gather, shift and flatten.
+    """Check options and tensors, resolve DTensors, gather, shift and flatten.
 
-    The arguments are those of :func:`linear_cross_entropy` and have its checks of plain values
-    behind them.
+    Args:
+        e, c, targets, bias: as in :func:`linear_cross_entropy`, like the options.
+        **others: options that are checked and not part of the problem; see :func:`check_options`.
     """
+    check_options(
+        ignore_index=ignore_index,
+        softcap=softcap,
+        shift=shift,
+        memory_budget=memory_budget,
+        logit_scale=logit_scale,
+        **others,
+    )
     shift = int(shift)
     if not isinstance(ignore_index, (int, torch.SymInt)):  # of NumPy
         ignore_index = int(ignore_index)

@@ -21,8 +21,6 @@ from cut_cross_entropy.problem import Problem
 from cut_cross_entropy.validation import (
     check_class_id_range,
     check_class_ids,
-    check_logit_scale,
-    check_options,
     check_outputs,
     check_top_k,
 )
@@ -148,28 +146,21 @@ def token_logprobs(
         raise ValueError(
             "impl='torch_compile' computes losses only: use 'auto', 'chunked' or 'reference'"
         )
-    check_options(
-        ignore_index=ignore_index,
-        softcap=softcap,
-        shift=shift,
-        memory_budget=memory_budget,
-        filter_eps=filter_eps,
-        filter_mass=filter_mass,
-    )
     check_outputs(outputs, OUTPUT_NAMES)
-    check_logit_scale(logit_scale)
     check_top_k(top_k, None)
     prepared = prepare(
         e,
         head,
         targets,
         bias,
-        ignore_index=ignore_index,
-        softcap=softcap,
-        shift=shift,
-        memory_budget=memory_budget,
         temperature=temperature,
+        softcap=softcap,
         logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        shift=shift,
+        filter_eps=filter_eps,
+        filter_mass=filter_mass,
+        memory_budget=memory_budget,
         vocab_parallel_options=vocab_parallel_options,
         data_parallel_options=data_parallel_options,
     )
