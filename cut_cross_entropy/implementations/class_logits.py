@@ -6,6 +6,7 @@ Shape legend: ``cut_cross_entropy.implementations``. Further: K classes of each 
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.device_support import kernels_unavailable
 from cut_cross_entropy.distributed.collectives import sum_over_group
 from cut_cross_entropy.implementations.blocks import slices
 from cut_cross_entropy.problem import Gradients, Needed, Problem
@@ -34,16 +35,14 @@ def backward(grad: Tensor, problem: Problem, ids: Tensor, needed: Needed) -> Gra
     With a ``group`` the gradient of e is the part of the classes that are here.
     """
     rows = _Rows(problem, ids)
+    if rows.in_place:
+        return _backward_in_place(grad, rows, needed)
     e, c, bias, wide = problem.e, problem.c, problem.bias, problem.wide
     grad_e = torch.zeros(e.shape if needed.e else 0, dtype=wide, device=e.device)
     grad_c = torch.zeros(c.shape if needed.c else 0, dtype=wide, device=e.device)
     grad_bias = torch.zeros(c.shape[0] if needed.bias else 0, dtype=wide, device=e.device)
     for tokens in rows.blocks():
-        _, slope = rows.logits(tokens)
-        some = grad[tokens].to(wide)
-        some = some.masked_fill(rows.unknown[tokens], torch.nan)
-        # Products with 0 would keep the NaN of an ignored token's embedding.
-        some = torch.where(rows.inside[tokens] | rows.unknown[tokens], some * slope, 0)
+        some = rows.product_gradient(grad, tokens)
         places = rows.safe[tokens]
         if needed.e:
             grad_e[tokens] = torch.bmm(some[:, None], rows.classifier(tokens))[:, 0]
@@ -54,6 +53,28 @@ def backward(grad: Tensor, problem: Problem, ids: Tensor, needed: Needed) -> Gra
             grad_bias.index_add_(0, places.flatten(), some.flatten())
     bias_dtype = e.dtype if bias is None else bias.dtype
     return Gradients(grad_e.to(e.dtype), grad_c.to(c.dtype), grad_bias.to(bias_dtype))
+
+
+def _backward_in_place(grad: Tensor, rows: "_Rows", needed: Needed) -> Gradients:
+    """Compute the gradients with kernels that gather no rows."""
+    from cut_cross_entropy.kernels import class_logits
+    from cut_cross_entropy.kernels.launch import current_device
+
+    e, c, bias = rows.problem.e, rows.problem.c, rows.problem.bias
+    weights = rows.product_gradient(grad, slice(None))
+    ids = torch.where(rows.inside | rows.unknown, rows.safe, -1)
+    grad_e, grad_c = (
+        x.new_empty(x.shape if need else 0) for x, need in ((e, needed.e), (c, needed.c))
+    )
+    bias_sums = weights.new_empty(c.shape[0] if needed.bias else 0)
+    with current_device(e.device):
+        if needed.e:
+            class_logits.class_grad_e(rows.factors[1], ids, weights, grad_e)
+        if needed.c or needed.bias:
+            sums = bias_sums if needed.bias else None
+            out = grad_c if needed.c else None
+            class_logits.class_grad_c(rows.factors[0], ids, weights, c.shape[0], out, sums)
+    return Gradients(grad_e, grad_c, bias_sums.to(e.dtype if bias is None else bias.dtype))
 
 
 class _Rows:
@@ -68,12 +89,23 @@ class _Rows:
         if problem.group is not None:
             self.unknown = torch.zeros_like(self.unknown)
         self.safe = torch.where(self.inside, local, 0)
+        self.in_place = (
+            problem.wide == torch.float32
+            and 0 not in (ids.numel(), problem.c.numel())
+            and kernels_unavailable(problem.e.device) is None
+        )
+        if self.in_place:
+            self.factors = tuple(
+                x.to(problem.compute_dtype).contiguous() for x in (problem.e, problem.c)
+            )
 
     def blocks(self) -> list[slice]:
         """Return blocks of tokens whose rows fit the memory budget."""
         num_tokens, count = self.safe.shape
         if self.problem.c.shape[0] == 0 or count == 0:
             return []
+        if self.in_place:
+            return [slice(None)]
         # Rows in their dtype, in a wider one, and a product with them.
         per_token = 3 * max(1, count) * self.problem.c.shape[1] * self.problem.wide.itemsize
         return list(slices(num_tokens, max(1, self.problem.memory_budget // per_token)))
@@ -90,11 +122,32 @@ class _Rows:
             (self.problem.targets[tokens] != self.problem.ignore_index)[:, None], rows, 0
         )
 
+    def products(self, tokens: slice) -> Tensor:
+        """``e @ c.T`` (n, K)."""
+        if self.in_place:
+            from cut_cross_entropy.kernels.class_logits import class_products
+            from cut_cross_entropy.kernels.launch import current_device
+
+            with current_device(self.problem.e.device):
+                return class_products(*self.factors, torch.where(self.inside, self.safe, -1))
+        # The sum over the features of a token does not depend on the other tokens.
+        return (self.classifier(tokens) * self.embeddings(tokens)[:, None]).sum(2)
+
+    def product_gradient(self, grad: Tensor, tokens: slice) -> Tensor:
+        """Gradient of :meth:`products` (n, K) from that of the logits (N, K)."""
+        some = grad[tokens].to(self.problem.wide)
+        if self.problem.softcap is not None:
+            some = some * self.logits(tokens)[1]
+        elif self.problem.multiplier is not None:
+            some = some * self.problem.multiplier[tokens, None]
+        some = some.masked_fill(self.unknown[tokens], torch.nan)
+        # Products with 0 would keep the NaN of an ignored token's embedding.
+        return torch.where(self.inside[tokens] | self.unknown[tokens], some, 0)
+
     def logits(self, tokens: slice) -> tuple[Tensor, Tensor]:
         """Logits (n, K), and the factor of their derivative by ``e @ c.T + bias``."""
         problem = self.problem
-        # The sum over the features of a token does not depend on the other tokens.
-        logits = (self.classifier(tokens) * self.embeddings(tokens)[:, None]).sum(2)
+        logits = self.products(tokens)
         if problem.bias is not None:
             logits += problem.bias[self.safe[tokens]].to(problem.wide)
         slope = torch.ones_like(logits)

@@ -26,6 +26,7 @@ from cut_cross_entropy.kernels.primitives import (
     FORCED,
     fold_rows,
     load_rows,
+    next_above,
     strip_bytes,
     swizzle_program,
     transform_logits,
@@ -99,7 +100,7 @@ def vocabulary_pass_kernel(
     if HAS_MULTIPLIER:
         multiplier = tl.load(multiplier_ptr + tokens, mask=tokens < N, other=1.0)
     if RANK:
-        rank = tl.zeros((BLOCK_T,), tl.int32)
+        counts = tl.zeros((64, BLOCK_T), tl.float32)
     if ENTROPY:
         first = tl.zeros((64, BLOCK_T), tl.float32)
     if P_SQUARES:
@@ -153,10 +154,12 @@ def vocabulary_pass_kernel(
             if RANK:  # loaded for each tile: between tiles, registers are for the product
                 limits = tl.load(limits_ptr + tokens, mask=tokens < N, other=0.0)
                 targets = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1).to(tl.int32)
-                own = classes[:, None] == targets[None, :]  # rounded otherwise in ``limits``
-                ahead = (logits > limits[None, :]) & (own == 0)
-                tie = (logits == limits[None, :]) & (classes[:, None] < targets[None, :])
-                rank += tl.sum((ahead | tie).to(tl.int32), 0)
+                # Ties count before the target, so before it the limit is reached, not exceeded.
+                above = next_above(limits)
+                behind = classes[:, None] - targets[None, :]
+                ahead = logits >= tl.where(behind < 0, limits[None, :], above[None, :])
+                ahead = ahead & (behind != 0)  # its own logit is rounded otherwise in limits
+                counts += fold_rows(ahead.to(tl.float32), BLOCK_V, BLOCK_T)
             if HIGHEST:
                 of_tile = tl.max(logits, 0)
                 highest = tl.maximum(highest, of_tile, propagate_nan=tl.PropagateNan.ALL)
@@ -201,7 +204,8 @@ def vocabulary_pass_kernel(
     if P_SQUARES:
         tl.store(p_squares_ptr + out, 2.0 * bound + tl.log2(p_squares), mask=wanted)
     if RANK:
-        tl.store(rank_ptr + out, rank, mask=wanted)
+        # Counts are whole: those of a segment stay below 2^24.
+        tl.store(rank_ptr + out, tl.sum(counts, 0).to(tl.int32), mask=wanted)
     if HIGHEST:
         tl.store(highest_ptr + out, highest, mask=wanted)
     if WRITE_STRIPS:

@@ -12,6 +12,7 @@ BYTE_STEPS = tl.constexpr(4.0)  # byte values per octave of a strip's energy or 
 BYTE_FLOOR = tl.constexpr(-55.0)  # log2 of the value that byte 0 stands for
 BYTE_FLOOR_INT = tl.constexpr(-55)
 MANTISSAS = tl.constexpr(0x6B45260C)  # of 2^(1/8), 2^(3/8), 2^(5/8) and 2^(7/8), 7 bits in a byte
+SMALLEST = tl.constexpr(1.1754943508222875e-38)  # positive normal float32
 FORCED = tl.constexpr(255)  # byte of a strip that holds a target: always kept
 FLAT = tl.constexpr(-1.0)  # target_grad of a token whose distribution is flat
 ABSENT = tl.constexpr(-2.0)  # target_grad of a row without a token
@@ -169,6 +170,14 @@ def fold_rows(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """
     split = tl.reshape(values, (ROWS // 128, 8, 2, 8, COLUMNS))
     return tl.reshape(tl.sum(tl.sum(split, axis=2), axis=0), (64, COLUMNS))
+
+
+@triton.jit
+def next_above(value):
+    """Return the next larger float32; of 0 the smallest normal number, of +inf NaN."""
+    bits = value.to(tl.int32, bitcast=True)
+    away = tl.where(bits < 0, bits - 1, bits + 1)
+    return tl.where(value == 0.0, SMALLEST, away.to(tl.float32, bitcast=True))
 
 
 @triton.jit

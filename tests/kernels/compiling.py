@@ -11,7 +11,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cut_cross_entropy.kernels import BLOCK_T, exact, exact_sum, lse, order, powers, scale, tokens
+from cut_cross_entropy.kernels import (
+    BLOCK_T,
+    class_logits,
+    exact,
+    exact_sum,
+    lse,
+    order,
+    powers,
+    scale,
+    tokens,
+)
 from cut_cross_entropy.kernels.filtered import grad_c, grad_e, index, selection, strips, tail
 from cut_cross_entropy.kernels.tiles import Tiles, tiles_for
 
@@ -192,6 +202,15 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "SUPERBLOCK": 64})
     add("list_valid", tokens.list_valid_kernel, {"BLOCK": tokens.SCAN}, num_warps=8)
     add("backward_tokens", tokens.backward_tokens_kernel, {"HAS_SUPPORT": True, "BLOCK_D": 1024})
+    add("class_products", class_logits.class_products_kernel,
+        {"BLOCK_K": class_logits.BLOCK_K, "BLOCK_D": 256},
+        types=(("ids_ptr", "*i64"),))  # fmt: skip
+    add("class_grad_e", class_logits.class_grad_e_kernel,
+        {"BLOCK_K": class_logits.BLOCK_K, "BLOCK_D": 256},
+        types=(("ids_ptr", "*i64"), ("grad_e_ptr", "*bf16")))  # fmt: skip
+    add("class_grad_c", class_logits.class_grad_c_kernel,
+        {"NEED_C": True, "NEED_BIAS": True, "ROWS": class_logits.ROWS, "BLOCK_D": 512},
+        types=(("pairs_ptr", "*i64"), ("starts_ptr", "*i64")))  # fmt: skip
     add("scale", scale.scale_kernel, {"BLOCK": scale.BLOCK})
     add("repair_bound", powers.repair_bound_kernel, {"BLOCK_T": BLOCK_T})
     add("scale_rows", exact_sum.scale_rows_kernel,

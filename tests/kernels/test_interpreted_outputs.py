@@ -64,6 +64,62 @@ def test_outputs(name, settings, drops_nothing):
     compare(problem, names, settings, differentiable)
 
 
+def test_rank_of_ties():
+    """Equal logits of an earlier class count, those of a later one and the target do not."""
+    c = torch.zeros(300, 16)
+    c[[3, 140, 141, 142, 299], 0] = torch.tensor([1.0, 1.0, 2.0, 1.0, -1.0])
+    e = torch.zeros(5, 16)
+    e[:, 0] = torch.tensor([1.0, 1.0, 1.0, 0.0, -1.0])
+    targets = torch.tensor([140, 142, 0, 7, 140])
+    got = token_logprobs(e, c, targets, outputs=("rank",), impl="cce")
+    assert got.rank.tolist() == [2, 3, 4, 7, 297]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("needed", [("e", "c", "bias"), ("e",), ("c",), ("bias",)])
+def test_candidates(settings, needed):
+    """More than one block of candidates, with repeated ids, absent ones and ignored tokens."""
+    problem = make_problem((133,), 300, 48, bias=True)
+    ids = torch.randint(-1, 300, (133, 19), generator=torch.Generator().manual_seed(3))
+    ids[:, 4] = 7
+    ids[5] = -1
+    results = {}
+    for name, impl, made in (
+        ("got", "cce", problem),
+        ("again", "cce", problem),
+        ("exact", "reference", problem.to(torch.float64)),
+    ):
+        tensors = leaves(made, needed)
+        found = token_logprobs(
+            tensors["e"],
+            tensors["c"],
+            made.targets,
+            bias=tensors.get("bias"),
+            candidates=ids,
+            impl=impl,
+            **settings,
+        ).candidate_logprobs
+        results[name] = (found, gradients(found.square().sum(), tensors))
+    found, grads = results["got"]
+    exact, exact_grads = results["exact"]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    for name, x in exact_grads.items():
+        scale = x.abs().max()
+        torch.testing.assert_close((grads[name] / scale).double(), x / scale, rtol=0, atol=1e-5)
+        assert torch.equal(grads[name], results["again"][1][name])
+
+
+def test_candidates_of_an_ignored_token_that_is_nan():
+    problem = make_problem((20,), 50, 16)
+    problem.e[3], problem.targets[3] = torch.nan, -100
+    tensors = leaves(problem)
+    got = call(problem, tensors, candidates=torch.arange(20)[:, None])
+    grads = gradients(got.candidate_logprobs.sum(), tensors)
+    assert got.candidate_logprobs.isfinite().all()
+    assert got.candidate_logprobs[3] == 0
+    assert all(x.isfinite().all() for x in grads.values())
+
+
 @pytest.mark.parametrize("needed", [("e",), ("c",), ("bias",), ("e", "c")])
 def test_needed_gradients(needed, drops_nothing):
     problem = make_problem((133,), 300, 16, bias=True)
