@@ -46,6 +46,7 @@ def cross_entropy(
         and input.ndim == 2
         and target.ndim == 1
         and not input.recipe.has_tanh
+        and not (record.stays_open and input.recipe.is_normalised)
     )
     missing = None if is_usual else _what_is_missing(input, target, weight, size_average, reduce)
     if missing is not None:
@@ -144,7 +145,7 @@ def _what_is_missing(
     if target.ndim != logits.ndim - 1 or logits.ndim > 2:
         return f"{name} with classes in another dimension than the last"
     if not is_foldable(logits.recipe):
-        return f"{name} of a softcap below 0"
+        return f"{name} of a softcap below 0, or of a softmax"
     return None
 
 

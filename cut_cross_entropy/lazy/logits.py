@@ -32,6 +32,7 @@ from cut_cross_entropy.lazy.operations import (
 )
 from cut_cross_entropy.lazy.recipe import replay
 from cut_cross_entropy.lazy.record import ForwardRecord, in_recomputation, runs_in_function
+from cut_cross_entropy.lazy.token_sums import SUMMARIES, summarise
 from cut_cross_entropy.lazy.value import LazyValue, Storage, Unevaluated
 
 _METADATA = frozenset(
@@ -135,10 +136,15 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = _NAMES.get(func)
     if torch._C._are_functorch_transforms_active() and name not in _METADATA:
         return _ordinary(func, args, kwargs, name or func.__name__)
+    if name in _METADATA:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    summary = _SUMMARIES.get(func)
+    if summary is not None:
+        result = _summarise(summary, args, kwargs)
+        if result is not NotImplemented:
+            return result
     if name is not None:
-        if name in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
         result = _record(name, args, kwargs)
         if result is not NotImplemented:
             return result
@@ -384,6 +390,28 @@ def _record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return logits
 
 
+def _summarise(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute a sum over the classes, or record a softmax, for logits that left their forward."""
+    if not args or type(args[0]) is not LazyLogits or not args[0]._lazy.call.record.stays_open:
+        return NotImplemented
+    logits = [arg for arg in args if type(arg) is LazyLogits]
+    if any(_is_changed(each) for each in logits):
+        return NotImplemented
+    lazy = args[0]._lazy
+    if lazy.requires_grad and not is_attachable(lazy):
+        return NotImplemented
+    values = [arg._lazy if type(arg) is LazyLogits else arg for arg in args[1:]]
+    try:
+        result = summarise(name, lazy, values, kwargs)
+    except TypeError:  # other arguments than the functions there know
+        return NotImplemented
+    if isinstance(result, LazyValue):
+        return lazy_tensor(result)
+    if isinstance(result, tuple):
+        return tuple([lazy_tensor(part) for part in result])
+    return result
+
+
 def _is_over(record: ForwardRecord) -> bool:
     """Return whether the forward is over; a checkpoint runs parts of it again in the backward."""
     return record.finished and not in_recomputation()
@@ -465,3 +493,9 @@ def _names() -> dict[Callable[..., Any], str]:
 
 
 _NAMES = _names()
+_SUMMARIES = {
+    function: name
+    for name in SUMMARIES
+    for namespace in (Tensor, torch, F)
+    if (function := getattr(namespace, name, None)) is not None
+} | {Tensor.__mul__: "mul", Tensor.__rmul__: "mul"}

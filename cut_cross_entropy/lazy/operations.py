@@ -34,16 +34,22 @@ def record(name: str, lazy: LazyValue, args: tuple[Any, ...], kwargs: dict[str, 
         Lazy logits, ``lazy`` itself where it is returned or was changed in place, or
         ``NotImplemented``.
     """
+    if (
+        lazy.call.record.stays_open
+        and name not in _OF_PROBABILITIES
+        and any(isinstance(v, LazyValue) and v.recipe.is_normalised for v in (lazy, *args))
+    ):
+        return NotImplemented
     if torch.is_grad_enabled():
         return _RECORDED[name](lazy, *args, **kwargs)
     if name.endswith("_") and not name.endswith("__") and lazy.requires_grad:
         return NotImplemented  # changes the value, and not the graph
-    source = _without_grad(lazy)
-    result = _RECORDED[name](source, *[_without_grad(arg) for arg in args], **kwargs)
+    source = without_grad(lazy)
+    result = _RECORDED[name](source, *[without_grad(arg) for arg in args], **kwargs)
     return lazy if result is source else result
 
 
-def _without_grad(value: Any) -> Any:
+def without_grad(value: Any) -> Any:
     """Return an argument of an operation that runs where no gradient is recorded."""
     if isinstance(value, LazyValue):
         return _detach(value, shared=value.storage.shared) if value.requires_grad else value
@@ -434,6 +440,11 @@ def _is_per_token(lazy: LazyValue, other: Tensor) -> bool:
 def _promoted(lazy: LazyValue, other: Tensor) -> torch.dtype:
     return lazy.dtype if other.ndim == 0 else torch.promote_types(lazy.dtype, other.dtype)
 
+
+_OF_PROBABILITIES = frozenset(
+    {"float", "double", "to", "contiguous", "detach", "view", "reshape", "flatten", "unsqueeze"}
+    | {"squeeze", "transpose", "permute", "narrow", "__getitem__"}
+)
 
 COMMUTING = frozenset({"mul", "multiply", "add"})
 """Operations that may have the lazy logits as their second argument."""

@@ -19,6 +19,8 @@ from cut_cross_entropy.distributed.options import is_dtensor
 CAST, DEVICE = "cast", "device"
 SCALE, DIVIDE, TANH = "scale", "divide", "tanh"
 BIAS, CLASSES = "bias", "classes"
+SOFTMAX, LOG_SOFTMAX, EXP, TIMES = "softmax", "log_softmax", "exp", "times"
+"""Over the classes; the product is with other steps after the logits that the softmax was of."""
 
 Step = tuple[str, Any]
 Term = tuple[Tensor, Tensor | None, bool]
@@ -105,6 +107,11 @@ class Recipe:
         return type(c) is not nn.Parameter and is_dtensor(c)
 
     @property
+    def is_normalised(self) -> bool:
+        """Whether a softmax was recorded: these are no logits any more."""
+        return any(name in (SOFTMAX, LOG_SOFTMAX) for name, _ in self.steps)
+
+    @property
     def has_tanh(self) -> bool:
         """Whether a tanh was recorded: only a scale can follow it."""
         return any(name == TANH for name, _ in self.steps)
@@ -118,6 +125,7 @@ class Folded:
     c: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     softcap: float | None
+    logit_scale: float = 1.0
 
 
 def lazy_recipe(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Recipe:
@@ -139,8 +147,17 @@ def replay(recipe: Recipe) -> Tensor:
         logits = F.linear(e, classifier(c, constant), recipe.bias)
     for e, c, constant in rest:
         logits = logits + F.linear(e, classifier(c, constant))
+    of_softmax = None
     for name, value in recipe.steps:
-        logits = _apply(logits, name, value)
+        if of_softmax is None and name in (SOFTMAX, LOG_SOFTMAX):
+            of_softmax = logits
+        if name == TIMES:
+            other = of_softmax
+            for step in value:
+                other = _apply(other, *step)
+            logits = logits * other
+        else:
+            logits = _apply(logits, name, value)
     return logits  # type: ignore[no-any-return]
 
 
@@ -169,13 +186,24 @@ def _apply(logits: Any, name: str, value: Any) -> Any:
         return torch.tanh(logits)
     if name == BIAS:
         return logits + value
+    if name == SOFTMAX:
+        return torch.softmax(logits, -1, dtype=value)
+    if name == LOG_SOFTMAX:
+        return torch.log_softmax(logits, -1, dtype=value)
+    if name == EXP:
+        return logits.exp()
     return logits[..., value]
 
 
 def is_foldable(recipe: Recipe) -> bool:
-    """Return whether :func:`fold` has an answer: the factor after a tanh has to be above 0."""
+    """Return whether :func:`fold` has an answer.
+
+    The factor after a tanh has to be above 0, and nothing may be normalised.
+    """
     after_tanh = None
     for name, value in recipe.steps:
+        if name in (SOFTMAX, LOG_SOFTMAX):
+            return False
         if name == TANH:
             after_tanh = 1.0
         elif after_tanh is not None:
@@ -183,11 +211,16 @@ def is_foldable(recipe: Recipe) -> bool:
     return after_tanh is None or after_tanh > 0
 
 
-def fold(recipe: Recipe) -> Folded:
+def fold(recipe: Recipe, with_scale: bool = False) -> Folded:
     """Return the recipe as one product, bias and softcap.
 
     ``k * tanh(a * x + b)`` is ``softcap=k`` on the logits ``k * (a * x + b)``. A cast changes
     nothing: the loss is computed in high precision from the factors.
+
+    Args:
+        recipe: that :func:`is_foldable` accepts.
+        with_scale: leave a factor of the logits, which must not be 0, to the operator, which does
+            not round it into features and bias.
     """
     e, c = _one_product(recipe.terms)
     if not recipe.steps and recipe.bias is None:
@@ -199,20 +232,28 @@ def fold(recipe: Recipe) -> Folded:
             after_tanh *= factor
         elif factor != 1.0:
             scale *= factor
-            bias = None if bias is None else bias * factor
+            if not with_scale:
+                bias = None if bias is None else bias * factor
         elif name == TANH:
             after_tanh = 1.0
         elif name == BIAS:
+            value = value / scale if with_scale and scale != 1.0 else value
             bias = value if bias is None else bias + value
         elif name == CLASSES:
             c, bias = c[value], None if bias is None else bias[value]
     if after_tanh is not None:
-        scale, bias = scale * after_tanh, None if bias is None else bias * after_tanh
+        scale *= after_tanh
+        if not with_scale:
+            bias = None if bias is None else bias * after_tanh
+    logit_scale = 1.0
     if abs(scale - 1) > 1e-12:  # x / k * k does not scale, though it may round
-        e = e * scale
+        if with_scale:
+            logit_scale = scale
+        else:
+            e = e * scale
     if bias is not None and bias.dtype != c.dtype:
         bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    return Folded(e, c, bias, after_tanh)
+    return Folded(e, c, bias, after_tanh, logit_scale)
 
 
 def _factor(name: str, value: Any) -> float:

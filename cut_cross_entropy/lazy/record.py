@@ -43,12 +43,15 @@ class ForwardRecord:
     Attributes:
         means: what made the head lazy, for messages.
         way_out: what to do without it, for messages.
+        stays_open: whether its logits are for the caller of the model, to record what a trainer
+            does to them and to compute log-probabilities and entropies without them.
     """
 
     means = "the patch"
     way_out = "Use cce_unpatch for this model"
     suspended = 0  # > 0 while logits are computed: their product is not to be captured
     finished = False
+    stays_open = False
     heads_called = 0
     losses = 0
     labels_padded = False
@@ -214,7 +217,7 @@ def leave(record: ForwardRecord) -> None:
     _active.ended.append(record)
     if not _active.records:
         for ended in _active.ended:
-            ended.finished = True
+            ended.finished = not ended.stays_open
         _active.ended.clear()
 
 

@@ -97,11 +97,14 @@ class LazyValue:
     Attributes:
         used: whether a gradient of theirs goes to the factors without passing through their value.
         hooked: whether somebody waits for the gradient of their value.
+        sums: sums over their classes that were computed, see ``token_sums``.
+        has_softmax: whether a softmax of them was recorded.
+        source: the logits that probabilities were made of.
     """
 
     __slots__ = (
         *("recipe", "dtype", "num_classes", "device", "call", "geometry", "storage", "views"),
-        *("requires_grad", "base", "used", "hooked", "_value"),
+        *("requires_grad", "base", "used", "hooked", "_value", "sums", "has_softmax", "source"),
     )
 
     def __init__(
@@ -131,7 +134,9 @@ class LazyValue:
             )
         self.requires_grad = requires_grad
         self.base = base
-        self.used = self.hooked = False
+        self.used = self.hooked = self.has_softmax = False
+        self.sums: Any = None
+        self.source: LazyValue | None = None
         self._value: tuple[Tensor, Tensor] | None = None
 
     @property

@@ -55,6 +55,15 @@ def patched_forward(
         if labels is None:
             labels = _labels_in_a_dictionary(args, kwargs)
         if not options.use_lce(labels, self.training) or not is_installed(self):
+            if (
+                options.lazy_logits
+                and labels is None
+                and not kwargs.get("use_cache")
+                and (self.training or not options.train_only)
+                and not torch.compiler.is_compiling()
+                and is_installed(self)
+            ):
+                return _lazy(self, original, options, args, kwargs)
             output = original(self, *args, **kwargs)
             if labels is None and not torch.compiler.is_compiling() and is_installed(self):
                 _warn_about_a_loss(self, output)
@@ -148,6 +157,35 @@ def _intercepted(
         intercept.remove(record)
         causal_loss.remove(model)
     record.check_at_return()
+    return output
+
+
+def _lazy(
+    model: nn.Module,
+    original: Forward,
+    options: PatchOptions,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Return the output of a call without labels, its logits lazy and open to the caller."""
+    heads = find_heads(model)
+    outer = active_record()
+    if outer is not None and heads and all(map(intercept.is_intercepted, heads)):
+        return original(model, *args, **kwargs)  # a part of a patched model: the whole has them
+    if is_sharded(model) or any(map(gathers, heads)):
+        return original(model, *args, **kwargs)  # the weights may be gone after the forward
+    record = ForwardRecord(model, options, None)
+    record.stays_open = True
+    record.way_out = "Use cce_patch without lazy_logits for this model"
+    enter(record)
+    try:
+        intercept.install(record, heads)
+        output = original(model, *args, **kwargs)
+        if any(stand_in.is_spread for stand_in in record.heads):  # only all processes can read it
+            output = replace_lazy(output, lambda lazy: _real(lazy, record))
+    finally:
+        leave(record)
+        intercept.remove(record)
     return output
 
 

@@ -53,6 +53,7 @@ class PatchKeywords(TypedDict, total=False):
     remote_model_id: str | None
     memory_budget: int
     filter_mass: float | None
+    lazy_logits: bool
     c_grad_chunk_size: int
 
 
@@ -89,13 +90,15 @@ def cce_patch(
     *,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     filter_mass: float | None = None,
+    lazy_logits: bool = False,
     c_grad_chunk_size: int = 0,
 ) -> Any:
     """Compute the loss of a language model without its logits.
 
     Calls with ``labels`` get the loss and the gradients that the model's own code asks for, from
     ``linear_cross_entropy``. In training ``outputs.logits`` is None; in evaluation it is a tensor
-    that computes itself when it is used. Calls without labels are not touched.
+    that computes itself when it is used. Calls without labels are not touched, but for
+    ``lazy_logits=True``.
 
     Examples:
         >>> model = cce_patch(model)  # doctest: +SKIP
@@ -120,6 +123,10 @@ def cce_patch(
         memory_budget: bytes of scratch memory beyond results and accumulators.
         filter_mass: upper bound of the probability that the filter may replace, in [0, 1]; None
             sets no bound.
+        lazy_logits: calls without labels, except with ``use_cache=True``, return logits that are
+            computed when they are used. What trainers make of logits needs none: ``log_softmax``
+            and ``gather``, ``logsumexp``, entropies and means over the classes are computed by
+            ``token_logprobs``. Read them before the weights change.
         c_grad_chunk_size: accepted for compatibility; ``memory_budget`` bounds scratch memory.
 
     Returns:
@@ -142,6 +149,7 @@ def cce_patch(
         train_only,
         memory_budget=memory_budget,
         filter_mass=filter_mass,
+        lazy_logits=lazy_logits,
     )
     if isinstance(model_or_type, nn.Module):
         model = language_model(model_or_type)

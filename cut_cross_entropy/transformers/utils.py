@@ -40,6 +40,7 @@ class PatchOptions:
         train_only: leave calls in evaluation mode alone.
         memory_budget: see ``linear_cross_entropy``; by keyword only, like the next.
         filter_mass: see ``linear_cross_entropy``.
+        lazy_logits: whether calls without labels return lazy logits.
 
     Raises:
         TypeError: an option of the wrong type.
@@ -56,15 +57,18 @@ class PatchOptions:
     train_only: bool = False
     memory_budget: int = field(default=DEFAULT_MEMORY_BUDGET, kw_only=True)
     filter_mass: float | None = field(default=None, kw_only=True)
+    lazy_logits: bool = field(default=False, kw_only=True)
     _kwargs: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "impl", impl_name(self.impl))
         kwargs = asdict(self)
+        if not isinstance(kwargs.pop("lazy_logits"), bool):
+            raise TypeError(f"lazy_logits must be True or False, got {self.lazy_logits!r}")
         check_options(**{name: value for name, value in kwargs.items() if name != "impl"})
         del kwargs["train_only"]
         for option in fields(self):  # functions of other releases do not know those by keyword
-            if option.kw_only and kwargs[option.name] == option.default:
+            if option.kw_only and option.name in kwargs and kwargs[option.name] == option.default:
                 del kwargs[option.name]
         object.__setattr__(self, "_kwargs", kwargs)  # every loss asks for it
 

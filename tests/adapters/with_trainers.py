@@ -5,11 +5,13 @@ Not collected with the other tests. Each test skips where its trainer is missing
     python -m pytest -p no:cacheprovider -rs tests/adapters/with_trainers.py
 
 Run with verl 0.9.1, torchtitan 0.3.0 and Megatron-core 0.19.2 from PyPI, prime-rl at 559b447 and
-NeMo-RL at 7ea279a from their repositories, each unpacked into a folder of PYTHONPATH.
+NeMo-RL at 7ea279a from their repositories, each unpacked into a folder of PYTHONPATH; LLaMA-Factory
+0.9.5 and OpenRLHF 0.11.2 in the same way, from their wheels.
 """
 
 import importlib
 import importlib.util
+import logging
 import sys
 import types
 from contextlib import nullcontext
@@ -21,9 +23,12 @@ import torch.distributed as dist
 from torch import nn
 
 from cut_cross_entropy import adapters
+from cut_cross_entropy.lazy.logits import LazyLogits
+from cut_cross_entropy.transformers import call_count, cce_patch
 from tests.adapters import stand_ins
 from tests.adapters.parity import CLASSES, DIM, assert_same, problem, step
-from tests.transformers.models import batch, llama
+from tests.support import is_computed
+from tests.transformers.models import batch, llama, twin
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -204,6 +209,98 @@ def test_torchtitan(name, monkeypatch):
     assert all_metrics[0].keys() == all_metrics[1].keys()
     for key, metric in all_metrics[0].items():
         torch.testing.assert_close(all_metrics[1][key], metric, rtol=1e-4, atol=1e-5, msg=key)
+
+
+# --- LLaMA-Factory and OpenRLHF: lazy logits
+
+
+def patched_and_plain():
+    """Two models with the same weights in float64, the second one with lazy logits."""
+    plain = llama().double()
+    return plain, cce_patch(twin(plain), lazy_logits=True)
+
+
+def gradients(model, outputs):
+    sum(x.square().sum() for x in outputs if x.requires_grad).backward()
+    grads = [p.grad for p in model.parameters()]
+    return [x.detach() for x in outputs], grads
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.5])
+def test_llama_factory(ld_alpha, monkeypatch):
+    hollow(monkeypatch, "llamafactory", "llamafactory.train")
+    anything = types.SimpleNamespace
+    stand_in = {
+        "llamafactory.hparams": anything(FinetuningArguments=None, ModelArguments=None),
+        "llamafactory.model": anything(
+            find_all_linear_modules=None,
+            load_model=None,
+            load_tokenizer=None,
+            load_valuehead_params=None,
+        ),
+        "llamafactory.extras.misc": anything(get_device_name=None),
+        "llamafactory.extras.packages": anything(
+            is_apollo_available=lambda: False,
+            is_galore_available=lambda: False,
+            is_ray_available=lambda: False,
+        ),
+        "llamafactory.extras.constants": anything(IGNORE_INDEX=-100, SWANLAB_CONFIG=None),
+        "llamafactory.extras": anything(
+            logging=anything(get_logger=logging.getLogger), __path__=[]
+        ),
+    }
+    for name, module in stand_in.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    utils = importlib.import_module("llamafactory.train.trainer_utils")
+    inputs = batch(4)
+    labels = inputs.pop("labels")
+    results = []
+    for model in patched_and_plain():
+        logits = model(**inputs, return_dict=True, use_cache=False).logits.to(torch.float64)
+        logps, lengths = utils.get_batch_logps(logits=logits, labels=labels, ld_alpha=ld_alpha)
+        chosen, _ = logits.split(2, dim=0)  # as its DPO trainer does, for its log
+        results.append(gradients(model, (logps, lengths, chosen.mean().detach())))
+    assert call_count(model) == 2  # the log-probabilities, and the mean
+    assert_same(results[1], results[0], 1e-9, 1e-10)
+
+
+def logprobs_of(logits, ids):
+    """Stand in for the function that would call flash-attn's, where that is installed."""
+    return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+
+def test_openrlhf(monkeypatch):
+    hollow(monkeypatch, "openrlhf", "openrlhf.models")
+    nothing = dict.fromkeys(("index_first_axis", "pad_input", "rearrange", "unpad_input"))
+    ids = batch(4)["input_ids"]
+
+    def run(model):
+        actor = classes.Actor(model, temperature=0.7)
+        actor.packing_samples = False
+        logprobs, output = actor(
+            ids,
+            torch.ones(4, 5),
+            attention_mask=torch.ones_like(ids),
+            return_output=True,
+            return_entropy=True,
+        )
+        return output.logits, gradients(model, (logprobs, output.entropy))
+
+    with stand_ins.modules(
+        flash_attn__bert_padding=nothing, flash_attn__utils__distributed={"all_gather": None}
+    ):
+        classes = importlib.import_module("openrlhf.models.actor")
+        plain, model = patched_and_plain()
+        _, expected = run(plain)
+        for function in (classes.log_probs_from_logits, logprobs_of):
+            monkeypatch.setattr(classes, "log_probs_from_logits", function)
+            model.zero_grad()
+            calls = call_count(model)
+            logits, actual = run(model)
+            assert call_count(model) == calls + 2  # the entropies, and what is of the ids alone
+            assert isinstance(logits, LazyLogits)
+            assert not is_computed(logits)
+            assert_same(actual, expected, 1e-5, 1e-6)  # it computes in float32
 
 
 # --- Megatron-core
