@@ -12,6 +12,7 @@ called, so importing this module needs no Triton.
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ from cut_cross_entropy.problem import (
 )
 from cut_cross_entropy.transforms import is_transformed, refuse_second_derivative, transformable
 
-_NUM_FIELDS = 11  # of a problem: four tensors, plain values, and a tensor without a gradient
+# Of a problem: four tensors, plain values, and a tensor without a gradient.
+_NUM_FIELDS, _NUM_FILTER = len(fields(Problem)), len(fields(Filter))
 _MULTIPLIER = _NUM_FIELDS - 1
 _NUM_STATE = len(KernelState._fields)
 
@@ -122,8 +124,8 @@ def cce_losses(*flat: Any) -> KernelState:
 
 
 def _kernel_options(flat: tuple[Any, ...]) -> tuple[Problem, Filter, bool]:
-    problem, filter_ = Problem(*flat[:_NUM_FIELDS]), Filter(*flat[_NUM_FIELDS : _NUM_FIELDS + 4])
-    return problem, filter_, flat[_NUM_FIELDS + 4]
+    stop = _NUM_FIELDS + _NUM_FILTER
+    return Problem(*flat[:_NUM_FIELDS]), Filter(*flat[_NUM_FIELDS:stop]), flat[stop]
 
 
 @cce_losses.register_fake

@@ -4,6 +4,7 @@ As in ``cut_cross_entropy.operators``. Here are the sums over the classes of eac
 memory, the logits of a few classes, and the mean row of a classifier.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ from cut_cross_entropy.problem import (
 )
 from cut_cross_entropy.transforms import transformable
 
-_NUM_FIELDS, _MULTIPLIER = 11, 10  # of a problem, and the place of its last tensor
+_NUM_FIELDS, _NUM_FILTER = len(fields(Problem)), len(fields(Filter))
+_MULTIPLIER = _NUM_FIELDS - 1  # place of a problem's last tensor
 _SAVED = ", ".join(f"Tensor {name}" for name in SavedOutputs._fields)
 _RESULTS = ", ".join(f"Tensor {name}" for name in TokenOutputs._fields)
 _GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
@@ -186,7 +188,6 @@ def run_outputs(problem: Problem, asked: Asked, weights: Tensor | None = None) -
 
 _STATE = ", ".join(f"Tensor {name}" for name in KernelState._fields)
 _NUM_STATE, _NUM_ASKED = len(KernelState._fields), len(Asked().flat())
-_NUM_FILTER = 4
 _FURTHER = ("entropy", "log_sum_sq", "rank", "max_logit")
 
 
