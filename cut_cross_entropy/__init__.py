@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from cut_cross_entropy.distributed.options import DataParallelOptions, VocabParallelOptions
+from cut_cross_entropy.divergence import TokenDivergence, linear_divergence, topk_divergence
 from cut_cross_entropy.filter_report import FilterRecord, record_filter
 from cut_cross_entropy.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from cut_cross_entropy.options import LinearCrossEntropyImpl
@@ -19,14 +20,17 @@ __all__ = [
     "FilterRecord",
     "LinearCrossEntropy",
     "LinearCrossEntropyImpl",
+    "TokenDivergence",
     "TokenLogprobs",
     "VocabParallelOptions",
     "__version__",
     "compute_z_loss",
     "linear_cross_entropy",
+    "linear_divergence",
     "recommend_c_grad_chunk_size",
     "record_filter",
     "token_logprobs",
+    "topk_divergence",
 ]
 
 

@@ -1,0 +1,383 @@
+"""Divergence of a student from a teacher at each token: what distillation minimises."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
+from cut_cross_entropy.divergence_operators import run_divergence
+from cut_cross_entropy.divergence_results import DivergenceState
+from cut_cross_entropy.implementations import reference
+from cut_cross_entropy.options import ImplName, LinearCrossEntropyImpl, impl_name
+from cut_cross_entropy.prepare import Prepared, prepare
+from cut_cross_entropy.problem import Problem
+
+Tail: TypeAlias = Literal["drop", "renormalise", "bucket"]
+"""Values of ``tail=``."""
+
+TAILS: tuple[str, ...] = get_args(Tail)
+_IMPLS = ("auto", "chunked", "reference")
+_LOWEST = -1e4  # log-probability that stands for -inf in a mixture: its exponential is 0 too
+
+
+@dataclass(frozen=True)
+class TokenDivergence:
+    """Results of :func:`linear_divergence`, 0 at tokens left out.
+
+    All have the leading shape of ``e_student``, in float32 (float64 for float64 inputs of the
+    student), and are differentiable in the student's inputs.
+
+    Args:
+        divergence: of the student from the teacher, in nats, never below 0.
+        student_entropy: of the student's distribution at this temperature, in nats.
+        student_logprobs: log-probability of the targets under the student, at this temperature;
+            None without targets.
+        mask: bool, False at tokens left out.
+    """
+
+    divergence: Tensor
+    student_entropy: Tensor
+    student_logprobs: Tensor | None
+    mask: Tensor
+
+
+def linear_divergence(
+    e_student: Tensor,
+    head_student: Tensor,
+    e_teacher: Tensor,
+    head_teacher: Tensor,
+    *,
+    beta: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    targets: Tensor | None = None,
+    mask: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+    impl: ImplName | LinearCrossEntropyImpl = "auto",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> TokenDivergence:
+    """Divergence of a student from a frozen teacher, token by token, without either's logits.
+
+    With the distributions p of the student and q of the teacher, each the softmax of
+    ``softcap(logit_scale * (e @ head.T + bias)) / temperature``, the divergence is ``KL(q || p)``
+    for beta 0, ``KL(p || q)`` for beta 1, and between them the generalised Jensen-Shannon
+    divergence ``beta KL(q || m) + (1 - beta) KL(p || m)`` from the mixture
+    ``m = (1 - beta) p + beta q``. It is not multiplied by the square of the temperature. These are
+    the definitions of ``trl.DistillationTrainer`` (`Agarwal et al.
+    <https://arxiv.org/abs/2306.13649>`_).
+
+    Examples:
+        >>> student = torch.randn(2, 5, 8, requires_grad=True)  # (batch, time, D of the student)
+        >>> head = torch.randn(11, 8)
+        >>> teacher, teacher_head = torch.randn(2, 5, 16), torch.randn(11, 16)
+        >>> result = linear_divergence(student, head, teacher, teacher_head, beta=0.5)
+        >>> result.divergence.shape
+        torch.Size([2, 5])
+        >>> result.divergence.mean().backward()
+
+    Args:
+        e_student: embeddings, (..., D), float32, bfloat16, float16 or float64.
+        head_student: classifier, (V, D), of the dtype of ``e_student`` (any under autocast).
+        e_teacher: (..., D') of the same leading shape, any D' and dtype. Has no gradient.
+        head_teacher: (V, D'), of the dtype of ``e_teacher``. Where vocabularies were padded
+            differently, pass the rows of the classes that both have. Has no gradient.
+        beta: from 0 to 1.
+        temperature: above 0; a number, or a tensor that broadcasts against the leading shape. It
+            divides the logits of both models, and has no gradient.
+        targets: class ids of the leading shape, int64 or int32, already aligned with the
+            embeddings, for the student's log-probabilities.
+        mask: bool, of the leading shape; False leaves a token out.
+        student_bias, teacher_bias: (V,), of the dtype of the head or float32.
+        student_softcap, teacher_softcap: logits become ``softcap * tanh(logits / softcap)``.
+        student_logit_scale, teacher_logit_scale: factors of the logits, before the softcap.
+        ignore_index: target value of tokens to leave out.
+        impl: ``"auto"`` and ``"chunked"`` are blocks of tokens and classes in bounded memory, on
+            every device; ``"reference"`` stores the logits of both. No kernel computes it.
+        memory_budget: bytes of scratch memory beyond results and accumulators.
+
+    Returns:
+        A :class:`TokenDivergence`.
+
+    Raises:
+        TypeError: an argument or a tensor of the wrong type, layout or dtype.
+        ValueError: shapes or devices that do not fit, or an option out of range; on the CPU a
+            class id or a temperature out of range.
+        NotImplementedError: classes that are spread over processes.
+    """
+    chosen = impl_name(impl)
+    if chosen not in _IMPLS:
+        raise ValueError(
+            f"impl of linear_divergence must be one of {', '.join(_IMPLS)}, got {chosen!r}"
+        )
+    _check_beta(beta)
+    _check_models(e_student, head_student, e_teacher, head_teacher)
+    marked = _targets(e_student, targets, mask, ignore_index)
+    student = _prepare(
+        "student", e_student, head_student, marked, student_bias, student_softcap,
+        student_logit_scale, temperature, ignore_index, memory_budget,
+    )  # fmt: skip
+    with torch.no_grad():
+        teacher = _prepare(
+            "teacher",
+            e_teacher.detach(),
+            head_teacher.detach(),
+            marked,
+            None if not isinstance(teacher_bias, Tensor) else teacher_bias.detach(),
+            teacher_softcap, teacher_logit_scale, temperature, ignore_index, memory_budget,
+        )  # fmt: skip
+    problem, has_targets = student.problem, targets is not None
+    with student.computing():
+        if chosen == "reference":
+            found = _reference(problem, teacher.problem, float(beta), has_targets)
+        else:
+            found = run_divergence(problem, teacher.problem, float(beta), has_targets)
+    return TokenDivergence(
+        student.per_token(found.divergence),
+        student.per_token(found.entropy),
+        student.per_token(found.logprobs) if has_targets else None,
+        student.per_token(problem.targets != ignore_index),
+    )
+
+
+def _check_beta(beta: float) -> None:
+    """Accept a number from 0 to 1.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if isinstance(beta, bool) or not isinstance(beta, (int, float, torch.SymFloat)):
+        raise TypeError(f"beta must be a float, got {type(beta).__name__}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be a float from 0 to 1, got {beta!r}")
+
+
+def _check_models(
+    e_student: Tensor, head_student: Tensor, e_teacher: Tensor, head_teacher: Tensor
+) -> None:
+    """Check what the two models must have in common.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: different tokens, classes or devices.
+    """
+    named = {
+        "e_student": e_student,
+        "head_student": head_student,
+        "e_teacher": e_teacher,
+        "head_teacher": head_teacher,
+    }
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.ndim < 1:
+            raise ValueError(f"{name} must have a last dimension of features, got a scalar")
+        if tensor.device != e_student.device:
+            raise ValueError(
+                f"{name} must be on the device of e_student, {e_student.device}, "
+                f"got {tensor.device}"
+            )
+    if e_teacher.shape[:-1] != e_student.shape[:-1]:
+        raise ValueError(
+            "e_teacher must have the leading shape of e_student, "
+            f"{tuple(e_student.shape[:-1])}, got {tuple(e_teacher.shape[:-1])}"
+        )
+    if head_teacher.shape[0] != head_student.shape[0]:
+        raise ValueError(
+            f"head_teacher must have the classes of head_student, V = {head_student.shape[0]}, "
+            f"got {head_teacher.shape[0]}: pass the rows of the classes that both have"
+        )
+
+
+def _targets(
+    e_student: Tensor, targets: Tensor | None, mask: Tensor | None, ignore_index: int
+) -> Tensor:
+    """Return the targets, or any class, of the tokens that count, ``ignore_index`` elsewhere.
+
+    Raises:
+        TypeError, ValueError: targets or a mask that do not fit.
+    """
+    shape = e_student.shape[:-1]
+    for name, given in (("targets", targets), ("mask", mask)):
+        if given is None:
+            continue
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
+        if given.shape != shape:
+            raise ValueError(
+                f"{name} must have the leading shape of e_student, {tuple(shape)}, "
+                f"got {tuple(given.shape)}"
+            )
+        if given.device != e_student.device:
+            raise ValueError(
+                f"{name} must be on the device of e_student, {e_student.device}, got {given.device}"
+            )
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"the dtype of mask must be torch.bool, got {mask.dtype}")
+    if targets is None:
+        # A class that is not ignore_index.
+        some = 1 if ignore_index == 0 else 0
+        targets = torch.full(shape, some, dtype=torch.int64, device=e_student.device)
+    return targets if mask is None else torch.where(mask, targets, ignore_index)
+
+
+def _prepare(
+    role: str,
+    e: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float | Tensor,
+    ignore_index: int,
+    memory_budget: int,
+) -> Prepared:
+    """Return the problem of one of the models, whose name errors have."""
+    arguments = {
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+        "shift": 0,
+        "memory_budget": memory_budget,
+        "temperature": temperature,
+        "logit_scale": logit_scale,
+        "vocab_parallel_options": None,
+        "data_parallel_options": None,
+    }
+    if torch.compiler.is_compiling():
+        prepared = prepare(e, head, targets, bias, **arguments)  # type: ignore[arg-type]
+    else:
+        try:
+            prepared = prepare(e, head, targets, bias, **arguments)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{role}: {error}") from error
+    if prepared.problem.group is not None:
+        raise NotImplementedError(
+            f"linear_divergence needs all classes of the {role} in one process: gather its head "
+            "first, for example by full_tensor()"
+        )
+    return prepared
+
+
+def _reference(
+    student: Problem, teacher: Problem, beta: float, has_targets: bool
+) -> DivergenceState:
+    """Compute the results from the logits of both models."""
+    with torch.autocast(student.e.device.type, enabled=False):
+        log_p = reference.all_logits(student).log_softmax(1)
+        log_q = reference.all_logits(teacher).log_softmax(1).to(log_p.dtype)
+        kept = student.targets != student.ignore_index
+        entropy = torch.where(kept, -_expected(log_p, log_p), 0)
+        divergence = torch.where(kept, _divergence(log_p, log_q, beta), 0)
+        logprobs = log_p.new_empty(0)
+        if has_targets:
+            ids = torch.where(kept, student.targets, 0).long()[:, None]
+            here = (ids >= 0) & (ids < log_p.shape[1])
+            found = log_p.gather(1, torch.where(here, ids, 0))
+            logprobs = torch.where(kept, torch.where(here, found, torch.nan)[:, 0], 0)
+    nothing = log_p.new_empty(0)
+    return DivergenceState(divergence, entropy, logprobs, nothing, nothing, nothing)
+
+
+def topk_divergence(
+    student_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    beta: float = 0.0,
+    tail: Tail = "drop",
+) -> Tensor:
+    """Divergence over K candidates of each token, as of ``candidate_logprobs``.
+
+    Examples:
+        >>> student = torch.randn(4, 100).log_softmax(-1)[:, :8]
+        >>> teacher = torch.randn(4, 100).log_softmax(-1)[:, :8]
+        >>> topk_divergence(student, teacher, tail="bucket").shape
+        torch.Size([4])
+
+    Args:
+        student_logprobs: (..., K) log-probabilities of the candidates over all classes.
+        teacher_logprobs: (..., K) of the same candidates; a -inf at both stands for no candidate.
+            Has no gradient.
+        beta: as in :func:`linear_divergence`.
+        tail: ``"drop"`` sums over the candidates alone, and can be below 0; ``"renormalise"``
+            divides the probabilities of each side by their sum; ``"bucket"`` adds one class with
+            the remaining probability of each side.
+
+    Returns:
+        (...) divergences, float32 or wider.
+
+    Raises:
+        TypeError: not tensors of floats.
+        ValueError: different shapes or devices, no dimension of candidates, or an unknown ``tail``.
+    """
+    _check_beta(beta)
+    if not isinstance(tail, str) or tail not in TAILS:
+        raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
+    for name, given in (
+        ("student_logprobs", student_logprobs),
+        ("teacher_logprobs", teacher_logprobs),
+    ):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
+        if not given.is_floating_point():
+            raise TypeError(f"the dtype of {name} must be a floating point one, got {given.dtype}")
+        if given.ndim < 1 or given.shape[-1] < 1:
+            raise ValueError(f"{name} must have shape (..., K), K > 0, got {tuple(given.shape)}")
+    if student_logprobs.shape != teacher_logprobs.shape:
+        raise ValueError(
+            "teacher_logprobs must have the shape of student_logprobs, "
+            f"{tuple(student_logprobs.shape)}, got {tuple(teacher_logprobs.shape)}"
+        )
+    if student_logprobs.device != teacher_logprobs.device:
+        raise ValueError(
+            "teacher_logprobs must be on the device of student_logprobs, "
+            f"{student_logprobs.device}, got {teacher_logprobs.device}"
+        )
+    wide = torch.promote_types(student_logprobs.dtype, torch.float32)
+    log_p, log_q = student_logprobs.to(wide), teacher_logprobs.detach().to(wide)
+    if tail == "renormalise":
+        log_p, log_q = (x - x.logsumexp(-1, keepdim=True) for x in (log_p, log_q))
+    elif tail == "bucket":
+        log_p, log_q = (torch.cat([x, _log_rest(x)], -1) for x in (log_p, log_q))
+    return _divergence(log_p, log_q, float(beta), is_complete=tail != "drop")
+
+
+def _log_rest(logprobs: Tensor) -> Tensor:
+    """Logarithm (..., 1) of the probability that is left by ``logprobs`` (..., K)."""
+    # Rounding may leave nothing or less: one rounding of 1 is what can be told from that.
+    epsilon = torch.finfo(logprobs.dtype).eps
+    total = logprobs.logsumexp(-1, keepdim=True).clamp(max=-epsilon)
+    # The form of log(1 - exp(x)) that keeps its digits on each side of -log 2; the argument of the
+    # other is replaced, since its gradient would be multiplied by 0.
+    near = total > -math.log(2)
+    small = torch.log(-torch.expm1(torch.where(near, total, -math.log(2))))
+    large = torch.log1p(-torch.exp(torch.where(near, -math.log(2), total)))
+    return torch.where(near, small, large)
+
+
+def _expected(log_p: Tensor, x: Tensor) -> Tensor:
+    """Sum of ``p * x`` over the last dimension; a probability of 0 contributes nothing."""
+    return (log_p.exp() * torch.where(log_p == -torch.inf, 0, x)).sum(-1)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, beta: float, is_complete: bool = True) -> Tensor:
+    """Divergence of ``log_p`` (..., K) from ``log_q``, not below 0 of complete distributions."""
+    if beta == 0:
+        result = _expected(log_q, log_q - log_p)
+    elif beta == 1:
+        result = _expected(log_p, log_p - log_q)
+    else:
+        log_m = torch.logaddexp(
+            log_p.clamp(min=_LOWEST) + math.log1p(-beta), log_q.clamp(min=_LOWEST) + math.log(beta)
+        )
+        of_student, of_teacher = _expected(log_p, log_p - log_m), _expected(log_q, log_q - log_m)
+        result = beta * of_teacher + (1 - beta) * of_student
+    # The gradient of a divergence that is 0 up to rounding is that of the sum.
+    return result - result.detach().clamp(max=0) if is_complete else result

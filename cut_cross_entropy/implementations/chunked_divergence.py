@@ -1,0 +1,192 @@
+"""Divergence of a student from a teacher in bounded memory: blocks of tokens and classes of both.
+
+The forward walks over the classes twice: for the two log-sum-exps, and for the sums of the
+normalised log-probabilities, whose terms need no offset that cancels later. The backward makes the
+logits of both models again. With the student's ``p`` and the teacher's ``q``, the mixture
+``m = (1 - beta) p + beta q`` and upstream gradients ``g``, the gradient by a student's logit is the
+sum of
+
+- divergence: ``g (p - q)`` for beta 0, ``g p (log p - log q - KL(p || q))`` for beta 1, and
+  ``g (1 - beta) p (log p - log m - KL(p || m))`` between;
+- entropy H: ``-g p (log p + H)``;
+- log-probability of the target: ``g (onehot - p)``.
+
+Shape legend: ``cut_cross_entropy.implementations``.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState
+from cut_cross_entropy.implementations.blocks import Blocks, choose_blocks, targets_within
+from cut_cross_entropy.problem import Gradients, Needed, Problem, gradient_scale
+
+LOWEST = -1e4
+"""Log-probability that stands for -inf in a mixture: its exponential is 0 too."""
+
+BUDGET_SHARE = 4
+"""A block has the size for this part of the budget: two models, and twice the temporaries."""
+
+
+def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) -> DivergenceState:
+    """Compute divergence, entropy, log-probabilities and what the backward needs.
+
+    Args:
+        student: the inputs; its targets name the tokens that both models have.
+        teacher: the same tokens and classes, of another number of features.
+        beta: from 0 to 1.
+        has_targets: whether to compute the log-probabilities of the targets.
+    """
+    blocks, others = _blocks(student, teacher)
+    zero = blocks.targets.new_zeros(blocks.num_kept, dtype=blocks.wide)
+    lse, teacher_lse = (torch.full_like(zero, -torch.inf) for _ in range(2))
+    divergence, entropy, relative = (zero.clone() for _ in range(3))
+    target_logprobs, misses = (zero.clone() if has_targets else zero[:0] for _ in range(2))
+    for tokens in blocks.token_blocks():
+        e, e_teacher = blocks.embeddings(tokens), others.embeddings(tokens)
+        for side, rows, total in ((blocks, e, lse), (others, e_teacher, teacher_lse)):
+            for classes in blocks.class_blocks():
+                logits, _ = side.logits(rows, tokens, classes)
+                part = logits.logsumexp(1).to(blocks.wide)
+                total[tokens] = torch.logaddexp(total[tokens], part)
+        for classes in blocks.class_blocks():
+            log_p, _ = blocks.logits(e, tokens, classes)
+            log_p -= lse[tokens, None]
+            log_q, _ = others.logits(e_teacher, tokens, classes)
+            log_q = log_q.to(blocks.wide).sub_(teacher_lse[tokens, None])
+            p = log_p.exp()
+            entropy[tokens] -= _expected(p, log_p)
+            if has_targets:
+                here, columns = targets_within(blocks.targets[tokens], classes)
+                at_target = log_p.gather(1, columns[:, None])[:, 0]
+                target_logprobs[tokens] += torch.where(here, at_target, 0)
+                column = torch.where(here, columns, -1)[:, None]
+                ids = torch.arange(p.shape[1], device=p.device)
+                misses[tokens] += torch.where(ids == column, 0, p).sum(1)
+            _add_divergence(divergence[tokens], relative[tokens], p, log_p, log_q, beta)
+    divergence.clamp_(min=0)
+    entropy.clamp_(min=0)
+    if has_targets:
+        # Precise where the target has most of the probability, and never above 0.
+        likely = torch.log1p(-misses.clamp(max=0.5))
+        target_logprobs = torch.where(misses < 0.5, likely, target_logprobs).clamp(max=0)
+        target_logprobs = torch.where(blocks.in_range, target_logprobs, torch.nan)
+        target_logprobs = blocks.scatter(target_logprobs)
+    return DivergenceState(
+        blocks.scatter(divergence),
+        blocks.scatter(entropy),
+        target_logprobs,
+        blocks.scatter(lse),
+        blocks.scatter(teacher_lse),
+        blocks.scatter(relative),
+    )
+
+
+def _blocks(student: Problem, teacher: Problem) -> tuple[Blocks, Blocks]:
+    """Return the blocks of both, which are those of the same tokens and classes."""
+    blocks, others = Blocks(student), Blocks(teacher)
+    blocks.shape = others.shape = choose_blocks(
+        blocks.num_kept,
+        student.c.shape[0],
+        max(student.c.shape[1], teacher.c.shape[1]),
+        itemsize=max(blocks.wide.itemsize, others.wide.itemsize),
+        budget=student.memory_budget // BUDGET_SHARE,
+    )
+    return blocks, others
+
+
+def _expected(p: Tensor, x: Tensor) -> Tensor:
+    """Sum of ``p * x`` over the classes, to which a probability of 0 contributes nothing."""
+    return (p * torch.where(p == 0, 0, x)).sum(1)
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """Logarithm of ``(1 - beta) p + beta q``."""
+    return torch.logaddexp(
+        log_p.clamp(min=LOWEST) + math.log1p(-beta), log_q.clamp(min=LOWEST) + math.log(beta)
+    )
+
+
+def _add_divergence(
+    divergence: Tensor, relative: Tensor, p: Tensor, log_p: Tensor, log_q: Tensor, beta: float
+) -> None:
+    """Add the terms of a block of classes: of the divergence, and of p relative to q or m."""
+    q = log_q.exp()
+    if beta == 0:
+        # Terms that are never negative: the log-sum-exps' errors are squared in their sum.
+        divergence += _expected(q, log_q - log_p) + (p - q).sum(1)
+    elif beta == 1:
+        term = _expected(p, log_p - log_q)
+        relative += term
+        divergence += term + (q - p).sum(1)
+    else:
+        log_m = _log_mixture(log_p, log_q, beta)
+        term = _expected(p, log_p - log_m)
+        relative += term
+        divergence += (1 - beta) * term + beta * _expected(q, log_q - log_m)
+
+
+def backward(
+    grads: DivergenceGrads,
+    state: DivergenceState,
+    student: Problem,
+    teacher: Problem,
+    beta: float,
+    needed: Needed,
+) -> Gradients:
+    """Compute the gradients of the student's e, c and bias; an empty tensor for each not needed.
+
+    Args:
+        grads: gradients of divergence, entropy and log-probabilities, (N,) or None each.
+        state: results of the forward.
+        student, teacher, beta: as in the forward.
+        needed: the gradients to compute.
+    """
+    blocks, others = _blocks(student, teacher)
+    g_divergence, g_entropy, g_logprobs = (
+        None if x is None else blocks.gather(x.to(blocks.wide)) for x in grads
+    )
+    lse, teacher_lse = blocks.gather(state.lse), blocks.gather(state.teacher_lse)
+    relative, entropy = blocks.gather(state.relative), blocks.gather(state.entropy)
+    miss = None
+    if g_logprobs is not None:
+        # A target out of range: never a plausible number.
+        g_logprobs = torch.where(blocks.in_range, g_logprobs, torch.nan)
+        miss = -g_logprobs * torch.expm1(blocks.gather(state.logprobs))
+
+    def by_logits(logits: Tensor, tokens: slice, classes: slice) -> Tensor:
+        log_p = logits.sub_(lse[tokens, None])
+        p = log_p.exp()
+        grad = torch.zeros_like(p)
+        if g_divergence is not None:
+            log_q, _ = others.logits(others.embeddings(tokens), tokens, classes)
+            log_q = log_q.to(blocks.wide).sub_(teacher_lse[tokens, None])
+            g = g_divergence[tokens, None]
+            if beta == 0:
+                grad = (p - log_q.exp_()) * g
+            else:
+                reference = log_q if beta == 1 else _log_mixture(log_p, log_q, beta)
+                ahead = torch.where(p == 0, 0, log_p - reference)
+                grad = (ahead - relative[tokens, None]).mul_(p).mul_(g)
+                if beta != 1:
+                    grad *= 1 - beta
+        if g_entropy is not None:
+            surplus = torch.where(p == 0, 0, log_p) + entropy[tokens, None]
+            grad -= surplus.mul_(p).mul_(g_entropy[tokens, None])
+        if g_logprobs is not None and miss is not None:
+            here, columns = targets_within(blocks.targets[tokens], classes)
+            part = p.mul_(-g_logprobs[tokens, None])
+            at_target = part.gather(1, columns[:, None])
+            # The sum of the gradient over the classes is 0 to the precision of 1 - p.
+            at_target = torch.where(here[:, None], miss[tokens, None], at_target)
+            grad += part.scatter_(1, columns[:, None], at_target)
+        return grad
+
+    scale = lse.new_ones(())
+    upstream = [x.abs() for x in (g_divergence, g_entropy, g_logprobs) if x is not None]
+    if blocks.half_products and upstream:
+        largest = torch.stack(upstream).amax(0)
+        scale = gradient_scale(largest, largest)
+    return blocks.gradients(by_logits, scale, needed)
