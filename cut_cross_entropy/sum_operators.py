@@ -9,7 +9,7 @@ As in ``cut_cross_entropy.operators`` the operators are opaque to the compiler.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -63,6 +63,10 @@ class SumOptions:
     def needed(self) -> Needed:
         """The gradients to compute."""
         return Needed(self.need_e, self.need_c, self.need_bias)
+
+    def flat(self) -> tuple[bool, ...]:
+        """All fields in the order of the schema; PyTorch 2.7 cannot trace ``astuple``."""
+        return *self.needed.flat(), self.keep_inputs, self.loss_only
 
 
 def _problem_and_options(flat: Sequence[Any]) -> tuple[Problem, SumOptions]:
@@ -268,5 +272,5 @@ def _run(operator: Any, problem: Problem, needed: Needed, keep_inputs: bool) -> 
     if not torch.compiler.is_compiling():
         register_flop_formulas()
     options = SumOptions(*needed.flat(), keep_inputs, loss_only=is_computed_again())
-    sums: tuple[Tensor, ...] = operator(*problem.flat(), *astuple(options))
+    sums: tuple[Tensor, ...] = operator(*problem.flat(), *options.flat())
     return sums[0]

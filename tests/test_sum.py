@@ -1,5 +1,6 @@
 """Losses that are summed: their gradients come from the forward, and three products are enough."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy, sum_operators
 from cut_cross_entropy.implementations import chunked, chunked_sum
 from cut_cross_entropy.problem import Needed, Problem
+from cut_cross_entropy.sum_operators import SumOptions
 from tests.support import check, full_logits, make_problem, run_ours
 from tests.test_memory import peak_bytes
 
@@ -335,3 +337,12 @@ def test_batched_gradients_in_the_last_backward():
     for grad, wanted in zip(batched, expected, strict=True):
         for one, factor in zip(grad, factors, strict=True):
             torch.testing.assert_close(one, factor * wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_options_of_a_sum_in_the_order_of_the_schema():
+    """``torch.compile`` of PyTorch 2.4 and 2.7 cannot trace ``dataclasses.astuple`` itself."""
+    names = [part.split()[1] for part in SumOptions.SCHEMA.split(", ")]
+    for name in names:
+        options = SumOptions(**{other: other == name for other in names})
+        assert options.flat() == dataclasses.astuple(options)
+        assert options.flat().index(True) == names.index(name)
