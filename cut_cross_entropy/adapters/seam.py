@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.divergence import TokenDivergence, linear_divergence
 from cut_cross_entropy.token_logprobs import TokenLogprobs, token_logprobs
 
 _OPTIONS = ("impl", "filter_eps", "filter_mass", "memory_budget")
@@ -144,11 +145,29 @@ class Adapter:
 
     def compute(self, e: Tensor, head: Tensor, targets: Tensor, **arguments: Any) -> TokenLogprobs:
         """Call :func:`token_logprobs` with the user's options, and count the call."""
+        self._count()
+        return token_logprobs(e, head, targets, **arguments, **self._options)
+
+    def compute_divergence(
+        self,
+        e_student: Tensor,
+        head_student: Tensor,
+        e_teacher: Tensor,
+        head_teacher: Tensor,
+        **arguments: Any,
+    ) -> TokenDivergence:
+        """Call :func:`linear_divergence` with those of the options it has, and count the call."""
+        self._count()
+        options = {x: y for x, y in self._options.items() if x in ("impl", "memory_budget")}
+        return linear_divergence(
+            e_student, head_student, e_teacher, head_teacher, **arguments, **options
+        )
+
+    def _count(self) -> None:
         if torch.compiler.is_compiling():  # a count per step would have each step traced again
             _count_trace(self)
         else:
             self.calls += 1
-        return token_logprobs(e, head, targets, **arguments, **self._options)
 
     def __enter__(self) -> "Adapter":
         return self

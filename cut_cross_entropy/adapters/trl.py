@@ -1,4 +1,4 @@
-"""TRL: the fused output layer of its SFT, DPO, KTO, GRPO, RLOO and AsyncGRPO trainers."""
+"""TRL: the fused output layer of its trainers, and the divergence of its distillation trainer."""
 
 from typing import Any
 
@@ -25,6 +25,28 @@ SEAM = Seam(
     ),
 )
 
+DIVERGENCE_SEAM = Seam(
+    package="trl",
+    version="1.16.0",
+    module="trl.trainer.distillation_trainer",
+    name="ChunkedDivergenceFunction",
+    method="forward",
+    parameters=(
+        "student_hidden",
+        "student_weight",
+        "student_bias",
+        "teacher_hidden",
+        "teacher_weight",
+        "teacher_bias",
+        "beta",
+        "temperature",
+        "student_logit_scale",
+        "student_final_logit_softcapping",
+        "teacher_logit_scale",
+        "teacher_final_logit_softcapping",
+    ),
+)
+
 # TRL's names of outputs, in the order of the tuple that its function returns, and ours.
 _OUTPUTS = {
     "entropy": "entropy",
@@ -38,8 +60,10 @@ def trl(**options: Any) -> Adapter:
     """Compute the log-probabilities of TRL's trainers with :func:`token_logprobs`.
 
     It replaces ``trl.trainer.utils._ChunkedLogProbFunction``, the function between the last hidden
-    states and the numbers of each token. Masks, sharded heads and losses stay TRL's. The
-    distillation trainers compare whole distributions by another function, which stays as it is.
+    states and the numbers of each token, and the distillation trainer's
+    ``ChunkedDivergenceFunction`` by :func:`linear_divergence`, where of the options ``impl`` and
+    ``memory_budget`` count. Masks, sharded heads and losses stay TRL's. A divergence of heads that
+    DeepSpeed's ZeRO-3 has partitioned is refused.
 
     Args:
         **options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
@@ -86,4 +110,39 @@ def trl(**options: Any) -> Adapter:
         is_top1 = None if result.rank is None else result.rank == 0
         return result.logprobs, result.entropy, log_sum_sq, mean_logit, is_top1
 
-    return adapter.install((SEAM, logprobs))
+    def divergence(
+        student_hidden: Tensor,  # (N, D)
+        student_weight: Tensor,  # (V, D)
+        student_bias: Tensor | None,  # (V,)
+        teacher_hidden: Tensor,  # (N, D of the teacher)
+        teacher_weight: Tensor,
+        teacher_bias: Tensor | None,
+        beta: float,
+        temperature: float = 1.0,
+        student_logit_scale: float = 1.0,
+        student_final_logit_softcapping: float | None = None,
+        teacher_logit_scale: float = 1.0,
+        teacher_final_logit_softcapping: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if any(hasattr(x, "ds_id") and x.numel() == 0 for x in (student_weight, teacher_weight)):
+            raise NotImplementedError(
+                "adapters.trl() does not gather the output layers of DeepSpeed's ZeRO-3 for a "
+                "divergence: use ZeRO-2, or remove the adapter"
+            )
+        result = adapter.compute_divergence(
+            student_hidden,
+            in_dtype_of(student_hidden, student_weight),
+            teacher_hidden,
+            in_dtype_of(teacher_hidden, teacher_weight),
+            beta=beta,
+            temperature=temperature,
+            student_bias=in_dtype_of(student_hidden, student_bias),
+            teacher_bias=in_dtype_of(teacher_hidden, teacher_bias),
+            student_softcap=student_final_logit_softcapping,
+            teacher_softcap=teacher_final_logit_softcapping,
+            student_logit_scale=student_logit_scale,
+            teacher_logit_scale=teacher_logit_scale,
+        )
+        return result.divergence, result.student_entropy.detach()  # TRL's has no gradient
+
+    return adapter.install((SEAM, logprobs), (DIVERGENCE_SEAM, divergence))
