@@ -69,11 +69,11 @@ def _backward_in_place(grad: Tensor, rows: "_Rows", needed: Needed) -> Gradients
     bias_sums = weights.new_empty(c.shape[0] if needed.bias else 0)
     with current_device(e.device):
         if needed.e:
-            class_logits.class_grad_e(rows.factors[1], ids, weights, grad_e)
+            class_logits.class_grad_e(rows.c, ids, weights, grad_e)
         if needed.c or needed.bias:
             sums = bias_sums if needed.bias else None
             out = grad_c if needed.c else None
-            class_logits.class_grad_c(rows.factors[0], ids, weights, c.shape[0], out, sums)
+            class_logits.class_grad_c(rows.e, ids, weights, c.shape[0], out, sums)
     return Gradients(grad_e, grad_c, bias_sums.to(e.dtype if bias is None else bias.dtype))
 
 
@@ -95,9 +95,9 @@ class _Rows:
             and kernels_unavailable(problem.e.device) is None
         )
         if self.in_place:
-            self.factors = tuple(
-                x.to(problem.compute_dtype).contiguous() for x in (problem.e, problem.c)
-            )
+            dtype = problem.compute_dtype
+            self.e = problem.e.to(dtype).contiguous()
+            self.c = problem.c.to(dtype).contiguous()
 
     def blocks(self) -> list[slice]:
         """Return blocks of tokens whose rows fit the memory budget."""
@@ -129,7 +129,7 @@ class _Rows:
             from cut_cross_entropy.kernels.launch import current_device
 
             with current_device(self.problem.e.device):
-                return class_products(*self.factors, torch.where(self.inside, self.safe, -1))
+                return class_products(self.e, self.c, torch.where(self.inside, self.safe, -1))
         # The sum over the features of a token does not depend on the other tokens.
         return (self.classifier(tokens) * self.embeddings(tokens)[:, None]).sum(2)
 
