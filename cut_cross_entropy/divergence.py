@@ -14,6 +14,8 @@ from cut_cross_entropy.implementations import reference
 from cut_cross_entropy.options import ImplName, LinearCrossEntropyImpl, impl_name
 from cut_cross_entropy.prepare import Prepared, prepare
 from cut_cross_entropy.problem import Problem
+from cut_cross_entropy.transforms import is_traced, plain
+from cut_cross_entropy.validation import check_target_range
 
 Tail: TypeAlias = Literal["drop", "renormalise", "bucket"]
 """Values of ``tail=``."""
@@ -119,6 +121,8 @@ def linear_divergence(
         )
     _check_beta(beta)
     _check_models(e_student, head_student, e_teacher, head_teacher)
+    if targets is None:
+        ignore_index = IGNORE_INDEX  # no value of theirs has a meaning
     marked = _targets(e_student, targets, mask, ignore_index)
     student = _prepare(
         "student", e_student, head_student, marked, student_bias, student_softcap,
@@ -222,9 +226,7 @@ def _targets(
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"the dtype of mask must be torch.bool, got {mask.dtype}")
     if targets is None:
-        # A class that is not ignore_index.
-        some = 1 if ignore_index == 0 else 0
-        targets = torch.full(shape, some, dtype=torch.int64, device=e_student.device)
+        targets = torch.zeros(shape, dtype=torch.int64, device=e_student.device)  # any class
     return targets if mask is None else torch.where(mask, targets, ignore_index)
 
 
@@ -270,6 +272,8 @@ def _reference(
     student: Problem, teacher: Problem, beta: float, has_targets: bool
 ) -> DivergenceState:
     """Compute the results from the logits of both models."""
+    if not (torch.compiler.is_compiling() or is_traced()):
+        check_target_range(plain(student.targets), student.c.shape[0], student.ignore_index)
     with torch.autocast(student.e.device.type, enabled=False):
         log_p = reference.all_logits(student).log_softmax(1)
         log_q = reference.all_logits(teacher).log_softmax(1).to(log_p.dtype)

@@ -317,6 +317,27 @@ def test_errors(change, error, match):
         linear_divergence(**{**tensors, **change})
 
 
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_target_out_of_range(impl):
+    tensors, targets = problem()
+    targets[1] = 300
+    with pytest.raises(ValueError, match=r"targets must lie in \[0, V\) with V = 300"):
+        run(tensors, targets, 0.5, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_ignore_index(impl):
+    """Another value of ignored targets; without targets any value is without effect."""
+    tensors, targets = problem()
+    targets[targets == 0] = 1
+    expected = run(tensors, targets, 0.5, impl=impl)
+    found = run(tensors, torch.where(targets == -100, 0, targets), 0.5, impl=impl, ignore_index=0)
+    torch.testing.assert_close(vars(found), vars(expected), rtol=0, atol=0)
+    every = run(tensors, None, 0.5, impl=impl, ignore_index=0)
+    assert every.mask.all()
+    assert (every.divergence > 0).all()
+
+
 def candidates(seed=0):
     random = torch.Generator().manual_seed(seed)
     logprobs = [torch.randn(2, 6, 40, generator=random, dtype=torch.float64) for _ in range(2)]
