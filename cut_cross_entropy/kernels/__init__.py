@@ -22,8 +22,8 @@ A stage is a function of a ``Problem`` (the call) and, in the backward, ``Backwa
 kernels are in the same file. Another implementation of a stage takes the same arguments, and
 ``tiles`` is where a device chooses. Facts that stages share are in ``primitives``: how rows of c
 are read (``load_rows``, ``gather_rows``), logits (``transform_logits``) and their gradient
-(``logit_gradient``). A further sum per token belongs in ``lse``, a further term of the gradient in
-``logit_gradient``.
+(``logit_gradient``). A further sum per token belongs in ``lse`` and ``further_sums``, a further
+term of the gradient in ``logit_gradient``.
 """
 
 from cut_cross_entropy.constants import BLOCK_TOKENS as BLOCK_T

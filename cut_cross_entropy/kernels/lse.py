@@ -12,7 +12,7 @@ legend: ``cut_cross_entropy.kernels``.
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -374,12 +374,21 @@ def _further(
 
 
 @triton.jit
-def logsumexp2(ptr, tokens, present, N, num_segments, BLOCK_T: tl.constexpr):
-    """Return log2 of the sum over segments of powers of two, in order; -inf stays -inf."""
+def highest_of_segments(ptr, tokens, present, N, num_segments, BLOCK_T: tl.constexpr):
+    """Return the highest value of the segments; NaN if one is NaN."""
     highest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     for segment in range(num_segments):
         value = tl.load(ptr + tl.cast(segment, tl.int64) * N + tokens, mask=present, other=0.0)
         highest = tl.maximum(highest, value, propagate_nan=tl.PropagateNan.ALL)
+    return highest
+
+
+@triton.jit
+def logsumexp2(ptr, tokens, present, N, num_segments, BLOCK_T: tl.constexpr):
+    """Return log2 of the sum over segments of powers of two, in order; -inf stays -inf."""
+    highest = highest_of_segments(
+        ptr, tokens=tokens, present=present, N=N, num_segments=num_segments, BLOCK_T=BLOCK_T
+    )
     base = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.zeros((BLOCK_T,), tl.float32)
     for segment in range(num_segments):
@@ -457,141 +466,6 @@ def finish_kernel(
         target = tl.load(targets_ptr + tokens, mask=present, other=-1)
         marks = tl.full((BLOCK_T,), FORCED, tl.uint8)  # programs that meet write the same byte
         tl.store(strips_ptr + 2 * (block.to(tl.int64) * V + target), marks, mask=target >= 0)
-
-
-class FurtherSums(NamedTuple):
-    """Sums over the classes in the caller's order, 0 for ignored tokens; empty if not asked for.
-
-    See :class:`cut_cross_entropy.outputs.TokenOutputs`.
-    """
-
-    entropy: Tensor
-    log_sum_sq: Tensor
-    rank: Tensor
-    max_logit: Tensor
-
-
-def no_further_sums(like: Tensor) -> FurtherSums:
-    """Return empty results; of an operator, so that no two share memory."""
-    float_, int_ = like.dtype, torch.int32
-    return FurtherSums(*(like.new_empty(0, dtype=x) for x in (float_, float_, int_, float_)))
-
-
-@triton.jit(do_not_specialize=["N", "num_segments"])
-def further_sums_kernel(
-    lse_parts_ptr,  # (segments, N) log2, like the two that follow
-    entropy_parts_ptr,
-    p_squares_parts_ptr,
-    rank_parts_ptr,  # (segments, N) int32
-    highest_parts_ptr,  # (segments, N) log2
-    limits_ptr,  # (N,) logits of the targets, log2
-    origin_ptr,  # (N,)
-    entropy_ptr,  # (N,) out, in the caller's order, like all that follow
-    log_sum_sq_ptr,
-    rank_ptr,  # int32
-    highest_ptr,
-    N,
-    num_segments,
-    ENTROPY: tl.constexpr,
-    P_SQUARES: tl.constexpr,
-    RANK: tl.constexpr,
-    HIGHEST: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Reduce the further sums of the segments, in their order."""
-    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside = tokens < N
-    origin = tl.load(origin_ptr + tokens, mask=inside, other=N)
-    present = origin < N
-    if ENTROPY or P_SQUARES:
-        lse = logsumexp2(
-            lse_parts_ptr,
-            tokens=tokens,
-            present=present,
-            N=N,
-            num_segments=num_segments,
-            BLOCK_T=BLOCK_T,
-        )
-    if ENTROPY:
-        # The entropy of the whole is that within the segments and that of the choice among them: a
-        # sum of terms that are not below 0, with nothing to cancel.
-        entropy = tl.zeros((BLOCK_T,), tl.float32)
-        for segment in range(num_segments):
-            part = tl.cast(segment, tl.int64) * N + tokens
-            surprise = lse - tl.load(lse_parts_ptr + part, mask=present, other=0.0)
-            share = tl.exp2(0.0 - surprise)
-            within = tl.load(entropy_parts_ptr + part, mask=present, other=0.0)
-            entropy += tl.where(share == 0, 0.0, share * (within + surprise))
-        entropy = tl.maximum(entropy * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(entropy_ptr + origin, entropy, mask=present)
-    if P_SQUARES:
-        squares = logsumexp2(
-            p_squares_parts_ptr,
-            tokens=tokens,
-            present=present,
-            N=N,
-            num_segments=num_segments,
-            BLOCK_T=BLOCK_T,
-        )
-        tl.store(log_sum_sq_ptr + origin, (squares - 2 * lse) * LN2, mask=present)
-    if RANK:
-        rank = tl.zeros((BLOCK_T,), tl.int32)
-        for segment in range(num_segments):
-            part = tl.cast(segment, tl.int64) * N + tokens
-            rank += tl.load(rank_parts_ptr + part, mask=present, other=0)
-        limit = tl.load(limits_ptr + tokens, mask=present, other=0.0)
-        tl.store(rank_ptr + origin, tl.where(limit == limit, rank, -1), mask=present)
-    if HIGHEST:
-        highest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
-        for segment in range(num_segments):
-            part = tl.cast(segment, tl.int64) * N + tokens
-            value = tl.load(highest_parts_ptr + part, mask=present, other=0.0)
-            highest = tl.maximum(highest, value, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(highest_ptr + origin, highest * LN2, mask=present)
-
-
-def further_sums(
-    segments: Segments,
-    limits: Tensor,  # (N,) logits of the targets, log2
-    tokens: Tokens,
-    asked: Asked,
-) -> FurtherSums:
-    """Reduce the segments to the further sums."""
-    num_segments, num_tokens = segments.lse.shape
-
-    def zeros(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-        return limits.new_zeros(num_tokens if wanted else 0, dtype=dtype)
-
-    results = FurtherSums(
-        zeros(asked.entropy),
-        zeros(asked.log_sum_sq),
-        zeros(asked.rank, torch.int32),
-        zeros(asked.max_logit),
-    )
-    if asked and num_tokens:
-        launch(
-            further_sums_kernel,
-            (triton.cdiv(num_tokens, BLOCK_T),),
-            lse_parts_ptr=segments.lse,
-            entropy_parts_ptr=segments.entropy,
-            p_squares_parts_ptr=segments.p_squares,
-            rank_parts_ptr=segments.rank,
-            highest_parts_ptr=segments.highest,
-            limits_ptr=limits,
-            origin_ptr=tokens.origin,
-            entropy_ptr=results.entropy,
-            log_sum_sq_ptr=results.log_sum_sq,
-            rank_ptr=results.rank,
-            highest_ptr=results.max_logit,
-            N=num_tokens,
-            num_segments=num_segments,
-            ENTROPY=asked.entropy,
-            P_SQUARES=asked.log_sum_sq,
-            RANK=asked.rank,
-            HIGHEST=asked.max_logit,
-            BLOCK_T=BLOCK_T,
-        )
-    return results
 
 
 def segments_without_classes(bound: Tensor) -> Segments:

@@ -9,8 +9,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 BYTE_STEPS = tl.constexpr(4.0)  # byte values per octave of a strip's energy or mass
-BYTE_FLOOR = tl.constexpr(-55.0)  # log2 of the value that byte 0 stands for
-BYTE_FLOOR_INT = tl.constexpr(-55)
+BYTE_FLOOR = tl.constexpr(-55)  # log2 of the value that byte 0 stands for
 MANTISSAS = tl.constexpr(0x6B45260C)  # of 2^(1/8), 2^(3/8), 2^(5/8) and 2^(7/8), 7 bits in a byte
 SMALLEST = tl.constexpr(1.1754943508222875e-38)  # positive normal float32
 FORCED = tl.constexpr(255)  # byte of a strip that holds a target: always kept
@@ -200,7 +199,7 @@ def byte_to_value(byte):
     Its bits are put together: the exponent, and one of four mantissas, 2^(1/8), 2^(3/8) and so on.
     """
     byte = byte.to(tl.int32)
-    exponent = (byte >> 2) + (127 + BYTE_FLOOR_INT)
+    exponent = (byte >> 2) + (127 + BYTE_FLOOR)
     mantissa = (MANTISSAS >> ((byte & 3) * 8)) & 0x7F
     value = ((exponent << 23) | (mantissa << 16)).to(tl.float32, bitcast=True)
     return tl.where(byte == 0, 0.0, value)

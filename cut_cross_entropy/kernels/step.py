@@ -14,15 +14,13 @@ from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.exact import Wanted, exact_gradients
 from cut_cross_entropy.kernels.filtered import backward as filtered
+from cut_cross_entropy.kernels.further_sums import FurtherSums, further_sums, no_further_sums
 from cut_cross_entropy.kernels.lse import (
     NOTHING,
-    FurtherSums,
     PassInputs,
     exchange_bound,
     finish,
     finish_shards,
-    further_sums,
-    no_further_sums,
     raise_bound,
     segments_without_classes,
     vocabulary_pass,

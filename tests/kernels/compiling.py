@@ -16,6 +16,7 @@ from cut_cross_entropy.kernels import (
     class_logits,
     exact,
     exact_sum,
+    further_sums,
     lse,
     order,
     powers,
@@ -220,7 +221,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 1024},
         types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip
     add("bound", lse.bound_kernel, {"BLOCK_T": BLOCK_T})
-    add("further_sums", lse.further_sums_kernel,
+    add("further_sums", further_sums.further_sums_kernel,
         {"ENTROPY": True, "P_SQUARES": True, "RANK": True, "HIGHEST": True, "BLOCK_T": BLOCK_T},
         types=(("rank_parts_ptr", "*i32"),))  # fmt: skip
     add("finish", lse.finish_kernel, {"HAS_STRIPS": True, "BLOCK_T": BLOCK_T})
