@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.kernels.entropies import check_entropies
 from tests.kernels.gpu import DEVICE, requires_kernels
 from tests.support import check, make_problem, run_ours
 
@@ -30,6 +31,10 @@ def test_dtype_bias_softcap(impl, dtype, flags):
 
 def test_default_drops_nothing_where_nothing_may_be_dropped(drops_nothing):
     check(problem_of(dtype=torch.bfloat16, bias=True), "cce")
+
+
+def test_entropies_of_large_logits():
+    check_entropies(DEVICE, torch.float16)
 
 
 @pytest.mark.parametrize("route", ["filtered", "full_c", "full_e"])

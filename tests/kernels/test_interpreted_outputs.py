@@ -5,6 +5,7 @@ import torch
 
 from cut_cross_entropy import dispatch, linear_cross_entropy, token_logprobs
 from cut_cross_entropy.kernels import lse
+from tests.kernels.entropies import check_entropies
 from tests.support import make_problem
 from tests.test_token_logprobs import gradients, leaves, objective, plain
 
@@ -62,6 +63,11 @@ def test_outputs(name, settings, drops_nothing):
     problem = make_problem((133,), 300, 16, bias=True)
     names, differentiable = (OUTPUTS, DIFFERENTIABLE) if name == "all" else ((name,), (name,))
     compare(problem, names, settings, differentiable)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_entropies_of_large_logits(dtype):
+    check_entropies("cpu", dtype)
 
 
 def test_rank_of_ties():
