@@ -161,6 +161,7 @@ except AttributeError as error:
         "FilterRecord",
         "LinearCrossEntropy",
         "LinearCrossEntropyImpl",
+        "TokenDivergence",
         "TokenLogprobs",
         "VocabParallelOptions",
         "__version__",
@@ -168,7 +169,9 @@ except AttributeError as error:
         "cce_patch",
         "compute_z_loss",
         "linear_cross_entropy",
+        "linear_divergence",
         "recommend_c_grad_chunk_size",
         "record_filter",
         "token_logprobs",
+        "topk_divergence",
     ]
