@@ -192,11 +192,12 @@ def _compute(
     filter_mass: float | None,
 ) -> dict[str, Tensor]:
     """Results by name, (N,) or (N, K) each."""
-    problem, asked = prepared.problem, Asked.of(outputs, top_k)
+    problem = prepared.problem
+    # Without a softcap the mean logit needs no walk.
+    by_walk = [name for name in outputs if name != "mean_logit" or problem.softcap is not None]
+    asked = Asked.of(by_walk, top_k)
     support = None if "support" not in ids else _Support.of(problem, ids["support"])
     walked = problem
-    if asked.mean_logit and problem.softcap is None:
-        asked = replace(asked, mean_logit=False)  # needs no walk
     if support is not None and not asked:
         # Nothing but the tokens that have all classes needs the walk.
         skipped = torch.where(support.holds, problem.ignore_index, problem.targets)
