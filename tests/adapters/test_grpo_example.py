@@ -1,8 +1,5 @@
 """The example of GRPO on a tiny model: the same rewards and losses with the adapter and without."""
 
-import ast
-from pathlib import Path
-
 import pytest
 
 from examples import grpo
@@ -38,9 +35,3 @@ def test_rewards_and_losses_are_the_same_with_the_adapter(tmp_path, capsys):
 def test_the_reward():
     found = grpo.reward([" 12\n", "13", "none", " 11 or 12"], total=[12] * 4)
     assert found == [1.0, 0.5, -1.0, 0.5]
-
-
-def test_the_example_is_short():
-    source = Path(grpo.__file__).read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 60
-    assert ast.get_docstring(ast.parse(source))

@@ -1,0 +1,81 @@
+"""The examples on a tiny model: the losses of each are those of its run with ``--plain``."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import examples
+from tests.transformers.models import VOCAB, llama
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+STEPS = 3
+SCRIPTS = sorted(
+    path for path in Path(examples.__file__).parent.glob("*.py") if path.name != "__init__.py"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a model whose tokenizer knows the words of the examples' sums."""
+    folder = tmp_path_factory.mktemp("model")
+    words = ["<pad>", "<s>", "</s>", "+", "=", ",", *map(str, range(VOCAB - 6))]
+    fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    llama().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the library's functions that computed losses, call by call."""
+    # The package's function of this name hides the module.
+    module = importlib.import_module("cut_cross_entropy.linear_cross_entropy")
+    seen = []
+    for name in ("token_losses", "sum_of_losses"):
+        original = getattr(module, name)
+
+        def counted(*args, _name=name, _original=original, **options):
+            seen.append(_name)
+            return _original(*args, **options)
+
+        monkeypatch.setattr(module, name, counted)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "trainer"])
+def test_losses_are_the_same_as_with_logits(name, model, calls, tmp_path, capsys):
+    main = importlib.import_module(f"examples.{name}").main
+    output = ["--output", str(tmp_path)] if name != "plain_loop" else []
+    arguments = ["--model", model, "--steps", str(STEPS), *output]
+    plain = main([*arguments, "--plain"])
+    assert not calls
+    capsys.readouterr()
+    ours = main(arguments)
+    assert len(calls) == STEPS
+    assert len(plain) == STEPS
+    assert len(set(plain)) == STEPS
+    # Float32 sums in another order, and after the first step weights that differ by these.
+    assert ours == pytest.approx(plain, rel=1e-5)
+    printed = re.findall(r"loss\W+(\d+\.\d+)", capsys.readouterr().out)
+    assert [float(loss) for loss in printed[:STEPS]] == pytest.approx(ours, abs=1e-3)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_an_example_is_short(script):
+    source = script.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 60
+    assert ast.get_docstring(ast.parse(source))
+    assert f"examples.{script.stem}`" in (script.parent / "README.md").read_text(encoding="utf-8")
