@@ -79,3 +79,14 @@ def test_an_example_is_short(script):
     assert len(source.splitlines()) <= 60
     assert ast.get_docstring(ast.parse(source))
     assert f"examples.{script.stem}`" in (script.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_sft_has_the_losses_of_trl(model, tmp_path, capsys):
+    sft = importlib.import_module("examples.sft")
+    arguments = ["--model", model, "--steps", str(STEPS), "--output", str(tmp_path)]
+    plain = sft.main([*arguments, "--plain"])
+    assert "TRL's output layer" in capsys.readouterr().out
+    ours = sft.main(arguments)
+    assert f"token_logprobs: {STEPS} calls" in capsys.readouterr().out
+    assert len(set(plain)) == len(plain) == STEPS
+    assert ours == pytest.approx(plain, rel=1e-5)  # float32 sums in another order
