@@ -296,6 +296,7 @@ def topk_divergence(
     *,
     beta: float = 0.0,
     tail: Tail = "drop",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Divergence over K candidates of each token, as of ``candidate_logprobs``.
 
@@ -313,12 +314,14 @@ def topk_divergence(
         tail: ``"drop"`` sums over the candidates alone, and can be below 0; ``"renormalise"``
             divides the probabilities of each side by their sum; ``"bucket"`` adds one class with
             the remaining probability of each side.
+        mask: (..., K) bool, False where there is no candidate: ``candidates >= 0`` for those of
+            :func:`token_logprobs`, whose results are 0 there. None: all are candidates.
 
     Returns:
-        (...) divergences, float32 or wider.
+        (...) divergences, float32 or wider; 0 where the mask leaves no candidate.
 
     Raises:
-        TypeError: not tensors of floats.
+        TypeError: not tensors of floats, or a mask that is not of bool.
         ValueError: different shapes or devices, no dimension of candidates, or an unknown ``tail``.
     """
     _check_beta(beta)
@@ -346,11 +349,27 @@ def topk_divergence(
         )
     wide = torch.promote_types(student_logprobs.dtype, torch.float32)
     log_p, log_q = student_logprobs.to(wide), teacher_logprobs.detach().to(wide)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a torch.Tensor of bool, got {got}")
+        if mask.shape != log_p.shape or mask.device != log_p.device:
+            raise ValueError(
+                "mask must have the shape and device of student_logprobs, "
+                f"{tuple(log_p.shape)} on {log_p.device}, got {tuple(mask.shape)} on {mask.device}"
+            )
+        log_p, log_q = (torch.where(mask, x, -torch.inf) for x in (log_p, log_q))
     if tail == "renormalise":
-        log_p, log_q = (x - x.logsumexp(-1, keepdim=True) for x in (log_p, log_q))
+        log_p, log_q = (_normalised(x) for x in (log_p, log_q))
     elif tail == "bucket":
         log_p, log_q = (torch.cat([x, _log_rest(x)], -1) for x in (log_p, log_q))
     return _divergence(log_p, log_q, float(beta), is_complete=tail != "drop")
+
+
+def _normalised(logprobs: Tensor) -> Tensor:
+    """Log-probabilities (..., K) over the K alone; -inf where all are."""
+    total = logprobs.logsumexp(-1, keepdim=True)
+    return logprobs - torch.where(total == -torch.inf, 0, total)
 
 
 def _log_rest(logprobs: Tensor) -> Tensor:

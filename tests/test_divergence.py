@@ -400,6 +400,23 @@ def test_absent_candidates(beta, tail):
     assert (student.grad[..., -1] == 0).all()
 
 
+@pytest.mark.parametrize("tail", ["drop", "renormalise", "bucket"])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_masked_candidates_are_none(tail, beta):
+    """As without them, though a log-probability of 0 stands there; 0 where none is left."""
+    student, teacher = (torch.randn(5, 20).log_softmax(-1)[:, :6] for _ in range(2))
+    expected = topk_divergence(student[:, :4], teacher[:, :4], beta=beta, tail=tail)
+    mask = torch.arange(6).expand(5, 6) < 4
+    padded = student.masked_fill(~mask, 0).requires_grad_()
+    found = topk_divergence(padded, teacher.masked_fill(~mask, 0), beta=beta, tail=tail, mask=mask)
+    torch.testing.assert_close(found, expected)
+    nothing = topk_divergence(padded, teacher, beta=beta, tail=tail, mask=torch.zeros_like(mask))
+    torch.testing.assert_close(nothing, torch.zeros(5), rtol=0, atol=1e-6)
+    (grad,) = torch.autograd.grad((found + nothing).sum(), padded)
+    assert grad.isfinite().all()
+    assert (grad[~mask] == 0).all()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
