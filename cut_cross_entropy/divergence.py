@@ -97,9 +97,12 @@ def linear_divergence(
         targets: class ids of the leading shape, int64 or int32, already aligned with the
             embeddings, for the student's log-probabilities.
         mask: bool, of the leading shape; False leaves a token out.
-        student_bias, teacher_bias: (V,), of the dtype of the head or float32.
-        student_softcap, teacher_softcap: logits become ``softcap * tanh(logits / softcap)``.
-        student_logit_scale, teacher_logit_scale: factors of the logits, before the softcap.
+        student_bias: (V,), of the dtype of the head or float32.
+        teacher_bias: the same for the teacher. Has no gradient.
+        student_softcap: logits become ``softcap * tanh(logits / softcap)``.
+        teacher_softcap: the same for the teacher.
+        student_logit_scale: factor of the logits, before the softcap.
+        teacher_logit_scale: the same for the teacher.
         ignore_index: target value of tokens to leave out.
         impl: ``"auto"`` and ``"chunked"`` are blocks of tokens and classes in bounded memory, on
             every device; ``"reference"`` stores the logits of both. No kernel computes it.

@@ -26,8 +26,8 @@ from cut_cross_entropy.problem import Gradients, Needed, Problem, gradient_scale
 LOWEST = -1e4
 """Log-probability that stands for -inf in a mixture: its exponential is 0 too."""
 
-BUDGET_SHARE = 4
-"""A block has the size for this part of the budget: two models, and twice the temporaries."""
+BUDGET_SHARE = 3
+"""A block has the size for this part of the budget: two models, and more temporaries."""
 
 
 def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) -> DivergenceState:
@@ -39,7 +39,7 @@ def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) 
         beta: from 0 to 1.
         has_targets: whether to compute the log-probabilities of the targets.
     """
-    blocks, others = _blocks(student, teacher)
+    blocks, others = _blocks(student, teacher, with_gradients=False)
     zero = blocks.targets.new_zeros(blocks.num_kept, dtype=blocks.wide)
     lse, teacher_lse = (torch.full_like(zero, -torch.inf) for _ in range(2))
     divergence, entropy, relative = (zero.clone() for _ in range(3))
@@ -84,13 +84,17 @@ def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) 
     )
 
 
-def _blocks(student: Problem, teacher: Problem) -> tuple[Blocks, Blocks]:
+def _blocks(student: Problem, teacher: Problem, with_gradients: bool) -> tuple[Blocks, Blocks]:
     """Return the blocks of both, which are those of the same tokens and classes."""
     blocks, others = Blocks(student), Blocks(teacher)
+    dim = max(student.c.shape[1], teacher.c.shape[1])
+    if blocks.half_products and others.half_products:
+        # Factors are not widened; a block's parts of dE and dC are all that has features.
+        dim = dim // 2 if with_gradients else 0
     blocks.shape = others.shape = choose_blocks(
         blocks.num_kept,
         student.c.shape[0],
-        max(student.c.shape[1], teacher.c.shape[1]),
+        dim,
         itemsize=max(blocks.wide.itemsize, others.wide.itemsize),
         budget=student.memory_budget // BUDGET_SHARE,
     )
@@ -144,7 +148,7 @@ def backward(
         student, teacher, beta: as in the forward.
         needed: the gradients to compute.
     """
-    blocks, others = _blocks(student, teacher)
+    blocks, others = _blocks(student, teacher, with_gradients=True)
     g_divergence, g_entropy, g_logprobs = (
         None if x is None else blocks.gather(x.to(blocks.wide)) for x in grads
     )
