@@ -26,7 +26,7 @@ from cut_cross_entropy.problem import Gradients, Needed, Problem, gradient_scale
 LOWEST = -1e4
 """Log-probability that stands for -inf in a mixture: its exponential is 0 too."""
 
-BUDGET_SHARE = 3
+BUDGET_SHARE = 2
 """A block has the size for this part of the budget: two models, and more temporaries."""
 
 
@@ -91,13 +91,19 @@ def _blocks(student: Problem, teacher: Problem, with_gradients: bool) -> tuple[B
     if blocks.half_products and others.half_products:
         # Factors are not widened; a block's parts of dE and dC are all that has features.
         dim = dim // 2 if with_gradients else 0
-    blocks.shape = others.shape = choose_blocks(
-        blocks.num_kept,
-        student.c.shape[0],
-        dim,
-        itemsize=max(blocks.wide.itemsize, others.wide.itemsize),
-        budget=student.memory_budget // BUDGET_SHARE,
+    shapes = (
+        choose_blocks(
+            min(blocks.num_kept, most_tokens),
+            student.c.shape[0],
+            dim,
+            itemsize=max(blocks.wide.itemsize, others.wide.itemsize),
+            budget=student.memory_budget // BUDGET_SHARE,
+        )
+        for most_tokens in (8192, 4096, 2048, 1024, 512)
     )
+    # Of many tokens and few classes or the reverse: elementwise operations are most of the time,
+    # and each block starts all of them.
+    blocks.shape = others.shape = max(shapes, key=math.prod)
     return blocks, others
 
 
