@@ -2,7 +2,10 @@
 
 import ast
 import importlib
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +93,27 @@ def test_sft_has_the_losses_of_trl(model, tmp_path, capsys):
     assert f"token_logprobs: {STEPS} calls" in capsys.readouterr().out
     assert len(set(plain)) == len(plain) == STEPS
     assert ours == pytest.approx(plain, rel=1e-5)  # float32 sums in another order
+
+
+def test_two_processes_have_the_losses_of_logits(model, tmp_path):
+    names = ["fsdp2", "vocab_parallel"]
+    file = tmp_path / "results.json"
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    ended = subprocess.run(
+        [sys.executable, "-m", *command, "tests.examples.counted", file, model, str(STEPS), *names],
+        cwd=Path(examples.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    results = json.loads(file.read_text(encoding="utf-8"))
+    assert list(results) == names
+    assert ended.stdout.count(": loss ") == 2 * len(names) * STEPS  # rank 0 alone prints
+    for name in names:
+        (plain, none), (ours, calls) = results[name]["plain"], results[name]["ours"]
+        assert none == 0
+        assert calls == STEPS
+        assert len(set(plain)) == len(plain) == STEPS
+        assert ours == pytest.approx(plain, rel=1e-5), name  # float32 sums in another order
