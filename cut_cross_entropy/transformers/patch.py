@@ -53,6 +53,7 @@ class PatchKeywords(TypedDict, total=False):
     remote_model_id: str | None
     memory_budget: int
     filter_mass: float | None
+    recompute: bool
     lazy_logits: bool
     c_grad_chunk_size: int
 
@@ -90,6 +91,7 @@ def cce_patch(
     *,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     filter_mass: float | None = None,
+    recompute: bool = False,
     lazy_logits: bool = False,
     c_grad_chunk_size: int = 0,
 ) -> Any:
@@ -123,6 +125,8 @@ def cce_patch(
         memory_budget: bytes of scratch memory beyond results and accumulators.
         filter_mass: upper bound of the probability that the filter may replace, in [0, 1]; None
             sets no bound.
+        recompute: compute the logits again in the backward pass, also where an exact
+            implementation could leave gradients in the forward: one more product, less memory.
         lazy_logits: calls without labels, except with ``use_cache=True``, return logits that are
             computed when they are used. What trainers make of logits needs none: ``log_softmax``
             and ``gather``, ``logsumexp``, entropies and means over the classes are computed by
@@ -149,6 +153,7 @@ def cce_patch(
         train_only,
         memory_budget=memory_budget,
         filter_mass=filter_mass,
+        recompute=recompute,
         lazy_logits=lazy_logits,
     )
     if isinstance(model_or_type, nn.Module):

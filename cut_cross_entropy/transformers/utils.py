@@ -40,6 +40,7 @@ class PatchOptions:
         train_only: leave calls in evaluation mode alone.
         memory_budget: see ``linear_cross_entropy``; by keyword only, like the next.
         filter_mass: see ``linear_cross_entropy``.
+        recompute: see ``linear_cross_entropy``.
         lazy_logits: whether calls without labels return lazy logits.
 
     Raises:
@@ -57,6 +58,7 @@ class PatchOptions:
     train_only: bool = False
     memory_budget: int = field(default=DEFAULT_MEMORY_BUDGET, kw_only=True)
     filter_mass: float | None = field(default=None, kw_only=True)
+    recompute: bool = field(default=False, kw_only=True)
     lazy_logits: bool = field(default=False, kw_only=True)
     _kwargs: ClassVar[dict[str, Any]]
 

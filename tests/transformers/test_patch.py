@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
+from cut_cross_entropy.implementations import chunked
 from cut_cross_entropy.transformers import (
     CutCrossEntropyWarning,
     PatchOptions,
@@ -187,6 +188,26 @@ def test_an_option_by_keyword_reaches_the_operator(option, value, bad, message, 
     assert option not in PatchOptions().to_kwargs()
     with pytest.raises(ValueError, match=message):
         cce_patch(model, **{option: bad})
+
+
+def test_recompute_leaves_no_gradients_in_the_forward(monkeypatch):
+    model, backwards = llama(), []
+    expected = loss_and_grads(model)
+
+    def counted(*args):
+        backwards.append(args)
+        return backward(*args)
+
+    backward = chunked.backward
+    monkeypatch.setattr(chunked, "backward", counted)
+    assert_same_step(expected, loss_and_grads(cce_patch(model, impl="chunked")))
+    assert not backwards
+    assert_same_step(expected, loss_and_grads(cce_patch(model, impl="chunked", recompute=True)))
+    assert len(backwards) == 1
+    assert PatchOptions(recompute=True).to_kwargs()["recompute"] is True
+    assert "recompute" not in PatchOptions().to_kwargs()
+    with pytest.raises(TypeError, match="recompute must be True or False, got 1"):
+        cce_patch(model, recompute=1)
 
 
 def test_train_only_leaves_evaluation_alone():
