@@ -7,6 +7,7 @@ anywhere, everybody gets a new process group, so the next one starts clean.
 
 import datetime
 import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -132,12 +133,14 @@ def assert_passed(outcomes):
 
 
 def settled(measure):
-    """Return ``measure()`` once it is 0 or None, or after two seconds.
+    """Return ``measure()`` once it is 0 or None, or after ten seconds.
 
     Computation may be done with a tensor a moment before the threads of gloo, which hold what they
-    sent, let go of it. What is kept stays, however long one waits.
+    sent, let go of it, or PyTorch may leave it in a cycle of references. What is kept stays,
+    however long one waits.
     """
-    for _ in range(20):
+    for _ in range(100):
+        gc.collect()
         value = measure()
         if not value:
             break
