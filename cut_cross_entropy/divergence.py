@@ -11,6 +11,7 @@ from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.divergence_operators import run_divergence
 from cut_cross_entropy.divergence_results import DivergenceState
 from cut_cross_entropy.implementations import reference
+from cut_cross_entropy.implementations.chunked_divergence import log_mixture
 from cut_cross_entropy.options import ImplName, LinearCrossEntropyImpl, impl_name
 from cut_cross_entropy.prepare import Prepared, prepare
 from cut_cross_entropy.problem import Problem
@@ -22,7 +23,6 @@ Tail: TypeAlias = Literal["drop", "renormalise", "bucket"]
 
 TAILS: tuple[str, ...] = get_args(Tail)
 _IMPLS = ("auto", "chunked", "reference")
-_LOWEST = -1e4  # log-probability that stands for -inf in a mixture: its exponential is 0 too
 
 
 @dataclass(frozen=True)
@@ -182,25 +182,37 @@ def _check_models(
         "head_teacher": head_teacher,
     }
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        _check_device(name, tensor, "e_student", e_student)
         if tensor.ndim < 1:
             raise ValueError(f"{name} must have a last dimension of features, got a scalar")
-        if tensor.device != e_student.device:
-            raise ValueError(
-                f"{name} must be on the device of e_student, {e_student.device}, "
-                f"got {tensor.device}"
-            )
-    if e_teacher.shape[:-1] != e_student.shape[:-1]:
-        raise ValueError(
-            "e_teacher must have the leading shape of e_student, "
-            f"{tuple(e_student.shape[:-1])}, got {tuple(e_teacher.shape[:-1])}"
-        )
+    _check_shape(
+        "e_teacher", e_teacher.shape[:-1], "leading shape of e_student", e_student.shape[:-1]
+    )
     if head_teacher.shape[0] != head_student.shape[0]:
         raise ValueError(
             f"head_teacher must have the classes of head_student, V = {head_student.shape[0]}, "
             f"got {head_teacher.shape[0]}: pass the rows of the classes that both have"
         )
+
+
+def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that an argument is a tensor on the device of another.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: different devices.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if isinstance(other, Tensor) and tensor.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}"
+        )
+
+
+def _check_shape(name: str, got: torch.Size, of: str, expected: torch.Size) -> None:
+    if got != expected:
+        raise ValueError(f"{name} must have the {of}, {tuple(expected)}, got {tuple(got)}")
 
 
 def _targets(
@@ -213,24 +225,18 @@ def _targets(
     """
     shape = e_student.shape[:-1]
     for name, given in (("targets", targets), ("mask", mask)):
-        if given is None:
-            continue
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
-        if given.shape != shape:
-            raise ValueError(
-                f"{name} must have the leading shape of e_student, {tuple(shape)}, "
-                f"got {tuple(given.shape)}"
-            )
-        if given.device != e_student.device:
-            raise ValueError(
-                f"{name} must be on the device of e_student, {e_student.device}, got {given.device}"
-            )
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"the dtype of mask must be torch.bool, got {mask.dtype}")
+        if given is not None:
+            _check_device(name, given, "e_student", e_student)
+            _check_shape(name, given.shape, "leading shape of e_student", shape)
+    _check_mask_dtype(mask)
     if targets is None:
         targets = torch.zeros(shape, dtype=torch.int64, device=e_student.device)  # any class
     return targets if mask is None else torch.where(mask, targets, ignore_index)
+
+
+def _check_mask_dtype(mask: Tensor | None) -> None:
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"the dtype of mask must be torch.bool, got {mask.dtype}")
 
 
 def _prepare(
@@ -330,37 +336,22 @@ def topk_divergence(
     _check_beta(beta)
     if not isinstance(tail, str) or tail not in TAILS:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
-    for name, given in (
-        ("student_logprobs", student_logprobs),
-        ("teacher_logprobs", teacher_logprobs),
-    ):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
+    named = {"student_logprobs": student_logprobs, "teacher_logprobs": teacher_logprobs}
+    for name, given in named.items():
+        _check_device(name, given, "student_logprobs", student_logprobs)
         if not given.is_floating_point():
             raise TypeError(f"the dtype of {name} must be a floating point one, got {given.dtype}")
         if given.ndim < 1 or given.shape[-1] < 1:
             raise ValueError(f"{name} must have shape (..., K), K > 0, got {tuple(given.shape)}")
-    if student_logprobs.shape != teacher_logprobs.shape:
-        raise ValueError(
-            "teacher_logprobs must have the shape of student_logprobs, "
-            f"{tuple(student_logprobs.shape)}, got {tuple(teacher_logprobs.shape)}"
-        )
-    if student_logprobs.device != teacher_logprobs.device:
-        raise ValueError(
-            "teacher_logprobs must be on the device of student_logprobs, "
-            f"{student_logprobs.device}, got {teacher_logprobs.device}"
-        )
+    if mask is not None:
+        named["mask"] = mask
+        _check_device("mask", mask, "student_logprobs", student_logprobs)
+        _check_mask_dtype(mask)
+    for name, given in named.items():
+        _check_shape(name, given.shape, "shape of student_logprobs", student_logprobs.shape)
     wide = torch.promote_types(student_logprobs.dtype, torch.float32)
     log_p, log_q = student_logprobs.to(wide), teacher_logprobs.detach().to(wide)
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask must be a torch.Tensor of bool, got {got}")
-        if mask.shape != log_p.shape or mask.device != log_p.device:
-            raise ValueError(
-                "mask must have the shape and device of student_logprobs, "
-                f"{tuple(log_p.shape)} on {log_p.device}, got {tuple(mask.shape)} on {mask.device}"
-            )
         log_p, log_q = (torch.where(mask, x, -torch.inf) for x in (log_p, log_q))
     if tail == "renormalise":
         log_p, log_q = (_normalised(x) for x in (log_p, log_q))
@@ -400,9 +391,7 @@ def _divergence(log_p: Tensor, log_q: Tensor, beta: float, is_complete: bool = T
     elif beta == 1:
         result = _expected(log_p, log_p - log_q)
     else:
-        log_m = torch.logaddexp(
-            log_p.clamp(min=_LOWEST) + math.log1p(-beta), log_q.clamp(min=_LOWEST) + math.log(beta)
-        )
+        log_m = log_mixture(log_p, log_q, beta)
         of_student, of_teacher = _expected(log_p, log_p - log_m), _expected(log_q, log_q - log_m)
         result = beta * of_teacher + (1 - beta) * of_student
     # The gradient of a divergence that is 0 up to rounding is that of the sum.

@@ -13,7 +13,7 @@ from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceStat
 from cut_cross_entropy.implementations import chunked_divergence
 from cut_cross_entropy.operators import fake_gradients
 from cut_cross_entropy.problem import Gradients, Needed, Problem
-from cut_cross_entropy.transforms import transformable
+from cut_cross_entropy.transforms import refusal_of_both, transformable
 
 _NUM_FIELDS = len(fields(Problem))
 _MULTIPLIER = _NUM_FIELDS - 1  # place of a problem's last tensor
@@ -28,18 +28,7 @@ _TEACHER = ", ".join(
 )
 _INPUTS = f"{Problem.SCHEMA}, {_TEACHER}, float beta, bool has_targets"
 _NUM_INPUTS = 2 * _NUM_FIELDS + 2
-
-
-def _refuse(ctx: Any, *grads: Any) -> Any:
-    """Refuse to differentiate an operator that computes derivatives, in either mode.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    raise NotImplementedError(
-        "linear_divergence has no second and no forward-mode derivative in this implementation; "
-        "impl='reference' has both"
-    )
+_refuse = refusal_of_both("linear_divergence")
 
 
 def _parts(flat: tuple[Any, ...]) -> tuple[Problem, Problem, float, bool]:

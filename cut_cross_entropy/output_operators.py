@@ -29,7 +29,7 @@ from cut_cross_entropy.problem import (
     PerToken,
     Problem,
 )
-from cut_cross_entropy.transforms import transformable
+from cut_cross_entropy.transforms import refusal_of_both, transformable
 
 _NUM_FIELDS, _NUM_FILTER = len(fields(Problem)), len(fields(Filter))
 _MULTIPLIER = _NUM_FIELDS - 1  # place of a problem's last tensor
@@ -37,20 +37,8 @@ _SAVED = ", ".join(f"Tensor {name}" for name in SavedOutputs._fields)
 _RESULTS = ", ".join(f"Tensor {name}" for name in TokenOutputs._fields)
 _GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
 _UPSTREAM = ", ".join(f"Tensor? grad_{name}" for name in OutputGrads._fields)
-_NO_DERIVATIVE = (
-    "token_logprobs has no second and no forward-mode derivative in this implementation; "
-    "impl='reference' has both"
-)
 _NUM_SAVED = len(SavedOutputs._fields)
-
-
-def _refuse(ctx: Any, *grads: Any) -> Any:
-    """Refuse to differentiate an operator that computes derivatives, in either mode.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    raise NotImplementedError(_NO_DERIVATIVE)
+_refuse = refusal_of_both("token_logprobs")
 
 
 def _single(operator: Any) -> Any:

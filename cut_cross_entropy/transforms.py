@@ -14,10 +14,6 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import Function, forward_ad
 
-NO_SECOND_DERIVATIVE = (
-    "linear_cross_entropy has no second derivative in this implementation; impl='reference' has one"
-)
-
 
 def is_transformed() -> bool:
     """Whether a ``torch.func`` transform or a level of forward-mode differentiation is active."""
@@ -86,13 +82,29 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
-    """The autograd formula, in either mode, of an operator that computes derivatives.
+def refusal(message: str) -> Callable[..., Any]:
+    """Return the autograd formula, in either mode, of an operator that computes derivatives.
 
-    Raises:
-        NotImplementedError: always.
+    It raises NotImplementedError with ``message``, always.
     """
-    raise NotImplementedError(NO_SECOND_DERIVATIVE)
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(message)
+
+    return refuse
+
+
+refuse_second_derivative = refusal(
+    "linear_cross_entropy has no second derivative in this implementation; impl='reference' has one"
+)
+
+
+def refusal_of_both(function: str) -> Callable[..., Any]:
+    """Return a formula that refuses a second derivative and one in forward mode of ``function``."""
+    return refusal(
+        f"{function} has no second and no forward-mode derivative in this implementation; "
+        "impl='reference' has both"
+    )
 
 
 class _Refused(Function):

@@ -426,6 +426,14 @@ def test_masked_candidates_are_none(tail, beta):
         ({"student_logprobs": torch.zeros(2, 5).long()}, TypeError, "dtype of student_logprobs"),
         ({"student_logprobs": torch.zeros(2, 0)}, ValueError, "K > 0"),
         ({"teacher_logprobs": None}, TypeError, "teacher_logprobs must be a torch.Tensor"),
+        ({"student_logprobs": None}, TypeError, "student_logprobs must be a torch.Tensor"),
+        ({"mask": [True]}, TypeError, "mask must be a torch.Tensor, got list"),
+        ({"mask": torch.ones(2, 5)}, TypeError, "the dtype of mask must be torch.bool"),
+        (
+            {"mask": torch.ones(2).bool()},
+            ValueError,
+            "mask must have the shape of student_logprobs",
+        ),
     ],
 )
 def test_errors_of_candidates(change, error, match):

@@ -112,7 +112,7 @@ def _expected(p: Tensor, x: Tensor) -> Tensor:
     return (p * torch.where(p == 0, 0, x)).sum(1)
 
 
-def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+def log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """Logarithm of ``(1 - beta) p + beta q``."""
     return torch.logaddexp(
         log_p.clamp(min=LOWEST) + math.log1p(-beta), log_q.clamp(min=LOWEST) + math.log(beta)
@@ -132,7 +132,7 @@ def _add_divergence(
         relative += term
         divergence += term + (q - p).sum(1)
     else:
-        log_m = _log_mixture(log_p, log_q, beta)
+        log_m = log_mixture(log_p, log_q, beta)
         term = _expected(p, log_p - log_m)
         relative += term
         divergence += (1 - beta) * term + beta * _expected(q, log_q - log_m)
@@ -177,7 +177,7 @@ def backward(
             if beta == 0:
                 grad = (p - log_q.exp_()) * g
             else:
-                reference = log_q if beta == 1 else _log_mixture(log_p, log_q, beta)
+                reference = log_q if beta == 1 else log_mixture(log_p, log_q, beta)
                 ahead = torch.where(p == 0, 0, log_p - reference)
                 grad = (ahead - relative[tokens, None]).mul_(p).mul_(g)
                 if beta != 1:
