@@ -9,7 +9,7 @@ from torch import nn
 
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET
 from cut_cross_entropy.lazy import intercept
-from cut_cross_entropy.lazy.record import ForwardRecord, enter, leave
+from cut_cross_entropy.lazy.record import ForwardRecord
 from cut_cross_entropy.options import (
     LCE_IMPL_DEFAULT,
     FilterEps,
@@ -101,11 +101,7 @@ def lazy_head(
     check_options(**options)
     record = ForwardRecord(head, _Options({"impl": impl_name(impl), **options}), None)
     record.means, record.way_out = "lazy_head", "Call the model outside of lazy_head"
-    enter(record, depth=3)  # the frame with the block: this one, that of next() and __enter__
-    try:
-        intercept.install(record, (head, *more_heads))
+    # The frame of the caller's block is above this one, and each has an __enter__ between.
+    with intercept.intercepted(record, (head, *more_heads), depth=5):
         yield record
-    finally:
-        leave(record)
-        intercept.remove(record)
     record.check_at_return()

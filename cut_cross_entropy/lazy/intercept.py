@@ -2,7 +2,8 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,13 @@ from cut_cross_entropy.distributed.options import is_dtensor
 from cut_cross_entropy.lazy.call import HeadCall, depends_on
 from cut_cross_entropy.lazy.logits import LazyLogits, lazy_tensor
 from cut_cross_entropy.lazy.recipe import Recipe, lazy_recipe
-from cut_cross_entropy.lazy.record import ForwardRecord, active_record, inside_checkpoint
+from cut_cross_entropy.lazy.record import (
+    ForwardRecord,
+    active_record,
+    enter,
+    inside_checkpoint,
+    leave,
+)
 from cut_cross_entropy.lazy.sharded_heads import (
     gathers,
     num_rows,
@@ -327,8 +334,28 @@ def _is_ordinary(tensor: Tensor) -> bool:
     )
 
 
-def install(record: ForwardRecord, heads: Iterable[nn.Module]) -> None:
-    """Intercept the calls of ``heads`` for ``record`` until :func:`remove`; may be nested."""
+@contextmanager
+def intercepted(
+    record: ForwardRecord, heads: Iterable[nn.Module], depth: int = 3
+) -> Iterator[None]:
+    """Make ``record`` the active one and intercept the calls of ``heads`` for it; may be nested.
+
+    Args:
+        record: of the forward that runs in the block.
+        heads: of its model.
+        depth: see :func:`~cut_cross_entropy.lazy.record.enter`; by default the frame of the block,
+            above this function's and that of ``__enter__``.
+    """
+    enter(record, depth)
+    try:
+        _install(record, heads)
+        yield
+    finally:
+        leave(record)
+        _remove(record)
+
+
+def _install(record: ForwardRecord, heads: Iterable[nn.Module]) -> None:
     for head in heads:
         its_own = gathers(head)
         reason = why_not_intercept(head, its_own)
@@ -347,8 +374,7 @@ def install(record: ForwardRecord, heads: Iterable[nn.Module]) -> None:
         record.heads.append(forward)
 
 
-def remove(record: ForwardRecord) -> None:
-    """Undo :func:`install`."""
+def _remove(record: ForwardRecord) -> None:
     for forward in record.heads:
         with _lock:
             forward.users -= 1

@@ -15,7 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from cut_cross_entropy.lazy import intercept
 from cut_cross_entropy.lazy.notices import call_count, warn_once
-from cut_cross_entropy.lazy.record import ForwardRecord, active_record, enter, leave
+from cut_cross_entropy.lazy.record import ForwardRecord, active_record
 from cut_cross_entropy.lazy.sharded_heads import (
     gathers,
     is_sharded,
@@ -134,28 +134,24 @@ def _intercepted(
     kwargs: dict[str, Any],
 ) -> Any:
     heads = find_heads(model)
-    outer = active_record()
-    if outer is not None and heads and all(map(intercept.is_intercepted, heads)):
-        return original(model, *args, **kwargs)  # a part of a patched model: the whole has them
-
+    if _is_part(heads):
+        return original(model, *args, **kwargs)
+    is_outermost = active_record() is None
     record = ForwardRecord(model, options, labels)
-    enter(record)
-    try:
-        intercept.install(record, heads)
-        if options.reduction == "mean":
-            causal_loss.install(model)
-        if options.reduction == "none":
-            # Whether the model pads its labels decides which columns of the loss are kept.
-            with intercept.HeadMode(record, ()):
+    with intercept.intercepted(record, heads):
+        try:
+            if options.reduction == "mean":
+                causal_loss.install(model)
+            if options.reduction == "none":
+                # Whether the model pads its labels decides which columns of the loss are kept.
+                with intercept.HeadMode(record, ()):
+                    output = original(model, *args, **kwargs)
+            else:
                 output = original(model, *args, **kwargs)
-        else:
-            output = original(model, *args, **kwargs)
-        if outer is None:
-            output = replace_lazy(output, _replacement(model, record))
-    finally:
-        leave(record)
-        intercept.remove(record)
-        causal_loss.remove(model)
+            if is_outermost:
+                output = replace_lazy(output, _replacement(model, record))
+        finally:
+            causal_loss.remove(model)
     record.check_at_return()
     return output
 
@@ -169,24 +165,21 @@ def _lazy(
 ) -> Any:
     """Return the output of a call without labels, its logits lazy and open to the caller."""
     heads = find_heads(model)
-    outer = active_record()
-    if outer is not None and heads and all(map(intercept.is_intercepted, heads)):
-        return original(model, *args, **kwargs)  # a part of a patched model: the whole has them
-    if is_sharded(model) or any(map(gathers, heads)):
-        return original(model, *args, **kwargs)  # the weights may be gone after the forward
+    if _is_part(heads) or is_sharded(model) or any(map(gathers, heads)):
+        return original(model, *args, **kwargs)  # weights that are sharded may be gone afterwards
     record = ForwardRecord(model, options, None)
     record.stays_open = True
     record.way_out = "Use cce_patch without lazy_logits for this model"
-    enter(record)
-    try:
-        intercept.install(record, heads)
+    with intercept.intercepted(record, heads):
         output = original(model, *args, **kwargs)
         if any(stand_in.is_spread for stand_in in record.heads):  # only all processes can read it
             output = replace_lazy(output, lambda lazy: _real(lazy, record))
-    finally:
-        leave(record)
-        intercept.remove(record)
     return output
+
+
+def _is_part(heads: list[nn.Module]) -> bool:
+    """Return whether a forward is that of a part of a patched model, which has its heads."""
+    return bool(heads) and active_record() is not None and all(map(intercept.is_intercepted, heads))
 
 
 def _replacement(model: nn.Module, record: ForwardRecord) -> Callable[[Any], Any]:
