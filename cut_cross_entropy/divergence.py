@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
+from cut_cross_entropy.device_support import kernels_unavailable
+from cut_cross_entropy.dispatch import choose_impl
 from cut_cross_entropy.divergence_operators import run_divergence
 from cut_cross_entropy.divergence_results import DivergenceState
 from cut_cross_entropy.implementations import reference
@@ -22,7 +24,7 @@ Tail: TypeAlias = Literal["drop", "renormalise", "bucket"]
 """Values of ``tail=``."""
 
 TAILS: tuple[str, ...] = get_args(Tail)
-_IMPLS = ("auto", "chunked", "reference")
+_IMPLS = ("auto", "cce", "chunked", "reference")
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,9 @@ def linear_divergence(
         student_logit_scale: factor of the logits, before the softcap.
         teacher_logit_scale: the same for the teacher.
         ignore_index: target value of tokens to leave out.
-        impl: ``"auto"`` and ``"chunked"`` are blocks of tokens and classes in bounded memory, on
-            every device; ``"reference"`` stores the logits of both. No kernel computes it.
+        impl: ``"cce"`` and ``"chunked"`` compute blocks of tokens and classes in bounded memory,
+            with Triton kernels between the products or without; ``"auto"`` is ``"cce"`` on GPUs
+            with Triton, but for float64; ``"reference"`` stores the logits of both.
         memory_budget: bytes of scratch memory beyond results and accumulators.
 
     Returns:
@@ -116,6 +119,7 @@ def linear_divergence(
         ValueError: shapes or devices that do not fit, or an option out of range; on the CPU a
             class id or a temperature out of range.
         NotImplementedError: classes that are spread over processes.
+        RuntimeError: ``impl="cce"`` where its kernels cannot run.
     """
     chosen = impl_name(impl)
     if chosen not in _IMPLS:
@@ -145,13 +149,29 @@ def linear_divergence(
         if chosen == "reference":
             found = _reference(problem, teacher.problem, float(beta), has_targets)
         else:
-            found = run_divergence(problem, teacher.problem, float(beta), has_targets)
+            by_kernels = _by_kernels(chosen, problem, teacher.problem)
+            found = run_divergence(problem, teacher.problem, float(beta), has_targets, by_kernels)
     return TokenDivergence(
         student.per_token(found.divergence),
         student.per_token(found.entropy),
         student.per_token(found.logprobs) if has_targets else None,
         student.per_token(problem.targets != ignore_index),
     )
+
+
+def _by_kernels(impl: str, student: Problem, teacher: Problem) -> bool:
+    """Return whether kernels do what lies between the products.
+
+    Raises:
+        RuntimeError: they were asked for, and cannot run here.
+    """
+    device, wide = student.e.device, torch.promote_types(student.wide, teacher.wide)
+    if impl == "auto":
+        possible = device.type == "cuda" and kernels_unavailable(device) is None
+    else:
+        possible = impl == "cce"
+        choose_impl(impl, device, torch.float32)  # refuses
+    return possible and wide == torch.float32
 
 
 def _check_beta(beta: float) -> None:

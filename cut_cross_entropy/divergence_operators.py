@@ -3,7 +3,10 @@
 As in ``cut_cross_entropy.operators``. The gradient is that of the student alone.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import fields
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,14 +29,28 @@ _TEACHER = ", ".join(
     " ".join((kind, f"teacher_{name}"))
     for kind, name in (part.split(" ") for part in Problem.SCHEMA.split(", "))
 )
-_INPUTS = f"{Problem.SCHEMA}, {_TEACHER}, float beta, bool has_targets"
-_NUM_INPUTS = 2 * _NUM_FIELDS + 2
+_INPUTS = f"{Problem.SCHEMA}, {_TEACHER}, float beta, bool has_targets, bool by_kernels"
+_NUM_INPUTS = 2 * _NUM_FIELDS + 3
 _refuse = refusal_of_both("linear_divergence")
 
 
-def _parts(flat: tuple[Any, ...]) -> tuple[Problem, Problem, float, bool]:
+def _parts(flat: tuple[Any, ...]) -> tuple[Problem, Problem, float, bool, bool]:
     student, teacher = Problem(*flat[:_NUM_FIELDS]), Problem(*flat[_NUM_FIELDS : 2 * _NUM_FIELDS])
-    return student, teacher, flat[-2], flat[-1]
+    return student, teacher, *flat[-3:]
+
+
+@contextlib.contextmanager
+def _implementation(by_kernels: bool, device: torch.device) -> Iterator[ModuleType]:
+    """Return the module that computes, under what its computations need."""
+    with torch.autocast(device.type, enabled=False):
+        if by_kernels:
+            from cut_cross_entropy.kernels import divergence as kernels
+            from cut_cross_entropy.kernels.launch import current_device
+
+            with current_device(device):
+                yield kernels
+        else:
+            yield chunked_divergence
 
 
 @torch.library.custom_op(
@@ -41,14 +58,15 @@ def _parts(flat: tuple[Any, ...]) -> tuple[Problem, Problem, float, bool]:
 )
 def divergence(*flat: Any) -> DivergenceState:
     """Divergence of a student from a teacher; see ``chunked_divergence.forward``."""
-    student, teacher, beta, has_targets = _parts(flat)
-    with torch.autocast(student.e.device.type, enabled=False):
-        return chunked_divergence.forward(student, teacher, beta, has_targets)
+    student, teacher, beta, has_targets, by_kernels = _parts(flat)
+    with _implementation(by_kernels, student.e.device) as chosen:
+        found: DivergenceState = chosen.forward(student, teacher, beta, has_targets)
+    return found
 
 
 @divergence.register_fake
 def _(*flat: Any) -> DivergenceState:
-    student, _, _, has_targets = _parts(flat)
+    student, _, _, has_targets, _ = _parts(flat)
     num_tokens = student.targets.shape[0]
 
     def empty(wanted: bool = True) -> Tensor:
@@ -66,9 +84,10 @@ def divergence_backward(*flat: Any) -> Gradients:
     """Gradients of the student's inputs of :func:`divergence`; empty where not needed."""
     stop = _NUM_GRADS + _NUM_STATE
     grads, state = DivergenceGrads(*flat[:_NUM_GRADS]), DivergenceState(*flat[_NUM_GRADS:stop])
-    student, teacher, beta, _ = _parts(flat[stop:-3])
-    with torch.autocast(student.e.device.type, enabled=False):
-        return chunked_divergence.backward(grads, state, student, teacher, beta, Needed(*flat[-3:]))
+    student, teacher, beta, _, by_kernels = _parts(flat[stop:-3])
+    with _implementation(by_kernels, student.e.device) as chosen:
+        found: Gradients = chosen.backward(grads, state, student, teacher, beta, Needed(*flat[-3:]))
+    return found
 
 
 @divergence_backward.register_fake
@@ -82,7 +101,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     student, teacher = inputs[:_NUM_FIELDS], inputs[_NUM_FIELDS : 2 * _NUM_FIELDS]
     ctx.options = [side[4:_MULTIPLIER] for side in (student, teacher)]
-    ctx.beta, ctx.has_targets = inputs[-2:]
+    ctx.beta, ctx.has_targets, ctx.by_kernels = inputs[-3:]
     tensors = [x for side in (student, teacher) for x in (*side[:4], side[_MULTIPLIER])]
     ctx.save_for_backward(*tensors, *output)
 
@@ -99,8 +118,9 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     state = saved[2 * _NUM_TENSORS :]
     need_e, need_c, _, need_bias = needed = ctx.needs_input_grad[:4]
     e, c, bias = _call_backward(
-        *upstream, *state, *flat, ctx.beta, ctx.has_targets, need_e, need_c, need_bias
-    )
+        *upstream, *state, *flat, ctx.beta, ctx.has_targets, ctx.by_kernels,
+        need_e, need_c, need_bias,
+    )  # fmt: skip
     found = (e, c, None, bias)
     return (
         *(grad if need else None for grad, need in zip(found, needed, strict=True)),
@@ -115,13 +135,15 @@ _call = transformable(divergence, setup_context=_save, backward=_autograd, jvp=_
 
 
 def run_divergence(
-    student: Problem, teacher: Problem, beta: float, has_targets: bool
+    student: Problem, teacher: Problem, beta: float, has_targets: bool, by_kernels: bool
 ) -> DivergenceState:
-    """Divergence by the memory-bounded PyTorch implementation, differentiable in the student.
+    """Divergence in bounded memory, differentiable in the student.
 
     Args:
         student, teacher: the inputs, without a group.
         beta: from 0 to 1.
         has_targets: whether to compute the log-probabilities of the targets.
+        by_kernels: whether kernels do what lies between the products, or PyTorch.
     """
-    return DivergenceState(*_call(*student.flat(), *teacher.flat(), beta, has_targets))
+    flat = (*student.flat(), *teacher.flat(), beta, has_targets, by_kernels)
+    return DivergenceState(*_call(*flat))

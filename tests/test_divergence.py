@@ -264,9 +264,9 @@ def test_operators(beta):
             tensors[x].requires_grad_(leaf) for x in (f"e_{name}", f"head_{name}", f"{name}_bias")
         )
         flat += [e, c, targets, bias, -100, None, torch.float64, 1 << 20, 0, None, None]
-    torch.library.opcheck(divergence, (*flat, beta, True))
+    torch.library.opcheck(divergence, (*flat, beta, True, False))
     torch.autograd.gradcheck(
-        lambda e, c, bias: divergence(e, c, targets, bias, *flat[4:], beta, True)[:3],
+        lambda e, c, bias: divergence(e, c, targets, bias, *flat[4:], beta, True, False)[:3],
         (flat[0], flat[1], flat[3]),
     )
 

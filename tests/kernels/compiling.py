@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 from cut_cross_entropy.kernels import (
     BLOCK_T,
     class_logits,
+    divergence,
     exact,
     exact_sum,
     further_sums,
@@ -43,6 +44,8 @@ _INT32 = {"starts_ptr", "block_starts_ptr", "chunk_starts_ptr", "offsets_ptr", "
           "rank_ptr"}  # fmt: skip
 _HALF = {"c_ptr", "e_ptr", "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c",
          "powers_ptr", "scaled_ptr"}  # fmt: skip
+_OF_PRODUCTS = (("columns_ptr", "*i32"), ("log_share", "fp32"), ("log_rest", "fp32"),
+                ("rest", "fp32"), ("teacher_softcap", "fp32"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,20 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("class_grad_c", class_logits.class_grad_c_kernel,
         {"NEED_C": True, "NEED_BIAS": True, "ROWS": class_logits.ROWS, "BLOCK_D": 512},
         types=(("pairs_ptr", "*i64"), ("starts_ptr", "*i64")))  # fmt: skip
+    for options in (False, True):
+        transforms = dict.fromkeys(
+            ("HAS_BIAS", "TEACHER_BIAS", "SOFTCAP", "TEACHER_SOFTCAP", "HAS_MULTIPLIER",
+             "TEACHER_MULTIPLIER"), options)  # fmt: skip
+        shared = {**transforms, "BLOCK": divergence.BLOCK}
+        add(f"divergence_sums-{options:d}", divergence.add_sums_kernel,
+            {**shared, "KIND": int(options), "HAS_TARGETS": options},
+            types=_OF_PRODUCTS)  # fmt: skip
+        add(f"mixture_sums-{options:d}", divergence.add_mixture_sums_kernel, shared,
+            types=_OF_PRODUCTS)  # fmt: skip
+        add(f"divergence_gradients-{options:d}", divergence.logit_gradients_kernel,
+            {**shared, "KIND": 2, "HAS_DIVERGENCE": True, "HAS_ENTROPY": options,
+             "HAS_LOGPROB": options},
+            types=_OF_PRODUCTS)  # fmt: skip
     add("scale", scale.scale_kernel, {"BLOCK": scale.BLOCK})
     add("repair_bound", powers.repair_bound_kernel, {"BLOCK_T": BLOCK_T})
     add("scale_rows", exact_sum.scale_rows_kernel,

@@ -1,0 +1,54 @@
+"""Divergences on a GPU: the kernels against float64 autograd of full logits."""
+
+import pytest
+import torch
+
+from cut_cross_entropy import linear_divergence
+from cut_cross_entropy.benchmark.data import Shape, make
+from tests.kernels.gpu import DEVICE, relative_error, requires_kernels, rounding_error
+from tests.test_divergence import truth
+
+pytestmark = [pytest.mark.gpu, requires_kernels]
+
+SHAPE = Shape("test", 32768, 1024)
+TOKENS = 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_close_teacher(beta, dtype):
+    """Gradients with at most two roundings; as in training, from a mean."""
+    made = make("structured", TOKENS, SHAPE, device=DEVICE)
+    noise = torch.randn_like(made.e, dtype=torch.float32)
+    tensors = {
+        "e_student": made.e.to(dtype).requires_grad_(),
+        "head_student": made.c.to(dtype).requires_grad_(),
+        "e_teacher": (made.e.float() + 0.1 * made.e.float().std() * noise).to(dtype),
+        "head_teacher": made.c.to(dtype),
+    }
+    found = linear_divergence(*tensors.values(), beta=beta, targets=made.targets, temperature=0.8)
+    leaves = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+    none = {f"{side}_bias": made.c.new_zeros(()) for side in ("student", "teacher")}
+    expected = truth({**leaves, **none}, made.targets, beta, temperature=0.8)
+    limit = 2e-5 if dtype == torch.float32 else 1e-5
+    for name in ("divergence", "student_entropy", "student_logprobs"):
+        error = (getattr(found, name) - getattr(expected, name)).abs().max()
+        assert error < limit, (name, error)
+    names = ("e_student", "head_student")
+    ours = torch.autograd.grad(found.divergence.mean(), [tensors[x] for x in names])
+    exact = torch.autograd.grad(expected.divergence.mean(), [leaves[x] for x in names])
+    for mine, other in zip(ours, exact, strict=True):
+        allowed = 1e-4 if dtype == torch.float32 else 2 * rounding_error(other, dtype)
+        assert relative_error(mine, other) <= allowed
+
+
+def test_deterministic():
+    made = make("structured", TOKENS, SHAPE, device=DEVICE)
+    results = []
+    for _ in range(2):
+        e, c = made.e.clone().requires_grad_(), made.c.clone().requires_grad_()
+        found = linear_divergence(e, c, made.e.flip(0), made.c, beta=0.3, memory_budget=2**24)
+        found.divergence.sum().backward()
+        results.append((found.divergence.detach(), e.grad, c.grad))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
