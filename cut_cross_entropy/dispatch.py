@@ -134,6 +134,7 @@ def sum_of_losses(
     problem: Problem,
     kernel_options: CCEPreset,
     *,
+    weights: Tensor | None = None,
     recompute: bool = False,
     keep_inputs: bool = True,
     filter_mass: float = 1.0,
@@ -143,18 +144,21 @@ def sum_of_losses(
 
     Args:
         impl, problem, kernel_options, filter_mass, world_size: see :func:`token_losses`.
+        weights: (N,) of dtype :attr:`Problem.wide`, factors of the losses, 0 for ignored tokens;
+            None for 1.
         recompute: compute no gradient in the forward.
         keep_inputs: whether autograd may save ``problem.e``, ``.c`` and ``.bias`` where they are
             not needed; see :class:`cut_cross_entropy.sum_operators.SumOptions`.
     """
     needed = _needed(problem)
-    is_plain = problem.group is None and problem.multiplier is None
+    # The gradient of a weight is the loss of its token, which a sum does not return.
+    is_plain = problem.group is None and not (weights is not None and weights.requires_grad)
     # Gradients that are saved would be copied to the host and back where activations are.
     recompute = recompute or is_transformed() or is_offloaded()
     if any(needed.flat()) and is_plain and not recompute:
         chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
         if chosen == "chunked" and chunked_sum.tokens_per_chunk(problem, needed):
-            return run_chunked_sum(problem, needed, keep_inputs=keep_inputs)
+            return run_chunked_sum(problem, needed, weights, keep_inputs=keep_inputs)
         if chosen in KERNEL_IMPLS:
             filter_ = _filter(chosen, kernel_options, filter_mass, world_size)
             # One exact gradient and one filtered take longer than both from one pass.
@@ -162,11 +166,11 @@ def sum_of_losses(
             exact_e = needed.e and not filtered_e
             exact_c = (needed.c or needed.bias) and not filtered_c
             if (exact_e or exact_c) and powers_per_chunk(problem, needed):
-                return run_kernel_sum(problem, needed, keep_inputs=keep_inputs)
+                return run_kernel_sum(problem, needed, weights, keep_inputs=keep_inputs)
     results = token_losses(
         impl, problem, kernel_options, filter_mass=filter_mass, world_size=world_size
     )
-    return results.nll.sum()
+    return (results.nll if weights is None else results.nll * weights).sum()
 
 
 def _needed(problem: Problem) -> Needed:

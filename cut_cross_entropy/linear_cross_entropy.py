@@ -23,9 +23,9 @@ from cut_cross_entropy.options import (
     Reduction,
     impl_name,
 )
-from cut_cross_entropy.prepare import Prepared, prepare
-from cut_cross_entropy.problem import PerToken
-from cut_cross_entropy.reductions import mean_of_sum, reduce_tokens
+from cut_cross_entropy.prepare import prepare
+from cut_cross_entropy.problem import Problem
+from cut_cross_entropy.reductions import mean_of_sum
 from cut_cross_entropy.validation import (
     check_class_weights,
     check_num_items,
@@ -201,7 +201,8 @@ def linear_cross_entropy(
             gradient. Where classes are spread over processes, the weights of all of them.
         token_weights: floats that broadcast against ``targets``, with which they are shifted: the
             loss of each token is multiplied by its own, and the mean is divided by the sum of
-            these weights (times those of the classes). Differentiable.
+            these weights (times those of the classes). Differentiable; if they require a gradient,
+            the logits are computed again in the backward, as with ``recompute``.
         num_items_in_batch: divides the sum of the losses in place of the mean's own divisor, as
             trainers that accumulate gradients have it.
 
@@ -254,6 +255,7 @@ def linear_cross_entropy(
     )
     check_num_items(num_items_in_batch, reduction)
     problem = prepared.problem
+    target_weights: Tensor | None = None
     if class_weights is not None:
         if is_dtensor(class_weights):
             raise NotImplementedError(
@@ -261,10 +263,13 @@ def linear_cross_entropy(
             )
         first, is_whole = problem.first_class, problem.group is None
         check_class_weights(class_weights, problem.c, first, is_whole)
+        target_weights = _weights_of_targets(class_weights, problem)
     if token_weights is not None:
         check_per_token("token_weights", token_weights, targets)
         whole_weights = token_weights.to(problem.wide).expand(targets.shape)
-        token_weights = prepared.flatten(whole_weights, 0.0)
+        # An ignored token has no loss, whatever its weight.
+        kept = problem.targets != problem.ignore_index
+        token_weights = torch.where(kept, prepared.flatten(whole_weights, 0.0), 0)
     # A literal: torch.compile of PyTorch 2.4 cannot follow a call of the class.
     kernel_options: CCEPreset = {
         "filter_eps": filter_eps,
@@ -275,74 +280,71 @@ def linear_cross_entropy(
     }
     mass = 1.0 if filter_mass is None else float(filter_mass)
     world_size = prepared.world_size
-    is_weighted = label_smoothing or class_weights is not None or token_weights is not None
+    weights = target_weights
+    if token_weights is not None:
+        weights = token_weights if target_weights is None else target_weights * token_weights
     with prepared.computing():
-        if reduction != "none" and not return_lse and not is_weighted:
-            loss = sum_of_losses(
+        if reduction != "none" and not return_lse and not label_smoothing:
+            total = sum_of_losses(
                 impl_chosen,
                 problem,
                 kernel_options,
+                weights=weights,
                 recompute=recompute,
                 keep_inputs=not prepared.wholes,  # the backward would gather them again
                 filter_mass=mass,
                 world_size=world_size,
             )
-            if num_items_in_batch is not None:
-                return loss / num_items_in_batch
-            if reduction == "mean":
-                return mean_of_sum(loss, problem.targets, ignore_index)
-            return loss
+            return _divided(total, problem, reduction, num_items_in_batch, weights)
         results = token_losses(
             impl_chosen, problem, kernel_options, filter_mass=mass, world_size=world_size
         )
-        losses, weights = _weighted(
-            results, prepared, impl_chosen, label_smoothing, class_weights, token_weights
-        )
+        losses = results.nll if target_weights is None else results.nll * target_weights
+        if label_smoothing:
+            smooth = _smooth_losses(results.lse, problem, impl_chosen, class_weights)
+            losses = (1 - label_smoothing) * losses + label_smoothing * smooth
+    if token_weights is not None:
+        losses = losses * token_weights
     if reduction == "none":
         loss = prepared.per_token(losses)
-    elif num_items_in_batch is not None:
-        loss = losses.sum() / num_items_in_batch
     else:
-        loss = reduce_tokens(losses, problem.targets, ignore_index, reduction, weights)
+        loss = _divided(losses.sum(), problem, reduction, num_items_in_batch, weights)
     return (loss, prepared.per_token(results.lse)) if return_lse else loss
 
 
-def _weighted(
-    results: PerToken,
-    prepared: Prepared,
-    impl: str,
-    label_smoothing: float,
-    class_weights: Tensor | None,  # (V,)
-    token_weights: Tensor | None,  # (N,)
-) -> tuple[Tensor, Tensor | None]:
-    """Losses with label smoothing and weights, and the weights that a mean is divided by, (N,)."""
-    problem, losses = prepared.problem, results.nll
-    weights: Tensor | None = None
-    smooth: Tensor | None = None
-    if label_smoothing:
-        # The mean over the classes of their losses: one logit of a mean row, and the log-sum-exp.
-        own = equal_weights(problem)
-        mean_weight: float | Tensor = 1.0
-        if class_weights is not None:
-            every = class_weights.to(problem.wide)
-            mean_weight = every.mean()
-            own = own * every[problem.first_class : problem.first_class + own.shape[0]]
-        smooth = results.lse * mean_weight - mean_logits(impl, problem, own)
-        losses = (1 - label_smoothing) * losses
+def _weights_of_targets(class_weights: Tensor, problem: Problem) -> Tensor:
+    """Weight of the target of each token, (N,), 0 for ignored tokens."""
+    kept = problem.targets != problem.ignore_index
+    places = torch.where(kept, problem.targets, 0).long().clamp(0, class_weights.shape[0] - 1)
+    return torch.where(kept, class_weights.to(problem.wide)[places], 0)
+
+
+def _smooth_losses(
+    lse: Tensor, problem: Problem, impl: str, class_weights: Tensor | None
+) -> Tensor:
+    """Mean over the classes of their losses, (N,): one logit of a mean row, and the log-sum-exp."""
+    own = equal_weights(problem)
+    mean_weight: float | Tensor = 1.0
     if class_weights is not None:
-        kept = problem.targets != problem.ignore_index
-        num_classes = class_weights.shape[0]
-        places = torch.where(kept, problem.targets, 0).long().clamp(0, num_classes - 1)
-        weights = torch.where(kept, class_weights.to(problem.wide)[places], 0)
-        losses = losses * weights
-    if smooth is not None:
-        losses = losses + label_smoothing * smooth
-    if token_weights is not None:
-        # An ignored token has no loss, whatever its weight.
-        token_weights = torch.where(problem.targets != problem.ignore_index, token_weights, 0)
-        losses = losses * token_weights
-        weights = token_weights if weights is None else weights * token_weights
-    return losses, weights
+        every = class_weights.to(problem.wide)
+        mean_weight = every.mean()
+        own = own * every[problem.first_class : problem.first_class + own.shape[0]]
+    return lse * mean_weight - mean_logits(impl, problem, own)
+
+
+def _divided(
+    total: Tensor,
+    problem: Problem,
+    reduction: Reduction,
+    num_items_in_batch: int | Tensor | None,
+    weights: Tensor | None,  # (N,)
+) -> Tensor:
+    """Divide the sum of the losses as the reduction, "mean" or "sum", demands."""
+    if num_items_in_batch is not None:
+        return total / num_items_in_batch
+    if reduction == "mean":
+        return mean_of_sum(total, problem.targets, problem.ignore_index, weights)
+    return total
 
 
 @dataclass(eq=False, repr=False)

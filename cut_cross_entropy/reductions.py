@@ -10,7 +10,6 @@ def reduce_tokens(
     targets: Tensor | None,
     ignore_index: int,
     reduction: Reduction,
-    weights: Tensor | None = None,
 ) -> Tensor:
     """Reduce values per token, which are 0 at ignored tokens.
 
@@ -19,7 +18,6 @@ def reduce_tokens(
         targets: class ids, as many as ``values``; None ignores no token.
         ignore_index: target value of ignored tokens.
         reduction: ``"mean"`` over the tokens that are not ignored, ``"sum"``, or ``"none"``.
-        weights: of the tokens in the mean, 0 where ignored; ``values`` are multiplied by them.
 
     Returns:
         A scalar, 0 without any token that counts; with ``"none"`` the values themselves.
@@ -29,15 +27,20 @@ def reduce_tokens(
     total = values.sum()
     if reduction == "sum":
         return total
-    if weights is not None:
-        divisor = weights.sum()
-        return total / divisor.where(divisor != 0, 1)
     if targets is None:
         return total / max(values.numel(), 1)
     return mean_of_sum(total, targets, ignore_index)
 
 
-def mean_of_sum(total: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Divide a sum by the number of tokens that are not ignored."""
+def mean_of_sum(
+    total: Tensor, targets: Tensor, ignore_index: int, weights: Tensor | None = None
+) -> Tensor:
+    """Divide a sum by the number of tokens that are not ignored, or by the sum of their weights.
+
+    ``weights`` (N,) are 0 where ignored.
+    """
     # All ignored: 0 / 1, not 0 / 0.
-    return total / (targets != ignore_index).sum().clamp_min(1)
+    if weights is None:
+        return total / (targets != ignore_index).sum().clamp_min(1)
+    divisor = weights.sum()
+    return total / divisor.where(divisor != 0, 1)

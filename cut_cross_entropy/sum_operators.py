@@ -36,6 +36,7 @@ from cut_cross_entropy.transforms import (
 SCALED_BYTES = 16 * 2**20  # of a copy in float32 that PyTorch makes on a CPU to change the dtype
 
 _NUM_FIELDS = len(fields(Problem))
+_WEIGHTS = "Tensor? weights"  # (N,) of dtype Problem.wide, 0 for ignored tokens
 _SUMS = ", ".join(f"Tensor sum_{name}" for name in SumGradients._fields)
 _GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
 
@@ -69,51 +70,48 @@ class SumOptions:
         return *self.needed.flat(), self.keep_inputs, self.loss_only
 
 
-def _problem_and_options(flat: Sequence[Any]) -> tuple[Problem, SumOptions]:
-    return Problem(*flat[:_NUM_FIELDS]), SumOptions(*flat[-len(fields(SumOptions)) :])
+_SCHEMA = f"({Problem.SCHEMA}, {_WEIGHTS}, {SumOptions.SCHEMA}) -> ({_SUMS})"
 
 
-@torch.library.custom_op(
-    "cut_cross_entropy::chunked_sum",
-    mutates_args=(),
-    schema=f"({Problem.SCHEMA}, {SumOptions.SCHEMA}) -> ({_SUMS})",
-)
+def _arguments(flat: Sequence[Any]) -> tuple[Problem, Tensor | None, SumOptions]:
+    """Return the problem, the weights of the losses and the options of a sum."""
+    return Problem(*flat[:_NUM_FIELDS]), flat[_NUM_FIELDS], SumOptions(*flat[_NUM_FIELDS + 1 :])
+
+
+@torch.library.custom_op("cut_cross_entropy::chunked_sum", mutates_args=(), schema=_SCHEMA)
 def chunked_sums(*flat: Any) -> SumGradients:
     """Sum of the losses with its gradients by the memory-bounded PyTorch implementation."""
-    problem, options = _problem_and_options(flat)
+    problem, weights, options = _arguments(flat)
     with torch.autocast(problem.e.device.type, enabled=False):
         if options.loss_only:
-            return _without_gradients(chunked.forward(problem))
-        return chunked_sum.loss_and_gradients(problem, options.needed)
+            return _without_gradients(chunked.forward(problem), weights)
+        return chunked_sum.loss_and_gradients(problem, options.needed, weights)
 
 
-@torch.library.custom_op(
-    "cut_cross_entropy::cce_sum",
-    mutates_args=(),
-    schema=f"({Problem.SCHEMA}, {SumOptions.SCHEMA}) -> ({_SUMS})",
-)
+@torch.library.custom_op("cut_cross_entropy::cce_sum", mutates_args=(), schema=_SCHEMA)
 def cce_sums(*flat: Any) -> SumGradients:
     """Sum of the losses with its exact gradients by the kernels."""
     from cut_cross_entropy.kernels import exact_sum, step, warmup
     from cut_cross_entropy.kernels.launch import current_device
 
-    problem, options = _problem_and_options(flat)
+    problem, weights, options = _arguments(flat)
     with torch.autocast(problem.e.device.type, enabled=False), current_device(problem.e.device):
         if options.loss_only:
             no_filter = Filter(0.0)
             warmup.compile_ahead(problem, no_filter, training=False)
             state = step.forward(problem, no_filter, training=True)
-            return _without_gradients(PerToken(state.nll, state.lse))
-        warmup.compile_sum_ahead(problem, options.needed)
-        return exact_sum.loss_and_gradients(problem, options.needed)
+            return _without_gradients(PerToken(state.nll, state.lse), weights)
+        warmup.compile_sum_ahead(problem, options.needed, weights)
+        return exact_sum.loss_and_gradients(problem, options.needed, weights)
 
 
-def _without_gradients(results: PerToken) -> SumGradients:
-    return SumGradients(results.nll.sum(), *(results.nll.new_empty(0) for _ in range(3)))
+def _without_gradients(results: PerToken, weights: Tensor | None) -> SumGradients:
+    losses = results.nll if weights is None else results.nll * weights
+    return SumGradients(losses.sum(), *(losses.new_empty(0) for _ in range(3)))
 
 
 def _fake_sums(*flat: Any) -> SumGradients:
-    problem, options = _problem_and_options(flat)
+    problem, _, options = _arguments(flat)
     found = options.needed.flat() if not options.loss_only else (False, False, False)
     inputs = (problem.e, problem.c, problem.bias)
 
@@ -188,7 +186,7 @@ _call_scaled = transformable(scaled_gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    problem, options = _problem_and_options(inputs)
+    problem, _, options = _arguments(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros as large as the sums
     tensors = (problem.e, problem.c, problem.bias)
@@ -200,16 +198,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
             output[0].detach().expand(x.shape) if x is not None and need else empty
             for x, need, empty in zip(tensors, options.needed.flat(), output[1:], strict=True)
         )
-    inputs_to_keep = (problem.e, problem.c, problem.targets, problem.bias)
-    kept = inputs_to_keep if options.keep_inputs else (None,) * 4
-    ctx.save_for_backward(output[0], *sums, *kept)
+    ctx.ignore_index = problem.ignore_index
+    kept = tensors if options.keep_inputs else (None,) * 3
+    ctx.save_for_backward(*sums, problem.targets, *kept)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *nothing: Any) -> tuple[Any, ...]:
     # Read once: a checkpoint computes them again each time.
-    loss, *saved, e, c, _, bias = ctx.saved_tensors
+    *saved, targets, e, c, bias = ctx.saved_tensors
     # Of a batch without labels a model may ask for 0 / 0, whose gradients are 0 in PyTorch.
-    grad_loss = torch.where((loss == 0) & ~grad_loss.isfinite(), 0.0, grad_loss)
+    grad_loss = torch.where((targets == ctx.ignore_index).all(), 0.0, grad_loss)
     need_e, need_c, _, need_bias = ctx.needs_input_grad[:4]
     needed = (need_e, need_c, need_bias)
     sums = [total if need else None for total, need in zip(saved, needed, strict=True)]
@@ -224,7 +222,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *nothing: Any) -> tuple[Any, ...]:
             for grad, total, new in zip(grads, sums, found, strict=True)
         ]
     grad_e, grad_c, grad_bias = grads
-    nothing_else = (None,) * (_NUM_FIELDS - 4 + len(fields(SumOptions)))
+    nothing_else = (None,) * (_NUM_FIELDS - 4 + 1 + len(fields(SumOptions)))
     return grad_e, grad_c, None, grad_bias, *nothing_else
 
 
@@ -247,30 +245,38 @@ for operator in (chunked_sums, cce_sums):
     operator.register_autograd(_backward, setup_context=_save)
 
 
-def run_chunked_sum(problem: Problem, needed: Needed, *, keep_inputs: bool) -> Tensor:
+def run_chunked_sum(
+    problem: Problem, needed: Needed, weights: Tensor | None, *, keep_inputs: bool
+) -> Tensor:
     """Sum of all losses by the memory-bounded PyTorch implementation, (), differentiable.
 
     Args:
         problem: one for which :func:`chunked_sum.tokens_per_chunk` is not 0.
         needed: the gradients to compute.
+        weights: (N,) of dtype :attr:`Problem.wide`, factors of the losses, 0 for ignored tokens;
+            None for 1. They have no gradient.
         keep_inputs: see :class:`SumOptions`.
     """
-    return _run(chunked_sums, problem, needed, keep_inputs)
+    return _run(chunked_sums, problem, needed, weights, keep_inputs)
 
 
-def run_kernel_sum(problem: Problem, needed: Needed, *, keep_inputs: bool) -> Tensor:
+def run_kernel_sum(
+    problem: Problem, needed: Needed, weights: Tensor | None, *, keep_inputs: bool
+) -> Tensor:
     """Sum of all losses by the kernels without a filter; as :func:`run_chunked_sum`.
 
     Args:
         problem: one for which :func:`powers_per_chunk` is not 0.
-        needed, keep_inputs: as there.
+        needed, weights, keep_inputs: as there.
     """
-    return _run(cce_sums, problem, needed, keep_inputs)
+    return _run(cce_sums, problem, needed, weights, keep_inputs)
 
 
-def _run(operator: Any, problem: Problem, needed: Needed, keep_inputs: bool) -> Tensor:
+def _run(
+    operator: Any, problem: Problem, needed: Needed, weights: Tensor | None, keep_inputs: bool
+) -> Tensor:
     if not torch.compiler.is_compiling():
         register_flop_formulas()
     options = SumOptions(*needed.flat(), keep_inputs, loss_only=is_computed_again())
-    sums: tuple[Tensor, ...] = operator(*problem.flat(), *options.flat())
+    sums: tuple[Tensor, ...] = operator(*problem.flat(), weights, *options.flat())
     return sums[0]

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy, sum_operators
 from cut_cross_entropy.implementations import chunked, chunked_sum
+from cut_cross_entropy.implementations.blocks import Blocks
 from cut_cross_entropy.problem import Needed, Problem
 from cut_cross_entropy.sum_operators import SumOptions
 from tests.support import check, full_logits, make_problem, run_ours
@@ -79,6 +80,169 @@ def test_a_chunk_takes_the_memory_of_the_gradient_of_c_on_a_gpu():
     assert sizes["cpu", True] == sizes["cpu", False] == sizes["meta", False]
     assert sizes["cpu", True] == 992
     assert sizes["meta", True] == 1489
+
+
+RANDOM = torch.Generator().manual_seed(5)
+PER_TOKEN = torch.rand((5, 13), generator=RANDOM, dtype=torch.float64) + 0.3
+FACTORS = {
+    "class_weights": {"class_weights": torch.rand(300, generator=RANDOM, dtype=torch.float64)},
+    "token_weights": {"token_weights": PER_TOKEN - 0.6},  # a few are negative
+    "both": {
+        "token_weights": (PER_TOKEN > 0.7).double(),
+        "class_weights": torch.rand(300, generator=RANDOM, dtype=torch.float64),
+    },
+    "temperature": {"temperature": 0.7},
+    "temperatures": {"temperature": PER_TOKEN},
+    "negative": {"temperature": PER_TOKEN, "logit_scale": -1.5},
+    "items": {"num_items_in_batch": torch.tensor(7)},
+    "all": {
+        "token_weights": PER_TOKEN,
+        "class_weights": torch.rand(300, generator=RANDOM, dtype=torch.float64),
+        "temperature": PER_TOKEN,
+        "num_items_in_batch": 7,
+    },
+}
+"""Options with which the gradient of each token has a factor that the forward knows."""
+
+
+def factors_in(dtype, name):
+    return {
+        key: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in FACTORS[name].items()
+    }
+
+
+def compare_with_reference(impl, problem, rtol, atol, **options):
+    """Loss and gradients of a sum, whose factor from above is not 1."""
+    results = []
+    for name, made in ((impl, problem), ("reference", problem.to(torch.float64))):
+        inputs = leaves_of(made)
+        loss = linear_cross_entropy(*inputs[:2], made.targets, inputs[2], impl=name, **options)
+        results.append((loss.detach(), *torch.autograd.grad(3 * loss, inputs)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=atol)
+
+
+@pytest.fixture
+def multiplications(monkeypatch):
+    """Record the multiplications of each product with a block of logits."""
+    made = []
+    for name in ("product", "store_product", "add_product"):
+        function = getattr(Blocks, name)
+
+        def record(self, left, right, *others, function=function, **named):
+            made.append(left.shape[0] * left.shape[1] * right.shape[1])
+            return function(self, left, right, *others, **named)
+
+        monkeypatch.setattr(Blocks, name, record)
+    return made
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_known_factors_take_three_products(
+    name, softcap, reduction, passes, multiplications, small_chunks
+):
+    problem = make_problem((5, 13), 300, 16, bias=True, dtype=torch.float64)
+    options = {"softcap": softcap, "shift": 1, "memory_budget": 20 * 300 * 8, **FACTORS[name]}
+    if reduction == "sum":
+        options.pop("num_items_in_batch", None)  # which divides a mean
+    compare_with_reference("chunked", problem, 1e-9, 1e-12, reduction=reduction, **options)
+    assert passes == ["loss_and_gradients"]
+    num_kept = int((problem.targets[:, 1:] != -100).sum())
+    assert len(multiplications) > 3, "several chunks"
+    assert sum(multiplications) == 3 * num_kept * 300 * 16
+
+
+@pytest.mark.parametrize("name", ["both", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_known_factors_in_other_dtypes(name, dtype, passes):
+    problem = make_problem((5, 13), bias=True, dtype=dtype)
+    rtol = 2 * torch.finfo(dtype).eps
+    tolerances = {"rtol": rtol, "atol": 1e-6} if dtype == torch.bfloat16 else {}
+    compare_with_reference(
+        "chunked", problem, **{"rtol": 1e-4, "atol": 1e-6, **tolerances}, **factors_in(dtype, name)
+    )
+    assert passes == ["loss_and_gradients"]
+
+
+def test_weights_that_are_learned_take_four_products(passes):
+    """Their gradients are the losses of the tokens, which a sum does not return."""
+    problem = make_problem((5, 13), dtype=torch.float64)
+    grads = []
+    for impl in ("chunked", "reference"):
+        weights = PER_TOKEN.clone().requires_grad_()
+        e = problem.e.detach().requires_grad_()
+        loss = linear_cross_entropy(e, problem.c, problem.targets, token_weights=weights, impl=impl)
+        grads.append(torch.autograd.grad(loss, (e, weights)))
+    assert passes == ["forward", "backward"]
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_smoothing_takes_four_products(passes):
+    problem = make_problem(bias=True)
+    loss = chunked_loss(*leaves_of(problem)[:2], problem.targets, label_smoothing=0.1)
+    loss.backward()
+    assert "loss_and_gradients" not in passes
+
+
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_loss_of_0_may_have_a_gradient(factor):
+    """Its tokens' weights cancel. Only of a batch without labels is the gradient 0 regardless."""
+    e = torch.ones(2, 4).requires_grad_()
+    c, targets = torch.eye(7)[:, :4].contiguous(), torch.tensor([1, 1])
+    weights = torch.tensor([1.0, -1.0])
+    for labels, finite in ((targets, False), (torch.full_like(targets, -100), True)):
+        loss = chunked_loss(e, c, labels, token_weights=weights, reduction="sum")
+        (grad,) = torch.autograd.grad(loss, e, torch.tensor(factor))
+        assert loss == 0
+        assert grad.isfinite().all() == finite
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_of_weighted_losses(use_reentrant, passes):
+    problem = make_problem((5, 13), bias=True)
+    inputs = leaves_of(problem)
+
+    def head(e, c, bias):
+        return chunked_loss(e * 2, c, problem.targets, bias, **factors_in(e.dtype, "all"))
+
+    loss = checkpoint(head, *inputs, use_reentrant=use_reentrant)
+    loss.backward()
+    assert passes == ["forward", "loss_and_gradients"]
+    torch.testing.assert_close(loss, head(*inputs))
+    expected = torch.autograd.grad(head(*inputs), inputs)
+    assert all(torch.equal(x.grad, y) for x, y in zip(inputs, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_weighted_losses_compiled(backend, passes):
+    torch._dynamo.reset()
+    problem = make_problem((5, 13), bias=True)
+
+    def model(e, c, targets, bias):
+        options = factors_in(torch.float32, "all")
+        return chunked_loss(torch.sin(e), c, targets, bias, shift=1, **options)
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    ours, expected = leaves_of(problem), leaves_of(problem)
+    for function, (e, c, bias) in ((compiled, ours), (model, expected)):
+        (3 * function(e, c, problem.targets, bias)).backward()
+    for got, exact in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got.grad, exact.grad)
+    assert passes == 2 * ["loss_and_gradients"]
+    torch._dynamo.reset()
+
+
+def test_a_second_derivative_of_weighted_losses_is_refused():
+    problem = make_problem((5, 13), bias=True)
+    inputs = leaves_of(problem)
+    loss = chunked_loss(*inputs[:2], problem.targets, inputs[2], **factors_in(torch.float32, "all"))
+    (grad,) = torch.autograd.grad(loss, inputs[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(grad.square().sum(), inputs[1])
 
 
 @pytest.mark.parametrize("needed", [("e",), ("c",), ("bias",), ("e", "c"), ("c", "bias")])

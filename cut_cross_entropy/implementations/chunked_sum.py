@@ -12,9 +12,10 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cut_cross_entropy.implementations.blocks import Blocks, slices
-from cut_cross_entropy.problem import Needed, Problem, SumGradients
+from cut_cross_entropy.problem import Needed, Problem, SumGradients, gradient_scale
 
 # The sums of dC are read and written once per chunk: with fewer tokens in a chunk that takes longer
 # than to compute the logits again.
@@ -50,14 +51,20 @@ def _classes_per_product(problem: Problem) -> int:
     return min(num_classes, max(1, problem.memory_budget // (4 * dim * problem.wide.itemsize)))
 
 
-def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
+def loss_and_gradients(
+    problem: Problem, needed: Needed, weights: Tensor | None = None
+) -> SumGradients:
     """Compute the sum of all losses, and its gradients in :attr:`Problem.wide`.
 
     Args:
-        problem: without a group or a multiplier; :func:`tokens_per_chunk` is not 0.
+        problem: without a group; :func:`tokens_per_chunk` is not 0.
         needed: the gradients to compute.
+        weights: (N,) of dtype :attr:`Problem.wide`, factors of the losses; None for 1.
     """
     blocks, bias, softcap, wide = Blocks(problem), problem.bias, problem.softcap, problem.wide
+    if weights is not None:
+        weights = blocks.gather(weights)
+    factors_of_rows, scale = _factors_of_rows(blocks, weights)
     (num_classes, dim), num_kept = problem.c.shape, blocks.num_kept
     num_chunks = -(-num_kept // max(1, tokens_per_chunk(problem, needed)))
     rows = -(-num_kept // max(1, num_chunks))  # chunks of about equal size
@@ -88,6 +95,8 @@ def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
             values.div_(softcap).tanh_()
             slope = torch.mul(values, values, out=slopes[here]).neg_().add_(1)
             values.mul_(softcap)
+        if blocks.multiplier is not None:
+            values.mul_(blocks.multiplier[tokens, None])
 
         in_range = blocks.in_range[tokens]
         column = blocks.targets[tokens].clamp(0, num_classes - 1)[:, None]
@@ -108,6 +117,8 @@ def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
         # Probabilities are these values over their sum, which in full precision goes into the
         # smaller factors. In half precision these would be rounded a second time.
         inverse = total.reciprocal()[:, None]
+        if factors_of_rows is not None:
+            inverse.mul_(factors_of_rows[tokens, None])
         if needed.bias:
             sums = torch.mv(values.T, inverse[:, 0])
             grad_bias = sums if first else grad_bias.add_(sums)
@@ -126,6 +137,25 @@ def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
         if needed.c:
             multiply = blocks.store_product if first else blocks.add_product
             multiply(factor.T, e_factor, out=grad_c)
+    if weights is not None:
+        nll.mul_(weights)
+    if scale is not None:
+        for sums in (grad_e, grad_c, grad_bias):
+            sums.div_(scale)
     return SumGradients(
         nll.sum(), blocks.scatter(grad_e) if needed.e else grad_e, grad_c, grad_bias
     )
+
+
+def _factors_of_rows(blocks: Blocks, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Factor of each token's logit gradients, (n,), None for 1, and the scale that it contains.
+
+    The scale, a power of two, brings them into the range of float16; None for 1.
+    """
+    factors = blocks.multiplier
+    if weights is not None:
+        factors = weights if factors is None else weights * factors
+    if factors is None or not blocks.half_products or blocks.problem.compute_dtype != torch.float16:
+        return factors, None
+    scale = gradient_scale(factors, factors)
+    return factors * scale, scale

@@ -26,7 +26,7 @@ from cut_cross_entropy.kernels.lse import PassInputs
 from cut_cross_entropy.kernels.powers import Chunk, choose_segment_tiles, store_powers
 from cut_cross_entropy.kernels.step import in_compute_dtype, raise_bound_by_frequent
 from cut_cross_entropy.kernels.tiles import tiles_on
-from cut_cross_entropy.kernels.tokens import Tokens, score_targets
+from cut_cross_entropy.kernels.tokens import Tokens, multiplied_logits, score_targets
 from cut_cross_entropy.problem import Needed, Problem, SumGradients
 from cut_cross_entropy.validation import check_target_range
 
@@ -125,14 +125,17 @@ def add_targets_kernel(
             tl.store(grad_bias_ptr + target, tl.load(grad_bias_ptr + target) - weights)
 
 
-def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
+def loss_and_gradients(
+    problem: Problem, needed: Needed, weights: Tensor | None = None
+) -> SumGradients:
     """Compute the sum of all losses, and its gradients in float32.
 
     The number of valid tokens is read from the device while it computes bounds.
 
     Args:
-        problem: without a group or a multiplier; :func:`powers_per_chunk` is not 0.
+        problem: without a group; :func:`powers_per_chunk` is not 0.
         needed: the gradients to compute.
+        weights: (N,), factors of the losses; None for 1.
     """
     e, (num_tokens, dim), num_classes = problem.e, problem.e.shape, problem.c.shape[0]
     check_target_range(problem.targets, num_classes, problem.ignore_index)
@@ -152,7 +155,13 @@ def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
     num_blocks = -(-num_tokens // BLOCK_T)
     flags = torch.zeros(num_blocks, dtype=torch.int32, device=e.device)
     shared = (problem.c, problem.bias, problem.softcap)
-    raise_bound_by_frequent(PassInputs(tokens.e, *shared, bound, flags), problem)
+    multiplier = None
+    if problem.multiplier is not None:
+        multiplier, logits, bound = multiplied_logits(tokens, problem.multiplier, logits, bound)
+    if weights is not None:
+        weights = tokens.gather(weights, 0.0)
+    inputs = PassInputs(tokens.e, *shared, bound, flags, multiplier)
+    raise_bound_by_frequent(inputs, problem)
     nll, factor, target = aligned_rows(3, num_tokens, torch.float32, e.device, zeros=True)
 
     count = num_tokens if num_valid is None else int(num_valid.wait())
@@ -171,11 +180,18 @@ def loss_and_gradients(problem: Problem, needed: Needed) -> SumGradients:
         stop = min(start + rows, end)
         part = slice(start, stop)
         some = Tokens(tokens.e[part], tokens.targets[part], tokens.origin[part])
-        inputs = PassInputs(some.e, *shared, bound[part], flags)
+        inputs = PassInputs(
+            some.e,
+            *shared,
+            bound=bound[part],
+            flags=flags,
+            multiplier=None if multiplier is None else multiplier[part],
+        )
         chunk = Chunk(
             some,
             inputs,
             logits=logits[part],
+            weights=None if weights is None else weights[part],
             nll=nll[part],
             factor=factor[part],
             target=target[part],

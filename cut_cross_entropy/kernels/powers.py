@@ -47,12 +47,14 @@ def store_tile(
     tokens,  # (BLOCK_T,)
     targets,  # (BLOCK_T,)
     bound,  # (BLOCK_T,) log2
+    multiplier,  # (BLOCK_T,)
     N,
     V,
     softcap,
     stride_out,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
 ):
     """Store powers of a tile, 0 for targets, times the slope of a softcap; return their sums."""
     inside = classes < V
@@ -65,11 +67,15 @@ def store_tile(
         HAS_BIAS=HAS_BIAS,
         SOFTCAP=SOFTCAP,
         TOKEN_AXIS=0,
+        multiplier=multiplier,
+        HAS_MULTIPLIER=HAS_MULTIPLIER,
     )
     powers = tl.exp2(logits - bound[:, None])
     powers = tl.where(classes[None, :] == targets[:, None], 0.0, powers)
     stored = powers
     if SOFTCAP:
+        if HAS_MULTIPLIER:
+            logits = logits / multiplier[:, None]
         stored = powers * logit_slope(logits, softcap)
     # 32 bits reach: a chunk is bounded in elements
     out = tokens[:, None] * stride_out + classes[None, :]
@@ -85,6 +91,7 @@ def powers_kernel(
     bias_ptr,  # (V,)
     bound_ptr,  # (N,) log2; +inf: no token
     targets_ptr,  # (N,)
+    multiplier_ptr,  # (N,)
     powers_ptr,  # (N, V) out
     lse_ptr,  # (segments, N) out, log2, of all classes but the target
     flag_ptr,  # (blocks,) out, or in if ONLY_FLAGGED
@@ -99,6 +106,7 @@ def powers_kernel(
     swizzle_width,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
     ONLY_FLAGGED: tl.constexpr,
     E_TMA: tl.constexpr,
     C_TMA: tl.constexpr,
@@ -118,6 +126,9 @@ def powers_kernel(
     tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
     bound = tl.load(bound_ptr + tokens, mask=tokens < N, other=float("inf"))
     targets = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1).to(tl.int32)
+    multiplier = bound  # unused
+    if HAS_MULTIPLIER:
+        multiplier = tl.load(multiplier_ptr + tokens, mask=tokens < N, other=1.0)
     sums = tl.zeros((BLOCK_T,), tl.float32)
     start = segment * segment_tiles * BLOCK_V
     tiles = min(segment_tiles, tl.cdiv(V - start, BLOCK_V))
@@ -164,12 +175,14 @@ def powers_kernel(
                     tokens=tokens,
                     targets=targets,
                     bound=bound,
+                    multiplier=multiplier,
                     N=N,
                     V=V,
                     softcap=softcap,
                     stride_out=stride_out,
                     HAS_BIAS=HAS_BIAS,
                     SOFTCAP=SOFTCAP,
+                    HAS_MULTIPLIER=HAS_MULTIPLIER,
                 )
             product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
 
@@ -211,13 +224,17 @@ def chunk_sums_kernel(
     lse_ptr,  # (segments, N) log2, of all classes but the target
     logits_ptr,  # (N,) of the targets, log2
     bound_ptr,  # (N,) log2; +inf: no token
-    nll_ptr,  # (N,) out
-    factor_ptr,  # (N,) out: probability over power
-    target_ptr,  # (N,) out: 1 - p of the target, times the slope of a softcap
+    weights_ptr,  # (N,)
+    multiplier_ptr,  # (N,)
+    nll_ptr,  # (N,) out, like the two that follow times the weight
+    factor_ptr,  # (N,) out: probability over power, times the multiplier
+    target_ptr,  # (N,) out: 1 - p of the target, times multiplier and slope of a softcap
     N,
     num_segments,
     softcap,
     SOFTCAP: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Reduce the sums of a block of tokens to their losses and factors; 0 without a token."""
@@ -239,11 +256,22 @@ def chunk_sums_kernel(
     lse = tl.maximum(others, logit, propagate_nan=tl.PropagateNan.ALL) + log1p * LOG2E
     lse = tl.where(lse == float("inf"), float("nan"), lse)
     nll = tl.where(lse == lse, nll, float("nan"))
+    factor = tl.exp2(bound - lse)
     target = tl.exp2(others - lse)
+    if HAS_MULTIPLIER:
+        multiplier = tl.load(multiplier_ptr + tokens, mask=present, other=1.0)
+        factor *= multiplier
+        target *= multiplier
+        logit = logit / multiplier
     if SOFTCAP:
         target *= logit_slope(logit, softcap)
+    if HAS_WEIGHTS:
+        weight = tl.load(weights_ptr + tokens, mask=present, other=0.0)
+        nll *= weight
+        factor *= weight
+        target *= weight
     tl.store(nll_ptr + tokens, tl.where(present, nll, 0.0), mask=inside)
-    tl.store(factor_ptr + tokens, tl.where(present, tl.exp2(bound - lse), 0.0), mask=inside)
+    tl.store(factor_ptr + tokens, tl.where(present, factor, 0.0), mask=inside)
     tl.store(target_ptr + tokens, tl.where(present, target, 0.0), mask=inside)
 
 
@@ -254,7 +282,8 @@ class Chunk:
     tokens: Tokens
     inputs: PassInputs
     logits: Tensor  # (N,) of the targets, log2
-    nll: Tensor  # (N,)
+    weights: Tensor | None  # (N,) of the losses; None for 1
+    nll: Tensor  # (N,) weighted
     factor: Tensor  # (N,)
     target: Tensor  # (N,)
     segment_tiles: int
@@ -291,6 +320,7 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
             bias_ptr=inputs.bias,
             bound_ptr=inputs.bound,
             targets_ptr=chunk.tokens.targets,
+            multiplier_ptr=inputs.multiplier,
             powers_ptr=powers,
             lse_ptr=parts,
             flag_ptr=inputs.flags,
@@ -305,6 +335,7 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
             swizzle_width=swizzle_width(num_blocks, e),
             HAS_BIAS=inputs.bias is not None,
             SOFTCAP=inputs.softcap is not None,
+            HAS_MULTIPLIER=inputs.multiplier is not None,
             ONLY_FLAGGED=only_flagged,
             E_TMA=e_tma,
             C_TMA=c_tma,
@@ -339,6 +370,8 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
         lse_ptr=parts,
         logits_ptr=chunk.logits,
         bound_ptr=inputs.bound,
+        weights_ptr=chunk.weights,
+        multiplier_ptr=inputs.multiplier,
         nll_ptr=chunk.nll,
         factor_ptr=chunk.factor,
         target_ptr=chunk.target,
@@ -346,5 +379,7 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
         num_segments=num_segments,
         softcap=inputs.softcap or 0.0,
         SOFTCAP=inputs.softcap is not None,
+        HAS_WEIGHTS=chunk.weights is not None,
+        HAS_MULTIPLIER=inputs.multiplier is not None,
         BLOCK_T=BLOCK_T,
     )

@@ -29,6 +29,7 @@ from cut_cross_entropy.kernels.tiles import tiles_on
 from cut_cross_entropy.kernels.tokens import (
     BackwardTokens,
     compact_for_backward,
+    multiplied_logits,
     scatter_rows,
     score_targets,
 )
@@ -82,10 +83,8 @@ def forward_outputs(
     tokens, target_logits, bound = score_targets(problem, compact=training, by_content=with_strips)
     multiplier = None
     if problem.multiplier is not None:
-        multiplier = tokens.gather(problem.multiplier, 1.0)
-        # Infinities are marks: no target here, no token.
-        target_logits, bound = (
-            torch.where(x.isfinite(), x * multiplier, x) for x in (target_logits, bound)
+        multiplier, target_logits, bound = multiplied_logits(
+            tokens, problem.multiplier, target_logits, bound
         )
     flags = torch.zeros(num_blocks, dtype=torch.int32, device=e.device)
     inputs = PassInputs(

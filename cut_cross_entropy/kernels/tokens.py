@@ -237,6 +237,16 @@ def score_targets(
     return Tokens(rows, targets, origin), logits, bound
 
 
+def multiplied_logits(
+    tokens: Tokens, multiplier: Tensor, logits: Tensor, bound: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the multiplier (N,) in the order of the rows, and the two vectors times it."""
+    own = tokens.gather(multiplier, 1.0)
+    # Infinities are marks: no target here, no token.
+    logits, bound = (torch.where(x.isfinite(), x * own, x) for x in (logits, bound))
+    return own, logits, bound
+
+
 @triton.jit(do_not_specialize=["N", "stride_n", "first_class"])
 def backward_tokens_kernel(
     source_ptr,  # (N, D) embeddings of the caller

@@ -74,21 +74,24 @@ def compile_ahead(problem: Problem, filter_: Filter, training: bool) -> None:
     _compile_once(problem, kind, lambda: plan_step(problem, filter_, training))
 
 
-def plan_sum(problem: Problem, needed: Needed) -> Plan:
-    """Record the launches of a sum of losses with its gradients."""
+def plan_sum(problem: Problem, needed: Needed, weights: Tensor | None = None) -> Plan:
+    """Record the launches of a sum of losses, weighted if ``weights``, with its gradients."""
     inputs = (problem.e, problem.c, problem.bias)
+    if weights is not None:
+        weights = _meta(weights)
     with planning(problem.e.device) as plan, unrecorded():
-        loss, *sums = exact_sum.loss_and_gradients(_without_values(problem), needed)
+        loss, *sums = exact_sum.loss_and_gradients(_without_values(problem), needed, weights)
         for total, x, need in zip(sums, inputs, needed.flat(), strict=True):
             if x is not None and need:
                 scale.scale(total, loss, torch.empty_like(total, dtype=x.dtype))
     return plan
 
 
-def compile_sum_ahead(problem: Problem, needed: Needed) -> None:
+def compile_sum_ahead(problem: Problem, needed: Needed, weights: Tensor | None) -> None:
     """Compile the kernels of a sum of losses with its gradients, unless that has been done."""
-    kind = ("sum", needed.flat(), *kind_of_step(problem, Filter(0.0), training=True))
-    _compile_once(problem, kind, lambda: plan_sum(problem, needed))
+    step_kind = kind_of_step(problem, Filter(0.0), training=True)
+    kind = ("sum", needed.flat(), weights is None, *step_kind)
+    _compile_once(problem, kind, lambda: plan_sum(problem, needed, weights))
 
 
 def _compile_once(

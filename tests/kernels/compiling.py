@@ -1,5 +1,6 @@
 """Compiles every kernel for GPUs that need not be present, and reports the resources it uses."""
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -103,17 +104,19 @@ def variants(tiles: Tiles) -> list[Variant]:
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )
-        for flagged in (False, True):
+        for flagged, multiplied in itertools.product((False, True), repeat=2):
             add(
-                f"powers-{label}-{flagged:d}",
+                f"powers-{label}-{flagged:d}{multiplied:d}",
                 powers.powers_kernel,
-                {**products, **flags, "ONLY_FLAGGED": flagged, "HALVES": tiles.block_v > BLOCK_T},
+                {**products, **flags, "HAS_MULTIPLIER": multiplied, "ONLY_FLAGGED": flagged,
+                 "HALVES": tiles.block_v > BLOCK_T},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
-            )
-        add(f"chunk_sums-{label}", powers.chunk_sums_kernel,
-            {"SOFTCAP": softcap, "BLOCK_T": BLOCK_T})  # fmt: skip
+            )  # fmt: skip
+            add(f"chunk_sums-{label}-{flagged:d}{multiplied:d}", powers.chunk_sums_kernel,
+                {"SOFTCAP": softcap, "HAS_WEIGHTS": flagged, "HAS_MULTIPLIER": multiplied,
+                 "BLOCK_T": BLOCK_T})  # fmt: skip
         # Further sums and a temperature.
         for names, energy in (
             (("HAS_MULTIPLIER",), True),

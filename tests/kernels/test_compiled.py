@@ -41,6 +41,8 @@ STACK = {
     "strips-softcap-bias": 768,
     "grad_c-0": 96,  # after its loop, where the tail is added
     "powers-softcap-bias": 16,
+    "powers-softcap-bias-01": 48,  # with a temperature
+    "powers-softcap-bias-11": 48,
     "centers-0": 192,  # float16 by float32 products
     "split_nodes-1": 256,  # one program for 8,192 tokens
     "grad_c-1": 256,  # after its loop, where the sums of earlier superblocks are added

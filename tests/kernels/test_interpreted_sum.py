@@ -10,6 +10,7 @@ from cut_cross_entropy import budget, linear_cross_entropy, record_filter
 from cut_cross_entropy.kernels import exact_sum, scale, step
 from cut_cross_entropy.kernels.powers import choose_segment_tiles
 from tests.support import check, make_problem, run_ours
+from tests.test_sum import compare_with_reference, factors_in
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
 
@@ -48,6 +49,28 @@ def test_several_chunks(softcap, bias, chunks, small_chunks, monkeypatch):
     check(problem, "cce_exact", return_lse=False, **options)
     assert [rows for rows, _ in chunks] == [128, 128, 128]
     assert not any(repaired for _, repaired in chunks)
+
+
+@pytest.mark.parametrize("name", ["both", "temperature", "negative", "all"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("impl", ["cce_exact", "cce_kahan_full_c"])
+def test_known_factors_take_three_products(name, softcap, impl, chunks):
+    problem = make_problem((5, 13), 300, 16, bias=True)
+    compare_with_reference(
+        impl, problem, 1e-4, 2e-6, softcap=softcap, **factors_in(torch.float32, name)
+    )
+    assert len(chunks) == 1
+
+
+def test_known_factors_in_several_chunks(chunks, small_chunks):
+    """And with bounds that are too low, which a pass with the multiplier repairs."""
+    problem = make_problem((300,), 1200, 16, bias=True)
+    problem.e[7] = 0.0
+    problem.e[:, 3], problem.e[7, 3], problem.c[1100, 3] = 0.0, 1.0, 150.0
+    problem.targets[7] = 5
+    options = {"token_weights": torch.linspace(0, 1, 300), "temperature": 0.9}
+    compare_with_reference("cce_exact", problem, 1e-4, 2e-6, **options)
+    assert chunks == [(128, 1), (128, 0)]
 
 
 @pytest.mark.parametrize("needed", [("e",), ("c",), ("bias",), ("e", "bias")])

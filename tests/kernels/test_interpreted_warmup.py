@@ -90,16 +90,23 @@ def test_a_step_launches_what_was_planned(case, launched, always_filtered, reque
 
 
 @pytest.mark.parametrize("needed", [("e", "c", "bias"), ("e",)])
-@pytest.mark.parametrize("tokens", [138, 300])
-def test_a_sum_launches_what_was_planned(needed, tokens, launched, monkeypatch):
+@pytest.mark.parametrize(("tokens", "weighted"), [(138, False), (300, False), (300, True)])
+def test_a_sum_launches_what_was_planned(needed, tokens, weighted, launched, monkeypatch):
     """Also where its chunks are of different sizes."""
     monkeypatch.setattr(exact_sum, "powers_per_chunk", lambda problem, needed: 128)
     problem = make_problem((tokens,), 1100, 16, bias=True)
     tensors = (problem.e, problem.c, problem.targets, problem.bias)
-    call = Problem(*tensors, -100, 5.0, torch.float32, 2**28)
-    plan = warmup.plan_sum(call, Needed(*(name in needed for name in ("e", "c", "bias"))))
+    weights, options = None, {}
+    if weighted:
+        weights = torch.rand(tokens)
+        options = {"token_weights": weights, "temperature": 0.5}
+    call = Problem(
+        *tensors, -100, 5.0, torch.float32, 2**28, multiplier=2 * weights if weighted else None
+    )
+    gradients = Needed(*(name in needed for name in ("e", "c", "bias")))
+    plan = warmup.plan_sum(call, gradients, weights)
     assert not launched, "a plan launches nothing"
-    run_ours(problem, "cce_exact", softcap=5.0, needed=needed, return_lse=False)
+    run_ours(problem, "cce_exact", softcap=5.0, needed=needed, return_lse=False, **options)
     planned = {one.variant() for one in plan.launches}
     missing = [variant for variant in launched if variant not in planned]
     assert not missing, missing
