@@ -34,7 +34,7 @@ def truth(tensors, targets, beta, temperature=1.0, softcaps=(None, None), scales
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         temperatures = torch.as_tensor(temperature, dtype=torch.float64).reshape(-1, 1)
-        logprobs.append((logits / temperatures).log_softmax(1))
+        logprobs.append((logits / temperatures.to(logits.device)).log_softmax(1))
     log_p, log_q = logprobs[0], logprobs[1].detach()
     p, q = log_p.exp(), log_q.exp()
     if beta == 0:

@@ -4,9 +4,9 @@ A block has all tokens, if they fit, and some classes. The library stores its lo
 teacher in float32; a kernel then reads both once for all sums, another for the gradient, which it
 writes as a factor of the products for dE and dC. A divergence from the teacher or from the student
 needs one walk over the classes, since its terms can be summed before the log-sum-exps are known. A
-mixture of both takes a second one, unless a block can have all classes: its logits are still there
-then. Formulas: ``implementations.chunked_divergence``. Shape legend: ``cut_cross_entropy.kernels``;
-T is the number of tokens of a block.
+mixture of both takes a second one, unless the budget holds all classes of some tokens: their logits
+are still there then. Formulas: ``implementations.chunked_divergence``. Shape legend:
+``cut_cross_entropy.kernels``; T is the number of tokens of a block.
 """
 
 import math
@@ -27,8 +27,10 @@ from cut_cross_entropy.problem import Gradients, Needed, Problem, gradient_scale
 
 FROM_TEACHER, FROM_STUDENT, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BLOCK = 1024  # classes that a program reads at a time
-MANY_TOKENS = 512
-"""Tokens of a block that reads c often enough: with fewer, products wait for the memory."""
+MANY_TOKENS = 128
+"""Tokens of a block of all classes, at least: with fewer, products wait for the memory."""
+EVEN_TOKENS, EVEN_CLASSES = 64, 1024
+"""Multiples of these fill the multiprocessors with whole tiles of the library's products."""
 LOWEST = tl.constexpr(-2.0e4)
 """Log2 of the probability that stands for -inf in a mixture: its exponential is 0 too."""
 
@@ -408,13 +410,18 @@ class _Walk:
             factor_type = student.compute_dtype
         tokens = max(1, min(blocks.num_kept, MAX_TOKENS))
         element = 8 if needed is None else 8 + factor_type.itemsize
-        widened = sum(
-            4 * side.problem.c.shape[1] for side in (blocks, others) if not side.half_products
+        widened = sum(  # bytes of a row of e or c that is copied in float32
+            4 * side.problem.c.shape[1]
+            for side in (blocks, others)
+            if side.problem.c.dtype != torch.float32 and not side.half_products
         )
         budget = student.memory_budget
-        of_all_classes = budget // (num_classes * element + widened) if num_classes else 0
+        left = budget - num_classes * widened
+        of_all_classes = left // (num_classes * element + widened) if num_classes else 0
         if kind == MIXTURE.value and needed is None and of_all_classes >= min(tokens, MANY_TOKENS):
-            tokens, classes = min(tokens, of_all_classes), num_classes
+            classes = num_classes
+            if of_all_classes < tokens:
+                tokens = of_all_classes // EVEN_TOKENS * EVEN_TOKENS
         else:
             per_class = widened + (4 * student.c.shape[1] if needed and needed.c else 0)
             classes = 0
@@ -423,7 +430,8 @@ class _Walk:
                 if classes >= MIN_CLASSES or tokens == 1:
                     break
                 tokens = max(1, tokens // 2)
-            classes = min(num_classes, max(MIN_CLASSES, classes // MIN_CLASSES * MIN_CLASSES))
+            multiple = EVEN_CLASSES if classes >= EVEN_CLASSES else MIN_CLASSES
+            classes = min(num_classes, max(MIN_CLASSES, classes // multiple * multiple))
         blocks.shape = others.shape = (tokens, classes)
         stride = -(-classes // MIN_CLASSES) * MIN_CLASSES  # rows stay aligned
         make = student.e.new_empty
@@ -540,7 +548,7 @@ def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) 
         results[2] = torch.where(blocks.in_range, results[2], torch.nan)
     logprobs = results[2] if has_targets else results.new_empty(0)
     divergence, entropy, _, lse, teacher_lse, relative = (
-        blocks.scatter(x) for x in results.clone()
+        blocks.scatter(x.clone()) for x in results
     )
     if has_targets:
         logprobs = blocks.scatter(logprobs.clone())
