@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from cut_cross_entropy.benchmark.environment import in_words
-from cut_cross_entropy.benchmark.measure import KINDS
+from cut_cross_entropy.benchmark.kinds import KINDS
 from cut_cross_entropy.benchmark.methods import METHODS
 from cut_cross_entropy.benchmark.output import COLUMNS, MORE
 from cut_cross_entropy.benchmark.shapes import SHAPES
@@ -91,7 +91,7 @@ def collect(files: dict[str, dict[str, Any]]) -> Measurements:
             device = content["environment"]["device"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{source} must name environment.device") from error
-        found = [row for row in content.get("rows", []) if "kind" in row]
+        found = [row for row in content.get("rows", []) if row.get("kind") in KINDS]
         count[device] = count.get(device, 0) + len(found)
         where = {"device": device, "source": source, "part": content.get("part", "benchmark")}
         rows += [{**row, **where} for row in found]

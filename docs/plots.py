@@ -50,8 +50,9 @@ class Plot:
 
     @property
     def digest(self) -> str:
-        """Hash of the data, the drawing function's source, and the names and colours of all."""
-        shared = [COLORS, RUN_COLORS, RUN_NAMES, STYLE, [method_name(m) for m in METHODS]]
+        """Hash of the data, the drawing function's source, the colours and the methods' names."""
+        names = [method_name(m) for m in METHODS if m in set(self.data.get("method", ()))]
+        shared = [COLORS, RUN_COLORS, RUN_NAMES, STYLE, names]
         code = [inspect.getsource(function) for function in (self.draw, log_axis, Plot.figure)]
         content = json.dumps([self.title, self.data.to_dict("list"), shared, code])
         return hashlib.sha256(content.encode()).hexdigest()[:24]

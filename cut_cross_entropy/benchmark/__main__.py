@@ -19,7 +19,8 @@ import torch
 from . import output
 from .data import KINDS as DATA_KINDS
 from .environment import environment
-from .measure import KINDS, SOAK
+from .kinds import KINDS, TOKEN_KINDS, parse
+from .measure import SOAK
 from .methods import METHODS, installed
 from .pool import Clock, processes
 from .runs import Session, Task, measure
@@ -29,6 +30,15 @@ SWEEP_TOKENS = [2**i for i in range(10, 18)]
 SWEEP_CLASSES = [65536, 98304, 131072, 196608, 262144]
 CPU_SWEEP_TOKENS = [128, 256, 512, 1024]
 CPU_SWEEP_CLASSES = [4096, 8192, 16384, 32768]
+
+
+def kind(name: str) -> str:
+    """Check the name of a kind."""
+    try:
+        parse(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,7 +62,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="default: all that run here, other packages if they are installed")
     add("--peer", nargs="+", default=[], metavar="METHOD=PATH",
         help="folder with another package, for instance apple=PATH")
-    add("--kinds", nargs="+", choices=KINDS, help="passes to measure; default all")
+    add("--kinds", nargs="+", type=kind, metavar="KIND",
+        help=f"passes to measure: {', '.join(KINDS)} (the default); {', '.join(TOKEN_KINDS)}, "
+        "which take +entropy, +temperature, +rank, +candidates or +reverse, +jsd, +temperature")
     add("--repetitions", type=int, default=12, help="timed runs of each, in rounds of three")
     add("--soak", type=float, default=SOAK, help="seconds of work before each turn, on a GPU")
     add("--no-errors", action="store_true", help="skip the float32 reference")
@@ -119,7 +131,9 @@ def chosen_methods(arguments: argparse.Namespace, on_gpu: bool) -> list[str]:
     """The methods to start, the product that all are compared with included."""
     names = arguments.methods
     if names is None:
-        names = [name for name in METHODS if installed(name, arguments.peer)]
+        subjects = {parse(name).subject for name in arguments.kinds or KINDS}
+        fitting = [name for name, method in METHODS.items() if any(map(method.has, subjects))]
+        names = [name for name in fitting if installed(name, arguments.peer)]
     return ["gemm", *(name for name in names if name != "gemm" and (on_gpu or METHODS[name].cpu))]
 
 
@@ -166,6 +180,9 @@ def run(
     print("  ".join(f"{key} {value}" for key, value in where.items()))
     burst = min(3, arguments.repetitions)
     methods = chosen_methods(arguments, torch.cuda.is_available())
+    if arguments.methods is None:
+        absent = [name for name in METHODS if not installed(name, arguments.peer)]
+        print(f"not installed: {', '.join(absent) or 'nothing'}")
     with processes(methods, arguments.peer) as pool:
         clock, rounds = Clock(arguments.time_limit), -(-arguments.repetitions // burst)
         session = Session(pool, clock, rounds, burst, arguments.soak, progress, measured)

@@ -35,8 +35,8 @@ class Problem:
     softcap: float | None = None
 
     def logits(self, e: Tensor, c: Tensor) -> Tensor:
-        """Full logits of embeddings and a classifier, in float32, capped as the problem's."""
-        logits = F.linear(e, c).float()
+        """Full logits, in float32 (float64 of float64), capped as the problem's."""
+        logits = F.linear(e, c).to(torch.promote_types(e.dtype, torch.float32))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def part(self, tokens: slice) -> "Problem":

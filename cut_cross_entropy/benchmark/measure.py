@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .data import IGNORE_INDEX, Problem
 
-KINDS = ("loss-fw", "loss-bw", "loss-fw-bw")
-
 SOAK = 0.15  # seconds of work before a GPU is timed: one that has rested is faster than it can stay
 LONG_SOAK = 1.5  # the same, until its power limit shows as well
 
@@ -116,7 +114,7 @@ class Exact:
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
     """Return the Frobenius norm of the difference, relative to that of ``exact``."""
-    return float((value.float() - exact).norm() / exact.norm())
+    return float((value.to(exact.dtype) - exact).norm() / exact.norm())
 
 
 def exact_gradients(problem: Problem, tokens: int = 512) -> Exact:

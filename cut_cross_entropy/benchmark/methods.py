@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import token_methods as tokens
 from .data import Problem
+from .questions import Builder
 
 if TYPE_CHECKING:  # the name may be somebody else's package
     from cut_cross_entropy.options import ImplName
@@ -31,6 +33,7 @@ class Method:
 
     Args:
         build: makes the loss of a problem.
+        logprobs, divergence: make the results for each token of a question; None if there are none.
         package: what has to be importable; None for PyTorch itself.
         cpu: whether it runs without a GPU.
         softcap: whether it can cap logits.
@@ -39,11 +42,17 @@ class Method:
     """
 
     build: Callable[[Problem], Loss]
+    logprobs: Builder | None = None
+    divergence: Builder | None = None
     package: str | None = "cut_cross_entropy"
     cpu: bool = False
     softcap: bool = True
     peer: bool = False
     title: str = ""
+
+    def has(self, subject: str) -> bool:
+        """Whether it has kinds of this subject: ``"loss"``, ``"logprobs"`` or ``"divergence"``."""
+        return subject == "loss" or getattr(self, subject) is not None
 
 
 def _ours(impl: "ImplName") -> Callable[[Problem], Loss]:
@@ -102,23 +111,6 @@ def _quack(problem: Problem) -> Loss:
     return lambda: loss(problem.e, problem.c, problem.targets, tuned=False)
 
 
-def _trl(problem: Problem) -> Loss:
-    from trl.kernels import ChunkedLogProbFunction
-
-    chunk = 32768  # classes; what TRL's own forward passes
-
-    def loss() -> Tensor:
-        counted = problem.targets != -100
-        log_probability = ChunkedLogProbFunction.apply(
-            problem.e[counted], problem.c, None, problem.targets[counted], 1.0, chunk,
-            problem.softcap, 1.0, (),
-        )[0]  # fmt: skip
-        value: Tensor = -log_probability.sum() / counted.sum().clamp(min=1)
-        return value
-
-    return loss
-
-
 def _torch(problem: Problem) -> Loss:
     function: Any = getattr(F, "linear_cross_entropy", None)
     options: Any = getattr(torch.nn, "LinearCrossEntropyOptions", None)
@@ -130,18 +122,35 @@ def _torch(problem: Problem) -> Loss:
 
 
 METHODS = {
-    "gemm": Method(_gemm, None, cpu=True, title="one product `e @ c.T`"),
-    "cce": Method(_ours("cce"), title="`cce`"),
-    "cce_exact": Method(_ours("cce_exact"), title="`cce_exact`"),
+    "gemm": Method(_gemm, None, None, None, cpu=True, title="one product `e @ c.T`"),
+    "cce": Method(_ours("cce"), tokens.ours("cce"), tokens.our_divergence("auto"), title="`cce`"),
+    "cce_exact": Method(_ours("cce_exact"), tokens.ours("cce_exact"), title="`cce_exact`"),
     "torch_compile": Method(_ours("torch_compile"), cpu=True, title="`torch_compile`"),
-    "chunked": Method(_ours("chunked"), cpu=True, title="`chunked`"),
-    "baseline": Method(_baseline, None, cpu=True, title="full logits, eager"),
+    "chunked": Method(
+        _ours("chunked"), tokens.ours("chunked"), tokens.our_divergence("chunked"), cpu=True,
+        title="`chunked`",
+    ),
+    "baseline": Method(
+        _baseline, tokens.full_logits, tokens.full_logits_divergence, None, cpu=True,
+        title="full logits, eager",
+    ),
     "apple": Method(_apple, peer=True, title="Apple's `cce`"),
-    "liger": Method(_liger, "liger_kernel", peer=True, title="Liger"),
-    "quack": Method(_quack, "quack", softcap=False, peer=True, title="quack"),
-    "trl": Method(_trl, "trl", cpu=True, peer=True, title="TRL, chunked"),
-    "torch": Method(_torch, None, cpu=True, softcap=False, title="`F.linear_cross_entropy`"),
-}
+    "liger": Method(
+        _liger, tokens.liger, tokens.liger_divergence, "liger_kernel", peer=True, title="Liger"
+    ),
+    "quack": Method(_quack, None, None, "quack", softcap=False, peer=True, title="quack"),
+    "trl": Method(
+        tokens.mean_nll(tokens.trl), tokens.trl, tokens.trl_divergence, "trl", cpu=True, peer=True,
+        title="TRL, chunked",
+    ),
+    "verl": Method(
+        tokens.mean_nll(tokens.verl), tokens.verl, None, "verl", softcap=False, peer=True,
+        title="verl",
+    ),
+    "torch": Method(
+        _torch, None, None, None, cpu=True, softcap=False, title="`F.linear_cross_entropy`"
+    ),
+}  # fmt: skip
 
 
 def installed(name: str, peers: dict[str, str]) -> bool:

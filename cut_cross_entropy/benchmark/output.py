@@ -13,9 +13,13 @@ COLUMNS = ("method", "kind", "runtime_ms", "op_mem_mb", "test_data")
 FORMATS = {
     **dict.fromkeys(COLUMNS, ""), "runtime_ms": ".2f", "op_mem_mb": ".1f", "gemms": ".2f",
     "tflops": ".3g", "error_dE": ".2%", "error_dC": ".2%",
+    "error_logprobs": ".1e", "error_entropy": ".1e", "error_candidates": ".1e",
+    "error_rank": ".2%", "error_divergence": ".1e",
 }  # fmt: skip
 MORE = (
-    "gemms", "tflops", "error_e", "error_c", "rounding_e", "rounding_c", "loss_error", "spread_ms",
+    "gemms", "tflops", "error_e", "error_c", "rounding_e", "rounding_c", "loss_error",
+    "error_logprobs", "error_entropy", "error_candidates", "error_rank", "error_divergence",
+    "spread_ms",
     "q1_ms", "q3_ms", "repetitions", "first_ms", "cold", "gemm_ms", "tokens", "classes", "dim",
     "dtype", "kind_of_data", "ignored", "frozen", "version",
 )  # fmt: skip
@@ -32,7 +36,9 @@ def memory_note(rows: Sequence[dict[str, Any]]) -> str:
     """Explain why ``chunked`` needs more memory than full logits, where it does."""
     peak = {row["method"]: row["op_mem_mb"] for row in rows}
     row = rows[0]
-    if row["kind"] == "loss-fw" or peak.get("chunked", 0) <= peak.get("baseline", float("inf")):
+    if row["kind"] not in ("loss-bw", "loss-fw-bw") or peak.get("chunked", 0) <= peak.get(
+        "baseline", float("inf")
+    ):
         return ""
     return (
         "chunked needs more memory than full logits here: next to dC it has up to two float32 "
@@ -43,11 +49,19 @@ def memory_note(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of the terminal: the columns, the ratio to one product, speed and errors."""
-    lines = [["", *FORMATS]]
+    """The table of the terminal: the columns, the ratio to one product, speed and errors.
+
+    Columns of errors that no row has are left out.
+    """
+    rows = [{**x, "error_dE": x.get("error_e"), "error_dC": x.get("error_c")} for x in rows]
+    formats = {
+        name: form
+        for name, form in FORMATS.items()
+        if not name.startswith("error_") or any(row.get(name) is not None for row in rows)
+    }
+    lines = [["", *formats]]
     for index, row in enumerate(rows):
-        row = {**row, "error_dE": row.get("error_e"), "error_dC": row.get("error_c")}
-        cells = ((row.get(name), form) for name, form in FORMATS.items())
+        cells = ((row.get(name), form) for name, form in formats.items())
         lines.append([str(index), *("" if x is None else format(x, form) for x, form in cells)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)

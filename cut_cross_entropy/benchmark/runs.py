@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-from .measure import KINDS, SOAK, quartiles
+from .kinds import KINDS, parse
+from .measure import SOAK, quartiles
 from .pool import Clock, Process, WorkerError
 from .shapes import Shape
-
-PASSES = {"loss-fw": 1, "loss-bw": 2, "loss-fw-bw": 3}
-"""Products that an exact computation cannot do without: what TFLOP/s count."""
 
 Row = dict[str, Any]
 
@@ -104,36 +102,45 @@ def measure(task: Task, session: Session) -> list[Row]:
     for name in list(session.pool):
         session.progress(f"{task.name}: data and first call of {name}")
         loaded = ask(name, "load", 180.0, **task.data())
-        first = loaded and ask(name, "first", 150.0, kind=task.kinds[-1])
+        first = loaded and ask(name, "first", 150.0, kinds=list(task.kinds))
         if not loaded or not first:
             continue
         found[name] = {**loaded, **first, "cold": name not in session.started}
         session.started.add(name)
         if task.errors and name == "gemm":
             session.data[task.name] = ask(name, "describe") or {}
-        elif task.errors:
-            session.progress(f"{task.name}: errors of {name}")
-            found[name] |= ask(name, "errors") or {}
-    rows = []
+    rows, errors = list[Row](), dict[tuple[Any, ...], Row]()
     for kind in task.kinds:
-        new = _rows_of_kind(task, session, kind, found)
+        new = _rows_of_kind(task, session, kind, found, errors)
         if new:
             session.measured(new)
         rows += new
     return rows
 
 
-def _rows_of_kind(task: Task, session: Session, kind: str, found: dict[str, Row]) -> list[Row]:
+def _rows_of_kind(
+    task: Task,
+    session: Session,
+    kind: str,
+    found: dict[str, Row],
+    errors: dict[tuple[Any, ...], Row],
+) -> list[Row]:
+    """Rows of one kind. ``errors`` is filled: kinds of one computation have the same errors."""
+    computed = parse(kind).subject, parse(kind).additions
     memory: dict[str, Row | None] = {}
     start = time.perf_counter()
     for name in [name for name in found if name != "gemm"]:
         session.progress(f"{task.name}: memory of {name}, {kind}")
-        memory[name] = session.ask(task, name, "memory", kind=kind)
+        memory[name] = session.ask(task, name, "memory", what=kind, kind=kind)
     ready = [name for name in found if name == "gemm" or memory[name]]
     # Memory took two passes of each method; a turn is one that does not count and a burst.
     seconds = (time.perf_counter() - start) / 2 * session.rounds * (session.burst + 1)
     if torch.cuda.is_available():
         seconds += session.rounds * len(ready) * session.soak
+    for name in [name for name in ready if name != "gemm" and task.errors]:
+        if (name, computed) not in errors:
+            session.progress(f"{task.name}: errors of {name}, {kind}")
+            errors[name, computed] = session.ask(task, name, "errors", kind=kind) or {}
     rounds = "1 round" if session.rounds == 1 else f"{session.rounds} rounds"
     session.progress(
         f"{task.name}: {kind}, {rounds} of {len(ready)} methods, about {seconds:.0f} s"
@@ -141,7 +148,12 @@ def _rows_of_kind(task: Task, session: Session, kind: str, found: dict[str, Row]
     times = take_turns(task, session, kind, ready)
     gemm = quartiles(times["gemm"])[1] if times.get("gemm") else None
     return [
-        {**_row(task, kind, values, gemm, found[name]), **(memory[name] or {}), "method": name}
+        {
+            **_row(task, kind, values, gemm, found[name]),
+            **(memory[name] or {}),
+            **errors.get((name, computed), {}),
+            "method": name,
+        }
         for name, values in times.items()
         if name != "gemm" and values
     ]
@@ -171,7 +183,7 @@ def take_turns(
 
 def _row(task: Task, kind: str, times: list[float], gemm: float | None, found: Row) -> Row:
     first, median, third = quartiles(times)
-    passes = PASSES[kind] - bool(task.frozen and kind != "loss-fw")
+    passes = parse(kind).products - bool(task.frozen and parse(kind).part != "fw")
     flop = 2.0 * found["tokens"] * found["classes"] * found["dim"] * passes * (1 - task.ignored)
     return {
         **found,

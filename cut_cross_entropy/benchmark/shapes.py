@@ -23,6 +23,7 @@ SHAPES = {
         Shape("llama3-8b", 128256, 4096, title="Llama 3 8B"),
         Shape("llama3-70b", 128256, 8192, title="Llama 3 70B"),
         Shape("llama3.2-1b", 128256, 2048, title="Llama 3.2 1B"),
+        Shape("ministral-8b", 131072, 4096, title="Ministral 8B"),
         Shape("mistral-nemo", 131072, 5120, title="Mistral NeMo"),
         Shape("phi3.5", 32064, 3072, title="Phi 3.5 Mini"),
         Shape("qwen3-0.6b", 151936, 1024, title="Qwen3 0.6B"),

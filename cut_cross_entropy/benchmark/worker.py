@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from .data import Problem, describe, ignore, make, read
+from .kinds import Kind, parse
 from .measure import SOAK, exact_gradients, peak_mib, relative_error, synchronize, timed
 from .methods import METHODS, version_of
+from .questions import ask, errors
 from .shapes import Shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,9 +85,11 @@ class Worker:
         change what they have saved.
         """
         loss, inputs = self.loss, list(self._inputs().values())
-        nothing = lambda: None
+        nothing, asked = lambda: None, parse(kind)
         if self.name == "gemm":
             return lambda _: loss(), nothing
+        if asked.subject != "loss":
+            return self._token_pass(asked), nothing
         if kind == "loss-bw":
             return lambda graph: torch.autograd.grad(graph, inputs), loss
         if kind == "loss-fw":
@@ -95,11 +99,34 @@ class Worker:
             return lambda _: forward(), nothing
         return lambda _: torch.autograd.grad(loss(), inputs), nothing
 
-    def first(self, kind: str) -> dict[str, Any]:
-        """Time the first call with all that it compiles: a cold start if the process is fresh."""
+    def _token_pass(self, kind: Kind) -> Callable[[Any], object]:
+        """What one repetition of a kind with results for each token runs."""
+        build = getattr(self.method, kind.subject)
+        if build is None:
+            raise NotImplementedError(f"{self.name} does not have {kind.subject}")
+        inputs, question = list(self._inputs().values()), ask(self.problem, kind)
+        if kind.part == "fw":
+            plain = dataclasses.replace(self.problem, e=self.problem.e.detach())
+            forward = torch.no_grad()(build(dataclasses.replace(question, problem=plain)))
+            return lambda _: forward()
+        run = build(question)
+        return lambda _: question.gradients(run(), inputs)
+
+    def first(self, kinds: list[str]) -> dict[str, Any]:
+        """Time the first call with all that it compiles: a cold start if the process is fresh.
+
+        Of the kinds it is the last that the method has.
+        """
         start = time.perf_counter()
-        run, prepare = self._pass(kind)
-        run(prepare())
+        for kind in reversed(kinds):
+            try:
+                run, prepare = self._pass(kind)
+                run(prepare())
+            except NotImplementedError:
+                if kind == kinds[0]:
+                    raise
+            else:
+                break
         synchronize(self.device)
         return {"first_ms": (time.perf_counter() - start) * 1e3}
 
@@ -114,12 +141,27 @@ class Worker:
         run(prepare())
         return {"op_mem_mb": peak_mib(run, self.device, prepare)}
 
-    def errors(self) -> dict[str, Any]:
-        """Compare loss and gradients with full logits in float32, and tell what the filter did."""
-        exact, inputs = exact_gradients(self.problem), self._inputs()
+    def errors(self, kind: str) -> dict[str, Any]:
+        """Compare with full logits, and tell what the filter did.
+
+        Loss and gradients are compared with float32, results for each token with float64.
+        """
+        asked, inputs = parse(kind), self._inputs()
         recorder: Any = contextlib.nullcontext([])
         if self.name.startswith("cce"):
             recorder = importlib.import_module("cut_cross_entropy").record_filter()
+        if asked.subject != "loss":
+            question = ask(self.problem, asked)
+            with recorder as records:
+                scores = getattr(self.method, asked.subject)(question)()
+                found = question.gradients(scores, list(inputs.values()))
+            gradients = dict(zip(inputs, found, strict=True))
+            exact_method = getattr(METHODS["baseline"], asked.subject)
+            return {
+                "filter": [dataclasses.asdict(record) for record in records],
+                **errors(question, scores, gradients, exact_method),
+            }
+        exact = exact_gradients(self.problem)
         with recorder as records:
             loss = self.loss()
             grads = torch.autograd.grad(loss, list(inputs.values()))
