@@ -123,7 +123,7 @@ def _torch(problem: Problem) -> Loss:
 
 METHODS = {
     "gemm": Method(_gemm, None, None, None, cpu=True, title="one product `e @ c.T`"),
-    "cce": Method(_ours("cce"), tokens.ours("cce"), tokens.our_divergence("auto"), title="`cce`"),
+    "cce": Method(_ours("cce"), tokens.ours("cce"), tokens.our_divergence("cce"), title="`cce`"),
     "cce_exact": Method(_ours("cce_exact"), tokens.ours("cce_exact"), title="`cce_exact`"),
     "torch_compile": Method(_ours("torch_compile"), cpu=True, title="`torch_compile`"),
     "chunked": Method(
