@@ -13,6 +13,8 @@ from docs.plots import Plot, draw_curves, draw_rarity, minus, run_name, short
 
 NAMES = ("finetune", "pretrain")
 FULL = "full"
+MODELS = {"smollm2": "SmolLM2 135M", "gemma3-270m": "Gemma 3 270M"}
+"""Names of models by those of their files without the ending."""
 LAST_STEPS = 20
 """Steps whose training losses are averaged at the end of a run."""
 KEY = ["method", "seed"]
@@ -37,6 +39,18 @@ class Record:
     def device(self) -> str:
         """Name of the device."""
         return str(self.content["machine"]["device"])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a batch."""
+        settings = self.content["settings"]
+        return int(settings["batch_size"] * settings["length"])
+
+    @property
+    def model(self) -> str:
+        """Name of the model that is fine-tuned."""
+        name = Path(self.content["settings"]["model"]).stem
+        return MODELS.get(name, name)
 
 
 Records = dict[str, list[Record]]
@@ -134,16 +148,20 @@ def _section(name: str, record: Record) -> str:
     curves_link = f"![Loss curves and their differences](images/{record.name}.png)"
     if name == "finetune":
         parts = [
-            table(by_method(runs), FINETUNE),
+            f"### {record.model}",
+            _heading(content),
+            table(by_method(record), FINETUNE),
             f"Held-out loss before training: {content['before']['held_out_loss']:.4f}. Last "
             f"training loss: mean of the last {LAST_STEPS} steps. {seeds_sentence(runs)}{spread}",
+            _largest(content),
             curves_link,
         ]
     else:
         first = next(run for run in content["runs"] if run["method"] == FULL)
         last = first["judged"][-1]
         parts = [
-            table(by_method(runs), PRETRAIN),
+            _heading(content),
+            table(by_method(record), PRETRAIN),
             seeds_sentence(runs).strip(),
             "Rarest tenth: held-out targets whose token training saw at most "
             f"{last['rarest_tenth']['at_most']} times (first seed). {first['unseen_tokens']} "
@@ -157,7 +175,19 @@ def _section(name: str, record: Record) -> str:
     if content["skipped"]:
         names = ", ".join(f"`{run['method']}` seed {run['seed']}" for run in content["skipped"])
         parts.append(f"Not run, for lack of time: {names}.")
-    return "\n\n".join(part.strip("\n") for part in (_heading(content), *parts) if part)
+    return "\n\n".join(part.strip("\n") for part in parts if part)
+
+
+def _largest(content: Mapping[str, Any]) -> str:
+    """Return the table of the largest batches that fit, if they were looked for."""
+    rows = [
+        {**row, "speed": 1e3 * row["tokens"] / row["ms_per_step"]}
+        for row in content.get("largest", [])
+        if row["tokens"]
+    ]
+    if not rows:
+        return ""
+    return "Largest batch that fits, to within a sixteenth:\n\n" + table(rows, LARGEST)
 
 
 def _heading(content: Mapping[str, Any]) -> str:
@@ -171,9 +201,9 @@ def _heading(content: Mapping[str, Any]) -> str:
     )
 
 
-def by_method(runs: pd.DataFrame) -> list[dict[str, Any]]:
+def by_method(record: Record) -> list[dict[str, Any]]:
     """Return a row for each method: means over the shared seeds, and differences by seed."""
-    rows = []
+    rows, runs = [], record.runs
     full = runs[runs["method"] == FULL].set_index("seed")["losses"]
     for method, own in runs.groupby("method", sort=False):
         shared, compared = comparable(runs, method), differences(runs, method)
@@ -190,12 +220,25 @@ def by_method(runs: pd.DataFrame) -> list[dict[str, Any]]:
             if steps:
                 row["largest"], row["mean"] = pd.concat(steps).max(), pd.concat(steps).mean()
         row |= {"ms": own["ms_per_step"].median(), "mib": own["peak_mib"].max()}
+        row["speed"] = 1e3 * record.tokens / row["ms"]
         rows.append(row)
     return rows
 
 
 METHOD: list[Column] = [("method", "`{method}`"), ("seeds", "{seeds}")]
-COST: list[Column] = [("ms a step", "{ms:.1f}"), ("peak MiB", "{mib:.0f}")]
+COST: list[Column] = [
+    ("ms a step", "{ms:.1f}"),
+    ("tokens/s", "{speed:,.0f}"),
+    ("peak MiB", "{mib:.0f}"),
+]
+LARGEST: list[Column] = [
+    ("method", "`{method}`"),
+    ("sequences", "{sequences}"),
+    ("tokens", "{tokens:,}"),
+    ("ms a step", "{ms_per_step:.0f}"),
+    ("tokens/s", "{speed:,.0f}"),
+    ("peak MiB", "{peak_mib:.0f}"),
+]
 BY_SEED = "minus full logits, by seed"
 FINETUNE: list[Column] = [
     *METHOD,
@@ -276,7 +319,7 @@ def plots_of(records: Records) -> list[Plot]:
     found = []
     for record in records["finetune"]:
         settings = record.content["settings"]
-        title = (f"Fine-tuning SmolLM2 135M, batches of {settings['batch_size']} x "
+        title = (f"Fine-tuning {record.model}, batches of {settings['batch_size']} x "
                  f"{settings['length']:,} tokens, {short(record.device)}")  # fmt: skip
         data = record.runs[[*KEY, "losses"]].assign(smooth=1)
         found.append(Plot(record.name, title, draw_curves, data))

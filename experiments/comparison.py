@@ -9,6 +9,7 @@ import argparse
 import gc
 import hashlib
 import importlib.metadata
+import json
 import platform
 import sys
 import time
@@ -26,9 +27,11 @@ from cut_cross_entropy.benchmark.measure import synchronize
 from cut_cross_entropy.benchmark.output import write_json
 from cut_cross_entropy.options import ALL_IMPLS
 from experiments.corpus import installed_roots
+from experiments.largest import largest_batch
+from experiments.peers import PEERS, peer_loss
 from training.arguments import Parser, add_settings, config_from
 from training.loop import Schedule, draw_batches, train_steps
-from training.losses import FULL, hidden_states, make_loss
+from training.losses import FULL, FullLogits, hidden_states, make_loss
 
 REORDERED = "full_reordered"
 """Full logits with the sequences of every batch in reverse: the same sums in another order.
@@ -45,7 +48,7 @@ MEASUREMENTS = Path("docs/measurements/experiments")
 LABELS = {"sequence_length": "length"}
 """Settings that records name otherwise."""
 
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "cut-cross-entropy")
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "cut-cross-entropy", "liger-kernel")
 SETTINGS = ("steps", "batch_size", "sequence_length", "learning_rate", "warmup_steps")
 """Settings of the training script that the experiments have too."""
 
@@ -61,6 +64,7 @@ class Experiment(ABC):
         settings: settings for the record, in addition to :data:`SETTINGS`.
         data: description of the data for the record.
         weight_decay: weight decay of AdamW.
+        label: of the record's file, after the name of the experiment; "" without one.
     """
 
     training: Tensor
@@ -68,6 +72,7 @@ class Experiment(ABC):
     settings: dict[str, Any]
     data: dict[str, Any]
     weight_decay: float
+    label = ""
 
     @abstractmethod
     def make_model(self, seed: int) -> Any:
@@ -104,10 +109,14 @@ def tokenize(texts: Sequence[str], tokenizer: Any) -> Tensor:
     return torch.cat(rows)
 
 
-def cut_windows(tokens: Tensor, length: int) -> Tensor:
-    """Cut ``tokens`` into windows without overlap, (n, ``length``); the rest is left out."""
-    count = len(tokens) // length
-    return tokens[: count * length].view(count, length)
+def cut_windows(tokens: Tensor, length: int, first: int | None = None) -> Tensor:
+    """Cut ``tokens`` into windows without overlap, (n, ``length``); the rest is left out.
+
+    Each begins with the token ``first``, if given.
+    """
+    own = length - (first is not None)
+    windows = tokens[: len(tokens) // own * own].view(-1, own)
+    return windows if first is None else F.pad(windows, (1, 0), value=first)
 
 
 def sha256(tokens: Tensor) -> str:
@@ -148,16 +157,30 @@ def token_losses(
     return torch.cat(found), mass / windows[:, 1:].numel()
 
 
+def loss_of(method: str, device: torch.device, apple: Path | None = None) -> FullLogits:
+    """Return the loss of ``method``; ``apple`` is a folder that holds Apple's package.
+
+    Raises:
+        ImportError: the method is another package's, which is not installed.
+        RuntimeError: the method cannot run on ``device``.
+    """
+    if method in PEERS:
+        return peer_loss(method, apple)
+    return make_loss(FULL if method == REORDERED else method, device)
+
+
 def train(
     experiment: Experiment,
     model: Any,
     method: str,
+    loss: FullLogits,
     batches: Tensor,  # (S, B, T), int64, on the model's device
     schedule: Schedule,
     interval: int,
     autocast: bool = True,
 ) -> dict[str, Any]:
-    """Train ``model``, and measure it after every ``interval`` steps and at the end.
+    """Train ``model`` by the ``loss`` of ``method``, and measure it after every ``interval`` steps
+    and at the end.
 
     Returns:
         Losses of all steps, the measurements, milliseconds per step and peak memory (0 on a CPU).
@@ -167,7 +190,6 @@ def train(
         FloatingPointError: a loss is not finite.
     """
     device, steps = batches.device, len(batches)
-    loss = make_loss(FULL if method == REORDERED else method, device)
     shown = batches.flip(1) if method == REORDERED else batches
     on_gpu = device.type == "cuda"
     gc.collect()  # a patched model is part of cycles, and the last run's would count here
@@ -209,12 +231,16 @@ def run(name: str, kind: type[Experiment], arguments: argparse.Namespace) -> Pat
 
     Raises:
         ValueError, FileNotFoundError, RuntimeError: wrong settings, no such model, no text.
+        ImportError: a method is another package's, which is not installed.
     """
     end, longest = time.monotonic() + arguments.time_limit, 0.0
     device = config_from(arguments).torch_device()
     methods = arguments.methods or (GPU_METHODS if device.type == "cuda" else CPU_METHODS)
+    losses = {method: loss_of(method, device, arguments.apple) for method in methods}
     experiment = kind(arguments, device)
     trained, held_out = experiment.training, experiment.held_out
+    if arguments.largest and device.type != "cuda":
+        raise ValueError(f"--largest needs a CUDA device, got {device}")
     if not (len(trained) and len(held_out)):
         raise ValueError(
             f"megabytes must give more text than {arguments.held_out} sequences of "
@@ -233,7 +259,7 @@ def run(name: str, kind: type[Experiment], arguments: argparse.Namespace) -> Pat
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
         label = device_name.lower().removeprefix("nvidia ").split()[0]
-    path: Path = arguments.out / f"{name}_{label}.json"
+    path: Path = arguments.out / f"{'_'.join(filter(None, (name, experiment.label, label)))}.json"
     record: dict[str, Any] = {
         "experiment": name,
         "machine": machine(device_name, arguments.commit),
@@ -245,28 +271,66 @@ def run(name: str, kind: type[Experiment], arguments: argparse.Namespace) -> Pat
         "data": {**experiment.data, "held_out_tokens": held_out.numel()},
         "runs": [],
         "skipped": [],
+        "largest": [],
     }
+    if arguments.resume and path.exists():
+        resume(record, json.loads(path.read_text(encoding="utf-8")), path)
+    done = {(run["method"], run["seed"]) for run in record["runs"]}
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         batches = draw_batches(trained, arguments.steps, arguments.batch_size, seed).to(device)
         for method in methods:
             began = time.monotonic()
             this = {"method": method, "seed": seed}
+            if (method, seed) in done:
+                continue
             if began + longest > end:
                 reason = f"time limit of {arguments.time_limit:g} s"
                 record["skipped"].append({**this, "reason": reason})
             else:
                 model = experiment.make_model(seed)
-                if seed == arguments.first_seed and method == methods[0]:
+                if "before" not in record:
                     record["before"] = experiment.measure(model, batches)
                 torch.manual_seed(seed)
                 interval = arguments.judge_interval or arguments.steps
-                result = train(experiment, model, method, batches, schedule, interval)
+                result = train(
+                    experiment, model, method, losses[method], batches, schedule, interval
+                )
                 longest = max(longest, time.monotonic() - began)
                 record["runs"].append({**this, **result, **experiment.describe(batches)})
                 last = {k: v for k, v in result["judged"][-1].items() if isinstance(v, float)}
                 print(f"{this}: {last}, {result['ms_per_step']:.1f} ms per step", flush=True)
             write_json(path, record)
+    done = {each["method"] for each in record["largest"]}
+    for method in methods if arguments.largest else ():
+        if method == REORDERED or method in done or time.monotonic() + longest > end:
+            continue
+        began = time.monotonic()
+        found = largest_batch(
+            experiment.make_model(arguments.first_seed),
+            losses[method],
+            trained.to(device),
+            schedule,
+            arguments.batch_size,
+        )
+        longest = max(longest, time.monotonic() - began)
+        record["largest"].append({"method": method, **found})
+        print(f"{method}: largest batch {found}", flush=True)
+        write_json(path, record)
     return path
+
+
+def resume(record: dict[str, Any], old: dict[str, Any], path: Path) -> None:
+    """Take over the runs of an ``old`` record, read from ``path``.
+
+    Raises:
+        ValueError: it is of other settings or data, another device, version or commit.
+    """
+    machines = [{**one["machine"], "command": "", "date": ""} for one in (record, old)]
+    if machines[0] != machines[1] or any(record[x] != old[x] for x in ("settings", "data")):
+        raise ValueError(f"--resume: {path} has other settings, data, device, versions or commit")
+    for name in ("runs", "before", "largest"):
+        if name in old:
+            record[name] = old[name]
 
 
 def machine(device: str, commit: str | None) -> dict[str, Any]:
@@ -298,12 +362,15 @@ def build_parser(name: str, description: str, **defaults: Any) -> Parser:
     add(
         "--methods",
         nargs="+",
-        choices=[FULL, REORDERED, *ALL_IMPLS],
+        choices=[FULL, REORDERED, *PEERS, *ALL_IMPLS],
         metavar="METHOD",
         help=f"what computes the loss, in this order: {FULL}, {REORDERED} (the same with every "
-        f"batch reversed) or an implementation; unless given: {' '.join(GPU_METHODS)} on a GPU, "
-        f"{' '.join(CPU_METHODS)} without one",
+        f"batch reversed), another package ({' '.join(PEERS)}) or an implementation; unless given: "
+        f"{' '.join(GPU_METHODS)} on a GPU, {' '.join(CPU_METHODS)} without one",
     )
+    add("--apple", type=Path, metavar="FOLDER", help="folder that holds Apple's package")
+    add("--resume", action="store_true", help="keep the runs of the record that is there already")
+    add("--largest", action="store_true", help="find the largest batch of each method after that")
     add("--commit", help="commit of the code, where neither COMMIT nor git says it")
     add("--seeds", type=int, help="number of seeds")
     add("--first-seed", type=int, default=0, help="first seed; the others follow")

@@ -1,15 +1,25 @@
-"""Text that every machine with Python packages has: their sources, documents and docstrings."""
+"""Text to train on: what every machine with Python packages has, and prose in files."""
 
 import hashlib
 import inspect
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 
 SUFFIXES = frozenset({".py", ".pyi", ".md", ".rst", ".txt"})
 LARGEST_FILE = 1 << 20
 """Bytes above which a file is left out: such files are tables, not text."""
+
+SHORTEST_PARAGRAPH = 60
+"""Characters below which a part of a page is a title, a menu or a label, not a paragraph."""
+
+_INLINE = frozenset(
+    {"a", "abbr", "acronym", "b", "big", "br", "cite", "code", "dfn", "em", "i", "img", "kbd", "q",
+     "s", "samp", "small", "span", "strong", "sub", "sup", "tt", "u", "var", "wbr"}
+)  # fmt: skip
+_HIDDEN = frozenset({"head", "nav", "pre", "script", "style", "table"})
 
 _DOCSTRING = re.compile(r'"""(.{80,}?)"""', re.DOTALL)
 
@@ -67,6 +77,68 @@ def docstrings(roots: Sequence[Path], limit: int) -> list[str]:
         if total >= limit:
             break
     return list(texts)
+
+
+def prose(path: Path) -> list[str]:
+    """Return the text of each ``.txt`` and the paragraphs of each ``.html`` file, in the order of
+    their names; no paragraph of a page comes twice.
+
+    Args:
+        path: such a file, or a folder that holds them.
+
+    Raises:
+        ValueError: there are no such files, or they hold no text.
+        FileNotFoundError: there is no such path.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"--text {str(path)!r}: there is no such file or folder")
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    texts, seen = [], set[str]()
+    for file in files:
+        if file.suffix == ".txt":
+            texts.append(file.read_text(encoding="utf-8").strip())
+        elif file.suffix in (".html", ".htm"):
+            page = _Paragraphs()
+            page.feed(file.read_text(encoding="utf-8"))
+            page.close()
+            page.end_part()
+            texts.append("\n\n".join(part for part in page.parts if part not in seen))
+            seen.update(page.parts)
+    texts = [text for text in texts if text]
+    if not texts:
+        raise ValueError(f"--text must name .txt or .html files with text, got {str(path)!r}")
+    return texts
+
+
+class _Paragraphs(HTMLParser):
+    """Paragraphs of a page, without titles, menus, tables and listings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self._words: list[str] = []
+        self._hidden = 0  # elements around that are not shown
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in _INLINE:
+            self.end_part()
+        self._hidden += tag in _HIDDEN
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in _INLINE:
+            self.end_part()
+        self._hidden = max(0, self._hidden - (tag in _HIDDEN))
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self._words.append(data)
+
+    def end_part(self) -> None:
+        """Keep the text since the last part ended, if it is a paragraph."""
+        text = " ".join("".join(self._words).split())
+        self._words.clear()
+        if len(text) >= SHORTEST_PARAGRAPH:
+            self.parts.append(text)
 
 
 def _texts(roots: Sequence[Path]) -> Iterator[tuple[Path, str]]:

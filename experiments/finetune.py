@@ -1,6 +1,7 @@
 """Fine-tune SmolLM2-135M, or another model, with full logits and without.
 
 python -m experiments.finetune
+python -m experiments.finetune --model MODEL.gguf --text FOLDER --methods full liger cce
 """
 
 import argparse
@@ -13,8 +14,9 @@ import torch
 
 from experiments import comparison
 from experiments.comparison import Experiment, cut_windows, sha256, tokenize
-from experiments.corpus import docstrings
+from experiments.corpus import docstrings, prose
 from training.arguments import Parser, add_settings
+from training.losses import plain_head
 from training.models import load_model
 
 SMOKE = {
@@ -43,30 +45,41 @@ def build_parser() -> Parser:
         seeds=3,
     )
     add_settings(parser, ("model",))
+    parser.add_argument(
+        "--text",
+        type=Path,
+        help="prose to train on instead of Python's: a .txt or .html file or a folder of them",
+    )
     return parser
 
 
 class Finetune(Experiment):
-    """A model that is trained already, on help topics and docstrings."""
+    """A model that is trained already, on help topics and docstrings or on other prose."""
 
     weight_decay = 0.01
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         super().__init__(arguments, device)
-        texts = docstrings(self.roots, self.characters)
+        text = "help topics and docstrings of Python and of the installed packages"
+        if arguments.text is None:
+            texts = docstrings(self.roots, self.characters)
+        else:
+            texts, text = prose(arguments.text), f"prose of {arguments.text.name}"
         self.model, tokenizer = load_model(arguments.model, torch.float32, device)
-        windows = cut_windows(tokenize(texts, tokenizer), arguments.sequence_length)
+        plain_head(self.model)  # which the held-out loss supposes
+        begin = tokenizer.bos_token_id  # if the model's sequences begin with it
+        begin = begin if tokenizer("")["input_ids"] == [begin] else None
+        windows = cut_windows(tokenize(texts, tokenizer), arguments.sequence_length, begin)
         # The same sequences are held out with every seed.
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
         self.training = windows[order[arguments.held_out :]]
         self.held_out = windows[order[: arguments.held_out]].to(device)
+        self.label = Path(arguments.model).stem
         self.settings = {"model": Path(arguments.model).name}
-        self.data = {
-            "text": "help topics and docstrings of Python and of the installed packages",
-            "tokens": windows.numel(),
-            "sha256": sha256(windows),
+        self.data = {"text": text, "tokens": windows.numel(), "sha256": sha256(windows)}
+        self.start = {
+            name: value.to("cpu", copy=True) for name, value in self.model.state_dict().items()
         }
-        self.start = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def make_model(self, seed: int) -> Any:
         """Return the model as it was loaded."""

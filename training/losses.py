@@ -19,6 +19,9 @@ from cut_cross_entropy.options import ImplName
 FULL = "full"
 """Name of the loss from the model's own logits."""
 
+TRIAL_FACTOR = 1000.0
+"""Factor of the hidden states in :func:`plain_head`."""
+
 
 class IdlePatchError(RuntimeError):
     """A loss was to be computed without logits and was not."""
@@ -135,6 +138,35 @@ def hidden_states(model: Any, input_ids: Tensor) -> Tensor:
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     hidden: Tensor = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden
+
+
+def plain_head(model: Any) -> Tensor:
+    """Return the weight (V, D) of the output layer, of a model whose logits are nothing more than
+    the product of :func:`hidden_states` and it.
+
+    Raises:
+        ValueError: the logits have a bias, a softcap or a scale.
+    """
+    head, training = model.get_output_embeddings(), model.training
+    ids = torch.arange(8, device=head.weight.device)[None]  # padding among them embeds as zeros
+    # Logits large enough for a softcap to show, which small ones pass unchanged.
+    enlarge = head.register_forward_pre_hook(lambda _, inputs: (TRIAL_FACTOR * inputs[0],))
+    try:
+        with torch.no_grad():
+            logits = model.eval()(input_ids=ids, use_cache=False).logits
+            hidden = hidden_states(model, ids)
+    finally:
+        enlarge.remove()
+        model.train(training)
+    expected = F.linear(TRIAL_FACTOR * hidden, head.weight)
+    error = (logits - expected).norm() / expected.norm()
+    if getattr(head, "bias", None) is not None or not error < 0.02:  # rounding of bfloat16: 0.003
+        raise ValueError(
+            f"the output layer of {type(model).__name__} must be a product without bias, softcap "
+            "and scale; cce_patch supports others"
+        )
+    weight: Tensor = head.weight
+    return weight
 
 
 def make_loss(name: str, device: torch.device) -> FullLogits:

@@ -105,7 +105,10 @@ def test_methods_see_the_same_and_the_yardstick_is_close(model_folder):
         model.config.attention_dropout = 0.0
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.0
-        results[method] = train(Measured(), model, method, batches, SCHEDULE, 4, autocast=False)
+        loss = comparison.loss_of(method, CPU)
+        results[method] = train(
+            Measured(), model, method, loss, batches, SCHEDULE, 4, autocast=False
+        )
     full = results["full"]["losses"]
     assert len(full) == 6
     assert [said["step"] for said in results["full"]["judged"]] == [4, 6]
@@ -128,7 +131,7 @@ def test_no_run_starts_that_would_end_after_the_time_limit(
 ):
     """Runs take 40 seconds each here, of 100; what is there is on the disk after each."""
     now, seen = [0.0], []
-    path = tmp_path / "new" / "finetune_cpu.json"
+    path = tmp_path / "new" / f"finetune_{model_folder.name}_cpu.json"
 
     def train(*_):
         seen.append(len(json.loads(path.read_text())["runs"]) if path.exists() else None)
@@ -163,8 +166,14 @@ def site(tmp_path_factory, roots, model_folder):
     return root
 
 
-def test_records_hold_the_runs(site):
-    found = json.loads((site / MEASUREMENTS / "finetune_cpu.json").read_text())
+@pytest.fixture(scope="module")
+def finetuned(model_folder):
+    """The name of the record of fine-tuning."""
+    return f"finetune_{model_folder.name}_cpu"
+
+
+def test_records_hold_the_runs(site, finetuned):
+    found = json.loads((site / MEASUREMENTS / f"{finetuned}.json").read_text())
     runs = {(run["method"], run["seed"]): run for run in found["runs"]}
     assert len(runs) == 6
     for seed in (0, 1):
@@ -183,16 +192,16 @@ def test_records_hold_the_runs(site):
         assert targets == found["data"]["held_out_tokens"] * 15 / 16
 
 
-def test_tables_and_plots_of_new_records(site, tmp_path):
+def test_tables_and_plots_of_new_records(site, finetuned, tmp_path):
     pytest.importorskip("matplotlib")
     records = training_runs.read(site / MEASUREMENTS)
-    finetuned, pretrained = (training_runs.section(name, records) for name in training_runs.NAMES)
-    assert finetuned.count("\n| `chunked` |") == pretrained.count("\n| `chunked` |") == 1
-    assert finetuned.count("| `full` | 2 |") == 1
+    sections = [training_runs.section(name, records) for name in training_runs.NAMES]
+    assert [text.count("\n| `chunked` |") for text in sections] == [1, 1]
+    assert sections[0].count("| `full` | 2 |") == 1
     found = training_runs.plots_of(records)
-    assert [p.name for p in found] == ["finetune_cpu", "pretrain_cpu", "pretrain_cpu_rare"]
+    assert [p.name for p in found] == [finetuned, "pretrain_cpu", "pretrain_cpu_rare"]
     for plot in found:
-        assert f"(images/{plot.name}.png)" in finetuned + pretrained
+        assert f"(images/{plot.name}.png)" in "".join(sections)
         assert not plot.is_current(tmp_path)
         assert plot.save(tmp_path).read_bytes().startswith(b"\x89PNG")
         assert plot.is_current(tmp_path)
