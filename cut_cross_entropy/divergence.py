@@ -10,6 +10,7 @@ from torch import Tensor
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.device_support import kernels_unavailable
 from cut_cross_entropy.dispatch import choose_impl
+from cut_cross_entropy.distributed.options import VocabParallelOptions
 from cut_cross_entropy.divergence_operators import run_divergence
 from cut_cross_entropy.divergence_results import DivergenceState
 from cut_cross_entropy.implementations import reference
@@ -67,6 +68,7 @@ def linear_divergence(
     ignore_index: int = IGNORE_INDEX,
     impl: ImplName | LinearCrossEntropyImpl = "auto",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    vocab_parallel_options: VocabParallelOptions | None = None,
 ) -> TokenDivergence:
     """Divergence of a student from a frozen teacher, token by token, without either's logits.
 
@@ -110,6 +112,8 @@ def linear_divergence(
             with Triton kernels between the products or without; ``"auto"`` is ``"cce"`` on GPUs
             with Triton, but for float64; ``"reference"`` stores the logits of both.
         memory_budget: bytes of scratch memory beyond results and accumulators.
+        vocab_parallel_options: the classes of both heads whose rows this process holds; not needed
+            where the heads are DTensors. Each process of the group gets the same results.
 
     Returns:
         A :class:`TokenDivergence`.
@@ -118,7 +122,6 @@ def linear_divergence(
         TypeError: an argument or a tensor of the wrong type, layout or dtype.
         ValueError: shapes or devices that do not fit, or an option out of range; on the CPU a
             class id or a temperature out of range.
-        NotImplementedError: classes that are spread over processes.
         RuntimeError: ``impl="cce"`` where its kernels cannot run.
     """
     chosen = impl_name(impl)
@@ -133,7 +136,7 @@ def linear_divergence(
     marked = _targets(e_student, targets, mask, ignore_index)
     student = _prepare(
         "student", e_student, head_student, marked, student_bias, student_softcap,
-        student_logit_scale, temperature, ignore_index, memory_budget,
+        student_logit_scale, temperature, ignore_index, memory_budget, vocab_parallel_options,
     )  # fmt: skip
     with torch.no_grad():
         teacher = _prepare(
@@ -143,7 +146,9 @@ def linear_divergence(
             marked,
             None if not isinstance(teacher_bias, Tensor) else teacher_bias.detach(),
             teacher_softcap, teacher_logit_scale, temperature, ignore_index, memory_budget,
+            vocab_parallel_options,
         )  # fmt: skip
+    _check_shards(student.problem, teacher.problem, chosen)
     problem, has_targets = student.problem, targets is not None
     with student.computing():
         if chosen == "reference":
@@ -270,6 +275,7 @@ def _prepare(
     temperature: float | Tensor,
     ignore_index: int,
     memory_budget: int,
+    vocab_parallel_options: VocabParallelOptions | None,
 ) -> Prepared:
     """Return the problem of one of the models, whose name errors have."""
     arguments = {
@@ -279,22 +285,38 @@ def _prepare(
         "memory_budget": memory_budget,
         "temperature": temperature,
         "logit_scale": logit_scale,
-        "vocab_parallel_options": None,
+        "vocab_parallel_options": vocab_parallel_options,
         "data_parallel_options": None,
     }
     if torch.compiler.is_compiling():
-        prepared = prepare(e, head, targets, bias, **arguments)  # type: ignore[arg-type]
-    else:
-        try:
-            prepared = prepare(e, head, targets, bias, **arguments)  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{role}: {error}") from error
-    if prepared.problem.group is not None:
-        raise NotImplementedError(
-            f"linear_divergence needs all classes of the {role} in one process: gather its head "
-            "first, for example by full_tensor()"
+        return prepare(e, head, targets, bias, **arguments)  # type: ignore[arg-type]
+    try:
+        return prepare(e, head, targets, bias, **arguments)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{role}: {error}") from error
+
+
+def _check_shards(student: Problem, teacher: Problem, impl: str) -> None:
+    """Check that a process holds the same classes of both heads.
+
+    Raises:
+        ValueError: it does not, or the implementation needs all.
+    """
+    held = [(x.group, x.first_class, x.c.shape[0]) for x in (student, teacher)]
+    if held[0] != held[1]:
+        names = [
+            "all classes" if group is None else f"classes {first} to {first + count} of a group"
+            for group, first, count in held
+        ]
+        raise ValueError(
+            "head_teacher must be spread over the same processes as head_student, class by class: "
+            f"this one holds {names[0]} of the student and {names[1]} of the teacher"
         )
-    return prepared
+    if student.group is not None and impl == "reference":
+        raise ValueError(
+            "impl='reference' of linear_divergence needs all classes: use 'auto', 'cce' or "
+            "'chunked' where they are spread over processes"
+        )
 
 
 def _reference(

@@ -140,7 +140,7 @@ def run_divergence(
     """Divergence in bounded memory, differentiable in the student.
 
     Args:
-        student, teacher: the inputs, without a group.
+        student, teacher: the inputs, with the same classes in this process.
         beta: from 0 to 1.
         has_targets: whether to compute the log-probabilities of the targets.
         by_kernels: whether kernels do what lies between the products, or PyTorch.

@@ -298,7 +298,7 @@ def test_memory(beta):
         ({"beta": 1.5}, ValueError, "beta must be a float from 0 to 1, got 1.5"),
         ({"beta": True}, TypeError, "beta must be a float"),
         ({"beta": math.nan}, ValueError, "beta"),
-        ({"impl": "cce"}, ValueError, "impl of linear_divergence must be one of auto"),
+        ({"impl": "torch_compile"}, ValueError, "impl of linear_divergence must be one of auto"),
         ({"temperature": 0.0}, ValueError, "temperature"),
         ({"student_softcap": -1.0}, ValueError, "softcap"),
         ({"teacher_logit_scale": 0.0}, ValueError, "logit_scale"),

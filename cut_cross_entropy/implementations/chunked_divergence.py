@@ -1,7 +1,8 @@
 """Divergence of a student from a teacher in bounded memory: blocks of tokens and classes of both.
 
 The forward walks over the classes twice: for the two log-sum-exps, and for the sums of the
-normalised log-probabilities, whose terms need no offset that cancels later. The backward makes the
+normalised log-probabilities, whose terms need no offset that cancels later. Processes that share
+the classes exchange both. The backward makes the
 logits of both models again. With the student's ``p`` and the teacher's ``q``, the mixture
 ``m = (1 - beta) p + beta q`` and upstream gradients ``g``, the gradient by a student's logit is the
 sum of
@@ -19,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.distributed.collectives import gather_shards
 from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState
 from cut_cross_entropy.implementations.blocks import Blocks, choose_blocks, targets_within
 from cut_cross_entropy.problem import Gradients, Needed, Problem, gradient_scale
@@ -40,17 +42,23 @@ def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) 
         has_targets: whether to compute the log-probabilities of the targets.
     """
     blocks, others = _blocks(student, teacher, with_gradients=False)
+    group = student.group
     zero = blocks.targets.new_zeros(blocks.num_kept, dtype=blocks.wide)
-    lse, teacher_lse = (torch.full_like(zero, -torch.inf) for _ in range(2))
-    divergence, entropy, relative = (zero.clone() for _ in range(3))
-    target_logprobs, misses = (zero.clone() if has_targets else zero[:0] for _ in range(2))
+    log_sums = torch.full_like(zero, -torch.inf).repeat(2, 1)
     for tokens in blocks.token_blocks():
-        e, e_teacher = blocks.embeddings(tokens), others.embeddings(tokens)
-        for side, rows, total in ((blocks, e, lse), (others, e_teacher, teacher_lse)):
+        for side, total in zip((blocks, others), log_sums, strict=True):
+            rows = side.embeddings(tokens)
             for classes in blocks.class_blocks():
                 logits, _ = side.logits(rows, tokens, classes)
                 part = logits.logsumexp(1).to(blocks.wide)
                 total[tokens] = torch.logaddexp(total[tokens], part)
+    if group is not None:
+        log_sums = gather_shards(log_sums, group).logsumexp(0)
+    lse, teacher_lse = log_sums
+    sums = zero.repeat(5 if has_targets else 3, 1)
+    divergence, entropy, relative = sums[:3]
+    for tokens in blocks.token_blocks():
+        e, e_teacher = blocks.embeddings(tokens), others.embeddings(tokens)
         for classes in blocks.class_blocks():
             log_p, _ = blocks.logits(e, tokens, classes)
             log_p -= lse[tokens, None]
@@ -61,27 +69,42 @@ def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) 
             if has_targets:
                 here, columns = targets_within(blocks.targets[tokens], classes)
                 at_target = log_p.gather(1, columns[:, None])[:, 0]
-                target_logprobs[tokens] += torch.where(here, at_target, 0)
+                sums[3, tokens] += torch.where(here, at_target, 0)
                 column = torch.where(here, columns, -1)[:, None]
                 ids = torch.arange(p.shape[1], device=p.device)
-                misses[tokens] += torch.where(ids == column, 0, p).sum(1)
+                sums[4, tokens] += torch.where(ids == column, 0, p).sum(1)
             _add_divergence(divergence[tokens], relative[tokens], p, log_p, log_q, beta)
+    if group is not None:
+        sums = gather_shards(sums, group).sum(0)
+    divergence, entropy, relative = sums[:3]
     divergence.clamp_(min=0)
     entropy.clamp_(min=0)
+    target_logprobs = zero[:0]
     if has_targets:
         # Precise where the target has most of the probability, and never above 0.
+        target_logprobs, misses = sums[3:]
         likely = torch.log1p(-misses.clamp(max=0.5))
         target_logprobs = torch.where(misses < 0.5, likely, target_logprobs).clamp(max=0)
-        target_logprobs = torch.where(blocks.in_range, target_logprobs, torch.nan)
+        target_logprobs = torch.where(in_any_shard(blocks), target_logprobs, torch.nan)
         target_logprobs = blocks.scatter(target_logprobs)
     return DivergenceState(
-        blocks.scatter(divergence),
-        blocks.scatter(entropy),
+        blocks.scatter(divergence.clone()),
+        blocks.scatter(entropy.clone()),
         target_logprobs,
-        blocks.scatter(lse),
-        blocks.scatter(teacher_lse),
-        blocks.scatter(relative),
+        blocks.scatter(lse.clone()),
+        blocks.scatter(teacher_lse.clone()),
+        blocks.scatter(relative.clone()),
     )
+
+
+def in_any_shard(blocks: Blocks) -> Tensor:
+    """Whether the target of each token is a class, of this process or of another of the group."""
+    group = blocks.problem.group
+    if group is None:
+        return blocks.in_range
+    targets = blocks.targets
+    here = (targets >= 0) & (targets < blocks.problem.c.shape[0])
+    return gather_shards(here.int(), group).sum(0) > 0
 
 
 def _blocks(student: Problem, teacher: Problem, with_gradients: bool) -> tuple[Blocks, Blocks]:

@@ -19,8 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cut_cross_entropy.distributed.collectives import gather_shards
 from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState
 from cut_cross_entropy.implementations.blocks import MAX_TOKENS, MIN_CLASSES, Blocks
+from cut_cross_entropy.implementations.chunked_divergence import in_any_shard
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import LN2, logit_slope, transform_logits
 from cut_cross_entropy.problem import Gradients, Needed, Problem, gradient_scale
@@ -418,7 +420,8 @@ class _Walk:
         budget = student.memory_budget
         left = budget - num_classes * widened
         of_all_classes = left // (num_classes * element + widened) if num_classes else 0
-        if kind == MIXTURE.value and needed is None and of_all_classes >= min(tokens, MANY_TOKENS):
+        is_enough = of_all_classes >= min(tokens, MANY_TOKENS)
+        if kind == MIXTURE.value and needed is None and student.group is None and is_enough:
             classes = num_classes
             if of_all_classes < tokens:
                 tokens = of_all_classes // EVEN_TOKENS * EVEN_TOKENS
@@ -503,14 +506,16 @@ def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) 
 
     As ``chunked_divergence.forward``, for inputs other than float64.
     """
-    kind = _kind(beta)
+    kind, group = _kind(beta), student.group
     walk = _Walk.of(student, teacher, None, kind)
     blocks = walk.student
-    results = blocks.targets.new_zeros((6, blocks.num_kept), dtype=torch.float32)
+    sums = blocks.targets.new_zeros((8, blocks.num_kept), dtype=torch.float32)
+    sums[[HIGH, TARGET, TEACHER_HIGH]] = -torch.inf
+    of_mixture = torch.zeros_like(sums[:2])
+    results = torch.zeros_like(sums[:6])
+    is_whole = group is None and blocks.shape[1] == student.c.shape[0]
     for tokens, e, e_teacher in walk.token_blocks():
-        of_tokens = results[:, tokens]
-        sums = results.new_zeros((8, tokens.stop - tokens.start))
-        sums[[HIGH, TEACHER_HIGH]] = -torch.inf
+        of_tokens = sums[:, tokens].contiguous()
         for classes in blocks.class_blocks():
             walk.multiply(e, e_teacher, tokens, classes)
             walk.launch(
@@ -518,41 +523,85 @@ def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) 
                 tokens,
                 classes,
                 columns_ptr=_columns(blocks, tokens, classes) if has_targets else None,
-                sums_ptr=sums,
-                num_tokens=sums.shape[1],
+                sums_ptr=of_tokens,
+                num_tokens=of_tokens.shape[1],
                 KIND=kind,
                 HAS_TARGETS=has_targets,
             )
-        _finish(sums, of_tokens, kind, has_targets)
-        if kind != MIXTURE.value:
-            continue
-        of_mixture = torch.zeros_like(sums[:2])
-        for classes in blocks.class_blocks():
-            if blocks.shape[1] < student.c.shape[0]:  # otherwise the logits are still there
-                walk.multiply(e, e_teacher, tokens, classes)
-            walk.launch(
-                add_mixture_sums_kernel,
-                tokens,
-                classes,
-                lse_ptr=of_tokens[3] / LN2.value,
-                teacher_lse_ptr=of_tokens[4] / LN2.value,
-                sums_ptr=of_mixture,
-                num_tokens=sums.shape[1],
-                **_shares(beta),
-            )
+        sums[:, tokens] = of_tokens
+        if is_whole and kind == MIXTURE.value:  # the logits are still there
+            _finish(of_tokens, results[:, tokens], kind, has_targets)
+            _add_mixture_sums(walk, tokens, slice(0, student.c.shape[0]), results, of_mixture, beta)
+    if group is not None:
+        sums = _sum_shards(sums, kind, group)
+    _finish(sums, results, kind, has_targets)
+    if kind == MIXTURE.value:
+        if not is_whole:
+            for tokens, e, e_teacher in walk.token_blocks():
+                for classes in blocks.class_blocks():
+                    walk.multiply(e, e_teacher, tokens, classes)
+                    _add_mixture_sums(walk, tokens, classes, results, of_mixture, beta)
+        if group is not None:
+            of_mixture = gather_shards(of_mixture, group).sum(0)
         of_mixture *= LN2.value
-        of_tokens[0] = (1 - beta) * of_mixture[RELATIVE] + beta * of_mixture[TEACHER_RELATIVE]
-        of_tokens[5] = of_mixture[RELATIVE]
+        results[0] = (1 - beta) * of_mixture[RELATIVE] + beta * of_mixture[TEACHER_RELATIVE]
+        results[5] = of_mixture[RELATIVE]
     results[:2].clamp_(min=0)
     if has_targets:
-        results[2] = torch.where(blocks.in_range, results[2], torch.nan)
-    logprobs = results[2] if has_targets else results.new_empty(0)
-    divergence, entropy, _, lse, teacher_lse, relative = (
+        results[2] = torch.where(in_any_shard(blocks), results[2], torch.nan)
+    divergence, entropy, logprobs, lse, teacher_lse, relative = (
         blocks.scatter(x.clone()) for x in results
     )
-    if has_targets:
-        logprobs = blocks.scatter(logprobs.clone())
+    if not has_targets:
+        logprobs = logprobs.new_empty(0)
     return DivergenceState(divergence, entropy, logprobs, lse, teacher_lse, relative)
+
+
+def _add_mixture_sums(
+    walk: _Walk, tokens: slice, classes: slice, results: Tensor, of_mixture: Tensor, beta: float
+) -> None:
+    """Add a block whose products are stored to the sums (2, N) relative to the mixture."""
+    sums = of_mixture[:, tokens].contiguous()
+    walk.launch(
+        add_mixture_sums_kernel,
+        tokens,
+        classes,
+        lse_ptr=results[3, tokens] / LN2.value,
+        teacher_lse_ptr=results[4, tokens] / LN2.value,
+        sums_ptr=sums,
+        num_tokens=sums.shape[1],
+        **_shares(beta),
+    )
+    of_mixture[:, tokens] = sums
+
+
+def _sum_shards(sums: Tensor, kind: int, group: str) -> Tensor:
+    """Combine the sums (8, N) of all processes, whose exponents are relative to different logits.
+
+    All compute the same from the same numbers.
+    """
+    parts = gather_shards(sums, group)
+    total = parts.new_zeros(sums.shape)
+    falls = []
+    for row in (HIGH, TEACHER_HIGH):
+        total[row] = parts[:, row].amax(0)
+        # A shard without a class, or whose logits are all -inf, adds nothing.
+        fall = total[row] - parts[:, row]
+        falls.append(torch.where(parts[:, row] == -torch.inf, 0, fall))
+    fall, teacher_fall = falls
+    shrink, teacher_shrink = torch.exp2(-fall), torch.exp2(-teacher_fall)
+    total[TARGET] = parts[:, TARGET].amax(0)
+    total[TOTAL] = (parts[:, TOTAL] * shrink).sum(0)
+    total[OTHERS] = (parts[:, OTHERS] * shrink).sum(0)
+    total[FIRST] = ((parts[:, FIRST] - fall * parts[:, TOTAL]) * shrink).sum(0)
+    total[TEACHER_TOTAL] = (parts[:, TEACHER_TOTAL] * teacher_shrink).sum(0)
+    if kind == FROM_TEACHER.value:
+        shifted = parts[:, CROSS] + (fall - teacher_fall) * parts[:, TEACHER_TOTAL]
+        total[CROSS] = (shifted * teacher_shrink).sum(0)
+    elif kind == FROM_STUDENT.value:
+        shifted = parts[:, CROSS] + (teacher_fall - fall) * parts[:, TOTAL]
+        total[CROSS] = (shifted * shrink).sum(0)
+    return total
 
 
 def _finish(sums: Tensor, results: Tensor, kind: int, has_targets: bool) -> None:
