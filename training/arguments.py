@@ -84,8 +84,12 @@ def config_from(arguments: argparse.Namespace) -> TrainConfig:
         UsageError: see :class:`TrainConfig`.
     """
     known = {each.name for each in fields(TrainConfig)}
-    given = {name: value for name, value in vars(arguments).items() if name in known}
-    return TrainConfig(**{**given, "config_override": tuple(given.get("config_override", ()))})
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name in known
+    }
+    return TrainConfig(**given)
 
 
 def table(parser: argparse.ArgumentParser) -> str:

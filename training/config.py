@@ -121,6 +121,14 @@ class TrainConfig:
     warmup_steps: int = setting(0, "steps of linear rise to the learning rate", least=0)
     weight_decay: float = setting(0.0, "weight decay of AdamW", least=0)
     max_grad_norm: float = setting(1.0, "norm that gradients are clipped to", above=0)
+    lora: int | None = setting(
+        None, "train adapters of this rank instead of the weights; needs peft", least=1
+    )
+    lora_alpha: int = setting(16, "scale of the adapters, times their rank", least=1)
+    lora_targets: tuple[str, ...] = setting(
+        (), "layers with adapters, by the ends of their names; else all", nargs="+", metavar="NAME"
+    )
+    lora_head: bool = setting(False, "an adapter on the output layer as well")
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass", may_change=True
     )
@@ -183,6 +191,10 @@ class TrainConfig:
             raise UsageError("--isolate-documents needs --packing: without it rows are documents")
         if self.config_override and not self.from_scratch:
             raise UsageError("--config-override needs --from-scratch: weights have their shapes")
+        if self.lora is None and (self.lora_targets or self.lora_head):
+            raise UsageError("--lora-targets and --lora-head need --lora RANK")
+        if self.lora is not None and (self.fsdp or self.deepspeed is not None):
+            raise UsageError("--lora excludes --fsdp and --deepspeed: they shard trained weights")
 
     @property
     def evaluates(self) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,50 @@ def load_model(
     if options:
         _forget_quantization(model)
     return model if device is None else model.to(device), tokenizer
+
+
+def add_adapters(
+    model: Any, rank: int, alpha: int, targets: Sequence[str] = (), head: bool = False
+) -> Any:
+    """Freeze ``model`` and put low-rank adapters on its linear layers, as PEFT does.
+
+    Args:
+        model: a causal language model.
+        rank: rank of the adapters.
+        alpha: their outputs are scaled by ``alpha / rank``.
+        targets: ends of the names of the layers; without any, all but the output layer.
+        head: whether the output layer gets one too.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: the model has no such layers, or PEFT knows no adapter for one.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("--lora needs a package: pip install peft") from error
+    from transformers.pytorch_utils import Conv1D
+
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:  # PEFT ignores some of several
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise ValueError(f"--lora-targets: the model has no layer {target!r}")
+    output = model.get_output_embeddings()
+    chosen = list(targets) or [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not output
+    ]
+    if head:
+        chosen += [name for name, module in model.named_modules() if module is output]
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, task_type="CAUSAL_LM")
+    try:
+        with warnings.catch_warnings():
+            # PEFT reads a name that transformers deprecates.
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"--lora-targets {' '.join(targets)}: {in_one_line(error)}") from error
 
 
 def vocabulary_size(model: Any) -> int:

@@ -36,7 +36,7 @@ from training.config import DTYPES, SETUP_ERRORS, TrainConfig, UsageError, check
 from training.fit import check_fit
 from training.header import describe, steps_per_epoch, unanswered
 from training.losses import IdlePatchError, make_loss
-from training.models import in_one_line, load_model, vocabulary_size
+from training.models import add_adapters, in_one_line, load_model, vocabulary_size
 from training.packing import collate
 from training.resume import DoneError, check_resume, checkpoint_to_resume, export
 from training.rows import StreamedRows, load_data
@@ -97,6 +97,10 @@ def set_up(config: TrainConfig) -> Run:
         # Newer releases of transformers have another name for it.
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)()
+    if config.lora is not None:  # PEFT adapts itself to recomputed activations
+        model = add_adapters(
+            model, config.lora, config.lora_alpha, config.lora_targets, config.lora_head
+        )
     vocabulary = vocabulary_size(model)
     data, held_out = load_data(config, tokenizer, vocabulary)
     if config.epochs is not None:
