@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cut_cross_entropy import linear_cross_entropy
+from training.losses import plain_head
 from training.models import load_model
 
 
@@ -22,6 +23,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(chosen.model, torch.float32, device)
+    head = plain_head(model)  # (V, D); refuses a head with a bias, a softcap or a scale
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     lines = [f"{a} + {b} = {a + b}" for a in range(10) for b in range(10)]
     losses = []
@@ -30,10 +32,10 @@ def main(arguments: list[str] | None = None) -> list[float]:
         ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)
         hidden = model.model(ids).last_hidden_state  # (1, T, D): all layers but the head
         if chosen.plain:
-            logits = F.linear(hidden, model.lm_head.weight)  # (1, T, V)
+            logits = F.linear(hidden, head)  # (1, T, V)
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         else:
-            loss = linear_cross_entropy(hidden, model.lm_head.weight, ids, shift=True)
+            loss = linear_cross_entropy(hidden, head, ids, shift=True)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy
+from training.losses import plain_head
 from training.models import load_model
 
 
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     model, tokenizer = load_model(chosen.model, torch.float32, device)
-    head = model.lm_head.weight.detach().clone()  # (V, D), untied from the embeddings
+    head = plain_head(model).detach().clone()  # (V, D), untied from the embeddings
     options = VocabParallelOptions.from_vocab(len(head))
     if not chosen.plain:
         head = head[options.start : options.stop].clone()  # (V / processes, D)

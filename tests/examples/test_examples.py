@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import examples
-from tests.transformers.models import VOCAB, llama
+from tests.transformers.models import SIZES, VOCAB, llama
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
@@ -38,6 +39,16 @@ def model(tmp_path_factory):
         tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
     llama().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def capped(model, tmp_path_factory):
+    """The folder of a model whose logits are capped."""
+    folder = tmp_path_factory.mktemp("capped")
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    config = transformers.Gemma2Config(**SIZES, final_logit_softcapping=30.0)
+    transformers.Gemma2ForCausalLM(config).save_pretrained(folder)
     return str(folder)
 
 
@@ -74,6 +85,30 @@ def test_losses_are_the_same_as_with_logits(name, model, calls, tmp_path, capsys
     assert ours == pytest.approx(plain, rel=1e-5)
     printed = re.findall(r"loss\W+(\d+\.\d+)", capsys.readouterr().out)
     assert [float(loss) for loss in printed[:STEPS]] == pytest.approx(ours, abs=1e-3)
+
+
+def test_distillation_has_the_divergences_of_logits(model, monkeypatch, capsys):
+    distill = importlib.import_module("examples.distill")
+    plain = distill.main(["--model", model, "--steps", str(STEPS), "--plain"])
+    seen, original = [], distill.linear_divergence
+    monkeypatch.setattr(
+        distill, "linear_divergence", lambda *args: seen.append(1) or original(*args)
+    )
+    ours = distill.main(["--model", model, "--steps", str(STEPS)])
+    assert len(seen) == len(plain) == len(set(plain)) == STEPS
+    assert min(plain) > 1e-4, "half of the layers differ from all"
+    assert ours == pytest.approx(plain, rel=1e-4)  # small differences of float32 log-probabilities
+    assert capsys.readouterr().out.count(": loss ") == 2 * STEPS
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "distill", "vocab_parallel"])
+def test_a_head_with_more_than_a_product_is_refused(name, capped, monkeypatch):
+    """These examples compute their losses from the head's weight alone."""
+    monkeypatch.setattr(dist, "init_process_group", lambda *_: None)  # of vocab_parallel
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    main = importlib.import_module(f"examples.{name}").main
+    with pytest.raises(ValueError, match="without bias, softcap and scale"):
+        main(["--model", capped, "--steps", "1"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
