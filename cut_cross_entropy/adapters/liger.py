@@ -1,10 +1,14 @@
-"""Liger: its scaled cross-entropy of a linear layer, which verl's ``liger`` backend calls too."""
+"""Liger: its scaled cross-entropy of a linear layer, and its distillation losses.
+
+verl's ``liger`` backend calls the former too.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.adapters.liger_distillation import distillation
 from cut_cross_entropy.adapters.seam import Adapter, Seam
 from cut_cross_entropy.distributed.options import VocabParallelOptions
 
@@ -61,11 +65,19 @@ TENSOR_PARALLEL_SEAM = Seam(
 
 
 def liger(**options: Any) -> Adapter:
-    """Compute Liger's scaled cross-entropy of a linear layer with :func:`token_logprobs`.
+    """Compute Liger's scaled cross-entropy and JSD of linear layers without logits.
 
     It replaces ``liger_kernel.ops.LigerFusedLinearScaledCrossEntropyFunction`` and its
-    tensor-parallel twin, ``...TPFunction``. Tile sizes are ignored; the entropy is float32, where
-    Liger rounds it to the dtype of the hidden states.
+    tensor-parallel twin, ``...TPFunction``, by :func:`token_logprobs`. The entropy is float32,
+    where Liger rounds it to the dtype of the hidden states.
+
+    It replaces both functions of the name ``LigerFusedLinearJSDFunction``, behind
+    ``liger_kernel.transformers.LigerFusedLinearJSD`` and
+    ``liger_kernel.chunked_loss.LigerFusedLinearJSDLoss``, by :func:`linear_divergence`, where of
+    the options ``impl`` and ``memory_budget`` count. As there, classes that only the teacher has
+    get the student's logit 0 in the latter; they cost a copy of the student's head.
+
+    Sizes of tiles and chunks, dtypes of accumulators and ``compiled`` are ignored.
 
     Args:
         **options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
@@ -130,4 +142,6 @@ def liger(**options: Any) -> Adapter:
         )
         return (-result.logprobs, result.entropy) if return_entropy else -result.logprobs
 
-    return adapter.install((SEAM, nll), (TENSOR_PARALLEL_SEAM, tensor_parallel_nll))
+    return adapter.install(
+        (SEAM, nll), (TENSOR_PARALLEL_SEAM, tensor_parallel_nll), *distillation(adapter)
+    )

@@ -114,6 +114,7 @@ class Adapter:
 
     Attributes:
         calls: how often the trainer has called ours. Compiled code counts when it is traced.
+        options: those of the user.
 
     Raises:
         TypeError: another option.
@@ -124,7 +125,7 @@ class Adapter:
             if name not in _OPTIONS:
                 raise TypeError(f"unknown option {name!r}; an adapter takes {', '.join(_OPTIONS)}")
         self.calls = 0
-        self._options = options
+        self.options = options
         self._places: list[tuple[str, str, Any, Any]] = []  # module, name, original, ours
 
     def install(self, *replacements: tuple[Seam, Callable[..., Any]]) -> "Adapter":
@@ -146,7 +147,7 @@ class Adapter:
     def compute(self, e: Tensor, head: Tensor, targets: Tensor, **arguments: Any) -> TokenLogprobs:
         """Call :func:`token_logprobs` with the user's options, and count the call."""
         self._count()
-        return token_logprobs(e, head, targets, **arguments, **self._options)
+        return token_logprobs(e, head, targets, **arguments, **self.options)
 
     def compute_divergence(
         self,
@@ -158,7 +159,7 @@ class Adapter:
     ) -> TokenDivergence:
         """Call :func:`linear_divergence` with those of the options it has, and count the call."""
         self._count()
-        options = {x: y for x, y in self._options.items() if x in ("impl", "memory_budget")}
+        options = {x: y for x, y in self.options.items() if x in ("impl", "memory_budget")}
         return linear_divergence(
             e_student, head_student, e_teacher, head_teacher, **arguments, **options
         )

@@ -2,6 +2,5 @@
 
 import platform
 
-collect_ignore = (
-    [] if platform.system() == "Linux" else ["test_liger.py", "test_tensor_parallel.py"]
-)
+NEED_LIGER = ["test_liger.py", "test_liger_distillation.py", "test_tensor_parallel.py"]
+collect_ignore = [] if platform.system() == "Linux" else NEED_LIGER
