@@ -242,7 +242,7 @@ def chunk_gradients(
     problem: Problem,
     tokens: BackwardTokens,
     classes: tuple[int, int],
-    out: Tensor,  # (N, classes), of the compute dtype
+    out: Tensor,  # (N, classes), of the compute dtype or float32
 ) -> None:
     """Write the logit gradients of a range of classes, times ``tokens.scale``."""
     e, c, tiles = tokens.e, problem.c, tiles_on(tokens.e.device)
@@ -291,7 +291,8 @@ def chunk_gradients(
         BLOCK_V=tiles.block_v,
         BLOCK_D=tiles.block_d,
         num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        # Wider results need more shared memory.
+        num_stages=min(tiles.num_stages, 4 if out.dtype == e.dtype else 3),
     )
 
 

@@ -14,6 +14,7 @@ from cut_cross_entropy import (
     linear_cross_entropy,
     record_filter,
 )
+from cut_cross_entropy.kernels.filtered import measure
 from tests.distributed.processes import assert_passed, outcomes_of
 from tests.distributed.sharded import assert_same_bits, check, rows, rows_of
 from tests.kernels.test_interpreted_filtered import sharp
@@ -69,6 +70,9 @@ def drops_nothing(rank, route, softcap):
     with filter_of(1e-15, dense), record_filter() as records:
         check(problem, impl, softcap=softcap)
     assert [record.path for record in records] == [route]
+    if route == "filtered":  # the part of dE and the rows of dC of this process
+        assert 0 <= records[0].error_e < 0.02
+        assert 0 <= records[0].error_c < 0.02
 
 
 @case(("cce_exact",), ("cce",))
@@ -121,6 +125,9 @@ def default_stays_within_the_rounding_of_bfloat16(rank):
         exact = truth.named()[name]
         error, rounding = (results.named()[name] - exact).norm(), exact.bfloat16() - exact
         assert error <= 2 * rounding.norm(), (name, error, rounding.norm())
+    exact = truth.grad_c
+    error = (results.grad_c - exact).norm() / exact.norm() / measure.ROUNDING
+    assert math.isclose(record.error_c, error, rel_tol=0.2), "measured on the classes of a process"
 
 
 @case()

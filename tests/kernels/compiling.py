@@ -104,6 +104,15 @@ def variants(tiles: Tiles) -> list[Variant]:
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )
+        add(
+            f"exact-{label}-float32",  # of the rows that the measured error takes
+            exact.chunk_gradients_kernel,
+            {**products, **flags, **no_terms, "HALVES": tiles.block_v > BLOCK_T},
+            boxes={"e": e_box, "c": c_box},
+            num_warps=tiles.num_warps,
+            num_stages=min(tiles.num_stages, 3),
+            types=(("grad_ptr", "*fp32"),),
+        )
         for flagged, multiplied in itertools.product((False, True), repeat=2):
             add(
                 f"powers-{label}-{flagged:d}{multiplied:d}",

@@ -2,12 +2,12 @@
 
 ``selection`` chooses the strips, ``index`` lists them, ``schedule`` decides which are stored
 together, ``strips`` computes their logit gradients, ``tail``, ``grad_e`` and ``grad_c`` the
-results. Shape legend: ``cut_cross_entropy.kernels``.
+results, ``measure`` their errors if they are recorded. Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from cut_cross_entropy.kernels.filtered.index import (
     index_strips,
     list_strips,
 )
+from cut_cross_entropy.kernels.filtered.measure import measure
 from cut_cross_entropy.kernels.filtered.partial_sums import PartialSums, bytes_per_row
 from cut_cross_entropy.kernels.filtered.schedule import ClassPass, make_schedule
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept, keep_strips
@@ -46,7 +47,7 @@ from cut_cross_entropy.kernels.filtered.tail import (
     update_tails,
     write_bias,
 )
-from cut_cross_entropy.kernels.launch import is_captured
+from cut_cross_entropy.kernels.launch import HostCopy, is_captured
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
 from cut_cross_entropy.problem import Filter, Problem
 
@@ -99,16 +100,37 @@ def filtered_gradients(
     if not too_flat:
         grad_e, mass = _kept_and_flat(problem, tokens, wanted, selection, counts)
     if recording():
-        report(
-            FilterRecord(
-                path="dense" if too_flat else "filtered",
-                strips_kept=1.0 if too_flat else num_strips / max(1, possible),
-                dropped_mass=0.0 if mass is None else float(mass.sum()) / max(1, counts.tokens),
-                flat_tokens=counts.flat_tokens,
-                tokens=counts.tokens,
+        if mass is None:
+            report(FilterRecord("dense", 1.0, 0.0, counts.flat_tokens, counts.tokens))
+        else:
+            measured = measure(problem, tokens, kept, grad_e, wanted.c, mass)
+            dropped = mass.double().sum()[None] / max(1, counts.tokens)
+            report(
+                FilterRecord.pending(
+                    functools.partial(
+                        _read,
+                        HostCopy(torch.cat([dropped, measured])),
+                        has_e=grad_e is not None,
+                        has_c=wanted.c is not None,
+                    ),
+                    path="filtered",
+                    strips_kept=num_strips / max(1, possible),
+                    flat_tokens=counts.flat_tokens,
+                    tokens=counts.tokens,
+                )
             )
-        )
     return Outcome(grad_e, counts.tokens, too_flat)
+
+
+def _read(values: HostCopy, has_e: bool, has_c: bool) -> dict[str, Any]:
+    """Return the fields of a record that were on the device."""
+    dropped_mass, error_e, error_c, *cosines = values.wait().tolist()
+    return {
+        "dropped_mass": dropped_mass,
+        "error_e": error_e if has_e else None,
+        "error_c": error_c if has_c else None,
+        "cosines_c": tuple(cosines) if has_c else None,
+    }
 
 
 @dataclass(frozen=True)
