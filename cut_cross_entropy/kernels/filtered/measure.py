@@ -123,7 +123,8 @@ def _cosines(problem: Problem, tokens: BackwardTokens, grad_c: Tensor) -> Tensor
     # Not a clamp of the sizes: those of rare classes are small.
     cosines = (got * exact).sum(1) / torch.where(sizes == 0, 1.0, sizes)
     cosines = torch.where(both_zero, 1.0, cosines).sort().values
-    return cosines[[CLASSES * percentile // 100 for percentile in PERCENTILES]]
+    # Not an index of three numbers, for whose copy to the device the host would wait.
+    return torch.stack([cosines[CLASSES * percentile // 100] for percentile in PERCENTILES])
 
 
 def _weight(tokens: BackwardTokens) -> Tensor:
