@@ -129,6 +129,9 @@ class TrainConfig:
         (), "layers with adapters, by the ends of their names; else all", nargs="+", metavar="NAME"
     )
     lora_head: bool = setting(False, "an adapter on the output layer as well")
+    load_in_4bit: bool = setting(
+        False, "quantize the frozen weights to NF4; needs bitsandbytes and --lora"
+    )
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass", may_change=True
     )
@@ -193,6 +196,8 @@ class TrainConfig:
             raise UsageError("--config-override needs --from-scratch: weights have their shapes")
         if self.lora is None and (self.lora_targets or self.lora_head):
             raise UsageError("--lora-targets and --lora-head need --lora RANK")
+        if self.load_in_4bit and (self.lora is None or self.from_scratch):
+            raise UsageError("--load-in-4bit needs --lora RANK, and weights to quantize")
         if self.lora is not None and (self.fsdp or self.deepspeed is not None):
             raise UsageError("--lora excludes --fsdp and --deepspeed: they shard trained weights")
 

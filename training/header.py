@@ -14,9 +14,11 @@ from training.rows import LoadedRows
 def describe(config: TrainConfig, trainer: Any, device: torch.device) -> str:
     """Describe the run in a few lines: model, computation, data, steps."""
     model, data, held_out = trainer.model, trainer.train_dataset, trainer.eval_dataset
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    parameters, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
-    adapters = f", {trained:,} of them trained in adapters of rank {config.lora}"
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    adapters = ""
+    if config.lora is not None:
+        trained, parameters = model.get_nb_trainable_parameters()  # knows packed weights
+        adapters = f", {trained:,} of them trained in adapters of rank {config.lora}"
     dtype = torch.bfloat16 if config.dtype == "autocast" else DTYPES[config.dtype]
     loss = "full logits"
     if config.loss != FULL:
@@ -31,8 +33,7 @@ def describe(config: TrainConfig, trainer: Any, device: torch.device) -> str:
         epochs = f" = {config.steps / steps_per_epoch(config, data, processes):.2f} epochs"
     return "\n".join(
         [
-            f"model:  {config.model}, {type(model).__name__}, {parameters:,} parameters"
-            + (adapters if config.lora is not None else ""),
+            f"model:  {config.model}, {type(model).__name__}, {parameters:,} parameters" + adapters,
             f"device: {name}, {processes} process{'es' * (processes > 1)}, dtype {config.dtype}",
             f"loss:   {loss}; each line has the mean since the line before",
             f"data:   {config.data}, {_size(data)}"

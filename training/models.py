@@ -42,6 +42,7 @@ def load_model(
     tokenizer_source: str | None = None,
     from_scratch: bool = False,
     overrides: Sequence[str] = (),
+    load_in_4bit: bool = False,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
@@ -54,11 +55,13 @@ def load_model(
         from_scratch: take only the configuration of the model, with random weights; a tokenizer
             from elsewhere then decides the size of the vocabulary.
         overrides: changes of that configuration, ``NAME=VALUE`` with the value in JSON.
+        load_in_4bit: quantize the linear layers to NF4 by bitsandbytes, all but the output layer.
 
     Raises:
         FileNotFoundError: no such file, folder or name.
-        ValueError: a file of another kind, one that cannot be read, or an unfit change.
-        ImportError: a GGUF file without the package ``gguf``.
+        ValueError: a file of another kind, one that cannot be read, or an unfit change; or a GGUF
+            file to quantize.
+        ImportError: a GGUF file without the package ``gguf``, or no bitsandbytes to quantize.
     """
     path, name, options = _locate(source, "--model")
     flag = "--model" if tokenizer_source is None else "--tokenizer"
@@ -67,6 +70,7 @@ def load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    more: dict[str, Any] = _four_bits(dtype, bool(options)) if load_in_4bit else {}
     model: Any  # its class depends on the source
     with _named(flag, tokenizer_source or source, other):
         tokenizer = AutoTokenizer.from_pretrained(other_name, **other_options)
@@ -85,10 +89,28 @@ def load_model(
                     f"--config-override {' '.join(overrides)} gives no model: {in_one_line(error)}"
                 ) from error
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options, **more)
     if options:
         _forget_quantization(model)
     return model if device is None else model.to(device), tokenizer
+
+
+def _four_bits(dtype: torch.dtype, is_gguf: bool) -> dict[str, Any]:
+    """Return the options of ``from_pretrained`` that quantize to NF4."""
+    if is_gguf:
+        raise ValueError(
+            "--load-in-4bit takes no .gguf file; save the model with save_pretrained and name the "
+            "folder"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("--load-in-4bit needs a package: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    }
 
 
 def add_adapters(

@@ -92,6 +92,7 @@ def set_up(config: TrainConfig) -> Run:
         config.tokenizer,
         config.from_scratch,
         config.config_override,
+        config.load_in_4bit,
     )
     if config.gradient_checkpointing:
         # Newer releases of transformers have another name for it.
