@@ -9,6 +9,8 @@ from torch import Tensor
 from cut_cross_entropy.budget import powers_per_chunk
 from cut_cross_entropy.device_support import kernels_unavailable, triton_is_interpreted
 from cut_cross_entropy.distributed.collectives import combine_shards
+from cut_cross_entropy.heads import chunks
+from cut_cross_entropy.heads.chunks import HeadProblem
 from cut_cross_entropy.implementations import chunked_sum, full_logits, reference
 from cut_cross_entropy.operators import run_chunked, run_kernels
 from cut_cross_entropy.options import KERNEL_IMPLS, CCEPreset, CCEPresets, FilterEps
@@ -103,6 +105,14 @@ def token_losses(
         world_size: processes of the group.
     """
     impl = choose_impl(impl, problem.e.device, problem.compute_dtype)
+    if isinstance(problem, HeadProblem):
+        shares = len(problem.chunks())  # of what the filter may drop
+        return chunks.token_losses(
+            problem,
+            lambda part: token_losses(
+                impl, part, kernel_options, filter_mass=filter_mass, world_size=shares
+            ),
+        )
     if problem.group is not None and impl in FULL_IMPLS and problem.c.shape[0] == 0:
         impl = "chunked"  # the sums of full logits need a class; the results are the same
     if torch.compiler.is_compiling() and impl not in FULL_IMPLS and is_transformed():
@@ -152,7 +162,8 @@ def sum_of_losses(
     """
     needed = _needed(problem)
     # The gradient of a weight is the loss of its token, which a sum does not return.
-    is_plain = problem.group is None and not (weights is not None and weights.requires_grad)
+    is_plain = problem.group is None and not isinstance(problem, HeadProblem)
+    is_plain = is_plain and not (weights is not None and weights.requires_grad)
     # Gradients that are saved would be copied to the host and back where activations are.
     recompute = recompute or is_transformed() or is_offloaded()
     if any(needed.flat()) and is_plain and not recompute:
@@ -237,6 +248,16 @@ def token_outputs(
     """
     if asked.mean_logit and weights is None:
         weights = equal_weights(problem)
+    if isinstance(problem, HeadProblem):
+        shares = len(problem.chunks())
+
+        def of_chunk(part: Problem, some: Asked, own: Tensor | None) -> TokenOutputs:
+            return token_outputs(
+                impl, part, some, filter_eps, filter_mass, weights=own, world_size=shares
+            )
+
+        logits_of = lambda whole, ids: class_logits(impl, whole, ids)
+        return chunks.token_outputs(problem, asked, weights, of_chunk, logits_of)
     if impl == "reference":
         _refuse_shards(problem)
         _check_targets(problem)
@@ -292,6 +313,8 @@ def _beyond_kernels(problem: Problem, asked: Asked) -> str | None:
 
 def class_logits(impl: str, problem: Problem, ids: Tensor) -> Tensor:
     """Logits of the classes ``ids`` (N, K) of each token, 0 for ignored tokens and negative ids."""
+    if isinstance(problem, HeadProblem):
+        return chunks.class_logits(problem, ids, lambda part, own: class_logits(impl, part, own))
     if impl != "reference":
         return run_class_logits(problem, ids)
     num_classes = problem.c.shape[0]
@@ -305,6 +328,8 @@ def mean_logits(impl: str, problem: Problem, weights: Tensor | None) -> Tensor:
     """Mean logit of every token, weighted by ``weights`` (V,); by default they are equal."""
     if weights is None:
         weights = equal_weights(problem)
+    if isinstance(problem, HeadProblem):
+        return chunks.mean_logits(problem, weights, lambda part, own: mean_logits(impl, part, own))
     if impl in KERNEL_IMPLS or problem.group is not None:
         impl = "auto"  # the kernels have no walk with other sums, the reference no shards
     if problem.softcap is None and impl != "reference":

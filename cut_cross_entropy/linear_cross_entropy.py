@@ -14,6 +14,7 @@ from cut_cross_entropy.distributed.options import (
     VocabParallelOptions,
     is_dtensor,
 )
+from cut_cross_entropy.heads.head import Head
 from cut_cross_entropy.options import (
     LCE_IMPL_DEFAULT,
     CCEPreset,
@@ -90,26 +91,30 @@ class LossPerhapsLse(LossOptions):
 
 @overload
 def linear_cross_entropy(
-    e: Tensor, c: Tensor, targets: Tensor, bias: Bias = ..., **options: "Unpack[LossAlone]"
+    e: Tensor, c: Tensor | Head, targets: Tensor, bias: Bias = ..., **options: "Unpack[LossAlone]"
 ) -> Tensor: ...
 
 
 @overload
 def linear_cross_entropy(
-    e: Tensor, c: Tensor, targets: Tensor, bias: Bias = ..., **options: "Unpack[LossAndLse]"
+    e: Tensor, c: Tensor | Head, targets: Tensor, bias: Bias = ..., **options: "Unpack[LossAndLse]"
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def linear_cross_entropy(
-    e: Tensor, c: Tensor, targets: Tensor, bias: Bias = ..., **options: "Unpack[LossPerhapsLse]"
+    e: Tensor,
+    c: Tensor | Head,
+    targets: Tensor,
+    bias: Bias = ...,
+    **options: "Unpack[LossPerhapsLse]",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 @explains_unknown_keywords
 def linear_cross_entropy(
     e: Tensor,
-    c: Tensor,
+    c: Tensor | Head,
     targets: Tensor,
     bias: Tensor | int | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -154,7 +159,8 @@ def linear_cross_entropy(
 
     Args:
         e: embeddings, (..., D), float32, bfloat16, float16 or float64; need not be contiguous.
-        c: classifier, (V, D), of the dtype of ``e`` (any under autocast).
+        c: classifier, (V, D), of the dtype of ``e`` (any under autocast); or a
+            :class:`~cut_cross_entropy.heads.Head`, which has bias, softcap and scale of its own.
         targets: class ids, int64 or int32, of the leading shape of ``e``; without a shift any
             shape with as many elements.
         bias: (V,), of the dtype of ``c`` or float32. An int in its place is taken as
@@ -399,7 +405,7 @@ class LinearCrossEntropy(nn.Module):
     def forward(
         self,
         e: Tensor,
-        c: Tensor,
+        c: Tensor | Head,
         targets: Tensor,
         bias: Tensor | None = None,
         *,

@@ -19,8 +19,11 @@ from cut_cross_entropy.distributed.options import (
     VocabParallelOptions,
     is_dtensor,
 )
+from cut_cross_entropy.heads.chunks import HeadProblem
+from cut_cross_entropy.heads.head import Head, Product
+from cut_cross_entropy.heads.rows import ClassRows, requires_grad
 from cut_cross_entropy.problem import Problem
-from cut_cross_entropy.transforms import refuse_transforms
+from cut_cross_entropy.transforms import is_transformed, refuse_transforms
 from cut_cross_entropy.validation import (
     check_compute_dtypes,
     check_options,
@@ -73,7 +76,7 @@ class Prepared:
 
 def prepare(
     e: Tensor,
-    c: Tensor,
+    c: Tensor | Head,
     targets: Tensor,
     bias: Tensor | None,
     *,
@@ -93,6 +96,15 @@ def prepare(
         e, c, targets, bias: as in :func:`linear_cross_entropy`, like the options.
         **others: options that are checked and not part of the problem; see :func:`check_options`.
     """
+    head: Head | None = None
+    if isinstance(c, Head):
+        head = c
+        _refuse_beside_head(head, bias, softcap, logit_scale)
+        _refuse_head(head, vocab_parallel_options, data_parallel_options)
+        bias, softcap, logit_scale = head.bias, head.softcap, head.logit_scale
+        # Its shape, dtype and device: what the checks look at.
+        c = torch.empty((), dtype=head.weight.dtype, device=head.weight.device)
+        c = c.expand(tuple(head.weight.shape))
     check_options(
         ignore_index=ignore_index,
         softcap=softcap,
@@ -123,6 +135,11 @@ def prepare(
     num_classes = None if shards is None else shards.stop - shards.start
     check_tensors(e, c, targets, bias, ignore_index, shift, num_classes)
     check_temperature(temperature, targets)
+    products: list[Product] = []
+    if head is not None:
+        products = head.products(e)
+        if not isinstance(head.weight, Tensor):
+            e = e.to(c.dtype)  # as quantised modules do
     compute_dtype = _compute_dtype(e, c, bias)
     wide = torch.promote_types(compute_dtype, torch.float32)
 
@@ -131,7 +148,12 @@ def prepare(
         # Shifting the targets instead of the embeddings copies N integers, not N x D features;
         # the last tokens of each sequence have no target and are ignored.
         targets = F.pad(targets[..., shift:], (0, shift), value=ignore_index)
-    tokens, flat_targets, shard = e.reshape(-1, e.shape[-1]), targets.reshape(-1), None
+    if products:
+        products.sort(key=requires_grad)  # frozen ones first
+        tokens = _side_by_side(products, compute_dtype)
+    else:
+        tokens = e.reshape(-1, e.shape[-1])
+    flat_targets, shard = targets.reshape(-1), None
     if shards is not None:
         shard = shards.shard()
         tokens, flat_targets = share_tokens(
@@ -159,6 +181,11 @@ def prepare(
         group=None if shard is None else shard.group,
         multiplier=multiplier,
     )
+    if products:
+        rows = ClassRows(products, compute_dtype)
+        place = torch.empty((), dtype=compute_dtype, device=c.device)
+        given = vars(problem) | {"c": place.expand(rows.num_classes, rows.width)}
+        problem = HeadProblem(**given, rows=rows, anchor=rows.anchor())
     world_size = 1 if shard is None else shard.world_size
     return Prepared(problem, targets, shift, shards, world_size, wholes)
 
@@ -178,6 +205,73 @@ def _flatten(
     if shards is not None and shards.gather_e:
         values = gather_tokens(values, group_name(shards.group))
     return values
+
+
+def _side_by_side(products: list[Product], dtype: torch.dtype) -> Tensor:
+    """Return the features of all products, (N, K).
+
+    Where they require a gradient they are float32, whatever the dtype of the products, since the
+    gradients of several chunks of classes are added up in their dtype.
+    """
+    features = [p.features.reshape(-1, p.features.shape[-1]) for p in products]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in features):
+        dtype = torch.promote_types(dtype, torch.float32)
+    features = [x.to(dtype) for x in features]
+    return features[0] if len(features) == 1 else torch.cat(features, dim=1)
+
+
+def _refuse_beside_head(
+    head: Head, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> None:
+    """Refuse options that a head has itself.
+
+    Raises:
+        ValueError: one was given.
+    """
+    for name, is_given in (
+        ("bias", bias is not None),
+        ("softcap", softcap is not None),
+        ("logit_scale", logit_scale != 1),
+    ):
+        if is_given:
+            raise ValueError(
+                f"{name} must not be given in addition to a Head: pass Head({name}=...) instead"
+            )
+
+
+def _refuse_head(
+    head: Head,
+    vocab_parallel_options: VocabParallelOptions | None,
+    data_parallel_options: DataParallelOptions | None,
+) -> None:
+    """Refuse what a head cannot be combined with.
+
+    Raises:
+        NotImplementedError: classes that are spread over processes, ``torch.compile`` or a
+            transform of ``torch.func``.
+    """
+    parts = [head.weight, head.bias, head.class_scale]
+    parts += [x for low in head.low_rank for x in (low.a, low.b, low.magnitude)]
+    for name, is_given in (
+        ("vocab_parallel_options", vocab_parallel_options is not None),
+        ("data_parallel_options", data_parallel_options is not None),
+        ("a DTensor", any(is_dtensor(x) for x in parts)),
+    ):
+        if is_given:
+            raise NotImplementedError(
+                f"{name} is not supported with a Head, whose parts have to be on every process: "
+                "gather them, or merge the adapters and pass the matrix"
+            )
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "torch.compile does not trace a Head: compute the loss outside of the compiled region, "
+            "or merge the adapters and pass the matrix"
+        )
+    if is_transformed():
+        raise NotImplementedError(
+            "a Head cannot be transformed by torch.func or differentiated in forward mode: merge "
+            "the adapters and pass the matrix"
+        )
 
 
 def _gathered_dtype(e: Tensor, c: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ from torch import Tensor
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.dispatch import class_logits, mean_logits, token_outputs
 from cut_cross_entropy.distributed.options import DataParallelOptions, VocabParallelOptions
+from cut_cross_entropy.heads.head import Head
 from cut_cross_entropy.options import (
     FilterEps,
     ImplName,
@@ -65,7 +66,7 @@ class TokenLogprobs:
 
 def token_logprobs(
     e: Tensor,
-    head: Tensor,
+    head: Tensor | Head,
     targets: Tensor,
     *,
     outputs: Collection[OutputName] = (),
@@ -102,7 +103,8 @@ def token_logprobs(
 
     Args:
         e: embeddings, (..., D), float32, bfloat16, float16 or float64; need not be contiguous.
-        head: classifier, (V, D), of the dtype of ``e`` (any under autocast).
+        head: classifier, (V, D), of the dtype of ``e`` (any under autocast); or a
+            :class:`~cut_cross_entropy.heads.Head`, which has bias, softcap and scale of its own.
         targets: class ids, int64 or int32, of the leading shape of ``e``; without a shift any
             shape with as many elements.
         outputs: names among ``"lse"``, ``"entropy"``, ``"mean_logit"``, ``"log_sum_sq"``,

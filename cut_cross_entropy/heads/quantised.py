@@ -1,0 +1,160 @@
+"""Rows on demand of the quantised weights of other packages, which are not imported here.
+
+A module is recognised by the names of its classes and read by the attributes that its package
+documents. Shapes: V classes, D features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """What all row sources have in common.
+
+    Args:
+        shape, dtype, device: see :class:`~cut_cross_entropy.heads.RowSource`.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenRows(_Rows):
+    """A matrix of ones and zeros: row ``ids[k]`` has its one in column k.
+
+    Args:
+        ids: (K,) class ids, each once.
+    """
+
+    ids: Tensor = field(kw_only=True)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the rows of the classes from ``start`` up to ``stop``."""
+        classes = torch.arange(start, stop, device=self.device)
+        return (classes[:, None] == self.ids).to(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class DequantisedRows(_Rows):
+    """Rows by the dequantisation of a package, of a tensor that can be sliced (torchao).
+
+    Args:
+        dequantise: of the first and the last class, returns the rows between.
+    """
+
+    dequantise: Callable[[int, int], Tensor] = field(kw_only=True)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the rows of the classes from ``start`` up to ``stop``."""
+        return self.dequantise(start, stop).to(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class FourBitRows(_Rows):
+    """Rows of a ``Params4bit`` of bitsandbytes (NF4 or FP4), whose blocks may span rows.
+
+    Args:
+        data: bytes of all weights, two each.
+        absmax: (blocks,) float32, scale of each block.
+        state: the ``QuantState``.
+    """
+
+    data: Tensor = field(kw_only=True)
+    absmax: Tensor = field(kw_only=True)
+    state: Any = field(kw_only=True)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the rows of the classes from ``start`` up to ``stop``."""
+        from bitsandbytes import functional
+
+        dim, block = self.shape[1], self.state.blocksize
+        first = start * dim // block * block  # a block starts there, and a byte
+        last = min(-(-stop * dim // block) * block, self.shape[0] * dim)
+        state = functional.QuantState(
+            absmax=self.absmax[first // block : -(-last // block)],
+            shape=torch.Size((last - first, 1)),
+            dtype=self.state.dtype,
+            blocksize=block,
+            quant_type=self.state.quant_type,
+            code=self.state.code,
+        )
+        packed = self.data.reshape(-1, 1)[first // 2 : -(-last // 2)]
+        flat = functional.dequantize_4bit(packed, state).reshape(-1)
+        rows: Tensor = flat[start * dim - first : stop * dim - first]
+        return rows.view(stop - start, dim).to(self.dtype)
+
+
+def quantised_rows(module: Any) -> "FourBitRows | DequantisedRows | str | None":
+    """Return the rows of a quantised module.
+
+    Returns:
+        The source; a reason if the logits of ``module`` are not those of its weight; None if
+        ``module`` is not known to be quantised.
+    """
+    weight: Any = getattr(module, "weight", None)
+    name = type(weight).__name__
+    if hasattr(module, "W_q") and hasattr(module, "dequantize"):
+        return "an HQQ weight cannot be dequantised by rows: pass a RowSource of your own"
+    if name == "Params4bit":
+        return _four_bit(module)
+    if name == "Int8Params":
+        return (
+            "a Linear8bitLt of bitsandbytes multiplies embeddings in 8 bits; pass "
+            "Head(int8_rows(module)) for the product with the weight that it stands for"
+        )
+    if type(weight).__module__.startswith("torchao."):
+        if getattr(weight, "act_quant_kwargs", None) is not None:
+            return "a torchao weight that comes with quantised activations"
+        if getattr(weight, "dequantize", None) is None or weight.requires_grad:
+            return f"a torchao weight that trains or cannot be dequantised ({name})"
+        return DequantisedRows(
+            tuple(weight.shape),
+            weight.dtype,
+            weight.device,
+            dequantise=lambda start, stop: weight[start:stop].dequantize(),
+        )
+    return None
+
+
+def int8_rows(module: Any) -> DequantisedRows:
+    """Return the rows of a ``Linear8bitLt`` of bitsandbytes, float32 or as ``bias`` has it.
+
+    The module itself multiplies them by embeddings that it rounds to 8 bits as well, which these
+    rows do not repeat.
+    """
+    weight = module.weight
+    scales = module.state.SCB if module.state.SCB is not None else weight.SCB
+    dtype = torch.float32 if module.bias is None else module.bias.dtype
+
+    def dequantise(start: int, stop: int) -> Tensor:
+        rows: Tensor = weight.data[start:stop] * (scales[start:stop, None] / 127)
+        return rows
+
+    return DequantisedRows(tuple(weight.shape), dtype, weight.device, dequantise=dequantise)
+
+
+def _four_bit(module: Any) -> "FourBitRows | str":
+    from bitsandbytes import functional
+
+    weight = module.weight
+    state = weight.quant_state
+    if state is None:
+        return "a weight of bitsandbytes that is not quantised yet: move it to its device first"
+    absmax = state.absmax
+    if state.nested:  # the scales are quantised too: 1/64 of the numbers of the weight
+        absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return FourBitRows(
+        tuple(state.shape),
+        getattr(module, "compute_dtype", None) or state.dtype,
+        weight.device,
+        data=weight.data,
+        absmax=absmax.float(),
+        state=state,
+    )
