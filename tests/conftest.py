@@ -22,7 +22,10 @@ def pytest_addoption(pluginmanager):
     config = pluginmanager.get_plugin("pytestconfig")
     for_gpu = config.known_args_namespace.markexpr == "gpu"
     os.environ.setdefault("TRITON_INTERPRET", "0" if for_gpu else "1")
-    triton_version()
+    if triton_version() is not None and os.environ["TRITON_INTERPRET"] == "1":
+        from tests.fast_interpreter import skip_repeated_work
+
+        skip_repeated_work()
     if for_gpu:  # else PyTorch refuses products in its deterministic mode, which poison_empty needs
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
