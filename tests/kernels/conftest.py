@@ -72,7 +72,9 @@ def never_filtered(monkeypatch):
     monkeypatch.setattr(backward, "DENSE_FRACTION", -1.0)
 
 
-def _take(name, request):
+def take_route(name, request):
+    """Return a route, made to drop nothing and to take its path."""
+    request.getfixturevalue("drops_nothing")
     chosen = ROUTES[name]
     if chosen.path != "exact":
         request.getfixturevalue("never_filtered" if chosen.path == "dense" else "always_filtered")
@@ -80,15 +82,15 @@ def _take(name, request):
 
 
 @pytest.fixture(params=["exact", "dense", "filtered"])
-def route(request, drops_nothing):
+def route(request):
     """One path through the kernels that drops nothing: each must be as exact as PyTorch."""
-    return _take(request.param, request)
+    return take_route(request.param, request)
 
 
 @pytest.fixture(params=ROUTES)
-def any_route(request, drops_nothing):
+def any_route(request):
     """The same, and presets that take one path for dE and another for dC."""
-    return _take(request.param, request)
+    return take_route(request.param, request)
 
 
 @pytest.fixture(scope="session")

@@ -153,24 +153,31 @@ def test_presets_filter_one_gradient_and_not_the_other(impl, exact, filtered, mo
 
 @pytest.mark.parametrize("needed", [("c",), ("e",), ("bias",)], ids="+".join)
 def test_alone_or_among_others_a_gradient_is_the_same(needed):
-    everything, _ = recorded(sharp())
-    alone, (record,) = recorded(sharp(), needed=needed)
+    everything, _ = recorded(sharp(20))
+    alone, (record,) = recorded(sharp(20), needed=needed)
     assert record.path == "filtered"
     name = f"grad_{needed[0]}"
     torch.testing.assert_close(alone.named()[name], everything.named()[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("impl", ["cce", "cce_exact", "cce_kahan_full_c"])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [
+        ("cce", torch.float32),
+        ("cce", torch.float16),
+        ("cce_exact", torch.float16),
+        ("cce_kahan_full_c", torch.float32),
+    ],
+)
 def test_bit_identical_from_run_to_run(impl, dtype):
-    first, second = (run_ours(sharp(dtype=dtype), impl, softcap=30.0) for _ in range(2))
+    first, second = (run_ours(sharp(12, dtype=dtype), impl, softcap=30.0) for _ in range(2))
     for name, value in first.named().items():
         assert torch.equal(second.named()[name], value), name
 
 
 def test_half_precision_does_not_underflow():
     """Gradients of 1e-6 would be subnormal; they are scaled inside and returned as they are."""
-    problem = sharp(dtype=torch.float16)
+    problem = sharp(12, dtype=torch.float16)
     e, c = problem.e.requires_grad_(), problem.c.requires_grad_()
     from cut_cross_entropy import linear_cross_entropy
 
@@ -188,7 +195,7 @@ def test_half_precision_does_not_underflow():
 @pytest.mark.parametrize("scale", [1, 30])  # 30: the changed tokens overflow their first bound
 def test_a_token_does_not_depend_on_the_others(scale):
     """Its loss is the same to the last bit when other tokens change, in its block and elsewhere."""
-    problem = sharp(140, classes=300)
+    problem = sharp(132, classes=300)
     problem.targets[problem.targets < 0] = 5
     before = run_ours(problem, "cce", reduction="none", needed=())
     changed = problem.e.clone()
@@ -230,7 +237,7 @@ def test_mass_that_may_be_dropped(monkeypatch, always_filtered):
     """The second dial holds whatever the first allows, and 0 drops nothing that matters."""
     monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 0.3)
     kept, dropped = [], []
-    for limit in (None, 0.1, 1e-2, 1e-3, 0.0):
+    for limit in (None, 0.1, 1e-3, 0.0):
         _, (record,) = recorded(sharp(), filter_mass=limit)
         assert record.dropped_mass <= (1.0 if limit is None else limit) + 1e-6
         kept.append(record.strips_kept)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cut_cross_entropy import linear_cross_entropy
+from tests.kernels.conftest import take_route
 from tests.support import full_logits, make_problem, run, run_ours
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
@@ -51,8 +52,9 @@ def test_results_at_ignored_tokens_are_zero(any_route):
         assert torch.count_nonzero(results.named()[name][~ignored]) > 0, name
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize(
+    ("value", "shift"), [(torch.nan, 0), (torch.nan, 1), (torch.inf, 1), (-torch.inf, 0)]
+)
 def test_bad_embeddings_of_ignored_tokens_do_not_leak(any_route, value, shift):
     problem = small((3, 5), ignored=0.4)
     clean = run_ours(problem, any_route.impl, shift=shift, softcap=5.0)
@@ -75,10 +77,10 @@ def assert_never_plausible(results, truth):
         torch.testing.assert_close(got[both], exact[both], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize(
-    "classes", [130, 1100]
-)  # 1100: the short pass over frequent classes sees them too
+@pytest.mark.parametrize(  # 1100: the short pass over frequent classes sees them too
+    ("value", "classes"),
+    [(torch.nan, 130), (torch.nan, 1100), (torch.inf, 1100), (-torch.inf, 130)],
+)
 def test_bad_embedding_is_never_plausible(any_route, value, classes):
     problem = small(classes=classes, ignored=0.0)
     problem.e[4, 3] = value
@@ -97,9 +99,17 @@ def test_bad_embedding_with_default_thresholds(tokens):
     assert_never_plausible(results, truth_of(problem, reduction="none"))
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("row", [0, 129, 1099])  # in the short pass and after it
-@pytest.mark.parametrize("where", ["c", "bias"])
+@pytest.mark.parametrize(
+    ("value", "row", "where"),  # rows in the short pass and after it; each pair of values
+    [
+        (torch.nan, 0, "c"),
+        (torch.inf, 0, "bias"),
+        (torch.nan, 129, "bias"),
+        (torch.inf, 129, "c"),
+        (torch.nan, 1099, "bias"),
+        (torch.inf, 1099, "c"),
+    ],
+)
 def test_bad_class_is_never_plausible(route, value, row, where):
     problem = small(classes=1100, ignored=0.0)
     (problem.c if where == "c" else problem.bias)[row] = value
@@ -116,27 +126,49 @@ def test_targets_out_of_range_are_refused_where_looking_is_free(wrong):
         run_ours(problem, "cce")
 
 
-@pytest.mark.parametrize("wrong", [-1, 130, 2**40, -(2**40)])
-def test_targets_out_of_range_are_never_plausible_elsewhere(any_route, wrong, monkeypatch):
+OUT_OF_RANGE = (-1, 130, 2**40, -(2**40))
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        *((path, [wrong]) for path in ("exact", "filtered") for wrong in OUT_OF_RANGE),
+        *((path, OUT_OF_RANGE) for path in ("dense", "full_c", "full_e")),
+    ],
+    ids=str,
+)
+def test_targets_out_of_range_are_never_plausible_elsewhere(path, wrong, request, monkeypatch):
     """As on a GPU, where the check would wait for the device."""
+    from cut_cross_entropy.kernels import step
+
+    chosen = take_route(path, request)
+    monkeypatch.setattr(step, "check_target_range", lambda *_: None)
+    problem = small(ignored=0.0)
+    clean = run_ours(problem, chosen.impl, reduction="none")
+    problem.targets[2 : 2 + len(wrong)] = torch.tensor(wrong)
+    results = run_ours(problem, chosen.impl, reduction="none")
+    bad, others = slice(2, 2 + len(wrong)), [0, 1, *range(2 + len(wrong), 9)]
+    assert torch.isnan(results.loss[bad]).all()
+    assert torch.isnan(results.grad_e[bad]).all()
+    assert torch.isnan(results.grad_c).any()
+    for name in ("loss", "lse", "grad_e"):
+        torch.testing.assert_close(results.named()[name][others], clean.named()[name][others])
+
+
+def test_mean_over_a_target_out_of_range(monkeypatch):
     from cut_cross_entropy.kernels import step
 
     monkeypatch.setattr(step, "check_target_range", lambda *_: None)
     problem = small(ignored=0.0)
-    clean = run_ours(problem, any_route.impl, reduction="none")
-    problem.targets[2] = wrong
-    results = run_ours(problem, any_route.impl, reduction="none")
-    others = torch.arange(9) != 2
-    assert torch.isnan(results.loss[2])
-    assert torch.isnan(results.grad_e[2]).all()
-    assert torch.isnan(results.grad_c).any()
-    for name in ("loss", "lse", "grad_e"):
-        torch.testing.assert_close(results.named()[name][others], clean.named()[name][others])
-    assert torch.isnan(run_ours(problem, any_route.impl, reduction="mean").loss)
+    problem.targets[2] = 130
+    assert torch.isnan(run_ours(problem, "cce", reduction="mean").loss)
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("masked", [slice(3, 50), slice(0, 1024), slice(1024, 1100)], ids=str)
+@pytest.mark.parametrize(
+    ("masked", "softcap"),
+    [(slice(3, 50), 5.0), (slice(0, 1024), None), (slice(1024, 1100), 5.0)],
+    ids=str,
+)
 def test_classes_masked_by_a_bias_of_minus_infinity(route, masked, softcap):
     """As padded vocabularies are masked. The short pass reads 0 to 1023."""
     problem = small(classes=1100)
@@ -173,9 +205,7 @@ def test_outlier_token(route, classes, norm):
     problem.c[-1] = 9 * direction
     problem.e[11] = norm * direction
     problem.targets[11] = (problem.c @ direction).argmin()
-    route.check(problem, reduction="none")
-    losses = run_ours(problem, route.impl, reduction="none").loss
-    assert losses[11] > 9 * norm
+    assert route.check(problem, reduction="none").loss[11] > 9 * norm
 
 
 def test_outliers_in_some_blocks_only(route):
