@@ -201,22 +201,12 @@ def _check_targets(problem: Problem) -> None:
 
 def _full_losses(impl: str, problem: Problem) -> PerToken:
     """The same by an implementation of full logits."""
-    targets, first_class = problem.targets, problem.first_class
     _check_targets(problem)
-    full: Callable[..., tuple[Tensor, Tensor]] = FULL_IMPLS[impl].target_logits_and_lse
-    kept = targets != problem.ignore_index
+    full: Callable[[Problem], tuple[Tensor, Tensor]] = FULL_IMPLS[impl].target_logits_and_lse
+    kept = problem.targets != problem.ignore_index
     # compute_dtype has its say already; meta tensors have no autocast to turn off.
     with torch.autocast("cpu" if problem.e.is_meta else problem.e.device.type, enabled=False):
-        logit, lse = full(
-            problem.e,
-            problem.c,
-            targets - first_class if first_class else targets,
-            problem.bias,
-            kept,
-            problem.multiplier,
-            softcap=problem.softcap,
-            compute_dtype=problem.compute_dtype,
-        )
+        logit, lse = full(problem)
         if problem.group is not None:
             logit, lse = combine_shards(logit, lse, problem.group)
         nll = torch.where(logit == torch.inf, torch.nan, lse - logit)

@@ -74,6 +74,11 @@ class Problem:
         """Dtype of the results and accumulators: float32, or float64 for float64 inputs."""
         return torch.promote_types(self.compute_dtype, torch.float32)
 
+    @property
+    def local_targets(self) -> Tensor:
+        """Targets (N,) counted from the first row of ``c``."""
+        return self.targets - self.first_class if self.first_class else self.targets
+
 
 @dataclass(frozen=True)
 class Filter:

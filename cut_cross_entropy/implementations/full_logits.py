@@ -17,23 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 
 from cut_cross_entropy.device_support import has_triton
+from cut_cross_entropy.problem import Problem
 from cut_cross_entropy.transforms import is_transformed, refuse_to_differentiate
 
 MAX_VARIANTS = 128
 """Compilations of one function: dtypes, bias, softcap, needed gradients and layouts multiply."""
 
 
-def target_logits_and_lse(
-    e: Tensor,  # (N, D)
-    c: Tensor,  # (V, D)
-    targets: Tensor,  # (N,) counted from the first row of c
-    bias: Tensor | None,  # (V,)
-    kept: Tensor,  # (N,) bool
-    multiplier: Tensor | None,  # (N,)
-    *,
-    softcap: float | None,
-    compute_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def target_logits_and_lse(problem: Problem) -> tuple[Tensor, Tensor]:
     """Logit of the target and log-sum-exp of every token, (N,) each.
 
     The logit is +inf where the target is not a row of ``c``. Values of tokens that are not kept
@@ -42,16 +33,16 @@ def target_logits_and_lse(
     Raises:
         RuntimeError: ``torch.compile`` has no compiler to work with on this machine.
     """
-    wide = torch.promote_types(compute_dtype, torch.float32)
     # Casts stay outside the compiled function: what they save for backward is the parameter
     # itself, and autograd returns the gradient in the parameter's own dtype.
-    e, c = e.to(compute_dtype), c.to(compute_dtype)
-    if bias is not None:
-        bias = bias.to(wide)
+    e, c = (x.to(problem.compute_dtype) for x in (problem.e, problem.c))
+    bias = None if problem.bias is None else problem.bias.to(problem.wide)
+    kept = problem.targets != problem.ignore_index
+    inputs = (e, c, problem.local_targets, bias, kept, problem.multiplier, problem.softcap)
     # Within a compiled function it is part of that; compiled code has no rules for transforms, and
     # would read values where there are none.
     if torch.compiler.is_compiling() or is_transformed() or e.is_meta or isinstance(e, FakeTensor):
-        return _logits_and_lse(e, c, targets, bias, kept, multiplier, softcap)
+        return _logits_and_lse(*inputs)
     missing = missing_compiler(e.device.type)
     if missing is not None:
         raise RuntimeError(
@@ -59,10 +50,8 @@ def target_logits_and_lse(
             "Use impl='chunked', which needs no compiler"
         )
     if hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph"):
-        return _Compiled.apply(e, c, targets, bias, kept, multiplier, softcap)  # type: ignore[no-any-return]
-    return _run_compiled(
-        e, c, targets, bias, kept, multiplier, softcap
-    )  # PyTorch 2.4 donates no buffers
+        return _Compiled.apply(*inputs)  # type: ignore[no-any-return]
+    return _run_compiled(*inputs)  # PyTorch 2.4 donates no buffers
 
 
 class _Compiled(Function):
@@ -141,9 +130,9 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
 def _logits_and_lse(
     e: Tensor,
     c: Tensor,
-    targets: Tensor,
+    targets: Tensor,  # counted from the first row of c
     bias: Tensor | None,
-    kept: Tensor,
+    kept: Tensor,  # (N,) bool
     multiplier: Tensor | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
