@@ -9,7 +9,7 @@ import difflib
 import enum
 import platform
 from collections.abc import Iterable
-from typing import ClassVar, Literal, TypeAlias, TypedDict
+from typing import ClassVar, Literal, TypeAlias, TypedDict, get_args
 
 ImplName: TypeAlias = Literal[
     "auto",
@@ -45,21 +45,13 @@ class LinearCrossEntropyImpl(enum.IntEnum):
     CCE_KAHAN_FULL = enum.auto()
 
 
-KERNEL_IMPLS = (
-    "cce",
-    "cce_kahan",
-    "cce_kahan_full_c",
-    "cce_kahan_full_e",
-    "cce_exact",
-    "cce_kahan_full_c_full_e",
-    "cce_kahan_full",
-)
+ALL_IMPLS: tuple[str, ...] = get_args(ImplName)
+
+KERNEL_IMPLS = tuple(name for name in ALL_IMPLS if name.startswith("cce"))
 """Presets of the Triton kernels; they need a GPU (or Triton's interpreter)."""
 
 OWN_IMPLS = ("auto", "chunked", "reference")
 """Names outside Apple's enum: the choice by device, and the two plain PyTorch paths."""
-
-ALL_IMPLS = (*OWN_IMPLS, "torch_compile", *KERNEL_IMPLS)
 
 # Apple's releases have torch_compile as the default on macOS, where Triton does not exist.
 # Elsewhere the choice has to wait for the call, since it depends on the device of the tensors.

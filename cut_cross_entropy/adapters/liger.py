@@ -94,6 +94,21 @@ def liger(**options: Any) -> Adapter:
     """
     adapter = Adapter(options)
 
+    def compute(
+        tensors: tuple[Tensor, ...],
+        temperature: float,
+        ignore_index: int,
+        return_entropy: bool,
+        **more: Any,
+    ) -> Any:
+        outputs = ["entropy"] if return_entropy else []
+        result = adapter.compute(
+            *tensors, temperature=temperature, ignore_index=ignore_index, outputs=outputs, **more
+        )
+        found = (-result.logprobs, result.entropy, result.candidate_logprobs)
+        asked = tuple(x for x in found if x is not None)
+        return asked if len(asked) > 1 else asked[0]
+
     def nll(
         _input: Tensor,  # (N, D)
         weight: Tensor,  # (V, D)
@@ -107,18 +122,8 @@ def liger(**options: Any) -> Adapter:
         candidates = None
         if selected_token_ids is not None:
             candidates = selected_token_ids.expand(len(target), -1)
-        result = adapter.compute(
-            _input,
-            weight,
-            target,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            outputs=["entropy"] if return_entropy else [],
-            candidates=candidates,
-        )
-        found = (-result.logprobs, result.entropy, result.candidate_logprobs)
-        asked = tuple(x for x in found if x is not None)
-        return asked if len(asked) > 1 else asked[0]
+        tensors = (_input, weight, target)
+        return compute(tensors, temperature, ignore_index, return_entropy, candidates=candidates)
 
     def tensor_parallel_nll(
         _input: Tensor,  # (N, D), the same on all processes
@@ -131,16 +136,14 @@ def liger(**options: Any) -> Adapter:
         return_entropy: bool = False,
     ) -> Any:
         start = torch.distributed.get_rank(tp_group) * len(weight)
-        result = adapter.compute(
-            _input,
-            weight,
-            target,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            outputs=["entropy"] if return_entropy else [],
-            vocab_parallel_options=VocabParallelOptions(start, start + len(weight), tp_group),
+        shard = VocabParallelOptions(start, start + len(weight), tp_group)
+        return compute(
+            (_input, weight, target),
+            temperature,
+            ignore_index,
+            return_entropy,
+            vocab_parallel_options=shard,
         )
-        return (-result.logprobs, result.entropy) if return_entropy else -result.logprobs
 
     return adapter.install(
         (SEAM, nll), (TENSOR_PARALLEL_SEAM, tensor_parallel_nll), *distillation(adapter)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from cut_cross_entropy.distributed.options import is_dtensor
 from cut_cross_entropy.lazy.recipe import Recipe, classifier, product
-from cut_cross_entropy.lazy.value import LazyValue, Unevaluated
+from cut_cross_entropy.lazy.value import LazyValue, StandIn
 
 
 def why_not_vocab_parallel(x: Any, weight: Any) -> str | None:
@@ -31,7 +31,7 @@ def why_not_vocab_parallel(x: Any, weight: Any) -> str | None:
     return None
 
 
-class LazyShards(Unevaluated):
+class LazyShards(StandIn):
     """Logits (..., V) as a DTensor that is not computed.
 
     Args:
@@ -59,20 +59,6 @@ class LazyShards(Unevaluated):
         """The processes that the classes are divided over."""
         weight: Any = self.lazy.recipe.terms[0][1]
         return weight.device_mesh
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the whole logits."""
-        return self.lazy.shape
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return self.lazy.ndim
-
-    def dim(self) -> int:
-        """Number of dimensions."""
-        return self.lazy.ndim
 
     def redistribute(
         self, device_mesh: Any = None, placements: Any = None, *, async_op: bool = False

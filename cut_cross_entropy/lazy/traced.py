@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cut_cross_entropy.lazy.cross_entropy import cross_entropy
 from cut_cross_entropy.lazy.operations import COMMUTING, OPERATORS, RECORDED, record
-from cut_cross_entropy.lazy.value import LazyValue, Unevaluated
+from cut_cross_entropy.lazy.value import LazyValue, StandIn
 
 _SPECIAL = (
     *("__sub__", "__isub__", "__rsub__", "__neg__", "__pow__", "__rpow__", "__matmul__"),
@@ -25,7 +25,7 @@ _PROPERTIES = frozenset(name for name in _ATTRIBUTES if not callable(getattr(Ten
 _PINNING = frozenset({"retain_grad", "register_hook", "requires_grad_", "__setitem__"})
 
 
-class TracedLogits(Unevaluated):
+class TracedLogits(StandIn):
     """Stands for logits (..., V) in traced code.
 
     Args:
@@ -34,16 +34,6 @@ class TracedLogits(Unevaluated):
 
     def __init__(self, lazy: LazyValue) -> None:
         self.lazy = lazy
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the logits."""
-        return self.lazy.shape
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return self.lazy.ndim
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,10 +58,6 @@ class TracedLogits(Unevaluated):
     def size(self, dim: int | None = None) -> Any:
         """As of a tensor."""
         return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        """Return the number of dimensions."""
-        return self.lazy.ndim
 
     def numel(self) -> int:
         """Return the number of elements."""

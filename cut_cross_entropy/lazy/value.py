@@ -19,6 +19,30 @@ class Unevaluated:
     """Marks the objects that stand for logits which are not computed."""
 
 
+class StandIn(Unevaluated):
+    """Stands for logits that are not computed where it cannot be a tensor.
+
+    Attributes:
+        lazy: the logits.
+    """
+
+    lazy: "LazyValue"
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole logits."""
+        return self.lazy.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return self.lazy.ndim
+
+    def dim(self) -> int:
+        """Return the number of dimensions."""
+        return self.lazy.ndim
+
+
 class Storage:
     """Logits that several views may share, computed once.
 

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from cut_cross_entropy.transformers.replaced_loss import calling_the_replacement
 from cut_cross_entropy.transformers.utils import PatchOptions, divisor
 
 Forward = Callable[..., Any]
+Run = Callable[[], Any]  # a forward with its model and its arguments
 
 
 def patched_forward(
@@ -63,7 +65,7 @@ def patched_forward(
                 and not torch.compiler.is_compiling()
                 and is_installed(self)
             ):
-                return _lazy(self, original, options, args, kwargs)
+                return _lazy(self, partial(original, self, *args, **kwargs), options)
             output = original(self, *args, **kwargs)
             if labels is None and not torch.compiler.is_compiling() and is_installed(self):
                 _warn_about_a_loss(self, output)
@@ -72,9 +74,10 @@ def patched_forward(
             kwargs.pop("num_items_in_batch", None)  # it asks for a mean
         elif kwargs.get("num_items_in_batch") is not None:
             kwargs["num_items_in_batch"] = divisor(kwargs["num_items_in_batch"])
+        run = partial(original, self, *args, **kwargs)
         if torch.compiler.is_compiling():
             if not is_replaced():
-                return _traced(self, original, options, labels, args, kwargs)
+                return _traced(self, run, options, labels)
             warn_once(
                 type(self).__name__,
                 "apply_lce compiled",
@@ -84,8 +87,8 @@ def patched_forward(
             return _not_traced(self, original, options, labels, args, kwargs)
         if is_replaced():
             with calling_the_replacement(self, options):
-                return _intercepted(self, original, options, labels, args, kwargs)
-        return _intercepted(self, original, options, labels, args, kwargs)
+                return _intercepted(self, run, options, labels)
+        return _intercepted(self, run, options, labels)
 
     forward.__name__ = "forward"
     forward.__qualname__ = getattr(original, "__qualname__", "forward")
@@ -125,17 +128,11 @@ def is_patched_forward(function: Any) -> bool:
     return function is not None and getattr(function, "cce_self", None) is function
 
 
-def _intercepted(
-    model: nn.Module,
-    original: Forward,
-    options: PatchOptions,
-    labels: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+def _intercepted(model: nn.Module, run: Run, options: PatchOptions, labels: Any) -> Any:
+    """Run a call with labels, its head intercepted."""
     heads = find_heads(model)
     if _is_part(heads):
-        return original(model, *args, **kwargs)
+        return run()
     is_outermost = active_record() is None
     record = ForwardRecord(model, options, labels)
     with intercept.intercepted(record, heads):
@@ -145,9 +142,9 @@ def _intercepted(
             if options.reduction == "none":
                 # Whether the model pads its labels decides which columns of the loss are kept.
                 with intercept.HeadMode(record, ()):
-                    output = original(model, *args, **kwargs)
+                    output = run()
             else:
-                output = original(model, *args, **kwargs)
+                output = run()
             if is_outermost:
                 output = replace_lazy(output, _replacement(model, record))
         finally:
@@ -156,22 +153,16 @@ def _intercepted(
     return output
 
 
-def _lazy(
-    model: nn.Module,
-    original: Forward,
-    options: PatchOptions,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+def _lazy(model: nn.Module, run: Run, options: PatchOptions) -> Any:
     """Return the output of a call without labels, its logits lazy and open to the caller."""
     heads = find_heads(model)
     if _is_part(heads) or is_sharded(model) or any(map(gathers, heads)):
-        return original(model, *args, **kwargs)  # weights that are sharded may be gone afterwards
+        return run()  # weights that are sharded may be gone afterwards
     record = ForwardRecord(model, options, None)
     record.stays_open = True
     record.way_out = "Use cce_patch without lazy_logits for this model"
     with intercept.intercepted(record, heads):
-        output = original(model, *args, **kwargs)
+        output = run()
         if any(stand_in.is_spread for stand_in in record.heads):  # only all processes can read it
             output = replace_lazy(output, lambda lazy: _real(lazy, record))
     return output
@@ -197,14 +188,7 @@ def _real(lazy: Any, record: ForwardRecord) -> Tensor:
     return logits
 
 
-def _traced(
-    model: nn.Module,
-    original: Forward,
-    options: PatchOptions,
-    labels: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+def _traced(model: nn.Module, run: Run, options: PatchOptions, labels: Any) -> Any:
     """The same in code that ``torch.compile`` traces, where modules cannot change for a while.
 
     A mode covers the whole forward instead of the head. It exists while tracing only.
@@ -226,7 +210,7 @@ def _traced(
             weights.extend(head.parameters())
     with intercept.HeadMode(record, tuple(sizes), weights=weights):
         record.heads_called += 1
-        output = original(model, *args, **kwargs)
+        output = run()
     if model.training:
         output = replace_lazy(output, lambda lazy: None)
     else:
@@ -246,7 +230,7 @@ def _not_traced(
 ) -> Any:
     """Call a replaced ``apply_lce`` from compiled code, which goes on with the output."""
     with calling_the_replacement(model, options):
-        output = _intercepted(model, original, options, labels, args, kwargs)
+        output = _intercepted(model, partial(original, model, *args, **kwargs), options, labels)
     return replace_lazy(output, lambda logits: _real(logits, logits.lazy.call.record))
 
 
