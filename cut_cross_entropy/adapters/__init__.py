@@ -1,9 +1,10 @@
-"""Trainers whose per-token log-probabilities come from :func:`token_logprobs`.
+"""Trainers whose log-probabilities and divergences of tokens come from this package.
 
 Each adapter replaces a function of an installed trainer, and puts it back when it is removed. None
 imports its trainer before it is called.
 """
 
+from cut_cross_entropy.adapters.axolotl import axolotl
 from cut_cross_entropy.adapters.liger import liger
 from cut_cross_entropy.adapters.megatron import MegatronContext, megatron_output_processor
 from cut_cross_entropy.adapters.nemo_rl import nemo_rl
@@ -16,6 +17,7 @@ from cut_cross_entropy.adapters.verl import verl
 __all__ = [
     "Adapter",
     "MegatronContext",
+    "axolotl",
     "liger",
     "megatron_output_processor",
     "nemo_rl",

@@ -43,3 +43,25 @@ def plain(hidden, weight, targets, temperature=1.0, softcap=None):
     logprobs = (logits / torch.as_tensor(temperature).unsqueeze(-1)).log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets[..., None]).squeeze(-1), entropy
+
+
+def topk_problem(bias, candidates=5):
+    """Two rows of a student with prompts and padding, and its teacher's likeliest classes.
+
+    Returns:
+        Hidden states (2, 6, D), weight (V, D), bias (V,) if asked for; and ids, log-probabilities
+        and mask (2, 6, K) of candidates, as axolotl pads them, and labels (2, 6).
+    """
+    hidden, weight, labels = problem()
+    random = torch.Generator().manual_seed(2)
+    teacher = (3 * torch.randn(2, 6, CLASSES, generator=random)).log_softmax(-1)
+    logprobs, ids = teacher.topk(candidates)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[1, 5] = mask[1, 2, 3:] = 0
+    logprobs, ids = logprobs.masked_fill(mask == 0, -1e9), ids.masked_fill(mask == 0, 0)
+    labels = labels.view(2, 6).clone()
+    labels[0, :2] = labels[1, 4] = -100
+    student = [hidden.view(2, 6, DIM), weight]
+    if bias:
+        student.append(torch.randn(CLASSES, generator=random))
+    return student, (ids, logprobs, mask, labels)

@@ -185,6 +185,65 @@ def nemo_rl():
     )
 
 
+# --- axolotl
+
+
+class TopKLogprobs(_Differentiable):
+    """Its gradient lacks the square of the temperature that its value has."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        student_input,
+        student_lm_head_weight,
+        target_token_ids,
+        target_logprobs,
+        target_mask,
+        true_labels,
+        student_lm_head_bias=None,
+        weight_hard_loss=0.5,
+        weight_soft_loss=0.5,
+        ignore_index=-100,
+        temperature=1.0,
+        beta=0.0,
+        compiled=False,
+        chunk_size=1024,
+        compute_ce_loss=True,
+        normalize_topk=True,
+    ):
+        logits = F.linear(student_input, student_lm_head_weight, student_lm_head_bias)
+        log_p = (logits / temperature).log_softmax(-1).gather(-1, target_token_ids)
+        if normalize_topk:
+            log_p = log_p.log_softmax(-1)
+        mask = target_mask.bool()
+        log_p, log_q = log_p[mask], target_logprobs[mask]
+        p, q = log_p.exp(), log_q.exp()
+        log_m = ((1 - beta) * p + beta * q).log()
+        if beta == 0:
+            soft = q * (log_q - log_p)
+        elif beta == 1:
+            soft = p * (log_p - log_q)
+        else:
+            soft = beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)
+        soft = soft.sum()
+        loss = weight_soft_loss * (soft + (temperature**2 - 1) * soft.detach())
+        if compute_ce_loss and weight_hard_loss > 0:
+            labels = true_labels[:, 1:].flatten()
+            hard = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels, ignore_index=ignore_index, reduction="sum"
+            )
+            loss = loss + weight_hard_loss * hard
+        return loss
+
+
+def axolotl(function=TopKLogprobs):
+    return modules(
+        axolotl__integrations__kd__kernels__liger={
+            "LigerFusedLinearKLTopKLogprobFunction": function
+        }
+    )
+
+
 # --- torchtitan
 
 

@@ -9,7 +9,15 @@ from torch import nn
 
 from cut_cross_entropy import adapters
 from tests.adapters import stand_ins
-from tests.adapters.parity import CLASSES, DIM, assert_same, plain, problem, step
+from tests.adapters.parity import (
+    CLASSES,
+    DIM,
+    assert_same,
+    plain,
+    problem,
+    step,
+    topk_problem,
+)
 
 
 @pytest.mark.parametrize("shape", [(12,), (1, 12), (3, 4)])
@@ -75,6 +83,50 @@ def test_prime_rl_with_a_sampling_mask(case):
     assert adapter.calls == 1
     assert len(ours[0]) == 2 + case.endswith("logprobs")
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(
+    ("beta", "temperature", "hard", "soft", "bias"),
+    [
+        (0.0, 1.0, 0.3, 0.7, True),
+        (0.4, 1.0, 0.3, 0.7, False),
+        (1.0, 1.0, 0.0, 1.0, False),
+        (0.0, 1.7, 0.3, 0.7, False),
+        (0.4, 1.7, 0.0, 1.0, True),
+        (1.0, 1.7, 1.0, 0.0, False),
+    ],
+)
+def test_axolotl(normalised, beta, temperature, hard, soft, bias):
+    student, (ids, logprobs, mask, labels) = topk_problem(bias)
+    options = (hard, soft, -100, temperature, beta, False, 4, hard > 0, normalised)
+    with stand_ins.axolotl():
+        module = sys.modules["axolotl.integrations.kd.kernels.liger"]
+
+        def call(hidden, weight, bias=None):
+            function = module.LigerFusedLinearKLTopKLogprobFunction
+            return function.apply(hidden, weight, ids, logprobs, mask, labels, bias, *options)
+
+        theirs = step(call, *student)
+        with adapters.axolotl() as adapter:
+            ours = step(call, *student)
+        assert adapter.calls == 1
+        assert module.LigerFusedLinearKLTopKLogprobFunction is stand_ins.TopKLogprobs
+    assert_same(ours, theirs)
+
+
+def test_axolotl_with_another_function():
+    class Moved(stand_ins.TopKLogprobs):
+        @staticmethod
+        def forward(ctx, student_input, student_lm_head_weight, target_token_ids):
+            return student_input
+
+    with stand_ins.axolotl(Moved):
+        message = r"axolotl .* with the parameters \(student_input, student_lm_head_weight, target_"
+        with pytest.raises(RuntimeError, match=message):
+            adapters.axolotl()
+        module = sys.modules["axolotl.integrations.kd.kernels.liger"]
+        assert module.LigerFusedLinearKLTopKLogprobFunction is Moved
 
 
 class OneProcess:

@@ -6,7 +6,7 @@ Not collected with the other tests. Each test skips where its trainer is missing
 
 Run with verl 0.9.1, torchtitan 0.3.0 and Megatron-core 0.19.2 from PyPI, prime-rl at 559b447 and
 NeMo-RL at 7ea279a from their repositories, each unpacked into a folder of PYTHONPATH; LLaMA-Factory
-0.9.5 and OpenRLHF 0.11.2 in the same way, from their wheels.
+0.9.5, OpenRLHF 0.11.2 and axolotl 0.19.0 in the same way, from their wheels.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from cut_cross_entropy import adapters
 from cut_cross_entropy.lazy.logits import LazyLogits
 from cut_cross_entropy.transformers import call_count, cce_patch
 from tests.adapters import stand_ins
-from tests.adapters.parity import CLASSES, DIM, assert_same, problem, step
+from tests.adapters.parity import CLASSES, DIM, assert_same, problem, step, topk_problem
 from tests.support import is_computed
 from tests.transformers.models import batch, llama, twin
 
@@ -168,6 +168,42 @@ def test_nemo_rl(one_process):
             ours = step(call, hidden, weight)
         assert adapter.calls == 1
     assert_same(ours, theirs)
+
+
+# --- axolotl
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(
+    ("beta", "temperature", "hard", "soft", "bias"),
+    [
+        (0.0, 1.0, 0.3, 0.7, True),
+        (0.4, 1.0, 0.3, 0.7, False),
+        (1.0, 1.0, 0.0, 1.0, False),
+        (0.0, 1.7, 0.3, 0.7, False),
+        (0.4, 1.7, 0.0, 1.0, True),
+        (1.0, 1.7, 1.0, 0.0, False),
+    ],
+)
+def test_axolotl(normalised, beta, temperature, hard, soft, bias, monkeypatch):
+    pytest.importorskip("liger_kernel")
+    packages = ("axolotl", "axolotl.integrations", "axolotl.integrations.kd")
+    hollow(monkeypatch, *packages, "axolotl.integrations.kd.kernels")
+    kernels = importlib.import_module("axolotl.integrations.kd.kernels.liger")
+    student, (ids, logprobs, mask, labels) = topk_problem(bias)
+    module = kernels.LigerFusedLinearKLTopKLogprobLoss(
+        hard, soft, temperature, beta, -100, False, 4, hard > 0, normalised
+    )
+    call = lambda hidden, weight, bias=None: module(
+        weight, hidden, ids, logprobs, mask, labels, bias
+    )
+    theirs = step(call, *student)
+    with adapters.axolotl() as adapter:
+        ours = step(call, *student)
+    assert adapter.calls == 1
+    assert_same(ours, theirs)
+    assert_same(step(call, *student), theirs)
+    assert adapter.calls == 1
 
 
 # --- torchtitan
