@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # started by its path: Python then puts this folder first, not the root
     sys.path[0] = str(ROOT)
 
-from docs import benchmark_runs, distributed_runs, training_runs  # noqa: E402
+from docs import benchmark_runs, distributed_runs, evidence_tables, training_runs  # noqa: E402
 from docs.benchmark_runs import Measurements  # noqa: E402
 from docs.page import fill  # noqa: E402
 from research import figures  # noqa: E402
@@ -27,7 +27,7 @@ from research import figures  # noqa: E402
 PAGES = tuple(
     Path(page)
     for page in ("README.md", "docs/benchmarks.md", "docs/numerics.md", "docs/distributed.md",
-                 "docs/training.md", "docs/experiments.md")
+                 "docs/training.md", "docs/experiments.md", "docs/evidence.md")
 )  # fmt: skip
 
 
@@ -62,6 +62,10 @@ def pages(root: Path, kept: Measurements, runs: training_runs.Records) -> dict[P
         ValueError: a marker without its other half, or a block that nobody makes.
     """
     blocks = {name: partial(make, kept) for name, make in BLOCKS.items()}
+    folder = root / "docs/measurements"
+    blocks |= {
+        name: partial(make, kept, runs, folder) for name, make in evidence_tables.BLOCKS.items()
+    }
     blocks |= {name: partial(training_runs.section, name, runs) for name in training_runs.NAMES}
     return {page: fill((root / page).read_text(encoding="utf-8"), blocks) for page in PAGES}
 

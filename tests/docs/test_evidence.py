@@ -1,0 +1,130 @@
+"""The page of evidence: every line has a record that is there, by hand, and what lacks one."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from docs import benchmark_runs, evidence_tables, training_runs
+from docs.make import ROOT
+from docs.training_runs import Record
+
+DOCS = ROOT / "docs"
+PAGE = (DOCS / "evidence.md").read_text(encoding="utf-8")
+
+
+def tables():
+    """The lines of the tables of figures, without headings."""
+    blocks = re.findall(r"(?s)<!-- begin evidence-[\w-]+ -->(.*?)<!-- end", PAGE)
+    return [[line for line in block.splitlines() if line.startswith("|")][2:] for block in blocks]
+
+
+def test_every_line_names_a_record_with_its_commit():
+    lines = [line for table in tables() for line in table]
+    assert len(lines) > 20
+    for line in lines:
+        found = re.search(
+            r"\[[\w./-]+\]\((measurements/[\w./-]+\.json)\), ([0-9a-f]{7,}) \|$", line
+        )
+        assert found, line
+        record = json.loads((DOCS / found[1]).read_text(encoding="utf-8"))
+        where = record.get("environment") or record["machine"]
+        assert where["commit"] == found[2]
+
+
+def test_every_table_of_figures_has_its_command():
+    for name in evidence_tables.BLOCKS:
+        block = re.search(rf"(?s)<!-- begin {name} -->(.*?)<!-- end {name} -->", PAGE)
+        assert block, name
+        if "|" in block[1] and name != "evidence-against":  # made of the records of the others
+            assert re.search(r"\nFrom `(python -m|torchrun) ", block[1]), name
+
+
+def record(name, losses, ms):
+    """A record with a held-out loss for each method and seed."""
+    rows = [
+        {"method": method, "seed": seed, "losses": None, "ms_per_step": ms[method],
+         "peak_mib": 10.0, "held-out loss": loss}
+        for method, by_seed in losses.items() for seed, loss in enumerate(by_seed)
+    ]  # fmt: skip
+    content = {
+        "machine": {"device": "NVIDIA H200", "commit": "abcdef1", "command": f"{name} --steps 3"},
+        "settings": {"batch_size": 2, "length": 500, "model": "some.gguf"},
+        "largest": [{"method": "cce", "tokens": 123456}],
+    }
+    return Record(f"{name}_x_h200", content, pd.DataFrame(rows))
+
+
+@pytest.fixture
+def nothing():
+    environment = {"device": "NVIDIA H200", "commit": "abcdef1"}
+    return benchmark_runs.collect({"table.json": {"environment": environment}})
+
+
+def test_finetuning(nothing):
+    losses = {"full": [2.0, 3.0], "cce": [2.1, 3.3], "full_reordered": [2.0, 2.8]}
+    made = record("finetune", losses, {"full": 20.0, "cce": 10.0, "full_reordered": 20.0})
+    text = evidence_tables.finetune(nothing, {"finetune": [made], "pretrain": []}, Path())
+    assert "| `cce` | 2 | +0.2000 ± 0.1000 | 0.3000 | 100,000 | 10 | 123,456 |" in text
+    assert "| `full_reordered` | 2 | -0.1000 ± 0.1000 | 0.2000 | 50,000 | 10 |  |" in text
+    assert "From `python -m experiments.finetune --steps 3`." in text
+
+
+@pytest.mark.parametrize(
+    ("cce", "ms", "figures"),
+    [
+        ([2.1, 3.1001], 10.0, ["held-out loss, difference of 2 seeds"]),
+        ([2.1, 2.9], 10.0, []),
+        ([1.9, 2.9], 10.0, []),
+        ([2.0, 3.0], 10.3, ["ms a step"]),
+        ([2.0, 3.0], 10.1, []),
+    ],
+)
+def test_against(nothing, cce, ms, figures):
+    """Slower by more than 2 %, or worse by more than two standard errors."""
+    made = record("finetune", {"full": [2.0, 3.0], "cce": cce}, {"full": 10.0, "cce": ms})
+    text = evidence_tables.against(nothing, {"finetune": [made], "pretrain": []}, Path())
+    lines = text.splitlines()[2:]
+    assert [line.split(" | ")[1] for line in lines] == figures
+
+
+def test_what_is_not_measured_is_named(nothing, tmp_path):
+    runs = {"finetune": [], "pretrain": []}
+    everything = evidence_tables.missing(nothing, runs, tmp_path)
+    assert everything.count("not measured yet (`") == len(evidence_tables.WANTED)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/grpo_h200.json").write_text("{}")
+    left = evidence_tables.missing(nothing, runs, tmp_path)
+    assert "GRPO" in everything
+    assert "GRPO" not in left
+    assert left.count("not measured yet (`") == len(evidence_tables.WANTED) - 1
+
+
+def test_trainers(nothing, tmp_path):
+    (tmp_path / "experiments").mkdir()
+    runs = [
+        {"method": method, "seed": 0, "logs": [{}, {}], "ms_per_step": {"update": 30.4},
+         "peak_mib": {"update": 2048.0}}
+        for method in ("trl", "token_logprobs")
+    ]  # fmt: skip
+    content = {
+        "experiment": "dpo_bf16", "machine": {"device": "NVIDIA B200", "commit": "abcdef1",
+        "command": "dpo --bf16"}, "runs": runs,
+        "distances": [{"method": "token_logprobs", "seed": 0, "loss": 0.0013, "equal_steps": 1}],
+    }  # fmt: skip
+    (tmp_path / "experiments/dpo_bf16_b200.json").write_text(json.dumps(content))
+    text = evidence_tables.trainers(nothing, {}, tmp_path)
+    line = (
+        "| DPO, bf16, NVIDIA B200 | `token_logprobs` | 0 | loss 1.3e-03 | 1 of 2 | update 30 "
+        "| update 2,048 | [experiments/dpo_bf16_b200.json]"
+    )
+    assert line in text
+    assert text.count("\n| DPO, bf16") == 2
+    assert "From `python -m experiments.dpo --bf16`." in text
+
+
+def test_the_records_of_the_page_can_be_read():
+    runs = training_runs.read(DOCS / "measurements/experiments")
+    assert {name for name in runs if runs[name]} == {"finetune", "pretrain"}
