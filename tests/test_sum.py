@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy, sum_operators
-from cut_cross_entropy.implementations import chunked, chunked_sum
+from cut_cross_entropy.implementations import blocks, chunked, chunked_sum
 from cut_cross_entropy.implementations.blocks import Blocks
 from cut_cross_entropy.problem import Needed, Problem
 from cut_cross_entropy.sum_operators import SumOptions
@@ -243,6 +244,109 @@ def test_a_second_derivative_of_weighted_losses_is_refused():
     (grad,) = torch.autograd.grad(loss, inputs[0], create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(grad.square().sum(), inputs[1])
+
+
+@pytest.fixture
+def half_products(monkeypatch):
+    """Products of half precision factors with a float32 result, as on CUDA."""
+
+    def add(self, left, right, out, alpha=1.0, beta=1.0):
+        assert left.dtype == right.dtype == self.problem.compute_dtype
+        out.addmm_(left.float(), right.float(), beta=beta, alpha=alpha)
+
+    store = functools.partialmethod(add, beta=0.0)
+    monkeypatch.setattr(blocks, "has_wide_products", lambda device: True)
+    monkeypatch.setattr(Blocks, "add_product", add)
+    monkeypatch.setattr(Blocks, "store_product", store)
+
+
+HALF_BUDGET = 600 * (4 * 304 + 4 * 4 * 16)  # about 512 tokens of two chunks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("classes", [304, 301])
+def test_half_products(dtype, softcap, classes, passes, half_products, monkeypatch):
+    """The logits of a part of each chunk exist, its factors in half precision for all of it."""
+    monkeypatch.setattr(chunked_sum, "ALIGNED", 8)
+    shapes, log_softmax = [], torch.log_softmax
+
+    def record(logits, *others, **named):
+        shapes.append(tuple(logits.shape))
+        return log_softmax(logits, *others, **named)
+
+    monkeypatch.setattr(torch, "log_softmax", record)
+    problem = make_problem((900,), classes, 16, bias=True, ignored=0.1, dtype=dtype)
+    check(problem, "chunked", return_lse=False, softcap=softcap, memory_budget=HALF_BUDGET)
+    assert passes == ["loss_and_gradients"]
+    kept = int((problem.targets != -100).sum())
+    parts = [128] * (kept // 128) + [kept % 128]
+    assert shapes[: len(parts)] == [(rows, 304) for rows in parts]
+
+
+@pytest.mark.parametrize("name", ["both", "negative", "all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_known_factors_and_half_products(name, dtype, passes, half_products):
+    problem = make_problem((5, 13), bias=True, dtype=dtype)
+    eps = torch.finfo(dtype).eps
+    compare_with_reference("chunked", problem, 2 * eps, eps / 4, **factors_in(dtype, name))
+    assert passes == ["loss_and_gradients"]
+
+
+def test_small_weights_and_float16_products(half_products):
+    """Gradients of logits are scaled into the range of float16; the weights are all far below."""
+    problem = make_problem((5, 13), bias=True)
+    inputs = leaves_of(problem)
+
+    def gradients(weights):
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = chunked_loss(
+                *inputs[:2], problem.targets, inputs[2], token_weights=weights, reduction="sum"
+            )
+        return torch.autograd.grad(loss, inputs)
+
+    weights = 1e-9 * PER_TOKEN.float()
+    small, large = gradients(weights), gradients(2**30 * weights)
+    assert all(torch.equal(2**30 * x, y) for x, y in zip(small, large, strict=True))
+
+
+@pytest.mark.parametrize("needed", [("e", "c", "bias"), ("e",)])
+def test_half_products_under_autocast(needed, half_products, passes):
+    """All of the classifier is converted at once if it has a gradient, else a slice at a time."""
+    problem = make_problem((40,), 600, 16, bias=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = run_ours(problem, "chunked", return_lse=False, needed=needed)
+        expected = run_ours(problem, "reference", return_lse=False, needed=needed)
+    for name, value in expected.named().items():
+        torch.testing.assert_close(ours.named()[name], value, rtol=1e-2, atol=2e-4)
+    assert passes == ["loss_and_gradients"]
+
+
+def test_half_products_of_a_target_out_of_range(half_products, monkeypatch):
+    monkeypatch.setattr(blocks, "check_target_range", lambda *arguments: None)
+    problem = make_problem((5,), ignored=0.0, dtype=torch.bfloat16)
+    problem.targets[2] = 300
+    results = run_ours(problem, "chunked", return_lse=False)
+    assert results.loss.isnan()
+    assert results.grad_e.isnan().all(1).tolist() == [False, False, True, False, False]
+    assert results.grad_c.isnan().all()
+
+
+@pytest.mark.parametrize(("classes", "dim"), [(256000, 2304), (32064, 3072), (50257, 768)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("half", [False, True])
+def test_products_of_aligned_slices(classes, dim, dtype, half, monkeypatch):
+    """Those that begin elsewhere, or have a length that is not a multiple of 8, are far slower."""
+    monkeypatch.setattr(blocks, "has_wide_products", lambda device: half)
+    e, c = (torch.empty(n, dim, device="meta", dtype=dtype) for n in (1, classes))
+    call = Problem(e, c, e, None, -100, None, torch.bfloat16, 2**28)
+    for needed in (Needed(True, True, False), Needed(True, False, False)):
+        slices = chunked_sum._class_slices(call, needed)
+        assert slices[0].start == 0
+        assert slices[-1].stop == classes
+        assert all(a.stop == b.start and b.start % 256 == 0 for a, b in pairwise(slices))
+        assert len(slices) == 1 or not (half and dtype == torch.bfloat16) or classes == 50257
+    assert not half or chunked_sum._width(call) % 8 == 0
 
 
 @pytest.mark.parametrize("needed", [("e",), ("c",), ("bias",), ("e", "c"), ("c", "bias")])

@@ -47,6 +47,15 @@ def choose_blocks(
     return tokens, min(num_classes, classes)
 
 
+def uses_half_products(problem: Problem) -> bool:
+    """Whether the products take half precision factors as they are.
+
+    PyTorch has such products with a float32 result on CUDA only; elsewhere the factors are widened,
+    which changes none of their values.
+    """
+    return problem.compute_dtype.itemsize == 2 and has_wide_products(problem.e.device)
+
+
 class Blocks:
     """The inputs without ignored tokens, block by block, in the precision of the products."""
 
@@ -54,11 +63,7 @@ class Blocks:
         targets, num_classes = problem.targets, problem.c.shape[0]
         self.problem, self.wide = problem, problem.wide
         self.floor = -600.0 if self.wide == torch.float64 else -60.0
-        # PyTorch has products of half precision factors with a float32 result on CUDA only;
-        # elsewhere the factors are widened, which changes none of their values.
-        self.half_products = problem.compute_dtype.itemsize == 2 and has_wide_products(
-            problem.e.device
-        )
+        self.half_products = uses_half_products(problem)
 
         if problem.group is None:
             check_target_range(targets, num_classes, problem.ignore_index)
@@ -142,12 +147,13 @@ class Blocks:
             return torch.mm(left, right, out_dtype=self.wide)
         return left @ right
 
-    def store_product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
-        """Overwrite ``out`` with the product of two factors."""
+    def store_product(self, left: Tensor, right: Tensor, out: Tensor, alpha: float = 1.0) -> None:
+        """Overwrite ``out`` with the product of two factors, times ``alpha``."""
         if self.half_products:
-            torch.ops.aten.mm.dtype_out(left, right, self.wide, out=out)
+            add = torch.ops.aten.addmm.dtype_out
+            add(out, left, right, self.wide, beta=0, alpha=alpha, out=out)
         else:
-            torch.mm(left, right, out=out)
+            torch.addmm(out, left, right, beta=0, alpha=alpha, out=out)
 
     def add_product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Add the product of two factors to ``out``."""

@@ -9,18 +9,21 @@ Shape legend: ``cut_cross_entropy.implementations``.
 """
 
 import functools
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cut_cross_entropy.implementations.blocks import Blocks, slices
+from cut_cross_entropy.implementations.blocks import Blocks, slices, uses_half_products
 from cut_cross_entropy.problem import Needed, Problem, SumGradients, gradient_scale
 
 # The sums of dC are read and written once per chunk: with fewer tokens in a chunk that takes longer
 # than to compute the logits again.
 MIN_TOKENS = 128
 MIN_TOKENS_HALF = 512  # tensor cores multiply faster
+LOGIT_PARTS = 4  # of a chunk whose factors are in half precision: the logits exist for one of them
+ALIGNED = 256  # classes; the library's products are far slower with factors that are not aligned
 
 
 def tokens_per_chunk(problem: Problem, needed: Needed) -> int:
@@ -30,25 +33,53 @@ def tokens_per_chunk(problem: Problem, needed: Needed) -> int:
     of c: beside the sums, the backward allocates those, and the forward does not.
     """
     (num_classes, dim), wide = problem.c.shape, problem.wide.itemsize
-    half = problem.compute_dtype.itemsize == 2 and problem.e.device.type == "cuda"
-    # Logits, the slope of a softcap, and what the products take of them in half precision.
-    per_class = wide if problem.softcap is None else 2 * wide
-    if half:
-        per_class += problem.compute_dtype.itemsize
-    per_token = per_class * num_classes + 4 * dim * wide  # rows of e, also scaled, and of dE
-    num_bytes = problem.memory_budget - _classes_per_product(problem) * dim * wide
+    half = uses_half_products(problem)
+    # Logits and, of a softcap, its hyperbolic tangent.
+    per_class: float = wide if problem.softcap is None else 2 * wide
+    if half:  # and what the products take of them
+        per_class = per_class / LOGIT_PARTS + problem.compute_dtype.itemsize
+    per_token = per_class * _width(problem) + 4 * dim * wide  # rows of e, also scaled, and of dE
+    num_bytes = problem.memory_budget - _classes_per_product(problem, needed) * dim * wide
     if needed.c and problem.e.device.type != "cpu":
-        num_bytes += num_classes * dim * problem.c.dtype.itemsize
-    tokens = num_bytes // per_token
+        copied = problem.compute_dtype.itemsize if _copies_classifier(problem, needed) else 0
+        num_bytes += num_classes * dim * (problem.c.dtype.itemsize - copied)
+    tokens = int(num_bytes // per_token)
+    if half:  # whole tiles of the products
+        tokens = tokens // (64 * LOGIT_PARTS) * (64 * LOGIT_PARTS)
     return tokens if tokens >= (MIN_TOKENS_HALF if half else MIN_TOKENS) else 0
 
 
-def _classes_per_product(problem: Problem) -> int:
+def _width(problem: Problem) -> int:
+    """Return the number of columns of the stored logits: rows are aligned where it counts."""
+    num_classes = problem.c.shape[0]
+    if num_classes % 8 == 0 or not uses_half_products(problem):
+        return num_classes
+    return -(-num_classes // ALIGNED) * ALIGNED
+
+
+def _copies_classifier(problem: Problem, needed: Needed) -> bool:
+    """Return whether all of c is converted at once, in memory that waits for its gradient."""
+    return needed.c and uses_half_products(problem) and problem.c.dtype != problem.compute_dtype
+
+
+def _classes_per_product(problem: Problem, needed: Needed) -> int:
     """Return how many rows of c are copied in the dtype of the factors at a time; 0 for none."""
     num_classes, dim = problem.c.shape
-    if problem.c.dtype == problem.wide:
+    dtype = problem.compute_dtype if uses_half_products(problem) else problem.wide
+    if problem.c.dtype == dtype or _copies_classifier(problem, needed):
         return 0
-    return min(num_classes, max(1, problem.memory_budget // (4 * dim * problem.wide.itemsize)))
+    classes = max(1, problem.memory_budget // (4 * dim * problem.wide.itemsize))
+    return min(num_classes, classes // ALIGNED * ALIGNED or classes)
+
+
+def _class_slices(problem: Problem, needed: Needed) -> list[slice]:
+    """Return slices of the classes for one product each."""
+    num_classes = problem.c.shape[0]
+    at_a_time = _classes_per_product(problem, needed) or num_classes
+    # The last few of an odd number apart, which would make all of the product slow.
+    aligned = num_classes // ALIGNED * ALIGNED if _width(problem) != num_classes else num_classes
+    rest = [slice(aligned, num_classes)] if aligned < num_classes else []
+    return [*slices(aligned, at_a_time), *rest]
 
 
 def loss_and_gradients(
@@ -61,15 +92,19 @@ def loss_and_gradients(
         needed: the gradients to compute.
         weights: (N,) of dtype :attr:`Problem.wide`, factors of the losses; None for 1.
     """
-    blocks, bias, softcap, wide = Blocks(problem), problem.bias, problem.softcap, problem.wide
+    most, class_slices = tokens_per_chunk(problem, needed), _class_slices(problem, needed)
+    if _copies_classifier(problem, needed):
+        problem = replace(problem, c=problem.c.to(problem.compute_dtype))
+    blocks, width = Blocks(problem), _width(problem)
+    (num_classes, dim), num_kept = problem.c.shape, blocks.num_kept
     if weights is not None:
         weights = blocks.gather(weights)
-    factors_of_rows, scale = _factors_of_rows(blocks, weights)
-    (num_classes, dim), num_kept = problem.c.shape, blocks.num_kept
-    num_chunks = -(-num_kept // max(1, tokens_per_chunk(problem, needed)))
+    row_factors, scale = _row_factors(blocks, weights)
+    num_chunks = -(-num_kept // max(1, most))
     rows = -(-num_kept // max(1, num_chunks))  # chunks of about equal size
-    classes_at_a_time = _classes_per_product(problem) or num_classes
-    make = functools.partial(torch.empty, dtype=wide, device=problem.e.device)
+    if blocks.half_products:
+        rows = -(-rows // (64 * LOGIT_PARTS)) * 64 * LOGIT_PARTS
+    make = functools.partial(torch.empty, dtype=problem.wide, device=problem.e.device)
     nll = make(num_kept)
     grad_e = make((num_kept, dim) if needed.e else 0)
     grad_c = make((num_classes, dim) if needed.c else 0)
@@ -77,66 +112,62 @@ def loss_and_gradients(
     if num_kept == 0:  # otherwise the first chunk overwrites them
         grad_c.zero_()
         grad_bias.zero_()
-    buffer = make((rows, num_classes))
-    slopes = None if softcap is None else make((rows, num_classes))
-    factors = None
+    factors, part_rows = None, rows
     if blocks.half_products:
-        factors = make((rows, num_classes), dtype=problem.compute_dtype)
+        factors = make((rows, width), dtype=problem.compute_dtype)
+        part_rows = -(-rows // LOGIT_PARTS)
+    buffer = make((part_rows, width))
+    tangents = None if problem.softcap is None else make((part_rows, width))
 
     for tokens in slices(num_kept, rows):
-        first, here = tokens.start == 0, slice(0, tokens.stop - tokens.start)
-        e_block, values = blocks.embeddings(tokens), buffer[here]
-        for classes in slices(num_classes, classes_at_a_time):
-            blocks.store_product(e_block, blocks.classifier(classes).T, out=values[:, classes])
-        if bias is not None:
-            values += bias.to(wide)
-        slope = None
-        if softcap is not None and slopes is not None:
-            values.div_(softcap).tanh_()
-            slope = torch.mul(values, values, out=slopes[here]).neg_().add_(1)
-            values.mul_(softcap)
-        if blocks.multiplier is not None:
-            values.mul_(blocks.multiplier[tokens, None])
+        first = tokens.start == 0
+        e_block = blocks.embeddings(tokens)
+        inverse = make((tokens.stop - tokens.start, 1))
+        for part in slices(len(e_block), part_rows):
+            some = slice(tokens.start + part.start, tokens.start + part.stop)
+            here = slice(0, part.stop - part.start)
+            all_columns = buffer[here]
+            values = all_columns[:, :num_classes]
+            tangent = None if tangents is None else tangents[here, :num_classes]
+            for classes in class_slices:
+                blocks.store_product(
+                    e_block[part],
+                    blocks.classifier(classes).T,
+                    out=values[:, classes],
+                    alpha=1.0 if problem.softcap is None else 1 / problem.softcap,
+                )
+            _transform(values, tangent, blocks, some)
+            all_columns[:, num_classes:].fill_(-torch.inf)
+            nll[some], total = _subtract_targets(all_columns, blocks, some)
+            if tangent is not None:
+                torch.ops.aten.tanh_backward.grad_input(values, tangent, grad_input=values)
+            # Probabilities are these values over their sum, which in full precision goes into the
+            # smaller factors. In half precision these would be rounded a second time; the sums are
+            # 1 there but for rounding.
+            inverse[part] = total.reciprocal()[:, None]
+            if row_factors is not None:
+                (inverse[part] if factors is None else all_columns).mul_(row_factors[some, None])
+            if needed.bias:
+                sums = torch.mv(values.T, inverse[part, 0])
+                grad_bias = sums if first and part.start == 0 else grad_bias.add_(sums)
+            if factors is not None:
+                factors[part].copy_(all_columns)
 
-        in_range = blocks.in_range[tokens]
-        column = blocks.targets[tokens].clamp(0, num_classes - 1)[:, None]
-        target_logit, highest = values.gather(1, column)[:, 0], values.amax(1)
-        # Subnormal numbers would make the products an order of magnitude slower on a CPU.
-        values.sub_(highest[:, None])
-        F.threshold(values, blocks.floor, -torch.inf, inplace=True)
-        values.exp_().scatter_(1, column, 0)
-        # The target apart: 1 - p of a sure token is a sum of small numbers, not a difference.
-        others, logit = values.sum(1), target_logit - highest
-        loss = torch.logaddexp(others.log() - logit, logit.new_zeros(()))
-        nll[tokens] = torch.where(in_range, loss, torch.nan)  # out of range: nothing plausible
-        total = torch.where(in_range, others + logit.exp(), torch.nan)
-        values.scatter_(1, column, -others[:, None])  # p - 1, in units of the others
-        if slope is not None:
-            values.mul_(slope)
-
-        # Probabilities are these values over their sum, which in full precision goes into the
-        # smaller factors. In half precision these would be rounded a second time.
-        inverse = total.reciprocal()[:, None]
-        if factors_of_rows is not None:
-            inverse.mul_(factors_of_rows[tokens, None])
-        if needed.bias:
-            sums = torch.mv(values.T, inverse[:, 0])
-            grad_bias = sums if first else grad_bias.add_(sums)
-        factor, e_factor = values, e_block
-        if factors is not None:
-            factor = torch.mul(values, inverse, out=factors[here])
-        elif needed.c:
-            e_factor = e_block * inverse
+        factor = (buffer if factors is None else factors)[: len(e_block), :num_classes]
         if needed.e:
             rows_of_e = grad_e[tokens]
-            for classes in slices(num_classes, classes_at_a_time):
+            for classes in class_slices:
                 multiply = blocks.add_product if classes.start else blocks.store_product
                 multiply(factor[:, classes], blocks.classifier(classes), out=rows_of_e)
-            if factors is None:
-                rows_of_e.mul_(inverse)
+            rows_of_e.mul_(inverse)
         if needed.c:
             multiply = blocks.store_product if first else blocks.add_product
-            multiply(factor.T, e_factor, out=grad_c)
+            if factors is None:
+                e_factor = e_block * inverse
+            else:  # of a target out of range: nothing plausible
+                e_factor = torch.where(inverse.isnan(), torch.nan, e_block)
+            for classes in class_slices if factors is not None else [slice(0, num_classes)]:
+                multiply(factor[:, classes].T, e_factor, out=grad_c[classes])
     if weights is not None:
         nll.mul_(weights)
     if scale is not None:
@@ -147,7 +178,61 @@ def loss_and_gradients(
     )
 
 
-def _factors_of_rows(blocks: Blocks, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _transform(
+    values: Tensor,  # (n, V) e @ c.T over the softcap, in; logits, out
+    tangent: Tensor | None,  # (n, V) out: the hyperbolic tangent of a softcap
+    blocks: Blocks,
+    tokens: slice,
+) -> None:
+    """Apply bias, softcap and multiplier."""
+    problem = blocks.problem
+    if problem.bias is not None:
+        bias = problem.bias.to(problem.wide)
+        values += bias if problem.softcap is None else bias / problem.softcap
+    if tangent is not None and problem.softcap is not None:
+        torch.tanh(values, out=tangent)
+        torch.mul(tangent, problem.softcap, out=values)
+    if blocks.multiplier is not None:
+        values.mul_(blocks.multiplier[tokens, None])
+
+
+def _subtract_targets(
+    logits: Tensor,  # (n, at least V); p - onehot times the sum of each token, out
+    blocks: Blocks,
+    tokens: slice,
+) -> tuple[Tensor, Tensor]:
+    """Turn logits into their gradients but for a factor; return losses and sums, (n,) each."""
+    in_range = blocks.in_range[tokens]  # of a target out of range: nothing plausible
+    column = blocks.targets[tokens].clamp(0, blocks.problem.c.shape[0] - 1)[:, None]
+    logit = _subtract_bound(logits, column, blocks)
+    logits.exp_().scatter_(1, column, 0)
+    # The target apart: 1 - p of a sure token is a sum of small numbers, not a difference.
+    others = logits.sum(1)
+    loss = torch.logaddexp(others.log() - logit, logit.new_zeros(()))
+    total = others + logit.exp()
+    logits.scatter_(1, column, -others[:, None])  # p - 1, in units of the others
+    return torch.where(in_range, loss, torch.nan), torch.where(in_range, total, torch.nan)
+
+
+def _subtract_bound(logits: Tensor, column: Tensor, blocks: Blocks) -> Tensor:
+    """Subtract from a token's logits a bound of their log-sum-exp; return the target's logit (n,).
+
+    Args:
+        logits: (n, classes), in and out.
+        column: (n, 1) of the target.
+        blocks: of the problem.
+    """
+    if blocks.half_products or logits.is_cuda:  # the log-sum-exp itself: one kernel
+        torch.log_softmax(logits, 1, out=logits)
+        return logits.gather(1, column)[:, 0]
+    logits.sub_(logits.amax(1, keepdim=True))
+    logit = logits.gather(1, column)[:, 0]
+    # Subnormal numbers would make the products an order of magnitude slower on a CPU.
+    F.threshold(logits, blocks.floor, -torch.inf, inplace=True)
+    return logit
+
+
+def _row_factors(blocks: Blocks, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Factor of each token's logit gradients, (n,), None for 1, and the scale that it contains.
 
     The scale, a power of two, brings them into the range of float16; None for 1.
