@@ -1,7 +1,5 @@
 """How much the kernels store at a time, which decides how a loss is computed."""
 
-import torch
-
 from cut_cross_entropy.constants import BLOCK_TOKENS
 from cut_cross_entropy.problem import Needed, Problem
 
@@ -19,8 +17,6 @@ def powers_per_chunk(problem: Problem, needed: Needed) -> int:
     gradient of c in its dtype: beside the sums in float32, the backward allocates that, and the
     forward does not.
     """
-    if problem.compute_dtype == torch.float16:
-        return 0  # powers need the range of bfloat16
     (num_classes, dim), itemsize = problem.c.shape, problem.compute_dtype.itemsize
     num_bytes = problem.memory_budget
     if needed.c:

@@ -11,6 +11,7 @@ other probabilities). Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,7 +28,7 @@ from cut_cross_entropy.kernels.powers import Chunk, choose_segment_tiles, store_
 from cut_cross_entropy.kernels.step import in_compute_dtype, raise_bound_by_frequent
 from cut_cross_entropy.kernels.tiles import tiles_on
 from cut_cross_entropy.kernels.tokens import Tokens, multiplied_logits, score_targets
-from cut_cross_entropy.problem import Needed, Problem, SumGradients
+from cut_cross_entropy.problem import Needed, Problem, SumGradients, gradient_scale
 from cut_cross_entropy.validation import check_target_range
 
 RUN = 4  # tokens of one target that are added together
@@ -40,20 +41,25 @@ def scale_rows_kernel(
     e_ptr,  # (N, D)
     c_ptr,  # (V, D)
     factor_ptr,  # (N,)
+    unit_ptr,  # () of the scaled embeddings
     target_ptr,  # (N,)
     targets_ptr,  # (N,)
     origin_ptr,  # (N,) row of out; num_tokens for none
     out_ptr,  # (num_tokens, D) out: dE in the caller's order
-    scaled_ptr,  # (N, D) out: e times the factor
+    scaled_ptr,  # (N, D) out: e times the factor and the unit
     num_tokens,
     D,
     NEED_E: tl.constexpr,
     NEED_C: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Turn one token's product of powers into its gradient, and scale its embedding for dC."""
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factor_ptr + row)
+    unit = 1.0
+    if HAS_UNIT:
+        unit = tl.load(unit_ptr)
     weight = tl.load(target_ptr + row)
     target = tl.load(targets_ptr + row)
     origin = tl.load(origin_ptr + row)
@@ -69,7 +75,7 @@ def scale_rows_kernel(
             e = tl.load(e_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
             tl.store(
                 scaled_ptr + row * D + d,
-                (e * factor).to(scaled_ptr.dtype.element_ty),
+                (e * factor * unit).to(scaled_ptr.dtype.element_ty),
                 mask=d < D,
             )
 
@@ -162,6 +168,7 @@ def loss_and_gradients(
         weights = tokens.gather(weights, 0.0)
     inputs = PassInputs(tokens.e, *shared, bound, flags, multiplier)
     raise_bound_by_frequent(inputs, problem)
+    unit = None if problem.c.dtype != torch.float16 else _units(tokens, weights, multiplier)
     nll, factor, target = aligned_rows(3, num_tokens, torch.float32, e.device, zeros=True)
 
     count = num_tokens if num_valid is None else int(num_valid.wait())
@@ -206,6 +213,7 @@ def loss_and_gradients(
                 chunk,
                 needed,
                 c=problem.c,
+                unit=None if unit is None else unit.e,
                 product=product,
                 grad_e=grad_e,
                 scaled=scaled,
@@ -215,7 +223,9 @@ def loss_and_gradients(
             for classes in _slices(num_classes, max(dim, rows)):
                 multiply(grad_c[classes], powers[:, classes].T, scaled[: stop - start])
         if needed.bias:
-            grad_bias += _weighted_sum(powers, chunk.factor)
+            grad_bias += _weighted_sum(powers, chunk.factor, None if unit is None else unit.bias)
+    if needed.c and unit is not None:
+        grad_c.div_(unit.e)
     if needed.c or needed.bias:
         _add_targets(tokens, target, grad_c, grad_bias, needed)
     return SumGradients(nll.sum(), grad_e, grad_c, grad_bias)
@@ -247,6 +257,7 @@ def _scale_rows(
     needed: Needed,
     *,
     c: Tensor,  # (V, D)
+    unit: Tensor | None,  # () of the rows of e; None for 1
     product: Tensor,  # (N, D) of the powers of the chunk with c
     grad_e: Tensor,  # (all tokens, D) out
     scaled: Tensor,  # (N, D) out
@@ -260,6 +271,7 @@ def _scale_rows(
         e_ptr=chunk.tokens.e,
         c_ptr=c,
         factor_ptr=chunk.factor,
+        unit_ptr=unit,
         target_ptr=chunk.target,
         targets_ptr=chunk.tokens.targets,
         origin_ptr=chunk.tokens.origin,
@@ -269,16 +281,45 @@ def _scale_rows(
         D=dim,
         NEED_E=needed.e,
         NEED_C=needed.c,
+        HAS_UNIT=unit is not None,
         BLOCK_D=min(1024, triton.next_power_of_2(dim)),
     )
 
 
-def _weighted_sum(powers: Tensor, factor: Tensor) -> Tensor:
-    """Sum powers (N, V) times factor (N,) over the tokens, in float32."""
-    parts, rest = [], factor
+class _Units(NamedTuple):
+    """Powers of two () by which factors in float16 are multiplied, so that few are subnormal.
+
+    Args:
+        e: of the embeddings times the factors of their tokens.
+        bias: of these factors alone.
+    """
+
+    e: Tensor
+    bias: Tensor
+
+
+def _units(tokens: Tokens, weights: Tensor | None, multiplier: Tensor | None) -> _Units:
+    """Return units with which no factor exceeds 2^14; without them a factor is at most 1.
+
+    But for weights and multiplier, which are part of it.
+    """
+    largest = torch.linalg.vector_norm(tokens.e, torch.inf).float()
+    unit = torch.full_like(largest, 2.0**12)
+    for values in (weights, multiplier):
+        if values is not None:
+            unit = unit * gradient_scale(values, values)
+    return _Units(e=unit * gradient_scale(largest, largest), bias=unit)
+
+
+def _weighted_sum(powers: Tensor, factor: Tensor, unit: Tensor | None) -> Tensor:
+    """Sum powers (N, V) times factor (N,) over the tokens, in float32.
+
+    The terms of the factor are multiplied by ``unit`` () before they are rounded.
+    """
+    parts, rest = [], factor if unit is None else factor * unit
     if powers.dtype == torch.float32:
         parts.append(rest)
-    else:  # three terms of 8 bits each; eight columns are aligned
+    else:  # three terms of at least 8 bits each; eight columns are aligned
         for _ in range(3):
             parts.append(rest.to(powers.dtype))
             rest = rest - parts[-1].float()
@@ -286,7 +327,7 @@ def _weighted_sum(powers: Tensor, factor: Tensor) -> Tensor:
     columns = torch.stack(parts, 1)
     sums = factor.new_empty((powers.shape[1], columns.shape[1]))
     store_product(sums, powers.T, columns)
-    return sums.sum(1)
+    return sums.sum(1) if unit is None else sums.sum(1).div_(unit)
 
 
 def _add_targets(

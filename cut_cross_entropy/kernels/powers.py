@@ -34,7 +34,8 @@ from cut_cross_entropy.kernels.primitives import (
 from cut_cross_entropy.kernels.tiles import swizzle_width
 from cut_cross_entropy.kernels.tokens import Tokens
 
-OVERFLOW = tl.constexpr(100.0)  # log2 of a sum over its bound; e over it has to stay normal
+# log2 of a sum over its bound: e over it has to stay normal, and in float16 a power has to fit.
+OVERFLOW, OVERFLOW_FLOAT16 = 100.0, 14.0
 SEGMENTS = range(16, 49)  # of the classes, each of which takes a program for a block of tokens
 
 
@@ -107,6 +108,7 @@ def powers_kernel(
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_MULTIPLIER: tl.constexpr,
+    OVERFLOW: tl.constexpr,
     ONLY_FLAGGED: tl.constexpr,
     E_TMA: tl.constexpr,
     C_TMA: tl.constexpr,
@@ -202,6 +204,7 @@ def repair_bound_kernel(
     bound_ptr,  # (N,) in, out
     N,
     num_segments,
+    OVERFLOW: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Raise the bounds that were too low."""
@@ -309,6 +312,7 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
     segment_tiles, num_segments = chunk.segment_tiles, triton.cdiv(num_tiles, chunk.segment_tiles)
     parts = torch.empty((num_segments, num_tokens), dtype=torch.float32, device=e.device)
     inputs.flags.zero_()
+    overflow = OVERFLOW_FLOAT16 if powers.dtype == torch.float16 else OVERFLOW
     (e_operand, e_tma), (c_operand, c_tma) = inputs.operands
 
     def store(only_flagged: bool) -> None:
@@ -336,6 +340,7 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
             HAS_BIAS=inputs.bias is not None,
             SOFTCAP=inputs.softcap is not None,
             HAS_MULTIPLIER=inputs.multiplier is not None,
+            OVERFLOW=overflow,
             ONLY_FLAGGED=only_flagged,
             E_TMA=e_tma,
             C_TMA=c_tma,
@@ -361,6 +366,7 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
         bound_ptr=inputs.bound,
         N=num_tokens,
         num_segments=len(better),
+        OVERFLOW=overflow,
         BLOCK_T=BLOCK_T,
     )
     store(only_flagged=True)

@@ -118,7 +118,7 @@ def variants(tiles: Tiles) -> list[Variant]:
                 f"powers-{label}-{flagged:d}{multiplied:d}",
                 powers.powers_kernel,
                 {**products, **flags, "HAS_MULTIPLIER": multiplied, "ONLY_FLAGGED": flagged,
-                 "HALVES": tiles.block_v > BLOCK_T},
+                 "OVERFLOW": powers.OVERFLOW, "HALVES": tiles.block_v > BLOCK_T},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
@@ -242,10 +242,12 @@ def variants(tiles: Tiles) -> list[Variant]:
              "HAS_LOGPROB": options},
             types=_OF_PRODUCTS)  # fmt: skip
     add("scale", scale.scale_kernel, {"BLOCK": scale.BLOCK})
-    add("repair_bound", powers.repair_bound_kernel, {"BLOCK_T": BLOCK_T})
-    add("scale_rows", exact_sum.scale_rows_kernel,
-        {"NEED_E": True, "NEED_C": True, "BLOCK_D": 1024},
-        types=(("out_ptr", "*fp32"),))  # fmt: skip
+    add("repair_bound", powers.repair_bound_kernel,
+        {"OVERFLOW": powers.OVERFLOW, "BLOCK_T": BLOCK_T})  # fmt: skip
+    for unit in (False, True):
+        add(f"scale_rows-{unit:d}", exact_sum.scale_rows_kernel,
+            {"NEED_E": True, "NEED_C": True, "HAS_UNIT": unit, "BLOCK_D": 1024},
+            types=(("out_ptr", "*fp32"),))  # fmt: skip
     add("add_targets", exact_sum.add_targets_kernel,
         {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 1024},
         types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip

@@ -77,6 +77,51 @@ def test_gradients_of_a_sum(kind, softcap, budget):
     torch.testing.assert_close(ours.loss.double(), truth.loss, rtol=2e-5, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["structured", "diffuse", "flat"])
+def test_gradients_of_a_sum_in_float16(kind):
+    problem = data(kind)
+    problem = Problem(problem.e.half(), problem.c.half(), problem.targets, problem.bias)
+    options = {"reduction": "sum", "memory_budget": 2**26}
+    ours = run_ours(problem, "cce_exact", return_lse=False, **options)
+    truth = truth_of(problem, reduction="sum")
+    for name in ("grad_e", "grad_c"):
+        exact = truth.named()[name]
+        found = relative_error(ours.named()[name], exact) / rounding_error(exact, torch.float16)
+        assert found <= 2, f"{name}: {found}"
+    assert relative_error(ours.grad_bias, truth.grad_bias) < 5e-4
+
+
+@pytest.mark.parametrize("impl", ["cce_exact", "chunked"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_gradients_of_weighted_losses(impl, softcap):
+    """With temperatures: factors of each token that the forward knows."""
+    problem = data("structured", softcap)
+    generator = torch.Generator(DEVICE).manual_seed(2)
+    weights = torch.rand(TOKENS, device=DEVICE, generator=generator)
+    temperatures = 0.5 + torch.rand(TOKENS, device=DEVICE, generator=generator)
+    inputs = [x.clone().requires_grad_() for x in (problem.e, problem.c)]
+    loss = linear_cross_entropy(
+        *inputs,
+        problem.targets,
+        softcap=softcap,
+        temperature=temperatures,
+        token_weights=weights,
+        impl=impl,
+    )
+    wide = [x.double().requires_grad_() for x in (problem.e, problem.c)]
+    logits = wide[0] @ wide[1].T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = torch.nn.functional.cross_entropy(
+        logits / temperatures[:, None], problem.targets, reduction="none"
+    )
+    truth = (losses * weights).sum() / weights.sum()
+    torch.testing.assert_close(loss.double(), truth, rtol=2e-5, atol=0)
+    pairs = zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(truth, wide), strict=True)
+    for got, exact in pairs:
+        assert relative_error(got, exact) <= 1.4 * rounding_error(exact)
+
+
 def test_a_factor_rounds_the_gradients_of_a_sum_once():
     problem = data("structured")
     e, c = problem.e.clone().requires_grad_(), problem.c.clone().requires_grad_()

@@ -179,10 +179,44 @@ def test_what_computes_the_logits_again(options, chunks):
     assert not chunks
 
 
-def test_float16_computes_the_logits_again(chunks):
-    """Its range is too small for powers relative to a bound."""
-    check(make_problem(dtype=torch.float16), "cce_exact", return_lse=False)
-    assert not chunks
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_float16(softcap, reduction, chunks, small_chunks):
+    """In three products, although its range is small for powers relative to a bound."""
+    problem = make_problem((5, 80), 603, 24, bias=True, ignored=0.1, dtype=torch.float16)
+    options = {"softcap": softcap, "reduction": reduction}
+    check(problem, "cce_exact", return_lse=False, **options)
+    assert [rows for rows, _ in chunks] == [128, 128, 128]
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_float16_of_any_size(size, chunks):
+    """Of embeddings whose products with a token's factor would be subnormal, or infinite."""
+    problem = make_problem((150,), 1200, 16, bias=True, ignored=0.0)
+    problem.e.mul_(size)
+    problem.c.div_(size)
+    problem = problem.to(torch.float16).to(torch.float32)
+    weights, grads = 1e-6 * torch.linspace(0.5, 1, 150), []
+    for impl, dtype in (("cce_exact", torch.float16), ("reference", torch.float32)):
+        inputs = leaves_of(problem)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.float16):
+            loss = linear_cross_entropy(
+                *inputs[:2], problem.targets, inputs[2], impl=impl, token_weights=weights
+            )
+        grads.append(torch.autograd.grad(1e-6 * loss, inputs))
+    for got, expected in zip(*grads, strict=True):
+        assert (got - expected).norm() <= 5e-4 * expected.norm()
+    assert len(chunks) == 1
+
+
+def test_float16_and_a_bound_that_is_too_low(chunks, small_chunks):
+    """A class with 2^30 times the probability of all that are seen: its power does not fit."""
+    problem = make_problem((150,), 1200, 16, bias=True, ignored=0.0)
+    problem.e[:, 3], problem.e[7], problem.e[7, 3] = 0.0, 0.0, 1.0
+    problem.c[1100] = 0.0
+    problem.c[1100, 3], problem.targets[7] = 21.0, 5
+    check(problem.to(torch.float16), "cce_exact", return_lse=False)
+    assert [repaired for _, repaired in chunks] == [1, 0]
 
 
 def test_a_filter_needs_the_logits_again(chunks):
@@ -269,8 +303,10 @@ def test_weights_of_the_bias_s_sum_in_half_precision():
     powers = torch.rand(150, 70, generator=generator).bfloat16()
     factor = torch.rand(150, generator=generator) * 1e-6
     expected = powers.double().T @ factor.double()
-    found = exact_sum._weighted_sum(powers, factor)
+    found = exact_sum._weighted_sum(powers, factor, None)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    in_units = exact_sum._weighted_sum(powers.half(), factor, torch.tensor(2.0**33))
+    torch.testing.assert_close(in_units.double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
