@@ -12,6 +12,7 @@ from cut_cross_entropy.adapters.prime_rl import prime_rl
 from cut_cross_entropy.adapters.seam import Adapter
 from cut_cross_entropy.adapters.torchtitan import torchtitan
 from cut_cross_entropy.adapters.trl import trl
+from cut_cross_entropy.adapters.veomni import veomni
 from cut_cross_entropy.adapters.verl import verl
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "prime_rl",
     "torchtitan",
     "trl",
+    "veomni",
     "verl",
 ]

@@ -60,7 +60,7 @@ def verl():
     )
 
 
-# --- prime-rl
+# --- VeOmni
 
 
 class _Differentiable:
@@ -69,6 +69,54 @@ class _Differentiable:
     @classmethod
     def apply(cls, *args):
         return cls.forward(None, *args)
+
+
+class ChunkedLogProbs(_Differentiable):
+    @staticmethod
+    def forward(ctx, hidden_states, weight, labels, temperature, chunk_size, ignore_index):
+        kept = labels != ignore_index
+        found = plain(hidden_states, weight, labels.where(kept, 0), temperature)
+        return tuple(x.where(kept, 0) for x in found)
+
+
+class ChunkedTopkDistill(_Differentiable):
+    @staticmethod
+    def forward(
+        ctx,
+        hidden_states,
+        weight,
+        labels,
+        teacher_topk_ids,
+        teacher_topk_log_probs,
+        temperature,
+        chunk_size,
+        ignore_index,
+        log_prob_min_clamp,
+    ):
+        kept = labels != ignore_index
+        results = ChunkedLogProbs.forward(
+            ctx, hidden_states, weight, labels, temperature, chunk_size, ignore_index
+        )
+        logprobs = (hidden_states @ weight.T / temperature).log_softmax(-1)
+        student, teacher = logprobs.gather(-1, teacher_topk_ids), teacher_topk_log_probs
+        masses = [x.detach().exp().sum(-1) for x in (student, teacher)]
+        if log_prob_min_clamp is not None:
+            student, teacher = (x.clamp(min=log_prob_min_clamp) for x in (student, teacher))
+        divergence = (teacher.exp() * (teacher - student)).sum(-1)
+        return *results, *(x.where(kept, 0) for x in (divergence, *masses))
+
+
+def veomni(function=ChunkedTopkDistill):
+    folder = "veomni__ops__kernels__cross_entropy__"
+    return modules(
+        **{
+            f"{folder}chunk_logprobs": {"_ChunkedLinearLogProbs": ChunkedLogProbs},
+            f"{folder}chunk_topk_distill": {"_ChunkedLinearTopkDistill": function},
+        }
+    )
+
+
+# --- prime-rl
 
 
 class SequenceChunked(_Differentiable):

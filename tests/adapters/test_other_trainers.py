@@ -129,6 +129,48 @@ def test_axolotl_with_another_function():
         assert module.LigerFusedLinearKLTopKLogprobFunction is Moved
 
 
+@pytest.mark.parametrize(("temperature", "clamp"), [(1.0, None), (0.7, -4.0)])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_veomni(distilled, temperature, clamp):
+    student, (ids, logprobs, _, labels) = topk_problem(False)
+    logprobs = logprobs.clamp(min=-12)  # the clamp acts on some, on both sides
+    folder = "veomni.ops.kernels.cross_entropy."
+    with stand_ins.veomni():
+        plain_module = sys.modules[folder + "chunk_logprobs"]
+        module = sys.modules[folder + "chunk_topk_distill"]
+
+        def call(hidden, weight):
+            if not distilled:
+                options = (labels, temperature, 4, -100)
+                return plain_module._ChunkedLinearLogProbs.apply(hidden, weight, *options)
+            options = (labels, ids, logprobs, temperature, 4, -100, clamp)
+            return module._ChunkedLinearTopkDistill.apply(hidden, weight, *options)
+
+        theirs = step(call, *student)
+        with adapters.veomni() as adapter:
+            ours = step(call, *student)
+        assert adapter.calls == 1
+        assert module._ChunkedLinearTopkDistill is stand_ins.ChunkedTopkDistill
+        assert plain_module._ChunkedLinearLogProbs is stand_ins.ChunkedLogProbs
+    assert len(ours[0]) == (5 if distilled else 2)
+    assert all(x[labels == -100].count_nonzero() == 0 for x in ours[0])
+    assert_same(ours, theirs)
+
+
+def test_veomni_with_another_function():
+    class Moved(stand_ins.ChunkedTopkDistill):
+        @staticmethod
+        def forward(ctx, hidden_states, weight, labels, teacher_logits):
+            return hidden_states
+
+    with stand_ins.veomni(Moved):
+        message = r"veomni .* with the parameters \(hidden_states, weight, labels, teacher_logits\)"
+        with pytest.raises(RuntimeError, match=message):
+            adapters.veomni()
+        module = sys.modules["veomni.ops.kernels.cross_entropy.chunk_logprobs"]
+        assert module._ChunkedLinearLogProbs is stand_ins.ChunkedLogProbs
+
+
 class OneProcess:
     """A process group of one, as far as it is asked."""
 

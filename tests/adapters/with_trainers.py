@@ -6,7 +6,7 @@ Not collected with the other tests. Each test skips where its trainer is missing
 
 Run with verl 0.9.1, torchtitan 0.3.0 and Megatron-core 0.19.2 from PyPI, prime-rl at 559b447 and
 NeMo-RL at 7ea279a from their repositories, each unpacked into a folder of PYTHONPATH; LLaMA-Factory
-0.9.5, OpenRLHF 0.11.2 and axolotl 0.19.0 in the same way, from their wheels.
+0.9.5, OpenRLHF 0.11.2, axolotl 0.19.0 and VeOmni 0.1.12 in the same way, from their wheels.
 """
 
 import importlib
@@ -199,6 +199,41 @@ def test_axolotl(normalised, beta, temperature, hard, soft, bias, monkeypatch):
     )
     theirs = step(call, *student)
     with adapters.axolotl() as adapter:
+        ours = step(call, *student)
+    assert adapter.calls == 1
+    assert_same(ours, theirs)
+    assert_same(step(call, *student), theirs)
+    assert adapter.calls == 1
+
+
+# --- VeOmni
+
+
+@pytest.mark.parametrize(("temperature", "clamp"), [(1.0, None), (0.7, -4.0)])
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_veomni(distilled, aligned, temperature, clamp, monkeypatch):
+    folder = "veomni.ops.kernels.cross_entropy"
+    packages = ("veomni", "veomni.ops", "veomni.ops.kernels", folder, "veomni.distributed")
+    hollow(monkeypatch, *packages)
+    state = types.SimpleNamespace(sp_enabled=False)
+    parallel = types.SimpleNamespace(get_parallel_state=lambda: state)
+    monkeypatch.setitem(sys.modules, "veomni.distributed.parallel_state", parallel)
+    logprobs_module = importlib.import_module(f"{folder}.chunk_logprobs")
+    distillation = importlib.import_module(f"{folder}.chunk_topk_distill")
+    student, (ids, logprobs, _, labels) = topk_problem(False)
+    options = {"chunk_size": 4, "temperature": temperature}
+    options["shift_labels"] = labels if aligned else None
+
+    def call(hidden, weight):
+        if not distilled:
+            return logprobs_module.chunk_logprobs_function(hidden, weight, labels, **options)
+        return distillation.chunk_topk_distill_function(
+            hidden, weight, labels, ids, logprobs, log_prob_min_clamp=clamp, **options
+        )
+
+    theirs = step(call, *student)
+    with adapters.veomni() as adapter:
         ours = step(call, *student)
     assert adapter.calls == 1
     assert_same(ours, theirs)

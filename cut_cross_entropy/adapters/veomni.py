@@ -1,0 +1,111 @@
+"""VeOmni: its chunked log-probabilities and top-k distillation, which verl's engine calls."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.adapters.seam import Adapter, Seam, in_dtype_of
+from cut_cross_entropy.divergence import topk_divergence
+
+_FOLDER = "veomni.ops.kernels.cross_entropy"
+
+SEAM = Seam(
+    package="veomni",
+    version="0.1.12",
+    module=f"{_FOLDER}.chunk_logprobs",
+    name="_ChunkedLinearLogProbs",
+    method="forward",
+    parameters=("hidden_states", "weight", "labels", "temperature", "chunk_size", "ignore_index"),
+)
+
+DISTILLATION_SEAM = Seam(
+    package="veomni",
+    version="0.1.12",
+    module=f"{_FOLDER}.chunk_topk_distill",
+    name="_ChunkedLinearTopkDistill",
+    method="forward",
+    parameters=(
+        "hidden_states",
+        "weight",
+        "labels",
+        "teacher_topk_ids",
+        "teacher_topk_log_probs",
+        "temperature",
+        "chunk_size",
+        "ignore_index",
+        "log_prob_min_clamp",
+    ),
+)
+
+
+def veomni(**options: Any) -> Adapter:
+    """Compute VeOmni's log-probabilities and top-k distillation with :func:`token_logprobs`.
+
+    It replaces ``_ChunkedLinearLogProbs`` and ``_ChunkedLinearTopkDistill``, the functions behind
+    ``return_log_probs=True`` of VeOmni's models, which verl's engine ``veomni`` calls with
+    ``use_fused_kernels=True``. The size of chunks is ignored.
+
+    Args:
+        **options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
+            :func:`token_logprobs`.
+
+    Returns:
+        The active adapter. Its ``remove()`` or the end of a ``with`` block puts VeOmni's functions
+        back; ``calls`` counts the calls. Each worker process needs its own.
+
+    Raises:
+        ImportError: VeOmni is not installed.
+        RuntimeError: its functions have moved or take other arguments, or are replaced already.
+        TypeError: an unknown option.
+    """
+    adapter = Adapter(options)
+
+    def logprobs_and_entropy(
+        hidden_states: Tensor,  # (..., D)
+        weight: Tensor,  # (V, D)
+        labels: Tensor,  # (...)
+        temperature: float,
+        chunk_size: int,
+        ignore_index: int,
+    ) -> tuple[Any, ...]:
+        result = adapter.compute(
+            hidden_states,
+            in_dtype_of(hidden_states, weight),
+            labels,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            outputs=["entropy"],
+        )
+        return result.logprobs, result.entropy
+
+    def with_distillation(
+        hidden_states: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        teacher_topk_ids: Tensor,  # (..., K)
+        teacher_topk_log_probs: Tensor,  # (..., K)
+        temperature: float,
+        chunk_size: int,
+        ignore_index: int,
+        log_prob_min_clamp: float | None,
+    ) -> tuple[Any, ...]:
+        result = adapter.compute(
+            hidden_states,
+            in_dtype_of(hidden_states, weight),
+            labels,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            outputs=["entropy"],
+            candidates=teacher_topk_ids,
+        )
+        student, teacher = result.candidate_logprobs, teacher_topk_log_probs.float()
+        assert student is not None
+        masses = [torch.where(result.mask, x.exp().sum(-1), 0).detach() for x in (student, teacher)]
+        if log_prob_min_clamp is not None:
+            student, teacher = (x.clamp_min(log_prob_min_clamp) for x in (student, teacher))
+        mask = result.mask[..., None].expand_as(student)
+        divergence = topk_divergence(student, teacher, mask=mask)
+        return result.logprobs, result.entropy, divergence, *masses
+
+    return adapter.install((SEAM, logprobs_and_entropy), (DISTILLATION_SEAM, with_distillation))
