@@ -19,7 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # started by its path: Python then puts this folder first, not the root
     sys.path[0] = str(ROOT)
 
-from docs import benchmark_runs, distributed_runs, evidence_tables, training_runs  # noqa: E402
+from docs import (  # noqa: E402
+    benchmark_runs,
+    distributed_runs,
+    evidence_tables,
+    post_training_runs,
+    training_runs,
+)
 from docs.benchmark_runs import Measurements  # noqa: E402
 from docs.page import fill  # noqa: E402
 from research import figures  # noqa: E402
@@ -27,7 +33,8 @@ from research import figures  # noqa: E402
 PAGES = tuple(
     Path(page)
     for page in ("README.md", "docs/benchmarks.md", "docs/numerics.md", "docs/distributed.md",
-                 "docs/training.md", "docs/experiments.md", "docs/evidence.md")
+                 "docs/training.md", "docs/experiments.md", "docs/evidence.md",
+                 "docs/post_training.md")
 )  # fmt: skip
 
 
@@ -48,6 +55,7 @@ def arguments(_: Measurements) -> str:
 
 BLOCKS = {
     **benchmark_runs.BLOCKS,
+    **post_training_runs.BLOCKS,
     **figures.BLOCKS,
     "distributed": lambda kept: distributed_runs.page(kept.parts("distributed")),
     "training-processes": training_processes,
@@ -67,6 +75,8 @@ def pages(root: Path, kept: Measurements, runs: training_runs.Records) -> dict[P
         name: partial(make, kept, runs, folder) for name, make in evidence_tables.BLOCKS.items()
     }
     blocks |= {name: partial(training_runs.section, name, runs) for name in training_runs.NAMES}
+    trl = post_training_runs.read(folder / "experiments")
+    blocks |= {name: partial(post_training_runs.section, name, trl) for name in ("grpo", "dpo")}
     return {page: fill((root / page).read_text(encoding="utf-8"), blocks) for page in PAGES}
 
 

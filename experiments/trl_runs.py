@@ -217,16 +217,16 @@ def distances(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict
         theirs, equal = base[run["seed"]], len(run["logs"])
         line: dict[str, Any] = {"method": run["method"], "seed": run["seed"]}
         for name in names:
-            pairs = [
-                (ours[name], other[name])
-                for ours, other in zip(run["logs"], theirs, strict=True)
+            pairs = {
+                number: (ours[name], other[name])
+                for number, (ours, other) in enumerate(zip(run["logs"], theirs, strict=True))
                 if name in ours and name in other
-            ]
+            }
             if not pairs:
                 continue
-            line[name] = max(abs(a - b) for a, b in pairs)
-            small = 1e-3 * max(abs(b) for _, b in pairs)
-            off = [i for i, (a, b) in enumerate(pairs) if abs(a - b) > small]
+            line[name] = max(abs(a - b) for a, b in pairs.values())
+            small = 1e-3 * max(abs(b) for _, b in pairs.values())
+            off = [number for number, (a, b) in pairs.items() if abs(a - b) > small]
             equal = min([equal, *off[:1]])
         found.append({**line, "equal_steps": equal})
     return found

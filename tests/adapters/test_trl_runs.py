@@ -109,6 +109,9 @@ def test_distances():
     assert ours == {"method": OURS, "seed": 0, "loss": 0.5, "equal_steps": 2}
     assert reordered["loss"] == pytest.approx(0.1)
     assert reordered["equal_steps"] == 1
+    for run in runs[:2]:
+        del run["logs"][0]["loss"]  # logged in some steps only
+    assert distances(runs[:2], ("loss",))[0]["equal_steps"] == 2
 
 
 def test_sections_of_a_step(monkeypatch):
