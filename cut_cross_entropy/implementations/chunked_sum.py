@@ -22,7 +22,7 @@ from cut_cross_entropy.problem import Needed, Problem, SumGradients, gradient_sc
 # than to compute the logits again.
 MIN_TOKENS = 128
 MIN_TOKENS_HALF = 512  # tensor cores multiply faster
-LOGIT_PARTS = 4  # of a chunk whose factors are in half precision: the logits exist for one of them
+ROWS_OF_TILES = 64  # tokens
 ALIGNED = 256  # classes; the library's products are far slower with factors that are not aligned
 
 
@@ -37,16 +37,27 @@ def tokens_per_chunk(problem: Problem, needed: Needed) -> int:
     # Logits and, of a softcap, its hyperbolic tangent.
     per_class: float = wide if problem.softcap is None else 2 * wide
     if half:  # and what the products take of them
-        per_class = per_class / LOGIT_PARTS + problem.compute_dtype.itemsize
+        per_class = per_class / _num_parts(problem) + problem.compute_dtype.itemsize
     per_token = per_class * _width(problem) + 4 * dim * wide  # rows of e, also scaled, and of dE
     num_bytes = problem.memory_budget - _classes_per_product(problem, needed) * dim * wide
     if needed.c and problem.e.device.type != "cpu":
         copied = problem.compute_dtype.itemsize if _copies_classifier(problem, needed) else 0
         num_bytes += num_classes * dim * (problem.c.dtype.itemsize - copied)
     tokens = int(num_bytes // per_token)
-    if half:  # whole tiles of the products
-        tokens = tokens // (64 * LOGIT_PARTS) * (64 * LOGIT_PARTS)
+    if half:
+        whole = ROWS_OF_TILES * _num_parts(problem)
+        tokens = tokens // whole * whole
     return tokens if tokens >= (MIN_TOKENS_HALF if half else MIN_TOKENS) else 0
+
+
+def _num_parts(problem: Problem) -> int:
+    """Return the number of parts of a chunk; the logits, in full precision, exist for one of them.
+
+    Of few classes a part holds more tokens, or the host would not launch its work fast enough.
+    """
+    if not uses_half_products(problem):
+        return 1
+    return 4 if problem.c.shape[0] >= 2**16 else 2
 
 
 def _width(problem: Problem) -> int:
@@ -103,26 +114,27 @@ def loss_and_gradients(
     num_chunks = -(-num_kept // max(1, most))
     rows = -(-num_kept // max(1, num_chunks))  # chunks of about equal size
     if blocks.half_products:
-        rows = -(-rows // (64 * LOGIT_PARTS)) * 64 * LOGIT_PARTS
+        whole = ROWS_OF_TILES * _num_parts(problem)
+        rows = -(-rows // whole) * whole
     make = functools.partial(torch.empty, dtype=problem.wide, device=problem.e.device)
-    nll = make(num_kept)
+    others, logit = make(num_kept), make(num_kept)  # of the targets, relative to a bound
+    column = blocks.targets.clamp(0, num_classes - 1)[:, None]
     grad_e = make((num_kept, dim) if needed.e else 0)
     grad_c = make((num_classes, dim) if needed.c else 0)
     grad_bias = make(num_classes if needed.bias else 0)
     if num_kept == 0:  # otherwise the first chunk overwrites them
         grad_c.zero_()
         grad_bias.zero_()
-    factors, part_rows = None, rows
+    part_rows = -(-rows // _num_parts(problem))
+    factors = None
     if blocks.half_products:
         factors = make((rows, width), dtype=problem.compute_dtype)
-        part_rows = -(-rows // LOGIT_PARTS)
     buffer = make((part_rows, width))
     tangents = None if problem.softcap is None else make((part_rows, width))
 
     for tokens in slices(num_kept, rows):
         first = tokens.start == 0
         e_block = blocks.embeddings(tokens)
-        inverse = make((tokens.stop - tokens.start, 1))
         for part in slices(len(e_block), part_rows):
             some = slice(tokens.start + part.start, tokens.start + part.stop)
             here = slice(0, part.stop - part.start)
@@ -137,39 +149,47 @@ def loss_and_gradients(
                     alpha=1.0 if problem.softcap is None else 1 / problem.softcap,
                 )
             _transform(values, tangent, blocks, some)
-            all_columns[:, num_classes:].fill_(-torch.inf)
-            nll[some], total = _subtract_targets(all_columns, blocks, some)
+            if width > num_classes:
+                all_columns[:, num_classes:].fill_(-torch.inf)
+            _subtract_targets(all_columns, column[some], logit[some], others[some], blocks)
             if tangent is not None:
                 torch.ops.aten.tanh_backward.grad_input(values, tangent, grad_input=values)
-            # Probabilities are these values over their sum, which in full precision goes into the
-            # smaller factors. In half precision these would be rounded a second time; the sums are
-            # 1 there but for rounding.
-            inverse[part] = total.reciprocal()[:, None]
-            if row_factors is not None:
-                (inverse[part] if factors is None else all_columns).mul_(row_factors[some, None])
             if needed.bias:
-                sums = torch.mv(values.T, inverse[part, 0])
-                grad_bias = sums if first and part.start == 0 else grad_bias.add_(sums)
+                inverse = _inverse_sums(others[some], logit[some], blocks.in_range[some])
+                if row_factors is not None:
+                    inverse.mul_(row_factors[some])
+                sums = torch.mv(values.T, inverse)
+                grad_bias = sums if some.start == 0 else grad_bias.add_(sums)
             if factors is not None:
+                if row_factors is not None:
+                    all_columns.mul_(row_factors[some, None])
                 factors[part].copy_(all_columns)
 
+        # Probabilities are these values over their sum, which in full precision goes into the
+        # smaller factors. In half precision these would be rounded a second time; the sums are 1
+        # there but for rounding.
+        inverse = _inverse_sums(others[tokens], logit[tokens], blocks.in_range[tokens])
+        if row_factors is not None and factors is None:
+            inverse.mul_(row_factors[tokens])
         factor = (buffer if factors is None else factors)[: len(e_block), :num_classes]
         if needed.e:
             rows_of_e = grad_e[tokens]
             for classes in class_slices:
                 multiply = blocks.add_product if classes.start else blocks.store_product
                 multiply(factor[:, classes], blocks.classifier(classes), out=rows_of_e)
-            rows_of_e.mul_(inverse)
+            rows_of_e.mul_(inverse[:, None])
         if needed.c:
             multiply = blocks.store_product if first else blocks.add_product
             if factors is None:
-                e_factor = e_block * inverse
+                e_factor = e_block * inverse[:, None]
             else:  # of a target out of range: nothing plausible
-                e_factor = torch.where(inverse.isnan(), torch.nan, e_block)
+                e_factor = torch.where(inverse.isnan()[:, None], torch.nan, e_block)
             for classes in class_slices if factors is not None else [slice(0, num_classes)]:
                 multiply(factor[:, classes].T, e_factor, out=grad_c[classes])
+    nll = torch.logaddexp(others.log() - logit, logit.new_zeros(()))
+    nll = torch.where(blocks.in_range, nll, torch.nan)  # out of range: nothing plausible
     if weights is not None:
-        nll.mul_(weights)
+        nll = nll.mul_(weights)
     if scale is not None:
         for sums in (grad_e, grad_c, grad_bias):
             sums.div_(scale)
@@ -197,21 +217,23 @@ def _transform(
 
 
 def _subtract_targets(
-    logits: Tensor,  # (n, at least V); p - onehot times the sum of each token, out
+    logits: Tensor,  # (n, at least V) in; out: p - onehot times the sum of each token
+    column: Tensor,  # (n, 1) of the target
+    logit: Tensor,  # (n,) out: that of the target over a bound of the log-sum-exp
+    others: Tensor,  # (n,) out: sum of the powers of all other logits over it
     blocks: Blocks,
-    tokens: slice,
-) -> tuple[Tensor, Tensor]:
-    """Turn logits into their gradients but for a factor; return losses and sums, (n,) each."""
-    in_range = blocks.in_range[tokens]  # of a target out of range: nothing plausible
-    column = blocks.targets[tokens].clamp(0, blocks.problem.c.shape[0] - 1)[:, None]
-    logit = _subtract_bound(logits, column, blocks)
+) -> None:
+    """Turn logits into gradients but for a factor of each token."""
+    logit.copy_(_subtract_bound(logits, column, blocks))
     logits.exp_().scatter_(1, column, 0)
     # The target apart: 1 - p of a sure token is a sum of small numbers, not a difference.
-    others = logits.sum(1)
-    loss = torch.logaddexp(others.log() - logit, logit.new_zeros(()))
-    total = others + logit.exp()
+    torch.sum(logits, 1, out=others)
     logits.scatter_(1, column, -others[:, None])  # p - 1, in units of the others
-    return torch.where(in_range, loss, torch.nan), torch.where(in_range, total, torch.nan)
+
+
+def _inverse_sums(others: Tensor, logit: Tensor, in_range: Tensor) -> Tensor:
+    """Return the factors (n,) that make probabilities of powers; NaN for a target out of range."""
+    return torch.where(in_range, others + logit.exp(), torch.nan).reciprocal_()
 
 
 def _subtract_bound(logits: Tensor, column: Tensor, blocks: Blocks) -> Tensor:
