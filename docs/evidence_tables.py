@@ -10,6 +10,7 @@ import pandas as pd
 from docs.benchmark_runs import BOTH, COMPARED, MULTIPLES, Measurements, data_title
 from docs.page import Column, table
 from docs.training_runs import (
+    EARLIER,
     FULL,
     HELD_OUT,
     RAREST,
@@ -97,7 +98,8 @@ def _commands(records: Iterable[Record]) -> str:
 def pretrain(_: Measurements, runs: Records, __: Path) -> str:
     """Held-out loss by rarity of the token, minus that of full logits."""
     lines = []
-    for record in runs["pretrain"]:
+    records = [*runs["pretrain"], *runs[f"{EARLIER}/pretrain"]]
+    for record in records:
         for method in dict.fromkeys(record.runs["method"]):
             found = differences(record.runs, method)
             if method != FULL and len(found):
@@ -114,7 +116,7 @@ def pretrain(_: Measurements, runs: Records, __: Path) -> str:
         [("device", "{device}"), ("method", "`{method}`"), ("seeds", "{seeds}"),
          (HELD_OUT, f"{{{HELD_OUT}}}"), *((name, f"{{{name}}}") for name in rare[:2]),
          (RAREST, f"{{{RAREST}}}"), ("record", "{record}")],
-    ) + _commands(runs["pretrain"])  # fmt: skip
+    ) + _commands(records)  # fmt: skip
 
 
 def trainers(_: Measurements, __: Records, folder: Path) -> str:

@@ -74,7 +74,10 @@ def pages(root: Path, kept: Measurements, runs: training_runs.Records) -> dict[P
     blocks |= {
         name: partial(make, kept, runs, folder) for name, make in evidence_tables.BLOCKS.items()
     }
-    blocks |= {name: partial(training_runs.section, name, runs) for name in training_runs.NAMES}
+    blocks |= {
+        name.replace("/", "-"): partial(training_runs.section, name, runs)
+        for name in training_runs.NAMES
+    }
     trl = post_training_runs.read(folder / "experiments")
     blocks |= {name: partial(post_training_runs.section, name, trl) for name in ("grpo", "dpo")}
     return {page: fill((root / page).read_text(encoding="utf-8"), blocks) for page in PAGES}

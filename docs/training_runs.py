@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,12 @@ import pandas as pd
 from docs.page import Column, table
 from docs.plots import Plot, draw_curves, draw_rarity, minus, run_name, short
 
-NAMES = ("finetune", "pretrain")
-FULL = "full"
+EARLIER = "earlier"
+"""Folder of records of kernels that have changed since in what their gradients skip."""
+NAMES = ("finetune", "pretrain", f"{EARLIER}/pretrain")
+FULL, REORDERED = "full", "full_reordered"
+INDEPENDENT = (FULL, REORDERED)
+"""Methods that use nothing of this package: their runs hold for every commit of it."""
 MODELS = {"smollm2": "SmolLM2 135M", "gemma3-270m": "Gemma 3 270M"}
 """Names of models by those of their files without the ending."""
 LAST_STEPS = 20
@@ -26,14 +30,28 @@ class Record:
     """One file.
 
     Args:
-        name: of the file, without ``.json``.
+        name: of the file below the folder of records, without ``.json``.
         content: all of it.
         runs: a row for each method and seed, with the figures of the last look at held-out text.
+        lender: commit of the record from which the last runs are, "" where all are its own.
+        lent: how many runs are.
     """
 
     name: str
     content: dict[str, Any]
     runs: pd.DataFrame
+    lender: str = ""
+    lent: int = 0
+
+    @property
+    def image(self) -> str:
+        """Name of its plot."""
+        return self.name.replace("/", "_")
+
+    @property
+    def own(self) -> pd.DataFrame:
+        """Runs that no other record lent."""
+        return self.runs[: len(self.runs) - self.lent]
 
     @property
     def device(self) -> str:
@@ -63,11 +81,37 @@ def read(folder: Path) -> Records:
     Raises:
         ValueError: a file is not what an experiment writes.
     """
-    return {name: [load(path) for path in sorted(folder.glob(f"{name}_*.json"))] for name in NAMES}
+    found = {name: [load(path, folder) for path in sorted(folder.glob(f"{name}_*.json"))]
+             for name in NAMES}  # fmt: skip
+    everything = [record for records in found.values() for record in records]
+    return {name: [borrow(one, everything) for one in records] for name, records in found.items()}
 
 
-def load(path: Path) -> Record:
-    """Read a record; see :func:`read`."""
+def borrow(record: Record, others: Sequence[Record]) -> Record:
+    """Add the runs of :data:`INDEPENDENT` methods that ``record`` lacks and another has, on the
+    same device, with the same versions, settings and data.
+    """
+
+    def conditions(one: Record) -> list[Any]:
+        machine = one.content["machine"]
+        versions = {name: machine["versions"][name] for name in ("torch", "triton", "transformers")}
+        return [machine["device"], versions, one.content["settings"], one.content["data"]]
+
+    for other in others:
+        if other is record or conditions(other) != conditions(record):
+            continue
+        known = set(zip(record.runs["method"], record.runs["seed"], strict=True))
+        keys = zip(other.own["method"], other.own["seed"], strict=True)
+        wanted = [key[0] in INDEPENDENT and key not in known for key in keys]
+        if any(wanted):
+            runs = pd.concat([record.runs, other.own[wanted]], ignore_index=True)
+            lender = other.content["machine"]["commit"]
+            return replace(record, runs=runs, lender=lender, lent=sum(wanted))
+    return record
+
+
+def load(path: Path, folder: Path | None = None) -> Record:
+    """Read a record below ``folder``, by default its own; see :func:`read`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = [figures(run) for run in content["runs"]]
@@ -77,7 +121,8 @@ def load(path: Path) -> Record:
     runs = runs.drop_duplicates(KEY, keep="last", ignore_index=True)
     if FULL not in set(runs["method"]):
         raise ValueError(f"{path} has no run with full logits to compare with")
-    return Record(path.stem, content, runs)
+    name = path.relative_to(folder or path.parent).with_suffix("").as_posix()
+    return Record(name, content, runs)
 
 
 def figures(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +190,7 @@ def _section(name: str, record: Record) -> str:
     losses = runs[runs["method"] == FULL][HELD_OUT]
     spread = ("Between the seeds the held-out loss of full logits spreads over "
               f"{losses.max() - losses.min():.4f}.") * (len(losses) > 1)  # fmt: skip
-    curves_link = f"![Loss curves and their differences](images/{record.name}.png)"
+    curves_link = f"![Loss curves and their differences](images/{record.image}.png)"
     if name == "finetune":
         parts = [
             f"### {record.model}",
@@ -170,8 +215,13 @@ def _section(name: str, record: Record) -> str:
             "each method from it (means over the seeds both have):",
             _rarity_table(runs, last["buckets"]),
             curves_link,
-            f"![Loss by rarity of the token](images/{record.name}_rare.png)",
+            f"![Loss by rarity of the token](images/{record.image}_rare.png)",
         ]
+    if record.lent:
+        lent = runs[-record.lent :].groupby("method")["seed"].agg(list)
+        names = "; ".join(f"`{m}` of seeds {', '.join(map(str, x))}" for m, x in lent.items())
+        parts.append(f"From the record of commit {record.lender}, since they use nothing of this "
+                     f"package, on the same kind of machine and data: {names}.")  # fmt: skip
     if content["skipped"]:
         names = ", ".join(f"`{run['method']}` seed {run['seed']}" for run in content["skipped"])
         parts.append(f"Not run, for lack of time: {names}.")
@@ -322,13 +372,13 @@ def plots_of(records: Records) -> list[Plot]:
         title = (f"Fine-tuning {record.model}, batches of {settings['batch_size']} x "
                  f"{settings['length']:,} tokens, {short(record.device)}")  # fmt: skip
         data = record.runs[[*KEY, "losses"]].assign(smooth=1)
-        found.append(Plot(record.name, title, draw_curves, data))
-    for record in records["pretrain"]:
+        found.append(Plot(record.image, title, draw_curves, data))
+    for record in (*records["pretrain"], *records[f"{EARLIER}/pretrain"]):
         settings, runs = record.content["settings"], record.runs
         title = (f"Pretraining a Llama of {settings['layers']} layers from scratch, vocabulary "
                  f"{settings['vocabulary']:,}, {short(record.device)}")  # fmt: skip
         data = runs[[*KEY, "losses"]].assign(smooth=25)
-        found.append(Plot(record.name, title, draw_curves, data))
+        found.append(Plot(record.image, title, draw_curves, data))
         data = runs[[*KEY, *(column for column in runs if column.startswith("seen "))]]
-        found.append(Plot(f"{record.name}_rare", title, draw_rarity, data))
+        found.append(Plot(f"{record.image}_rare", title, draw_rarity, data))
     return found

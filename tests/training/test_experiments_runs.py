@@ -9,6 +9,9 @@ import pytest
 from docs import training_runs
 from docs.make import ROOT
 
+SOURCE = "pretrain_h200.json"
+"""A record with four seeds of four methods."""
+
 
 def run(loss, rare=None):
     last = {"held_out_loss": loss}
@@ -94,13 +97,58 @@ def test_means_are_over_the_same_seeds():
     assert training_runs.comparable(single, "cce")["seed"].tolist() == [1]
 
 
+@pytest.fixture
+def lenders(tmp_path):
+    """A record of a newer commit with one seed of full logits, and the one that it is made of."""
+    source = json.loads(
+        (ROOT / "docs/measurements/experiments").joinpath(SOURCE).read_text(encoding="utf-8")
+    )
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier/pretrain_a.json").write_text(json.dumps(source))
+    source["machine"] |= {"commit": "newer", "date": "2027-01-01"}
+    runs = source["runs"]
+    source["runs"] = [
+        r for r in runs if r["method"] == "cce" or (r["method"], r["seed"]) == ("full", 0)
+    ]
+    for one in source["runs"]:
+        one["judged"][-1]["held_out_loss"] += 1
+    (tmp_path / "pretrain_b.json").write_text(json.dumps(source))
+    return tmp_path
+
+
+def test_runs_without_this_package_are_lent_to_newer_records(lenders):
+    found = training_runs.read(lenders)
+    (old,), (new,) = found["earlier/pretrain"], found["pretrain"]
+    assert (old.name, old.image, old.lent) == ("earlier/pretrain_a", "earlier_pretrain_a", 0)
+    lent = {("full", 1), ("full", 2), ("full", 3), *(("full_reordered", i) for i in range(4))}
+    methods = zip(new.runs["method"][-7:], new.runs["seed"][-7:], strict=True)
+    assert (new.lent, new.lender, set(methods)) == (7, old.content["machine"]["commit"], lent)
+    assert len(new.own) == 5
+    before = training_runs.differences(old.runs, "cce")["held-out loss"]
+    after = training_runs.differences(new.runs, "cce")["held-out loss"]
+    assert (after - before).tolist() == pytest.approx([0, 1, 1, 1])  # its own run of seed 0
+    text = training_runs.section("pretrain", found)
+    assert "`full` of seeds 1, 2, 3; `full_reordered` of seeds 0, 1, 2, 3." in text
+    assert "From the record of commit" not in training_runs.section("earlier/pretrain", found)
+
+
+@pytest.mark.parametrize("part", ["data", "settings", "device"])
+def test_runs_of_another_experiment_are_not_lent(lenders, part):
+    path = lenders / "pretrain_b.json"
+    content = json.loads(path.read_text())
+    (content["machine"] if part == "device" else content[part])[part] = "another"
+    path.write_text(json.dumps(content))
+    (new,) = training_runs.read(lenders)["pretrain"]
+    assert (new.lent, new.lender, len(new.runs)) == (0, "", 5)
+
+
 def test_small_differences_keep_their_digits():
     assert training_runs.mean_and_error(pd.Series([-6e-4, -2e-4])) == "-4.0e-04 ± 2.0e-04"
     assert training_runs.mean_and_error(pd.Series([], dtype=float)) == ""
 
 
 def test_only_records_of_the_same_settings_and_data_are_put_together(tmp_path):
-    source = ROOT / "docs/measurements/experiments/pretrain_h200.json"
+    source = ROOT / "docs/measurements/experiments" / SOURCE
     one, two, other = (tmp_path / f"pretrain_{name}.json" for name in "abc")
     for path in (one, two):
         shutil.copy(source, path)
