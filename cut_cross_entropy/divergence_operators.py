@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState
+from cut_cross_entropy.flop_formulas import register_flop_formulas
 from cut_cross_entropy.implementations import chunked_divergence
 from cut_cross_entropy.operators import fake_gradients
 from cut_cross_entropy.problem import Gradients, Needed, Problem
@@ -145,5 +146,7 @@ def run_divergence(
         has_targets: whether to compute the log-probabilities of the targets.
         by_kernels: whether kernels do what lies between the products, or PyTorch.
     """
+    if not torch.compiler.is_compiling():
+        register_flop_formulas()
     flat = (*student.flat(), *teacher.flat(), beta, has_targets, by_kernels)
     return DivergenceState(*_call(*flat))

@@ -3,6 +3,7 @@
 That module imports Triton, so the formulas are registered when an operator is called and somebody
 else has imported it. As for the attention of PyTorch, products that a backward pass computes again
 count, and what depends on values does not: a filter skips, and ignored tokens cost, nothing.
+Nor does what depends on the memory budget: kernels may walk twice for a divergence from a mixture.
 """
 
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState
 
 
 def register_flop_formulas() -> None:
@@ -61,6 +64,26 @@ def _tangents(tangent_e: Any, tangent_c: Any, *flat: Any, out_val: Any = None) -
     return _product(e, c) * (1 + (tangent_e is not None) + (tangent_c is not None))
 
 
+def _of_both(flat: tuple[Any, ...], with_teacher: bool = True) -> tuple[int, int]:
+    """Products of the student, and of the teacher too, from the inputs of a divergence."""
+    num_fields = (len(flat) - 3) // 2
+    student = _product(*flat[:2])
+    teacher = _product(*flat[num_fields : num_fields + 2])
+    return student, student + (teacher if with_teacher else 0)
+
+
+def _divergence(*flat: Any, out_val: Any = None) -> int:
+    by_kernels: bool = flat[-1]
+    return _of_both(flat)[1] * (1 if by_kernels else 2)
+
+
+def _divergence_backward(*flat: Any, out_val: Any = None) -> int:
+    grad_divergence, (by_kernels, need_e, need_c, _) = flat[0], flat[-4:]
+    inputs = flat[len(DivergenceGrads._fields) + len(DivergenceState._fields) : -3]
+    student, both = _of_both(inputs, by_kernels or grad_divergence is not None)
+    return both + student * (int(need_e) + int(need_c))
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
     "chunked": _forward,
     "chunked_backward": _backward(4),
@@ -69,4 +92,6 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "cce": _forward,
     "cce_backward": _backward(8),
     "tangents": _tangents,
+    "divergence": _divergence,
+    "divergence_backward": _divergence_backward,
 }

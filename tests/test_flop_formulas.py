@@ -9,7 +9,7 @@ from torch.func import jvp
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from cut_cross_entropy import linear_cross_entropy
+from cut_cross_entropy import linear_cross_entropy, linear_divergence
 from tests.support import make_problem
 
 # What PyTorch imports for forward mode scripts functions.
@@ -68,12 +68,45 @@ def test_forward_mode(impl):
     assert count(lambda: jvp(loss, inputs, inputs)) == 4 * PRODUCT
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("needed", "impl"),
+    [
+        ("", "chunked"),
+        ("e", "chunked"),
+        ("ec", "chunked"),
+        pytest.param("", "cce", marks=pytest.mark.interpret),
+        pytest.param("c", "cce", marks=pytest.mark.interpret),
+    ],
+)
+def test_divergence(needed, impl, beta):
+    """Without kernels the forward walks over the classes twice, and the backward once."""
+    problem, teacher = make_problem((5,), 130, 8), make_problem((5,), 130, 12)
+    teacher_product = PRODUCT * 12 // 8
+
+    def step(loss):
+        e, c = problem.e.clone(), problem.c.clone()
+        e.requires_grad_("e" in needed)
+        c.requires_grad_("c" in needed)
+        result = linear_divergence(e, c, teacher.e, teacher.c, beta=beta, impl=impl)
+        if needed:
+            loss(result).sum().backward()
+
+    walks = 1 if impl == "cce" else 2
+    forward = walks * (PRODUCT + teacher_product)
+    backward = PRODUCT * (1 + len(needed)) if needed else 0
+    of_teacher = teacher_product if needed else 0
+    assert count(lambda: step(lambda x: x.divergence)) == forward + backward + of_teacher
+    of_teacher = 0 if impl == "chunked" else of_teacher
+    assert count(lambda: step(lambda x: x.student_entropy)) == forward + backward + of_teacher
+
+
 @pytest.mark.parametrize("called_before", [False, True])
 def test_a_counter_that_is_imported_later(called_before):
     """The module imports Triton, so this package does not import it."""
     code = f"""
 import torch
-from cut_cross_entropy import linear_cross_entropy
+from cut_cross_entropy import linear_cross_entropy, linear_divergence
 inputs = torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1])
 if {called_before}:
     linear_cross_entropy(*inputs)
