@@ -29,9 +29,9 @@ from cut_cross_entropy.problem import Gradients, Needed, Problem, gradient_scale
 
 FROM_TEACHER, FROM_STUDENT, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BLOCK = 1024  # classes that a program reads at a time
-MANY_TOKENS = 128
+MANY_TOKENS = 192
 """Tokens of a block of all classes, at least: with fewer, products wait for the memory."""
-EVEN_TOKENS, EVEN_CLASSES = 64, 1024
+EVEN_TOKENS, EVEN_CLASSES = (256, 64), 1024
 """Multiples of these fill the multiprocessors with whole tiles of the library's products."""
 LOWEST = tl.constexpr(-2.0e4)
 """Log2 of the probability that stands for -inf in a mixture: its exponential is 0 too."""
@@ -424,7 +424,8 @@ class _Walk:
         if kind == MIXTURE.value and needed is None and student.group is None and is_enough:
             classes = num_classes
             if of_all_classes < tokens:
-                tokens = of_all_classes // EVEN_TOKENS * EVEN_TOKENS
+                multiple = next(n for n in (*EVEN_TOKENS, 1) if n <= of_all_classes)
+                tokens = of_all_classes // multiple * multiple
         else:
             per_class = widened + (4 * student.c.shape[1] if needed and needed.c else 0)
             classes = 0
