@@ -284,6 +284,23 @@ def test_half_products(dtype, softcap, classes, passes, half_products, monkeypat
     assert shapes[: len(parts)] == [(rows, 304) for rows in parts]
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_half_products_do_not_round_the_gradients_of_targets(softcap, half_products):
+    """They are the largest of a token: the error is little above that of rounding the results."""
+    problem = make_problem((600,), 304, 64, dtype=torch.bfloat16, ignored=0.0)
+    logits = problem.e.float() @ problem.c.float().T
+    problem.targets.copy_(logits.topk(2, dim=1).indices[:, 1])  # unsure, and not of the likeliest
+    wide = problem.to(torch.float64)
+    grads = []
+    for impl, made in (("chunked", problem), ("reference", wide)):
+        inputs = [x.detach().requires_grad_() for x in (made.e, made.c)]
+        loss = linear_cross_entropy(*inputs, made.targets, softcap=softcap, impl=impl)
+        grads.append(torch.autograd.grad(loss, inputs))
+    for got, exact in zip(*grads, strict=True):
+        rounding = (exact.bfloat16().double() - exact).norm()
+        assert (got.double() - exact).norm() <= 1.35 * rounding
+
+
 @pytest.mark.parametrize("name", ["both", "negative", "all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_known_factors_and_half_products(name, dtype, passes, half_products):

@@ -118,6 +118,7 @@ def loss_and_gradients(
         rows = -(-rows // whole) * whole
     make = functools.partial(torch.empty, dtype=problem.wide, device=problem.e.device)
     others, logit = make(num_kept), make(num_kept)  # of the targets, relative to a bound
+    residual = make(num_kept if blocks.half_products else 0)  # gradient of the target's logit
     column = blocks.targets.clamp(0, num_classes - 1)[:, None]
     grad_e = make((num_kept, dim) if needed.e else 0)
     grad_c = make((num_classes, dim) if needed.c else 0)
@@ -163,6 +164,9 @@ def loss_and_gradients(
             if factors is not None:
                 if row_factors is not None:
                     all_columns.mul_(row_factors[some, None])
+                # The largest gradient of most tokens, which is not rounded to half precision.
+                residual[some] = values.gather(1, column[some])[:, 0]
+                values.scatter_(1, column[some], 0)
                 factors[part].copy_(all_columns)
 
         # Probabilities are these values over their sum, which in full precision goes into the
@@ -177,6 +181,9 @@ def loss_and_gradients(
             for classes in class_slices:
                 multiply = blocks.add_product if classes.start else blocks.store_product
                 multiply(factor[:, classes], blocks.classifier(classes), out=rows_of_e)
+            if factors is not None:
+                own = problem.c[column[tokens, 0]].to(problem.compute_dtype)
+                rows_of_e += residual[tokens, None] * own
             rows_of_e.mul_(inverse[:, None])
         if needed.c:
             multiply = blocks.store_product if first else blocks.add_product
@@ -186,6 +193,9 @@ def loss_and_gradients(
                 e_factor = torch.where(inverse.isnan()[:, None], torch.nan, e_block)
             for classes in class_slices if factors is not None else [slice(0, num_classes)]:
                 multiply(factor[:, classes].T, e_factor, out=grad_c[classes])
+            if factors is not None:
+                rows_of_c = residual[tokens, None] * e_block
+                grad_c.index_put_((column[tokens, 0],), rows_of_c, accumulate=True)
     nll = torch.logaddexp(others.log() - logit, logit.new_zeros(()))
     nll = torch.where(blocks.in_range, nll, torch.nan)  # out of range: nothing plausible
     if weights is not None:
