@@ -220,9 +220,11 @@ class Log(TrainerCallback):
     def _line(self, state: Any, logs: dict[str, Any]) -> str:
         step, now = state.global_step, time.perf_counter()
         if "loss" not in logs:
+            line = f"step {step}: held-out loss {logs['eval_loss']:.6f}"
+            if "eval_items" in logs:
+                return f"{line} of {logs['eval_items']} tokens or pairs"
             return (
-                f"step {step}: held-out loss {logs['eval_loss']:.6f}, perplexity "
-                f"{logs['eval_perplexity']:.3f} of {logs['eval_tokens']} tokens"
+                f"{line}, perplexity {logs['eval_perplexity']:.3f} of {logs['eval_tokens']} tokens"
             )
         seconds = (now - self.since) / max(1, step - self.last)
         left = (now - self.began) / max(1, step - self.first) * (state.max_steps - step)

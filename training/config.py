@@ -12,6 +12,7 @@ from cut_cross_entropy.options import ALL_IMPLS
 from training.data import BUILTIN
 from training.losses import FULL
 from training.models import SMOLLM2
+from training.objectives import CROSS_ENTROPY, DISTILLATION, DPO, OBJECTIVES
 
 LOSSES = (FULL, *ALL_IMPLS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
@@ -107,6 +108,19 @@ class TrainConfig:
         choices=LOSSES,
         metavar="NAME",
     )
+    objective: str = setting(
+        CROSS_ENTROPY,
+        "dpo: preferences, of --data with prompt, chosen and rejected (builtin: sums, right and "
+        "wrong); distillation: the distributions of a --teacher",
+        choices=OBJECTIVES,
+    )
+    teacher: str | None = setting(None, "model to distil, named like --model")
+    beta: float | None = setting(
+        None,
+        "dpo: weight of the model before training (0.1 if left out); distillation: 0 (if left "
+        "out) is the forward KL divergence, 1 the reverse, between them Jensen-Shannon",
+        least=0,
+    )
     steps: int = setting(
         100, "optimizer steps in all, those before a resume included", least=1, may_change=True
     )
@@ -188,6 +202,15 @@ class TrainConfig:
             )
         if self.streaming and self.epochs is not None:
             raise UsageError("--epochs needs all data in memory: use --steps with --streaming")
+        if (self.teacher is None) == (self.objective == DISTILLATION):
+            raise UsageError("--objective distillation and --teacher need each other")
+        highest = {CROSS_ENTROPY: -1.0, DISTILLATION: 1.0}.get(self.objective, math.inf)
+        if self.beta is not None and self.beta > highest:
+            raise UsageError("--beta is an option of dpo, and from 0 to 1 of distillation")
+        if self.objective == DPO and (self.streaming or self.isolate_documents):
+            raise UsageError("--objective dpo excludes --streaming and --isolate-documents")
+        if self.objective != CROSS_ENTROPY and (self.fsdp or self.deepspeed is not None):
+            raise UsageError(f"--objective {self.objective} excludes --fsdp and --deepspeed")
         if self.fsdp and self.deepspeed is not None:
             raise UsageError("--fsdp and --deepspeed exclude each other: both shard the weights")
         if self.isolate_documents and not self.packing:

@@ -9,6 +9,9 @@ from typing import Any
 BUILTIN = "builtin"
 """Name of the text that every Python has: the language reference behind ``help()``."""
 
+PAIR = ("chosen", "rejected")
+"""Keys of the completions of a prompt, one of them preferred."""
+
 SUFFIXES = (".txt", ".md", ".jsonl")
 """Files read from a folder."""
 
@@ -56,6 +59,7 @@ def documents(
     column: str = "text",
     streaming: bool = False,
     flag: str = "--data",
+    completion: str = "completion",
 ) -> Iterator[Document]:
     """Read ``source`` lazily: no text file is ever held as a whole.
 
@@ -69,12 +73,17 @@ def documents(
             ``messages``, ``conversations`` or ``prompt`` with ``completion`` is read instead.
         streaming: whether a data set is downloaded as it is read.
         flag: argument to name in errors.
+        completion: key of what follows a prompt. With another than ``"completion"``, one of
+            ``PAIR``, only prompts with it are read.
 
     Raises:
         FileNotFoundError: neither a file nor a data set.
         ValueError: only white space, not UTF-8, an unsupported or damaged file, or no such split
             or column.
     """
+    if source == BUILTIN and completion in PAIR:
+        yield from _sums(completion)
+        return
     if source == BUILTIN:
         from pydoc_data.topics import topics
 
@@ -84,12 +93,12 @@ def documents(
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         found: Iterator[Document] = (
-            document for file in files for document in _read_file(file, column, flag)
+            document for file in files for document in _read_file(file, column, flag, completion)
         )
     elif path.is_file() and path.suffix.lower() not in TABLES:
-        found = _read_file(path, column, flag)
+        found = _read_file(path, column, flag, completion)
     else:
-        found = _read_dataset(source, split, column, streaming, flag)
+        found = _read_dataset(source, split, column, streaming, flag, completion)
     empty = True
     for document in found:
         empty = empty and not (document.messages or document.text.strip())
@@ -99,7 +108,15 @@ def documents(
         raise ValueError(f"{what} holds no text{only}")
 
 
-def _read_file(path: Path, column: str, flag: str) -> Iterator[Document]:
+def _sums(completion: str) -> Iterator[Document]:
+    """Add numbers below 20, rightly if the ``completion`` is to be chosen, and else wrongly."""
+    for a in range(20):
+        for b in range(20):
+            error = 0 if completion == PAIR[0] else 1 + (3 * a + b) % 7
+            yield Document(f" {a + b + error}", prompt=f"{a} + {b} =", where=f"{a} + {b}")
+
+
+def _read_file(path: Path, column: str, flag: str, completion: str) -> Iterator[Document]:
     what = f"{flag} {str(path)!r}"
     if path.suffix.lower() in REFUSED:
         raise ValueError(
@@ -111,7 +128,7 @@ def _read_file(path: Path, column: str, flag: str) -> Iterator[Document]:
             if path.suffix.lower() == ".jsonl":
                 for number, line in enumerate(file, start=1):
                     if line.strip():
-                        yield _parse_line(line, column, f"{what}, line {number}")
+                        yield _parse_line(line, column, f"{what}, line {number}", completion)
                 return
             piece = _read_piece(file)
             while piece:
@@ -129,25 +146,32 @@ def _read_piece(file: Any) -> str:
     return piece + file.readline(LONGEST_LINE) if piece else piece
 
 
-def _parse_line(line: str, column: str, where: str) -> Document:
+def _parse_line(line: str, column: str, where: str, completion: str) -> Document:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: invalid JSON ({error})") from error
-    return _document(row if isinstance(row, dict) else {}, column, where)
+    return _document(row if isinstance(row, dict) else {}, column, where, completion)
 
 
-def _document(row: Mapping[str, Any], column: str, where: str) -> Document:
-    names = (column, "messages", "conversations") if column == "text" else (column,)
+def _document(row: Mapping[str, Any], column: str, where: str, completion: str) -> Document:
+    names = [column, "messages", "conversations"] if column == "text" else [column]
+    if completion in PAIR:
+        names, column = [], "text"
     value = next((row[name] for name in names if row.get(name) is not None), None)
     if value is not None:
         text, messages = _text_or_messages(value, where)
         return Document(text, messages, where=where)
-    if column == "text" and row.get("prompt") is not None and row.get("completion") is not None:
+    if column == "text" and row.get("prompt") is not None and row.get(completion) is not None:
         prompt, asked = _text_or_messages(row["prompt"], where)
-        text, messages = _text_or_messages(row["completion"], where)
+        text, messages = _text_or_messages(row[completion], where)
         if (asked is None) == (messages is None):
             return Document(text, messages, prompt=asked or prompt, where=where)
+    if completion in PAIR:
+        raise ValueError(
+            f"{where}: must be an object with 'prompt', 'chosen' and 'rejected', all texts or all "
+            "lists of messages"
+        )
     others = ", 'messages', 'conversations', or 'prompt' and 'completion'"
     raise ValueError(
         f"{where}: must be an object with {column!r}{others if column == 'text' else ''}"
@@ -171,7 +195,7 @@ def _text_or_messages(value: Any, where: str) -> tuple[str, tuple[Message, ...] 
 
 
 def _read_dataset(
-    source: str, split: str, column: str, streaming: bool, flag: str
+    source: str, split: str, column: str, streaming: bool, flag: str, completion: str
 ) -> Iterator[Document]:
     path, what = Path(source), f"{flag} {source!r}"
     kind = TABLES.get(path.suffix.lower()) if path.is_file() else None
@@ -211,4 +235,4 @@ def _read_dataset(
     if columns is not None and not {column, *default} & set(columns):
         raise ValueError(f"{what} has the columns {', '.join(columns)}, got {column!r}")
     for number, row in enumerate(dataset[split]):
-        yield _document(row, column, f"{what}, row {number}")
+        yield _document(row, column, f"{what}, row {number}", completion)

@@ -52,7 +52,11 @@ def _longest(data: Any, config: TrainConfig) -> int:
     if not isinstance(data, LoadedRows):
         return config.sequence_length
     return max(
-        int(row["position_ids"].max()) + 1 if "position_ids" in row else len(row["input_ids"])
+        int(row["position_ids"].max()) + 1
+        if "position_ids" in row
+        else int(row["lengths"].max())
+        if "lengths" in row
+        else len(row["input_ids"])
         for row in data.rows
     )
 

@@ -8,6 +8,7 @@ import torch
 from cut_cross_entropy.dispatch import choose_impl
 from training.config import DTYPES, TrainConfig
 from training.losses import FULL
+from training.objectives import CROSS_ENTROPY
 from training.rows import LoadedRows
 
 
@@ -20,6 +21,7 @@ def describe(config: TrainConfig, trainer: Any, device: torch.device) -> str:
         trained, parameters = model.get_nb_trainable_parameters()  # knows packed weights
         adapters = f", {trained:,} of them trained in adapters of rank {config.lora}"
     dtype = torch.bfloat16 if config.dtype == "autocast" else DTYPES[config.dtype]
+    objective = "" if config.objective == CROSS_ENTROPY else f"{config.objective}, "
     loss = "full logits"
     if config.loss != FULL:
         chosen = choose_impl(config.loss, device, dtype)
@@ -35,7 +37,7 @@ def describe(config: TrainConfig, trainer: Any, device: torch.device) -> str:
         [
             f"model:  {config.model}, {type(model).__name__}, {parameters:,} parameters" + adapters,
             f"device: {name}, {processes} process{'es' * (processes > 1)}, dtype {config.dtype}",
-            f"loss:   {loss}; each line has the mean since the line before",
+            f"loss:   {objective}{loss}; each line has the mean since the line before",
             f"data:   {config.data}, {_size(data)}"
             + (f"; held out: {_size(held_out)}" if held_out is not None else ""),
             f"steps:  {config.steps} of {sequences} sequences{epochs}, learning rate "

@@ -5,6 +5,7 @@ softcaps are the model's. The training loop and the memory measurement never ask
 Legend: B sequences, T tokens each, D features.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cut_cross_entropy import linear_cross_entropy
+from cut_cross_entropy import linear_cross_entropy, linear_divergence
+from cut_cross_entropy.lazy.logits import LazyLogits
+from cut_cross_entropy.lazy.recipe import Recipe, fold
+from cut_cross_entropy.lazy.value import LazyValue
 from cut_cross_entropy.options import ImplName
+from training.packing import IGNORED
 
 FULL = "full"
 """Name of the loss from the model's own logits."""
@@ -41,18 +46,36 @@ class FullLogits:
         """Check in this context that a call of a prepared ``model`` computes this loss."""
         yield
 
-    @torch.no_grad()
     def token_losses(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """Compute the loss of each token but the first of each sequence, (B, T - 1).
 
         ``inputs`` are those of a call of ``model``, ``labels`` (B, T) among them. The loss is 0 at
-        ignored tokens and not differentiable.
+        ignored tokens.
         """
-        others = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = model(**others, use_cache=False).logits[:, :-1]
+        logits = model(**_without_labels(inputs), use_cache=False).logits[:, :-1]
         return F.cross_entropy(
             logits.float().transpose(1, 2), inputs["labels"][:, 1:], reduction="none"
         )
+
+    def token_divergences(
+        self, model: Any, teacher: Any, inputs: Mapping[str, Tensor], beta: float
+    ) -> Tensor:
+        """Compute the divergence of ``model`` from ``teacher`` at each token but the last.
+
+        Returns (B, T - 1), as ``linear_divergence`` defines it, for ``inputs`` of a call of either.
+        """
+        others = _without_labels(inputs)
+        p = model(**others, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        with torch.no_grad():
+            q = teacher(**others, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+
+        def kl(of: Tensor, from_: Tensor) -> Tensor:
+            return F.kl_div(from_, of, log_target=True, reduction="none").sum(-1)
+
+        if beta in (0, 1):
+            return kl(p, q) if beta else kl(q, p)
+        m = torch.logaddexp(p + math.log1p(-beta), q + math.log(beta))
+        return beta * kl(q, m) + (1 - beta) * kl(p, m)
 
     def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
         """Compute the mean loss of a prepared ``model`` on ``input_ids`` (B, T), differentiable."""
@@ -86,28 +109,64 @@ class CutLogits(FullLogits):
     def __init__(self, impl: ImplName) -> None:
         self.impl = impl
 
-    def prepare(self, model: Any) -> None:
-        """Patch ``model``.
+    def prepare(self, model: Any, **options: Any) -> None:
+        """Patch ``model``, with further ``options`` of ``cce_patch``.
 
         Raises:
             RuntimeError: the forward of the model takes no labels.
         """
         from cut_cross_entropy.transformers import cce_patch
 
-        cce_patch(model, impl=self.impl)
+        cce_patch(model, impl=self.impl, **options)
 
-    @torch.no_grad()
     def token_losses(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """See :class:`FullLogits`."""
-        from cut_cross_entropy.transformers import cce_patch
-
-        cce_patch(model, impl=self.impl, reduction="none")
+        self.prepare(model, reduction="none")
         try:
             with self.guard(model):
                 losses: Tensor = model(**inputs, use_cache=False).loss
         finally:
             self.prepare(model)
         return losses
+
+    def token_divergences(
+        self, model: Any, teacher: Any, inputs: Mapping[str, Tensor], beta: float
+    ) -> Tensor:
+        """See :class:`FullLogits`."""
+        others = _without_labels(inputs)
+        lazy = self._lazy_logits(model, others)
+        with torch.no_grad():
+            teachers = self._lazy_logits(teacher, others)
+
+        def divergence(recipe: Recipe) -> Tensor:
+            student, frozen = fold(recipe, with_scale=True), fold(teachers.recipe, with_scale=True)
+            return linear_divergence(
+                student.e[:, :-1],
+                student.c,
+                frozen.e[:, :-1],
+                frozen.c,
+                beta=beta,
+                mask=inputs["labels"][:, 1:] != IGNORED,
+                student_bias=student.bias,
+                teacher_bias=frozen.bias,
+                student_softcap=student.softcap,
+                teacher_softcap=frozen.softcap,
+                student_logit_scale=student.logit_scale,
+                teacher_logit_scale=frozen.logit_scale,
+                impl=self.impl,
+            ).divergence
+
+        return lazy.call.compute(lazy.recipe, divergence)
+
+    def _lazy_logits(self, model: Any, inputs: Mapping[str, Tensor]) -> LazyValue:
+        self.prepare(model, lazy_logits=True)
+        logits = model(**inputs, use_cache=False).logits
+        if not isinstance(logits, LazyLogits):
+            raise IdlePatchError(
+                f"loss={self.impl!r} was asked for, but {type(model).__name__} computed its "
+                f"logits (a warning says why); loss={FULL!r} allows that"
+            )
+        return logits.lazy
 
     @contextmanager
     def guard(self, model: Any) -> Iterator[None]:
@@ -131,6 +190,10 @@ class CutLogits(FullLogits):
         return linear_cross_entropy(
             hidden, output.weight, labels, bias=output.bias, shift=True, impl=self.impl
         )
+
+
+def _without_labels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 def hidden_states(model: Any, input_ids: Tensor) -> Tensor:

@@ -144,6 +144,26 @@ def make_rows(
         del ids[:ready], labels[:ready], positions[:ready]
 
 
+def make_pairs(
+    chosen: Iterable[Document], rejected: Iterable[Document], tokenizer: Any, length: int
+) -> Iterator[Row]:
+    """Make a row of each pair of documents, one after the other, with their ``lengths`` (2,).
+
+    Raises:
+        ValueError: a document has more than ``length`` tokens.
+    """
+    for pair in zip(chosen, rejected, strict=True):
+        encoded = [encode(document, tokenizer) for document in pair]
+        lengths = [len(ids) for ids, _ in encoded]
+        if max(lengths) > length:
+            raise ValueError(
+                f"{pair[0].where}: a prompt with its completion has {max(lengths)} tokens, more "
+                f"than --sequence-length {length}"
+            )
+        ids, labels = (torch.tensor(first + second) for first, second in zip(*encoded, strict=True))
+        yield {"input_ids": ids, "labels": labels, "lengths": torch.tensor(lengths)}
+
+
 def is_learned(row: Row) -> bool:
     """Tell whether ``row`` has a token to learn."""
     return bool((row["labels"][1:] != IGNORED).any())
@@ -169,4 +189,17 @@ def collate(rows: Sequence[Row], pad_id: int = 0) -> Row:
             line[: len(row[name])] = row[name]
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+    return batch
+
+
+def collate_pairs(rows: Sequence[Row], pad_id: int = 0) -> Row:
+    """Stack the halves of rows of pairs to a batch of twice as many, the chosen ones first."""
+    halves = [
+        {name: row[name].split(row["lengths"].tolist())[half] for name in ("input_ids", "labels")}
+        for half in (0, 1)
+        for row in rows
+    ]
+    batch = collate(halves, pad_id)
+    if all("reference" in row for row in rows):
+        batch["reference"] = torch.stack([row["reference"] for row in rows])
     return batch

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from training.config import TrainConfig
-from training.data import Document, documents
-from training.packing import IGNORED, Row, is_learned, make_rows
+from training.data import PAIR, Document, documents
+from training.objectives import DPO
+from training.packing import IGNORED, Row, is_learned, make_pairs, make_rows
 
 RowMaker = Callable[[], Iterator[Row]]
 """Read the source from its beginning."""
@@ -176,11 +177,11 @@ class Source:
     unanswered: int = 0
     """Conversations without a message of an assistant, of those read in the current pass."""
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, completion: str = "completion") -> Iterator[Document]:
         """Read the data from its beginning."""
         config, self.unanswered = self.config, 0
         for document in documents(
-            self.name, self.split, config.data_column, config.streaming, self.flag
+            self.name, self.split, config.data_column, config.streaming, self.flag, completion
         ):
             if document.messages is not None and "assistant" not in document.roles:
                 self.unanswered += 1
@@ -189,13 +190,18 @@ class Source:
     def rows(self) -> Iterator[Row]:
         """Make rows of the data, from its beginning."""
         config = self.config
-        for row in make_rows(
-            self.documents(),
-            self.tokenizer,
-            config.sequence_length,
-            config.packing,
-            config.isolate_documents,
-        ):
+        if config.objective == DPO:
+            chosen, rejected = (self.documents(completion) for completion in PAIR)
+            rows = make_pairs(chosen, rejected, self.tokenizer, config.sequence_length)
+        else:
+            rows = make_rows(
+                self.documents(),
+                self.tokenizer,
+                config.sequence_length,
+                config.packing,
+                config.isolate_documents,
+            )
+        for row in rows:
             highest = int(row["input_ids"].max())
             if highest >= self.vocabulary:
                 raise ValueError(

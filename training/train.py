@@ -1,4 +1,4 @@
-"""Fine-tune or pretrain a causal language model; see ``--help`` and ``docs/training.md``.
+"""Fine-tune, pretrain or distil a causal language model; see ``--help`` and ``docs/training.md``.
 
     python training/train.py --loss auto --steps 200 --output out/run
     python training/train.py --loss auto --steps 400 --output out/run --resume
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if not __package__:  # started by its path: Python then puts this folder first, not the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -28,18 +28,21 @@ if not torch.cuda.is_available():
     # transformers imports DeepSpeed where it is installed, which would announce its choice.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from cut_cross_entropy import linear_divergence
 from cut_cross_entropy.benchmark.leave import leave
+from cut_cross_entropy.options import ImplName
 from training.arguments import build_parser, config_from
 from training.callbacks import Checkpoints
 from training.checkpoint import CheckpointError, checkpoint_folder, step_of, verify_checkpoint
 from training.config import DTYPES, SETUP_ERRORS, TrainConfig, UsageError, check_output
 from training.fit import check_fit
 from training.header import describe, steps_per_epoch, unanswered
-from training.losses import IdlePatchError, make_loss
+from training.losses import FULL, IdlePatchError, make_loss
 from training.models import add_adapters, in_one_line, load_model, vocabulary_size
-from training.packing import collate
+from training.objectives import DEFAULT_BETA, DPO, Distillation, NextToken, Preferences
+from training.packing import collate, collate_pairs
 from training.resume import DoneError, check_resume, checkpoint_to_resume, export
-from training.rows import StreamedRows, load_data
+from training.rows import LoadedRows, StreamedRows, load_data
 from training.trainer import Trainer
 from training.trainer_arguments import tensorboard_callback, training_arguments
 
@@ -117,19 +120,55 @@ def set_up(config: TrainConfig) -> Run:
         done = step_of(source) if source else 0
         callbacks = [tensorboard_callback(output / "tensorboard", done)]
     pad = tokenizer.pad_token_id
+    stack = partial(
+        collate_pairs if config.objective == DPO else collate,
+        pad_id=pad if pad and pad < vocabulary else 0,
+    )
+    objective = make_objective(config, vocabulary, arguments.device)
     trainer = Trainer(
         loss,
         Checkpoints(output / "checkpoints", run, config.keep_checkpoints),
         output / "losses.csv",
         callbacks,
+        objective,
         model=model,
         args=arguments,
         train_dataset=data,
         eval_dataset=held_out,
-        data_collator=partial(collate, pad_id=pad if pad and pad < vocabulary else 0),
+        data_collator=stack,
         processing_class=tokenizer,
     )
+    if isinstance(objective, Preferences):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "autocast"):
+            for part in (data, held_out):
+                rows = part.rows if isinstance(part, LoadedRows) else []
+                objective.add_references(loss, trainer.model, rows, stack, config.batch_size)
     return Run(config, trainer, source, describe(config, trainer, device), warnings)
+
+
+def make_objective(config: TrainConfig, vocabulary: int, device: torch.device) -> NextToken:
+    """Return the objective, with its teacher on ``device``.
+
+    Raises:
+        UsageError: the teacher has other token ids, or no divergence has that implementation.
+    """
+    beta = DEFAULT_BETA.get(config.objective, 0.0) if config.beta is None else config.beta
+    if config.objective == DPO:
+        return Preferences(beta)
+    if config.teacher is None:
+        return NextToken()
+    if config.loss != FULL:
+        one = torch.ones(1, 1, device=device)
+        try:
+            linear_divergence(one, one, one, one, impl=cast(ImplName, config.loss))
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(f"--loss {config.loss}: {error}") from error
+    # As autocast would compute it; it has no weights to update.
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    teacher, _ = load_model(config.teacher, dtype, device)
+    if (classes := vocabulary_size(teacher)) != vocabulary:
+        raise UsageError(f"--teacher has {classes} token ids, --model {vocabulary}")
+    return Distillation(teacher.eval().requires_grad_(False), beta)
 
 
 def run_all(arguments: Any) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from training.callbacks import Checkpoints, Interrupts, Log, Pace
 from training.losses import FullLogits
+from training.objectives import NextToken
 from training.packing import IGNORED
 
 
@@ -26,6 +27,7 @@ class Trainer(transformers.Trainer):
         checkpoints: makes checkpoints of the folders that are saved.
         table: file of the losses.
         callbacks: further callbacks.
+        objective: what is minimised.
         options: for ``transformers.Trainer``.
     """
 
@@ -35,15 +37,20 @@ class Trainer(transformers.Trainer):
         checkpoints: Checkpoints,
         table: Path,
         callbacks: list[Any],
+        objective: NextToken,
         **options: Any,
     ) -> None:
         loss.prepare(options["model"])
         arguments = options["args"]
         self.loss, self.checkpoints = loss, checkpoints
+        self.objective: NextToken = objective
+        self.predicts = type(objective) is NextToken
         self.interrupts, self.pace = Interrupts(), Pace(arguments.world_size)
         self.lines = Log(table, active=arguments.process_index == 0)
         ours = [self.interrupts, checkpoints, self.lines, *callbacks, self.pace]
-        super().__init__(**options, callbacks=ours, compute_metrics=held_out_metrics)
+        super().__init__(**options, callbacks=ours, compute_metrics=self._held_out_metrics)
+        # Means of batches are averaged; the model itself would divide by the tokens of all.
+        self.model_accepts_loss_kwargs &= self.predicts
         self.remove_callback(transformers.PrinterCallback)
         transformers.utils.logging.disable_progress_bar()
 
@@ -93,6 +100,9 @@ class Trainer(transformers.Trainer):
             IdlePatchError: it is not computed the way that was asked for.
         """
         self.pace.tokens += inputs["input_ids"].numel()
+        if not self.predicts:
+            losses, labels = self.objective(self.loss, model, inputs)
+            return losses[labels != IGNORED].mean()
         with self.loss.guard(model):
             return super().compute_loss(model, inputs, *arguments, **options)
 
@@ -104,7 +114,7 @@ class Trainer(transformers.Trainer):
             super().log(logs, *arguments, **options)
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """Compute :func:`held_out_metrics`; their names begin with ``eval_``."""
+        """Compute the mean loss and what it is of; their names begin with ``eval_``."""
         # A loader draws a number; the training is to be the same with and without evaluations.
         with torch.random.fork_rng(devices=[]):
             found: dict[str, float] = super().evaluate(*arguments, **options)
@@ -113,23 +123,24 @@ class Trainer(transformers.Trainer):
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, Tensor, Tensor]:
-        """Return the losses (B, T - 1) of a batch and their labels; see ``transformers.Trainer``.
+        """Return the losses of a batch and their labels; see ``transformers.Trainer``.
 
         It adds those of all processes, which get equally many sequences, and drops what is twice.
         """
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             model = self.model_wrapped  # gathers the weights
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            losses = self.loss.token_losses(model, inputs)
-        return None, losses.float(), inputs["labels"][:, 1:].contiguous()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses, labels = self.objective(self.loss, model, inputs)
+        return None, losses.float(), labels
 
-
-def held_out_metrics(found: transformers.EvalPrediction) -> dict[str, float]:
-    """Return the mean ``loss`` of all tokens, weighted equally, ``perplexity`` and ``tokens``."""
-    losses: Any = found.predictions[found.label_ids != IGNORED]
-    loss = float(losses.mean(dtype="float64"))
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": losses.size}
+    def _held_out_metrics(self, found: transformers.EvalPrediction) -> dict[str, float]:
+        """Return the mean ``loss`` of all tokens or pairs, their number, and a perplexity."""
+        losses: Any = found.predictions[found.label_ids != IGNORED]
+        loss = float(losses.mean(dtype="float64"))
+        if not self.predicts:
+            return {"loss": loss, "items": losses.size}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": losses.size}
 
 
 @contextmanager

@@ -62,9 +62,15 @@ def still(model_folder, tmp_path):
     return ["--model", str(folder)]
 
 
-def test_two_processes_are_one_with_twice_the_batch(arguments, still, tmp_path):
+@pytest.mark.parametrize("objective", ["cross_entropy", "dpo", "distillation"])
+def test_two_processes_are_one_with_twice_the_batch(arguments, still, tmp_path, objective):
     # 62 sequences less 2 that are held out: no batch of the first five steps is short.
     common = [*arguments, *still, "--eval-fraction", "0.04", "--steps", "5", "--log-interval", "1"]
+    common += ["--objective", objective]
+    if objective == "dpo":
+        common += ["--data", "builtin"]
+    if objective == "distillation":
+        common += ["--teacher", still[1], "--from-scratch"]
     code, output = run(
         2, [*common, "--batch-size", "4", "--output", str(tmp_path / "two"), "--no-export"]
     )
