@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from docs.benchmark_runs import BOTH, COMPARED, MULTIPLES, Measurements, data_title
-from docs.page import Column, table
+from docs.page import Column, table, without_paths
 from docs.training_runs import (
     EARLIER,
     FULL,
@@ -43,7 +43,7 @@ def link_run(record: Record) -> str:
 
 def commands(found: Iterable[str]) -> str:
     """Return a line with the commands of records, each once; "" without any."""
-    text = "`, `".join(dict.fromkeys(found))
+    text = "`, `".join(dict.fromkeys(map(without_paths, found)))
     return text and f"\nFrom `{text}`.\n"
 
 

@@ -54,3 +54,8 @@ def fill(text: str, blocks: Mapping[str, Callable[[], str]]) -> str:
         return f"{found[1]}\n\n{blocks[found[2]]().strip() or NOTHING}\n\n{found[3]}"
 
     return re.sub(r"(?s)(<!-- begin ([\w-]+) -->).*?(<!-- end \2 -->)", made, text)
+
+
+def without_paths(command: str) -> str:
+    """Leave out of a command line where its record went, and which commit and how long it ran."""
+    return re.sub(r" --(json|csv|out|commit|time-limit) \S+", "", command)

@@ -1,7 +1,6 @@
 """Tables of post-training: the benchmark's kinds with results for each token, and runs of TRL."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from cut_cross_entropy.benchmark.environment import in_words
 from cut_cross_entropy.benchmark.kinds import parse
 from cut_cross_entropy.benchmark.methods import METHODS
 from docs.benchmark_runs import Measurements, data_title, title
-from docs.page import Column, Row, cell, table
+from docs.page import Column, Row, cell, table, without_paths
 
 TRAINERS = ("grpo", "grpo_bf16", "dpo", "dpo_bf16")
 LAYERS = {
@@ -57,11 +56,6 @@ def _where(content: Mapping[str, Any]) -> str:
     environment = content["environment"]
     where, command = in_words(environment), without_paths(content["command"])
     return f"{where}, commit {environment['commit']}: `{command}`"
-
-
-def without_paths(command: str) -> str:
-    """Leave out of a command line where its record went and which commit it ran on."""
-    return re.sub(r" --(json|out|commit|time-limit) \S+", "", command)
 
 
 def _title_with_version(frame: pd.DataFrame) -> dict[str, str]:
