@@ -207,8 +207,12 @@ class TrainConfig:
         highest = {CROSS_ENTROPY: -1.0, DISTILLATION: 1.0}.get(self.objective, math.inf)
         if self.beta is not None and self.beta > highest:
             raise UsageError("--beta is an option of dpo, and from 0 to 1 of distillation")
-        if self.objective == DPO and (self.streaming or self.isolate_documents):
-            raise UsageError("--objective dpo excludes --streaming and --isolate-documents")
+        if self.objective == DPO and (
+            self.streaming or self.isolate_documents or self.data_column != "text"
+        ):
+            raise UsageError(
+                "--objective dpo excludes --streaming, --isolate-documents and --data-column"
+            )
         if self.objective != CROSS_ENTROPY and (self.fsdp or self.deepspeed is not None):
             raise UsageError(f"--objective {self.objective} excludes --fsdp and --deepspeed")
         if self.fsdp and self.deepspeed is not None:

@@ -9,6 +9,7 @@ import torch
 from training.config import TrainConfig, UsageError
 from training.losses import hidden_states
 from training.models import in_one_line
+from training.packing import Row
 from training.rows import LoadedRows
 
 TRIAL = 8
@@ -51,14 +52,13 @@ def _longest(data: Any, config: TrainConfig) -> int:
     """Return the number of positions that a row needs, or of a stream may need."""
     if not isinstance(data, LoadedRows):
         return config.sequence_length
-    return max(
-        int(row["position_ids"].max()) + 1
-        if "position_ids" in row
-        else int(row["lengths"].max())
-        if "lengths" in row
-        else len(row["input_ids"])
-        for row in data.rows
-    )
+
+    def positions(row: Row) -> int:
+        if "lengths" in row:  # a pair
+            return int(row["lengths"].max())
+        return int(row["position_ids"].max()) + 1 if "position_ids" in row else len(row["labels"])
+
+    return max(map(positions, data.rows))
 
 
 def _compute(model: Any, length: int, training: bool, message: Callable[[str], str]) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cut_cross_entropy import linear_cross_entropy, linear_divergence
 from cut_cross_entropy.lazy.logits import LazyLogits
-from cut_cross_entropy.lazy.recipe import Recipe, fold
+from cut_cross_entropy.lazy.recipe import Recipe, fold, is_foldable
 from cut_cross_entropy.lazy.value import LazyValue
 from cut_cross_entropy.options import ImplName
 from training.packing import IGNORED
@@ -161,10 +161,10 @@ class CutLogits(FullLogits):
     def _lazy_logits(self, model: Any, inputs: Mapping[str, Tensor]) -> LazyValue:
         self.prepare(model, lazy_logits=True)
         logits = model(**inputs, use_cache=False).logits
-        if not isinstance(logits, LazyLogits):
+        if not isinstance(logits, LazyLogits) or not is_foldable(logits.lazy.recipe):
             raise IdlePatchError(
-                f"loss={self.impl!r} was asked for, but {type(model).__name__} computed its "
-                f"logits (a warning says why); loss={FULL!r} allows that"
+                f"loss={self.impl!r} was asked for, but the patch of {type(model).__name__} cannot "
+                f"do without its logits; loss={FULL!r} allows that"
             )
         return logits.lazy
 

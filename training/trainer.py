@@ -102,7 +102,8 @@ class Trainer(transformers.Trainer):
         self.pace.tokens += inputs["input_ids"].numel()
         if not self.predicts:
             losses, labels = self.objective(self.loss, model, inputs)
-            return losses[labels != IGNORED].mean()
+            kept = losses[labels != IGNORED]
+            return kept.sum() / max(1, len(kept))  # 0 if nothing is learned, as elsewhere
         with self.loss.guard(model):
             return super().compute_loss(model, inputs, *arguments, **options)
 

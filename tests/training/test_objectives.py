@@ -12,7 +12,7 @@ from cut_cross_entropy import token_logprobs
 from tests.training.test_resume import logged_losses
 from tests.training.test_run import rows_of
 from training.data import documents
-from training.losses import CutLogits, FullLogits, hidden_states
+from training.losses import CutLogits, FullLogits, IdlePatchError, hidden_states
 from training.objectives import Distillation, Preferences
 from training.packing import IGNORED, collate_pairs, make_pairs
 from training.train import main
@@ -167,6 +167,29 @@ def test_distillation_is_the_divergence(model, teacher_folder, loss, beta):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+def test_a_batch_without_labels_teaches_nothing(arguments, with_tokenizer, tmp_path, loss):
+    """Long prompts fill whole sequences."""
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "why? " * 32, "completion": "so" * 8}] * 9
+    path.write_text("\n".join(map(json.dumps, rows)))
+    words = ["--objective", "distillation", "--teacher", str(with_tokenizer), "--data", str(path)]
+    words += ["--batch-size", "1", "--loss", loss, "--no-export"]
+    assert main([*arguments, *words]) == 0
+    losses = [float(row["loss"]) for row in rows_of(tmp_path / "run")]
+    assert 0 in losses
+    assert max(losses) > 0.1
+
+
+def test_a_model_whose_logits_are_needed_is_refused(model, teacher_folder):
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
+    teacher.get_output_embeddings().register_full_backward_hook(lambda *_: None)
+    inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.int64)}
+    inputs["labels"] = inputs["input_ids"]
+    with pytest.raises(IdlePatchError, match="patch of Gemma2ForCausalLM cannot do without"):
+        CutLogits("chunked").token_divergences(model, teacher, inputs, 0.0)
+
+
 class TestPairs:
     def test_builtin_is_right_and_wrong(self):
         for which, right in (("chosen", True), ("rejected", False)):
@@ -211,6 +234,7 @@ class TestPairs:
         (["--beta", "0.1"], "--beta is an option of dpo, and from 0 to 1 of distillation"),
         ([*DPO, "--beta", "-1"], "--beta must be at least 0, got -1.0"),
         ([*DPO, "--streaming"], "--objective dpo excludes --streaming"),
+        ([*DPO, "--data-column", "body"], "and --data-column"),
         ([*DPO, "--fsdp"], "--objective dpo excludes --fsdp and --deepspeed"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
