@@ -40,7 +40,7 @@ benchmark: $(ENVIRONMENT)  ## time, memory and error of all implementations
 # Without a network: PIP_ARGS='--no-index --find-links FOLDER' with the wheels in it.
 peers: $(ENVIRONMENT)  ## other packages for the benchmark's suite, each in a folder of out/peers
 	for peer in apple=cut-cross-entropy==25.1.1 liger=liger-kernel==0.8.5 trl=trl==1.16.0 \
-			trl=datasets trl=dill trl=multiprocess; do \
+			trl=datasets trl=dill trl=multiprocess verl=verl==0.9.1; do \
 		$(PYTHON) -m pip install --quiet --no-deps --upgrade $(PIP_ARGS) \
 			--target out/peers/$${peer%%=*} $${peer#*=} || exit 1; \
 	done

@@ -26,6 +26,8 @@ HEAD = f"--data llama3.2-1b {BOTH} {OURS} baseline"
 # batches come last: they take the longest.
 SWEEP = f"{HEAD} chunked liger --soak {LONG_SOAK} --time-limit 420 --sweep"
 TABLE = "--repetitions 9 --time-limit 300 --data"
+MORE = ("", "+temperature", "+rank", "+candidates", "+entropy", "+entropy+temperature")
+PASSES = ("logprobs-fw", "logprobs-fw-bw")
 PARTS = {
     "table": (f"{TABLE} gemma2", f"{TABLE} file", f"{TABLE} llama3-8b --kinds loss-fw-bw"),
     "shapes": (
@@ -40,6 +42,18 @@ PARTS = {
     "tails": (
         f"{BOTH} {OURS} baseline apple liger --time-limit 75 --data gemma2 "
         "--tail diffuse randn flat",
+    ),
+    "logprobs": (
+        "--data ministral-8b qwen3-8b --kinds logprobs-fw+entropy logprobs-fw-bw+entropy "
+        "--methods cce trl liger verl --repetitions 6 --time-limit 240",
+    ),
+    "additions": (
+        "--data ministral-8b --methods cce --no-errors --repetitions 6 --time-limit 150 --kinds "
+        + " ".join(base + more for base in PASSES for more in MORE),
+    ),
+    "divergences": (
+        "--data qwen3-8b --kinds divergence-fw-bw divergence-fw-bw+jsd --methods cce trl liger "
+        "--repetitions 3 --time-limit 200",
     ),
 }
 """Arguments of ``python -m benchmark`` for the problems of each part, most wanted first.

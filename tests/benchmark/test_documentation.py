@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from cut_cross_entropy.benchmark import suite
+from cut_cross_entropy.benchmark.kinds import KINDS
 from cut_cross_entropy.benchmark.runs import Task
 from cut_cross_entropy.benchmark.shapes import Shape
 from cut_cross_entropy.benchmark.suite import PARTS, lines_of, tasks_of
@@ -244,15 +245,18 @@ def test_bars_start_at_zero_and_titles_are_words(found):
 
 
 def test_parts_of_the_suite_are_problems_that_the_tables_find(tmp_path):
-    tasks = {part: tasks_of(part, tmp_path / "smollm2.pt", True) for part in PARTS}
+    every = {part: tasks_of(part, tmp_path / "smollm2.pt", True) for part in PARTS}
+    of_tokens = ("logprobs", "additions", "divergences")  # other tables
+    tasks = {part: found for part, found in every.items() if part not in of_tokens}
+    assert all(set(task.kinds) <= set(KINDS) for found in tasks.values() for task in found)
     names = {part: [task.name for task in found] for part, found in tasks.items()}
     for part in PARTS:
-        assert len(set(names[part])) == len(names[part])
+        assert len({task.name for task in every[part]}) == len(every[part])
         first, *others = map(vars, lines_of(part, tmp_path / "smollm2.pt"))
         of_part = ("methods", "repetitions", "time_limit", "soak", "peer")
         assert all(first[name] == other[name] for other in others for name in of_part)
-    every = [name for found in names.values() for name in found]
-    assert sorted(x for x in set(every) if every.count(x) > 1) == ["llama3-8b-structured"]
+    named = [name for found in names.values() for name in found]
+    assert sorted(x for x in set(named) if named.count(x) > 1) == ["llama3-8b-structured"]
     assert names["table"] == ["gemma2-structured", "smollm2", "llama3-8b-structured"]
     rows = [
         row("cce", data=task.name, part=part, ignored=task.ignored, frozen=task.frozen,

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from cut_cross_entropy.benchmark import __main__ as command
+from cut_cross_entropy.benchmark.suite import lines_of
 from docs import benchmark_runs, post_training_runs
 from tests.benchmark.test_documentation import ENVIRONMENT, row
 
@@ -71,6 +73,22 @@ def test_divergences():
     ours, theirs = cells(text, "kind")
     assert (ours["divergence"], ours["mean"]) == ("1.0e-07", "")
     assert (theirs["divergence"], theirs["mean"]) == ("", "1.0e-03")
+
+
+def test_parts_of_the_suite_fill_the_tables():
+    parts = ("logprobs", "additions", "divergences")
+    rows = [
+        row(method, data=task.name, kind=kind)
+        for part in parts
+        for line in lines_of(part, None)
+        for task in command.tasks(line, True)
+        for kind in task.kinds
+        for method in line.methods
+    ]
+    found = kept(*rows)
+    assert len(cells(post_training_runs.logprobs(found).split("**Qwen3")[0], "kind")) == 2 * 4
+    assert len(cells(post_training_runs.additions(found), "data")) == 6 + 1
+    assert len(cells(post_training_runs.divergences(found), "kind")) == 2 * 3
 
 
 @pytest.mark.parametrize("bf16", [False, True])

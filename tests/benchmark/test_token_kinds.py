@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -182,6 +183,28 @@ def test_what_a_method_lacks_is_refused_by_name(build, kind, message):
 def test_an_absent_package_is_named():
     with pytest.raises(ImportError, match="verl is not installed"):
         token_methods.verl(question("logprobs-fw"))
+
+
+def test_the_kernel_of_verl_is_imported_without_the_rest_of_verl(tmp_path, monkeypatch):
+    folder = tmp_path / "verl/utils/kernel"
+    folder.mkdir(parents=True)
+    for package in (folder.parent.parent, folder.parent, folder):
+        (package / "__init__.py").write_text("raise ImportError('no Ray')\n")
+    (folder / "linear_cross_entropy.py").write_text(
+        "def linear_cross_entropy(hidden, weight, labels, temperature, reduction, group):\n"
+        "    logits = hidden @ weight.T / temperature\n"
+        "    logprobs = logits.log_softmax(-1)\n"
+        "    chosen = logprobs.gather(-1, labels[:, None])[:, 0]\n"
+        "    return chosen, -(logprobs.exp() * logprobs).sum(-1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = question("logprobs-fw-bw+entropy+temperature")
+    try:
+        assert max(compare(asked, token_methods.verl).values()) < 5e-5
+        assert METHODS["verl"].build(asked.problem)().item() > 0
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "verl"]:
+            del sys.modules[name]
 
 
 def test_methods_that_fit_the_kinds_are_chosen(monkeypatch):
