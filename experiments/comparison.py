@@ -227,13 +227,15 @@ def train(
 def run(name: str, kind: type[Experiment], arguments: argparse.Namespace) -> Path:
     """Do all runs; return the record, which is written after each of them.
 
-    No run starts that would end after the time limit if it took as long as the longest so far.
+    No run starts that would end after the time limit if it took as long as the last of its method
+    or, if that is the first, as the longest so far.
 
     Raises:
         ValueError, FileNotFoundError, RuntimeError: wrong settings, no such model, no text.
         ImportError: a method is another package's, which is not installed.
     """
-    end, longest = time.monotonic() + arguments.time_limit, 0.0
+    end = time.monotonic() + arguments.time_limit
+    took: dict[str, float] = {}  # by method; the first run of each compiles kernels
     device = config_from(arguments).torch_device()
     methods = arguments.methods or (GPU_METHODS if device.type == "cuda" else CPU_METHODS)
     losses = {method: loss_of(method, device, arguments.apple) for method in methods}
@@ -283,7 +285,7 @@ def run(name: str, kind: type[Experiment], arguments: argparse.Namespace) -> Pat
             this = {"method": method, "seed": seed}
             if (method, seed) in done:
                 continue
-            if began + longest > end:
+            if began + took.get(method, max(took.values(), default=0.0)) > end:
                 reason = f"time limit of {arguments.time_limit:g} s"
                 record["skipped"].append({**this, "reason": reason})
             else:
@@ -295,16 +297,16 @@ def run(name: str, kind: type[Experiment], arguments: argparse.Namespace) -> Pat
                 result = train(
                     experiment, model, method, losses[method], batches, schedule, interval
                 )
-                longest = max(longest, time.monotonic() - began)
+                took[method] = time.monotonic() - began
                 record["runs"].append({**this, **result, **experiment.describe(batches)})
                 last = {k: v for k, v in result["judged"][-1].items() if isinstance(v, float)}
                 print(f"{this}: {last}, {result['ms_per_step']:.1f} ms per step", flush=True)
             write_json(path, record)
-    done = {each["method"] for each in record["largest"]}
+    done, longest = {each["method"] for each in record["largest"]}, 0.0
     for method in methods if arguments.largest else ():
-        if method == REORDERED or method in done or time.monotonic() + longest > end:
-            continue
         began = time.monotonic()
+        if method == REORDERED or method in done or began + longest > end:
+            continue
         found = largest_batch(
             experiment.make_model(arguments.first_seed),
             losses[method],
@@ -335,7 +337,10 @@ def resume(record: dict[str, Any], old: dict[str, Any], path: Path) -> None:
 
 def machine(device: str, commit: str | None) -> dict[str, Any]:
     """Describe where figures come from: device, versions, commit and command line."""
-    installed = {one.name: one.version for one in importlib.metadata.distributions()}
+    installed = {
+        one.name.lower().replace("_", "-"): one.version
+        for one in importlib.metadata.distributions()
+    }
     return {
         "device": device,
         "python": platform.python_version(),

@@ -44,7 +44,7 @@ def build_parser() -> Parser:
         megabytes=12.0,
         seeds=3,
     )
-    add_settings(parser, ("model",))
+    add_settings(parser, ("model", "tokenizer"))
     parser.add_argument(
         "--text",
         type=Path,
@@ -65,7 +65,9 @@ class Finetune(Experiment):
             texts = docstrings(self.roots, self.characters)
         else:
             texts, text = prose(arguments.text), f"prose of {arguments.text.name}"
-        self.model, tokenizer = load_model(arguments.model, torch.float32, device)
+        self.model, tokenizer = load_model(
+            arguments.model, torch.float32, device, arguments.tokenizer
+        )
         plain_head(self.model)  # which the held-out loss supposes
         begin = tokenizer.bos_token_id  # if the model's sequences begin with it
         begin = begin if tokenizer("")["input_ids"] == [begin] else None

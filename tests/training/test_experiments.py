@@ -154,6 +154,28 @@ def test_no_run_starts_that_would_end_after_the_time_limit(
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_what_a_run_takes_is_known_from_the_last_of_its_method(
+    roots, model_folder, tmp_path, monkeypatch
+):
+    """The first runs take 50 seconds here, since they compile, and the others 10, of 160."""
+    now = [0.0]
+
+    def train(*arguments):
+        now[0] += 50 if now[0] < 100 else 10
+        return {"judged": [{}], "ms_per_step": 1.0}
+
+    monkeypatch.setattr(comparison, "train", train)
+    monkeypatch.setattr(comparison.time, "monotonic", lambda: now[0])
+    arguments = ["--smoke", "--device", "cpu", "--out", str(tmp_path), "--roots", str(roots[0])]
+    arguments += ["--megabytes", "0.02", "--model", str(model_folder), "--held-out", "2"]
+    arguments += ["--methods", "full", "chunked", "--seeds", "5", "--time-limit", "160"]
+    assert finetune.main(arguments) == 0
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text())
+    assert [run["seed"] for run in content["runs"]] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [run["seed"] for run in content["skipped"]] == [4, 4]
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, roots, model_folder):
     """A folder with the records of both experiments, at their tiniest."""
@@ -195,7 +217,7 @@ def test_records_hold_the_runs(site, finetuned):
 def test_tables_and_plots_of_new_records(site, finetuned, tmp_path):
     pytest.importorskip("matplotlib")
     records = training_runs.read(site / MEASUREMENTS)
-    sections = [training_runs.section(name, records) for name in training_runs.NAMES]
+    sections = [training_runs.section(name, records) for name in ("finetune", "pretrain")]
     assert [text.count("\n| `chunked` |") for text in sections] == [1, 1]
     assert sections[0].count("| `full` | 2 |") == 1
     found = training_runs.plots_of(records)

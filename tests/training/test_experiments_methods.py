@@ -223,4 +223,4 @@ def test_tables_of_cost(arguments, tmp_path, model_folder):
     assert text.startswith("### Gemma 3 270M\n")
     assert "| 4.0 | 8,000 | 0 |" in text  # 2 sequences of 16 tokens
     assert "| `cce` | 96 | 98,304 | 500 | 196,608 | 9 |" in text
-    assert "liger" not in text
+    assert "`liger`" not in text
