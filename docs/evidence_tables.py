@@ -1,6 +1,7 @@
 """Tables of docs/evidence.md. Each line names its record and the commit that was measured."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from docs.training_runs import (
     FULL,
     HELD_OUT,
     RAREST,
+    REORDERED,
     Record,
     Records,
     differences,
@@ -23,12 +25,19 @@ from docs.training_runs import (
 HEADS = ("gemma2-structured", "smollm2")
 """Problems of the table of the output layer."""
 
+RIVALS = {FULL: "full logits", "torch_compile": "full logits, `torch.compile`",
+          "apple": "Apple's package", "liger": "Liger"}  # fmt: skip
+"""Methods of training that `cce` is held against."""
+
 FOLDER = "measurements"
 NOISE = 1.02
 """Times, peaks and errors that are above another by less than this factor are not worse."""
 
 TRAINERS = {"grpo": "GRPO", "grpo_bf16": "GRPO, bf16", "dpo": "DPO", "dpo_bf16": "DPO, bf16"}
 """Experiments with TRL's trainers, by the names of their records."""
+
+FIGURES = ("loss", "reward", "rewards/margins")
+"""What the trainers log that the page compares."""
 
 
 def link(path: str, commit: str) -> str:
@@ -45,6 +54,50 @@ def commands(found: Iterable[str]) -> str:
     """Return a line with the commands of records, each once; "" without any."""
     text = "`, `".join(dict.fromkeys(map(without_paths, found)))
     return text and f"\nFrom `{text}`.\n"
+
+
+def short(kept: Measurements, runs: Records, folder: Path) -> str:
+    """The answers in a few lines, each with its figures."""
+    lines = []
+    rows = kept.of(kind=BOTH, test_data=HEADS[0]).set_index("method")
+    if {"cce", "torch_compile"} <= set(rows.index):
+        ours, full = rows.loc["cce"], rows.loc["torch_compile"]
+        lines.append(
+            f"The output layer of {data_title(HEADS[0]).partition(',')[0]}: "
+            f"{ours['runtime_ms']:.1f} ms and {ours['op_mem_mb']:,.0f} MiB, with compiled full "
+            f"logits {full['runtime_ms']:.1f} ms and {full['op_mem_mb']:,.0f} MiB. Error of dE "
+            f"{ours['multiple_e']:.1f} against {full['multiple_e']:.1f} × rounding."
+        )
+    for record in runs["finetune"]:
+        farthest = {
+            method: differences(record.runs, method)[HELD_OUT].abs().max()
+            for method in ("cce", "cce_exact", REORDERED)
+            if method in set(record.runs["method"])
+        }
+        parts = ", ".join(f"`{method}` {value:.4f}" for method, value in farthest.items())
+        lines.append(
+            f"{record.model} fine-tuned, {record.runs['seed'].nunique()} seeds: the held-out loss "
+            f"differs from full logits by at most: {parts} nats."
+        )
+    for record in runs["pretrain"]:
+        found = differences(record.runs, "cce")
+        lines.append(
+            f"Pretraining from scratch, {len(found)} seeds on {record.device}, `cce` minus full "
+            f"logits: all tokens {mean_and_error(found[HELD_OUT])} nats, targets never seen "
+            f"{mean_and_error(found['seen never'])}."
+        )
+    for title, _, record in _trl_records(folder):
+        ms = {run["method"]: sum(run["ms_per_step"].values()) for run in record["runs"]}
+        far = {line["method"]: line["loss"] for line in record.get("distances", [])}
+        if {"trl", "token_logprobs"} <= set(ms) and "token_logprobs" in far:
+            noise = far.get("trl_reordered")
+            order = f" (the order of sums alone: {noise:.1e})" if noise is not None else ""
+            lines.append(
+                f"{title} through TRL: losses differ by at most {far['token_logprobs']:.1e}{order}; "
+                f"a step takes {ms['token_logprobs']:.0f} ms, with TRL's output layer "
+                f"{ms['trl']:.0f} ms."
+            )
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def layer(kept: Measurements, _: Records, __: Path) -> str:
@@ -119,26 +172,33 @@ def pretrain(_: Measurements, runs: Records, __: Path) -> str:
     ) + _commands(records)  # fmt: skip
 
 
+def _trl_records(folder: Path) -> list[tuple[str, Path, dict[str, Any]]]:
+    """Return title, path and content of the records of TRL's trainers."""
+    found = {path: json.loads(path.read_text("utf-8")) for path in folder.glob("*/*_*.json")}
+    return [
+        (title, path, found[path])
+        for name, title in TRAINERS.items()
+        for path in sorted(path for path in found if found[path].get("experiment") == name)
+    ]
+
+
 def trainers(_: Measurements, __: Records, folder: Path) -> str:
     """TRL's trainers with their own output layer, with ours, and with theirs in another order."""
     lines, found = [], []
-    records = {path: json.loads(path.read_text("utf-8")) for path in folder.glob("*/*_*.json")}
-    for name, title in TRAINERS.items():
-        for path in sorted(x for x in records if records[x].get("experiment") == name):
-            record = records[path]
-            found.append(f"python -m experiments.{record['machine']['command']}")
-            away = {(line["method"], line["seed"]): line for line in record.get("distances", [])}
-            for run in record["runs"]:
-                off = away.get((run["method"], run["seed"]), {})
-                figures = {k: v for k, v in off.items() if isinstance(v, float)}
-                lines.append(
-                    {"trainer": f"{title}, {record['machine']['device']}", **run,
-                     "off": ", ".join(f"{k} {v:.1e}" for k, v in figures.items()),
-                     "equal": f"{off['equal_steps']} of {len(run['logs'])}" if off else "",
-                     "ms": ", ".join(f"{k} {v:.0f}" for k, v in run["ms_per_step"].items()),
-                     "mib": ", ".join(f"{k} {v:,.0f}" for k, v in run["peak_mib"].items()),
-                     "record": link(f"experiments/{path.name}", record["machine"]["commit"])}
-                )  # fmt: skip
+    for title, path, record in _trl_records(folder):
+        found.append(f"python -m experiments.{record['machine']['command']}")
+        away = {(line["method"], line["seed"]): line for line in record.get("distances", [])}
+        for run in record["runs"]:
+            off = away.get((run["method"], run["seed"]), {})
+            figures = {name: off[name] for name in FIGURES if name in off}
+            lines.append(
+                {"trainer": f"{title}, {record['machine']['device']}", **run,
+                 "off": ", ".join(f"{k} {v:.1e}" for k, v in figures.items()),
+                 "equal": f"{off['equal_steps']} of {len(run['logs'])}" if off else "",
+                 "ms": ", ".join(f"{k} {v:.0f}" for k, v in run["ms_per_step"].items()),
+                 "mib": ", ".join(f"{k} {v:,.0f}" for k, v in run["peak_mib"].items()),
+                 "record": link(f"experiments/{path.name}", record["machine"]["commit"])}
+            )  # fmt: skip
     text = table(
         lines,
         [("trainer", "{trainer}"), ("output layer", "`{method}`"), ("seed", "{seed}"),
@@ -178,7 +238,7 @@ def gpus(kept: Measurements, _: Records, __: Path) -> str:
     return text and text + commands(["torchrun --nproc-per-node R -m benchmark.distributed"])
 
 
-def against(kept: Measurements, runs: Records, _: Path) -> str:
+def against(kept: Measurements, runs: Records, folder: Path) -> str:
     """Lines of everything in the records in which full logits or another package is better."""
     lines = []
     rows = kept.of(kind=BOTH)
@@ -205,9 +265,18 @@ def against(kept: Measurements, runs: Records, _: Path) -> str:
                     )  # fmt: skip
     for record in (*runs["finetune"], *runs["pretrain"]):
         lines += _worse_runs(record)
+    for title, path, record in _trl_records(folder):
+        ms = {run["method"]: sum(run["ms_per_step"].values()) for run in record["runs"]}
+        ours, theirs = ms.get("token_logprobs", 0.0), ms.get("trl", math.inf)
+        if ours > NOISE * theirs:
+            lines.append(
+                {"where": f"{title}, {record['machine']['device']}", "what": "ms a step",
+                 "ours": f"{ours:.0f}", "theirs": f"{theirs:.0f}", "title": "TRL's output layer",
+                 "record": link(f"experiments/{path.name}", record["machine"]["commit"])}
+            )  # fmt: skip
     return table(
         lines,
-        [("where", "{where}"), ("figure", "{what}"), ("`cce`", "{ours}"), ("better", "{theirs}"),
+        [("where", "{where}"), ("figure", "{what}"), ("ours", "{ours}"), ("better", "{theirs}"),
          ("by", "{title}"), ("record", "{record}")],
     )  # fmt: skip
 
@@ -222,10 +291,14 @@ def _worse_runs(record: Record) -> list[dict[str, Any]]:
     where = "Pretraining" if record.name.startswith("pretrain") else f"Fine-tuning {record.model}"
     shared = {"where": f"{where}, {record.device}", "title": "full logits",
               "record": link_run(record)}  # fmt: skip
-    ms = runs.groupby("method", sort=False)["ms_per_step"].median()
-    if ms["cce"] > NOISE * ms[FULL]:
-        lines.append({**shared, "what": "ms a step", "ours": f"{ms['cce']:.1f}",
-                      "theirs": f"{ms[FULL]:.1f}"})  # fmt: skip
+    costs = runs.groupby("method", sort=False)[["ms_per_step", "peak_mib"]].median()
+    for method in (name for name in costs.index if name in RIVALS):
+        for what, column, form in (("ms a step", "ms_per_step", ".1f"),
+                                   ("peak, MiB", "peak_mib", ",.0f")):  # fmt: skip
+            ours, theirs = costs.loc["cce", column], costs.loc[method, column]
+            if ours > NOISE * theirs:
+                lines.append({**shared, "what": what, "ours": f"{ours:{form}}",
+                              "theirs": f"{theirs:{form}}", "title": RIVALS[method]})  # fmt: skip
     found = differences(runs, "cce")
     for name in found:
         values = found[name].dropna()
@@ -262,6 +335,7 @@ def missing(_: Measurements, __: Records, folder: Path) -> str:
 
 
 BLOCKS: dict[str, Callable[[Measurements, Records, Path], str]] = {
+    "evidence-short": short,
     "evidence-layer": layer,
     "evidence-finetune": finetune,
     "evidence-pretrain": pretrain,
