@@ -93,8 +93,8 @@ def short(kept: Measurements, runs: Records, folder: Path) -> str:
             noise = far.get("trl_reordered")
             order = f" (the order of sums alone: {noise:.1e})" if noise is not None else ""
             lines.append(
-                f"{title} through TRL: losses differ by at most {far['token_logprobs']:.1e}{order}; "
-                f"a step takes {ms['token_logprobs']:.0f} ms, with TRL's output layer "
+                f"{title} through TRL: losses differ by at most {far['token_logprobs']:.1e}"
+                f"{order}; a step takes {ms['token_logprobs']:.0f} ms, with TRL's output layer "
                 f"{ms['trl']:.0f} ms."
             )
     return "\n".join(f"- {line}" for line in lines)
