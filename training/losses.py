@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cut_cross_entropy import linear_cross_entropy, linear_divergence
 from cut_cross_entropy.lazy.logits import LazyLogits
-from cut_cross_entropy.lazy.recipe import Recipe, fold, is_foldable
+from cut_cross_entropy.lazy.recipe import Recipe, _one_product, fold, is_foldable
 from cut_cross_entropy.lazy.value import LazyValue
 from cut_cross_entropy.options import ImplName
 from training.packing import IGNORED
@@ -139,20 +139,11 @@ class CutLogits(FullLogits):
             teachers = self._lazy_logits(teacher, others)
 
         def divergence(recipe: Recipe) -> Tensor:
-            student, frozen = fold(recipe, with_scale=True), fold(teachers.recipe, with_scale=True)
             return linear_divergence(
-                student.e[:, :-1],
-                student.c,
-                frozen.e[:, :-1],
-                frozen.c,
+                **_side("student", recipe),
+                **_side("teacher", teachers.recipe),
                 beta=beta,
                 mask=inputs["labels"][:, 1:] != IGNORED,
-                student_bias=student.bias,
-                teacher_bias=frozen.bias,
-                student_softcap=student.softcap,
-                teacher_softcap=frozen.softcap,
-                student_logit_scale=student.logit_scale,
-                teacher_logit_scale=frozen.logit_scale,
                 impl=self.impl,
             ).divergence
 
@@ -190,6 +181,22 @@ class CutLogits(FullLogits):
         return linear_cross_entropy(
             hidden, output.weight, labels, bias=output.bias, shift=True, impl=self.impl
         )
+
+
+def _side(name: str, recipe: Recipe) -> dict[str, Any]:
+    """Return the arguments of ``linear_divergence`` for recorded logits but those of the last token.
+
+    The classifier is one matrix: the columns of an adapter are joined to it.
+    """
+    joined = Recipe(((*_one_product(recipe.terms), False),), recipe.bias, recipe.steps)
+    folded = fold(joined, with_scale=True)
+    return {
+        f"e_{name}": folded.e[:, :-1],
+        f"head_{name}": folded.c,
+        f"{name}_bias": folded.bias,
+        f"{name}_softcap": folded.softcap,
+        f"{name}_logit_scale": folded.logit_scale,
+    }
 
 
 def _without_labels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
