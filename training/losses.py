@@ -184,7 +184,7 @@ class CutLogits(FullLogits):
 
 
 def _side(name: str, recipe: Recipe) -> dict[str, Any]:
-    """Return the arguments of ``linear_divergence`` for recorded logits but those of the last token.
+    """Return the arguments of ``linear_divergence`` for recorded logits, less the last token.
 
     The classifier is one matrix: the columns of an adapter are joined to it.
     """
