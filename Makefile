@@ -1,7 +1,7 @@
 # `make PYTHON=/path/to/python TARGET` uses the environment of that Python and installs nothing.
 # Without it, .venv is made from BASE_PYTHON with the versions in constraints.txt.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu benchmark peers docs lint venv wheel clean
+.PHONY: help demo test test-compile test-gpu benchmark peers docs lint venv wheel clean
 
 BASE_PYTHON ?= python3
 VENV := .venv
@@ -29,6 +29,10 @@ demo: $(ENVIRONMENT)  ## fine-tune SmolLM2-135M with full logits and without; co
 # Two processes with one thread each: more threads than cores would slow every test down.
 test: $(ENVIRONMENT)  ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not gpu and not browser" $(ARGS)
+
+test-compile: $(ENVIRONMENT)  ## torch.compile of the losses; in a minute, also with PyTorch 2.4 by PYTHON=
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -k "compile or fullgraph" $(ARGS) tests/test_compile.py \
+		tests/test_divergence.py tests/test_sum.py tests/test_token_logprobs.py
 
 test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU
 	$(PYTHON) -m pytest -m gpu $(ARGS) tests/kernels tests/transformers/test_gpu.py \

@@ -9,6 +9,8 @@ import os
 
 import torch
 
+from cut_cross_entropy.transforms import constant_in_traces
+
 TRITON_FLOOR = (3, 3)
 """Oldest Triton release that the kernels support."""
 
@@ -80,6 +82,7 @@ def kernels_unavailable(device: torch.device) -> str | None:
     return _why_unavailable(device.type, device.index)
 
 
+@constant_in_traces
 def _why_unavailable(device_type: str, index: int | None) -> str | None:
     version = triton_version()
     if version is None:
@@ -98,11 +101,6 @@ def _why_unavailable(device_type: str, index: int | None) -> str | None:
     return (
         f"the kernels need an NVIDIA GPU of compute capability {needed}, and this one has {found}"
     )
-
-
-# torch.compile calls it while it traces and takes the answer for a constant. That is what
-# torch.compiler.assume_constant_result does, which would import the compiler with this package.
-_why_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -7,12 +7,27 @@ autograd Function with both rules stands in for the operator; its forward runs t
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import Function, forward_ad
+
+Constant = TypeVar("Constant", bound=Callable[..., Any])
+
+
+def constant_in_traces(function: Constant) -> Constant:
+    """Let ``torch.compile`` call ``function`` while it traces and take the result for a constant.
+
+    That is ``torch.compiler.assume_constant_result``, which would import the compiler. PyTorch 2.4
+    stores the result as a global of the module whose code it compiles, under the name of the
+    function's code: that must not be the name by which the module calls the function.
+    """
+    code = function.__code__  # type: ignore[attr-defined]
+    function.__code__ = code.replace(co_name=f"result_of_{code.co_name}")  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_transformed() -> bool:
@@ -20,15 +35,13 @@ def is_transformed() -> bool:
     return _within_functorch() or forward_ad._current_level >= 0
 
 
+# The compiler of PyTorch 2.4 cannot trace the question. Transforms are part of what it traces, so
+# the answer is a constant of the compiled code; of the level above it takes notice by itself.
+@constant_in_traces
 def _within_functorch() -> bool:
     levels = torch._C._functorch.get_interpreter_stack() or ()
     # An operator may be functionalised, an autograd Function may not.
     return any(level.key() != TransformType.Functionalize for level in levels)
-
-
-# The compiler of PyTorch 2.4 cannot trace the question. Transforms are part of what it traces, so
-# the answer is a constant of the compiled code; of the level above it takes notice by itself.
-_within_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_computed_again() -> bool:

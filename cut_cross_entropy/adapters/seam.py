@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cut_cross_entropy.divergence import TokenDivergence, linear_divergence
 from cut_cross_entropy.token_logprobs import TokenLogprobs, token_logprobs
+from cut_cross_entropy.transforms import constant_in_traces
 
 _OPTIONS = ("impl", "filter_eps", "filter_mass", "memory_budget")
 
@@ -184,7 +185,7 @@ def _exchange(module: str, name: str, old: Any, new: Any) -> None:
         setattr(found, name, new)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_traces
 def _count_trace(adapter: Adapter) -> None:
     adapter.calls += 1
 

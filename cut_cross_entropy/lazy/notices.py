@@ -5,8 +5,9 @@ import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
+
+from cut_cross_entropy.transforms import constant_in_traces
 
 
 class CutCrossEntropyWarning(UserWarning):
@@ -21,7 +22,7 @@ _counts: "WeakKeyDictionary[nn.Module, list[int]]" = WeakKeyDictionary()
 _total = 0
 
 
-@torch._dynamo.assume_constant_result
+@constant_in_traces
 def warn_once(model_name: str, key: str, message: str) -> None:
     """Warn about ``key`` of this kind of model, the first time only.
 
@@ -54,7 +55,7 @@ def count_loss(model: nn.Module) -> None:
     count[0] += 1
 
 
-@torch._dynamo.assume_constant_result
+@constant_in_traces
 def count_traced_loss() -> None:
     """Note a loss in compiled code, once per trace: a count per step would recompile each step."""
     global _total
