@@ -96,8 +96,12 @@ def fused_cross_entropy(
     def compute(recipe: Recipe) -> Tensor:
         folded = fold(recipe)
         e, c = folded.e, folded.c
-        if e.dtype != c.dtype and current_autocast(e.device.type) is None:
-            e = e.to(c.dtype)
+        shards = None
+        if isinstance(c, Tensor):
+            if e.dtype != c.dtype and current_autocast(e.device.type) is None:
+                e = e.to(c.dtype)
+            if recipe.is_divided:
+                shards = VocabParallelOptions.from_dtensor(c)
         result = linear_cross_entropy(
             e,
             c,
@@ -106,9 +110,7 @@ def fused_cross_entropy(
             softcap=folded.softcap,
             ignore_index=ignore_index,
             shift=shift,
-            vocab_parallel_options=(
-                VocabParallelOptions.from_dtensor(c) if recipe.is_divided else None
-            ),
+            vocab_parallel_options=shards,
             **options,
             **further,
         )

@@ -13,9 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from cut_cross_entropy.device_support import current_autocast
 from cut_cross_entropy.distributed.options import is_dtensor
+from cut_cross_entropy.heads.head import Head
+from cut_cross_entropy.heads.modules import UnknownHeadError, head_of
 from cut_cross_entropy.lazy.call import HeadCall, depends_on
 from cut_cross_entropy.lazy.logits import LazyLogits, lazy_tensor
-from cut_cross_entropy.lazy.recipe import Recipe, lazy_recipe
+from cut_cross_entropy.lazy.recipe import CAST, Recipe, ScaledRows, Term, lazy_recipe
 from cut_cross_entropy.lazy.record import (
     ForwardRecord,
     active_record,
@@ -153,6 +155,13 @@ class HeadForward:
             weight, bias = own_parameter(product, "weight"), own_parameter(product, "bias")
             lazy = lazy_linear(record, args[0], weight, bias)
             return self.forward(*args) if lazy is None else lazy
+        if len(args) == 1 and not kwargs and self._is_read(args[0]):
+            try:
+                head = head_of(product)
+            except UnknownHeadError:
+                pass  # what it multiplies by itself is captured one by one
+            else:
+                return lazy_products(record, head, args[0])
         rows = num_rows(product)
         with HeadMode(record, () if rows is None else (rows,), args[0].shape[:-1]):
             result = self.forward(*args, **kwargs)
@@ -161,6 +170,23 @@ class HeadForward:
                 "its head is tensor-parallel and multiplied its part of the classes by itself"
             )
         return result
+
+    def _is_read(self, x: Any) -> bool:
+        """Return whether a head may be read instead of called.
+
+        Nobody may wait for a call of its parts, and its weights have to be here.
+        """
+        return (
+            type(x) is Tensor
+            and not self.gathers
+            and self.instance_forward is None
+            and not any(is_dtensor(parameter) for parameter in self.product.parameters())
+            and not any(
+                module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+                for module in self.product.modules()
+                if module is not self.product
+            )
+        )
 
 
 class Hidden:
@@ -277,6 +303,34 @@ def lazy_linear(
     tensor: Any = TracedLogits if compiling else lazy_tensor
     lazy = _whole(recipe, dtype, weight.shape[0], call, compiling)
     return lazy_shards(lazy, tensor) if shards else tensor(lazy)
+
+
+def lazy_products(record: ForwardRecord, head: Head, x: Tensor) -> LazyLogits:
+    """Return the logits of a head that is more than a matrix as lazy logits."""
+    products = head.products(x)
+    with_grad = torch.is_grad_enabled()
+    terms: list[Term] = []
+    for p in products:
+        is_tensor = isinstance(p.rows, Tensor) and p.scale is None
+        c: Any = p.rows if is_tensor else ScaledRows(p.rows, p.scale)
+        terms.append((p.features if with_grad else p.features.detach(), c, not with_grad))
+    bias = head.bias if with_grad or head.bias is None else head.bias.detach()
+    autocast_dtype = current_autocast(x.device.type)
+    is_cast = autocast_dtype is not None and x.dtype != torch.float64
+    dtype = autocast_dtype if is_cast and autocast_dtype is not None else x.dtype
+    recipe = Recipe(tuple(terms), bias).then(CAST, dtype)
+    requires_grad = len(recipe.leaves()) > 0
+    if not requires_grad:  # PyTorch allows changes in place of these features
+        recipe = recipe.on_features(torch.clone)
+    parts = [part for p in products for part in (p.features, p.rows, p.scale)]
+    call = HeadCall(
+        record,
+        (record.new_call(requires_grad),),
+        x.device.type,
+        autocast_dtype,
+        depends_on(*(part for part in (*parts, head.bias) if isinstance(part, Tensor))),
+    )
+    return lazy_tensor(_whole(recipe, dtype, head.weight.shape[0], call))
 
 
 def _whole(

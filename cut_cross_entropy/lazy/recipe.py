@@ -6,7 +6,7 @@ computes the logits from it, :func:`fold` the arguments of ``linear_cross_entrop
 Shapes: ... leading (batch, time), D features, V classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cut_cross_entropy.distributed.options import is_dtensor
+from cut_cross_entropy.heads.head import GivenProducts, Head, Product, RowSource, rows_of
 
 CAST, DEVICE = "cast", "device"
 SCALE, DIVIDE, TANH = "scale", "divide", "tanh"
@@ -23,7 +24,58 @@ SOFTMAX, LOG_SOFTMAX, EXP, TIMES = "softmax", "log_softmax", "exp", "times"
 """Over the classes; the product is with other steps after the logits that the softmax was of."""
 
 Step = tuple[str, Any]
-Term = tuple[Tensor, Tensor | None, bool]
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledRows:
+    """A classifier that is not one tensor: ``weight * scale[:, None]``, made by chunks.
+
+    Args:
+        weight: (V, D).
+        scale: (V,), or None for 1.
+    """
+
+    weight: Tensor | RowSource
+    scale: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(V, D)."""
+        return tuple(self.weight.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight."""
+        return self.weight.dtype
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a tensor of it does."""
+        return any(x.requires_grad for x in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that the rows are made of."""
+        return [x for x in (self.weight, self.scale) if isinstance(x, Tensor)]
+
+    def detach(self) -> "ScaledRows":
+        """Return the same rows without a gradient."""
+        return self.with_tensors(lambda x: x.detach())
+
+    def with_tensors(self, function: Callable[[Tensor], Tensor]) -> "ScaledRows":
+        """Return the rows with ``function`` applied to each tensor."""
+        weight = function(self.weight) if isinstance(self.weight, Tensor) else self.weight
+        return ScaledRows(weight, None if self.scale is None else function(self.scale))
+
+    def product(self, e: Tensor) -> Tensor:
+        """Multiply features (..., D) by all rows at once."""
+        rows = rows_of(self.weight, 0, self.weight.shape[0])
+        if not isinstance(self.weight, Tensor):
+            rows = rows.to(e.dtype)
+        logits = F.linear(e, rows)
+        return logits if self.scale is None else logits * self.scale
+
+
+Term = tuple[Tensor, Tensor | ScaledRows | None, bool]
 """Features (..., D), classifier (V, D), and whether the classifier is a constant here.
 
 The classifier is None where only a second call of its head can provide it. The flag detaches it
@@ -72,9 +124,15 @@ class Recipe:
                     return replacement
             return tensor
 
+        def replaced(c: Any) -> Any:
+            return c.with_tensors(other) if isinstance(c, ScaledRows) else other(c)
+
         return Recipe(
             tuple(
-                [(other(e), c if constant else other(c), constant) for e, c, constant in self.terms]
+                [
+                    (other(e), c if constant else replaced(c), constant)
+                    for e, c, constant in self.terms
+                ]
             ),
             other(self.bias),
             tuple([(name, other(value)) for name, value in self.steps]),
@@ -89,7 +147,9 @@ class Recipe:
     def _find_leaves(self) -> list[Tensor]:
         tensors: list[Any] = [self.bias, *[value for _, value in self.steps]]
         for e, c, constant in self.terms:
-            tensors += (e, None if constant else c)
+            tensors.append(e)
+            if not constant:
+                tensors += c.tensors() if isinstance(c, ScaledRows) else (c,)
         leaves = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
         if len(self.terms) > 1:
             leaves = list({id(leaf): leaf for leaf in leaves}.values())
@@ -107,6 +167,11 @@ class Recipe:
         return type(c) is not nn.Parameter and is_dtensor(c)
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether the classifier is one tensor; otherwise it is a :class:`Head`."""
+        return len(self.terms) == 1 and not isinstance(self.terms[0][1], ScaledRows)
+
+    @property
     def is_normalised(self) -> bool:
         """Whether a softmax was recorded: these are no logits any more."""
         return any(name in (SOFTMAX, LOG_SOFTMAX) for name, _ in self.steps)
@@ -122,7 +187,7 @@ class Folded:
     """The arguments of ``linear_cross_entropy`` that give the logits of a recipe."""
 
     e: Tensor  # (..., D)
-    c: Tensor  # (V, D)
+    c: Tensor | Head  # (V, D)
     bias: Tensor | None  # (V,)
     softcap: float | None
     logit_scale: float = 1.0
@@ -144,9 +209,9 @@ def replay(recipe: Recipe) -> Tensor:
     if recipe.is_divided:
         logits: Any = product(e, classifier(c, constant), recipe.bias).full_tensor()  # type: ignore[attr-defined]
     else:
-        logits = F.linear(e, classifier(c, constant), recipe.bias)
+        logits = _logits(e, c, constant, recipe.bias)
     for e, c, constant in rest:
-        logits = logits + F.linear(e, classifier(c, constant))
+        logits = logits + _logits(e, c, constant)
     of_softmax = None
     for name, value in recipe.steps:
         if of_softmax is None and name in (SOFTMAX, LOG_SOFTMAX):
@@ -161,7 +226,15 @@ def replay(recipe: Recipe) -> Tensor:
     return logits  # type: ignore[no-any-return]
 
 
-def classifier(c: Tensor | None, constant: bool) -> Tensor:
+def _logits(e: Tensor, c: Any, constant: bool, bias: Tensor | None = None) -> Tensor:
+    c = classifier(c, constant)
+    if not isinstance(c, ScaledRows):
+        return F.linear(e, c, bias)
+    logits = c.product(e)
+    return logits if bias is None else logits + bias
+
+
+def classifier(c: Any, constant: bool) -> Any:
     """Return the classifier of a term, detached where it is a constant."""
     assert c is not None  # a second call of the head has filled it in
     return c.detach() if constant and c.requires_grad else c
@@ -222,9 +295,16 @@ def fold(recipe: Recipe, with_scale: bool = False) -> Folded:
         with_scale: leave a factor of the logits, which must not be 0, to the operator, which does
             not round it into features and bias.
     """
-    e, c = _one_product(recipe.terms)
-    if not recipe.steps and recipe.bias is None:
-        return Folded(e, c, None, None)
+    products: list[Product] = []
+    e: Tensor
+    c: Any
+    if recipe.is_matrix or torch.compiler.is_compiling() or _has_dtensor(recipe):
+        e, c = _one_product(recipe.terms)
+        if not recipe.steps and recipe.bias is None:
+            return Folded(e, c, None, None)
+    else:
+        products, with_scale = _products(recipe.terms), True
+        e, c = products[0].features, products[0].rows
     bias, scale, after_tanh = recipe.bias, 1.0, None
     for name, value in recipe.steps:
         factor = _factor(name, value)
@@ -240,7 +320,12 @@ def fold(recipe: Recipe, with_scale: bool = False) -> Folded:
             value = value / scale if with_scale and scale != 1.0 else value
             bias = value if bias is None else bias + value
         elif name == CLASSES:
-            c, bias = c[value], None if bias is None else bias[value]
+            bias = None if bias is None else bias[value]
+            if products:
+                products = [_some_classes(p, value) for p in products]
+                c = products[0].rows
+            else:
+                c = c[value]
     if after_tanh is not None:
         scale *= after_tanh
         if not with_scale:
@@ -253,7 +338,59 @@ def fold(recipe: Recipe, with_scale: bool = False) -> Folded:
             e = e * scale
     if bias is not None and bias.dtype != c.dtype:
         bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    if products:
+        head = GivenProducts(
+            c, bias, logit_scale=logit_scale, softcap=after_tanh, given=tuple(products)
+        )
+        return Folded(e, head, None, None)
     return Folded(e, c, bias, after_tanh, logit_scale)
+
+
+def _has_dtensor(recipe: Recipe) -> bool:
+    return any(isinstance(c, Tensor) and is_dtensor(c) for _, c, _ in recipe.terms)
+
+
+def _products(terms: tuple[Term, ...]) -> list[Product]:
+    """Return the terms as products, that with most features first."""
+    products = []
+    for e, c, constant in terms:
+        c = classifier(c, constant)
+        if isinstance(c, ScaledRows):
+            products.append(Product(e, c.weight, c.scale))
+        else:
+            products.append(Product(e, c))
+    first = max(products, key=lambda p: p.rows.shape[1])
+    return [first, *[p for p in products if p is not first]]
+
+
+def _some_classes(product: Product, classes: Any) -> Product:
+    """Return the product with some of its classes."""
+    rows: Any
+    if isinstance(product.rows, Tensor):
+        rows = product.rows[classes]
+    else:
+        rows = RowsOfClasses(product.rows, range(product.rows.shape[0])[classes])
+    return Product(
+        product.features, rows, None if product.scale is None else product.scale[classes]
+    )
+
+
+class RowsOfClasses:
+    """Some consecutive rows of a source.
+
+    Args:
+        source: makes the rows of all classes.
+        classes: those that are left.
+    """
+
+    def __init__(self, source: RowSource, classes: range) -> None:
+        self._source, self._first = source, classes.start
+        self.shape = (len(classes), source.shape[1])
+        self.dtype, self.device = source.dtype, source.device
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the rows of the classes from ``start`` up to ``stop`` of those that are left."""
+        return self._source.rows(self._first + start, self._first + stop)
 
 
 def _factor(name: str, value: Any) -> float:
@@ -301,7 +438,7 @@ def add(left: Recipe, right: Recipe) -> Recipe:
     terms = list(left.terms)
     for e, c, constant in right.terms:
         for i, (other_e, other_c, other_constant) in enumerate(terms):
-            if other_e is e and other_c is not None and c is not None:
+            if other_e is e and isinstance(other_c, Tensor) and isinstance(c, Tensor):
                 both = classifier(other_c, other_constant) + classifier(c, constant)
                 terms[i] = (e, both, False)
                 break
@@ -312,10 +449,18 @@ def add(left: Recipe, right: Recipe) -> Recipe:
     return Recipe(tuple(terms), bias)
 
 
+def _scaled(c: Any, factors: Tensor) -> Any:
+    if torch.compiler.is_compiling() or is_dtensor(c):
+        return c * factors[:, None]
+    if isinstance(c, ScaledRows):
+        return ScaledRows(c.weight, factors if c.scale is None else c.scale * factors)
+    return ScaledRows(c, factors)
+
+
 def scale_classes(recipe: Recipe, factors: Tensor) -> Recipe:  # factors: (V,)
     """Multiply each class of a linear recipe by its factor."""
     recipe = as_sum(recipe)
     terms = [
-        (e, classifier(c, constant) * factors[:, None], False) for e, c, constant in recipe.terms
+        (e, _scaled(classifier(c, constant), factors), False) for e, c, constant in recipe.terms
     ]
     return Recipe(tuple(terms), None if recipe.bias is None else recipe.bias * factors)

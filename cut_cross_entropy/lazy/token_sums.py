@@ -377,8 +377,9 @@ def _compute(lazy: LazyValue, function: Callable[[Folded, dict[str, Any]], Tenso
 
     def compute(recipe: Recipe) -> Tensor:
         folded = fold(recipe, with_scale=True)
-        if folded.e.dtype != folded.c.dtype and current_autocast(folded.e.device.type) is None:
-            folded.e = folded.e.to(folded.c.dtype)
+        e, c = folded.e, folded.c
+        if isinstance(c, Tensor) and e.dtype != c.dtype and current_autocast(e.device.type) is None:
+            folded.e = e.to(c.dtype)
         return function(folded, options)
 
     result = call.compute(_logits_of(lazy.recipe), compute)

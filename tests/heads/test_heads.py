@@ -6,10 +6,10 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy, token_logprobs
 from cut_cross_entropy.heads import Head, LowRank, RowSource
+from tests.largest import Largest
 from tests.support import IMPLS
 
 N, D, V, R = 23, 16, 1000, 4
@@ -288,27 +288,6 @@ def test_a_part_that_changes_before_the_backward():
         case.head.low_rank[0].b.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest new tensor of floats has."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {
-            x.untyped_storage().data_ptr()
-            for x in torch.utils._pytree.tree_leaves((args, kwargs))
-            if isinstance(x, torch.Tensor)
-        }
-        for x in torch.utils._pytree.tree_leaves(result):
-            is_new = isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given
-            if is_new and x.is_floating_point() and x.device.type != "meta":
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.itemsize)
-        return result
 
 
 @pytest.mark.parametrize("kind", ["frozen", "rows_on_demand"])

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+import torch.nn.functional as F
+from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 
+from cut_cross_entropy.heads import head
 from cut_cross_entropy.transformers import (
     CutCrossEntropyWarning,
     call_count,
@@ -13,10 +15,14 @@ from cut_cross_entropy.transformers import (
     cce_unpatch,
     is_patched,
 )
+from tests.largest import Largest
 from tests.transformers.models import assert_same_step, batch, llama, loss_and_grads
 
 # What these packages warn about themselves.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
+]
 
 CASES = {
     "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
@@ -28,6 +34,21 @@ CASES = {
     "dora_on_head": LoraConfig(
         r=4, target_modules=["q_proj", "lm_head"], use_dora=True, task_type="CAUSAL_LM"
     ),
+    "lora_with_dropout_on_head": LoraConfig(
+        r=4, target_modules=["lm_head"], lora_dropout=0.5, task_type="CAUSAL_LM"
+    ),
+    "rslora_with_bias_on_head": LoraConfig(
+        r=4, target_modules=["lm_head"], use_rslora=True, lora_bias=True, task_type="CAUSAL_LM"
+    ),
+    "dora_with_dropout_on_head": LoraConfig(
+        r=4, target_modules=["lm_head"], lora_dropout=0.5, use_dora=True, task_type="CAUSAL_LM"
+    ),
+    "trainable_tokens_of_head": LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        trainable_token_indices={"lm_head": [5, 6, 130]},
+        task_type="CAUSAL_LM",
+    ),
     "trainable_tokens": LoraConfig(
         r=4,
         target_modules=["q_proj"],
@@ -38,20 +59,53 @@ CASES = {
 }
 
 
-def adapted(name, **changes):
-    model = llama(**changes)
+HEADS = [name for name in CASES if "head" in name] + ["modules_to_save"]
+
+
+def adapted(name, dtype=torch.float32, more_adapters=(), **changes):
+    model = llama(**changes).to(dtype)
     torch.manual_seed(1)
-    model = get_peft_model(model, copy.deepcopy(CASES[name]))
+    model = get_peft_model(model, copy.deepcopy(CASES[name]), autocast_adapter_dtype=False)
+    for other in more_adapters:
+        model.add_adapter(other, copy.deepcopy(CASES[name]))
+    if more_adapters:
+        model.base_model.set_adapter(["default", *more_adapters])
     for parameter_name, parameter in model.named_parameters():
-        if "lora_B" in parameter_name:  # zeros at first: the adapter would do nothing
+        if "lora_B" in parameter_name or "trainable_tokens_delta" in parameter_name:
+            # Zeros at first, or the rows of the weight: the adapter would do nothing.
             torch.nn.init.normal_(parameter, std=0.1)
     return model.train()
+
+
+def dropped_step(model, **inputs):
+    """One step, with the same random numbers for dropout each time."""
+    torch.manual_seed(2)
+    return loss_and_grads(model, **inputs)
+
+
+def exact_step(model):
+    """One step from the model's logits in float64, which its own loss would round to float32."""
+    inputs = batch()
+    labels = inputs.pop("labels")
+    torch.manual_seed(2)
+    logits = model(**inputs).logits[:, :-1]
+    assert logits.dtype == torch.float64
+    loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    loss.backward()
+    named = model.named_parameters()
+    return loss.detach(), {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+
+def assert_same_gradients(expected, actual):
+    """The loss of a patched model has the dtype of its own, float32; the gradients are wider."""
+    torch.testing.assert_close(actual[0].double(), expected[0], rtol=1e-6, atol=0)
+    assert_same_step(expected, (expected[0], actual[1]), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", CASES)
 def test_an_adapted_model(name, when):
-    expected = loss_and_grads(adapted(name))
+    expected = dropped_step(adapted(name))
     if when == "after":
         model = cce_patch(adapted(name))
     else:
@@ -61,7 +115,7 @@ def test_an_adapted_model(name, when):
         wrapped.load_state_dict(adapted(name).state_dict())
         model = wrapped.train()
     assert is_patched(model)
-    assert_same_step(expected, loss_and_grads(model))
+    assert_same_step(expected, dropped_step(model))
     assert call_count(model.get_base_model()) == call_count(model) == 1
     assert model(**batch()).logits is None
     model.eval()
@@ -70,6 +124,71 @@ def test_an_adapted_model(name, when):
         cce_unpatch(model)
         torch.testing.assert_close(logits + 0, model(**batch()).logits)
     assert not is_patched(model)
+
+
+CHUNKED = {"memory_budget": 64 * 2**10}
+"""Several chunks of the 700 classes of these tests."""
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_an_adapted_head_in_float64(name, tied):
+    """The gradients of adapters, magnitudes, biases and tokens are those of the model's own."""
+    changes = {"vocab_size": 700, "dtype": torch.float64, "tie_word_embeddings": tied}
+    expected = exact_step(adapted(name, **changes))
+    actual = dropped_step(cce_patch(adapted(name, **changes), **CHUNKED))
+    assert_same_gradients(expected, actual)
+    assert any("lora" in x or "lm_head" in x or "trainable" in x for x in expected[1])
+
+
+def test_several_active_adapters_on_the_head():
+    changes = {"vocab_size": 700, "dtype": torch.float64, "more_adapters": ("second", "third")}
+    expected = exact_step(adapted("lora_on_head", **changes))
+    actual = loss_and_grads(cce_patch(adapted("lora_on_head", **changes), **CHUNKED))
+    assert_same_gradients(expected, actual)
+    assert sum("lm_head" in name for name in expected[1]) == 6
+
+
+@pytest.mark.parametrize("name", ["lora_on_head", "dora_on_head", "trainable_tokens_of_head"])
+def test_no_copy_of_the_weight(name, monkeypatch):
+    """No tensor of a step has the size of the head's weight, neither ours nor PEFT's."""
+    monkeypatch.setattr(head, "NORM_BYTES", 2**16)
+    model = cce_patch(adapted(name, vocab_size=4096), memory_budget=2**18)
+    with Largest() as largest:
+        loss_and_grads(model)
+    assert largest.elements <= 4096 * 32 / 4
+
+
+def test_trainers_log_probabilities_of_an_adapted_head():
+    """``log_softmax`` and ``gather`` of lazy logits: the numbers of the logits in full."""
+    changes = {"vocab_size": 700, "dtype": torch.float64}
+    inputs = batch()
+    del inputs["labels"]
+    ids = inputs["input_ids"][:, 1:, None]
+
+    def step(model):
+        logits = model(**inputs).logits[:, :-1]
+        logprobs = (logits / 0.7).log_softmax(-1).gather(-1, ids)[..., 0]
+        model.zero_grad()
+        logprobs.mean().backward()
+        named = model.named_parameters()
+        return logprobs.detach(), {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+    for name in ("lora_on_head", "dora_on_head"):
+        expected = step(adapted(name, **changes))
+        actual = step(cce_patch(adapted(name, **changes), lazy_logits=True, **CHUNKED))
+        assert_same_step(expected, actual, rtol=1e-9, atol=1e-12)
+
+
+def test_another_tuner_on_the_head():
+    """What the logits of other adapters consist of is not known: they are computed in full."""
+    config = IA3Config(target_modules=["lm_head"], feedforward_modules=[], task_type="CAUSAL_LM")
+
+    def model():
+        return get_peft_model(llama(), config).train()
+
+    assert_same_step(loss_and_grads(model()), loss_and_grads(cce_patch(model())))
 
 
 @pytest.mark.parametrize("name", ["lora_on_head", "dora_on_head", "modules_to_save"])
