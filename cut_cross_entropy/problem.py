@@ -30,6 +30,8 @@ class Problem:
         first_class: class id of the first row of ``c``.
         group: name of the process group over which the classes are sharded; None if ``c`` holds
             all of them.
+        frozen_columns: columns of ``c``, from the first, whose gradient nobody reads: it may be 0
+            there instead of what it is.
         multiplier: (N,) of dtype :attr:`wide`, by which the logits of each token are multiplied
             after the softcap; None leaves them as they are. Temperature and logit scale end here:
             ``s * softcap(y; t)`` with scale s is ``softcap(s * y; s * t)``.
@@ -45,12 +47,13 @@ class Problem:
     memory_budget: int
     first_class: int = 0
     group: str | None = None
+    frozen_columns: int = 0
     multiplier: Tensor | None = None
 
     SCHEMA: ClassVar[str] = (
         "Tensor e, Tensor c, Tensor targets, Tensor? bias, int ignore_index, float? softcap, "
         "ScalarType compute_dtype, int memory_budget, int first_class, str? group, "
-        "Tensor? multiplier"
+        "int frozen_columns, Tensor? multiplier"
     )
 
     def flat(self) -> tuple[Any, ...]:
@@ -66,6 +69,7 @@ class Problem:
             self.memory_budget,
             self.first_class,
             self.group,
+            self.frozen_columns,
             self.multiplier,
         )
 

@@ -263,7 +263,7 @@ def test_operators(beta):
         e, c, bias = (
             tensors[x].requires_grad_(leaf) for x in (f"e_{name}", f"head_{name}", f"{name}_bias")
         )
-        flat += [e, c, targets, bias, -100, None, torch.float64, 1 << 20, 0, None, None]
+        flat += [e, c, targets, bias, -100, None, torch.float64, 1 << 20, 0, None, 0, None]
     torch.library.opcheck(divergence, (*flat, beta, True, False))
     torch.autograd.gradcheck(
         lambda e, c, bias: divergence(e, c, targets, bias, *flat[4:], beta, True, False)[:3],

@@ -11,7 +11,7 @@ from cut_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.operators import chunked_gradients, chunked_losses
 from tests.support import IMPLS, make_problem, run_ours
 
-SETTINGS = (-100, None, torch.float32, 2**20, 0, None, None)
+SETTINGS = (-100, None, torch.float32, 2**20, 0, None, 0, None)
 
 
 def gradient_of(problem, impl="chunked", **options):

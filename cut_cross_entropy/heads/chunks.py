@@ -79,6 +79,7 @@ class HeadProblem(Problem):
                 softcap=self.softcap,
                 compute_dtype=self.compute_dtype,
                 memory_budget=max(1, self.memory_budget // 2),
+                frozen_columns=self.rows.frozen_columns if rows.requires_grad else 0,
                 multiplier=self.multiplier,
             )
 

@@ -183,13 +183,15 @@ class Blocks:
         grad_e_sum = e.new_zeros(shape, dtype=self.wide)
         # Contiguous whatever the layout of the input, as the operator's fake promises.
         grad_c, grad_bias = e.new_empty(0), e.new_empty(0)
+        first = self.problem.frozen_columns
         if needed.c:
-            grad_c = c.new_empty(c.shape)
+            grad_c = c.new_zeros(c.shape) if first else c.new_empty(c.shape)
         if needed.bias and bias is not None:
             grad_bias = bias.new_empty(bias.shape)
         for classes in self.class_blocks():
             rows_of_c = classes.stop - classes.start
-            grad_c_sum = e.new_zeros((rows_of_c if needed.c else 0, c.shape[1]), dtype=self.wide)
+            shape = (rows_of_c if needed.c else 0, c.shape[1] - first)
+            grad_c_sum = e.new_zeros(shape, dtype=self.wide)
             grad_bias_sum = e.new_zeros(rows_of_c, dtype=self.wide)
             for tokens in self.token_blocks():
                 e_block = self.embeddings(tokens)
@@ -205,11 +207,11 @@ class Blocks:
                 if needed.e:
                     grad_e_sum[tokens] += self.product(factor, self.classifier(classes))
                 if needed.c:
-                    grad_c_sum += self.product(factor.T, e_block)
+                    grad_c_sum += self.product(factor.T, e_block[:, first:])
             if needed.bias:
                 grad_bias[classes] = grad_bias_sum
             if needed.c:
-                grad_c[classes] = grad_c_sum / scale
+                grad_c[classes, first:] = grad_c_sum / scale
         grad_e = e.new_empty(0)
         if needed.e:
             grad_e = self.scatter(grad_e_sum.div_(scale)).to(e.dtype)

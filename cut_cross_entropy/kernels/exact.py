@@ -304,11 +304,13 @@ class Wanted:
         e: whether dE is wanted; the stage allocates it and returns it.
         c: (V, D) receives dC; None if not wanted. Rows need not be initialised.
         bias: (V,) receives the gradient of the bias, likewise.
+        first_column: the column of the classifier whose gradient is the first of ``c``.
     """
 
     e: bool
     c: Tensor | None
     bias: Tensor | None
+    first_column: int = 0
 
     @property
     def classes(self) -> bool:
@@ -320,8 +322,9 @@ class Wanted:
 
     def split(self, e: bool, c: bool) -> tuple["Wanted", "Wanted"]:
         """Return the gradients selected by ``e`` and by ``c`` (dC, dbias), and all others."""
-        chosen = Wanted(self.e and e, self.c if c else None, self.bias if c else None)
-        others = Wanted(self.e and not e, None if c else self.c, None if c else self.bias)
+        first = self.first_column
+        chosen = Wanted(self.e and e, self.c if c else None, self.bias if c else None, first)
+        others = Wanted(self.e and not e, None if c else self.c, None if c else self.bias, first)
         return chosen, others
 
 
@@ -416,7 +419,7 @@ def exact_gradients(
         classes = (first, first + size)
         rows, rows_bias = None, None
         if grad_c is not None and not in_place:
-            rows = e.new_zeros((size, dim), dtype=torch.float32)
+            rows = e.new_zeros((size, grad_c.shape[1]), dtype=torch.float32)
         if wanted.bias is not None:
             rows_bias = e.new_zeros(size, dtype=torch.float32)
         for part, some in zip(parts, tokens_of_part, strict=True):
@@ -425,9 +428,9 @@ def exact_gradients(
             if total is not None:
                 add_product(total[part], grads, c[slice(*classes)])
             if rows is not None:
-                add_product(rows, grads.T, some.e)
+                add_product(rows, grads.T, some.e[:, wanted.first_column :])
             elif grad_c is not None:
-                torch.mm(grads.T, e, out=grad_c[slice(*classes)])
+                torch.mm(grads.T, e[:, wanted.first_column :], out=grad_c[slice(*classes)])
             if rows_bias is not None:
                 rows_bias += grads.sum(0, dtype=torch.float32)
         for out, sums_of_rows in ((grad_c, rows), (wanted.bias, rows_bias)):

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cut_cross_entropy.distributed.collectives import world_size
@@ -139,11 +140,12 @@ def backward(
         needed: the gradients to compute.
         eta, q: (N,) further factors of the logit gradient, see ``logit_gradient``; None for 0.
     """
-    e, c, bias = problem.e, problem.c, problem.bias
+    e, c, bias, first = problem.e, problem.c, problem.bias, problem.frozen_columns
     wanted = Wanted(
         needed.e,
-        torch.empty(c.shape, dtype=c.dtype, device=c.device) if needed.c else None,
+        c.new_empty((c.shape[0], c.shape[1] - first)) if needed.c else None,
         bias.new_empty(bias.shape) if bias is not None and needed.bias else None,
+        first,
     )
     if e.shape[0] == 0 or c.shape[0] == 0:
         grad_e = torch.zeros_like(e, memory_format=torch.contiguous_format) if needed.e else None
@@ -152,8 +154,10 @@ def backward(
                 grad.zero_()
     else:
         grad_e = _compute(upstream, saved, problem, filter_, wanted, eta=eta, q=q)
-    none = e.new_empty(0)
-    grads = (grad_e, wanted.c, wanted.bias)
+    none, grad_c = e.new_empty(0), wanted.c
+    if grad_c is not None and first:
+        grad_c = F.pad(grad_c, (first, 0))
+    grads = (grad_e, grad_c, wanted.bias)
     return Gradients(*(none.clone() if grad is None else grad for grad in grads))
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy, token_logprobs
 from cut_cross_entropy.heads import Head, LowRank, RowSource
+from cut_cross_entropy.implementations.blocks import Blocks
 from tests.largest import Largest
 from tests.support import IMPLS
 
@@ -301,6 +302,22 @@ def test_no_tensor_of_the_size_of_the_weight(kind):
     assert largest.elements < V * D / 2
     if kind == "rows_on_demand":
         assert case.head.weight.largest == 128
+
+
+@pytest.mark.parametrize("kind", ["frozen", "lora"])
+def test_a_frozen_weight_costs_no_product_for_its_gradient(kind, monkeypatch):
+    case = Case(kind)
+    product, shapes = Blocks.product, set()
+
+    def counted(self, left, right):
+        shapes.add((left.shape[0], right.shape[1]))
+        return product(self, left, right)
+
+    monkeypatch.setattr(Blocks, "product", counted)
+    linear_cross_entropy(case.e, case.head, case.targets, memory_budget=BUDGET).backward()
+    columns = R if kind == "frozen" else D + R
+    chunks = {128, V % 128}
+    assert {shape for shape in shapes if shape[0] in chunks} == {(n, columns) for n in chunks}
 
 
 def test_a_source_of_rows_is_a_protocol():

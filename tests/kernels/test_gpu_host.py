@@ -39,7 +39,21 @@ def operators(problem, tolerance):
     from cut_cross_entropy.operators import cce_gradients, cce_losses
 
     inputs = (problem.e, problem.c, problem.targets, problem.bias)
-    settings = (-100, None, torch.bfloat16, 2**28, 0, None, None, tolerance, 1.0, True, True, True)
+    settings = (
+        -100,
+        None,
+        torch.bfloat16,
+        2**28,
+        0,
+        None,
+        0,
+        None,
+        tolerance,
+        1.0,
+        True,
+        True,
+        True,
+    )
 
     def forward():
         return cce_losses(*inputs, *settings)
@@ -212,7 +226,21 @@ def test_opcheck():
 
     problem = make_problem((300,), 1100, 72, bias=True, dtype=torch.bfloat16).on(DEVICE)
     inputs = (problem.e, problem.c, problem.targets, problem.bias)
-    settings = (-100, 5.0, torch.bfloat16, 2**28, 0, None, None, TOLERANCE, 1.0, True, True, True)
+    settings = (
+        -100,
+        5.0,
+        torch.bfloat16,
+        2**28,
+        0,
+        None,
+        0,
+        None,
+        TOLERANCE,
+        1.0,
+        True,
+        True,
+        True,
+    )
     saved = cce_losses(*inputs, *settings)
     upstream = (torch.ones_like(saved[0]), torch.zeros_like(saved[1]))
     with_grad = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]

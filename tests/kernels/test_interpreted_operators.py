@@ -14,7 +14,7 @@ BUDGET = 2**20
 
 
 def settings(tolerance=TOLERANCE, *, filter_e=True, filter_c=True, training=True):
-    problem = (-100, None, torch.float32, BUDGET, 0, None, None)
+    problem = (-100, None, torch.float32, BUDGET, 0, None, 0, None)
     return (*problem, tolerance, 1.0, filter_e, filter_c, training)
 
 
@@ -126,7 +126,7 @@ def test_evaluation_keeps_nothing(operators):
     inputs = (problem.e, problem.c, problem.targets, None)
     for options in (settings(training=False), settings(0.0), settings(filter_e=False)):
         energy = losses(*inputs, *options)[2]
-        filtered = options[-1] and options[7] > 0
+        filtered = options[-1] and options[8] > 0
         assert (energy.numel() > 0) == filtered, options
 
 

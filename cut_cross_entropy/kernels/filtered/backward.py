@@ -6,7 +6,7 @@ results, ``measure`` their errors if they are recorded. Shape legend: ``cut_cros
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +103,8 @@ def filtered_gradients(
         if mass is None:
             report(FilterRecord("dense", 1.0, 0.0, counts.flat_tokens, counts.tokens))
         else:
-            measured = measure(problem, tokens, kept, grad_e, wanted.c, mass)
+            whole_c = None if wanted.first_column else wanted.c
+            measured = measure(problem, tokens, kept, grad_e, whole_c, mass)
             dropped = mass.double().sum()[None] / max(1, counts.tokens)
             report(
                 FilterRecord.pending(
@@ -111,7 +112,7 @@ def filtered_gradients(
                         _read,
                         HostCopy(torch.cat([dropped, measured])),
                         has_e=grad_e is not None,
-                        has_c=wanted.c is not None,
+                        has_c=whole_c is not None,
                     ),
                     path="filtered",
                     strips_kept=num_strips / max(1, possible),
@@ -221,7 +222,15 @@ class _Work:
     @functools.cached_property
     def block_sums(self) -> BlockSums:
         """Tokens of each block weighted by their tails; to be read once the tails are final."""
-        return BlockSums.of(self.tokens, self.selection.tail, self.tails)
+        return BlockSums.of(self.class_tokens, self.selection.tail, self.tails)
+
+    @functools.cached_property
+    def class_tokens(self) -> BackwardTokens:
+        """The tokens with those features that the wanted columns of dC are sums of."""
+        first = self.wanted.first_column
+        if first == 0:
+            return self.tokens
+        return replace(self.tokens, e=self.tokens.e[:, first:].contiguous())
 
     def classes(self, chunks: Range) -> Range:
         """Return the range of class ids of a range of chunks."""
@@ -315,7 +324,7 @@ def _add_superblock(
     num_active = work.counts.active(part.superblock, part.chunks)
     final = rows.sums is None
     write_grad_c(
-        work.tokens,
+        work.class_tokens,
         stored,
         kept,
         part,
