@@ -66,6 +66,11 @@ class ScaledRows:
         weight = function(self.weight) if isinstance(self.weight, Tensor) else self.weight
         return ScaledRows(weight, None if self.scale is None else function(self.scale))
 
+    def matrix(self) -> Tensor:
+        """Return all rows, (V, D)."""
+        rows = rows_of(self.weight, 0, self.weight.shape[0])
+        return rows if self.scale is None else rows * self.scale[:, None]
+
     def product(self, e: Tensor) -> Tensor:
         """Multiply features (..., D) by all rows at once."""
         rows = rows_of(self.weight, 0, self.weight.shape[0])
@@ -284,7 +289,7 @@ def is_foldable(recipe: Recipe) -> bool:
     return after_tanh is None or after_tanh > 0
 
 
-def fold(recipe: Recipe, with_scale: bool = False) -> Folded:
+def fold(recipe: Recipe, with_scale: bool = False, as_matrix: bool = False) -> Folded:
     """Return the recipe as one product, bias and softcap.
 
     ``k * tanh(a * x + b)`` is ``softcap=k`` on the logits ``k * (a * x + b)``. A cast changes
@@ -294,11 +299,13 @@ def fold(recipe: Recipe, with_scale: bool = False) -> Folded:
         recipe: that :func:`is_foldable` accepts.
         with_scale: leave a factor of the logits, which must not be 0, to the operator, which does
             not round it into features and bias.
+        as_matrix: return one tensor as the classifier, a copy where there is none; otherwise a
+            classifier that is not one tensor is a :class:`Head`.
     """
     products: list[Product] = []
     e: Tensor
     c: Any
-    if recipe.is_matrix or torch.compiler.is_compiling() or _has_dtensor(recipe):
+    if as_matrix or recipe.is_matrix or torch.compiler.is_compiling() or _has_dtensor(recipe):
         e, c = _one_product(recipe.terms)
         if not recipe.steps and recipe.bias is None:
             return Folded(e, c, None, None)
@@ -398,6 +405,10 @@ def _factor(name: str, value: Any) -> float:
     return value if name == SCALE else 1 / value if name == DIVIDE else 1.0
 
 
+def _matrix(c: Any) -> Tensor:
+    return c.matrix() if isinstance(c, ScaledRows) else c  # type: ignore[no-any-return]
+
+
 def _one_product(terms: tuple[Term, ...]) -> tuple[Tensor, Tensor]:
     """Return a sum of products as one: features side by side, and so the classifiers' columns.
 
@@ -405,8 +416,8 @@ def _one_product(terms: tuple[Term, ...]) -> tuple[Tensor, Tensor]:
     """
     if len(terms) == 1:
         e, c, constant = terms[0]
-        return e, classifier(c, constant)
-    classifiers = [classifier(c, constant) for _, c, constant in terms]
+        return e, _matrix(classifier(c, constant))
+    classifiers = [_matrix(classifier(c, constant)) for _, c, constant in terms]
     largest = classifiers[0]
     for c in classifiers:
         largest = c if c.shape[1] > largest.shape[1] else largest

@@ -39,10 +39,17 @@ def calling_the_replacement(model: nn.Module, options: PatchOptions) -> Iterator
         kwargs.pop("vocab_size", None)
 
         def compute(recipe: Recipe) -> Tensor:
-            folded = fold(recipe)
-            e = folded.e if folded.e.dtype == folded.c.dtype else folded.e.to(folded.c.dtype)
+            folded = fold(recipe, as_matrix=True)
+            e, c = folded.e, folded.c
+            assert isinstance(c, Tensor)
             return utils.apply_lce(
-                e, folded.c, labels, options, bias=folded.bias, softcap=folded.softcap, **kwargs
+                e.to(c.dtype),
+                c,
+                labels,
+                options,
+                bias=folded.bias,
+                softcap=folded.softcap,
+                **kwargs,
             )
 
         loss = lazy.call.compute(lazy.recipe, compute)

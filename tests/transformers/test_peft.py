@@ -14,6 +14,7 @@ from cut_cross_entropy.transformers import (
     cce_patch,
     cce_unpatch,
     is_patched,
+    utils,
 )
 from tests.largest import Largest
 from tests.transformers.models import assert_same_step, batch, llama, loss_and_grads
@@ -179,6 +180,23 @@ def test_trainers_log_probabilities_of_an_adapted_head():
         expected = step(adapted(name, **changes))
         actual = step(cce_patch(adapted(name, **changes), lazy_logits=True, **CHUNKED))
         assert_same_step(expected, actual, rtol=1e-9, atol=1e-12)
+
+
+def test_a_replaced_apply_lce_gets_a_matrix(monkeypatch):
+    """Others' functions know nothing of heads."""
+    given = []
+
+    def replacement(e, c, labels, opts, bias=None, softcap=None, **kwargs):
+        given.append((tuple(e.shape), tuple(c.shape)))
+        return utils.ORIGINAL_APPLY_LCE(e, c, labels, opts, bias, softcap, **kwargs)
+
+    for name, width in (("lora_on_head", 36), ("dora_on_head", 36)):
+        expected = loss_and_grads(adapted(name))
+        model = cce_patch(adapted(name))
+        monkeypatch.setattr(utils, "apply_lce", replacement)
+        assert_same_step(expected, loss_and_grads(model))
+        monkeypatch.undo()
+        assert given.pop() == ((2, 11, width), (131, width))
 
 
 def test_another_tuner_on_the_head():
