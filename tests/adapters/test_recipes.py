@@ -2,12 +2,13 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cut_cross_entropy import token_logprobs
+from cut_cross_entropy import linear_divergence, token_logprobs
 
 PAGE = (Path(__file__).parents[2] / "docs" / "post_training.md").read_text(encoding="utf-8")
 ROWS, TIME, DIM, CLASSES = 4, 7, 16, 60
@@ -39,7 +40,20 @@ class Batch:
         self.labels[:, :2] = -100
         self.labels[1, 5:] = -100
         self.advantages = draw(ROWS)
+        self.teacher = (draw(ROWS, TIME, 24), draw(CLASSES, 24) * 2 / 24**0.5)
+        self.teacher_ids = torch.rand(ROWS, TIME, CLASSES, generator=random).topk(4).indices
+        self.teacher_ids[0, 3, 2:] = -1
+        found = self.teacher_softmax().log().gather(-1, self.teacher_ids.clamp(min=0))
+        self.teacher_logprobs = found.where(self.teacher_ids >= 0, 0)
         self.leaves = [x.requires_grad_() for x in (self.hidden, self.weight)]
+
+    @property
+    def student(self):
+        return self.hidden, self.weight
+
+    def teacher_softmax(self, temperature=1.0):
+        hidden, weight = self.teacher
+        return (F.linear(hidden, weight) / temperature).softmax(-1)
 
     def ours(self):
         """Results of policy, old policy and reference."""
@@ -150,6 +164,41 @@ def plain_dft(batch, every, policy, old, reference):
     return -(logprobs.exp().detach() * logprobs).mean()
 
 
+def relative_entropy(p, q):
+    return (p * (p / q).log()).sum(-1)
+
+
+def plain_forward_kl(batch, every, policy, old, reference):
+    p, q = (F.linear(*batch.student) / 2).softmax(-1), batch.teacher_softmax(2)
+    return 4 * relative_entropy(q, p)[batch.labels >= 0].mean()
+
+
+def plain_jensen_shannon(batch, every, policy, old, reference):
+    p, q = every[0].exp(), batch.teacher_softmax()
+    both = 0.7 * p + 0.3 * q
+    divergence = 0.3 * relative_entropy(q, both) + 0.7 * relative_entropy(p, both)
+    return divergence[batch.labels >= 0].mean()
+
+
+def plain_topk_distillation(batch, every, policy, old, reference):
+    losses = []
+    for row, time in (batch.labels >= 0).nonzero().tolist():
+        ids = batch.teacher_ids[row, time]
+        sides = []
+        for shares in (every[0].exp(), batch.teacher_softmax()):
+            kept = shares[row, time, ids[ids >= 0]]
+            sides.append(torch.cat([kept, 1 - kept.sum(0, keepdim=True)]))
+        losses.append(relative_entropy(sides[1], sides[0]))
+    return mean(losses)
+
+
+def plain_on_policy_distillation(batch, every, policy, old, reference):
+    gains = [
+        (p - o).exp() * (r - o) for p, o, r in zip(policy, old, reference, strict=True)
+    ]  # the reference stands for the teacher
+    return -torch.cat(gains).mean()
+
+
 def plain_perplexity(batch, every, policy, old, reference):
     losses = F.cross_entropy(every[0].transpose(1, 2), batch.labels, reduction="none")
     return torch.exp(losses.sum(1) / (batch.labels != -100).sum(1))
@@ -170,6 +219,22 @@ CALLS = {
     "gspo": (plain_gspo, lambda f, b, p, o, r: f(p, o, b.advantages)),
     "entropy_bonus": (plain_entropy_bonus, lambda f, b, p, o, r: f(p)),
     "dft": (plain_dft, lambda f, b, p, o, r: f(p)),
+    "forward_kl": (
+        plain_forward_kl,
+        lambda f, b, p, o, r: f(b.student, b.teacher, b.labels),
+    ),
+    "jensen_shannon": (
+        plain_jensen_shannon,
+        lambda f, b, p, o, r: f(b.student, b.teacher, b.labels >= 0, beta=0.3),
+    ),
+    "topk_distillation": (
+        plain_topk_distillation,
+        lambda f, b, p, o, r: f(b.student, b.labels, b.teacher_ids, b.teacher_logprobs),
+    ),
+    "on_policy_distillation": (
+        plain_on_policy_distillation,
+        lambda f, b, p, o, r: f(p, o, r),
+    ),
     "perplexity": (plain_perplexity, lambda f, b, p, o, r: f(p)),
     "top_k_accuracy": (plain_top_k_accuracy, lambda f, b, p, o, r: f(p)),
 }
@@ -195,6 +260,34 @@ def test_recipe(name):
     assert len(grads) == len(expected_grads) == (0 if name == "top_k_accuracy" else 2)
     for mine, other in zip(grads, expected_grads, strict=True):
         assert other.abs().max() > 1e-4
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-9)
+
+
+def test_on_policy_distillation_follows_the_reverse_divergence_on_average():
+    """Every class is sampled once, with the weight of its probability."""
+    batch = Batch()
+    hidden, (teacher, teacher_weight) = batch.hidden.flatten(0, 1), batch.teacher
+    teacher = teacher.flatten(0, 1)
+    expected = linear_divergence(hidden, batch.weight, teacher, teacher_weight, beta=1.0)
+    shares = F.linear(hidden, batch.weight).softmax(-1).detach()
+    total = 0
+    for sampled in range(CLASSES):
+        ids = torch.full((len(hidden),), sampled)
+        policy = token_logprobs(hidden, batch.weight, ids)
+        old = SimpleNamespace(logprobs=policy.logprobs.detach())
+        scored = token_logprobs(teacher, teacher_weight, ids)
+        losses = [  # of one token at a time
+            RECIPES["on_policy_distillation"](
+                SimpleNamespace(logprobs=policy.logprobs[i], mask=policy.mask[i]),
+                SimpleNamespace(logprobs=old.logprobs[i]),
+                SimpleNamespace(logprobs=scored.logprobs[i]),
+            )
+            for i in range(len(hidden))
+        ]
+        total = total + (torch.stack(losses) * shares[:, sampled]).sum()
+    ours = torch.autograd.grad(total, batch.leaves)
+    theirs = torch.autograd.grad(expected.divergence.sum(), batch.leaves)
+    for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-9)
 
 
