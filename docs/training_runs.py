@@ -223,7 +223,8 @@ def _section(name: str, record: Record) -> str:
         parts.append(f"From the record of commit {record.lender}, since they use nothing of this "
                      f"package, on the same kind of machine and data: {names}.")  # fmt: skip
     if content["skipped"]:
-        names = ", ".join(f"`{run['method']}` seed {run['seed']}" for run in content["skipped"])
+        missing = pd.DataFrame(content["skipped"]).groupby("method", sort=False)["seed"].agg(list)
+        names = ", ".join(f"`{m}` seed {', '.join(map(str, x))}" for m, x in missing.items())
         parts.append(f"Not run, for lack of time: {names}.")
     return "\n\n".join(part.strip("\n") for part in parts if part)
 
