@@ -24,9 +24,9 @@ def head_of(module: nn.Module, *, logit_scale: float = 1.0, softcap: float | Non
     DoRA: Liu et al., arXiv 2402.09353; of LoRA: Hu et al., arXiv 2106.09685.
 
     Args:
-        module: an ``nn.Linear``; a quantised one of bitsandbytes (4 bits) or torchao (weights
-            only); a LoRA, rsLoRA or DoRA layer of PEFT around one of them, with any number of
-            active adapters (one, for DoRA); PEFT's wrappers of ``modules_to_save`` and
+        module: an ``nn.Linear``; a quantised one of bitsandbytes (4 bits), HQQ or torchao
+            (weights only); a LoRA, rsLoRA or DoRA layer of PEFT around one of them, with any number
+            of active adapters (one, for DoRA); PEFT's wrappers of ``modules_to_save`` and
             ``trainable_token_indices``.
         logit_scale: factor of the logits that the model applies after ``module``.
         softcap: what the model applies after that, see :class:`Head`.

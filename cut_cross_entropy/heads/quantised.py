@@ -91,7 +91,37 @@ class FourBitRows(_Rows):
         return rows.view(stop - start, dim).to(self.dtype)
 
 
-def quantised_rows(module: Any) -> "FourBitRows | DequantisedRows | str | None":
+@dataclass(frozen=True, eq=False)
+class HqqRows(_Rows):
+    """Rows of an ``HQQLinear``, whose groups lie along the features.
+
+    With n numbers a byte, the byte i holds the groups i, i + G/n, ... of all G: the first of them
+    in the highest bits.
+
+    Args:
+        data: (G/n, group) bytes.
+        scale: (G, 1), like ``zero``.
+        bits: of a number: 8, 4 or 2.
+    """
+
+    data: Tensor = field(kw_only=True)
+    scale: Tensor = field(kw_only=True)
+    zero: Tensor = field(kw_only=True)
+    bits: int = field(kw_only=True)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the rows of the classes from ``start`` up to ``stop``."""
+        per_row = self.shape[1] // self.data.shape[1]
+        here = slice(start * per_row, stop * per_row)
+        groups = torch.arange(here.start, here.stop, device=self.device)
+        part = groups // self.data.shape[0]
+        shift = (8 - self.bits * (part + 1)).to(torch.uint8)[:, None]
+        numbers = self.data[groups % self.data.shape[0]] >> shift & (2**self.bits - 1)
+        rows: Tensor = (numbers.to(self.scale.dtype) - self.zero[here]) * self.scale[here]
+        return rows.reshape(stop - start, self.shape[1]).to(self.dtype)
+
+
+def quantised_rows(module: Any) -> "FourBitRows | HqqRows | DequantisedRows | str | None":
     """Return the rows of a quantised module.
 
     Returns:
@@ -101,7 +131,7 @@ def quantised_rows(module: Any) -> "FourBitRows | DequantisedRows | str | None":
     weight: Any = getattr(module, "weight", None)
     name = type(weight).__name__
     if hasattr(module, "W_q") and hasattr(module, "dequantize"):
-        return "an HQQ weight cannot be dequantised by rows: pass a RowSource of your own"
+        return _hqq(module)
     if name == "Params4bit":
         return _four_bit(module)
     if name == "Int8Params":
@@ -140,6 +170,35 @@ def int8_rows(module: Any) -> DequantisedRows:
     return DequantisedRows(tuple(weight.shape), dtype, weight.device, dequantise=dequantise)
 
 
+def _hqq(module: Any) -> "HqqRows | str":
+    meta = module.meta
+    bits = {"8bit_u8": 8, "4bit_u8": 4, "2bit_u8": 2}.get(meta["packing"])
+    shape = tuple(meta["shape"])
+    if (
+        bits is None
+        or meta["axis"] != 1
+        or meta["group_size"] is None
+        or shape[1] % meta["group_size"]
+        or shape[0] * shape[1] // meta["group_size"] % (8 // bits)
+        or meta.get("quant_scale")
+        or meta.get("quant_zero")
+        or module.W_q.dtype != torch.uint8
+    ):
+        return (
+            "an HQQ weight that is not of 8, 4 or 2 bits in groups along the features, with scales "
+            "as floats: pass a RowSource of your own"
+        )
+    return HqqRows(
+        shape,
+        meta["compute_dtype"],
+        module.W_q.device,
+        data=module.W_q.data,
+        scale=meta["scale"],
+        zero=meta["zero"],
+        bits=bits,
+    )
+
+
 def _four_bit(module: Any) -> "FourBitRows | str":
     from bitsandbytes import functional
 
@@ -147,6 +206,11 @@ def _four_bit(module: Any) -> "FourBitRows | str":
     state = weight.quant_state
     if state is None:
         return "a weight of bitsandbytes that is not quantised yet: move it to its device first"
+    if weight.device.type == "cpu" and state.shape[1] % state.blocksize:
+        return (
+            f"a weight of bitsandbytes whose rows of {state.shape[1]} numbers are not whole blocks "
+            f"of {state.blocksize}, which it reads otherwise on a CPU than it has written them"
+        )
     absmax = state.absmax
     if state.nested:  # the scales are quantised too: 1/64 of the numbers of the weight
         absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
