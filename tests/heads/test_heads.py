@@ -7,7 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy, token_logprobs
+from cut_cross_entropy import (
+    LinearCrossEntropy,
+    linear_cross_entropy,
+    linear_divergence,
+    token_logprobs,
+)
 from cut_cross_entropy.heads import Head, LowRank, RowSource
 from cut_cross_entropy.implementations.blocks import Blocks
 from tests.largest import Largest
@@ -369,6 +374,12 @@ def test_features_that_do_not_fit():
     case = Case("plain", torch.float32)
     with pytest.raises(ValueError, match="e and c must agree in their last dimension"):
         linear_cross_entropy(case.e[..., :-1], case.head, case.targets)
+
+
+def test_divergences_take_matrices():
+    case = Case("lora", torch.float32)
+    with pytest.raises(TypeError, match=r"head_student must be a torch\.Tensor, got Head"):
+        linear_divergence(case.e, case.head, case.e, torch.zeros(V, D))
 
 
 def test_what_a_head_cannot_be_combined_with():
