@@ -204,9 +204,13 @@ class TrainConfig:
             raise UsageError("--epochs needs all data in memory: use --steps with --streaming")
         if (self.teacher is None) == (self.objective == DISTILLATION):
             raise UsageError("--objective distillation and --teacher need each other")
-        highest = {CROSS_ENTROPY: -1.0, DISTILLATION: 1.0}.get(self.objective, math.inf)
-        if self.beta is not None and self.beta > highest:
-            raise UsageError("--beta is an option of dpo, and from 0 to 1 of distillation")
+        if self.beta is not None and not (
+            (self.objective == DPO and self.beta > 0)
+            or (self.objective == DISTILLATION and self.beta <= 1)
+        ):
+            raise UsageError(
+                "--beta is an option of --objective dpo, above 0, and distillation, from 0 to 1"
+            )
         if self.objective == DPO and (
             self.streaming or self.isolate_documents or self.data_column != "text"
         ):
