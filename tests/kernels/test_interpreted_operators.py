@@ -25,9 +25,15 @@ def operators():
     return cce_losses, cce_gradients
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("tolerance", [0.0, TOLERANCE])
+@pytest.mark.parametrize(
+    ("layout", "bias", "tolerance"),  # each pair of values
+    [
+        ("contiguous", False, 0.0),
+        ("contiguous", True, TOLERANCE),
+        ("transposed", False, TOLERANCE),
+        ("transposed", True, 0.0),
+    ],
+)
 def test_opcheck(operators, layout, bias, tolerance):
     losses, gradients = operators
     problem = make_problem((4,), 130, 8, bias=bias)

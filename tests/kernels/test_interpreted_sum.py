@@ -39,8 +39,7 @@ def leaves_of(problem):
     return [x.detach().requires_grad_() for x in (problem.e, problem.c, problem.bias)]
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("softcap", "bias"), [(None, True), (5.0, False), (5.0, True)])
 def test_several_chunks(softcap, bias, chunks, small_chunks, monkeypatch):
     """And products that are computed in slices of the classes."""
     monkeypatch.setattr(exact_sum, "MAX_ELEMENTS", 256 * 128)
