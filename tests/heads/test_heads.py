@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from cut_cross_entropy import (
     LinearCrossEntropy,
@@ -391,3 +392,38 @@ def test_what_a_head_cannot_be_combined_with():
         torch._dynamo.exc.Unsupported, match=r"torch\.compile does not trace a Head"
     ):
         torch.compile(loss, backend="eager", fullgraph=True)(case.e)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_within_a_checkpoint(use_reentrant):
+    case = Case("dora")
+
+    def loss(e):
+        return linear_cross_entropy(e, case.head, case.targets, memory_budget=BUDGET)
+
+    value = torch.utils.checkpoint.checkpoint(loss, case.e, use_reentrant=use_reentrant)
+    value.backward()
+    expected = case.gradients(case.loss())
+    for leaf, grad in zip(case.leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, grad, rtol=1e-10, atol=1e-12)
+
+
+def test_without_gradients():
+    case = Case("lora")
+    with torch.no_grad():
+        loss = linear_cross_entropy(case.e, case.head, case.targets, memory_budget=BUDGET)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, case.loss().detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("leading", [(0,), (3,)], ids=["empty", "all_ignored"])
+def test_no_token_that_counts(leading):
+    """The loss is 0, and so are the gradients, which exist."""
+    case = Case("lora")
+    e = torch.randn(*leading, D, dtype=torch.float64, requires_grad=True)
+    targets = torch.full(leading, -100)
+    loss = linear_cross_entropy(e, case.head, targets, memory_budget=BUDGET)
+    assert loss == 0
+    loss.backward()
+    assert not e.grad.any()
+    assert not case.head.low_rank[0].b.grad.any()
