@@ -12,6 +12,7 @@ on the CPU, in float32. Results: docs/numerics.md.
 import argparse
 import itertools
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -123,7 +124,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     measure.TOKENS, measure.CLASSES = args.sampled
-    backward.DENSE_FRACTION = 2.0  # the filtered path, however much is kept
+    backward.DENSE_FRACTION = math.inf  # the filtered path, however much is kept
     everything = []
     for path in args.hidden_states:
         saved, rows = torch.load(path), []

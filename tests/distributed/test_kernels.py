@@ -42,7 +42,7 @@ def _call(function, values, rank):
 
 
 @contextmanager
-def filter_of(tolerance=dispatch.FILTER_TOLERANCE, dense=2.0, flat=math.inf):
+def filter_of(tolerance=dispatch.FILTER_TOLERANCE, dense=math.inf, flat=math.inf):
     """Set the tolerance of "auto", and where data is too flat: by default nowhere."""
     from cut_cross_entropy.kernels.filtered import backward
 

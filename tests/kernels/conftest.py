@@ -60,7 +60,7 @@ def always_filtered(monkeypatch):
     """Take the filtered path however much is kept, and let no token count as flat."""
     from cut_cross_entropy.kernels.filtered import backward
 
-    monkeypatch.setattr(backward, "DENSE_FRACTION", 2.0)
+    monkeypatch.setattr(backward, "DENSE_FRACTION", math.inf)
     monkeypatch.setattr(backward, "FLAT_SUPPORT", math.inf)
 
 

@@ -128,7 +128,7 @@ def test_mostly_flat_tokens_take_the_dense_path(monkeypatch):
     from cut_cross_entropy.kernels.filtered import backward
 
     monkeypatch.setattr(backward, "FLAT_SUPPORT", 100)
-    monkeypatch.setattr(backward, "DENSE_FRACTION", 2.0)
+    monkeypatch.setattr(backward, "DENSE_FRACTION", math.inf)
     _, (record,) = recorded(sharp(9, flat=range(6)))
     assert record.path == "dense"
 
