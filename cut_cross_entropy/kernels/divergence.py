@@ -469,7 +469,7 @@ class _Walk:
             out = self.block(memory, tokens, classes)
             side.store_product(rows, side.classifier(classes).T, out)
 
-    def launch(
+    def run(
         self, kernel: Any, tokens: slice, classes: slice, *, columns: int = 1, **arguments: Any
     ) -> None:
         """Launch a kernel over the tokens of a block whose products are stored."""
@@ -519,7 +519,7 @@ def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) 
         of_tokens = sums[:, tokens].contiguous()
         for classes in blocks.class_blocks():
             walk.multiply(e, e_teacher, tokens, classes)
-            walk.launch(
+            walk.run(
                 add_sums_kernel,
                 tokens,
                 classes,
@@ -532,7 +532,9 @@ def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) 
         sums[:, tokens] = of_tokens
         if is_whole and kind == MIXTURE.value:  # the logits are still there
             _finish(of_tokens, results[:, tokens], kind, has_targets)
-            _add_mixture_sums(walk, tokens, slice(0, student.c.shape[0]), results, of_mixture, beta)
+            _add_mixture_sums(
+                walk, tokens, slice(0, student.c.shape[0]), of_mixture, results=results, beta=beta
+            )
     if group is not None:
         sums = _sum_shards(sums, kind, group)
     _finish(sums, results, kind, has_targets)
@@ -541,7 +543,7 @@ def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) 
             for tokens, e, e_teacher in walk.token_blocks():
                 for classes in blocks.class_blocks():
                     walk.multiply(e, e_teacher, tokens, classes)
-                    _add_mixture_sums(walk, tokens, classes, results, of_mixture, beta)
+                    _add_mixture_sums(walk, tokens, classes, of_mixture, results=results, beta=beta)
         if group is not None:
             of_mixture = gather_shards(of_mixture, group).sum(0)
         of_mixture *= LN2.value
@@ -559,11 +561,17 @@ def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) 
 
 
 def _add_mixture_sums(
-    walk: _Walk, tokens: slice, classes: slice, results: Tensor, of_mixture: Tensor, beta: float
+    walk: _Walk,
+    tokens: slice,
+    classes: slice,
+    of_mixture: Tensor,
+    *,
+    results: Tensor,
+    beta: float,
 ) -> None:
     """Add a block whose products are stored to the sums (2, N) relative to the mixture."""
     sums = of_mixture[:, tokens].contiguous()
-    walk.launch(
+    walk.run(
         add_mixture_sums_kernel,
         tokens,
         classes,
@@ -741,7 +749,7 @@ class _PerToken:
     ) -> None:
         """Write the logit gradients of a block whose products are stored, times the scale."""
         has_targets = self.g_logprobs is not None
-        walk.launch(
+        walk.run(
             logit_gradients_kernel,
             tokens,
             classes,

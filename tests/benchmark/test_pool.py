@@ -81,8 +81,8 @@ def test_another_package_of_the_same_name_is_measured_and_not_this_one(tmp_path)
     process = Process("apple", str(tmp_path))
     try:
         assert process.ask("load", 60, **task)["version"] == "99.9"
-        assert process.ask("first", 60, kind="loss-fw-bw")["first_ms"] > 0
-        assert process.ask("errors", 60)["error_e"] < 1e-5
+        assert process.ask("first", 60, kinds=["loss-fw-bw"])["first_ms"] > 0
+        assert process.ask("errors", 60, kind="loss-fw-bw")["error_e"] < 1e-5
         assert len(process.ask("time", 60, kind="loss-fw-bw", count=2)["times"]) == 2
         with pytest.raises(WorkerError, match="has no attribute 'nothing'"):
             process.ask("nothing", 60)

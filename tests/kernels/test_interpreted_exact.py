@@ -79,7 +79,7 @@ def test_scaled_gradients_of_float16_do_not_overflow(impl, chunks, small_chunks)
     e = torch.full((256, 16), 300.0, dtype=torch.float16, requires_grad=True)
     c = torch.zeros(256, 16, dtype=torch.float16, requires_grad=True)
     targets = torch.zeros(256, dtype=torch.int64)
-    linear_cross_entropy(e, c, targets, impl=impl).backward()
+    linear_cross_entropy(e, c, targets, impl=impl, recompute=True).backward()
     expected = torch.full((256, 16), 300 / 256)
     expected[0] -= 300
     torch.testing.assert_close(c.grad.float(), expected, rtol=2e-3, atol=0)

@@ -110,7 +110,7 @@ def filtered_gradients(
             report(FilterRecord("dense", 1.0, 0.0, counts.flat_tokens, counts.tokens))
         else:
             whole_c = None if wanted.first_column else wanted.c
-            measured = measure(problem, tokens, kept, grad_e, whole_c, mass)
+            measured = measure(problem, tokens, kept, grad_e=grad_e, grad_c=whole_c, mass=mass)
             dropped = mass.double().sum()[None] / max(1, counts.tokens)
             report(
                 FilterRecord.pending(
