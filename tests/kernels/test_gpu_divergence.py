@@ -32,7 +32,8 @@ def test_close_teacher(beta, dtype):
     expected = truth({**leaves, **none}, made.targets, beta, temperature=0.8)
     for name in ("divergence", "student_entropy", "student_logprobs"):
         ours = getattr(found, name).double()
-        torch.testing.assert_close(ours, getattr(expected, name), rtol=2e-6, atol=3e-5)
+        # Sums of a thousand products in tensor cores err more than float32 arithmetic.
+        torch.testing.assert_close(ours, getattr(expected, name), rtol=4e-6, atol=1e-4)
     names = ("e_student", "head_student")
     ours = torch.autograd.grad(found.divergence.mean(), [tensors[x] for x in names])
     exact = torch.autograd.grad(expected.divergence.mean(), [leaves[x] for x in names])
