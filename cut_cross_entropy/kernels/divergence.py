@@ -23,6 +23,7 @@ from cut_cross_entropy.distributed.collectives import gather_shards
 from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState
 from cut_cross_entropy.implementations.blocks import MAX_TOKENS, MIN_CLASSES, Blocks
 from cut_cross_entropy.implementations.chunked_divergence import in_any_shard
+from cut_cross_entropy.kernels.exact import MAX_ELEMENTS
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import LN2, logit_slope, transform_logits
 from cut_cross_entropy.problem import Gradients, Needed, Problem, gradient_scale
@@ -420,6 +421,7 @@ class _Walk:
         budget = student.memory_budget
         left = budget - num_classes * widened
         of_all_classes = left // (num_classes * element + widened) if num_classes else 0
+        of_all_classes = min(of_all_classes, MAX_ELEMENTS // max(1, num_classes))
         is_enough = of_all_classes >= min(tokens, MANY_TOKENS)
         if kind == MIXTURE.value and needed is None and student.group is None and is_enough:
             classes = num_classes
@@ -431,6 +433,7 @@ class _Walk:
             classes = 0
             while True:
                 classes = (budget - tokens * widened) // (element * tokens + per_class)
+                classes = min(classes, MAX_ELEMENTS // tokens)
                 if classes >= MIN_CLASSES or tokens == 1:
                     break
                 tokens = max(1, tokens // 2)

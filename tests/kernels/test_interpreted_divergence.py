@@ -185,6 +185,18 @@ def test_memory(beta, monkeypatch):
     assert largest <= max(budget // 2, leaves["head_student"].numel() * 4)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_blocks_are_bounded_in_elements(beta, monkeypatch, launched):
+    """32 bits reach every element of a block, whatever the budget."""
+    monkeypatch.setattr(kernels, "MAX_ELEMENTS", 13 * 128)
+    tensors, targets = problem(dtype=torch.float32)
+    leaves = leaves_of(tensors)
+    ours = run(leaves, targets, beta, impl="cce")
+    assert_same(ours, truth(tensors, targets, beta), rtol=2e-6, atol=5e-6)
+    gradients(ours, leaves)
+    assert launched.count("logit_gradients_kernel") == 3
+
+
 def test_float64_takes_no_kernel(launched):
     tensors, targets = problem()
     assert_same(run(tensors, targets, 0.3, impl="cce"), truth(tensors, targets, 0.3))
