@@ -514,7 +514,8 @@ def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) 
     walk = _Walk.of(student, teacher, None, kind)
     blocks = walk.student
     sums = blocks.targets.new_zeros((8, blocks.num_kept), dtype=torch.float32)
-    sums[[HIGH, TARGET, TEACHER_HIGH]] = -torch.inf
+    for row in (HIGH, TARGET, TEACHER_HIGH):  # a list of rows would be copied to the device
+        sums[row] = -torch.inf
     of_mixture = torch.zeros_like(sums[:2])
     results = torch.zeros_like(sums[:6])
     is_whole = group is None and blocks.shape[1] == student.c.shape[0]
