@@ -13,6 +13,7 @@ import contextlib
 import contextvars
 import functools
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -144,7 +145,7 @@ def planned_device(device: torch.device) -> torch.device:
 
 
 def compile_concurrently(plan: Plan) -> None:
-    """Compile and load every variant of a plan, each in a thread of its own.
+    """Compile every variant of a plan, each in a thread of its own, and load one after another.
 
     Most of a compilation is spent in LLVM and in the assembler, which need no interpreter lock.
     """
@@ -158,11 +159,18 @@ def compile_concurrently(plan: Plan) -> None:
         list(pool.map(lambda one: _compile(one, plan.device), variants))
 
 
+# Triton imports each launcher, an extension module, under one name. Importing one that another
+# kernel of the same signature has imported before makes Python overwrite the functions of the module
+# imported last, so that a thread in between would take the launcher of another kernel.
+_loading = threading.Lock()
+
+
 def _compile(one: Launch, device: torch.device) -> None:
     # A kernel that cannot be compiled fails where it is launched, if it is launched at all.
     with contextlib.suppress(Exception), torch.cuda.device(device):
         compiled = one.kernel.warmup(grid=(1,), **one.arguments)
-        compiled[(1, 1, 1)]  # loads the machine code and makes what launches it
+        with _loading:
+            compiled[(1, 1, 1)]  # loads the machine code and makes what launches it
 
 
 def kind_of(argument: Any, specialised: bool) -> Any:

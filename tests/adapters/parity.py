@@ -40,7 +40,9 @@ def plain(hidden, weight, targets, temperature=1.0, softcap=None):
     logits = hidden @ weight.T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logprobs = (logits / torch.as_tensor(temperature).unsqueeze(-1)).log_softmax(-1)
+    logprobs = (
+        logits / torch.as_tensor(temperature, device=logits.device).unsqueeze(-1)
+    ).log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets[..., None]).squeeze(-1), entropy
 

@@ -1,6 +1,9 @@
 """The kernels compiled before a step are those that it launches, by the interpreter's launches."""
 
+import contextlib
 import inspect
+import threading
+import time
 
 import pytest
 import torch
@@ -195,3 +198,36 @@ def test_variants_are_compiled_once_each(monkeypatch):
     monkeypatch.setattr(lse.bound_kernel, "do_not_specialize", ["N", "num_segments"], raising=False)
     module.compile_concurrently(plan)
     assert compiled == [("bound_kernel", torch.device("cpu"))] * 3
+
+
+def test_machine_code_is_loaded_by_one_thread_at_a_time(monkeypatch):
+    """Triton would mix up the launchers of kernels that are loaded concurrently."""
+    from cut_cross_entropy.kernels import launch as module
+
+    loading, loaded, overlaps = threading.Lock(), [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            overlaps.append(not loading.acquire(blocking=False))
+            time.sleep(0.01)
+            loading.release()
+            loaded.append(grid)
+
+    class Kernel:
+        arg_names, do_not_specialize, cache_key = (), (), ""
+        fn = staticmethod(lambda: None)
+
+        def __init__(self, name):
+            self.__name__ = name
+
+        def warmup(self, grid):
+            return Compiled()
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 8)
+    plan = module.Plan(
+        torch.device("cpu"), [module.Launch(Kernel(f"kernel {i}"), {}) for i in range(8)]
+    )
+    module.compile_concurrently(plan)
+    assert len(loaded) == 8
+    assert overlaps == [False] * 8
