@@ -140,6 +140,9 @@ def prepare(
         products = head.products(e)
         if not isinstance(head.weight, Tensor):
             e = e.to(c.dtype)  # as quantised modules do
+        first, *further = products
+        if not further and isinstance(first.rows, Tensor) and first.scale is None:
+            e, c, products = first.features, first.rows, []  # a matrix after all
     compute_dtype = _compute_dtype(e, c, bias)
     wide = torch.promote_types(compute_dtype, torch.float32)
 

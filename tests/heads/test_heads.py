@@ -12,6 +12,7 @@ from cut_cross_entropy import (
     LinearCrossEntropy,
     linear_cross_entropy,
     linear_divergence,
+    prepare,
     token_logprobs,
 )
 from cut_cross_entropy.heads import Head, LowRank, RowSource
@@ -105,6 +106,19 @@ def test_loss(kind, impl):
     case = Case(kind)
     loss = linear_cross_entropy(case.e, case.head, case.targets, impl=impl, memory_budget=BUDGET)
     assert_equal(case, loss, case.loss())
+
+
+def test_a_head_that_is_a_matrix_takes_no_chunks(monkeypatch):
+    """Loss and gradients have the same bits as without a head, and the same route."""
+    monkeypatch.setattr(prepare, "ClassRows", None)
+    case = Case("plain", torch.float32)
+    head = Head(case.head.weight, case.bias, softcap=9.0)
+    leaves = [case.e, case.head.weight, case.bias]
+    loss = linear_cross_entropy(case.e, head, case.targets)
+    expected = linear_cross_entropy(case.e, head.weight, case.targets, case.bias, softcap=9.0)
+    assert loss == expected
+    pairs = zip(*(torch.autograd.grad(x, leaves) for x in (loss, expected)), strict=True)
+    assert all(ours.equal(theirs) for ours, theirs in pairs)
 
 
 def test_the_options_of_a_loss():
