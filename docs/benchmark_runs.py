@@ -127,12 +127,17 @@ def title(method: str) -> str:
     return METHODS[method].title if method in METHODS else f"`{method}`"
 
 
+REAL = {"smollm2": "SmolLM2, real text", "smol": "SmolLM2, real text",
+        "gemma3-270m-t": "Gemma 3 270M, real text"}  # fmt: skip
+"""Titles of hidden states and output layers of real models."""
+
+
 def data_title(name: str) -> str:
     """Name a problem in a table."""
     model, _, kind = name.rpartition("-")
     if model in SHAPES:
         return f"{SHAPES[model].title}, {kind}"
-    return {"smollm2": "SmolLM2, real text", "smol": "SmolLM2, real text"}.get(name, name)
+    return REAL.get(name, name)
 
 
 def error(name: str) -> Callable[[Row], str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from docs import post_training_runs
 from docs.benchmark_runs import BOTH, COMPARED, MULTIPLES, Measurements, data_title
 from docs.page import Column, table, without_paths
 from docs.training_runs import (
@@ -29,9 +30,20 @@ RIVALS = {FULL: "full logits", "torch_compile": "full logits, `torch.compile`",
           "apple": "Apple's package", "liger": "Liger"}  # fmt: skip
 """Methods of training that `cce` is held against."""
 
+OURS = ("cce", "cce_exact", "chunked")
+"""Methods of a benchmark that are this package's."""
+
 FOLDER = "measurements"
 NOISE = 1.02
 """Times, peaks and errors that are above another by less than this factor are not worse."""
+
+COSTS = (("time, ms", "runtime_ms", ".1f"), ("peak, MiB", "op_mem_mb", ",.0f"),
+         ("error of dE, × rounding", "multiple_e", ".2f"),
+         ("error of dC, × rounding", "multiple_c", ".2f"),
+         ("largest error of a log-probability", "error_logprobs", ".1e"),
+         ("largest error of an entropy", "error_entropy", ".1e"),
+         ("largest error of a divergence", "error_divergence", ".1e"))  # fmt: skip
+"""What one method of a benchmark may do worse than another: title, column, format."""
 
 TRAINERS = {"grpo": "GRPO", "grpo_bf16": "GRPO, bf16", "dpo": "DPO", "dpo_bf16": "DPO, bf16"}
 """Experiments with TRL's trainers, by the names of their records."""
@@ -243,26 +255,17 @@ def against(kept: Measurements, runs: Records, folder: Path) -> str:
     lines = []
     rows = kept.of(kind=BOTH)
     for name, own in rows.groupby("test_data", sort=False):
-        by_method = own.set_index("method")
-        if "cce" not in by_method.index:
-            continue
-        for method in (m for m in by_method.index if m in COMPARED and not m.startswith("cce")):
-            ours, theirs = by_method.loc["cce"], by_method.loc[method]
-            where = f"{data_title(name)}, {kept.devices[0]}"
-            title = COMPARED[method].format(version=theirs["version"])
-            for what, column, form in (
-                ("time, ms", "runtime_ms", ".1f"), ("peak, MiB", "op_mem_mb", ",.0f"),
-                ("error of dE, × rounding", "multiple_e", ".2f"),
-                ("error of dC, × rounding", "multiple_c", ".2f"),
-            ):  # fmt: skip
-                if ours[column] > NOISE * theirs[column]:
-                    lines.append(
-                        {"where": where, "what": what, "ours": f"{ours[column]:{form}}",
-                         "theirs": f"{theirs[column]:{form}}", "title": title,
-                         "record": link(
-                             ours["source"], kept.files[ours["source"]]["environment"]["commit"]
-                         )}
-                    )  # fmt: skip
+        where = f"{data_title(name)}, {kept.devices[0]}"
+        lines += _worse_layers(kept, own, where, COMPARED)
+    for subject in ("logprobs", "divergence"):
+        rows = post_training_runs.rows_of(kept, subject)
+        groups = () if rows.empty else rows.groupby(["test_data", "kind", "device"], sort=False)
+        for (name, kind, device), own in groups:
+            own = own.assign(
+                **{f"multiple_{x}": own[f"error_{x}"] / own[f"rounding_{x}"] for x in "ec"}
+            )
+            others = dict(zip(own["method"], own["title"], strict=True))
+            lines += _worse_layers(kept, own, f"{data_title(name)}, `{kind}`, {device}", others)
     for record in (*runs["finetune"], *runs["pretrain"]):
         lines += _worse_runs(record)
     for title, path, record in _trl_records(folder):
@@ -279,6 +282,28 @@ def against(kept: Measurements, runs: Records, folder: Path) -> str:
         [("where", "{where}"), ("figure", "{what}"), ("ours", "{ours}"), ("better", "{theirs}"),
          ("by", "{title}"), ("record", "{record}")],
     )  # fmt: skip
+
+
+def _worse_layers(
+    kept: Measurements, rows: pd.DataFrame, where: str, titles: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Return lines of a problem's rows, one a method, for costs of `cce` above another's."""
+    by_method = rows.set_index("method")
+    if "cce" not in by_method.index:
+        return []
+    ours = by_method.loc["cce"]
+    record = link(ours["source"], kept.files[ours["source"]]["environment"]["commit"])
+    lines = []
+    for method in (m for m in by_method.index if m in titles and m not in OURS):
+        theirs = by_method.loc[method]
+        title = titles[method].format(version=theirs["version"])
+        for what, column, form in (cost for cost in COSTS if cost[1] in by_method):
+            mine, other = f"{ours[column]:{form}}", f"{theirs[column]:{form}}"
+            small = column == "op_mem_mb" and ours[column] - theirs[column] < 1
+            if ours[column] > NOISE * theirs[column] and not small:
+                lines.append({"where": where, "what": what, "ours": mine, "theirs": other,
+                              "title": title, "record": record})  # fmt: skip
+    return lines
 
 
 def _worse_runs(record: Record) -> list[dict[str, Any]]:

@@ -29,11 +29,12 @@ Records = dict[str, list[dict[str, Any]]]
 def rows_of(kept: Measurements, subject: str) -> pd.DataFrame:
     """Return the newest row of each device, problem, method and kind of a subject."""
     rows = [
-        {**row, "device": content["environment"]["device"], "where": _where(content)}
-        for content in kept.files.values()
+        {**row, "device": content["environment"]["device"], "where": _where(content),
+         "source": source}
+        for source, content in kept.files.items()
         for row in content.get("rows", [])
         if _subject(row) == subject
-    ]
+    ]  # fmt: skip
     if not rows:
         return pd.DataFrame()
     frame = pd.DataFrame(rows)

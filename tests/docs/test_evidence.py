@@ -10,6 +10,7 @@ import pytest
 from docs import benchmark_runs, evidence_tables, training_runs
 from docs.make import ROOT
 from docs.training_runs import Record
+from tests.benchmark.test_documentation import ENVIRONMENT, row
 
 NONE = {"pretrain": [], "earlier/pretrain": []}
 DOCS = ROOT / "docs"
@@ -89,6 +90,42 @@ def test_against(nothing, cce, ms, figures):
     text = evidence_tables.against(nothing, {"finetune": [made], **NONE}, Path())
     lines = text.splitlines()[2:]
     assert [line.split(" | ")[1] for line in lines] == figures
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours", "theirs", "figures"),
+    [
+        ("logprobs-fw+entropy", {}, {"runtime_ms": 19.7}, []),
+        ("logprobs-fw+entropy", {}, {"runtime_ms": 19.0}, [("time, ms", "20.0", "19.0")]),
+        ("divergence-fw-bw+jsd", {}, {"op_mem_mb": 900.0}, [("peak, MiB", "1,300", "900")]),
+        ("logprobs-fw", {"op_mem_mb": 1.3}, {"op_mem_mb": 0.5}, []),
+        (
+            "divergence-fw-bw",
+            {},
+            {"error_c": 0.0016},
+            [("error of dC, × rounding", "1.56", "1.00")],
+        ),
+        (
+            "logprobs-fw",
+            {"error_logprobs": 8e-5},
+            {"error_logprobs": 3e-5},
+            [("largest error of a log-probability", "8.0e-05", "3.0e-05")],
+        ),
+        ("divergence-fw", {"error_divergence": 1e-6}, {}, []),
+    ],
+)
+def test_against_other_packages_for_each_token(kind, ours, theirs, figures):
+    rows = [row("cce", kind=kind, **ours), row("chunked", kind=kind, runtime_ms=1.0),
+            row("liger", kind=kind, version="0.8.5", **theirs)]  # fmt: skip
+    command = "python -m benchmark"
+    file = {"environment": ENVIRONMENT, "command": command, "rows": rows}
+    found = benchmark_runs.collect({"h200/x.json": file})
+    lines = evidence_tables.against(found, {"finetune": [], **NONE}, Path()).splitlines()[2:]
+    where = f"| Gemma 2 2B, structured, `{kind}`, Some GPU"
+    link = "[h200/x.json](measurements/h200/x.json), abc |"
+    assert [line.split(" | ") for line in lines] == [
+        [where, *figure, "Liger 0.8.5", link] for figure in figures
+    ]
 
 
 def test_what_is_not_measured_is_named(nothing, tmp_path):
