@@ -1,13 +1,19 @@
 """How much the kernels store at a time, which decides how a loss is computed."""
 
 from cut_cross_entropy.constants import BLOCK_TOKENS
+from cut_cross_entropy.implementations.blocks import uses_half_products
 from cut_cross_entropy.problem import Needed, Problem
 
 # The sums of dC are read and written once per chunk: with fewer tokens in it, that takes longer
 # than to compute the logits again. Without dC, c is read for each chunk, and that takes as long.
 MIN_TOKENS = 1024
 MIN_TOKENS_WITHOUT_C = 256
+# A divergence saves two or four products, so fewer tokens are enough.
+MIN_PAIRS = 384
+MIN_PAIRS_WITHOUT_C = 128
 MAX_ELEMENTS = 2**30  # 32 bits reach them
+WIDENED_SHARE = 4
+"""Part of the budget for rows of c that are copied in float32, where products need it."""
 
 
 def powers_per_chunk(problem: Problem, needed: Needed) -> int:
@@ -18,11 +24,36 @@ def powers_per_chunk(problem: Problem, needed: Needed) -> int:
     forward does not.
     """
     (num_classes, dim), itemsize = problem.c.shape, problem.compute_dtype.itemsize
-    num_bytes = problem.memory_budget
-    if needed.c:
-        result, copy = problem.c.dtype.itemsize, itemsize * (problem.c.dtype.itemsize != itemsize)
-        num_bytes += num_classes * dim * max(0, result - copy)
+    num_bytes = _with_that_of_the_backward(problem, needed)
     per_token = itemsize * num_classes + dim * (itemsize + 4)  # e scaled, and a row of dE
     tokens = min(num_bytes // per_token, MAX_ELEMENTS // num_classes)
     least = MIN_TOKENS if needed.c else MIN_TOKENS_WITHOUT_C
     return tokens // BLOCK_TOKENS * BLOCK_TOKENS if tokens >= least else 0
+
+
+def divergence_tokens_per_chunk(student: Problem, teacher: Problem, needed: Needed) -> int:
+    """Return for how many tokens to store the logits of both models; 0 if too few to be worth it.
+
+    See ``cut_cross_entropy.kernels.divergence_sum``. They may take what :func:`powers_per_chunk`
+    may.
+    """
+    num_classes, dim = student.c.shape
+    sides, num_bytes = (student, teacher), _with_that_of_the_backward(student, needed)
+    if teacher.c.dtype != teacher.compute_dtype:
+        num_bytes -= teacher.c.numel() * teacher.compute_dtype.itemsize
+    for side in sides:
+        if side.compute_dtype.itemsize == 2 and not uses_half_products(side):
+            num_bytes -= student.memory_budget // WIDENED_SHARE
+    per_token = 8 * num_classes + 4 * dim  # float32 logits, and a row of dE
+    per_token += sum(side.compute_dtype.itemsize * side.e.shape[1] for side in sides)
+    tokens = min(num_bytes // per_token, MAX_ELEMENTS // max(num_classes, 1))
+    return tokens if tokens >= (MIN_PAIRS if needed.c else MIN_PAIRS_WITHOUT_C) else 0
+
+
+def _with_that_of_the_backward(problem: Problem, needed: Needed) -> int:
+    """Return the budget, and what the backward allocates for the gradient of c in its dtype."""
+    if not needed.c:
+        return problem.memory_budget
+    result, itemsize = problem.c.dtype.itemsize, problem.compute_dtype.itemsize
+    copy = itemsize * (result != itemsize)
+    return problem.memory_budget + problem.c.numel() * max(0, result - copy)

@@ -160,7 +160,7 @@ def sum_of_losses(
         keep_inputs: whether autograd may save ``problem.e``, ``.c`` and ``.bias`` where they are
             not needed; see :class:`cut_cross_entropy.sum_operators.SumOptions`.
     """
-    needed = _needed(problem)
+    needed = gradients_needed(problem)
     # The gradient of a weight is the loss of its token, which a sum does not return.
     is_plain = problem.group is None and not isinstance(problem, HeadProblem)
     is_plain = is_plain and not (weights is not None and weights.requires_grad)
@@ -184,7 +184,7 @@ def sum_of_losses(
     return (results.nll if weights is None else results.nll * weights).sum()
 
 
-def _needed(problem: Problem) -> Needed:
+def gradients_needed(problem: Problem) -> Needed:
     """Return the gradients that a backward pass may ask for."""
     return Needed(
         *(

@@ -7,19 +7,26 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.budget import divergence_tokens_per_chunk
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.device_support import kernels_unavailable
-from cut_cross_entropy.dispatch import choose_impl
+from cut_cross_entropy.dispatch import choose_impl, gradients_needed
 from cut_cross_entropy.distributed.options import VocabParallelOptions
-from cut_cross_entropy.divergence_operators import run_divergence
+from cut_cross_entropy.divergence_operators import run_divergence, run_divergence_sum
 from cut_cross_entropy.divergence_results import DivergenceState
 from cut_cross_entropy.implementations import reference
 from cut_cross_entropy.implementations.chunked_divergence import log_mixture
-from cut_cross_entropy.options import ImplName, LinearCrossEntropyImpl, impl_name
+from cut_cross_entropy.options import ImplName, LinearCrossEntropyImpl, Reduction, impl_name
 from cut_cross_entropy.prepare import Prepared, prepare
-from cut_cross_entropy.problem import Problem
-from cut_cross_entropy.transforms import is_traced, plain
-from cut_cross_entropy.validation import check_target_range
+from cut_cross_entropy.problem import Needed, Problem
+from cut_cross_entropy.reductions import mean_of_sum
+from cut_cross_entropy.transforms import is_offloaded, is_traced, is_transformed, plain
+from cut_cross_entropy.validation import (
+    check_num_items,
+    check_per_token,
+    check_reduction,
+    check_target_range,
+)
 
 Tail: TypeAlias = Literal["drop", "renormalise", "bucket"]
 """Values of ``tail=``."""
@@ -36,7 +43,8 @@ class TokenDivergence:
     student), and are differentiable in the student's inputs.
 
     Args:
-        divergence: of the student from the teacher, in nats, never below 0.
+        divergence: of the student from the teacher, in nats, never below 0; with a reduction their
+            mean or sum, a scalar.
         student_entropy: of the student's distribution at this temperature, in nats.
         student_logprobs: log-probability of the targets under the student, at this temperature;
             None without targets.
@@ -65,6 +73,9 @@ def linear_divergence(
     teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
+    reduction: Reduction = "none",
+    token_weights: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     impl: ImplName | LinearCrossEntropyImpl = "auto",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
@@ -88,6 +99,9 @@ def linear_divergence(
         >>> result.divergence.shape
         torch.Size([2, 5])
         >>> result.divergence.mean().backward()
+        >>> mean = linear_divergence(student, head, teacher, teacher_head, reduction="mean")
+        >>> mean.divergence.shape
+        torch.Size([])
 
     Args:
         e_student: embeddings, (..., D), float32, bfloat16, float16 or float64.
@@ -107,6 +121,17 @@ def linear_divergence(
         teacher_softcap: the same for the teacher.
         student_logit_scale: factor of the logits, before the softcap.
         teacher_logit_scale: the same for the teacher.
+        reduction: of the divergences alone: ``"none"``, ``"mean"`` over the tokens that count, or
+            ``"sum"``. With the last two the kernels compute the gradients in the forward and the
+            logits of each model once, where the budget holds those of some hundred tokens; until
+            the backward pass they take 4 bytes per element of ``e_student`` and ``head_student``.
+            A gradient by entropies or log-probabilities then takes a walk of its own.
+        token_weights: floats that broadcast against the leading shape: each divergence is
+            multiplied by its own, and the mean divided by the sum of those of the tokens that
+            count. Differentiable; if they require a gradient, the logits are computed again in the
+            backward.
+        num_items_in_batch: divides the sum in place of the mean's own divisor, as trainers that
+            accumulate gradients have it.
         ignore_index: target value of tokens to leave out.
         impl: ``"cce"`` and ``"chunked"`` compute blocks of tokens and classes in bounded memory,
             with Triton kernels between the products or without; ``"auto"`` is ``"cce"`` on GPUs
@@ -130,6 +155,8 @@ def linear_divergence(
             f"impl of linear_divergence must be one of {', '.join(_IMPLS)}, got {chosen!r}"
         )
     _check_beta(beta)
+    check_reduction(reduction)
+    check_num_items(num_items_in_batch, reduction)
     _check_models(e_student, head_student, e_teacher, head_teacher)
     if targets is None:
         ignore_index = IGNORE_INDEX  # no value of theirs has a meaning
@@ -150,18 +177,62 @@ def linear_divergence(
         )  # fmt: skip
     _check_shards(student.problem, teacher.problem, chosen)
     problem, has_targets = student.problem, targets is not None
+    weights: Tensor | None = None
+    if token_weights is not None:
+        check_per_token("token_weights", token_weights, marked)
+        whole_weights = token_weights.to(problem.wide).expand(marked.shape)
+        # A token that is left out has no divergence, whatever its weight.
+        kept = problem.targets != ignore_index
+        weights = torch.where(kept, student.flatten(whole_weights, 0.0), 0)
+    models = problem, teacher.problem, float(beta), has_targets
     with student.computing():
         if chosen == "reference":
-            found = _reference(problem, teacher.problem, float(beta), has_targets)
+            found = _reference(*models)
         else:
             by_kernels = _by_kernels(chosen, problem, teacher.problem)
-            found = run_divergence(problem, teacher.problem, float(beta), has_targets, by_kernels)
+            needed = _gradients_in_the_forward(student, teacher, weights, by_kernels)
+            if reduction != "none" and needed is not None:
+                total, *of_tokens = run_divergence_sum(*models, weights, needed)[:-3]
+                found = DivergenceState(total, *of_tokens[1:])
+            else:
+                found = run_divergence(*models, by_kernels)
+    divergence = found.divergence
+    if divergence.ndim and weights is not None:
+        divergence = divergence * weights
+    if reduction == "none":
+        divergence = student.per_token(divergence)
+    else:
+        divergence = divergence.sum()
+        if num_items_in_batch is not None:
+            divergence = divergence / num_items_in_batch
+        elif reduction == "mean":
+            divergence = mean_of_sum(divergence, problem.targets, ignore_index, weights)
     return TokenDivergence(
-        student.per_token(found.divergence),
+        divergence,
         student.per_token(found.entropy),
         student.per_token(found.logprobs) if has_targets else None,
         student.per_token(problem.targets != ignore_index),
     )
+
+
+def _gradients_in_the_forward(
+    student: Prepared, teacher: Prepared, weights: Tensor | None, by_kernels: bool
+) -> Needed | None:
+    """Return which gradients of a sum the forward is to compute; None if it is to leave them."""
+    problem = student.problem
+    needed = gradients_needed(problem)
+    possible = (
+        by_kernels
+        and any(needed.flat())
+        and problem.group is None
+        # The gradient of a weight is the divergence of its token, which a sum does not return.
+        and not (weights is not None and weights.requires_grad)
+        and not student.wholes  # the backward would gather them again
+        and not is_transformed()
+        and not is_offloaded()  # gradients would be copied to the host and back
+        and divergence_tokens_per_chunk(problem, teacher.problem, needed) > 0
+    )
+    return needed if possible else None
 
 
 def _by_kernels(impl: str, student: Problem, teacher: Problem) -> bool:

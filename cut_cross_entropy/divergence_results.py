@@ -35,3 +35,26 @@ class DivergenceGrads(NamedTuple):
     divergence: Tensor | None
     entropy: Tensor | None
     logprobs: Tensor | None
+
+
+class DivergenceSum(NamedTuple):
+    """A weighted sum of divergences, the results of each token, and the gradients of the sum.
+
+    Args:
+        total: ().
+        divergence, entropy, logprobs, lse, teacher_lse, relative: see :class:`DivergenceState`.
+        grad_e: (N, D) by the student's e, float32; empty if not needed, like those that follow.
+        grad_c: (V, D).
+        grad_bias: (V,).
+    """
+
+    total: Tensor
+    divergence: Tensor
+    entropy: Tensor
+    logprobs: Tensor
+    lse: Tensor
+    teacher_lse: Tensor
+    relative: Tensor
+    grad_e: Tensor
+    grad_c: Tensor
+    grad_bias: Tensor

@@ -77,6 +77,12 @@ def _divergence(*flat: Any, out_val: Any = None) -> int:
     return _of_both(flat)[1] * (1 if by_kernels else 2)
 
 
+def _divergence_sum(*flat: Any, out_val: Any = None) -> int:
+    *inputs, _, need_e, need_c, _, loss_only = flat
+    student, both = _of_both(tuple(inputs))
+    return both + (0 if loss_only else student * (int(need_e) + int(need_c)))
+
+
 def _divergence_backward(*flat: Any, out_val: Any = None) -> int:
     grad_divergence, (by_kernels, need_e, need_c, _) = flat[0], flat[-4:]
     inputs = flat[len(DivergenceGrads._fields) + len(DivergenceState._fields) : -3]
@@ -93,5 +99,6 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "cce_backward": _backward(8),
     "tangents": _tangents,
     "divergence": _divergence,
+    "divergence_sum": _divergence_sum,
     "divergence_backward": _divergence_backward,
 }

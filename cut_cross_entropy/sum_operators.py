@@ -211,22 +211,41 @@ def _backward(ctx: Any, grad_loss: Tensor, *nothing: Any) -> tuple[Any, ...]:
     need_e, need_c, _, need_bias = ctx.needs_input_grad[:4]
     needed = (need_e, need_c, need_bias)
     sums = [total if need else None for total, need in zip(saved, needed, strict=True)]
-    grads: list[Tensor | None] = [None, None, None]
-    for i, (total, dtype) in enumerate(zip(sums, ctx.dtypes, strict=True)):
-        if total is not None and _may_overwrite(total, grad_loss, dtype):
-            grads[i], sums[i] = total.mul_(grad_loss), None
-    if any(total is not None for total in sums):
-        found = _call_scaled(grad_loss, *sums, e, c, bias, *ctx.dtypes)
-        grads = [
-            grad if total is None else new
-            for grad, total, new in zip(grads, sums, found, strict=True)
-        ]
+    grads = multiplied_sums(grad_loss, sums, (e, c, bias), ctx.dtypes)
     grad_e, grad_c, grad_bias = grads
     nothing_else = (None,) * (_NUM_FIELDS - 4 + 1 + len(fields(SumOptions)))
     return grad_e, grad_c, None, grad_bias, *nothing_else
 
 
-def _may_overwrite(total: Tensor, factor: Tensor, dtype: torch.dtype) -> bool:
+def multiplied_sums(
+    factor: Tensor,
+    sums: list[Tensor | None],
+    inputs: tuple[Tensor | None, ...],
+    dtypes: list[torch.dtype | None],
+) -> list[Tensor | None]:
+    """Gradients of e, c and bias: their sums times the gradient of the loss.
+
+    Args:
+        factor: gradient of the loss, ().
+        sums: in float32 or wider; None for each that is not needed. May be overwritten.
+        inputs: e, c and bias, because of which a second derivative has to be refused, or None.
+        dtypes: of the results.
+    """
+    grads: list[Tensor | None] = [None, None, None]
+    sums = list(sums)
+    for i, (total, dtype) in enumerate(zip(sums, dtypes, strict=True)):
+        if total is not None and _may_overwrite(total, factor, dtype):
+            grads[i], sums[i] = total.mul_(factor), None
+    if any(total is not None for total in sums):
+        found = _call_scaled(factor, *sums, *inputs, *dtypes)
+        grads = [
+            grad if total is None else new
+            for grad, total, new in zip(grads, sums, found, strict=True)
+        ]
+    return grads
+
+
+def _may_overwrite(total: Tensor, factor: Tensor, dtype: torch.dtype | None) -> bool:
     """Whether this backward is the last to read a sum, which then becomes the gradient."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return (

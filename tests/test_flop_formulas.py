@@ -9,7 +9,7 @@ from torch.func import jvp
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from cut_cross_entropy import linear_cross_entropy, linear_divergence
+from cut_cross_entropy import budget, linear_cross_entropy, linear_divergence
 from tests.support import make_problem
 
 # What PyTorch imports for forward mode scripts functions.
@@ -99,6 +99,25 @@ def test_divergence(needed, impl, beta):
     assert count(lambda: step(lambda x: x.divergence)) == forward + backward + of_teacher
     of_teacher = 0 if impl == "chunked" else of_teacher
     assert count(lambda: step(lambda x: x.student_entropy)) == forward + backward + of_teacher
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("needed", ["e", "c", "ec"])
+def test_mean_of_divergences(needed, beta, monkeypatch):
+    """The logits of each model once, and a product for each gradient."""
+    monkeypatch.setattr(budget, "MIN_PAIRS", 1)
+    monkeypatch.setattr(budget, "MIN_PAIRS_WITHOUT_C", 1)
+    problem, teacher = make_problem((5,), 130, 8), make_problem((5,), 130, 12)
+    problem.e.requires_grad_("e" in needed)
+    problem.c.requires_grad_("c" in needed)
+
+    def step():
+        linear_divergence(
+            problem.e, problem.c, teacher.e, teacher.c, beta=beta, impl="cce", reduction="mean"
+        ).divergence.backward()
+
+    assert count(step) == PRODUCT * (1 + len(needed)) + PRODUCT * 12 // 8
 
 
 @pytest.mark.parametrize("called_before", [False, True])

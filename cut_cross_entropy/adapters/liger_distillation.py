@@ -97,8 +97,9 @@ def distillation(adapter: Adapter) -> list[tuple[Seam, Callable[..., Any]]]:
             beta=jsd_beta,
             temperature=temperature,
             mask=None if shift_labels is None else shift_labels != ignore_index,
+            reduction="mean",
         )
-        return result.divergence.sum() / result.mask.sum().clamp(min=1)
+        return result.divergence
 
     def chunked_jsd(
         student_input: Tensor,  # (N, D)
@@ -138,9 +139,11 @@ def distillation(adapter: Adapter) -> list[tuple[Seam, Callable[..., Any]]]:
             targets=true_labels if in_one_walk else None,
             mask=None if in_one_walk else true_labels != ignore_index,
             ignore_index=ignore_index,
+            # A gradient by the log-probabilities too waits for the backward, together with this.
+            reduction="none" if in_one_walk else "mean",
         )
         count = result.mask.sum().clamp(min=1)
-        soft = result.divergence.sum() / count
+        soft = result.divergence.sum() / (count if in_one_walk else 1)
         loss, hard = weight_soft_loss * soft, torch.zeros_like(soft)
         if with_hard_loss:
             logprobs = result.student_logprobs

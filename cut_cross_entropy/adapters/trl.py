@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from cut_cross_entropy.adapters.seam import Adapter, Seam, in_dtype_of
+from cut_cross_entropy.distributed.options import is_dtensor
 
 SEAM = Seam(
     package="trl",
@@ -47,6 +48,29 @@ DIVERGENCE_SEAM = Seam(
     ),
 )
 
+DIVERGENCE_LOSS_SEAM = Seam(
+    package="trl",
+    version="1.16.0",
+    module="trl.trainer.distillation_trainer",
+    name="_chunked_divergence_loss",
+    parameters=(
+        "student_hidden_states",
+        "teacher_hidden_states",
+        "student_lm_head_weight",
+        "teacher_lm_head_weight",
+        "completion_mask",
+        "beta",
+        "num_items_in_batch",
+        "student_lm_head_bias",
+        "teacher_lm_head_bias",
+        "student_logit_scale",
+        "teacher_logit_scale",
+        "student_final_logit_softcapping",
+        "teacher_final_logit_softcapping",
+        "temperature",
+    ),
+)
+
 # TRL's names of outputs, in the order of the tuple that its function returns, and ours.
 _OUTPUTS = {
     "entropy": "entropy",
@@ -61,9 +85,9 @@ def trl(**options: Any) -> Adapter:
 
     It replaces ``trl.trainer.utils._ChunkedLogProbFunction``, the function between the last hidden
     states and the numbers of each token, and the distillation trainer's
-    ``ChunkedDivergenceFunction`` by :func:`linear_divergence`, where of the options ``impl`` and
-    ``memory_budget`` count. Masks, sharded heads and losses stay TRL's. A divergence of heads that
-    DeepSpeed's ZeRO-3 has partitioned is refused.
+    ``_chunked_divergence_loss`` and ``ChunkedDivergenceFunction`` by :func:`linear_divergence`,
+    where of the options ``impl`` and ``memory_budget`` count. Masks, sharded heads and other losses
+    stay TRL's. A divergence of heads that DeepSpeed's ZeRO-3 has partitioned is refused.
 
     Args:
         **options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
@@ -124,11 +148,7 @@ def trl(**options: Any) -> Adapter:
         teacher_logit_scale: float = 1.0,
         teacher_final_logit_softcapping: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if any(hasattr(x, "ds_id") and x.numel() == 0 for x in (student_weight, teacher_weight)):
-            raise NotImplementedError(
-                "adapters.trl() does not gather the output layers of DeepSpeed's ZeRO-3 for a "
-                "divergence: use ZeRO-2, or remove the adapter"
-            )
+        _refuse_partitioned(student_weight, teacher_weight)
         result = adapter.compute_divergence(
             student_hidden,
             in_dtype_of(student_hidden, student_weight),
@@ -145,4 +165,64 @@ def trl(**options: Any) -> Adapter:
         )
         return result.divergence, result.student_entropy.detach()  # TRL's has no gradient
 
-    return adapter.install((SEAM, logprobs), (DIVERGENCE_SEAM, divergence))
+    def divergence_loss(
+        student_hidden_states: Tensor,  # (B, K, D)
+        teacher_hidden_states: Tensor,  # (B, K, D of the teacher)
+        student_lm_head_weight: Tensor,  # (V, D)
+        teacher_lm_head_weight: Tensor,  # (V, D of the teacher)
+        completion_mask: Tensor,  # (B, K), 0 for tokens that are left out
+        beta: float,
+        num_items_in_batch: Tensor | int | None = None,
+        student_lm_head_bias: Tensor | None = None,  # (V,)
+        teacher_lm_head_bias: Tensor | None = None,
+        student_logit_scale: float = 1.0,
+        teacher_logit_scale: float = 1.0,
+        student_final_logit_softcapping: float | None = None,
+        teacher_final_logit_softcapping: float | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _refuse_partitioned(student_lm_head_weight, teacher_lm_head_weight)
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(student_hidden_states.device)
+        part = lambda hidden, parameter: in_dtype_of(hidden, _whole(parameter))
+        result = adapter.compute_divergence(
+            student_hidden_states,
+            part(student_hidden_states, student_lm_head_weight),
+            teacher_hidden_states,
+            part(teacher_hidden_states, teacher_lm_head_weight),
+            beta=beta,
+            temperature=temperature,
+            mask=completion_mask != 0,
+            student_bias=part(student_hidden_states, student_lm_head_bias),
+            teacher_bias=part(teacher_hidden_states, teacher_lm_head_bias),
+            student_softcap=student_final_logit_softcapping,
+            teacher_softcap=teacher_final_logit_softcapping,
+            student_logit_scale=student_logit_scale,
+            teacher_logit_scale=teacher_logit_scale,
+            reduction="mean",
+            num_items_in_batch=num_items_in_batch,
+        )
+        # The trainer logs the entropies, and gives them no gradient.
+        return result.divergence, result.student_entropy.detach().sum(), result.mask.sum()
+
+    return adapter.install(
+        (SEAM, logprobs), (DIVERGENCE_SEAM, divergence), (DIVERGENCE_LOSS_SEAM, divergence_loss)
+    )
+
+
+def _refuse_partitioned(*weights: Tensor) -> None:
+    """Refuse output layers of a divergence that DeepSpeed's ZeRO-3 has partitioned.
+
+    Raises:
+        NotImplementedError: there is one.
+    """
+    if any(hasattr(x, "ds_id") and x.numel() == 0 for x in weights):
+        raise NotImplementedError(
+            "adapters.trl() does not gather the output layers of DeepSpeed's ZeRO-3 for a "
+            "divergence: use ZeRO-2, or remove the adapter"
+        )
+
+
+def _whole(parameter: Any) -> Any:
+    """Return a parameter that is a DTensor as a whole, as the trainer's own function does."""
+    return parameter.full_tensor() if is_dtensor(parameter) else parameter

@@ -220,7 +220,7 @@ def loss_and_gradients(
             )
         if needed.c:
             multiply = add_product if start else store_product
-            for classes in _slices(num_classes, max(dim, rows)):
+            for classes in class_slices(num_classes, max(dim, rows)):
                 multiply(grad_c[classes], powers[:, classes].T, scaled[: stop - start])
         if needed.bias:
             grad_bias += _weighted_sum(powers, chunk.factor, None if unit is None else unit.bias)
@@ -233,13 +233,13 @@ def loss_and_gradients(
 
 def _multiply(powers: Tensor, c: Tensor, out: Tensor) -> None:
     """Store the product of powers (N, V) and c (V, D) in float32."""
-    for classes in _slices(c.shape[0], max(c.shape[1], powers.shape[0])):
+    for classes in class_slices(c.shape[0], max(c.shape[1], powers.shape[0])):
         multiply = add_product if classes.start else store_product
         multiply(out, powers[:, classes], c[classes])
 
 
-def _slices(num_classes: int, row: int) -> Iterator[slice]:
-    """Slices of the classes for products with ``row`` elements per class.
+def class_slices(num_classes: int, row: int) -> Iterator[slice]:
+    """Yield slices of the classes for products with ``row`` elements per class.
 
     For a number of classes that is not a multiple of 8 the library takes far slower kernels, so the
     last few are a slice of their own.

@@ -5,7 +5,7 @@ import torch
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer import distillation_trainer
 
-from cut_cross_entropy import adapters
+from cut_cross_entropy import adapters, budget
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -57,35 +57,51 @@ def test_values_and_gradients_are_those_of_trl(beta, bias, options):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("cce", marks=pytest.mark.interpret)])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("num_items", [None, 20])
-def test_loss_of_the_trainer(beta, num_items):
+@pytest.mark.parametrize("num_items", [None, 20, torch.tensor(20)])
+def test_loss_of_the_trainer(impl, beta, num_items, monkeypatch):
+    monkeypatch.setattr(budget, "MIN_PAIRS", 1)  # gradients in the forward
     student, weight, shift, teacher, teacher_weight, teacher_shift = inputs(tokens=10)
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
 
     def loss():
-        hidden = student.reshape(2, 5, -1).clone().requires_grad_()
+        leaves = [x.clone().requires_grad_() for x in (student.reshape(2, 5, -1), weight, shift)]
         results = distillation_trainer._chunked_divergence_loss(
-            hidden,
+            leaves[0],
             teacher.reshape(2, 5, -1),
-            weight,
+            leaves[1],
             teacher_weight,
             mask,
             beta,
             num_items,
-            student_lm_head_bias=shift,
+            student_lm_head_bias=leaves[2],
             teacher_lm_head_bias=teacher_shift,
+            student_logit_scale=0.5,
+            teacher_final_logit_softcapping=3.0,
             temperature=0.9,
         )
         results[0].backward()
-        return *results, hidden.grad
+        return *results, *(x.grad for x in leaves)
 
     theirs = loss()
-    with adapters.trl() as adapter:
+    with adapters.trl(impl=impl) as adapter:
         ours = loss()
     assert adapter.calls == 1
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.detach(), other.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_loss_without_tokens():
+    student, weight, _, teacher, teacher_weight, _ = inputs(bias=False, tokens=10)
+    hidden, others = student.reshape(2, 5, -1).requires_grad_(), teacher.reshape(2, 5, -1)
+    with adapters.trl():
+        loss, entropies, count = distillation_trainer._chunked_divergence_loss(
+            hidden, others, weight, teacher_weight, torch.zeros(2, 5), 0.5
+        )
+    loss.backward()
+    assert (loss.item(), entropies.item(), count.item()) == (0, 0, 0)
+    assert (hidden.grad == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "autocast"])
@@ -109,3 +125,8 @@ def test_partitioned_head_is_refused():
     tensors[1].ds_id = 0
     with adapters.trl(), pytest.raises(NotImplementedError, match="ZeRO-3"):
         distillation_trainer.ChunkedDivergenceFunction.apply(*tensors, 0.5)
+    hidden, weight, _, teacher, teacher_weight, _ = tensors
+    with adapters.trl(), pytest.raises(NotImplementedError, match="ZeRO-3"):
+        distillation_trainer._chunked_divergence_loss(
+            hidden, teacher, weight, teacher_weight, torch.ones(9), 0.5
+        )

@@ -59,6 +59,37 @@ def values_and_gradients(rank, impl, beta, shards, gather):
         close(ours, theirs[places.get(name, slice(start, stop))], 10 * limit)
 
 
+def weighted_mean(rank, impl, gather):
+    """The mean over the tokens of all processes, as a loss has it."""
+    start, stop = RAGGED[rank]
+    dtype = torch.float64 if impl == "chunked" else torch.float32
+    tensors, targets = problem(TOKENS, dtype=dtype)
+    whole = leaves_of({name: x.double() for name, x in tensors.items()})
+    weights = torch.linspace(0.5, 2, TOKENS, dtype=torch.float64)
+    divergences = truth(whole, targets, 0.3).divergence
+    expected = (divergences * weights).sum() / weights[targets != -100].sum()
+    mine = slice(4 * rank, 4 * rank + 4) if gather else slice(None)
+    places = {"e_student": mine, "e_teacher": mine}
+    leaves = leaves_of(
+        {name: x[places.get(name, slice(start, stop))] for name, x in tensors.items()}
+    )
+    got = run(
+        leaves,
+        targets[mine],
+        0.3,
+        impl=impl,
+        reduction="mean",
+        token_weights=weights[mine],
+        vocab_parallel_options=VocabParallelOptions(start, stop, gather_e=gather),
+    ).divergence
+    close(got, expected, LIMITS[impl])
+    names = NAMES[:3]
+    found = torch.autograd.grad(got, [leaves[name] for name in names])
+    wanted = torch.autograd.grad(expected, [whole[name] for name in names])
+    for name, ours, theirs in zip(names, found, wanted, strict=True):
+        close(ours, theirs[places.get(name, slice(start, stop))], 10 * LIMITS[impl])
+
+
 def close(ours, theirs, limit):
     torch.testing.assert_close(ours.double(), theirs, rtol=limit, atol=2 * limit)
 
@@ -110,6 +141,11 @@ CASES = {
             (0.3, "empty", EMPTY, False),
             (0.3, "gathered", RAGGED, True),
         )
+    },
+    **{
+        f"{impl}-mean-{gather:d}": functools.partial(weighted_mean, impl=impl, gather=gather)
+        for impl in LIMITS
+        for gather in (False, True)
     },
     "different_shards": different_shards,
     "sharded_head": sharded_head,

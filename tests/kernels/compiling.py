@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from cut_cross_entropy.kernels import (
     BLOCK_T,
     class_logits,
-    divergence,
+    divergence_kernels,
     exact,
     exact_sum,
     further_sums,
@@ -231,13 +231,13 @@ def variants(tiles: Tiles) -> list[Variant]:
         transforms = dict.fromkeys(
             ("HAS_BIAS", "TEACHER_BIAS", "SOFTCAP", "TEACHER_SOFTCAP", "HAS_MULTIPLIER",
              "TEACHER_MULTIPLIER"), options)  # fmt: skip
-        shared = {**transforms, "BLOCK": divergence.BLOCK}
-        add(f"divergence_sums-{options:d}", divergence.add_sums_kernel,
+        shared = {**transforms, "BLOCK": divergence_kernels.BLOCK}
+        add(f"divergence_sums-{options:d}", divergence_kernels.add_sums_kernel,
             {**shared, "KIND": int(options), "HAS_TARGETS": options},
             types=_OF_PRODUCTS)  # fmt: skip
-        add(f"mixture_sums-{options:d}", divergence.add_mixture_sums_kernel, shared,
+        add(f"mixture_sums-{options:d}", divergence_kernels.add_mixture_sums_kernel, shared,
             types=_OF_PRODUCTS)  # fmt: skip
-        add(f"divergence_gradients-{options:d}", divergence.logit_gradients_kernel,
+        add(f"divergence_gradients-{options:d}", divergence_kernels.logit_gradients_kernel,
             {**shared, "KIND": 2, "HAS_DIVERGENCE": True, "HAS_ENTROPY": options,
              "HAS_LOGPROB": options},
             types=_OF_PRODUCTS)  # fmt: skip

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cut_cross_entropy import linear_divergence
-from cut_cross_entropy.kernels import divergence as kernels
+from cut_cross_entropy.kernels import divergence as walks
+from cut_cross_entropy.kernels import divergence_logits as kernels
 from tests.test_divergence import (
     BETAS,
     NAMES,
@@ -188,7 +189,7 @@ def test_memory(beta, monkeypatch):
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_blocks_are_bounded_in_elements(beta, monkeypatch, launched):
     """32 bits reach every element of a block, whatever the budget."""
-    monkeypatch.setattr(kernels, "MAX_ELEMENTS", 13 * 128)
+    monkeypatch.setattr(walks, "MAX_ELEMENTS", 13 * 128)
     tensors, targets = problem(dtype=torch.float32)
     leaves = leaves_of(tensors)
     ours = run(leaves, targets, beta, impl="cce")

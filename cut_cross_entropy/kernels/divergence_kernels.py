@@ -1,0 +1,375 @@
+"""Kernels that read the logits of student and teacher: sums of a token, and logit gradients.
+
+The library has stored the products of a block of tokens and classes in float32; each kernel applies
+bias, softcap and multiplier to both models' and reads them once. Formulas:
+``implementations.chunked_divergence``. Shape legend: ``cut_cross_entropy.kernels``; T is the number
+of tokens of a block.
+"""
+
+import triton
+import triton.language as tl
+
+from cut_cross_entropy.kernels.primitives import LN2, logit_slope, transform_logits
+
+FROM_TEACHER, FROM_STUDENT, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+BLOCK = 1024  # classes that a program reads at a time
+LOWEST = tl.constexpr(-2.0e4)
+"""Log2 of the probability that stands for -inf in a mixture: its exponential is 0 too."""
+
+# Rows of the sums of a walk, float32; exponents are relative to the highest logit so far.
+HIGH, TOTAL, OTHERS, FIRST, TARGET, TEACHER_HIGH, TEACHER_TOTAL, CROSS = range(8)
+RELATIVE, TEACHER_RELATIVE = range(2)
+
+
+@triton.jit
+def two_logits(
+    student_ptr,
+    teacher_ptr,
+    bias_ptr,
+    teacher_bias_ptr,
+    multiplier_ptr,
+    teacher_multiplier_ptr,
+    row,
+    classes,
+    num_classes,
+    stride,
+    softcap,
+    teacher_softcap,
+    HAS_BIAS: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
+    TEACHER_MULTIPLIER: tl.constexpr,
+):
+    """Load some logits of one token from the products, in units of log2, (1, BLOCK) each."""
+    inside = classes < num_classes
+    place = row.to(tl.int64) * stride + classes
+    multiplier, teacher_multiplier = 1.0, 1.0  # unused
+    if HAS_MULTIPLIER:
+        multiplier = tl.load(multiplier_ptr + row + tl.arange(0, 1))
+    if TEACHER_MULTIPLIER:
+        teacher_multiplier = tl.load(teacher_multiplier_ptr + row + tl.arange(0, 1))
+    student = transform_logits(
+        tl.load(student_ptr + place, mask=inside, other=0.0)[None, :],
+        bias_ptr=bias_ptr,
+        classes=classes,
+        inside=inside,
+        softcap=softcap,
+        HAS_BIAS=HAS_BIAS,
+        SOFTCAP=SOFTCAP,
+        TOKEN_AXIS=0,
+        multiplier=multiplier,
+        HAS_MULTIPLIER=HAS_MULTIPLIER,
+    )
+    teacher = transform_logits(
+        tl.load(teacher_ptr + place, mask=inside, other=0.0)[None, :],
+        bias_ptr=teacher_bias_ptr,
+        classes=classes,
+        inside=inside,
+        softcap=teacher_softcap,
+        HAS_BIAS=TEACHER_BIAS,
+        SOFTCAP=TEACHER_SOFTCAP,
+        TOKEN_AXIS=0,
+        multiplier=teacher_multiplier,
+        HAS_MULTIPLIER=TEACHER_MULTIPLIER,
+    )
+    return student, teacher
+
+
+@triton.jit
+def rebase(high, logits):
+    """Return the higher maximum, what the exponents fall by, and the factor of earlier sums."""
+    higher = tl.maximum(high, tl.max(logits, 1))
+    # Nothing seen yet, nothing to scale; infinity less infinity is no number.
+    fall = tl.where((high == float("-inf")) | (high == higher), 0.0, higher - high)
+    return higher, fall, tl.exp2(-fall)
+
+
+@triton.jit
+def relative_to(logits, high):
+    """Return the logits less their maximum, which may be -inf if all are."""
+    return logits - tl.where(high == float("-inf"), 0.0, high)[:, None]
+
+
+@triton.jit
+def expected(p, x):
+    """Return ``p * x``, 0 where p is."""
+    return tl.where(p == 0.0, 0.0, p * x)
+
+
+@triton.jit
+def log_mixture(log_p, log_q, log_share, log_rest):
+    """Return log2 of the mixture of both, whose shares are given as log2."""
+    ours = tl.maximum(log_p, LOWEST) + log_rest
+    theirs = tl.maximum(log_q, LOWEST) + log_share
+    larger = tl.maximum(ours, theirs)
+    return larger + tl.log2(tl.exp2(ours - larger) + tl.exp2(theirs - larger))
+
+
+@triton.jit(do_not_specialize=["num_classes", "stride", "num_tokens"])
+def add_sums_kernel(
+    student_ptr,  # (T, stride) products of the student
+    teacher_ptr,  # (T, stride)
+    bias_ptr,  # (classes,)
+    teacher_bias_ptr,  # (classes,)
+    multiplier_ptr,  # (T,)
+    teacher_multiplier_ptr,  # (T,)
+    columns_ptr,  # (T,) column of the target; negative if it is not here
+    sums_ptr,  # (8, T) in, out: see HIGH and the others
+    num_tokens,
+    num_classes,
+    stride,
+    softcap,
+    teacher_softcap,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
+    TEACHER_MULTIPLIER: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the classes of a block to the sums of one token."""
+    row = tl.program_id(0)
+    one = tl.arange(0, 1)
+    high = tl.load(sums_ptr + row + one)
+    teacher_high = tl.load(sums_ptr + 5 * num_tokens + row + one)
+    total = tl.zeros((1, BLOCK), tl.float32)
+    others = tl.zeros((1, BLOCK), tl.float32)
+    first = tl.zeros((1, BLOCK), tl.float32)
+    teacher_total = tl.zeros((1, BLOCK), tl.float32)
+    cross = tl.zeros((1, BLOCK), tl.float32)
+    # Earlier blocks are one more summand.
+    begin = tl.arange(0, BLOCK)[None, :] == 0
+    total = tl.where(begin, tl.load(sums_ptr + num_tokens + row), total)
+    first = tl.where(begin, tl.load(sums_ptr + 3 * num_tokens + row), first)
+    teacher_total = tl.where(begin, tl.load(sums_ptr + 6 * num_tokens + row), teacher_total)
+    cross = tl.where(begin, tl.load(sums_ptr + 7 * num_tokens + row), cross)
+    column = 0
+    if HAS_TARGETS:
+        column = tl.load(columns_ptr + row)
+        others = tl.where(begin, tl.load(sums_ptr + 2 * num_tokens + row), others)
+    for start in range(0, num_classes, BLOCK):
+        classes = start + tl.arange(0, BLOCK)
+        student, teacher = two_logits(
+            student_ptr,
+            teacher_ptr=teacher_ptr,
+            bias_ptr=bias_ptr,
+            teacher_bias_ptr=teacher_bias_ptr,
+            multiplier_ptr=multiplier_ptr,
+            teacher_multiplier_ptr=teacher_multiplier_ptr,
+            row=row,
+            classes=classes,
+            num_classes=num_classes,
+            stride=stride,
+            softcap=softcap,
+            teacher_softcap=teacher_softcap,
+            HAS_BIAS=HAS_BIAS,
+            TEACHER_BIAS=TEACHER_BIAS,
+            SOFTCAP=SOFTCAP,
+            TEACHER_SOFTCAP=TEACHER_SOFTCAP,
+            HAS_MULTIPLIER=HAS_MULTIPLIER,
+            TEACHER_MULTIPLIER=TEACHER_MULTIPLIER,
+        )
+        high, fall, shrink = rebase(high, student)
+        teacher_high, teacher_fall, teacher_shrink = rebase(teacher_high, teacher)
+        exponent = relative_to(student, high)
+        teacher_exponent = relative_to(teacher, teacher_high)
+        p = tl.exp2(exponent)
+        q = tl.exp2(teacher_exponent)
+        if KIND == FROM_TEACHER:
+            ahead = expected(q, teacher_exponent - exponent)
+            shift = (fall - teacher_fall)[:, None]
+            cross = (cross + shift * teacher_total) * teacher_shrink[:, None] + ahead
+        if KIND == FROM_STUDENT:
+            ahead = expected(p, exponent - teacher_exponent)
+            shift = (teacher_fall - fall)[:, None]
+            cross = (cross + shift * total) * shrink[:, None] + ahead
+        first = (first - fall[:, None] * total) * shrink[:, None] + expected(p, exponent)
+        total = total * shrink[:, None] + p
+        teacher_total = teacher_total * teacher_shrink[:, None] + q
+        if HAS_TARGETS:
+            is_other = (classes != column)[None, :]
+            others = others * shrink[:, None] + tl.where(is_other, p, 0.0)
+            if (column >= start) & (column < start + BLOCK):
+                logit = tl.sum(tl.where(is_other, 0.0, student), 1)
+                tl.store(sums_ptr + 4 * num_tokens + row + one, logit)
+    tl.store(sums_ptr + row + one, high)
+    tl.store(sums_ptr + num_tokens + row + one, tl.sum(total, 1))
+    tl.store(sums_ptr + 3 * num_tokens + row + one, tl.sum(first, 1))
+    tl.store(sums_ptr + 5 * num_tokens + row + one, teacher_high)
+    tl.store(sums_ptr + 6 * num_tokens + row + one, tl.sum(teacher_total, 1))
+    tl.store(sums_ptr + 7 * num_tokens + row + one, tl.sum(cross, 1))
+    if HAS_TARGETS:
+        tl.store(sums_ptr + 2 * num_tokens + row + one, tl.sum(others, 1))
+
+
+@triton.jit(do_not_specialize=["num_classes", "stride", "num_tokens"])
+def add_mixture_sums_kernel(
+    student_ptr,  # (T, stride) products of the student
+    teacher_ptr,  # (T, stride)
+    bias_ptr,  # (classes,)
+    teacher_bias_ptr,  # (classes,)
+    multiplier_ptr,  # (T,)
+    teacher_multiplier_ptr,  # (T,)
+    lse_ptr,  # (T,) log2
+    teacher_lse_ptr,  # (T,) log2
+    sums_ptr,  # (2, T) in, out: of the student and of the teacher relative to the mixture
+    log_share,
+    log_rest,
+    num_tokens,
+    num_classes,
+    stride,
+    softcap,
+    teacher_softcap,
+    HAS_BIAS: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
+    TEACHER_MULTIPLIER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the classes of a block to what student and teacher are from their mixture, of a token."""
+    row = tl.program_id(0)
+    one = tl.arange(0, 1)
+    lse = tl.load(lse_ptr + row)
+    teacher_lse = tl.load(teacher_lse_ptr + row)
+    ours = tl.zeros((1, BLOCK), tl.float32)
+    theirs = tl.zeros((1, BLOCK), tl.float32)
+    for start in range(0, num_classes, BLOCK):
+        classes = start + tl.arange(0, BLOCK)
+        student, teacher = two_logits(
+            student_ptr,
+            teacher_ptr=teacher_ptr,
+            bias_ptr=bias_ptr,
+            teacher_bias_ptr=teacher_bias_ptr,
+            multiplier_ptr=multiplier_ptr,
+            teacher_multiplier_ptr=teacher_multiplier_ptr,
+            row=row,
+            classes=classes,
+            num_classes=num_classes,
+            stride=stride,
+            softcap=softcap,
+            teacher_softcap=teacher_softcap,
+            HAS_BIAS=HAS_BIAS,
+            TEACHER_BIAS=TEACHER_BIAS,
+            SOFTCAP=SOFTCAP,
+            TEACHER_SOFTCAP=TEACHER_SOFTCAP,
+            HAS_MULTIPLIER=HAS_MULTIPLIER,
+            TEACHER_MULTIPLIER=TEACHER_MULTIPLIER,
+        )
+        log_p = student - lse
+        log_q = teacher - teacher_lse
+        log_m = log_mixture(log_p, log_q, log_share, log_rest)
+        ours += expected(tl.exp2(log_p), log_p - log_m)
+        theirs += expected(tl.exp2(log_q), log_q - log_m)
+    out = sums_ptr + row + one
+    tl.store(out, tl.load(out) + tl.sum(ours, 1))
+    tl.store(out + num_tokens, tl.load(out + num_tokens) + tl.sum(theirs, 1))
+
+
+@triton.jit(do_not_specialize=["num_classes", "stride", "grad_stride"])
+def logit_gradients_kernel(
+    student_ptr,  # (T, stride) products of the student
+    teacher_ptr,  # (T, stride)
+    bias_ptr,  # (classes,)
+    teacher_bias_ptr,  # (classes,)
+    multiplier_ptr,  # (T,)
+    teacher_multiplier_ptr,  # (T,)
+    lse_ptr,  # (T,) log2, like the three that follow
+    teacher_lse_ptr,  # (T,)
+    relative_ptr,  # (T,) of the student
+    entropy_ptr,  # (T,)
+    g_divergence_ptr,  # (T,) times the scale, like the three that follow
+    g_entropy_ptr,  # (T,)
+    g_logprob_ptr,  # (T,)
+    miss_ptr,  # (T,) gradient by the logit of the target
+    columns_ptr,  # (T,) column of the target; negative if it is not here
+    grad_ptr,  # (T, grad_stride) out, in the memory of student_ptr
+    log_share,
+    log_rest,
+    rest,
+    num_classes,
+    stride,
+    grad_stride,
+    softcap,
+    teacher_softcap,
+    KIND: tl.constexpr,
+    HAS_DIVERGENCE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_LOGPROB: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
+    TEACHER_MULTIPLIER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Overwrite the student's products of one token by the gradient by them.
+
+    In half precision a block of classes is written where the program has read already.
+    """
+    row = tl.program_id(0)
+    lse = tl.load(lse_ptr + row)
+    multiplier = 1.0  # unused
+    if HAS_MULTIPLIER:
+        multiplier = tl.load(multiplier_ptr + row)
+    for start in range(0, num_classes, BLOCK):
+        classes = start + tl.arange(0, BLOCK)
+        student, teacher = two_logits(
+            student_ptr,
+            teacher_ptr=teacher_ptr,
+            bias_ptr=bias_ptr,
+            teacher_bias_ptr=teacher_bias_ptr,
+            multiplier_ptr=multiplier_ptr,
+            teacher_multiplier_ptr=teacher_multiplier_ptr,
+            row=row,
+            classes=classes,
+            num_classes=num_classes,
+            stride=stride,
+            softcap=softcap,
+            teacher_softcap=teacher_softcap,
+            HAS_BIAS=HAS_BIAS,
+            TEACHER_BIAS=TEACHER_BIAS,
+            SOFTCAP=SOFTCAP,
+            TEACHER_SOFTCAP=TEACHER_SOFTCAP,
+            HAS_MULTIPLIER=HAS_MULTIPLIER,
+            TEACHER_MULTIPLIER=TEACHER_MULTIPLIER,
+        )
+        inside = (classes < num_classes)[None, :]
+        log_p = student - lse
+        p = tl.exp2(log_p)
+        grad = tl.zeros((1, BLOCK), tl.float32)
+        if HAS_DIVERGENCE:
+            g = tl.load(g_divergence_ptr + row)
+            log_q = teacher - tl.load(teacher_lse_ptr + row)
+            if KIND == FROM_TEACHER:
+                grad = g * (p - tl.exp2(log_q))
+            else:
+                reference = log_q
+                if KIND == MIXTURE:
+                    reference = log_mixture(log_p, log_q, log_share, log_rest)
+                    g *= rest
+                grad = g * LN2 * expected(p, log_p - reference - tl.load(relative_ptr + row))
+        if HAS_ENTROPY:
+            surplus = expected(p, log_p + tl.load(entropy_ptr + row))
+            grad -= tl.load(g_entropy_ptr + row) * LN2 * surplus
+        if HAS_LOGPROB:
+            is_target = (classes == tl.load(columns_ptr + row))[None, :]
+            part = -tl.load(g_logprob_ptr + row) * p
+            grad += tl.where(is_target, tl.load(miss_ptr + row), part)
+        if HAS_MULTIPLIER:
+            grad *= multiplier
+        if SOFTCAP:
+            capped = student
+            if HAS_MULTIPLIER:
+                capped = capped / multiplier
+            grad *= tl.where(inside, logit_slope(capped, softcap), 0.0)
+        place = row.to(tl.int64) * grad_stride + classes[None, :]
+        tl.debug_barrier()  # other threads have read what this one overwrites
+        tl.store(grad_ptr + place, grad.to(grad_ptr.dtype.element_ty), mask=inside)

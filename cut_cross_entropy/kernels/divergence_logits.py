@@ -1,0 +1,310 @@
+"""The logits of a block of tokens and classes of two models, and launches of what reads them."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState
+from cut_cross_entropy.implementations.blocks import MIN_CLASSES, Blocks
+from cut_cross_entropy.kernels.divergence_kernels import (
+    BLOCK,
+    CROSS,
+    FIRST,
+    FROM_STUDENT,
+    FROM_TEACHER,
+    HIGH,
+    MIXTURE,
+    OTHERS,
+    RELATIVE,
+    TARGET,
+    TEACHER_HIGH,
+    TEACHER_RELATIVE,
+    TEACHER_TOTAL,
+    TOTAL,
+    add_mixture_sums_kernel,
+    add_sums_kernel,
+    logit_gradients_kernel,
+)
+from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.primitives import LN2
+from cut_cross_entropy.problem import gradient_scale
+
+
+@dataclass(frozen=True)
+class StoredLogits:
+    """Memory for the products of a block of both models, in float32.
+
+    Args:
+        student, teacher: the inputs without ignored tokens.
+        memory: (tokens, stride) of the student's products, which their gradients overwrite, and
+            of the teacher's.
+    """
+
+    student: Blocks
+    teacher: Blocks
+    memory: tuple[Tensor, Tensor]
+
+    @classmethod
+    def allocate(
+        cls, student: Blocks, teacher: Blocks, num_tokens: int, num_classes: int
+    ) -> "StoredLogits":
+        """Allocate memory for blocks of at most that many tokens and classes."""
+        stride = -(-num_classes // MIN_CLASSES) * MIN_CLASSES  # rows stay aligned
+        shape, make = (num_tokens, stride), student.problem.e.new_empty
+        memory = make(shape, dtype=torch.float32), make(shape, dtype=torch.float32)
+        return cls(student, teacher, memory)
+
+    @property
+    def factor_type(self) -> torch.dtype:
+        """Dtype of logit gradients, as factors of products."""
+        return self.student.problem.compute_dtype if self.student.half_products else torch.float32
+
+    def gradients(self, tokens: slice, classes: slice) -> Tensor:
+        """Return the place of the logit gradients of a block, (tokens, classes)."""
+        place = self.memory[0].view(self.factor_type)
+        return place[: tokens.stop - tokens.start, : classes.stop - classes.start]
+
+    def token_blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Blocks of tokens with the embeddings of student and teacher."""
+        for tokens in self.student.token_blocks():
+            yield tokens, self.student.embeddings(tokens), self.teacher.embeddings(tokens)
+
+    def multiply(
+        self, e: Tensor, e_teacher: Tensor, tokens: slice, classes: slice, first: int
+    ) -> None:
+        """Store the products of some classes of a block of both, whose first class is ``first``."""
+        for side, rows, memory in zip(
+            (self.student, self.teacher), (e, e_teacher), self.memory, strict=True
+        ):
+            columns = slice(classes.start - first, classes.stop - first)
+            out = memory[: tokens.stop - tokens.start, columns]
+            side.store_product(rows, side.classifier(classes).T, out)
+
+    def add_sums(
+        self, tokens: slice, classes: slice, sums: Tensor, kind: int, has_targets: bool
+    ) -> None:
+        """Add a block whose products are stored to the sums (8, T) of its tokens."""
+        self._run(
+            add_sums_kernel,
+            tokens,
+            classes,
+            columns_ptr=self._columns(tokens, classes) if has_targets else None,
+            sums_ptr=sums,
+            num_tokens=sums.shape[1],
+            KIND=kind,
+            HAS_TARGETS=has_targets,
+        )
+
+    def add_mixture_sums(
+        self, tokens: slice, classes: slice, sums: Tensor, results: Tensor, beta: float
+    ) -> None:
+        """Add such a block to the sums (2, T) relative to the mixture.
+
+        Args:
+            tokens, classes: the block.
+            sums: of its tokens, in and out.
+            results: (6, T) of its tokens, of which the log-sum-exps are read.
+            beta: share of the teacher in the mixture.
+        """
+        self._run(
+            add_mixture_sums_kernel,
+            tokens,
+            classes,
+            lse_ptr=results[3] / LN2.value,
+            teacher_lse_ptr=results[4] / LN2.value,
+            sums_ptr=sums,
+            num_tokens=sums.shape[1],
+            **_shares(beta),
+        )
+
+    def write_gradients(
+        self,
+        tokens: slice,
+        classes: slice,
+        values: "TokenValues",
+        kind: int,
+        beta: float,
+    ) -> Tensor:
+        """Overwrite the student's products of a block with the gradients by them.
+
+        Args:
+            tokens, classes: the block.
+            values: of its tokens.
+            kind: see :func:`kind_of_divergence`.
+            beta: from 0 to 1.
+
+        Returns:
+            The gradients times the scale of the values, (T, classes).
+        """
+        has_targets, out = values.g_logprobs is not None, self.gradients(tokens, classes)
+        self._run(
+            logit_gradients_kernel,
+            tokens,
+            classes,
+            lse_ptr=values.lse,
+            teacher_lse_ptr=values.teacher_lse,
+            relative_ptr=values.relative,
+            entropy_ptr=values.entropy,
+            g_divergence_ptr=values.g_divergence,
+            g_entropy_ptr=values.g_entropy,
+            g_logprob_ptr=values.g_logprobs,
+            miss_ptr=values.miss,
+            columns_ptr=self._columns(tokens, classes) if has_targets else None,
+            grad_ptr=out,
+            grad_stride=out.stride(0),
+            rest=1 - beta,
+            KIND=kind,
+            HAS_DIVERGENCE=values.g_divergence is not None,
+            HAS_ENTROPY=values.g_entropy is not None,
+            HAS_LOGPROB=has_targets,
+            **_shares(beta),
+        )
+        return out
+
+    def _columns(self, tokens: slice, classes: slice) -> Tensor:
+        """Return the column of each token's target in a block of classes; -1 if elsewhere."""
+        targets = self.student.targets[tokens]
+        here = (targets >= classes.start) & (targets < classes.stop)
+        return torch.where(here, targets - classes.start, -1).int()
+
+    def _run(self, kernel: Any, tokens: slice, classes: slice, **arguments: Any) -> None:
+        """Launch a kernel over the tokens of a block whose products are stored."""
+        sides = (self.student, self.teacher)
+        biases = [None if x.problem.bias is None else x.problem.bias[classes] for x in sides]
+        multipliers = [None if x.multiplier is None else x.multiplier[tokens] for x in sides]
+        softcaps = [x.problem.softcap for x in sides]
+        launch(
+            kernel,
+            (tokens.stop - tokens.start,),
+            student_ptr=self.memory[0],
+            teacher_ptr=self.memory[1],
+            bias_ptr=biases[0],
+            teacher_bias_ptr=biases[1],
+            multiplier_ptr=multipliers[0],
+            teacher_multiplier_ptr=multipliers[1],
+            num_classes=classes.stop - classes.start,
+            stride=self.memory[0].stride(0),
+            softcap=softcaps[0] or 0.0,
+            teacher_softcap=softcaps[1] or 0.0,
+            HAS_BIAS=biases[0] is not None,
+            TEACHER_BIAS=biases[1] is not None,
+            SOFTCAP=softcaps[0] is not None,
+            TEACHER_SOFTCAP=softcaps[1] is not None,
+            HAS_MULTIPLIER=multipliers[0] is not None,
+            TEACHER_MULTIPLIER=multipliers[1] is not None,
+            BLOCK=BLOCK,
+            **arguments,
+        )
+
+
+def kind_of_divergence(beta: float) -> int:
+    """Return which of the three formulas a beta has, as the kernels number them."""
+    if beta == 0:
+        return int(FROM_TEACHER.value)
+    return int((FROM_STUDENT if beta == 1 else MIXTURE).value)
+
+
+def _shares(beta: float) -> dict[str, Any]:
+    """Return log2 of the shares of teacher and student in the mixture."""
+    if not 0 < beta < 1:
+        return {"log_share": 0.0, "log_rest": 0.0}
+    return {"log_share": math.log2(beta), "log_rest": math.log1p(-beta) / math.log(2)}
+
+
+def no_sums(num_tokens: int, like: Tensor) -> Tensor:
+    """Return the sums (8, num_tokens) of no class."""
+    sums = like.new_zeros((8, num_tokens), dtype=torch.float32)
+    for row in (HIGH, TARGET, TEACHER_HIGH):  # a list of rows would be copied to the device
+        sums[row] = -torch.inf
+    return sums
+
+
+def finish(sums: Tensor, results: Tensor, kind: int, has_targets: bool) -> None:
+    """Turn the sums (8, T) of tokens into their results (6, T), in the order of the state.
+
+    Of a mixture the divergence is still missing.
+    """
+    log_total, log_teacher_total = sums[TOTAL].log2(), sums[TEACHER_TOTAL].log2()
+    results[1] = log_total - sums[FIRST] / sums[TOTAL]
+    results[3] = sums[HIGH] + log_total
+    results[4] = sums[TEACHER_HIGH] + log_teacher_total
+    if kind == FROM_TEACHER.value:
+        results[0] = sums[CROSS] / sums[TEACHER_TOTAL] + (log_total - log_teacher_total)
+    elif kind == FROM_STUDENT.value:
+        results[0] = sums[CROSS] / sums[TOTAL] + (log_teacher_total - log_total)
+        results[5] = results[0]
+    results *= LN2.value
+    if has_targets:
+        # Precise where the target has most of the probability, and never above 0.
+        misses = sums[OTHERS] / sums[TOTAL]
+        likely = torch.log1p(-misses.clamp(max=0.5))
+        logprobs = (sums[TARGET] - sums[HIGH] - log_total) * LN2.value
+        results[2] = torch.where(misses < 0.5, likely, logprobs).clamp(max=0)
+
+
+def finish_mixture(sums: Tensor, results: Tensor, beta: float) -> None:
+    """Turn the sums (2, T) relative to the mixture into the results that miss them."""
+    of_student, of_teacher = sums[RELATIVE] * LN2.value, sums[TEACHER_RELATIVE] * LN2.value
+    results[0] = (1 - beta) * of_student + beta * of_teacher
+    results[5] = of_student
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """Values (T,) that logit gradients have: gradients of results, and log2 of results.
+
+    Args:
+        g_divergence, g_entropy, g_logprobs: gradients of the results times the scale; None for 0.
+        miss: gradient by the logit of the target; None without ``g_logprobs``.
+        lse, teacher_lse, relative, entropy: results, log2.
+    """
+
+    g_divergence: Tensor | None
+    g_entropy: Tensor | None
+    g_logprobs: Tensor | None
+    miss: Tensor | None
+    lse: Tensor
+    teacher_lse: Tensor
+    relative: Tensor
+    entropy: Tensor
+
+    @classmethod
+    def of(
+        cls, grads: DivergenceGrads, state: DivergenceState, blocks: Blocks, scale: Tensor
+    ) -> "TokenValues":
+        """Return the values of the tokens that are not ignored.
+
+        Args:
+            grads, state: of all tokens.
+            blocks: of the student.
+            scale: () of the gradients.
+        """
+        g_divergence, g_entropy, g_logprobs = (
+            None if x is None else blocks.gather(x.float()) * scale for x in grads
+        )
+        miss = None
+        if g_logprobs is not None:
+            # A target out of range: never a plausible number.
+            g_logprobs = torch.where(blocks.in_range, g_logprobs, torch.nan)
+            miss = -g_logprobs * torch.expm1(blocks.gather(state.logprobs))
+        logs = (state.lse, state.teacher_lse, state.relative, state.entropy)
+        lse, teacher_lse, relative, entropy = (blocks.gather(x) / LN2.value for x in logs)
+        return cls(g_divergence, g_entropy, g_logprobs, miss, lse, teacher_lse, relative, entropy)
+
+    def part(self, tokens: slice) -> "TokenValues":
+        """Return the values of some of the tokens."""
+        given = {name: x for name, x in vars(self).items() if x is not None}
+        return replace(self, **{name: x[tokens] for name, x in given.items()})
+
+
+def scale_of(grads: DivergenceGrads, blocks: Blocks, factor_type: torch.dtype) -> Tensor:
+    """Return the power of two () that brings gradients (N,) near 1 where float16 holds them."""
+    given = [x.abs() for x in grads if x is not None]
+    if factor_type == torch.float16 and given:
+        largest = blocks.gather(torch.stack(given).amax(0).float())
+        return gradient_scale(largest, largest)
+    return blocks.targets.new_ones((), dtype=torch.float32)
