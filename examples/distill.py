@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
             log_q = F.linear(e_teacher, head_teacher).log_softmax(-1).flatten(0, 1)
             loss = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
         else:
-            loss = linear_divergence(e, head, e_teacher, head_teacher).divergence.mean()
+            result = linear_divergence(e, head, e_teacher, head_teacher, reduction="mean")
+            loss = result.divergence
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

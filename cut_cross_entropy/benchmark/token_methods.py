@@ -169,7 +169,7 @@ def _hollow(*packages: str) -> None:
 
 
 def our_divergence(impl: "ImplName") -> Builder:
-    """Build ``linear_divergence`` of this package."""
+    """Build ``linear_divergence`` of this package; where gradients are asked for, its mean."""
 
     def build(question: Question) -> Callable[[], Scores]:
         from cut_cross_entropy import linear_divergence
@@ -177,6 +177,7 @@ def our_divergence(impl: "ImplName") -> Builder:
         p, teacher = question.problem, _teacher(question)
 
         def run() -> Scores:
+            trains = torch.is_grad_enabled() and (p.e.requires_grad or p.c.requires_grad)
             found = linear_divergence(
                 p.e,
                 p.c,
@@ -187,9 +188,10 @@ def our_divergence(impl: "ImplName") -> Builder:
                 mask=p.targets != IGNORE_INDEX,
                 student_softcap=p.softcap,
                 teacher_softcap=teacher.softcap,
+                reduction="mean" if trains else "none",
                 impl=impl,
             )
-            return {"divergence": found.divergence}
+            return {"mean" if trains else "divergence": found.divergence}
 
         return run
 

@@ -92,7 +92,9 @@ def test_distillation_has_the_divergences_of_logits(model, monkeypatch, capsys):
     plain = distill.main(["--model", model, "--steps", str(STEPS), "--plain"])
     seen, original = [], distill.linear_divergence
     monkeypatch.setattr(
-        distill, "linear_divergence", lambda *args: seen.append(1) or original(*args)
+        distill,
+        "linear_divergence",
+        lambda *args, **options: seen.append(1) or original(*args, **options),
     )
     ours = distill.main(["--model", model, "--steps", str(STEPS)])
     assert len(seen) == len(plain) == len(set(plain)) == STEPS

@@ -40,14 +40,28 @@ def test_close_teacher(beta, dtype):
     for mine, other in zip(ours, exact, strict=True):
         allowed = 1e-4 if dtype == torch.float32 else 2 * rounding_error(other, dtype)
         assert relative_error(mine, other) <= allowed
+    # Gradients in the forward, of chunks of 384 or 512 tokens.
+    found = linear_divergence(
+        *tensors.values(), beta=beta, temperature=0.8, reduction="mean", memory_budget=2**26
+    )
+    expected = expected.divergence.mean()
+    torch.testing.assert_close(found.divergence.double(), expected, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(found.divergence, [tensors[x] for x in names])
+    for mine, other in zip(ours, exact, strict=True):
+        allowed = 1e-4 if dtype == torch.float32 else 2 * rounding_error(other, dtype)
+        assert relative_error(mine, other) <= allowed
 
 
-def test_deterministic():
+@pytest.mark.parametrize(("reduction", "memory_budget"), [("none", 2**24), ("sum", 2**26)])
+def test_deterministic(reduction, memory_budget):
     made = make("structured", TOKENS, SHAPE, device=DEVICE)
     results = []
     for _ in range(2):
         e, c = made.e.clone().requires_grad_(), made.c.clone().requires_grad_()
-        found = linear_divergence(e, c, made.e.flip(0), made.c, beta=0.3, memory_budget=2**24)
+        found = linear_divergence(
+            e, c, made.e.flip(0), made.c, beta=0.3, reduction=reduction,
+            memory_budget=memory_budget,
+        )  # fmt: skip
         found.divergence.sum().backward()
         results.append((found.divergence.detach(), e.grad, c.grad))
     for first, second in zip(*results, strict=True):
