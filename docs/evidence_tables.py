@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from docs.training_runs import (
     HELD_OUT,
     RAREST,
     REORDERED,
+    TUNED,
     Record,
     Records,
     differences,
@@ -27,7 +28,7 @@ HEADS = ("gemma2-structured", "smollm2")
 """Problems of the table of the output layer."""
 
 RIVALS = {FULL: "full logits", "torch_compile": "full logits, `torch.compile`",
-          "apple": "Apple's package", "liger": "Liger"}  # fmt: skip
+          "apple": "Apple's package", "liger": "Liger", "trl": "TRL's function"}  # fmt: skip
 """Methods of training that `cce` is held against."""
 
 OURS = ("cce", "cce_exact", "chunked")
@@ -80,16 +81,16 @@ def short(kept: Measurements, runs: Records, folder: Path) -> str:
             f"logits {full['runtime_ms']:.1f} ms and {full['op_mem_mb']:,.0f} MiB. Error of dE "
             f"{ours['multiple_e']:.1f} against {full['multiple_e']:.1f} × rounding."
         )
-    for record in runs["finetune"]:
+    for verb, record in ((TUNED[x], one) for x in TUNED for one in runs[x]):
         farthest = {
             method: differences(record.runs, method)[HELD_OUT].abs().max()
-            for method in ("cce", "cce_exact", REORDERED)
+            for method in ("cce", "cce_exact", "apple", "liger", "trl", REORDERED)
             if method in set(record.runs["method"])
         }
         parts = ", ".join(f"`{method}` {value:.4f}" for method, value in farthest.items())
         lines.append(
-            f"{record.model} fine-tuned, {record.runs['seed'].nunique()} seeds: the held-out loss "
-            f"differs from full logits by at most: {parts} nats."
+            f"{verb} {record.model}, {record.runs['seed'].nunique()} seeds: the held-out "
+            f"loss differs from full logits by at most: {parts} nats."
         )
     for record in runs["pretrain"]:
         found = differences(record.runs, "cce")
@@ -133,8 +134,17 @@ def layer(kept: Measurements, _: Records, __: Path) -> str:
 
 def finetune(_: Measurements, runs: Records, __: Path) -> str:
     """Held-out loss minus that of full logits, speed and memory of fine-tuned models."""
+    return _trained(runs["finetune"])
+
+
+def distill(_: Measurements, runs: Records, __: Path) -> str:
+    """Held-out divergence minus that of full logits, speed and memory of distillation."""
+    return _trained(runs["distill"])
+
+
+def _trained(records: Sequence[Record]) -> str:
     lines = []
-    for record in runs["finetune"]:
+    for record in records:
         largest = {row["method"]: row["tokens"] for row in record.content.get("largest", [])}
         for method in dict.fromkeys(record.runs["method"]):
             own = record.runs[record.runs["method"] == method]
@@ -153,7 +163,7 @@ def finetune(_: Measurements, runs: Records, __: Path) -> str:
         ("tokens/s, whole step", "{speed:,.0f}"), ("peak, MiB", "{mib:,.0f}"),
         ("largest batch, tokens", "{largest:,.0f}"), ("record", "{record}"),
     ]  # fmt: skip
-    return table(lines, columns) + _commands(runs["finetune"])
+    return table(lines, columns) + _commands(records)
 
 
 def _commands(records: Iterable[Record]) -> str:
@@ -266,7 +276,7 @@ def against(kept: Measurements, runs: Records, folder: Path) -> str:
             )
             others = dict(zip(own["method"], own["title"], strict=True))
             lines += _worse_layers(kept, own, f"{data_title(name)}, `{kind}`, {device}", others)
-    for record in (*runs["finetune"], *runs["pretrain"]):
+    for record in (*(one for name in TUNED for one in runs[name]), *runs["pretrain"]):
         lines += _worse_runs(record)
     for title, path, record in _trl_records(folder):
         ms = {run["method"]: sum(run["ms_per_step"].values()) for run in record["runs"]}
@@ -313,7 +323,8 @@ def _worse_runs(record: Record) -> list[dict[str, Any]]:
     runs, lines = record.runs, []
     if not {FULL, "cce"} <= set(runs["method"]):
         return []
-    where = "Pretraining" if record.name.startswith("pretrain") else f"Fine-tuning {record.model}"
+    experiment = record.name.partition("_")[0]
+    where = f"{TUNED[experiment]} {record.model}" if experiment in TUNED else "Pretraining"
     shared = {"where": f"{where}, {record.device}", "title": "full logits",
               "record": link_run(record)}  # fmt: skip
     costs = runs.groupby("method", sort=False)[["ms_per_step", "peak_mib"]].median()
@@ -343,9 +354,9 @@ WANTED: Mapping[str, tuple[str, str]] = {
         "experiments/dpo_*.json", "python -m experiments.dpo"),
     "Eight GPUs of one host": ("*/distributed_8.json", "python -m benchmark.distributed"),
     "Distillation of one real model into a smaller one": (
-        "experiments/distill_*.json", "python -m examples.distill"),
+        "experiments/distill_*.json", "python -m experiments.distill"),
     "LoRA on the head, frozen head, QLoRA": (
-        "experiments/lora_*.json", "python training/train.py --lora"),
+        "experiments/finetune_*-lora*.json", "python -m experiments.finetune --lora 16"),
 }  # fmt: skip
 """What belongs on the page: a pattern of its records, and the command that measures it."""
 
@@ -363,6 +374,7 @@ BLOCKS: dict[str, Callable[[Measurements, Records, Path], str]] = {
     "evidence-short": short,
     "evidence-layer": layer,
     "evidence-finetune": finetune,
+    "evidence-distill": distill,
     "evidence-pretrain": pretrain,
     "evidence-trainers": trainers,
     "evidence-gpus": gpus,

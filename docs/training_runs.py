@@ -13,12 +13,16 @@ from docs.plots import Plot, draw_curves, draw_rarity, minus, run_name, short
 
 EARLIER = "earlier"
 """Folder of records of kernels that have changed since in what their gradients skip."""
-NAMES = ("finetune", "pretrain", f"{EARLIER}/pretrain")
+TUNED = {"finetune": "Fine-tuning", "distill": "Distillation of"}
+"""Experiments with models that are trained already, as their titles begin."""
+NAMES = (*TUNED, "pretrain", f"{EARLIER}/pretrain")
 FULL, REORDERED = "full", "full_reordered"
 INDEPENDENT = (FULL, REORDERED)
 """Methods that use nothing of this package: their runs hold for every commit of it."""
-MODELS = {"smollm2": "SmolLM2 135M", "gemma3-270m": "Gemma 3 270M"}
+MODELS = {"smollm2": "SmolLM2 135M", "smollm2-135m": "SmolLM2 135M", "gemma3-270m": "Gemma 3 270M"}
 """Names of models by those of their files without the ending."""
+DIVERGENCES = {0: "KL(teacher || student)", 1: "KL(student || teacher)", 0.5: "JSD"}
+"""Names of divergences by their beta."""
 LAST_STEPS = 20
 """Steps whose training losses are averaged at the end of a run."""
 KEY = ["method", "seed"]
@@ -66,9 +70,18 @@ class Record:
 
     @property
     def model(self) -> str:
-        """Name of the model that is fine-tuned."""
-        name = Path(self.content["settings"]["model"]).stem
-        return MODELS.get(name, name)
+        """Name of the model that is fine-tuned or distilled, and how."""
+        settings = self.content["settings"]
+        name = Path(settings["model"]).stem
+        parts = [MODELS.get(name, name)]
+        if "beta" in settings:
+            other = f"generalised JSD, beta {settings['beta']:g}"
+            parts.append(DIVERGENCES.get(settings["beta"], other))
+        if "lora" in settings:
+            head = "and of its head" if "lora_head" in settings else "under a frozen head"
+            parts.append(f"LoRA of rank {settings['lora']} {head}")
+            parts += ["4-bit weights"] * ("load_in_4bit" in settings)
+        return ", ".join(parts)
 
 
 Records = dict[str, list[Record]]
@@ -119,6 +132,8 @@ def load(path: Path, folder: Path | None = None) -> Record:
         raise ValueError(f"{path} is not a record of an experiment: {error!r}") from error
     runs = pd.DataFrame(rows, columns=list(rows[0]) if rows else KEY)
     runs = runs.drop_duplicates(KEY, keep="last", ignore_index=True)
+    costs = ["ms_per_step", "peak_mib"]
+    runs = runs.astype({name: float for name in costs if name in runs})  # None: not measured
     if FULL not in set(runs["method"]):
         raise ValueError(f"{path} has no run with full logits to compare with")
     name = path.relative_to(folder or path.parent).with_suffix("").as_posix()
@@ -191,7 +206,7 @@ def _section(name: str, record: Record) -> str:
     spread = ("Between the seeds the held-out loss of full logits spreads over "
               f"{losses.max() - losses.min():.4f}.") * (len(losses) > 1)  # fmt: skip
     curves_link = f"![Loss curves and their differences](images/{record.image}.png)"
-    if name == "finetune":
+    if name in TUNED:
         parts = [
             f"### {record.model}",
             _heading(content),
@@ -368,9 +383,9 @@ def mean_and_error(values: pd.Series) -> str:
 def plots_of(records: Records) -> list[Plot]:
     """Return the plots of all records."""
     found = []
-    for record in records["finetune"]:
+    for verb, record in ((TUNED[x], one) for x in TUNED for one in records[x]):
         settings = record.content["settings"]
-        title = (f"Fine-tuning {record.model}, batches of {settings['batch_size']} x "
+        title = (f"{verb} {record.model}, batches of {settings['batch_size']} x "
                  f"{settings['length']:,} tokens, {short(record.device)}")  # fmt: skip
         data = record.runs[[*KEY, "losses"]].assign(smooth=1)
         found.append(Plot(record.image, title, draw_curves, data))

@@ -86,8 +86,14 @@ class Experiment(ABC):
         """Measure a model that trains on ``batches`` (S, B, T) on the text that was held out."""
         return {"held_out_loss": mean(token_losses(model, self.held_out)[0])}
 
+    def loss_of(self, method: str) -> FullLogits:
+        """Return the loss of ``method``; see :func:`loss_of`."""
+        return loss_of(method, self.device, self.arguments.apple)
+
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         self.arguments, self.device = arguments, device
+        # Before anything large is loaded, to refuse a method that cannot run.
+        self.losses = {method: self.loss_of(method) for method in arguments.methods}
         self.roots: list[Path] = arguments.roots or installed_roots()
         self.characters = int(arguments.megabytes * 1e6)
 
@@ -134,7 +140,8 @@ def token_losses(
     """Compute the loss of every token but the first of a window, by full logits in float32.
 
     Args:
-        model: a causal language model whose head is a plain product.
+        model: a causal language model with logits that are its output layer's, without softcap
+            or scale.
         windows: token ids, (n, T).
         classes: classes whose probability is added up.
         autocast: whether the body computes in bfloat16.
@@ -144,12 +151,12 @@ def token_losses(
     """
     training = model.training
     model.eval()
-    weight = model.get_output_embeddings().weight.float()
+    head = model.get_output_embeddings()
     found, mass = [], 0.0
     for batch in windows.split(max(1, JUDGED_TOKENS // windows.shape[1])):
         with torch.autocast(windows.device.type, torch.bfloat16, enabled=autocast):
             hidden = hidden_states(model, batch)
-        logits = hidden[:, :-1].float() @ weight.T
+        logits = head(hidden[:, :-1].float())
         found.append(F.cross_entropy(logits.mT, batch[:, 1:], reduction="none").cpu())
         if classes is not None:
             mass += float(logits.softmax(-1)[..., classes].sum(dtype=torch.float64))
@@ -237,9 +244,9 @@ def run(name: str, kind: type[Experiment], arguments: argparse.Namespace) -> Pat
     end = time.monotonic() + arguments.time_limit
     took: dict[str, float] = {}  # by method; the first run of each compiles kernels
     device = config_from(arguments).torch_device()
-    methods = arguments.methods or (GPU_METHODS if device.type == "cuda" else CPU_METHODS)
-    losses = {method: loss_of(method, device, arguments.apple) for method in methods}
+    arguments.methods = arguments.methods or (GPU_METHODS if device.type == "cuda" else CPU_METHODS)
     experiment = kind(arguments, device)
+    methods, losses = arguments.methods, experiment.losses
     trained, held_out = experiment.training, experiment.held_out
     if arguments.largest and device.type != "cuda":
         raise ValueError(f"--largest needs a CUDA device, got {device}")
@@ -352,12 +359,15 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
     }
 
 
-def build_parser(name: str, description: str, **defaults: Any) -> Parser:
+def build_parser(
+    name: str, description: str, peers: Sequence[str] = PEERS, **defaults: Any
+) -> Parser:
     """Build the options that every experiment has.
 
     Args:
         name: module of the experiment.
         description: for ``--help``.
+        peers: methods that are other packages'.
         defaults: those that differ between experiments.
     """
     parser = Parser(prog=f"python -m experiments.{name}", description=description)
@@ -367,10 +377,10 @@ def build_parser(name: str, description: str, **defaults: Any) -> Parser:
     add(
         "--methods",
         nargs="+",
-        choices=[FULL, REORDERED, *PEERS, *ALL_IMPLS],
+        choices=[FULL, REORDERED, *peers, *ALL_IMPLS],
         metavar="METHOD",
         help=f"what computes the loss, in this order: {FULL}, {REORDERED} (the same with every "
-        f"batch reversed), another package ({' '.join(PEERS)}) or an implementation; unless given: "
+        f"batch reversed), another package ({' '.join(peers)}) or an implementation; unless given: "
         f"{' '.join(GPU_METHODS)} on a GPU, {' '.join(CPU_METHODS)} without one",
     )
     add("--apple", type=Path, metavar="FOLDER", help="folder that holds Apple's package")

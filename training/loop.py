@@ -69,7 +69,7 @@ def train_steps(
     loss.prepare(model)
     model.train()
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [each for each in model.parameters() if each.requires_grad],
         betas=schedule.betas,
         weight_decay=schedule.weight_decay,
         fused=batches.is_cuda,

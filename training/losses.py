@@ -69,13 +69,7 @@ class FullLogits:
         with torch.no_grad():
             q = teacher(**others, use_cache=False).logits[:, :-1].float().log_softmax(-1)
 
-        def kl(of: Tensor, from_: Tensor) -> Tensor:
-            return F.kl_div(from_, of, log_target=True, reduction="none").sum(-1)
-
-        if beta in (0, 1):
-            return kl(p, q) if beta else kl(q, p)
-        m = torch.logaddexp(p + math.log1p(-beta), q + math.log(beta))
-        return beta * kl(q, m) + (1 - beta) * kl(p, m)
+        return divergence(p, q, beta)
 
     def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
         """Compute the mean loss of a prepared ``model`` on ``input_ids`` (B, T), differentiable."""
@@ -94,6 +88,28 @@ class FullLogits:
             logits=logits, labels=labels, vocab_size=model.config.get_text_config().vocab_size
         )
         return loss
+
+
+def divergence(
+    p: Tensor,  # (..., V)
+    q: Tensor,  # (..., V)
+    beta: float,
+) -> Tensor:
+    """Compute the divergence (...) of a student from a teacher, as in ``linear_divergence``.
+
+    Args:
+        p: log-probabilities of the student.
+        q: log-probabilities of the teacher.
+        beta: from 0 to 1.
+    """
+
+    def kl(of: Tensor, from_: Tensor) -> Tensor:
+        return F.kl_div(from_, of, log_target=True, reduction="none").sum(-1)
+
+    if beta in (0, 1):
+        return kl(p, q) if beta else kl(q, p)
+    m = torch.logaddexp(p + math.log1p(-beta), q + math.log(beta))
+    return beta * kl(q, m) + (1 - beta) * kl(p, m)
 
 
 class CutLogits(FullLogits):
@@ -138,7 +154,7 @@ class CutLogits(FullLogits):
         with torch.no_grad():
             teachers = self._lazy_logits(teacher, others)
 
-        def divergence(recipe: Recipe) -> Tensor:
+        def compute(recipe: Recipe) -> Tensor:
             return linear_divergence(
                 **_side("student", recipe),
                 **_side("teacher", teachers.recipe),
@@ -147,7 +163,7 @@ class CutLogits(FullLogits):
                 impl=self.impl,
             ).divergence
 
-        return lazy.call.compute(lazy.recipe, divergence)
+        return lazy.call.compute(lazy.recipe, compute)
 
     def _lazy_logits(self, model: Any, inputs: Mapping[str, Tensor]) -> LazyValue:
         self.prepare(model, lazy_logits=True)

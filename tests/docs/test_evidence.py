@@ -12,7 +12,7 @@ from docs.make import ROOT
 from docs.training_runs import Record
 from tests.benchmark.test_documentation import ENVIRONMENT, row
 
-NONE = {"pretrain": [], "earlier/pretrain": []}
+NONE = {"distill": [], "pretrain": [], "earlier/pretrain": []}
 DOCS = ROOT / "docs"
 PAGE = (DOCS / "evidence.md").read_text(encoding="utf-8")
 
@@ -72,6 +72,43 @@ def test_finetuning(nothing):
     assert "| `cce` | 2 | +0.2000 ± 0.1000 | 0.3000 | 100,000 | 10 | 123,456 |" in text
     assert "| `full_reordered` | 2 | -0.1000 ± 0.1000 | 0.2000 | 50,000 | 10 |  |" in text
     assert "From `python -m experiments.finetune --steps 3`." in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"beta": 0.0}, "some, KL(teacher || student)"),
+        ({"beta": 0.5}, "some, JSD"),
+        ({"beta": 0.3}, "some, generalised JSD, beta 0.3"),
+        ({"lora": 4}, "some, LoRA of rank 4 under a frozen head"),
+        (
+            {"lora": 4, "lora_head": True, "load_in_4bit": True},
+            "some, LoRA of rank 4 and of its head, 4-bit weights",
+        ),
+    ],
+)
+def test_names_of_what_is_trained(settings, name):
+    made = record("finetune", {"full": [2.0]}, {"full": 1.0})
+    made.content["settings"] |= settings
+    assert made.model == name
+
+
+def test_distillation(nothing):
+    losses = {"full": [2.0, 3.0], "cce": [2.1, 3.1001], "trl": [2.0, 3.0]}
+    made = record("distill", losses, {"full": 20.0, "cce": 10.0, "trl": 9.0})
+    made.content["settings"]["beta"] = 0.5
+    runs = {**NONE, "finetune": [], "distill": [made]}
+    text = evidence_tables.distill(nothing, runs, Path())
+    assert "| some, JSD, NVIDIA H200 | `cce` | 2 | +0.1000 ± 0.0000 | 0.1001 | 100,000 |" in text
+    assert "From `python -m experiments.distill --steps 3`." in text
+    lines = evidence_tables.against(nothing, runs, Path()).splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| Distillation of some, JSD, NVIDIA H200", "ms a step"],
+        ["| Distillation of some, JSD, NVIDIA H200", "held-out loss, difference of 2 seeds"],
+    ]
+    assert evidence_tables.short(nothing, runs, Path()).startswith(
+        "- Distillation of some, JSD, 2 seeds: the held-out loss differs"
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import transformers
 
 import cut_cross_entropy
 from docs import training_runs
-from experiments import comparison, corpus, finetune, largest, peers
+from experiments import comparison, corpus, distill, finetune, largest, peers
 from experiments.comparison import MEASUREMENTS, cut_windows
 from tests.transformers.models import SIZES, llama
 from training.loop import Schedule, draw_batches, train_steps
 from training.losses import FullLogits, plain_head
+from training.models import load_model
 
 CPU = torch.device("cpu")
 SCHEDULE = Schedule(learning_rate=1e-2)
@@ -224,3 +225,102 @@ def test_tables_of_cost(arguments, tmp_path, model_folder):
     assert "| 4.0 | 8,000 | 0 |" in text  # 2 sequences of 16 tokens
     assert "| `cce` | 96 | 98,304 | 500 | 196,608 | 9 |" in text
     assert "`liger`" not in text
+
+
+def parse(module, arguments):
+    """The arguments of an experiment at its tiniest."""
+    parser = module.build_parser()
+    parser.set_defaults(**module.SMOKE)
+    return parser.parse_args([*arguments, "--methods", "full"])
+
+
+@pytest.fixture
+def teacher(arguments, model_folder, tmp_path):
+    """The command with a model whose logits are large and whose layers matter."""
+    model, tokenizer = load_model(str(model_folder), torch.float32, CPU)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.mul_(1 if value.ndim == 1 else 10)
+    model.config.attention_dropout = 0.0  # which depends on the order of the sequences
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "teacher")
+    return [*arguments[:-1], str(tmp_path / "teacher")]
+
+
+@pytest.mark.parametrize("beta", ["0", "0.3"])
+def test_distillation(teacher, tmp_path, beta):
+    """The student begins as one of the two layers, and all methods lead it to the same loss."""
+    pytest.importorskip("trl")
+    methods = ["--methods", "full", "chunked", "trl", comparison.REORDERED]
+    more = [*methods, "--beta", beta, "--steps", "6", "--learning-rate", "1e-2"]
+    assert distill.main([*teacher, *more]) == 0
+    path = tmp_path / f"distill_teacher-beta{beta}_cpu.json"
+    record = json.loads(path.read_text())
+    assert record["settings"]["student's layers"] == "1 of 2"
+    assert record["settings"]["beta"] == float(beta)
+    runs = {run["method"]: run for run in record["runs"]}
+    full = runs["full"]
+    assert full["losses"][-1] < full["losses"][0]
+    assert 0 < full["judged"][-1]["held_out_loss"] < record["before"]["held_out_loss"]
+    for run in runs.values():
+        assert run["losses"] == pytest.approx(full["losses"], rel=0.02)
+    assert runs["trl"]["losses"] != full["losses"]
+    text = training_runs.section("distill", training_runs.read(path.parent))
+    assert text.count("\n| `trl` | 1 |") == 1
+
+
+def test_the_divergence_of_a_student_is_that_of_its_logits(teacher):
+    made = distill.Distill(parse(distill, [*teacher, "--every", "2", "--beta", "0.3"]), CPU)
+    student = made.make_model(0)
+    p, q = (
+        one(made.held_out, use_cache=False).logits[:, :-1].log_softmax(-1).double()
+        for one in (student.eval(), made.teacher)
+    )
+    m = torch.log(0.7 * p.exp() + 0.3 * q.exp())
+    expected = 0.3 * (q.exp() * (q - m)).sum(-1) + 0.7 * (p.exp() * (p - m)).sum(-1)
+    found = made.measure(student, None)["held_out_loss"]  # its body computes in bfloat16
+    assert found == pytest.approx(expected.mean().item(), rel=0.02)
+    assert not any(each.requires_grad for each in made.teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--beta", "1.5"], "--beta must be from 0 to 1, got 1.5"),
+        (["--every", "3"], "--every must be from 1 to 2, got 3"),
+        (["--methods", "cce_exact"], "impl"),
+    ],
+)
+def test_no_such_distillation(arguments, option, message, capsys):
+    assert distill.main([*arguments, *option]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_adapters(arguments, tmp_path, model_folder):
+    """Runs start from the same adapters, whatever trained them before, and the held-out loss
+    includes those of the output layer.
+    """
+    pytest.importorskip("peft")
+    more = ["--lora", "2", "--lora-alpha", "64", "--lora-head", "--learning-rate", "1e-2"]
+    methods = ["--methods", "full", "chunked", "full"]
+    assert finetune.main([*arguments, *more, *methods, "--steps", "6"]) == 0
+    record = json.loads((tmp_path / f"finetune_{model_folder.name}-lora-head_cpu.json").read_text())
+    settings = record["settings"]
+    assert [settings[name] for name in ("lora", "lora_alpha", "lora_head")] == [2, 64, True]
+    first, chunked, again = record["runs"]
+    assert again["losses"] == first["losses"]
+    assert chunked["losses"] == pytest.approx(first["losses"], rel=0.02)
+    assert chunked["losses"][-1] < chunked["losses"][0]
+
+    made = finetune.Finetune(parse(finetune, [*arguments, *more]), CPU)
+    model = made.make_model(0).eval()
+    torch.nn.init.normal_(model.get_output_embeddings().lora_B.default.weight)
+    logits = model(made.held_out, use_cache=False).logits[:, :-1]
+    expected = F.cross_entropy(logits.mT, made.held_out[:, 1:])
+    found = made.measure(model, None)["held_out_loss"]
+    assert found == pytest.approx(expected.item(), rel=0.01)
+    without = F.linear(
+        comparison.hidden_states(model, made.held_out)[:, :-1], model.get_output_embeddings().weight
+    )
+    assert abs(F.cross_entropy(without.mT, made.held_out[:, 1:]).item() - found) > 0.05 * found
