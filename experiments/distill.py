@@ -10,20 +10,25 @@ is the divergence of the student from the teacher, on held-out text too.
 import argparse
 import copy
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from cut_cross_entropy import linear_divergence
+from cut_cross_entropy.options import ImplName
 from experiments import comparison, finetune
-from experiments.comparison import JUDGED_TOKENS, REORDERED, loss_of, mean
+from experiments.comparison import JUDGED_TOKENS, REORDERED, mean
 from experiments.finetune import Finetune
 from training.arguments import Parser
-from training.losses import FULL, FullLogits, divergence, hidden_states
+from training.losses import FULL, FullLogits, divergence, hidden_states, make_loss
 
 TRL = "trl"
 """Method that is the function of TRL's distillation trainer."""
+
+HeadDivergence = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+"""Mean divergence of ``e`` (B, T, D) and a head (V, D), those of the teacher, and beta."""
 
 SMOKE = {**finetune.SMOKE, "every": 2}
 
@@ -47,52 +52,44 @@ def build_parser() -> Parser:
     return parser
 
 
-class TRLDivergence(FullLogits):
-    """Divergence by the function of TRL's distillation trainer.
+def by_trl() -> HeadDivergence:
+    """Return the mean divergence by the function of TRL's distillation trainer.
 
     Raises:
         ImportError: TRL is not installed.
     """
-
-    def __init__(self) -> None:
-        try:
-            from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-        except ImportError as error:
-            raise ImportError(f"method {TRL} needs the package trl: {error}") from error
-        self.function: Any = ChunkedDivergenceFunction
-
-    def token_divergences(
-        self, model: Any, teacher: Any, inputs: Mapping[str, Tensor], beta: float
-    ) -> Tensor:
-        """See :class:`FullLogits`."""
-        ids = inputs["input_ids"]
-        e = hidden_states(model, ids)[:, :-1]
-        with torch.no_grad():
-            e_teacher = hidden_states(teacher, ids)[:, :-1]
-        heads = (one.get_output_embeddings().weight for one in (model, teacher))
-        sides = (
-            (x.flatten(0, 1), head, None) for x, head in zip((e, e_teacher), heads, strict=True)
-        )
-        values: Tensor = self.function.apply(*next(sides), *next(sides), beta)[0]
-        return values.view(e.shape[:2])
+    try:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    except ImportError as error:
+        raise ImportError(f"method {TRL} needs the package trl: {error}") from error
+    apply: Any = ChunkedDivergenceFunction.apply
+    return lambda e, head, e_teacher, head_teacher, beta: apply(
+        e.flatten(0, 1), head, None, e_teacher.flatten(0, 1), head_teacher, None, beta
+    )[0].mean()
 
 
 class MeanDivergence(FullLogits):
-    """Mean divergence of a student from the teacher of an experiment, computed by ``loss``."""
+    """Mean divergence of a student from the teacher of an experiment.
 
-    def __init__(self, loss: FullLogits, experiment: "Distill") -> None:
-        self.loss, self.experiment = loss, experiment
+    Args:
+        experiment: has the teacher and the divergence.
+        function: computes it from the inputs of the output layers; None: full logits do.
+    """
 
-    def prepare(self, model: Any) -> None:
-        """See :class:`FullLogits`."""
-        for one in (model, self.experiment.teacher):
-            self.loss.prepare(one)
+    def __init__(self, experiment: "Distill", function: HeadDivergence | None) -> None:
+        self.experiment, self.function = experiment, function
 
     def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
         """See :class:`FullLogits`."""
-        inputs = {"input_ids": input_ids, "labels": input_ids}
         teacher, beta = self.experiment.teacher, self.experiment.arguments.weight
-        return self.loss.token_divergences(model, teacher, inputs, beta).mean()
+        if self.function is None:
+            inputs = {"input_ids": input_ids, "labels": input_ids}
+            return self.token_divergences(model, teacher, inputs, beta).mean()
+        e = hidden_states(model, input_ids)[:, :-1]
+        with torch.no_grad():
+            e_teacher = hidden_states(teacher, input_ids)[:, :-1]
+        head, head_teacher = (x.get_output_embeddings().weight for x in (model, teacher))
+        return self.function(e, head, e_teacher, head_teacher, beta)
 
 
 class Distill(Finetune):
@@ -120,8 +117,20 @@ class Distill(Finetune):
 
     def loss_of(self, method: str) -> FullLogits:
         """Return the divergence by ``method``."""
-        own = TRLDivergence() if method == TRL else loss_of(method, self.device)
-        return MeanDivergence(own, self)
+        if method in (FULL, REORDERED):
+            return MeanDivergence(self, None)
+        if method == TRL:
+            return MeanDivergence(self, by_trl())
+        make_loss(method, self.device)  # refuses an implementation that cannot run here
+        impl = cast(ImplName, method)
+        return MeanDivergence(
+            self,
+            lambda *inputs: (
+                linear_divergence(
+                    *inputs[:4], beta=inputs[4], reduction="mean", impl=impl
+                ).divergence
+            ),
+        )
 
     @torch.no_grad()
     def measure(self, model: Any, batches: Tensor) -> dict[str, Any]:
