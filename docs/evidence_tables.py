@@ -145,7 +145,10 @@ def distill(_: Measurements, runs: Records, __: Path) -> str:
 def _trained(records: Sequence[Record]) -> str:
     lines = []
     for record in records:
-        largest = {row["method"]: row["tokens"] for row in record.content.get("largest", [])}
+        largest = {  # with the commit, where that is another than the record's
+            row["method"]: f"{row['tokens']:,}" + (f" ({row['commit']})" if "commit" in row else "")
+            for row in record.content.get("largest", [])
+        }
         for method in dict.fromkeys(record.runs["method"]):
             own = record.runs[record.runs["method"] == method]
             found = differences(record.runs, method)[HELD_OUT]
@@ -161,7 +164,7 @@ def _trained(records: Sequence[Record]) -> str:
         ("model", "{model}"), ("method", "`{method}`"), ("seeds", "{seeds}"),
         ("held-out loss minus full logits", "{difference}"), ("largest of a seed", "{most:.4f}"),
         ("tokens/s, whole step", "{speed:,.0f}"), ("peak, MiB", "{mib:,.0f}"),
-        ("largest batch, tokens", "{largest:,.0f}"), ("record", "{record}"),
+        ("largest batch, tokens", "{largest}"), ("record", "{record}"),
     ]  # fmt: skip
     return table(lines, columns) + _commands(records)
 

@@ -247,10 +247,11 @@ def _section(name: str, record: Record) -> str:
 def _largest(content: Mapping[str, Any]) -> str:
     """Return the table of the largest batches that fit, if they were looked for."""
     rows = [
-        {**row, "speed": 1e3 * row["tokens"] / row["ms_per_step"]}
+        {"commit": content["machine"]["commit"], **row,
+         "speed": 1e3 * row["tokens"] / row["ms_per_step"]}
         for row in content.get("largest", [])
         if row["tokens"]
-    ]
+    ]  # fmt: skip
     if not rows:
         return ""
     return "Largest batch that fits, to within a sixteenth:\n\n" + table(rows, LARGEST)
@@ -304,6 +305,7 @@ LARGEST: list[Column] = [
     ("ms a step", "{ms_per_step:.0f}"),
     ("tokens/s", "{speed:,.0f}"),
     ("peak MiB", "{peak_mib:.0f}"),
+    ("commit", "{commit}"),
 ]
 BY_SEED = "minus full logits, by seed"
 FINETUNE: list[Column] = [

@@ -54,7 +54,10 @@ def record(name, losses, ms):
     content = {
         "machine": {"device": "NVIDIA H200", "commit": "abcdef1", "command": f"{name} --steps 3"},
         "settings": {"batch_size": 2, "length": 500, "model": "some.gguf"},
-        "largest": [{"method": "cce", "tokens": 123456}],
+        "largest": [
+            {"method": "cce", "tokens": 123456},
+            {"method": "full", "tokens": 1000, "commit": "abc"},
+        ],
     }
     return Record(f"{name}_x_h200", content, pd.DataFrame(rows))
 
@@ -70,6 +73,7 @@ def test_finetuning(nothing):
     made = record("finetune", losses, {"full": 20.0, "cce": 10.0, "full_reordered": 20.0})
     text = evidence_tables.finetune(nothing, {"finetune": [made], **NONE}, Path())
     assert "| `cce` | 2 | +0.2000 ± 0.1000 | 0.3000 | 100,000 | 10 | 123,456 |" in text
+    assert "| `full` | 2 |  |  | 50,000 | 10 | 1,000 (abc) |" in text
     assert "| `full_reordered` | 2 | -0.1000 ± 0.1000 | 0.2000 | 50,000 | 10 |  |" in text
     assert "From `python -m experiments.finetune --steps 3`." in text
 
