@@ -1,7 +1,8 @@
 """How much the kernels store at a time, which decides how a loss is computed."""
 
-from cut_cross_entropy.constants import BLOCK_TOKENS
+from cut_cross_entropy.constants import BLOCK_TOKENS, MAX_ELEMENTS
 from cut_cross_entropy.implementations.blocks import uses_half_products
+from cut_cross_entropy.implementations.token_chunks import WIDENED_SHARE
 from cut_cross_entropy.problem import Needed, Problem
 
 # The sums of dC are read and written once per chunk: with fewer tokens in it, that takes longer
@@ -11,9 +12,6 @@ MIN_TOKENS_WITHOUT_C = 256
 # A divergence saves two or four products, so fewer tokens are enough.
 MIN_PAIRS = 384
 MIN_PAIRS_WITHOUT_C = 128
-MAX_ELEMENTS = 2**30  # 32 bits reach them
-WIDENED_SHARE = 4
-"""Part of the budget for rows of c that are copied in float32, where products need it."""
 
 
 def powers_per_chunk(problem: Problem, needed: Needed) -> int:

@@ -8,3 +8,6 @@ DEFAULT_MEMORY_BUDGET = 256 * 2**20
 
 BLOCK_TOKENS = 128
 """Tokens that the kernels' filter keeps or drops a class for, together."""
+
+MAX_ELEMENTS = 2**30
+"""Elements of any factor or result of a library product, at most: 32 bits reach them."""

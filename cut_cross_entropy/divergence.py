@@ -14,7 +14,7 @@ from cut_cross_entropy.dispatch import choose_impl, gradients_needed
 from cut_cross_entropy.distributed.options import VocabParallelOptions
 from cut_cross_entropy.divergence_operators import run_divergence, run_divergence_sum
 from cut_cross_entropy.divergence_results import DivergenceState
-from cut_cross_entropy.implementations import reference
+from cut_cross_entropy.implementations import chunked_divergence, reference
 from cut_cross_entropy.implementations.chunked_divergence import log_mixture
 from cut_cross_entropy.options import ImplName, LinearCrossEntropyImpl, Reduction, impl_name
 from cut_cross_entropy.prepare import Prepared, prepare
@@ -122,9 +122,10 @@ def linear_divergence(
         student_logit_scale: factor of the logits, before the softcap.
         teacher_logit_scale: the same for the teacher.
         reduction: of the divergences alone: ``"none"``, ``"mean"`` over the tokens that count, or
-            ``"sum"``. With the last two the kernels compute the gradients in the forward and the
-            logits of each model once, where the budget holds those of some hundred tokens; until
-            the backward pass they take 4 bytes per element of ``e_student`` and ``head_student``.
+            ``"sum"``. With the last two ``"cce"`` and ``"chunked"`` compute the gradients in the
+            forward and the logits of each model once, where the budget holds those of enough
+            tokens; until the backward pass they take 4 bytes per element of ``e_student`` and
+            ``head_student``.
             A gradient by entropies or log-probabilities then takes a walk of its own.
         token_weights: floats that broadcast against the leading shape: each divergence is
             multiplied by its own, and the mean divided by the sum of those of the tokens that
@@ -192,7 +193,7 @@ def linear_divergence(
             by_kernels = _by_kernels(chosen, problem, teacher.problem)
             needed = _gradients_in_the_forward(student, teacher, weights, by_kernels)
             if reduction != "none" and needed is not None:
-                total, *of_tokens = run_divergence_sum(*models, weights, needed)[:-3]
+                total, *of_tokens = run_divergence_sum(*models, weights, needed, by_kernels)[:-3]
                 found = DivergenceState(total, *of_tokens[1:])
             else:
                 found = run_divergence(*models, by_kernels)
@@ -221,16 +222,18 @@ def _gradients_in_the_forward(
     """Return which gradients of a sum the forward is to compute; None if it is to leave them."""
     problem = student.problem
     needed = gradients_needed(problem)
+    tokens_per_chunk = (
+        divergence_tokens_per_chunk if by_kernels else chunked_divergence.tokens_per_chunk
+    )
     possible = (
-        by_kernels
-        and any(needed.flat())
+        any(needed.flat())
         and problem.group is None
         # The gradient of a weight is the divergence of its token, which a sum does not return.
         and not (weights is not None and weights.requires_grad)
         and not student.wholes  # the backward would gather them again
         and not is_transformed()
         and not is_offloaded()  # gradients would be copied to the host and back
-        and divergence_tokens_per_chunk(problem, teacher.problem, needed) > 0
+        and tokens_per_chunk(problem, teacher.problem, needed) > 0
     )
     return needed if possible else None
 

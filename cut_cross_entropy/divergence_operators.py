@@ -108,7 +108,7 @@ def _(*flat: Any) -> Gradients:
     schema=f"({_INPUTS}, {_OF_SUM}) -> ({_SUM})",
 )
 def divergence_sum(*flat: Any) -> DivergenceSum:
-    """Sum of divergences by the kernels; see ``kernels.divergence_sum``.
+    """Sum of divergences; see ``chunked_divergence.divergence_and_gradients``.
 
     Without gradients, as :func:`divergence` computes it, if ``loss_only``: this forward will run
     again before a backward pass.
@@ -120,11 +120,12 @@ def divergence_sum(*flat: Any) -> DivergenceSum:
             state = chosen.forward(student, teacher, beta, has_targets)
             values = state.divergence if weights is None else state.divergence * weights
             return DivergenceSum(values.sum(), *state, *(values.new_empty(0) for _ in range(3)))
-        from cut_cross_entropy.kernels.divergence_sum import divergence_and_gradients
-
-        return divergence_and_gradients(
+        if by_kernels:
+            from cut_cross_entropy.kernels import divergence_sum as chosen
+        found: DivergenceSum = chosen.divergence_and_gradients(
             student, teacher, beta, has_targets, weights, Needed(*needed)
         )
+        return found
 
 
 @divergence_sum.register_fake
@@ -261,21 +262,22 @@ def run_divergence_sum(
     has_targets: bool,
     weights: Tensor | None,
     needed: Needed,
+    by_kernels: bool,
 ) -> DivergenceSum:
-    """Sum of divergences by the kernels, with the results of each token.
+    """Sum of divergences, with the results of each token.
 
     Differentiable in the student: the sum, whose gradients this forward computes, the entropies and
     the log-probabilities.
 
     Args:
-        student, teacher, beta, has_targets: as in :func:`run_divergence`;
-            :func:`divergence_tokens_per_chunk` is not 0.
+        student, teacher, beta, has_targets, by_kernels: as in :func:`run_divergence`; the budget
+            holds the logits of enough tokens.
         weights: (N,), factors of the divergences, 0 for ignored tokens; None for 1. They have no
             gradient.
         needed: the gradients to compute.
     """
     if not torch.compiler.is_compiling():
         register_flop_formulas()
-    flat = (*student.flat(), *teacher.flat(), beta, has_targets, True)
+    flat = (*student.flat(), *teacher.flat(), beta, has_targets, by_kernels)
     found = divergence_sum(*flat, weights, *needed.flat(), is_computed_again())
     return DivergenceSum(*found)

@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import budget, divergence, linear_divergence
+from cut_cross_entropy.implementations import chunked_divergence
 from cut_cross_entropy.kernels import divergence_logits, divergence_sum
 from tests.test_divergence import BETAS, NAMES, leaves_of, problem, run, truth
 from tests.test_memory import peak_bytes
@@ -17,6 +18,7 @@ def small_chunks(monkeypatch):
     """A few tokens are enough for gradients in the forward."""
     monkeypatch.setattr(budget, "MIN_PAIRS", 1)
     monkeypatch.setattr(budget, "MIN_PAIRS_WITHOUT_C", 1)
+    monkeypatch.setattr(chunked_divergence, "MIN_TOKENS", 1)
 
 
 @pytest.fixture
@@ -88,6 +90,7 @@ def test_values_and_gradients(impl, beta, reduction, weighted, num_items):
 def limit_chunks(monkeypatch, most):
     for module in (divergence_sum, divergence):
         monkeypatch.setattr(module, "divergence_tokens_per_chunk", lambda *problems: most)
+    monkeypatch.setattr(chunked_divergence, "tokens_per_chunk", lambda *problems: most)
 
 
 @pytest.mark.interpret
@@ -103,7 +106,7 @@ def limit_chunks(monkeypatch, most):
     ],
     ids=["plain", "temperature of each token", "one multiplier"],
 )
-def test_chunks(beta, most, options, monkeypatch, launched):
+def test_chunks_of_kernels(beta, most, options, monkeypatch, launched):
     """Chunks of one token, of some, and one chunk; the logits of each are computed once."""
     limit_chunks(monkeypatch, most)
     tensors, targets = problem(dtype=torch.float32)
@@ -121,10 +124,32 @@ def test_chunks(beta, most, options, monkeypatch, launched):
         torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=5e-5)
 
 
-@pytest.mark.interpret
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("most", [1, 4, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_chunks_without_kernels(beta, most, dtype, monkeypatch):
+    """With slices of the classes where rows of the classifiers are copied in float32."""
+    limit_chunks(monkeypatch, most)
+    tensors, targets = problem(dtype=dtype)
+    exact, leaves = leaves_of({name: x.double() for name, x in tensors.items()}), leaves_of(tensors)
+    options = {"temperature": torch.linspace(0.5, 2, 13), "softcaps": (4.0, None)}
+    expected = truth(exact, targets, beta, **options).divergence.sum()
+    ours = run(
+        leaves, targets, beta, impl="chunked", reduction="sum", memory_budget=2**15, **options
+    ).divergence
+    limit = 1e-6 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(ours.double(), expected, rtol=limit, atol=limit)
+    limit = 1e-6 if dtype == torch.float64 else 3e-3
+    for mine, other in zip(grads_of(ours, leaves), grads_of(expected, exact), strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - other).norm() <= limit * other.norm()
+
+
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("cce", marks=pytest.mark.interpret)])
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2)])
 @pytest.mark.parametrize("ignored", [False, True])
-def test_some_gradients(needed, ignored, monkeypatch, launched):
+def test_some_gradients(impl, needed, ignored, monkeypatch, launched):
     """In half precision, of weights of order 1e-6, which float16 does not represent."""
     limit_chunks(monkeypatch, 2)
     tensors, targets = problem(tokens=5, dtype=torch.float16, classes=140)
@@ -135,8 +160,8 @@ def test_some_gradients(needed, ignored, monkeypatch, launched):
     leaves = {name: x.requires_grad_(name in names) for name, x in tensors.items()}
     weights = torch.tensor([1e-6, 2e-6, 3e-6, -1e-6, 1e-6])
     expected = (truth(exact, targets, 0.3).divergence * weights).sum()
-    ours = run(leaves, targets, 0.3, impl="cce", reduction="sum", token_weights=weights).divergence
-    assert launched.count("logit_gradients_kernel") == (2 if ignored else 3)
+    ours = run(leaves, targets, 0.3, impl=impl, reduction="sum", token_weights=weights).divergence
+    assert launched.count("logit_gradients_kernel") == (2 if ignored else 3) * (impl == "cce")
     found = torch.autograd.grad(ours, [leaves[name] for name in names])
     for mine, other in zip(found, grads_of(expected / 3, exact, names), strict=True):
         assert mine.dtype == torch.float16
@@ -144,9 +169,9 @@ def test_some_gradients(needed, ignored, monkeypatch, launched):
         assert (mine.double() - other).norm() < 1e-3 * other.norm() or error < 2
 
 
-@pytest.mark.interpret
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("cce", marks=pytest.mark.interpret)])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_close_teacher(beta, monkeypatch):
+def test_close_teacher(impl, beta, monkeypatch):
     """Where the models nearly agree, the error is relative to their small difference."""
     limit_chunks(monkeypatch, 4)
     tensors, targets = problem(teacher_dim=8, dtype=torch.float32)
@@ -155,15 +180,15 @@ def test_close_teacher(beta, monkeypatch):
         tensors[name.replace("student", "teacher")] = tensors[name] + 1e-3 * noise
     exact, leaves = leaves_of({name: x.double() for name, x in tensors.items()}), leaves_of(tensors)
     expected = grads_of(truth(exact, targets, beta).divergence.sum(), exact)
-    found = grads_of(run(leaves, targets, beta, impl="cce", reduction="sum").divergence, leaves)
+    found = grads_of(run(leaves, targets, beta, impl=impl, reduction="sum").divergence, leaves)
     for mine, other in zip(found, expected, strict=True):
         # Two roundings to bfloat16 are 3e-3.
         assert (mine.double() - other).norm() < 1e-3 * other.norm()
 
 
-@pytest.mark.interpret
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("cce", marks=pytest.mark.interpret)])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_entropies_and_logprobs_keep_their_gradients(beta, launched):
+def test_entropies_and_logprobs_keep_their_gradients(impl, beta):
     """Also beside a mean; and a second backward of the same graph."""
     tensors, targets = problem(dtype=torch.float32)
     exact, leaves = leaves_of({name: x.double() for name, x in tensors.items()}), leaves_of(tensors)
@@ -175,7 +200,7 @@ def test_entropies_and_logprobs_keep_their_gradients(beta, launched):
 
     expected = truth(exact, targets, beta)
     expected.divergence = expected.divergence.sum()
-    ours = run(leaves, targets, beta, impl="cce", reduction="sum")
+    ours = run(leaves, targets, beta, impl=impl, reduction="sum")
     total = loss(ours)
     names = [leaves[name] for name in NAMES[:3]]
     right = torch.autograd.grad(loss(expected), [exact[name] for name in NAMES[:3]])
@@ -234,12 +259,12 @@ def test_without_tokens(impl, reduction):
             assert (grad == 0).all()
 
 
-@pytest.mark.interpret
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("cce", marks=pytest.mark.interpret)])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_compiled(beta, launched):
+def test_compiled(impl, beta):
     tensors, targets = problem(dtype=torch.float32)
     eager, leaves = leaves_of(tensors), leaves_of(tensors)
-    options = {"impl": "cce", "reduction": "mean"}
+    options = {"impl": impl, "reduction": "mean"}
     expected = grads_of(run(eager, targets, beta, **options).divergence, eager)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -251,8 +276,9 @@ def test_compiled(beta, launched):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("by_kernels", [False, True])
 @pytest.mark.parametrize("has_targets", [False, True])
-def test_operator(has_targets):
+def test_operator(has_targets, by_kernels):
     from cut_cross_entropy.divergence_operators import divergence_sum
 
     tensors, targets = problem(tokens=5, classes=20, dtype=torch.float32)
@@ -265,7 +291,7 @@ def test_operator(has_targets):
     for loss_only in (False, True):
         torch.library.opcheck(
             divergence_sum,
-            (*flat, 0.5, has_targets, True, torch.rand(5), True, True, True, loss_only),
+            (*flat, 0.5, has_targets, by_kernels, torch.rand(5), True, True, True, loss_only),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )
 
@@ -306,7 +332,7 @@ def test_too_few_tokens_for_a_chunk(frozen_head, least, monkeypatch, launched):
     assert "logit_gradients_kernel" in launched
 
 
-def test_memory(monkeypatch):
+def test_memory_of_kernels(monkeypatch):
     """Logits of both models fit the budget, and what the backward takes for dC in its dtype."""
     monkeypatch.setattr(divergence_logits, "launch", lambda kernel, grid, **arguments: None)
     tensors, targets = problem(tokens=512, classes=4096, dtype=torch.float32)
@@ -323,6 +349,27 @@ def test_memory(monkeypatch):
     of_c = leaves["head_student"].numel() * 4
     assert peak <= budget_bytes + of_c + results + 60 * 512 * 8
     assert largest <= (budget_bytes + of_c) // 2
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_memory_without_kernels(beta, softcap):
+    tensors, targets = problem(tokens=512, classes=8192, dtype=torch.float32)
+    budget_bytes = 2**21  # the logits of one model have 16 MiB
+    leaves = leaves_of(tensors)
+
+    def compute():
+        result = run(
+            leaves, targets, beta, impl="chunked", memory_budget=budget_bytes, reduction="mean",
+            softcaps=(softcap, softcap),
+        )  # fmt: skip
+        torch.autograd.grad(result.divergence, [leaves[name] for name in NAMES[:3]])
+
+    compute()
+    peak, largest = peak_bytes(compute)
+    results = sum(leaves[name].numel() for name in NAMES[:3]) * 4
+    assert peak <= budget_bytes + 2 * results + 40 * 512 * 8
+    assert largest <= max(budget_bytes // 4, leaves["head_student"].numel() * 4)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from cut_cross_entropy import budget, linear_cross_entropy, linear_divergence
+from cut_cross_entropy.implementations import chunked_divergence
 from tests.support import make_problem
 
 # What PyTorch imports for forward mode scripts functions.
@@ -101,11 +102,12 @@ def test_divergence(needed, impl, beta):
     assert count(lambda: step(lambda x: x.student_entropy)) == forward + backward + of_teacher
 
 
-@pytest.mark.interpret
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("cce", marks=pytest.mark.interpret)])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 @pytest.mark.parametrize("needed", ["e", "c", "ec"])
-def test_mean_of_divergences(needed, beta, monkeypatch):
+def test_mean_of_divergences(impl, needed, beta, monkeypatch):
     """The logits of each model once, and a product for each gradient."""
+    monkeypatch.setattr(chunked_divergence, "MIN_TOKENS", 1)
     monkeypatch.setattr(budget, "MIN_PAIRS", 1)
     monkeypatch.setattr(budget, "MIN_PAIRS_WITHOUT_C", 1)
     problem, teacher = make_problem((5,), 130, 8), make_problem((5,), 130, 12)
@@ -114,7 +116,7 @@ def test_mean_of_divergences(needed, beta, monkeypatch):
 
     def step():
         linear_divergence(
-            problem.e, problem.c, teacher.e, teacher.c, beta=beta, impl="cce", reduction="mean"
+            problem.e, problem.c, teacher.e, teacher.c, beta=beta, impl=impl, reduction="mean"
         ).divergence.backward()
 
     assert count(step) == PRODUCT * (1 + len(needed)) + PRODUCT * 12 // 8

@@ -2,10 +2,12 @@
 
 The forward walks over the classes twice: for the two log-sum-exps, and for the sums of the
 normalised log-probabilities, whose terms need no offset that cancels later. Processes that share
-the classes exchange both. The backward makes the
-logits of both models again. With the student's ``p`` and the teacher's ``q``, the mixture
-``m = (1 - beta) p + beta q`` and upstream gradients ``g``, the gradient by a student's logit is the
-sum of
+the classes exchange both. The backward makes the logits of both models again. The gradients of a
+sum are computed in the forward, from chunks of tokens with all classes: one product for the logits
+of each model.
+
+With the student's ``p`` and the teacher's ``q``, the mixture ``m = (1 - beta) p + beta q`` and
+upstream gradients ``g``, the gradient by a student's logit is the sum of
 
 - divergence: ``g (p - q)`` for beta 0, ``g p (log p - log q - KL(p || q))`` for beta 1, and
   ``g (1 - beta) p (log p - log m - KL(p || m))`` between;
@@ -21,12 +23,28 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.distributed.collectives import gather_shards
-from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState
-from cut_cross_entropy.implementations.blocks import Blocks, choose_blocks, targets_within
+from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState, DivergenceSum
+from cut_cross_entropy.implementations.blocks import (
+    Blocks,
+    choose_blocks,
+    targets_within,
+    uses_half_products,
+)
+from cut_cross_entropy.implementations.token_chunks import (
+    WIDENED_SHARE,
+    even_chunk,
+    slices_of_factors,
+    sum_gradients,
+)
 from cut_cross_entropy.problem import Gradients, Needed, Problem, gradient_scale
 
 LOWEST = -1e4
 """Log-probability that stands for -inf in a mixture: its exponential is 0 too."""
+
+MIN_TOKENS, MIN_TOKENS_OF_GPU = 32, 384
+"""Tokens of a chunk of all classes, at least: with fewer, the sums of dC take longer."""
+TEMPORARIES = 8
+"""Logits of both, and what the elementwise operations between the products allocate."""
 
 BUDGET_SHARE = 2
 """A block has the size for this part of the budget: two models, and more temporaries."""
@@ -56,7 +74,6 @@ def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) 
         log_sums = gather_shards(log_sums, group).logsumexp(0)
     lse, teacher_lse = log_sums
     sums = zero.repeat(5 if has_targets else 3, 1)
-    divergence, entropy, relative = sums[:3]
     for tokens in blocks.token_blocks():
         e, e_teacher = blocks.embeddings(tokens), others.embeddings(tokens)
         for classes in blocks.class_blocks():
@@ -64,23 +81,47 @@ def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) 
             log_p -= lse[tokens, None]
             log_q, _ = others.logits(e_teacher, tokens, classes)
             log_q = log_q.to(blocks.wide).sub_(teacher_lse[tokens, None])
-            p = log_p.exp()
-            entropy[tokens] -= _expected(p, log_p)
-            if has_targets:
-                here, columns = targets_within(blocks.targets[tokens], classes)
-                at_target = log_p.gather(1, columns[:, None])[:, 0]
-                sums[3, tokens] += torch.where(here, at_target, 0)
-                column = torch.where(here, columns, -1)[:, None]
-                ids = torch.arange(p.shape[1], device=p.device)
-                sums[4, tokens] += torch.where(ids == column, 0, p).sum(1)
-            _add_divergence(divergence[tokens], relative[tokens], p, log_p, log_q, beta)
+            _add_sums(sums[:, tokens], blocks.targets[tokens], classes, log_p, log_q, beta)
     if group is not None:
         sums = gather_shards(sums, group).sum(0)
+    return _state(sums, log_sums, blocks)
+
+
+def _add_sums(
+    sums: Tensor, targets: Tensor, classes: slice, log_p: Tensor, log_q: Tensor, beta: float
+) -> Tensor:
+    """Add a block of classes to the sums of its tokens; return the student's probabilities.
+
+    Args:
+        sums: (3, T) of divergence, entropy and what the student is from the teacher or the mixture;
+            with targets also (5, T) of their log-probabilities and of all other probabilities.
+        targets: (T,) class ids.
+        classes: of the block.
+        log_p, log_q: (T, classes).
+        beta: from 0 to 1.
+    """
+    p = log_p.exp()
     divergence, entropy, relative = sums[:3]
+    entropy -= _expected(p, log_p)
+    if len(sums) > 3:
+        here, columns = targets_within(targets, classes)
+        at_target = log_p.gather(1, columns[:, None])[:, 0]
+        sums[3] += torch.where(here, at_target, 0)
+        column = torch.where(here, columns, -1)[:, None]
+        ids = torch.arange(p.shape[1], device=p.device)
+        sums[4] += torch.where(ids == column, 0, p).sum(1)
+    _add_divergence(divergence, relative, p, log_p, log_q, beta)
+    return p
+
+
+def _state(sums: Tensor, log_sums: Tensor, blocks: Blocks) -> DivergenceState:
+    """Return the results of all tokens from their sums (3 or 5, N) and both log-sum-exps (2, N)."""
+    divergence, entropy, relative = sums[:3]
+    lse, teacher_lse = log_sums
     divergence.clamp_(min=0)
     entropy.clamp_(min=0)
-    target_logprobs = zero[:0]
-    if has_targets:
+    target_logprobs = lse[:0]
+    if len(sums) > 3:
         # Precise where the target has most of the probability, and never above 0.
         target_logprobs, misses = sums[3:]
         likely = torch.log1p(-misses.clamp(max=0.5))
@@ -161,6 +202,25 @@ def _add_divergence(
         divergence += (1 - beta) * term + beta * _expected(q, log_q - log_m)
 
 
+def _by_logits(
+    p: Tensor, log_p: Tensor, log_q: Tensor, relative: Tensor, g: Tensor, beta: float
+) -> Tensor:
+    """Gradient (T, classes) of the divergence by the student's logits.
+
+    Args:
+        p, log_p, log_q: (T, classes); the last is overwritten.
+        relative: (T,) what the student is from the teacher or the mixture.
+        g: (T,) gradient of the divergence.
+        beta: from 0 to 1.
+    """
+    if beta == 0:
+        return (p - log_q.exp_()).mul_(g[:, None])
+    reference = log_q if beta == 1 else log_mixture(log_p, log_q, beta)
+    ahead = torch.where(p == 0, 0, log_p - reference)
+    grad = ahead.sub_(relative[:, None]).mul_(p).mul_(g[:, None])
+    return grad if beta == 1 else grad.mul_(1 - beta)
+
+
 def backward(
     grads: DivergenceGrads,
     state: DivergenceState,
@@ -196,15 +256,7 @@ def backward(
         if g_divergence is not None:
             log_q, _ = others.logits(others.embeddings(tokens), tokens, classes)
             log_q = log_q.to(blocks.wide).sub_(teacher_lse[tokens, None])
-            g = g_divergence[tokens, None]
-            if beta == 0:
-                grad = (p - log_q.exp_()) * g
-            else:
-                reference = log_q if beta == 1 else log_mixture(log_p, log_q, beta)
-                ahead = torch.where(p == 0, 0, log_p - reference)
-                grad = (ahead - relative[tokens, None]).mul_(p).mul_(g)
-                if beta != 1:
-                    grad *= 1 - beta
+            grad = _by_logits(p, log_p, log_q, relative[tokens], g_divergence[tokens], beta)
         if g_entropy is not None:
             surplus = torch.where(p == 0, 0, log_p) + entropy[tokens, None]
             grad -= surplus.mul_(p).mul_(g_entropy[tokens, None])
@@ -223,3 +275,83 @@ def backward(
         largest = torch.stack(upstream).amax(0)
         scale = gradient_scale(largest, largest)
     return blocks.gradients(by_logits, scale, needed)
+
+
+def tokens_per_chunk(student: Problem, teacher: Problem, needed: Needed) -> int:
+    """Return how many tokens' logits fit the budget, of both models; 0 if not worth it."""
+    num_classes, dim = student.c.shape
+    half = uses_half_products(student)
+    wide = torch.promote_types(student.wide, teacher.wide).itemsize
+    per_class = TEMPORARIES * wide + (student.compute_dtype.itemsize if half else 0)
+    per_token = per_class * num_classes + (2 * dim + teacher.c.shape[1]) * wide
+    num_bytes = student.memory_budget * (WIDENED_SHARE - 1) // WIDENED_SHARE
+    tokens = int(num_bytes // per_token)
+    least = MIN_TOKENS if student.e.device.type == "cpu" else MIN_TOKENS_OF_GPU
+    return tokens if tokens >= least else 0
+
+
+def divergence_and_gradients(
+    student: Problem,
+    teacher: Problem,
+    beta: float,
+    has_targets: bool,
+    weights: Tensor | None,
+    needed: Needed,
+) -> DivergenceSum:
+    """Compute the sum of the divergences times their weights, and its gradients.
+
+    Args:
+        student, teacher, beta, has_targets: as in :func:`forward`; without a group, and
+            :func:`tokens_per_chunk` is not 0.
+        weights: (N,), factors of the divergences; None for 1.
+        needed: the gradients to compute.
+    """
+    blocks, others = Blocks(student), Blocks(teacher)
+    count, num_classes = blocks.num_kept, student.c.shape[0]
+    rows = even_chunk(count, tokens_per_chunk(student, teacher, needed))
+    blocks.shape = others.shape = (rows, num_classes)
+    every = slice(0, num_classes)
+    zero = blocks.targets.new_zeros(count, dtype=blocks.wide)
+    sums, log_sums = zero.repeat(5 if has_targets else 3, 1), zero.repeat(2, 1)
+    factors = torch.ones_like(zero) if weights is None else blocks.gather(weights.to(blocks.wide))
+    scale = zero.new_ones(())
+    if blocks.half_products:
+        scale = gradient_scale(factors, factors)
+    memory = [
+        blocks.targets.new_empty((rows, num_classes), dtype=side.wide) for side in (blocks, others)
+    ]
+    parts = slices_of_factors(rows, blocks, others)
+
+    def logits_of(
+        side: Blocks, e: Tensor, tokens: slice, place: int
+    ) -> tuple[Tensor, Tensor | None]:
+        out = memory[place][: tokens.stop - tokens.start]
+        for classes in parts:
+            side.store_product(e, side.classifier(classes).T, out[:, classes])
+        if side.problem.bias is not None:
+            out += side.problem.bias.to(side.wide)
+        logits, slope = side.transform(out, tokens, with_slope=place == 0)
+        lse = logits.logsumexp(1)
+        log_sums[place, tokens] = lse.to(blocks.wide)
+        return logits.sub_(lse[:, None]), slope
+
+    def logit_gradients(tokens: slice, e: Tensor, e_teacher: Tensor) -> Tensor:
+        log_p, slope = logits_of(blocks, e, tokens, 0)
+        log_q = logits_of(others, e_teacher, tokens, 1)[0].to(blocks.wide)
+        of_tokens = sums[:, tokens]
+        p = _add_sums(of_tokens, blocks.targets[tokens], every, log_p, log_q, beta)
+        grad = _by_logits(p, log_p, log_q, of_tokens[2], factors[tokens], beta)
+        if slope is not None:
+            grad.mul_(slope)
+        return blocks.as_factor(grad, scale)
+
+    embeddings = (
+        (tokens, blocks.embeddings(tokens), others.embeddings(tokens))
+        for tokens in blocks.token_blocks()
+    )
+    gradients = sum_gradients(blocks, embeddings, logit_gradients, parts, needed)
+    for total in gradients:
+        total.div_(scale)
+    state = _state(sums, log_sums, blocks)
+    total = (state.divergence * blocks.scatter(factors)).sum()
+    return DivergenceSum(total, *state, *gradients)

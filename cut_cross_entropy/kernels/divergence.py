@@ -12,6 +12,7 @@ are still there then. Formulas: ``implementations.chunked_divergence``. Shape le
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.constants import MAX_ELEMENTS
 from cut_cross_entropy.distributed.collectives import gather_shards
 from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState
 from cut_cross_entropy.implementations.blocks import MAX_TOKENS, MIN_CLASSES, Blocks
@@ -38,7 +39,6 @@ from cut_cross_entropy.kernels.divergence_logits import (
     no_sums,
     scale_of,
 )
-from cut_cross_entropy.kernels.exact import MAX_ELEMENTS
 from cut_cross_entropy.problem import Gradients, Needed, Problem
 
 MANY_TOKENS = 192

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cut_cross_entropy.constants import MAX_ELEMENTS
 from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.launch import launch
@@ -33,7 +34,6 @@ from cut_cross_entropy.problem import Problem
 MIN_CHUNK_BYTES = 32 * 2**20
 MAX_SCRATCH_BYTES = 160 * 2**20  # of dE's sums and a chunk otherwise: larger chunks gain little
 COPIED_BYTES = 32 * 2**20  # of factors in float32 at a time, where the library needs copies
-MAX_ELEMENTS = 2**30  # of any factor or result of a library product: 32 bits reach them
 MAX_TOKENS = 16384  # tokens whose logit gradients are stored together
 PROGRAMS_IN_FLIGHT = 128  # programs that fill a GPU
 SWIZZLE_WIDTH = 16  # programs among them that share their classes

@@ -10,7 +10,6 @@ gradient of most tokens, and the only one that is a difference (p - 1, computed 
 other probabilities). Shape legend: ``cut_cross_entropy.kernels``.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,8 +19,9 @@ from torch import Tensor
 
 from cut_cross_entropy.budget import powers_per_chunk
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
+from cut_cross_entropy.implementations.token_chunks import ALIGNED, class_slices
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.exact import MAX_ELEMENTS, add_product, store_product
+from cut_cross_entropy.kernels.exact import add_product, store_product
 from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, is_captured, launch
 from cut_cross_entropy.kernels.lse import PassInputs
 from cut_cross_entropy.kernels.powers import Chunk, choose_segment_tiles, store_powers
@@ -32,7 +32,6 @@ from cut_cross_entropy.problem import Needed, Problem, SumGradients, gradient_sc
 from cut_cross_entropy.validation import check_target_range
 
 RUN = 4  # tokens of one target that are added together
-ALIGNED = 256  # classes of a library product, but for the last few
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -236,20 +235,6 @@ def _multiply(powers: Tensor, c: Tensor, out: Tensor) -> None:
     for classes in class_slices(c.shape[0], max(c.shape[1], powers.shape[0])):
         multiply = add_product if classes.start else store_product
         multiply(out, powers[:, classes], c[classes])
-
-
-def class_slices(num_classes: int, row: int) -> Iterator[slice]:
-    """Yield slices of the classes for products with ``row`` elements per class.
-
-    For a number of classes that is not a multiple of 8 the library takes far slower kernels, so the
-    last few are a slice of their own.
-    """
-    step = max(ALIGNED, MAX_ELEMENTS // row // ALIGNED * ALIGNED)
-    aligned = num_classes if num_classes % 8 == 0 else num_classes // ALIGNED * ALIGNED
-    for start in range(0, aligned, step):
-        yield slice(start, min(start + step, aligned))
-    if aligned < num_classes:
-        yield slice(aligned, num_classes)
 
 
 def _scale_rows(

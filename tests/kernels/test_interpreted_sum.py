@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import budget, linear_cross_entropy, record_filter
+from cut_cross_entropy.implementations import token_chunks
 from cut_cross_entropy.kernels import exact_sum, scale, step
 from cut_cross_entropy.kernels.powers import choose_segment_tiles
 from tests.support import check, make_problem, run_ours
@@ -42,7 +43,7 @@ def leaves_of(problem):
 @pytest.mark.parametrize(("softcap", "bias"), [(None, True), (5.0, False), (5.0, True)])
 def test_several_chunks(softcap, bias, chunks, small_chunks, monkeypatch):
     """And products that are computed in slices of the classes."""
-    monkeypatch.setattr(exact_sum, "MAX_ELEMENTS", 256 * 128)
+    monkeypatch.setattr(token_chunks, "MAX_ELEMENTS", 256 * 128)
     problem = make_problem((5, 80), 603, 24, bias=bias, ignored=0.1)
     options = {"softcap": softcap, "reduction": "sum" if bias else "mean", "shift": 1}
     check(problem, "cce_exact", return_lse=False, **options)
@@ -319,8 +320,8 @@ def test_scale(size, dtype):
 
 @pytest.mark.parametrize("num_classes", [1, 7, 300, 1024, 1027, 5000])
 def test_slices_of_products(num_classes, monkeypatch):
-    monkeypatch.setattr(exact_sum, "MAX_ELEMENTS", 600 * 8)
-    slices = list(exact_sum._slices(num_classes, 8))
+    monkeypatch.setattr(token_chunks, "MAX_ELEMENTS", 600 * 8)
+    slices = list(token_chunks.class_slices(num_classes, 8))
     covered = [i for part in slices for i in range(part.start, part.stop)]
     assert covered == list(range(num_classes))
     assert all((part.stop - part.start) % 8 == 0 for part in slices[:-1])
