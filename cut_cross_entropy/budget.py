@@ -11,7 +11,7 @@ MIN_TOKENS = 1024
 MIN_TOKENS_WITHOUT_C = 256
 # A divergence saves two or four products, so fewer tokens are enough.
 MIN_PAIRS = 384
-MIN_PAIRS_WITHOUT_C = 128
+MIN_PAIRS_WITHOUT_C = 192
 
 
 def powers_per_chunk(problem: Problem, needed: Needed) -> int:

@@ -13,8 +13,8 @@ from cut_cross_entropy.kernels.primitives import LN2, logit_slope, transform_log
 
 FROM_TEACHER, FROM_STUDENT, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BLOCK = 1024  # classes that a program reads at a time
-LOWEST = tl.constexpr(-2.0e4)
-"""Log2 of the probability that stands for -inf in a mixture: its exponential is 0 too."""
+HIGHEST = tl.constexpr(120.0)
+"""Log2 of a ratio whose exponential is still finite: p of any higher one is 0 beside q."""
 
 # Rows of the sums of a walk, float32; exponents are relative to the highest logit so far.
 HIGH, TOTAL, OTHERS, FIRST, TARGET, TEACHER_HIGH, TEACHER_TOTAL, CROSS = range(8)
@@ -99,12 +99,13 @@ def expected(p, x):
 
 
 @triton.jit
-def log_mixture(log_p, log_q, log_share, log_rest):
-    """Return log2 of the mixture of both, whose shares are given as log2."""
-    ours = tl.maximum(log_p, LOWEST) + log_rest
-    theirs = tl.maximum(log_q, LOWEST) + log_share
-    larger = tl.maximum(ours, theirs)
-    return larger + tl.log2(tl.exp2(ours - larger) + tl.exp2(theirs - larger))
+def mixture_ratios(log_p, log_q, share, rest):
+    """Return log2 of q over p, bounded, and of their mixture over p.
+
+    The mixture has the given shares of q and p. Where p is 0, both have no meaning.
+    """
+    ratio = tl.minimum(log_q - log_p, HIGHEST)
+    return ratio, tl.log2(rest + share * tl.exp2(ratio))
 
 
 @triton.jit(do_not_specialize=["num_classes", "stride", "num_tokens"])
@@ -218,8 +219,8 @@ def add_mixture_sums_kernel(
     lse_ptr,  # (T,) log2
     teacher_lse_ptr,  # (T,) log2
     sums_ptr,  # (2, T) in, out: of the student and of the teacher relative to the mixture
-    log_share,
-    log_rest,
+    share,
+    rest,
     num_tokens,
     num_classes,
     stride,
@@ -240,6 +241,7 @@ def add_mixture_sums_kernel(
     teacher_lse = tl.load(teacher_lse_ptr + row)
     ours = tl.zeros((1, BLOCK), tl.float32)
     theirs = tl.zeros((1, BLOCK), tl.float32)
+    log_share = tl.log2(share)
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
         student, teacher = two_logits(
@@ -264,9 +266,12 @@ def add_mixture_sums_kernel(
         )
         log_p = student - lse
         log_q = teacher - teacher_lse
-        log_m = log_mixture(log_p, log_q, log_share, log_rest)
-        ours += expected(tl.exp2(log_p), log_p - log_m)
-        theirs += expected(tl.exp2(log_q), log_q - log_m)
+        p = tl.exp2(log_p)
+        ratio, of_mixture = mixture_ratios(log_p, log_q, share, rest)
+        ours -= expected(p, of_mixture)
+        # Without p the mixture is a share of q.
+        ahead = tl.where(p == 0.0, -log_share, ratio - of_mixture)
+        theirs += expected(tl.exp2(log_q), ahead)
     out = sums_ptr + row + one
     tl.store(out, tl.load(out) + tl.sum(ours, 1))
     tl.store(out + num_tokens, tl.load(out + num_tokens) + tl.sum(theirs, 1))
@@ -290,8 +295,7 @@ def logit_gradients_kernel(
     miss_ptr,  # (T,) gradient by the logit of the target
     columns_ptr,  # (T,) column of the target; negative if it is not here
     grad_ptr,  # (T, grad_stride) out, in the memory of student_ptr
-    log_share,
-    log_rest,
+    share,
     rest,
     num_classes,
     stride,
@@ -351,11 +355,12 @@ def logit_gradients_kernel(
             if KIND == FROM_TEACHER:
                 grad = g * (p - tl.exp2(log_q))
             else:
-                reference = log_q
+                ahead = log_p - log_q
                 if KIND == MIXTURE:
-                    reference = log_mixture(log_p, log_q, log_share, log_rest)
+                    _, of_mixture = mixture_ratios(log_p, log_q, share, rest)
+                    ahead = -of_mixture
                     g *= rest
-                grad = g * LN2 * expected(p, log_p - reference - tl.load(relative_ptr + row))
+                grad = g * LN2 * expected(p, ahead - tl.load(relative_ptr + row))
         if HAS_ENTROPY:
             surplus = expected(p, log_p + tl.load(entropy_ptr + row))
             grad -= tl.load(g_entropy_ptr + row) * LN2 * surplus

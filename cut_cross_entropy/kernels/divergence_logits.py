@@ -1,6 +1,5 @@
 """The logits of a block of tokens and classes of two models, and launches of what reads them."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -117,8 +116,9 @@ class StoredLogits:
             lse_ptr=results[3] / LN2.value,
             teacher_lse_ptr=results[4] / LN2.value,
             sums_ptr=sums,
+            share=beta,
+            rest=1 - beta,
             num_tokens=sums.shape[1],
-            **_shares(beta),
         )
 
     def write_gradients(
@@ -156,12 +156,12 @@ class StoredLogits:
             columns_ptr=self._columns(tokens, classes) if has_targets else None,
             grad_ptr=out,
             grad_stride=out.stride(0),
+            share=beta,
             rest=1 - beta,
             KIND=kind,
             HAS_DIVERGENCE=values.g_divergence is not None,
             HAS_ENTROPY=values.g_entropy is not None,
             HAS_LOGPROB=has_targets,
-            **_shares(beta),
         )
         return out
 
@@ -206,13 +206,6 @@ def kind_of_divergence(beta: float) -> int:
     if beta == 0:
         return int(FROM_TEACHER.value)
     return int((FROM_STUDENT if beta == 1 else MIXTURE).value)
-
-
-def _shares(beta: float) -> dict[str, Any]:
-    """Return log2 of the shares of teacher and student in the mixture."""
-    if not 0 < beta < 1:
-        return {"log_share": 0.0, "log_rest": 0.0}
-    return {"log_share": math.log2(beta), "log_rest": math.log1p(-beta) / math.log(2)}
 
 
 def no_sums(num_tokens: int, like: Tensor) -> Tensor:

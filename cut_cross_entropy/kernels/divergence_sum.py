@@ -34,8 +34,8 @@ from cut_cross_entropy.kernels.primitives import LN2
 from cut_cross_entropy.kernels.step import in_compute_dtype
 from cut_cross_entropy.problem import Needed, Problem
 
-EVEN_TOKENS = 128
-"""Multiples of these are whole tiles of the library's products."""
+MANY_TOKENS, EVEN_TOKENS = 512, (128, 64)
+"""Multiples of the first, or of the second in chunks of fewer tokens, are whole tiles."""
 
 
 def divergence_and_gradients(
@@ -63,7 +63,7 @@ def divergence_and_gradients(
     results = make((6, count), dtype=torch.float32)
     if weights is None:
         weights = make(blocks.num_tokens, dtype=torch.float32) + 1
-    rows = even_chunk(count, most, EVEN_TOKENS)
+    rows = even_chunk(count, most, EVEN_TOKENS[most < MANY_TOKENS])
     blocks.shape = others.shape = (rows, num_classes)
     logits = StoredLogits.allocate(blocks, others, rows, num_classes)
     scale = scale_of(DivergenceGrads(weights, None, None), blocks, logits.factor_type)

@@ -45,8 +45,8 @@ _INT32 = {"starts_ptr", "block_starts_ptr", "chunk_starts_ptr", "offsets_ptr", "
           "rank_ptr"}  # fmt: skip
 _HALF = {"c_ptr", "e_ptr", "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c",
          "powers_ptr", "scaled_ptr"}  # fmt: skip
-_OF_PRODUCTS = (("columns_ptr", "*i32"), ("log_share", "fp32"), ("log_rest", "fp32"),
-                ("rest", "fp32"), ("teacher_softcap", "fp32"))  # fmt: skip
+_OF_PRODUCTS = (("columns_ptr", "*i32"), ("share", "fp32"), ("rest", "fp32"),
+                ("teacher_softcap", "fp32"))  # fmt: skip
 
 
 @dataclass(frozen=True)
