@@ -109,6 +109,8 @@ def limit_chunks(monkeypatch, most):
 def test_chunks_of_kernels(beta, most, options, monkeypatch, launched):
     """Chunks of one token, of some, and one chunk; the logits of each are computed once."""
     limit_chunks(monkeypatch, most)
+    if most == 4:
+        monkeypatch.setattr(divergence_logits, "LONG_ROW", 300)
     tensors, targets = problem(dtype=torch.float32)
     chunks = -(-int((targets != -100).sum()) // most)
     exact, leaves = leaves_of({name: x.double() for name, x in tensors.items()}), leaves_of(tensors)
@@ -229,6 +231,31 @@ def test_checkpoint(impl, launched):
     assert "logit_gradients_kernel" not in launched
     for mine, other in zip(grads_of(loss, again), expected, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.interpret
+def test_gradients_wait_where_activations_are_offloaded(launched):
+    tensors, targets = problem(dtype=torch.float32)
+    leaves, others = leaves_of(tensors), leaves_of(tensors)
+    options = {"impl": "cce", "reduction": "mean"}
+    expected = grads_of(run(leaves, targets, 0.3, **options).divergence, leaves)
+    launched.clear()
+    with torch.autograd.graph.save_on_cpu():
+        loss = run(others, targets, 0.3, **options).divergence
+    assert "logit_gradients_kernel" not in launched
+    for mine, other in zip(grads_of(loss, others), expected, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_transformed(impl):
+    tensors, targets = problem(dtype=torch.float32)
+    leaves = leaves_of(tensors)
+    loss = lambda e: (
+        run({**tensors, "e_student": e}, targets, 0.3, impl=impl, reduction="mean").divergence
+    )
+    (expected,) = torch.autograd.grad(loss(leaves["e_student"]), leaves["e_student"])
+    torch.testing.assert_close(torch.func.grad(loss)(tensors["e_student"]), expected)
 
 
 @pytest.mark.interpret

@@ -12,7 +12,9 @@ import triton.language as tl
 from cut_cross_entropy.kernels.primitives import LN2, logit_slope, transform_logits
 
 FROM_TEACHER, FROM_STUDENT, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-BLOCK = 1024  # classes that a program reads at a time
+BLOCK, LONG_BLOCK = 1024, 2048
+"""Classes that a program reads at a time; the second for rows of many, which end at about once."""
+LONG_ROW = 2**15  # classes
 HIGHEST = tl.constexpr(120.0)
 """Log2 of a ratio whose exponential is still finite: p of any higher one is 0 beside q."""
 

@@ -16,6 +16,8 @@ from cut_cross_entropy.kernels.divergence_kernels import (
     FROM_STUDENT,
     FROM_TEACHER,
     HIGH,
+    LONG_BLOCK,
+    LONG_ROW,
     MIXTURE,
     OTHERS,
     RELATIVE,
@@ -177,6 +179,7 @@ class StoredLogits:
         biases = [None if x.problem.bias is None else x.problem.bias[classes] for x in sides]
         multipliers = [None if x.multiplier is None else x.multiplier[tokens] for x in sides]
         softcaps = [x.problem.softcap for x in sides]
+        num_classes = classes.stop - classes.start
         launch(
             kernel,
             (tokens.stop - tokens.start,),
@@ -186,7 +189,7 @@ class StoredLogits:
             teacher_bias_ptr=biases[1],
             multiplier_ptr=multipliers[0],
             teacher_multiplier_ptr=multipliers[1],
-            num_classes=classes.stop - classes.start,
+            num_classes=num_classes,
             stride=self.memory[0].stride(0),
             softcap=softcaps[0] or 0.0,
             teacher_softcap=softcaps[1] or 0.0,
@@ -196,7 +199,7 @@ class StoredLogits:
             TEACHER_SOFTCAP=softcaps[1] is not None,
             HAS_MULTIPLIER=multipliers[0] is not None,
             TEACHER_MULTIPLIER=multipliers[1] is not None,
-            BLOCK=BLOCK,
+            BLOCK=LONG_BLOCK if num_classes >= LONG_ROW else BLOCK,
             **arguments,
         )
 

@@ -231,7 +231,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         transforms = dict.fromkeys(
             ("HAS_BIAS", "TEACHER_BIAS", "SOFTCAP", "TEACHER_SOFTCAP", "HAS_MULTIPLIER",
              "TEACHER_MULTIPLIER"), options)  # fmt: skip
-        shared = {**transforms, "BLOCK": divergence_kernels.BLOCK}
+        shared = {**transforms, "BLOCK": divergence_kernels.LONG_BLOCK}
         add(f"divergence_sums-{options:d}", divergence_kernels.add_sums_kernel,
             {**shared, "KIND": int(options), "HAS_TARGETS": options},
             types=_OF_PRODUCTS)  # fmt: skip
