@@ -125,8 +125,8 @@ def linear_divergence(
             ``"sum"``. With the last two ``"cce"`` and ``"chunked"`` compute the gradients in the
             forward and the logits of each model once, where the budget holds those of enough
             tokens; until the backward pass they take 4 bytes per element of ``e_student`` and
-            ``head_student``.
-            A gradient by entropies or log-probabilities then takes a walk of its own.
+            ``head_student``. A gradient by entropies or log-probabilities then computes the logits
+            again.
         token_weights: floats that broadcast against the leading shape: each divergence is
             multiplied by its own, and the mean divided by the sum of those of the tokens that
             count. Differentiable; if they require a gradient, the logits are computed again in the
@@ -191,8 +191,10 @@ def linear_divergence(
             found = _reference(*models)
         else:
             by_kernels = _by_kernels(chosen, problem, teacher.problem)
-            needed = _gradients_in_the_forward(student, teacher, weights, by_kernels)
-            if reduction != "none" and needed is not None:
+            needed = None
+            if reduction != "none":
+                needed = _gradients_in_the_forward(student, teacher, weights, by_kernels)
+            if needed is not None:
                 total, *of_tokens = run_divergence_sum(*models, weights, needed, by_kernels)[:-3]
                 found = DivergenceState(total, *of_tokens[1:])
             else:
