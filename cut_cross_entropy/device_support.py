@@ -17,6 +17,9 @@ TRITON_FLOOR = (3, 3)
 CAPABILITY_FLOOR = (8, 0)
 """Oldest NVIDIA GPUs that they are built for: Ampere."""
 
+PRODUCTS_PER_CLOCK = {(8, 0): 0.5, (8, 6): 0.125, (8, 9): 0.125, (9, 0): 1.0, (10, 0): 2.0}
+"""Products of a multiprocessor per clock by capability, relative to Hopper's (NVIDIA's papers)."""
+
 
 @functools.cache
 def triton_version() -> tuple[int, ...] | None:
@@ -101,6 +104,23 @@ def _why_unavailable(device_type: str, index: int | None) -> str | None:
     return (
         f"the kernels need an NVIDIA GPU of compute capability {needed}, and this one has {found}"
     )
+
+
+def relative_throughput(device: torch.device) -> float:
+    """Products in half precision per second, relative to an H100 or H200; 0 if nobody knows.
+
+    From the number of multiprocessors and their products per clock.
+    """
+    return _relative_throughput(device.type, device.index)
+
+
+@constant_in_traces
+def _relative_throughput(device_type: str, index: int | None) -> float:
+    capability = _capability(index) if device_type == "cuda" else None
+    if capability is None:
+        return 0.0
+    found = torch.cuda.get_device_properties(index).multi_processor_count
+    return found / 132 * PRODUCTS_PER_CLOCK.get(capability, 0.0)
 
 
 @functools.cache

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.budget import powers_per_chunk
-from cut_cross_entropy.device_support import kernels_unavailable, triton_is_interpreted
+from cut_cross_entropy.device_support import (
+    kernels_unavailable,
+    relative_throughput,
+    triton_is_interpreted,
+)
 from cut_cross_entropy.distributed.collectives import combine_shards
 from cut_cross_entropy.heads import chunks
 from cut_cross_entropy.heads.chunks import HeadProblem
@@ -33,6 +37,13 @@ FILTER_TOLERANCE = 8e-4
 On SmolLM2-135M's hidden states over real text the errors of dE and dC are 1.66 and 1.30 times that
 of rounding an exact gradient to bfloat16 (1.53 and 1.24 without a filter; the limit is 2), and less
 on the adversarial data of the tests (docs/engineering_log.md)."""
+
+FEW_PRODUCTS = 2.5e11
+"""Products of ``e @ c.T`` (N V D) up to which ``"auto"`` computes a sum without the filter, on an
+H200 or H100.
+
+A step with the filter has about seventy launches, for which the host takes 3.2 to 4.8 ms; three
+products of that size and what goes with them take the GPU 3.3 (docs/engineering_log.md)."""
 
 FULL_IMPLS = {"reference": reference, "torch_compile": full_logits}
 """Implementations of full logits, which PyTorch differentiates."""
@@ -176,12 +187,25 @@ def sum_of_losses(
             filtered_e, filtered_c = (filter_.is_on and x for x in (filter_.e, filter_.c))
             exact_e = needed.e and not filtered_e
             exact_c = (needed.c or needed.bias) and not filtered_c
-            if (exact_e or exact_c) and powers_per_chunk(problem, needed):
+            small = impl == "auto" and is_small(problem)
+            if (exact_e or exact_c or small) and powers_per_chunk(problem, needed):
                 return run_kernel_sum(problem, needed, weights, keep_inputs=keep_inputs)
     results = token_losses(
         impl, problem, kernel_options, filter_mass=filter_mass, world_size=world_size
     )
     return (results.nll if weights is None else results.nll * weights).sum()
+
+
+def is_small(problem: Problem) -> bool:
+    """Whether a sum takes less time without the filter: by the host's launches, not the products.
+
+    Known from the shapes and the device. The sums of the gradients, which are in float32 and kept
+    until the backward, have to fit the budget.
+    """
+    (num_tokens, dim), num_classes = problem.e.shape, problem.c.shape[0]
+    products = num_tokens * num_classes * dim
+    fitting = (num_tokens + num_classes) * dim * 4 <= problem.memory_budget
+    return fitting and products <= FEW_PRODUCTS * relative_throughput(problem.e.device)
 
 
 def gradients_needed(problem: Problem) -> Needed:

@@ -24,7 +24,7 @@ class FilterRecord:
 
     Args:
         path: ``"filtered"``, ``"dense"`` (the data was too flat to skip anything) or ``"exact"``
-            (no filter was asked for).
+            (no filter was asked for, or ``"auto"`` found the problem too small to gain from one).
         strips_kept: fraction of the strips (a class for 128 tokens) that were computed.
         dropped_mass: mean probability of a token that the tail stands for.
         flat_tokens: tokens treated without the filter because their distribution is flat.

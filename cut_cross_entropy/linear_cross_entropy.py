@@ -180,9 +180,10 @@ def linear_cross_entropy(
         accum_c_fp32: as ``accum_e_fp32``.
         filter_e_grad: whether the filter may apply to the gradient of ``e``.
         filter_c_grad: whether the filter may apply to the gradient of ``c`` and ``bias``.
-        impl: ``"auto"`` (``"cce"`` on a GPU in half precision, else ``"chunked"``), ``"cce"``,
-            ``"cce_exact"``, ``"chunked"``, ``"torch_compile"``, ``"reference"``, or a
-            :class:`LinearCrossEntropyImpl`, which has Apple's other names too.
+        impl: ``"auto"`` (on a GPU in half precision ``"cce"``, or ``"cce_exact"`` for small sums,
+            else ``"chunked"``), ``"cce"``, ``"cce_exact"``, ``"chunked"``, ``"torch_compile"``,
+            ``"reference"``, or a :class:`LinearCrossEntropyImpl`, which has Apple's other names
+            too.
         vocab_parallel_options: the classes of this process, whose rows ``c`` and ``bias`` hold,
             when the classes are spread over processes. All get the same loss. See
             docs/distributed.md for this and for DTensors.

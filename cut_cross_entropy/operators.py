@@ -200,9 +200,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.options = (*inputs[4:_MULTIPLIER], *inputs[_NUM_FIELDS:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*tensors)
+    # Gradients of zeros for all that is saved would cost launches, tangents a product.
+    ctx.set_materialize_grads(False)
     if is_transformed():
         ctx.save_for_forward(*tensors)
-        ctx.set_materialize_grads(False)  # a tangent of zeros would cost a product
 
 
 def _saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:

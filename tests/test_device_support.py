@@ -149,3 +149,22 @@ def test_wide_products(torch_version, hip, device, expected, monkeypatch):
     monkeypatch.setattr(torch, "__version__", torch_version)
     monkeypatch.setattr(torch.version, "hip", hip)
     assert device_support.has_wide_products(torch.device(device)) is expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "multiprocessors", "expected"),
+    [
+        ((9, 0), 132, 1.0),
+        ((9, 0), 66, 0.5),
+        ((8, 0), 132, 0.5),
+        ((10, 0), 148, 148 / 66),
+        (None, 1, 0),
+    ],
+)
+def test_relative_throughput(capability, multiprocessors, expected, monkeypatch):
+    """Of an H100, half of one, an A100 of that size, a B200, and a device of another vendor."""
+    monkeypatch.setattr(device_support, "_capability", lambda index: capability)
+    properties = types.SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert device_support.relative_throughput(torch.device("cuda", 0)) == pytest.approx(expected)
+    assert device_support.relative_throughput(torch.device("cpu")) == 0

@@ -135,7 +135,8 @@ def loss_and_gradients(
 ) -> SumGradients:
     """Compute the sum of all losses, and its gradients in float32.
 
-    The number of valid tokens is read from the device while it computes bounds.
+    The number of valid tokens is read from the device while it computes the first powers: these
+    end early in blocks without a token, and products are computed of rows with one.
 
     Args:
         problem: without a group; :func:`powers_per_chunk` is not 0.
@@ -170,21 +171,16 @@ def loss_and_gradients(
     unit = None if problem.c.dtype != torch.float16 else _units(tokens, weights, multiplier)
     nll, factor, target = aligned_rows(3, num_tokens, torch.float32, e.device, zeros=True)
 
-    count = num_tokens if num_valid is None else int(num_valid.wait())
-    if recording() and num_valid is not None:
-        report(FilterRecord("exact", 1.0, 0.0, 0, count))
-    end = min(-(-max(count, 1) // BLOCK_T) * BLOCK_T, num_tokens)
-    rows = triton.cdiv(end, triton.cdiv(end, most))  # chunks of about equal size
-    rows = min(triton.cdiv(rows, BLOCK_T) * BLOCK_T, end)
+    rows = _chunk_size(num_tokens, most)
     num_tiles = triton.cdiv(num_classes, tiles_on(e.device).block_v)
-    segment_tiles = choose_segment_tiles(triton.cdiv(rows, BLOCK_T), num_tiles)
     stride = -(-num_classes // ALIGNED) * ALIGNED  # rows stay aligned
     buffer = make((rows, stride), dtype=problem.c.dtype)
+    if num_valid is None:  # all rows are multiplied, those without a token by 0
+        buffer.zero_()
     product = make((rows, dim) if needed.e else 0, dtype=torch.float32)
     scaled = make((rows, dim) if needed.c else 0, dtype=problem.c.dtype)
-    for start in range(0, end, rows):
-        stop = min(start + rows, end)
-        part = slice(start, stop)
+
+    def store(part: slice) -> Chunk:
         some = Tokens(tokens.e[part], tokens.targets[part], tokens.origin[part])
         inputs = PassInputs(
             some.e,
@@ -193,6 +189,7 @@ def loss_and_gradients(
             flags=flags,
             multiplier=None if multiplier is None else multiplier[part],
         )
+        num_rows = part.stop - part.start
         chunk = Chunk(
             some,
             inputs,
@@ -201,16 +198,20 @@ def loss_and_gradients(
             nll=nll[part],
             factor=factor[part],
             target=target[part],
-            segment_tiles=segment_tiles,
+            segment_tiles=choose_segment_tiles(triton.cdiv(num_rows, BLOCK_T), num_tiles),
         )
-        powers = buffer[: stop - start, :num_classes]
-        store_powers(chunk, powers)
+        store_powers(chunk, buffer[:num_rows, :num_classes])
+        return chunk
+
+    def multiply(chunk: Chunk, num_rows: int, is_first: bool) -> None:
+        powers = buffer[:num_rows, :num_classes]
         if needed.e:
-            _multiply(powers, problem.c, product[: stop - start])
+            _multiply(powers, problem.c, product[:num_rows])
         if needed.e or needed.c:
             _scale_rows(
                 chunk,
                 needed,
+                num_rows,
                 c=problem.c,
                 unit=None if unit is None else unit.e,
                 product=product,
@@ -218,16 +219,38 @@ def loss_and_gradients(
                 scaled=scaled,
             )
         if needed.c:
-            multiply = add_product if start else store_product
+            add = store_product if is_first else add_product
             for classes in class_slices(num_classes, max(dim, rows)):
-                multiply(grad_c[classes], powers[:, classes].T, scaled[: stop - start])
+                add(grad_c[classes], powers[:, classes].T, scaled[:num_rows])
         if needed.bias:
-            grad_bias += _weighted_sum(powers, chunk.factor, None if unit is None else unit.bias)
+            grad_bias.add_(
+                _weighted_sum(powers, chunk.factor[:num_rows], None if unit is None else unit.bias)
+            )
+
+    first = store(slice(0, rows))  # keeps the device busy until the host has read the count
+    count = num_tokens if num_valid is None else int(num_valid.wait())
+    if recording() and num_valid is not None:
+        report(FilterRecord("exact", 1.0, 0.0, 0, count))
+    end = min(-(-count // BLOCK_T) * BLOCK_T, num_tokens)
+    if end > 0:
+        multiply(first, min(rows, end), is_first=True)
+    else:
+        grad_c.zero_()
+    step = _chunk_size(end - rows, rows) if end > rows else 1
+    for start in range(rows, end, step):
+        part = slice(start, min(start + step, end))
+        multiply(store(part), part.stop - part.start, is_first=False)
     if needed.c and unit is not None:
         grad_c.div_(unit.e)
     if needed.c or needed.bias:
         _add_targets(tokens, target, grad_c, grad_bias, needed)
     return SumGradients(nll.sum(), grad_e, grad_c, grad_bias)
+
+
+def _chunk_size(num_tokens: int, most: int) -> int:
+    """Return the rows of chunks of about equal size: whole blocks, or all tokens."""
+    rows = triton.cdiv(num_tokens, triton.cdiv(num_tokens, most))
+    return int(min(triton.cdiv(rows, BLOCK_T) * BLOCK_T, num_tokens))
 
 
 def _multiply(powers: Tensor, c: Tensor, out: Tensor) -> None:
@@ -240,6 +263,7 @@ def _multiply(powers: Tensor, c: Tensor, out: Tensor) -> None:
 def _scale_rows(
     chunk: Chunk,
     needed: Needed,
+    num_rows: int,
     *,
     c: Tensor,  # (V, D)
     unit: Tensor | None,  # () of the rows of e; None for 1
@@ -247,8 +271,8 @@ def _scale_rows(
     grad_e: Tensor,  # (all tokens, D) out
     scaled: Tensor,  # (N, D) out
 ) -> None:
-    """Write the rows of dE, and of e times the factors, of a chunk."""
-    num_rows, dim = chunk.tokens.e.shape
+    """Write rows of dE, and of e times the factors, of the first tokens of a chunk."""
+    dim = chunk.tokens.e.shape[1]
     launch(
         scale_rows_kernel,
         (num_rows,),

@@ -127,6 +127,8 @@ def powers_kernel(
             return
     tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
     bound = tl.load(bound_ptr + tokens, mask=tokens < N, other=float("inf"))
+    if tl.min(bound, 0) == float("inf"):  # no token: nobody reads its powers
+        return
     targets = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1).to(tl.int32)
     multiplier = bound  # unused
     if HAS_MULTIPLIER:

@@ -172,6 +172,16 @@ def test_auto_means_the_kernels(dtype):
         assert torch.equal(run_ours(problem, "auto").named()[name], value), name
 
 
+def test_auto_skips_nothing_in_a_small_sum():
+    """Whose launches would take longer than the products."""
+    problem = problem_of(dtype=torch.bfloat16, bias=True)
+    exact = run_ours(problem, "cce_exact", return_lse=False, reduction="mean").named()
+    for name, value in (
+        run_ours(problem, "auto", return_lse=False, reduction="mean").named().items()
+    ):
+        assert torch.equal(exact[name], value), name
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast(impl):
     problem = problem_of(bias=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cut_cross_entropy import budget, linear_cross_entropy, record_filter
+from cut_cross_entropy import budget, dispatch, linear_cross_entropy, record_filter
 from cut_cross_entropy.implementations import token_chunks
 from cut_cross_entropy.kernels import exact_sum, scale, step
 from cut_cross_entropy.kernels.powers import choose_segment_tiles
@@ -83,10 +83,24 @@ def test_only_what_is_needed_is_computed(needed, chunks):
     assert len(chunks) == 1
 
 
+@pytest.fixture
+def multiplied(monkeypatch):
+    """Record the number of tokens of every product for the gradient of e."""
+    rows = []
+    multiply = exact_sum._multiply
+
+    def record(powers, *others):
+        rows.append(powers.shape[0])
+        multiply(powers, *others)
+
+    monkeypatch.setattr(exact_sum, "_multiply", record)
+    return rows
+
+
 @pytest.mark.parametrize(
     ("tokens", "valid", "rows"), [(400, 129, 256), (400, 128, 128), (399, 390, 399), (5, 3, 5)]
 )
-def test_ignored_tokens_are_not_multiplied(tokens, valid, rows, chunks):
+def test_ignored_tokens_are_not_multiplied(tokens, valid, rows, multiplied):
     problem = make_problem((tokens,), 150, 16, bias=True, ignored=0.0)
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))
     problem.targets[order[valid:]] = -100
@@ -97,8 +111,71 @@ def test_ignored_tokens_are_not_multiplied(tokens, valid, rows, chunks):
     expected = run_ours(problem, "reference", return_lse=False)
     for name, exact in expected.named().items():
         torch.testing.assert_close(ours.named()[name], exact, rtol=1e-4, atol=1e-6)
-    assert chunks == [(rows, 0)]
+    assert multiplied == [rows]
     assert [(record.path, record.tokens) for record in records] == [("exact", valid)]
+
+
+@pytest.mark.parametrize(
+    ("valid", "rows"), [(0, []), (100, [128]), (200, [256]), (300, [256, 128])]
+)
+def test_the_first_powers_are_stored_before_the_host_knows_the_tokens(
+    valid, rows, chunks, multiplied, monkeypatch
+):
+    """Which tokens are ignored decides only what is multiplied."""
+    known = []
+    wait = exact_sum.HostCopy.wait
+    monkeypatch.setattr(exact_sum, "powers_per_chunk", lambda problem, needed: 256)
+    monkeypatch.setattr(
+        exact_sum.HostCopy, "wait", lambda self: (known.append(list(chunks)), wait(self))[1]
+    )
+    problem = make_problem((400,), 150, 16, bias=True, ignored=0.0)
+    problem.targets[valid:] = -100
+    check(problem, "cce_exact", return_lse=False)
+    assert known == [[(256, 0)]]
+    assert multiplied == rows
+
+
+def test_rows_of_a_graph_are_multiplied_whatever_they_hold(multiplied, monkeypatch):
+    """The host cannot know which tokens count while a graph is captured."""
+    monkeypatch.setattr(exact_sum, "is_captured", lambda tensor: True)
+    monkeypatch.setattr(exact_sum, "powers_per_chunk", lambda problem, needed: 256)
+    problem = make_problem((600,), 150, 16, bias=True, ignored=0.0)
+    problem.targets[100:] = -100
+    check(problem, "cce_exact", return_lse=False)
+    assert multiplied == [256, 256, 88]
+
+
+@pytest.mark.parametrize(
+    ("impl", "products", "budget", "path"),
+    [
+        ("auto", 256 * 1024 * 16, 2**28, "exact"),
+        ("auto", 256 * 1024 * 16 - 1, 2**28, "filtered"),
+        ("auto", 256 * 1024 * 16, (256 + 1024) * 16 * 4 - 1, "filtered"),  # sums beyond the budget
+        ("cce", 256 * 1024 * 16, 2**28, "filtered"),  # was asked for
+    ],
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_small_problems_take_no_filter(impl, products, budget, path, reduction, monkeypatch):
+    """By their shape, on a device that computes ``products`` while the host launches a filter."""
+    monkeypatch.setattr(dispatch, "FEW_PRODUCTS", 2.0)
+    monkeypatch.setattr(dispatch, "relative_throughput", lambda device: products / 2)
+    choose = dispatch.choose_impl
+    monkeypatch.setattr(
+        dispatch,
+        "choose_impl",
+        lambda impl, *others: choose("cce" if impl == "auto" else impl, *others),
+    )
+    random = torch.Generator().manual_seed(3)
+    c = torch.randn(1024, 16, generator=random).requires_grad_()
+    targets = torch.randint(0, 64, (256,), generator=random)
+    e = (14 * c[targets] / c[targets].norm(dim=1, keepdim=True)).detach().requires_grad_()
+    with record_filter() as records:
+        loss = linear_cross_entropy(
+            e, c, targets, impl=impl, reduction=reduction, memory_budget=budget
+        )
+        loss.sum().backward()
+    expected = path if reduction != "none" else "filtered"
+    assert [record.path for record in records] == [expected]
 
 
 @pytest.mark.parametrize("leading", [(0,), (4,)])
