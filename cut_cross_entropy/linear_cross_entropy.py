@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.dispatch import equal_weights, mean_logits, sum_of_losses, token_losses
-from cut_cross_entropy.distributed.dtensor import check_parallel_options
+from cut_cross_entropy.distributed.dtensor import check_parallel_options, refuse_dtensors
 from cut_cross_entropy.distributed.options import (
     DataParallelOptions,
     VocabParallelOptions,
-    is_dtensor,
 )
 from cut_cross_entropy.heads.head import Head
 from cut_cross_entropy.options import (
@@ -235,6 +234,7 @@ def linear_cross_entropy(
             )
         ignore_index, bias = bias, None
     impl_chosen = impl_name(impl)
+    refuse_dtensors(class_weights=class_weights, token_weights=token_weights)
     prepared = prepare(
         e,
         c,
@@ -264,10 +264,6 @@ def linear_cross_entropy(
     problem = prepared.problem
     target_weights: Tensor | None = None
     if class_weights is not None:
-        if is_dtensor(class_weights):
-            raise NotImplementedError(
-                "class_weights is a DTensor: pass the weights of all classes, full_tensor()"
-            )
         first, is_whole = problem.first_class, problem.group is None
         check_class_weights(class_weights, problem.c, first, is_whole)
         target_weights = _weights_of_targets(class_weights, problem)

@@ -12,7 +12,7 @@ from torch import Tensor
 from cut_cross_entropy.device_support import current_autocast
 from cut_cross_entropy.distributed.collectives import group_name
 from cut_cross_entropy.distributed.data_parallel import Like, gather, gathered_again
-from cut_cross_entropy.distributed.dtensor import resolve
+from cut_cross_entropy.distributed.dtensor import refuse_dtensors, resolve
 from cut_cross_entropy.distributed.embeddings import gather_tokens, own_tokens, share_tokens
 from cut_cross_entropy.distributed.options import (
     DataParallelOptions,
@@ -113,6 +113,7 @@ def prepare(
         logit_scale=logit_scale,
         **others,
     )
+    refuse_dtensors(temperature=temperature)
     shift = int(shift)
     if not isinstance(ignore_index, (int, torch.SymInt)):  # of NumPy
         ignore_index = int(ignore_index)

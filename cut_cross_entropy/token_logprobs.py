@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.dispatch import class_logits, mean_logits, token_outputs
+from cut_cross_entropy.distributed.dtensor import refuse_dtensors
 from cut_cross_entropy.distributed.options import DataParallelOptions, VocabParallelOptions
 from cut_cross_entropy.heads.head import Head
 from cut_cross_entropy.options import (
@@ -150,6 +151,7 @@ def token_logprobs(
         )
     check_outputs(outputs, OUTPUT_NAMES)
     check_top_k(top_k, None)
+    refuse_dtensors(candidates=candidates, support=support)
     prepared = prepare(
         e,
         head,

@@ -121,6 +121,19 @@ def check_parallel_options(vocab_parallel: object, data_parallel: object) -> Non
         )
 
 
+def refuse_dtensors(**named: object) -> None:
+    """Refuse DTensors for what has to be whole on each process: what belongs to tokens or classes.
+
+    Raises:
+        NotImplementedError: one of them, by the name of its argument.
+    """
+    for name, x in named.items():
+        if is_dtensor(x):
+            raise NotImplementedError(
+                f"{name} is a DTensor ({describe(x)}): pass a plain tensor, {name}.full_tensor()"
+            )
+
+
 def _meaning(c: Any) -> str:
     """ "data" or "tensor", by the names of the mesh's dimensions."""
     names = c.device_mesh.mesh_dim_names

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy, token_logprobs
 from tests.distributed.processes import assert_passed, outcomes_of
@@ -108,6 +109,94 @@ def loss(rank, shards, impl, softcap):
     torch.testing.assert_close(found["bias"], wanted["bias"][start:stop])
 
 
+def mesh_of(name):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (WORLD,), mesh_dim_names=(name,))
+
+
+def by_rows(tensor, mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return nn.Parameter(distribute_tensor(tensor, mesh, [Shard(0)]))
+
+
+def dtensor_outputs(rank, name, softcap):
+    """A classifier sharded by rows: divided by classes ("tp"), or gathered ("fsdp")."""
+    problem = make_problem((6, 5), classes=301, dtype=torch.float64, bias=True)
+    targets, candidates, support, temperature = everything(problem)
+    options = {"candidates": candidates, "support": support, "temperature": temperature}
+    options |= {"softcap": softcap, "top_k": 3}
+    mesh, whole = mesh_of(name), leaves(problem)
+    sharded = {"e": leaves(problem)["e"]}
+    sharded |= {key: by_rows(whole[key].detach(), mesh) for key in ("c", "bias")}
+    got = token_logprobs(
+        sharded["e"], sharded["c"], targets, bias=sharded["bias"], outputs=OUTPUTS, **options
+    )
+    expected = plain(whole["e"], whole["c"], targets, bias=whole["bias"], **options)
+    for key, x in expected.items():
+        torch.testing.assert_close(getattr(got, key), x, msg=lambda m, n=key: f"{n}: {m}")
+    found = gradients(objective(vars(got), DIFFERENTIABLE), sharded)
+    wanted = gradients(objective(expected, DIFFERENTIABLE), whole)
+    torch.testing.assert_close(found["e"], wanted["e"])
+    for key in ("c", "bias"):  # all have the same tokens, so the mean of "fsdp" is the same too
+        assert found[key].placements == sharded[key].placements
+        torch.testing.assert_close(found[key].full_tensor(), wanted[key])
+
+
+def dtensor_loss(rank, name, impl):
+    problem = make_problem((6, 5), classes=301, dtype=torch.float64, bias=True)
+    random = torch.Generator().manual_seed(0)
+    options = {
+        "temperature": torch.rand(6, 5, generator=random, dtype=torch.float64) + 0.5,
+        "logit_scale": 0.7,
+        "softcap": 4.0,
+        "label_smoothing": 0.1,
+        "class_weights": torch.rand(301, generator=random, dtype=torch.float64),
+        "token_weights": torch.rand(6, 5, generator=random, dtype=torch.float64),
+        "num_items_in_batch": 11,
+    }
+    mesh, whole = mesh_of(name), leaves(problem)
+    sharded = {"e": leaves(problem)["e"]}
+    sharded |= {key: by_rows(whole[key].detach(), mesh) for key in ("c", "bias")}
+    results = []
+    for tensors, how in ((sharded, impl), (whole, "reference")):
+        loss = linear_cross_entropy(
+            tensors["e"], tensors["c"], problem.targets, tensors["bias"], impl=how, **options
+        )
+        results.append((loss.detach(), gradients(loss, tensors)))
+    (got, found), (expected, wanted) = results
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(found["e"], wanted["e"])
+    for key in ("c", "bias"):
+        torch.testing.assert_close(found[key].full_tensor(), wanted[key])
+
+
+def dtensors_of_tokens(rank):
+    """Targets of all tokens may be a DTensor; what goes with them is refused by name."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    problem = make_problem((6, 5), classes=301, dtype=torch.float64)
+    targets, candidates, support, temperature = everything(problem)
+    mesh = mesh_of("tp")
+    c = by_rows(problem.c, mesh)
+    same = lambda x: distribute_tensor(x, mesh, [Replicate()])
+    expected = token_logprobs(problem.e, c, targets).logprobs
+    torch.testing.assert_close(token_logprobs(problem.e, c, same(targets)).logprobs, expected)
+    for function, name, x in (
+        (token_logprobs, "candidates", candidates),
+        (token_logprobs, "support", support),
+        (token_logprobs, "temperature", temperature),
+        (linear_cross_entropy, "temperature", temperature),
+        (linear_cross_entropy, "token_weights", temperature),
+        (linear_cross_entropy, "class_weights", problem.c[:, 0]),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=rf"{name} is a DTensor .*{name}\.full_tensor"
+        ):
+            function(problem.e, c, targets, **{name: same(x)})
+
+
 def wrong_weights(rank):
     start, stop = RAGGED[rank]
     problem = make_problem()
@@ -139,6 +228,21 @@ CASES = {
         for impl in ("chunked", "reference")
         for softcap in (None, 4.0)
     },
+    **{
+        f"dtensor-{name}-{softcap}": functools.partial(dtensor_outputs, name=name, softcap=softcap)
+        for name in ("tp", "fsdp")
+        for softcap in (None, 4.0)
+    },
+    **{
+        f"dtensor-loss-{name}-{impl}": functools.partial(dtensor_loss, name=name, impl=impl)
+        for name, impl in (
+            ("tp", "chunked"),
+            ("tp", "reference"),
+            ("fsdp", "chunked"),
+            ("fsdp", "torch_compile"),
+        )
+    },
+    "dtensors_of_tokens": dtensors_of_tokens,
     "wrong_weights": wrong_weights,
 }
 
