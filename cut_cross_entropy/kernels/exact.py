@@ -58,28 +58,14 @@ def store_gradients(
     softcap,
     first_class,
     stride_out,
-    eta,  # (BLOCK_T,) like the two that follow
+    eta,  # (BLOCK_T,), or None, like the two that follow
     q,
     multiplier,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_ETA: tl.constexpr,
-    HAS_Q: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
 ):
     """Store the logit gradients of a tile of products."""
     inside = classes < V
     logits = transform_logits(
-        product,
-        bias_ptr=bias_ptr,
-        classes=classes,
-        inside=inside,
-        softcap=softcap,
-        HAS_BIAS=HAS_BIAS,
-        SOFTCAP=SOFTCAP,
-        TOKEN_AXIS=0,
-        multiplier=multiplier,
-        HAS_MULTIPLIER=HAS_MULTIPLIER,
+        product, classes, inside, bias_ptr, softcap, multiplier=multiplier, TOKEN_AXIS=0
     )
     p = tl.exp2(logits - lse[:, None])
     onehot = classes[None, :] == targets[:, None]
@@ -90,16 +76,12 @@ def store_gradients(
         inside=inside,
         a=a,
         b=b,
-        softcap=softcap,
-        SOFTCAP=SOFTCAP,
-        TOKEN_AXIS=0,
         lse=lse,
+        softcap=softcap,
+        multiplier=multiplier,
         eta=eta,
         q=q,
-        multiplier=multiplier,
-        HAS_ETA=HAS_ETA,
-        HAS_Q=HAS_Q,
-        HAS_MULTIPLIER=HAS_MULTIPLIER,
+        TOKEN_AXIS=0,
     )
     # 32 bits reach: a chunk is bounded in elements
     out = tokens[:, None] * stride_out + (classes - first_class)[None, :]
@@ -120,20 +102,20 @@ def store_gradients(
 def chunk_gradients_kernel(
     e,  # (N, D)
     c,  # (V, D)
-    bias_ptr,  # (V,)
+    bias_ptr,  # (V,), or None
     lse_ptr,  # (N,) log2; +inf: no token
     a_ptr,  # (N,)
     b_ptr,  # (N,)
     targets_ptr,  # (N,)
     scale_ptr,  # ()
-    eta_ptr,  # (N,) like the two that follow; see logit_gradient
+    eta_ptr,  # (N,), or None, like the two that follow; see logit_gradient
     q_ptr,
     multiplier_ptr,
     grad_ptr,  # (N, chunk) out
     N,
     V,
     D,
-    softcap,
+    softcap,  # or None
     first_class,
     stop_class,
     stride_out,
@@ -141,14 +123,8 @@ def chunk_gradients_kernel(
     num_segments,
     num_blocks,
     swizzle_width,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_ETA: tl.constexpr,
-    HAS_Q: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
     E_TMA: tl.constexpr,
     C_TMA: tl.constexpr,
-    HALVES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -166,17 +142,20 @@ def chunk_gradients_kernel(
     b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
     targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1).to(tl.int32)
     scale = tl.load(scale_ptr)
-    eta, q, multiplier = a, a, a  # unused
-    if HAS_ETA:
+    eta = None
+    if eta_ptr is not None:
         eta = tl.load(eta_ptr + tokens, mask=is_token, other=0.0)
-    if HAS_Q:
+    q = None
+    if q_ptr is not None:
         q = tl.load(q_ptr + tokens, mask=is_token, other=0.0)
-    if HAS_MULTIPLIER:
+    multiplier = None
+    if multiplier_ptr is not None:
         multiplier = tl.load(multiplier_ptr + tokens, mask=is_token, other=1.0)
     start = first_class + segment * segment_tiles * BLOCK_V
     tiles = min(segment_tiles, tl.cdiv(stop_class - start, BLOCK_V))
     steps = tl.cdiv(D, BLOCK_D)
     # A wide tile ends in two halves, which need fewer registers at a time.
+    HALVES: tl.constexpr = BLOCK_V > BLOCK_T
     half: tl.constexpr = BLOCK_V // 2 if HALVES else BLOCK_V
     product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     # One loop over tiles and features, so that loads of the next tile overlap a tile's end.
@@ -229,11 +208,6 @@ def chunk_gradients_kernel(
                     eta=eta,
                     q=q,
                     multiplier=multiplier,
-                    HAS_BIAS=HAS_BIAS,
-                    SOFTCAP=SOFTCAP,
-                    HAS_ETA=HAS_ETA,
-                    HAS_Q=HAS_Q,
-                    HAS_MULTIPLIER=HAS_MULTIPLIER,
                 )
             product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
 
@@ -271,7 +245,7 @@ def chunk_gradients(
         N=e.shape[0],
         V=c.shape[0],
         D=e.shape[1],
-        softcap=problem.softcap or 0.0,
+        softcap=problem.softcap,
         first_class=classes[0],
         stop_class=classes[1],
         stride_out=out.stride(0),
@@ -279,14 +253,8 @@ def chunk_gradients(
         num_segments=num_segments,
         num_blocks=num_blocks,
         swizzle_width=swizzle_width,
-        HAS_BIAS=problem.bias is not None,
-        SOFTCAP=problem.softcap is not None,
-        HAS_ETA=tokens.eta is not None,
-        HAS_Q=tokens.q is not None,
-        HAS_MULTIPLIER=tokens.multiplier is not None,
         E_TMA=e_tma,
         C_TMA=c_tma,
-        HALVES=tiles.block_v > BLOCK_T,
         BLOCK_T=BLOCK_T,
         BLOCK_V=tiles.block_v,
         BLOCK_D=tiles.block_d,

@@ -38,7 +38,7 @@ def no_further_sums(like: Tensor) -> FurtherSums:
 @triton.jit(do_not_specialize=["N", "num_segments"])
 def further_sums_kernel(
     lse_parts_ptr,  # (segments, N) log2, like the two that follow
-    entropy_parts_ptr,
+    entropy_parts_ptr,  # or None, like the three that follow
     p_squares_parts_ptr,
     rank_parts_ptr,  # (segments, N) int32
     highest_parts_ptr,  # (segments, N) log2
@@ -50,10 +50,6 @@ def further_sums_kernel(
     highest_ptr,
     N,
     num_segments,
-    ENTROPY: tl.constexpr,
-    P_SQUARES: tl.constexpr,
-    RANK: tl.constexpr,
-    HIGHEST: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Reduce the further sums of the segments, in their order."""
@@ -61,7 +57,7 @@ def further_sums_kernel(
     inside = tokens < N
     origin = tl.load(origin_ptr + tokens, mask=inside, other=N)
     present = origin < N
-    if ENTROPY or P_SQUARES:
+    if entropy_parts_ptr is not None or p_squares_parts_ptr is not None:
         lse = logsumexp2(
             lse_parts_ptr,
             tokens=tokens,
@@ -70,7 +66,7 @@ def further_sums_kernel(
             num_segments=num_segments,
             BLOCK_T=BLOCK_T,
         )
-    if ENTROPY:
+    if entropy_parts_ptr is not None:
         # The entropy of the whole is that within the segments and that of the choice among them: a
         # sum of terms that are not below 0, with nothing to cancel.
         entropy = tl.zeros((BLOCK_T,), tl.float32)
@@ -82,7 +78,7 @@ def further_sums_kernel(
             entropy += tl.where(share == 0, 0.0, share * (within + surprise))
         entropy = tl.maximum(entropy * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(entropy_ptr + origin, entropy, mask=present)
-    if P_SQUARES:
+    if p_squares_parts_ptr is not None:
         squares = logsumexp2(
             p_squares_parts_ptr,
             tokens=tokens,
@@ -92,14 +88,14 @@ def further_sums_kernel(
             BLOCK_T=BLOCK_T,
         )
         tl.store(log_sum_sq_ptr + origin, (squares - 2 * lse) * LN2, mask=present)
-    if RANK:
+    if rank_parts_ptr is not None:
         rank = tl.zeros((BLOCK_T,), tl.int32)
         for segment in range(num_segments):
             part = tl.cast(segment, tl.int64) * N + tokens
             rank += tl.load(rank_parts_ptr + part, mask=present, other=0)
         limit = tl.load(limits_ptr + tokens, mask=present, other=0.0)
         tl.store(rank_ptr + origin, tl.where(limit == limit, rank, -1), mask=present)
-    if HIGHEST:
+    if highest_parts_ptr is not None:
         highest = highest_of_segments(
             highest_parts_ptr,
             tokens=tokens,
@@ -146,10 +142,6 @@ def further_sums(
             highest_ptr=results.max_logit,
             N=num_tokens,
             num_segments=num_segments,
-            ENTROPY=asked.entropy,
-            P_SQUARES=asked.log_sum_sq,
-            RANK=asked.rank,
-            HIGHEST=asked.max_logit,
             BLOCK_T=BLOCK_T,
         )
     return results

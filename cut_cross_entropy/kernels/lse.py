@@ -47,15 +47,15 @@ CLASS_GROUPS = 64 * MAX_SEGMENTS  # groups of classes whose sums a pass ends wit
 def vocabulary_pass_kernel(
     e,  # (N, D) descriptor or pointer
     c,  # (V, D) descriptor or pointer
-    bias_ptr,  # (V,)
+    bias_ptr,  # (V,), or None
     bound_ptr,  # (N,)
     lse_ptr,  # (segments, N) out, log2
     squares_ptr,  # (segments, N) out, log2 of the sum over groups of classes of p squared
-    strips_ptr,  # (blocks, V) int16 out, see strip_bytes
-    multiplier_ptr,  # (N,)
+    strips_ptr,  # (blocks, V) int16 out, see strip_bytes; or None: not computed
+    multiplier_ptr,  # (N,), or None
     limits_ptr,  # (N,) logits of the targets, log2
     targets_ptr,  # (N,)
-    entropy_ptr,  # (segments, N) out, log2, of the segment alone
+    entropy_ptr,  # (segments, N) out, log2, of the segment alone; or None, like the three below
     p_squares_ptr,  # (segments, N) out, log2 of the sum of exponentials squared
     rank_ptr,  # (segments, N) int32 out, classes ahead of the target
     highest_ptr,  # (segments, N) out, log2
@@ -63,19 +63,11 @@ def vocabulary_pass_kernel(
     N,
     V,
     D,
-    softcap,
+    softcap,  # or None
     segment_tiles,
     num_segments,
     num_blocks,
     swizzle_width,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    P_SQUARES: tl.constexpr,
-    RANK: tl.constexpr,
-    HIGHEST: tl.constexpr,
-    WRITE_STRIPS: tl.constexpr,
     ONLINE: tl.constexpr,
     ONLY_FLAGGED: tl.constexpr,
     E_TMA: tl.constexpr,
@@ -96,16 +88,16 @@ def vocabulary_pass_kernel(
     if tl.sum(is_token.to(tl.int32), 0) == 0:
         return
 
-    multiplier = bound  # unused
-    if HAS_MULTIPLIER:
+    multiplier = None
+    if multiplier_ptr is not None:
         multiplier = tl.load(multiplier_ptr + tokens, mask=tokens < N, other=1.0)
-    if RANK:
+    if rank_ptr is not None:
         counts = tl.zeros((64, BLOCK_T), tl.float32)
-    if ENTROPY:
+    if entropy_ptr is not None:
         first = tl.zeros((64, BLOCK_T), tl.float32)
-    if P_SQUARES:
+    if p_squares_ptr is not None:
         p_squares = tl.zeros((BLOCK_T,), tl.float32)
-    if HIGHEST:
+    if highest_ptr is not None:
         highest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     sums = tl.zeros((64, BLOCK_T), tl.float32)
     product = tl.zeros((BLOCK_V, BLOCK_T), tl.float32)
@@ -141,17 +133,11 @@ def vocabulary_pass_kernel(
             classes = v + tl.arange(0, BLOCK_V)
             inside = classes < V
             logits = transform_logits(
-                product,
-                bias_ptr=bias_ptr,
-                classes=classes,
-                inside=inside,
-                softcap=softcap,
-                HAS_BIAS=HAS_BIAS,
-                SOFTCAP=SOFTCAP,
-                multiplier=multiplier,
-                HAS_MULTIPLIER=HAS_MULTIPLIER,
+                product, classes, inside, bias_ptr, softcap, multiplier=multiplier
             )
-            if RANK:  # loaded for each tile: between tiles, registers are for the product
+            if (
+                rank_ptr is not None
+            ):  # loaded for each tile: between tiles, registers are for the product
                 limits = tl.load(limits_ptr + tokens, mask=tokens < N, other=0.0)
                 targets = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1).to(tl.int32)
                 # Ties count before the target, so before it the limit is reached, not exceeded.
@@ -160,30 +146,30 @@ def vocabulary_pass_kernel(
                 ahead = logits >= tl.where(behind < 0, limits[None, :], above[None, :])
                 ahead = ahead & (behind != 0)  # its own logit is rounded otherwise in limits
                 counts += fold_rows(ahead.to(tl.float32), BLOCK_V, BLOCK_T)
-            if HIGHEST:
+            if highest_ptr is not None:
                 of_tile = tl.max(logits, 0)
                 highest = tl.maximum(highest, of_tile, propagate_nan=tl.PropagateNan.ALL)
             if ONLINE:
                 higher = tl.maximum(bound, tl.max(logits, 0), propagate_nan=tl.PropagateNan.ALL)
                 # -inf - -inf: nothing seen yet, nothing to scale
                 scale = tl.where(bound == higher, 1.0, tl.exp2(bound - higher))
-                if ENTROPY:  # the exponents of all classes fall
+                if entropy_ptr is not None:  # the exponents of all classes fall
                     fall = tl.where(bound == float("-inf"), 0.0, bound - higher)
                     first = (first + fall[None, :] * sums) * scale[None, :]
-                if P_SQUARES:
+                if p_squares_ptr is not None:
                     p_squares = p_squares * scale * scale
                 sums = sums * scale[None, :]
                 bound = higher
             reference = tl.where(bound == float("-inf"), 0.0, bound) if ONLINE else bound
             p = tl.exp2(logits - reference[None, :])
             sums += fold_rows(p, BLOCK_V, BLOCK_T)
-            if ENTROPY:
+            if entropy_ptr is not None:
                 # Where p is 0 the exponent may be -inf, and their product is to be 0.
                 exponent = tl.maximum(logits - reference[None, :], -1000.0)
                 first += fold_rows(p * exponent, BLOCK_V, BLOCK_T)
-            if P_SQUARES:
+            if p_squares_ptr is not None:
                 p_squares += tl.sum(p * p, 0)
-            if WRITE_STRIPS:
+            if strips_ptr is not None:
                 both = strip_bytes(tl.sum(p * p, axis=1), tl.sum(p, axis=1))
                 tl.store(strips_ptr + block.to(tl.int64) * V + classes, both, mask=inside)
             product = tl.zeros((BLOCK_V, BLOCK_T), tl.float32)
@@ -197,18 +183,18 @@ def vocabulary_pass_kernel(
         wanted = is_token & ~(first_lse - known < OVERFLOW)
     lse = bound + tl.log2(total)
     tl.store(lse_ptr + out, lse, mask=wanted)
-    if ENTROPY:
+    if entropy_ptr is not None:
         divisor = tl.where(total == 0, 1.0, total)  # no class of any probability
         entropy = tl.log2(divisor) - tl.sum(first, 0) / divisor
         tl.store(entropy_ptr + out, entropy, mask=wanted)
-    if P_SQUARES:
+    if p_squares_ptr is not None:
         tl.store(p_squares_ptr + out, 2.0 * bound + tl.log2(p_squares), mask=wanted)
-    if RANK:
+    if rank_ptr is not None:
         # Counts are whole: those of a segment stay below 2^24.
         tl.store(rank_ptr + out, tl.sum(counts, 0).to(tl.int32), mask=wanted)
-    if HIGHEST:
+    if highest_ptr is not None:
         tl.store(highest_ptr + out, highest, mask=wanted)
-    if WRITE_STRIPS:
+    if strips_ptr is not None:
         squares = 2.0 * bound + tl.log2(tl.sum(sums * sums, 0))
         tl.store(squares_ptr + out, squares, mask=wanted)
     if not ONLINE:
@@ -338,19 +324,11 @@ def vocabulary_pass(
         N=num_tokens,
         V=num_classes,
         D=dim,
-        softcap=inputs.softcap or 0.0,
+        softcap=inputs.softcap,
         segment_tiles=segment_tiles,
         num_segments=num_segments,
         num_blocks=num_blocks,
         swizzle_width=swizzle_width(num_blocks, e),
-        HAS_BIAS=inputs.bias is not None,
-        SOFTCAP=inputs.softcap is not None,
-        HAS_MULTIPLIER=inputs.multiplier is not None,
-        ENTROPY=results.entropy is not None,
-        P_SQUARES=results.p_squares is not None,
-        RANK=results.rank is not None,
-        HIGHEST=results.highest is not None,
-        WRITE_STRIPS=strips is not None,
         ONLINE=online,
         ONLY_FLAGGED=repair is not None,
         E_TMA=e_tma,
@@ -427,11 +405,10 @@ def finish_kernel(
     nll_ptr,  # (N,) out, in the caller's order
     lse_ptr,  # (N,) out, in the caller's order
     support_ptr,  # (N,) out, log2 of the effective support
-    strips_ptr,  # (blocks, 2 V) in, out: low and high bytes in turns
+    strips_ptr,  # (blocks, 2 V) in, out: low and high bytes in turns; or None
     N,
     V,
     num_segments,
-    HAS_STRIPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Write loss and log-sum-exp of a block; mark the strips that hold its targets."""
@@ -453,7 +430,7 @@ def finish_kernel(
     nll = tl.maximum(nll, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(nll_ptr + origin, nll * LN2, mask=present)
     tl.store(lse_ptr + origin, lse * LN2, mask=present)
-    if HAS_STRIPS:
+    if strips_ptr is not None:
         squares = logsumexp2(
             squares_parts_ptr,
             tokens=tokens,
@@ -519,7 +496,6 @@ def finish(
         N=num_tokens,
         V=0 if strips is None else strips.shape[1],
         num_segments=num_segments,
-        HAS_STRIPS=strips is not None,
         BLOCK_T=BLOCK_T,
     )
     if strips is None:

@@ -48,34 +48,22 @@ def store_tile(
     tokens,  # (BLOCK_T,)
     targets,  # (BLOCK_T,)
     bound,  # (BLOCK_T,) log2
-    multiplier,  # (BLOCK_T,)
+    multiplier,  # (BLOCK_T,), or None
     N,
     V,
-    softcap,
+    softcap,  # or None
     stride_out,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
 ):
     """Store powers of a tile, 0 for targets, times the slope of a softcap; return their sums."""
     inside = classes < V
     logits = transform_logits(
-        product,
-        bias_ptr=bias_ptr,
-        classes=classes,
-        inside=inside,
-        softcap=softcap,
-        HAS_BIAS=HAS_BIAS,
-        SOFTCAP=SOFTCAP,
-        TOKEN_AXIS=0,
-        multiplier=multiplier,
-        HAS_MULTIPLIER=HAS_MULTIPLIER,
+        product, classes, inside, bias_ptr, softcap, multiplier=multiplier, TOKEN_AXIS=0
     )
     powers = tl.exp2(logits - bound[:, None])
     powers = tl.where(classes[None, :] == targets[:, None], 0.0, powers)
     stored = powers
-    if SOFTCAP:
-        if HAS_MULTIPLIER:
+    if softcap is not None:
+        if multiplier is not None:
             logits = logits / multiplier[:, None]
         stored = powers * logit_slope(logits, softcap)
     # 32 bits reach: a chunk is bounded in elements
@@ -89,30 +77,26 @@ def store_tile(
 def powers_kernel(
     e,  # (N, D)
     c,  # (V, D)
-    bias_ptr,  # (V,)
+    bias_ptr,  # (V,), or None
     bound_ptr,  # (N,) log2; +inf: no token
     targets_ptr,  # (N,)
-    multiplier_ptr,  # (N,)
+    multiplier_ptr,  # (N,), or None
     powers_ptr,  # (N, V) out
     lse_ptr,  # (segments, N) out, log2, of all classes but the target
     flag_ptr,  # (blocks,) out, or in if ONLY_FLAGGED
     N,
     V,
     D,
-    softcap,
+    softcap,  # or None
     stride_out,
     segment_tiles,
     num_segments,
     num_blocks,
     swizzle_width,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
     OVERFLOW: tl.constexpr,
     ONLY_FLAGGED: tl.constexpr,
     E_TMA: tl.constexpr,
     C_TMA: tl.constexpr,
-    HALVES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -130,14 +114,15 @@ def powers_kernel(
     if tl.min(bound, 0) == float("inf"):  # no token: nobody reads its powers
         return
     targets = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1).to(tl.int32)
-    multiplier = bound  # unused
-    if HAS_MULTIPLIER:
+    multiplier = None
+    if multiplier_ptr is not None:
         multiplier = tl.load(multiplier_ptr + tokens, mask=tokens < N, other=1.0)
     sums = tl.zeros((BLOCK_T,), tl.float32)
     start = segment * segment_tiles * BLOCK_V
     tiles = min(segment_tiles, tl.cdiv(V - start, BLOCK_V))
     steps = tl.cdiv(D, BLOCK_D)
     # A wide tile ends in two halves, which need fewer registers at a time.
+    HALVES: tl.constexpr = BLOCK_V > BLOCK_T
     half: tl.constexpr = BLOCK_V // 2 if HALVES else BLOCK_V
     product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     # One loop over tiles and features, so that loads of the next tile overlap a tile's end.
@@ -184,9 +169,6 @@ def powers_kernel(
                     V=V,
                     softcap=softcap,
                     stride_out=stride_out,
-                    HAS_BIAS=HAS_BIAS,
-                    SOFTCAP=SOFTCAP,
-                    HAS_MULTIPLIER=HAS_MULTIPLIER,
                 )
             product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
 
@@ -229,17 +211,14 @@ def chunk_sums_kernel(
     lse_ptr,  # (segments, N) log2, of all classes but the target
     logits_ptr,  # (N,) of the targets, log2
     bound_ptr,  # (N,) log2; +inf: no token
-    weights_ptr,  # (N,)
-    multiplier_ptr,  # (N,)
+    weights_ptr,  # (N,), or None, like the one that follows
+    multiplier_ptr,
     nll_ptr,  # (N,) out, like the two that follow times the weight
     factor_ptr,  # (N,) out: probability over power, times the multiplier
     target_ptr,  # (N,) out: 1 - p of the target, times multiplier and slope of a softcap
     N,
     num_segments,
-    softcap,
-    SOFTCAP: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
+    softcap,  # or None
     BLOCK_T: tl.constexpr,
 ):
     """Reduce the sums of a block of tokens to their losses and factors; 0 without a token."""
@@ -263,14 +242,14 @@ def chunk_sums_kernel(
     nll = tl.where(lse == lse, nll, float("nan"))
     factor = tl.exp2(bound - lse)
     target = tl.exp2(others - lse)
-    if HAS_MULTIPLIER:
+    if multiplier_ptr is not None:
         multiplier = tl.load(multiplier_ptr + tokens, mask=present, other=1.0)
         factor *= multiplier
         target *= multiplier
         logit = logit / multiplier
-    if SOFTCAP:
+    if softcap is not None:
         target *= logit_slope(logit, softcap)
-    if HAS_WEIGHTS:
+    if weights_ptr is not None:
         weight = tl.load(weights_ptr + tokens, mask=present, other=0.0)
         nll *= weight
         factor *= weight
@@ -333,20 +312,16 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
             N=num_tokens,
             V=num_classes,
             D=dim,
-            softcap=inputs.softcap or 0.0,
+            softcap=inputs.softcap,
             stride_out=powers.stride(0),
             segment_tiles=segment_tiles,
             num_segments=num_segments,
             num_blocks=num_blocks,
             swizzle_width=swizzle_width(num_blocks, e),
-            HAS_BIAS=inputs.bias is not None,
-            SOFTCAP=inputs.softcap is not None,
-            HAS_MULTIPLIER=inputs.multiplier is not None,
             OVERFLOW=overflow,
             ONLY_FLAGGED=only_flagged,
             E_TMA=e_tma,
             C_TMA=c_tma,
-            HALVES=tiles.block_v > BLOCK_T,
             BLOCK_T=BLOCK_T,
             BLOCK_V=tiles.block_v,
             BLOCK_D=tiles.block_d,
@@ -385,9 +360,6 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
         target_ptr=chunk.target,
         N=num_tokens,
         num_segments=num_segments,
-        softcap=inputs.softcap or 0.0,
-        SOFTCAP=inputs.softcap is not None,
-        HAS_WEIGHTS=chunk.weights is not None,
-        HAS_MULTIPLIER=inputs.multiplier is not None,
+        softcap=inputs.softcap,
         BLOCK_T=BLOCK_T,
     )

@@ -74,36 +74,33 @@ def gather_rows(
 @triton.jit
 def transform_logits(
     product,  # (classes, tokens) rows of c times rows of e, or its transpose
-    bias_ptr,  # (V,)
     classes,  # (classes,) class ids
     inside,  # (classes,) whether the id is a class
+    bias_ptr,  # (V,), or None, like the two that follow
     softcap,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    multiplier=None,  # (tokens,)
     TOKEN_AXIS: tl.constexpr = 1,
-    multiplier=1.0,  # (tokens,)
-    HAS_MULTIPLIER: tl.constexpr = False,
 ):
     """Return logits in units of log2: bias, softcap, multiplier; -inf where there is no class."""
     CLASS_AXIS: tl.constexpr = 1 - TOKEN_AXIS
     nothing = tl.where(inside, 0.0, float("-inf"))
-    if SOFTCAP:
-        if HAS_BIAS:
+    if softcap is not None:
+        if bias_ptr is not None:
             bias = tl.load(bias_ptr + classes, mask=inside, other=0.0).to(tl.float32)
             product = product + tl.expand_dims(bias, TOKEN_AXIS)
         # tanh(z) = 1 - 2 / (exp(2 z) + 1), exact at both ends
         power = tl.exp2(product * (2 * LOG2E / softcap))
         capped = softcap * LOG2E - (2 * softcap * LOG2E) / (power + 1.0)
-        if HAS_MULTIPLIER:
+        if multiplier is not None:
             capped *= tl.expand_dims(multiplier, CLASS_AXIS)
         return capped + tl.expand_dims(nothing, TOKEN_AXIS)
-    if HAS_MULTIPLIER:
-        if HAS_BIAS:
+    if multiplier is not None:
+        if bias_ptr is not None:
             bias = tl.load(bias_ptr + classes, mask=inside, other=0.0).to(tl.float32)
             product = product + tl.expand_dims(bias, TOKEN_AXIS)
         scaled = product * tl.expand_dims(multiplier * LOG2E, CLASS_AXIS)
         return scaled + tl.expand_dims(nothing, TOKEN_AXIS)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + classes, mask=inside, other=0.0).to(tl.float32)
         nothing = bias * LOG2E + nothing
     return product * LOG2E + tl.expand_dims(nothing, TOKEN_AXIS)
@@ -124,16 +121,12 @@ def logit_gradient(
     inside,  # (classes,) whether the row is a class
     a,  # (tokens,)
     b,  # (tokens,)
-    softcap,
-    SOFTCAP: tl.constexpr,
+    lse,  # (tokens,) log2
+    softcap,  # or None, like the three that follow
+    multiplier=None,  # (tokens,), like the two that follow
+    eta=None,
+    q=None,
     TOKEN_AXIS: tl.constexpr = 1,
-    lse=0.0,  # (tokens,) log2, like the three that follow
-    eta=0.0,
-    q=0.0,
-    multiplier=1.0,
-    HAS_ETA: tl.constexpr = False,
-    HAS_Q: tl.constexpr = False,
-    HAS_MULTIPLIER: tl.constexpr = False,
 ):
     """Return the gradient by the logits before softcap and multiplier.
 
@@ -142,18 +135,18 @@ def logit_gradient(
     adds ``eta * log p`` to the factor of p, the logarithm of the sum of squares ``q * p``.
     """
     CLASS_AXIS: tl.constexpr = 1 - TOKEN_AXIS
-    if HAS_ETA:
+    if eta is not None:
         # Where p is 0 the exponent may be -inf, and their product is to be 0.
         exponent = tl.maximum(logits - tl.expand_dims(lse, CLASS_AXIS), -200.0)
         factor = tl.expand_dims(a, CLASS_AXIS) + tl.expand_dims(eta * LN2, CLASS_AXIS) * exponent
         grad = p * factor
     else:
         grad = p * tl.expand_dims(a, CLASS_AXIS)
-    if HAS_Q:
+    if q is not None:
         grad += p * p * tl.expand_dims(q, CLASS_AXIS)
     grad -= tl.where(onehot, tl.expand_dims(b, CLASS_AXIS), 0.0)
-    if SOFTCAP:
-        if HAS_MULTIPLIER:
+    if softcap is not None:
+        if multiplier is not None:
             logits = logits / tl.expand_dims(multiplier, CLASS_AXIS)
         slope = logit_slope(logits, softcap)
         grad *= tl.where(tl.expand_dims(inside, TOKEN_AXIS), slope, 0.0)

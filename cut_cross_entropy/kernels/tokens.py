@@ -116,7 +116,7 @@ def copy_row(source_ptr, out_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D
 def score_targets_kernel(
     source_ptr,  # (N, D) embeddings of the caller
     c_ptr,  # (V, D)
-    bias_ptr,  # (V,)
+    bias_ptr,  # (V,), or None
     all_targets_ptr,  # (N,) of the caller
     origin_ptr,  # (N,)
     e_ptr,  # (N, D) out if COMPACT, else in
@@ -128,11 +128,9 @@ def score_targets_kernel(
     D,
     stride_n,
     stride_d,
-    softcap,
+    softcap,  # or None
     first_class,
     COMPACT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     SHARDED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -169,16 +167,7 @@ def score_targets_kernel(
         c = gather_rows(c_ptr, target, has_row, d, D)
         total += e.to(c_ptr.dtype.element_ty).to(tl.float32)[None, :] * c.to(tl.float32)
     product = tl.sum(total, 1)[:, None]
-    logit = transform_logits(
-        product,
-        bias_ptr=bias_ptr,
-        classes=target,
-        inside=usable,
-        softcap=softcap,
-        HAS_BIAS=HAS_BIAS,
-        SOFTCAP=SOFTCAP,
-    )
-    logit = tl.reshape(logit, (1,))
+    logit = tl.reshape(transform_logits(product, target, usable, bias_ptr, softcap), (1,))
     bound = tl.where(logit < float("inf"), logit, 0.0)  # the pass finds NaN and +inf again
     tl.store(targets_ptr + row + lane, target)
     # Of a sharded vocabulary: the least over the shards is the logit of the one that holds it.
@@ -226,11 +215,9 @@ def score_targets(
         D=dim,
         stride_n=e.stride(0),
         stride_d=e.stride(1),
-        softcap=problem.softcap or 0.0,
+        softcap=problem.softcap,
         first_class=problem.first_class,
         COMPACT=compact,
-        HAS_BIAS=problem.bias is not None,
-        SOFTCAP=problem.softcap is not None,
         SHARDED=problem.group is not None,
         BLOCK_D=min(1024, triton.next_power_of_2(dim)),
     )

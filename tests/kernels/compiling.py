@@ -63,6 +63,13 @@ class Variant:
     max_registers: int | None = None  # of a thread, on NVIDIA
 
 
+def without(pointers: set[str], given: bool | tuple[str, ...] = ()) -> dict[str, None]:
+    """Return None for the arguments that a launch leaves out: all, none, or those not given."""
+    if given is True:
+        return {}
+    return dict.fromkeys(sorted(pointers - {f"{name}_ptr" for name in given or ()}))
+
+
 def variants(tiles: Tiles) -> list[Variant]:
     """Return every kernel as it is specialised for a row of the table of block sizes."""
     tma = tiles.use_tma
@@ -76,10 +83,10 @@ def variants(tiles: Tiles) -> list[Variant]:
         result.append(Variant(name, kernel, constants, options.pop("boxes", {}), **options))
 
     for softcap, bias in ((False, False), (True, True)):
-        flags = {"HAS_BIAS": bias, "SOFTCAP": softcap}
-        names = ("HAS_MULTIPLIER", "ENTROPY", "P_SQUARES", "RANK", "HIGHEST")
-        no_sums = dict.fromkeys(names, False)
-        no_terms = {"HAS_MULTIPLIER": False, "HAS_ETA": False, "HAS_Q": False}
+        flags = {} if bias else {"bias_ptr": None}
+        flags |= {} if softcap else {"softcap": None}
+        sums = {"multiplier_ptr", "entropy_ptr", "p_squares_ptr", "rank_ptr", "highest_ptr"}
+        terms = {"multiplier_ptr", "eta_ptr", "q_ptr"}
         label = "softcap-bias" if softcap else "plain"
         for online, flagged, strips_too in (
             (False, False, True),
@@ -90,8 +97,8 @@ def variants(tiles: Tiles) -> list[Variant]:
             add(
                 f"lse-{label}-{online:d}{flagged:d}{strips_too:d}",
                 lse.vocabulary_pass_kernel,
-                {**products, **flags, **no_sums, "WRITE_STRIPS": strips_too, "ONLINE": online,
-                 "ONLY_FLAGGED": flagged},
+                {**products, **flags, **without(sums), **without({"strips_ptr"}, strips_too),
+                 "ONLINE": online, "ONLY_FLAGGED": flagged},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
@@ -99,7 +106,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         add(
             f"exact-{label}",
             exact.chunk_gradients_kernel,
-            {**products, **flags, **no_terms, "HALVES": tiles.block_v > BLOCK_T},
+            {**products, **flags, **without(terms)},
             boxes={"e": e_box, "c": c_box},
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
@@ -107,7 +114,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         add(
             f"exact-{label}-float32",  # of the rows that the measured error takes
             exact.chunk_gradients_kernel,
-            {**products, **flags, **no_terms, "HALVES": tiles.block_v > BLOCK_T},
+            {**products, **flags, **without(terms)},
             boxes={"e": e_box, "c": c_box},
             num_warps=tiles.num_warps,
             num_stages=min(tiles.num_stages, 3),
@@ -117,47 +124,46 @@ def variants(tiles: Tiles) -> list[Variant]:
             add(
                 f"powers-{label}-{flagged:d}{multiplied:d}",
                 powers.powers_kernel,
-                {**products, **flags, "HAS_MULTIPLIER": multiplied, "ONLY_FLAGGED": flagged,
-                 "OVERFLOW": powers.OVERFLOW, "HALVES": tiles.block_v > BLOCK_T},
+                {**products, **flags, **without({"multiplier_ptr"}, multiplied),
+                 "ONLY_FLAGGED": flagged, "OVERFLOW": powers.OVERFLOW},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
             )  # fmt: skip
             add(f"chunk_sums-{label}-{flagged:d}{multiplied:d}", powers.chunk_sums_kernel,
-                {"SOFTCAP": softcap, "HAS_WEIGHTS": flagged, "HAS_MULTIPLIER": multiplied,
-                 "BLOCK_T": BLOCK_T})  # fmt: skip
+                {**without({"softcap"}, softcap), **without({"weights_ptr"}, flagged),
+                 **without({"multiplier_ptr"}, multiplied), "BLOCK_T": BLOCK_T})  # fmt: skip
         # Further sums and a temperature.
         for names, energy in (
-            (("HAS_MULTIPLIER",), True),
-            (("ENTROPY",), False),
-            (("ENTROPY",), True),
-            (("RANK",), False),
-            (("P_SQUARES", "HIGHEST"), False),
+            (("multiplier",), True),
+            (("entropy",), False),
+            (("entropy",), True),
+            (("rank",), False),
+            (("p_squares", "highest"), False),
         ):
             add(
-                f"sums-{label}-{'-'.join(names).lower()}-{energy:d}",
+                f"sums-{label}-{'-'.join(names)}-{energy:d}",
                 lse.vocabulary_pass_kernel,
-                {**products, **flags, **no_sums, **dict.fromkeys(names, True),
-                 "WRITE_STRIPS": energy, "ONLINE": False, "ONLY_FLAGGED": False},
+                {**products, **flags, **without(sums, names), **without({"strips_ptr"}, energy),
+                 "ONLINE": False, "ONLY_FLAGGED": False},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
             )  # fmt: skip
-        for names in (("HAS_ETA",), ("HAS_ETA", "HAS_Q", "HAS_MULTIPLIER")):
+        for names in (("eta",), ("eta", "q", "multiplier")):
             add(
-                f"terms-{label}-{'-'.join(names).lower()}",
+                f"terms-{label}-{'-'.join(names)}",
                 exact.chunk_gradients_kernel,
-                {**products, **flags, **no_terms, **dict.fromkeys(names, True),
-                 "HALVES": tiles.block_v > BLOCK_T},
+                {**products, **flags, **without(terms, names)},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
             )  # fmt: skip
-        for terms, suffix in ((False, ""), (True, "-terms")):
+        for given, suffix in ((False, ""), (True, "-terms")):
             add(
                 f"strips-{label}{suffix}",
                 strips.strip_gradients_kernel,
-                {**flags, "HAS_ETA": terms, "HAS_MULTIPLIER": terms,
+                {**flags, **without({"eta_ptr", "multiplier_ptr"}, given),
                  "BIAS_GRAD": bias, "E_TMA": tma, "BLOCK_T": BLOCK_T,
                  "BLOCK_S": index.TILE, "BLOCK_D": tiles.block_d},
                 boxes={"e": e_box},
@@ -252,17 +258,16 @@ def variants(tiles: Tiles) -> list[Variant]:
         {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 1024},
         types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip
     add("bound", lse.bound_kernel, {"BLOCK_T": BLOCK_T})
-    add("further_sums", further_sums.further_sums_kernel,
-        {"ENTROPY": True, "P_SQUARES": True, "RANK": True, "HIGHEST": True, "BLOCK_T": BLOCK_T},
+    add("further_sums", further_sums.further_sums_kernel, {"BLOCK_T": BLOCK_T},
         types=(("rank_parts_ptr", "*i32"),))  # fmt: skip
-    add("finish", lse.finish_kernel, {"HAS_STRIPS": True, "BLOCK_T": BLOCK_T})
+    add("finish", lse.finish_kernel, {"BLOCK_T": BLOCK_T}, types=(("strips_ptr", "*u8"),))
     add("threshold", selection.threshold_kernel, {"BLOCK_T": BLOCK_T, "BLOCK": 4096},
         types=(("histogram_ptr", "*i64"), ("token_counts_ptr", "*i32"),
                ("num_kept_ptr", "*i64")))  # fmt: skip
     add(
         "tails",
         tail.tails_kernel,
-        {"HAS_ETA": True, "SOFTCAP": True, "SHARDED": True, "BLOCK": BLOCK_T},
+        {"BLOCK": BLOCK_T},
     )
     add("scatter", tokens.scatter_rows_kernel, {"BLOCK_D": 1024}, types=(("rows_ptr", "*fp32"),))
     add("weigh_blocks", selection.weigh_blocks_kernel, {"BLOCK_T": BLOCK_T, "ROWS": 64},
@@ -337,8 +342,8 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
             signature[name] = "*i64"
         elif name in _INT32:
             signature[name] = "*i32"
-        elif name == "strips_ptr":  # low and high bytes in turns, or both
-            signature[name] = "*u8" if "HAS_STRIPS" in variant.constants else "*i16"
+        elif name == "strips_ptr":
+            signature[name] = "*i16"
         elif name == "dropped_ptr":
             signature[name] = "*u8"
         elif name == "features_ptr":

@@ -32,14 +32,14 @@ from cut_cross_entropy.problem import Problem
 def strip_gradients_kernel(
     e,  # (N, D)
     c_ptr,  # (V, D)
-    bias_ptr,  # (V,)
+    bias_ptr,  # (V,), or None
     lse_ptr,  # (N,) log2; +inf: no token
     a_ptr,  # (N,)
     b_ptr,  # (N,)
     targets_ptr,  # (N,)
     scale_ptr,  # ()
-    eta_ptr,  # (N,)
-    multiplier_ptr,  # (N,)
+    eta_ptr,  # (N,), or None, like the one that follows
+    multiplier_ptr,
     classes_ptr,  # (K,)
     slots_ptr,  # (K,)
     starts_ptr,  # (blocks + 1,)
@@ -50,12 +50,8 @@ def strip_gradients_kernel(
     kept_mass_ptr,  # (tiles, BLOCK_T) out
     N,
     D,
-    softcap,
+    softcap,  # or None
     first_block,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_ETA: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
     E_TMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -92,38 +88,17 @@ def strip_gradients_kernel(
     b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
     targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1)
     scale = tl.load(scale_ptr)
-    eta, multiplier = a, a  # unused
-    if HAS_ETA:
+    eta = None
+    if eta_ptr is not None:
         eta = tl.load(eta_ptr + tokens, mask=is_token, other=0.0)
-    if HAS_MULTIPLIER:
+    multiplier = None
+    if multiplier_ptr is not None:
         multiplier = tl.load(multiplier_ptr + tokens, mask=is_token, other=1.0)
-    logits = transform_logits(
-        product,
-        bias_ptr=bias_ptr,
-        classes=classes,
-        inside=inside,
-        softcap=softcap,
-        HAS_BIAS=HAS_BIAS,
-        SOFTCAP=SOFTCAP,
-        multiplier=multiplier,
-        HAS_MULTIPLIER=HAS_MULTIPLIER,
-    )
+    logits = transform_logits(product, classes, inside, bias_ptr, softcap, multiplier=multiplier)
     p = tl.exp2(logits - lse[None, :])
     onehot = (classes[:, None] == targets[None, :]) & inside[:, None]
     grad = logit_gradient(
-        logits,
-        p=p,
-        onehot=onehot,
-        inside=inside,
-        a=a,
-        b=b,
-        softcap=softcap,
-        SOFTCAP=SOFTCAP,
-        lse=lse,
-        eta=eta,
-        multiplier=multiplier,
-        HAS_ETA=HAS_ETA,
-        HAS_MULTIPLIER=HAS_MULTIPLIER,
+        logits, p, onehot, inside, a, b=b, lse=lse, softcap=softcap, multiplier=multiplier, eta=eta
     )
     tl.store(kept_mass_ptr + tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.sum(p, 0))
     slots = tl.load(slots_ptr + strips, mask=inside, other=0).to(tl.int64)
@@ -187,12 +162,8 @@ def strip_gradients(
         kept_mass_ptr=kept_mass,
         N=e.shape[0],
         D=e.shape[1],
-        softcap=problem.softcap or 0.0,
+        softcap=problem.softcap,
         first_block=strips.first_block,
-        HAS_BIAS=problem.bias is not None,
-        SOFTCAP=problem.softcap is not None,
-        HAS_ETA=tokens.eta is not None,
-        HAS_MULTIPLIER=tokens.multiplier is not None,
         BIAS_GRAD=bias_grad,
         E_TMA=e_tma,
         BLOCK_T=BLOCK_T,

@@ -221,19 +221,16 @@ def tails_kernel(
     first_tile_ptr,  # (blocks of the list + 1,)
     kept_mass_ptr,  # (N,) in, out: mass of a token in its kept strips
     a_ptr,  # (N,)
-    eta_ptr,  # (N,)
+    eta_ptr,  # (N,), or None
     lse_ptr,  # (N,) log2
     target_grad_ptr,  # (N,) negative for tokens without a filtered gradient
     shares_ptr,  # (blocks, 3) see Tail
-    shard_mass_ptr,  # (N,) probability of this shard's classes; only if SHARDED
+    shard_mass_ptr,  # (N,) probability of this shard's classes; None: it has all
     tails_ptr,  # (N,) out
     mass_ptr,  # (N,) out
     first_block,
     N,
-    softcap,
-    HAS_ETA: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SHARDED: tl.constexpr,
+    softcap,  # or None
     BLOCK: tl.constexpr,
 ):
     """Write the weight of each token's tail: its gradient per mass times mass and softcap's slope.
@@ -253,20 +250,22 @@ def tails_kernel(
     tl.store(kept_mass_ptr + tokens, kept_mass, mask=inside)
     # Not ">= 0": a NaN has to propagate.
     filtered = inside & ~(tl.load(target_grad_ptr + tokens, mask=inside, other=ABSENT) < 0)
-    whole = tl.load(shard_mass_ptr + tokens, mask=inside, other=1.0) if SHARDED else 1.0
+    whole = 1.0
+    if shard_mass_ptr is not None:
+        whole = tl.load(shard_mass_ptr + tokens, mask=inside, other=1.0)
     mass = tl.where(
         filtered, tl.maximum(whole - kept_mass, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0
     )
     weight = mass
     share = shares_ptr + (first_block + block) * 3
     log_mass = tl.log2(tl.maximum(mass, 1e-30)) / LOG2E
-    if SOFTCAP:
+    if softcap is not None:
         lse = tl.load(lse_ptr + tokens, mask=inside & filtered, other=0.0)
         base = lse / LOG2E + log_mass
         square = base * base + 2 * base * tl.load(share + 1) + tl.load(share + 2)
         weight *= tl.minimum(tl.maximum(1.0 - square / (softcap * softcap), 0.0), 1.0)
     a = tl.load(a_ptr + tokens, mask=inside, other=0.0)
-    if HAS_ETA:
+    if eta_ptr is not None:
         eta = tl.load(eta_ptr + tokens, mask=inside, other=0.0)
         a += eta * (log_mass + tl.load(share + 1))
     tl.store(tails_ptr + tokens, tl.where(filtered, a * weight, 0.0), mask=inside)
@@ -321,10 +320,7 @@ def update_tails(
         mass_ptr=tails.mass,
         first_block=strips.first_block,
         N=tokens.a.shape[0],
-        softcap=problem.softcap or 0.0,
-        HAS_ETA=tokens.eta is not None,
-        SOFTCAP=problem.softcap is not None,
-        SHARDED=tokens.shard_mass is not None,
+        softcap=problem.softcap,
         BLOCK=BLOCK_T,
     )
 
