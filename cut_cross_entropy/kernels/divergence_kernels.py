@@ -47,34 +47,29 @@ def two_logits(
     """Load some logits of one token from the products, in units of log2, (1, BLOCK) each."""
     inside = classes < num_classes
     place = row.to(tl.int64) * stride + classes
-    multiplier, teacher_multiplier = 1.0, 1.0  # unused
+    multiplier = None
     if HAS_MULTIPLIER:
         multiplier = tl.load(multiplier_ptr + row + tl.arange(0, 1))
+    teacher_multiplier = None
     if TEACHER_MULTIPLIER:
         teacher_multiplier = tl.load(teacher_multiplier_ptr + row + tl.arange(0, 1))
     student = transform_logits(
         tl.load(student_ptr + place, mask=inside, other=0.0)[None, :],
-        bias_ptr=bias_ptr,
-        classes=classes,
-        inside=inside,
-        softcap=softcap,
-        HAS_BIAS=HAS_BIAS,
-        SOFTCAP=SOFTCAP,
-        TOKEN_AXIS=0,
+        classes,
+        inside,
+        bias_ptr if HAS_BIAS else None,
+        softcap if SOFTCAP else None,
         multiplier=multiplier,
-        HAS_MULTIPLIER=HAS_MULTIPLIER,
+        TOKEN_AXIS=0,
     )
     teacher = transform_logits(
         tl.load(teacher_ptr + place, mask=inside, other=0.0)[None, :],
-        bias_ptr=teacher_bias_ptr,
-        classes=classes,
-        inside=inside,
-        softcap=teacher_softcap,
-        HAS_BIAS=TEACHER_BIAS,
-        SOFTCAP=TEACHER_SOFTCAP,
-        TOKEN_AXIS=0,
+        classes,
+        inside,
+        teacher_bias_ptr if TEACHER_BIAS else None,
+        teacher_softcap if TEACHER_SOFTCAP else None,
         multiplier=teacher_multiplier,
-        HAS_MULTIPLIER=TEACHER_MULTIPLIER,
+        TOKEN_AXIS=0,
     )
     return student, teacher
 

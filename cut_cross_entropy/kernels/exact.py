@@ -71,10 +71,10 @@ def store_gradients(
     onehot = classes[None, :] == targets[:, None]
     grad = logit_gradient(
         logits,
-        p=p,
-        onehot=onehot,
-        inside=inside,
-        a=a,
+        p,
+        onehot,
+        inside,
+        a,
         b=b,
         lse=lse,
         softcap=softcap,
@@ -163,25 +163,9 @@ def chunk_gradients_kernel(
         step = i % steps
         v = start + (i // steps) * BLOCK_V
         e_tile = load_rows(
-            e,
-            row=block * BLOCK_T,
-            num_rows=N,
-            column=step * BLOCK_D,
-            D=D,
-            USE_TMA=E_TMA,
-            ROWS=BLOCK_T,
-            COLUMNS=BLOCK_D,
+            e, block * BLOCK_T, N, step * BLOCK_D, D, USE_TMA=E_TMA, ROWS=BLOCK_T, COLUMNS=BLOCK_D
         )
-        c_tile = load_rows(
-            c,
-            row=v,
-            num_rows=V,
-            column=step * BLOCK_D,
-            D=D,
-            USE_TMA=C_TMA,
-            ROWS=BLOCK_V,
-            COLUMNS=BLOCK_D,
-        )
+        c_tile = load_rows(c, v, V, step * BLOCK_D, D, USE_TMA=C_TMA, ROWS=BLOCK_V, COLUMNS=BLOCK_D)
         product = tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
         if step == steps - 1:
             if HALVES:

@@ -58,14 +58,7 @@ def further_sums_kernel(
     origin = tl.load(origin_ptr + tokens, mask=inside, other=N)
     present = origin < N
     if entropy_parts_ptr is not None or p_squares_parts_ptr is not None:
-        lse = logsumexp2(
-            lse_parts_ptr,
-            tokens=tokens,
-            present=present,
-            N=N,
-            num_segments=num_segments,
-            BLOCK_T=BLOCK_T,
-        )
+        lse = logsumexp2(lse_parts_ptr, tokens, present, N, num_segments, BLOCK_T=BLOCK_T)
     if entropy_parts_ptr is not None:
         # The entropy of the whole is that within the segments and that of the choice among them: a
         # sum of terms that are not below 0, with nothing to cancel.
@@ -79,14 +72,7 @@ def further_sums_kernel(
         entropy = tl.maximum(entropy * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(entropy_ptr + origin, entropy, mask=present)
     if p_squares_parts_ptr is not None:
-        squares = logsumexp2(
-            p_squares_parts_ptr,
-            tokens=tokens,
-            present=present,
-            N=N,
-            num_segments=num_segments,
-            BLOCK_T=BLOCK_T,
-        )
+        squares = logsumexp2(p_squares_parts_ptr, tokens, present, N, num_segments, BLOCK_T=BLOCK_T)
         tl.store(log_sum_sq_ptr + origin, (squares - 2 * lse) * LN2, mask=present)
     if rank_parts_ptr is not None:
         rank = tl.zeros((BLOCK_T,), tl.int32)
@@ -97,12 +83,7 @@ def further_sums_kernel(
         tl.store(rank_ptr + origin, tl.where(limit == limit, rank, -1), mask=present)
     if highest_parts_ptr is not None:
         highest = highest_of_segments(
-            highest_parts_ptr,
-            tokens=tokens,
-            present=present,
-            N=N,
-            num_segments=num_segments,
-            BLOCK_T=BLOCK_T,
+            highest_parts_ptr, tokens, present, N, num_segments, BLOCK_T=BLOCK_T
         )
         tl.store(highest_ptr + origin, highest * LN2, mask=present)
 

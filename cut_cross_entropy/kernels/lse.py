@@ -108,25 +108,9 @@ def vocabulary_pass_kernel(
     for i in tl.range(0, tiles * steps, flatten=True):
         step = i % steps
         v = first_class + (i // steps) * BLOCK_V
-        c_tile = load_rows(
-            c,
-            row=v,
-            num_rows=V,
-            column=step * BLOCK_D,
-            D=D,
-            USE_TMA=C_TMA,
-            ROWS=BLOCK_V,
-            COLUMNS=BLOCK_D,
-        )
+        c_tile = load_rows(c, v, V, step * BLOCK_D, D, USE_TMA=C_TMA, ROWS=BLOCK_V, COLUMNS=BLOCK_D)
         e_tile = load_rows(
-            e,
-            row=block * BLOCK_T,
-            num_rows=N,
-            column=step * BLOCK_D,
-            D=D,
-            USE_TMA=E_TMA,
-            ROWS=BLOCK_T,
-            COLUMNS=BLOCK_D,
+            e, block * BLOCK_T, N, step * BLOCK_D, D, USE_TMA=E_TMA, ROWS=BLOCK_T, COLUMNS=BLOCK_D
         )
         product = tl.dot(c_tile, e_tile.T, product, input_precision="ieee")
         if step == steps - 1:
@@ -364,9 +348,7 @@ def highest_of_segments(ptr, tokens, present, N, num_segments, BLOCK_T: tl.const
 @triton.jit
 def logsumexp2(ptr, tokens, present, N, num_segments, BLOCK_T: tl.constexpr):
     """Return log2 of the sum over segments of powers of two, in order; -inf stays -inf."""
-    highest = highest_of_segments(
-        ptr, tokens=tokens, present=present, N=N, num_segments=num_segments, BLOCK_T=BLOCK_T
-    )
+    highest = highest_of_segments(ptr, tokens, present, N, num_segments, BLOCK_T=BLOCK_T)
     base = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.zeros((BLOCK_T,), tl.float32)
     for segment in range(num_segments):
@@ -388,9 +370,7 @@ def bound_kernel(
     inside = tokens < N
     bound = tl.load(bound_ptr + tokens, mask=inside, other=float("inf"))
     present = inside & (bound != float("inf"))
-    lse = logsumexp2(
-        lse_ptr, tokens=tokens, present=present, N=N, num_segments=num_segments, BLOCK_T=BLOCK_T
-    )
+    lse = logsumexp2(lse_ptr, tokens, present, N, num_segments, BLOCK_T=BLOCK_T)
     higher = tl.maximum(bound, tl.where(lse < float("inf"), lse, float("-inf")))
     tl.store(bound_ptr + tokens, higher, mask=present)
 
@@ -417,28 +397,14 @@ def finish_kernel(
     inside = tokens < N
     origin = tl.load(origin_ptr + tokens, mask=inside, other=N)
     present = origin < N
-    lse = logsumexp2(
-        lse_parts_ptr,
-        tokens=tokens,
-        present=present,
-        N=N,
-        num_segments=num_segments,
-        BLOCK_T=BLOCK_T,
-    )
+    lse = logsumexp2(lse_parts_ptr, tokens, present, N, num_segments, BLOCK_T=BLOCK_T)
     nll = lse - tl.load(logits_ptr + tokens, mask=present, other=0.0)
     # The sum and the target's logit come from different kernels; a probability stays below 1.
     nll = tl.maximum(nll, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(nll_ptr + origin, nll * LN2, mask=present)
     tl.store(lse_ptr + origin, lse * LN2, mask=present)
     if strips_ptr is not None:
-        squares = logsumexp2(
-            squares_parts_ptr,
-            tokens=tokens,
-            present=present,
-            N=N,
-            num_segments=num_segments,
-            BLOCK_T=BLOCK_T,
-        )
+        squares = logsumexp2(squares_parts_ptr, tokens, present, N, num_segments, BLOCK_T=BLOCK_T)
         tl.store(support_ptr + tokens, tl.where(present, 2 * lse - squares, 0.0), mask=inside)
         target = tl.load(targets_ptr + tokens, mask=present, other=-1)
         marks = tl.full((BLOCK_T,), FORCED, tl.uint8)  # programs that meet write the same byte

@@ -130,25 +130,9 @@ def powers_kernel(
         step = i % steps
         v = start + (i // steps) * BLOCK_V
         e_tile = load_rows(
-            e,
-            row=block * BLOCK_T,
-            num_rows=N,
-            column=step * BLOCK_D,
-            D=D,
-            USE_TMA=E_TMA,
-            ROWS=BLOCK_T,
-            COLUMNS=BLOCK_D,
+            e, block * BLOCK_T, N, step * BLOCK_D, D, USE_TMA=E_TMA, ROWS=BLOCK_T, COLUMNS=BLOCK_D
         )
-        c_tile = load_rows(
-            c,
-            row=v,
-            num_rows=V,
-            column=step * BLOCK_D,
-            D=D,
-            USE_TMA=C_TMA,
-            ROWS=BLOCK_V,
-            COLUMNS=BLOCK_D,
-        )
+        c_tile = load_rows(c, v, V, step * BLOCK_D, D, USE_TMA=C_TMA, ROWS=BLOCK_V, COLUMNS=BLOCK_D)
         product = tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
         if step == steps - 1:
             if HALVES:
@@ -199,9 +183,7 @@ def repair_bound_kernel(
     inside = tokens < N
     bound = tl.load(bound_ptr + tokens, mask=inside, other=float("inf"))
     present = inside & (bound != float("inf"))
-    lse = logsumexp2(
-        lse_ptr, tokens=tokens, present=present, N=N, num_segments=num_segments, BLOCK_T=BLOCK_T
-    )
+    lse = logsumexp2(lse_ptr, tokens, present, N, num_segments, BLOCK_T=BLOCK_T)
     too_low = present & ~(lse - bound < OVERFLOW) & (lse < float("inf"))
     tl.store(bound_ptr + tokens, lse, mask=too_low)
 
@@ -226,9 +208,7 @@ def chunk_sums_kernel(
     inside = tokens < N
     bound = tl.load(bound_ptr + tokens, mask=inside, other=float("inf"))
     present = inside & (bound != float("inf"))
-    others = logsumexp2(
-        lse_ptr, tokens=tokens, present=present, N=N, num_segments=num_segments, BLOCK_T=BLOCK_T
-    )
+    others = logsumexp2(lse_ptr, tokens, present, N, num_segments, BLOCK_T=BLOCK_T)
     logit = tl.load(logits_ptr + tokens, mask=present, other=0.0)
     excess = others - logit
     x = tl.exp2(-tl.abs(excess))

@@ -130,16 +130,7 @@ def grad_c_kernel(
             other=0.0,
         )
         token = (first_block + bit) * BLOCK_T + part * BLOCK_K
-        e_tile = load_rows(
-            e,
-            row=token,
-            num_rows=N,
-            column=column,
-            D=D,
-            USE_TMA=E_TMA,
-            ROWS=BLOCK_K,
-            COLUMNS=BLOCK_N,
-        )
+        e_tile = load_rows(e, token, N, column, D, USE_TMA=E_TMA, ROWS=BLOCK_K, COLUMNS=BLOCK_N)
         total = tl.dot(grads, e_tile, total, input_precision="ieee")
         slot += (kept & (part == parts - 1)).to(tl.int32)
     columns = column + tl.arange(0, BLOCK_N)

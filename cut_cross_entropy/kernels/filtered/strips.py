@@ -69,16 +69,7 @@ def strip_gradients_kernel(
     product = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
     for d in range(0, D, BLOCK_D):
         c_tile = gather_rows(c_ptr, classes, inside, d + features, D)
-        e_tile = load_rows(
-            e,
-            row=first_token,
-            num_rows=N,
-            column=d,
-            D=D,
-            USE_TMA=E_TMA,
-            ROWS=BLOCK_T,
-            COLUMNS=BLOCK_D,
-        )
+        e_tile = load_rows(e, first_token, N, d, D, USE_TMA=E_TMA, ROWS=BLOCK_T, COLUMNS=BLOCK_D)
         product = tl.dot(c_tile, e_tile.T, product, input_precision="ieee")
 
     tokens = first_token + tl.arange(0, BLOCK_T)
