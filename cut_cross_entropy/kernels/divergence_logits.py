@@ -289,7 +289,16 @@ class TokenValues:
             miss = -g_logprobs * torch.expm1(blocks.gather(state.logprobs))
         logs = (state.lse, state.teacher_lse, state.relative, state.entropy)
         lse, teacher_lse, relative, entropy = (blocks.gather(x) / LN2.value for x in logs)
-        return cls(g_divergence, g_entropy, g_logprobs, miss, lse, teacher_lse, relative, entropy)
+        return cls(
+            g_divergence,
+            g_entropy,
+            g_logprobs,
+            miss,
+            lse,
+            teacher_lse=teacher_lse,
+            relative=relative,
+            entropy=entropy,
+        )
 
     def part(self, tokens: slice) -> "TokenValues":
         """Return the values of some of the tokens."""
