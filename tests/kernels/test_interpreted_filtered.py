@@ -1,5 +1,6 @@
 """The filter, interpreted: its errors, paths and reports, flat tokens, options."""
 
+import functools
 import math
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from cut_cross_entropy import dispatch
 from cut_cross_entropy.filter_report import record_filter
+from cut_cross_entropy.kernels.filtered.index import Counts
+from cut_cross_entropy.kernels.filtered.tail import TokenTails
 from tests.support import Problem, full_logits, make_problem, run, run_ours
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
@@ -81,6 +84,18 @@ def test_tail_stands_for_what_is_dropped(always_filtered):
     assert record.dropped_mass > 1e-3
     total = truth.grad_bias.abs().sum()
     assert (results.grad_bias.sum() - truth.grad_bias.sum()).abs() < 1e-5 * total
+
+
+def test_results_are_allocated_before_the_host_waits(monkeypatch):
+    """For the counts, since the device idles afterwards until the next kernel is launched."""
+    order = []
+    zeros, parts = TokenTails.zeros, Counts._parts.func
+    monkeypatch.setattr(TokenTails, "zeros", lambda *a: (order.append("zeros"), zeros(*a))[1])
+    counts = functools.cached_property(lambda self: (order.append("wait"), parts(self))[1])
+    counts.__set_name__(Counts, "_parts")
+    monkeypatch.setattr(Counts, "_parts", counts)
+    run_ours(sharp(), "cce")
+    assert order == ["zeros", "wait"]
 
 
 def test_no_filter_reports_the_exact_path():

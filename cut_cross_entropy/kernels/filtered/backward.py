@@ -95,6 +95,7 @@ def filtered_gradients(
     kept = keep_strips(strips, tokens, filter_)
     counts = Counts(kept)
     selection = _Selection.of(kept, problem.c)
+    results = _Results.zeros(problem, wanted)
     num_strips = sum(counts.by_block)  # waits for the device, which is computing the selection
 
     possible = -(-counts.tokens // BLOCK_T) * strips.shape[1]
@@ -104,7 +105,7 @@ def filtered_gradients(
     )
     grad_e = mass = None
     if not too_flat:
-        grad_e, mass = _kept_and_flat(problem, tokens, wanted, selection, counts)
+        grad_e, mass = _kept_and_flat(problem, tokens, wanted, selection, counts, results)
     if recording():
         if mass is None:
             report(FilterRecord("dense", 1.0, 0.0, counts.flat_tokens, counts.tokens))
@@ -168,16 +169,47 @@ class _Selection:
         return cls(kept, index, Tail.of(kept, c), order)
 
 
+class _Results(NamedTuple):
+    """Zeros for what a backward sums up, allocated while the host waits for the counts.
+
+    Args:
+        tails, grad_e, bias_sums: see :class:`_Work`.
+    """
+
+    tails: TokenTails
+    grad_e: Tensor | None
+    bias_sums: Tensor | None
+
+    @classmethod
+    def zeros(cls, problem: Problem, wanted: Wanted) -> "_Results":
+        e, bias = problem.e, wanted.bias
+        return cls(
+            tails=TokenTails.zeros(e.shape[0], e.device),
+            grad_e=e.new_zeros(e.shape) if wanted.e else None,
+            bias_sums=None if bias is None else bias.new_zeros(bias.shape, dtype=torch.float32),
+        )
+
+
 def _kept_and_flat(
     problem: Problem,
     tokens: BackwardTokens,
     wanted: Wanted,
     selection: _Selection,
     counts: Counts,
+    results: _Results,
 ) -> tuple[Tensor | None, Tensor]:
     """Write the gradients; return dE, if wanted, and the dropped mass of each token (N,)."""
     peaked = tokens.without(tokens.is_flat) if counts.flat_tokens else tokens
-    work = _Work.of(problem, peaked, wanted, selection, counts)
+    work = _Work(
+        problem,
+        peaked,
+        wanted,
+        selection,
+        counts,
+        tails=results.tails,
+        grad_e=results.grad_e,
+        bias_sums=results.bias_sums,
+    )
     _run(work)
     if counts.flat_tokens:
         flat_first = torch.sort(tokens.is_flat.float(), stable=True, descending=True).indices
@@ -208,27 +240,6 @@ class _Work:
     tails: TokenTails
     grad_e: Tensor | None
     bias_sums: Tensor | None
-
-    @classmethod
-    def of(
-        cls,
-        problem: Problem,
-        tokens: BackwardTokens,
-        wanted: Wanted,
-        selection: _Selection,
-        counts: Counts,
-    ) -> "_Work":
-        e, bias = problem.e, wanted.bias
-        return cls(
-            problem,
-            tokens,
-            wanted,
-            selection,
-            counts,
-            tails=TokenTails.zeros(e.shape[0], e.device),
-            grad_e=e.new_zeros(e.shape) if wanted.e else None,
-            bias_sums=None if bias is None else bias.new_zeros(bias.shape, dtype=torch.float32),
-        )
 
     @functools.cached_property
     def block_sums(self) -> BlockSums:
