@@ -92,6 +92,9 @@ class Filter:
         tolerance: root of the dropped energy, relative to that of the gradient; 0 turns the
             filter off.
         max_mass: largest mean probability of a token that the tail may stand for, in [0, 1].
+        max_error: relative error that the tail may make in dE, in multiples of the rounding error
+            of bfloat16. It is estimated on a sample, and the tolerance is only where that starts; 0
+            leaves the tolerance as it is.
         e: whether it applies to the gradient of ``e``.
         c: whether it applies to the gradients of ``c`` and ``bias``.
     """
@@ -100,12 +103,15 @@ class Filter:
     max_mass: float = 1.0
     e: bool = True
     c: bool = True
+    max_error: float = 0.0
 
-    SCHEMA: ClassVar[str] = "float tolerance, float max_mass, bool filter_e, bool filter_c"
+    SCHEMA: ClassVar[str] = (
+        "float tolerance, float max_mass, bool filter_e, bool filter_c, float max_error"
+    )
 
-    def flat(self) -> tuple[float, float, bool, bool]:
+    def flat(self) -> tuple[float, float, bool, bool, float]:
         """All fields in the order of the schema."""
-        return self.tolerance, self.max_mass, self.e, self.c
+        return self.tolerance, self.max_mass, self.e, self.c, self.max_error
 
     @property
     def is_on(self) -> bool:

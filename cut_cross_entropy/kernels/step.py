@@ -195,7 +195,7 @@ def _compute(
     grad_e: Tensor | None = None
     num_valid: int | None
     if by_filter:
-        outcome = filtered.filtered_gradients(problem, tokens, by_filter, saved.strips, filter_)
+        outcome = filtered.filtered_gradients(problem, tokens, by_filter, saved, filter_)
         grad_e, num_valid = outcome.grad_e, outcome.num_valid
         if outcome.too_flat:
             exactly = wanted

@@ -15,6 +15,7 @@ from torch import Tensor
 from cut_cross_entropy.device_support import triton_is_interpreted
 from cut_cross_entropy.filter_report import unrecorded
 from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK, exact_sum, scale, step
+from cut_cross_entropy.kernels.filtered.calibrate import calibrates
 from cut_cross_entropy.kernels.filtered.partial_sums import FEW_SUPERBLOCKS
 from cut_cross_entropy.kernels.launch import (
     Plan,
@@ -40,7 +41,7 @@ def kind_of_step(problem: Problem, filter_: Filter, training: bool) -> tuple[obj
         problem.compute_dtype,
         problem.softcap is None,
         problem.multiplier is None,
-        training and filter_.is_on,
+        training and filter_.is_on and calibrates(problem, filter_) + 1,
         training,
         # Sums of dC end in registers, or are stored between superblocks, in fewer bits or in more.
         (num_superblocks > 1) + (num_superblocks > FEW_SUPERBLOCKS),
@@ -58,7 +59,7 @@ def plan_step(problem: Problem, filter_: Filter, training: bool) -> Plan:
         upstream = PerToken(saved.nll, saved.lse)
         # The data may be too flat for the filter.
         for tolerance in {filter_.tolerance, 0.0} if training else ():
-            chosen = Filter(tolerance, filter_.max_mass)
+            chosen = replace(filter_, tolerance=tolerance, e=True, c=True)
             step.backward(upstream, saved, problem, chosen, everything)
     return plan
 

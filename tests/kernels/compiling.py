@@ -25,7 +25,15 @@ from cut_cross_entropy.kernels import (
     scale,
     tokens,
 )
-from cut_cross_entropy.kernels.filtered import grad_c, grad_e, index, selection, strips, tail
+from cut_cross_entropy.kernels.filtered import (
+    calibrate,
+    grad_c,
+    grad_e,
+    index,
+    selection,
+    strips,
+    tail,
+)
 from cut_cross_entropy.kernels.tiles import Tiles, tiles_for
 
 TARGETS = {
@@ -281,6 +289,27 @@ def variants(tiles: Tiles) -> list[Variant]:
         types=(("counts_ptr", "*i32"), ("active_ptr", "*i32"), ("dropped_ptr", "*i64"),
                ("weights_ptr", "*i32"), ("num_kept_ptr", "*i64"),
                ("shares_ptr", "*i64")))  # fmt: skip
+    sampled = (("rows_ptr", "*i64"), ("wanted_ptr", "*i32"))
+    add("draw_tokens", calibrate.draw_tokens_kernel,
+        {"BLOCK_T": BLOCK_T, "SCAN": calibrate.SCAN}, num_warps=8,
+        types=(*sampled, ("num_kept_ptr", "*i64"), ("num_tokens_ptr", "*i32"),
+               ("few_strips", "fp32"), ("alike", "fp32")))  # fmt: skip
+    add("left_factor", calibrate.left_factor_kernel, {"BLOCK_D": 32}, types=sampled)
+    for some in (False, True):
+        add(f"sampled_gradients-{some:d}", calibrate.sampled_gradients_kernel,
+            {"HAS_BIAS": some, "SOFTCAP": some, "HAS_MULTIPLIER": some, "E_TMA": tma, "C_TMA": tma,
+             "HALVES": tiles.block_v > 128, "BLOCK_V": tiles.block_v, "BLOCK_D": tiles.block_d},
+            boxes={"e": e_box, "c": c_box}, num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages, types=sampled)  # fmt: skip
+    for kind in ("*bf16", "*fp32"):
+        add(f"sampled_sums-{kind}", calibrate.sampled_sums_kernel,
+            {"SUMS": calibrate.SUMS, "BLOCK_T": BLOCK_T, "TILE": calibrate.TILE,
+             "BLOCK": calibrate.BLOCK}, num_warps=8, num_stages=2,
+            types=(*sampled, ("weights_ptr", "*i32"), ("grads_ptr", kind)))  # fmt: skip
+    add("choose_threshold", calibrate.choose_threshold_kernel, {}, num_warps=8,
+        types=(*sampled, ("histogram_ptr", "*i64"), ("most_ptr", "*i32"),
+               ("num_kept_ptr", "*i64"), ("target", "fp32"), ("lowest_slope", "fp32"),
+               ("highest_slope", "fp32"), ("most_below", "fp32")))  # fmt: skip
     add("index", index.index_kernel,
         {"WHOLE": True, "SUPERBLOCK": 64, "TILE": index.TILE, "ROWS": 16, "COLUMNS": 256},
         num_warps=8, types=(("counts_ptr", "*i32"),))  # fmt: skip
@@ -356,7 +385,7 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
                 if name in ("softcap", "tolerance", "max_mass", "flat_support", "row_strips")
                 else "i32"
             )
-        known = signature[name].startswith("*") or name in ("N", "V", "D", "stride_out")
+        known = signature[name].startswith("*") or name in ("N", "V", "D", "stride", "stride_out")
         if known and name not in variant.kernel.do_not_specialize:
             divisible[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, variant.constants, divisible)

@@ -53,6 +53,7 @@ def drops_nothing(monkeypatch):
     from cut_cross_entropy import dispatch
 
     monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 1e-15)
+    monkeypatch.setattr(dispatch, "MAX_ERROR", {})
 
 
 @pytest.fixture

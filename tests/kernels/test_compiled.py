@@ -45,6 +45,8 @@ STACK = {
     "powers-softcap-bias-11": 48,
     "centers-0": 192,  # float16 by float32 products
     "split_nodes-1": 256,  # one program for 8,192 tokens
+    "sampled_gradients-1": 256,  # after its loop
+    "sampled_sums-*fp32": 64,
     "grad_c-1": 256,  # after its loop, where the sums of earlier superblocks are added
     "": 0,  # all others
 }

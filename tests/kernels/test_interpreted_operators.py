@@ -15,7 +15,7 @@ BUDGET = 2**20
 
 def settings(tolerance=TOLERANCE, *, filter_e=True, filter_c=True, training=True):
     problem = (-100, None, torch.float32, BUDGET, 0, None, 0, None)
-    return (*problem, tolerance, 1.0, filter_e, filter_c, training)
+    return (*problem, tolerance, 1.0, filter_e, filter_c, 1.1, training)
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ def strips_of(energy, mass):
 def kept(strips, upstream, tolerance=0.005):
     """Return which strips are kept, (blocks, V), for gradients of the loss of each token (N,)."""
     tokens = SimpleNamespace(a=upstream, b=upstream, eta=None, target_grad=upstream.abs())
-    masks = selection.keep_strips(strips, tokens, Filter(tolerance)).masks[0]
+    threshold = selection.find_threshold(strips, tokens, Filter(tolerance))
+    masks = selection.keep_strips(threshold).masks[0]
     return torch.stack([((masks >> block) & 1).bool() for block in range(strips.shape[0])])
 
 

@@ -12,6 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from cut_cross_entropy import dispatch, record_filter
 from cut_cross_entropy.kernels import exact, exact_sum, lse, powers, tokens, warmup
 from cut_cross_entropy.kernels.filtered import (
+    calibrate,
     grad_c,
     grad_e,
     index,
@@ -26,7 +27,8 @@ from tests.support import make_problem, run_ours
 
 pytestmark = pytest.mark.interpret
 
-MODULES = (exact, exact_sum, powers, lse, tokens, grad_c, grad_e, index, selection, strips, tail)
+MODULES = (exact, exact_sum, powers, lse, tokens)
+MODULES += (calibrate, grad_c, grad_e, index, selection, strips, tail)
 
 
 @pytest.fixture
@@ -53,6 +55,7 @@ CASES = {
     "evaluation": {"needed": ()},
     "exact": {"impl": "cce_exact"},
     "filtered": {},
+    "calibrated": {"calibrated": True},
     "plain": {"bias": False, "softcap": None},
     "half": {"dtype": torch.float16},
     "superblocks": {"superblocks": True},
@@ -68,6 +71,9 @@ def test_a_step_launches_what_was_planned(case, launched, always_filtered, reque
     options |= CASES[case]
     if options.get("superblocks"):
         request.getfixturevalue("several_superblocks")
+    if options.get("calibrated"):
+        monkeypatch.setattr(calibrate, "MIN_TOKENS", 0)
+        monkeypatch.setattr(calibrate, "MIN_WORK", 0)
     if "bits" in options:
         monkeypatch.setattr(partial_sums, "choose_low_bits", lambda out, n: options["bits"])
     problem = make_problem((3, 46), 1100, 16, bias=options["bias"]).to(options["dtype"])
@@ -83,13 +89,16 @@ def test_a_step_launches_what_was_planned(case, launched, always_filtered, reque
         options["dtype"],
         2**28,
     )
-    plan = warmup.plan_step(call, Filter(tolerance), training=bool(needed))
+    filter_ = Filter(tolerance, max_error=dispatch.MAX_ERROR["auto"] if tolerance else 0.0)
+    plan = warmup.plan_step(call, filter_, training=bool(needed))
     assert not launched, "a plan launches nothing"
     run_ours(problem, options["impl"], softcap=options["softcap"], needed=needed)
     planned = {one.variant() for one in plan.launches}
     missing = [variant for variant in launched if variant not in planned]
     assert not missing, missing
     assert len(launched) > 3
+    samples = {kernel.__name__ for kernel in launched.values()} & {"draw_tokens_kernel"}
+    assert bool(samples) == options.get("calibrated", False)
 
 
 @pytest.mark.parametrize("needed", [("e", "c", "bias"), ("e",)])
@@ -132,6 +141,22 @@ def test_kinds_of_steps_differ_where_their_launches_do():
         assert kind(first) == kind(second), (first, second)
     for first, second in other:
         assert kind(first) != kind(second), (first, second)
+
+
+def test_kinds_of_steps_tell_whether_the_threshold_follows_a_sample(monkeypatch):
+    monkeypatch.setattr(calibrate, "MIN_WORK", 0)
+
+    def kind(tokens, max_error):
+        filter_ = Filter(8e-4, max_error=max_error)
+        problem = make_problem((tokens,), 32, 8)
+        call = Problem(
+            problem.e, problem.c, problem.targets, None, -100, None, torch.float32, 2**28
+        )
+        return warmup.kind_of_step(call, filter_, training=True)
+
+    fewest = calibrate.MIN_TOKENS
+    assert kind(fewest, 0.0) != kind(fewest, 1.0) == kind(fewest + 16, 0.5)
+    assert kind(fewest - 16, 0.0) == kind(fewest - 16, 1.0) == kind(fewest, 0.0)
 
 
 def training_step(problem, tolerance):

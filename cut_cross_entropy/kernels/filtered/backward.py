@@ -1,8 +1,9 @@
 """The filtered backward: gradients of the kept strips, and of the tail for all others.
 
-``selection`` chooses the strips, ``index`` lists them, ``schedule`` decides which are stored
-together, ``strips`` computes their logit gradients, ``tail``, ``grad_e`` and ``grad_c`` the
-results, ``measure`` their errors if they are recorded. Shape legend: ``cut_cross_entropy.kernels``.
+``selection`` chooses the strips by a threshold that ``calibrate`` sets, ``index`` lists them,
+``schedule`` decides which are stored together, ``strips`` computes their logit gradients, ``tail``,
+``grad_e`` and ``grad_c`` the results, ``measure`` their errors if they are recorded. Shape legend:
+``cut_cross_entropy.kernels``.
 """
 
 import functools
@@ -15,6 +16,7 @@ from torch import Tensor
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.exact import Wanted, exact_gradients
+from cut_cross_entropy.kernels.filtered.calibrate import calibrate, calibrates
 from cut_cross_entropy.kernels.filtered.grad_c import (
     ClassOrder,
     ClassRows,
@@ -33,7 +35,7 @@ from cut_cross_entropy.kernels.filtered.index import (
 from cut_cross_entropy.kernels.filtered.measure import measure
 from cut_cross_entropy.kernels.filtered.partial_sums import PartialSums, bytes_per_row
 from cut_cross_entropy.kernels.filtered.schedule import ClassPass, make_schedule
-from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept, keep_strips
+from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept, find_threshold, keep_strips
 from cut_cross_entropy.kernels.filtered.strips import (
     Part,
     StoredStrips,
@@ -49,7 +51,7 @@ from cut_cross_entropy.kernels.filtered.tail import (
 )
 from cut_cross_entropy.kernels.launch import HostCopy, is_captured
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
-from cut_cross_entropy.problem import Filter, Problem
+from cut_cross_entropy.problem import Filter, KernelState, Problem
 
 # Share of the strips from which on the exact path is faster, of many features: a kept strip costs
 # more than one of all, and the more so the fewer the features. Measured on an H200 for 8,192
@@ -79,7 +81,7 @@ def filtered_gradients(
     problem: Problem,
     tokens: BackwardTokens,
     wanted: Wanted,
-    strips: Tensor,  # (blocks, V) int16
+    saved: KernelState,
     filter_: Filter,
 ) -> Outcome:
     """Compute gradients from the kept strips and the tail, unless the data is too flat for that.
@@ -87,12 +89,16 @@ def filtered_gradients(
     ``problem`` has c and bias contiguous, c of the compute dtype. The number of kept strips is read
     from the device: the one synchronisation of a step.
     """
+    strips = saved.strips
     if is_captured(strips):
         raise RuntimeError(
             "the filtered gradient reads the number of kept strips from the device, which a CUDA "
             "graph cannot capture; use impl='cce_exact' or filter_eps=None"
         )
-    kept = keep_strips(strips, tokens, filter_)
+    threshold = find_threshold(strips, tokens, filter_)
+    if calibrates(problem, filter_) and tokens.eta is None:  # an entropy has another tail
+        calibrate(problem, tokens, saved.support, threshold, filter_.max_error)
+    kept = keep_strips(threshold)
     counts = Counts(kept)
     selection = _Selection.of(kept, problem.c)
     results = _Results.zeros(problem, wanted)

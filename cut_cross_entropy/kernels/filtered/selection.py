@@ -136,6 +136,7 @@ def threshold_kernel(
     tolerance,
     max_mass,
     threshold_ptr,  # () out: the first byte that is kept
+    most_ptr,  # () out: the same for max_mass alone
     num_kept_ptr,  # () int64 out: strips that are kept for it
     token_counts_ptr,  # (2,) out: flat tokens, valid tokens
     N,
@@ -168,10 +169,12 @@ def threshold_kernel(
     # the next byte stands for.
     most = tl.exp2(0.5 * byte_to_log(bins + 0.5))
     mass = tl.cumsum(tl.where(energy > 0, counts * most, 0.0), 0)
-    light = (dropped <= allowed) & (mass * tl.sqrt(BLOCK_T * 1.0) <= max_mass * num_tokens)
-    below = tl.sum(light.to(tl.int32), 0)
+    within_mass = mass * tl.sqrt(BLOCK_T * 1.0) <= max_mass * num_tokens
+    most = tl.minimum(tl.maximum(tl.sum(within_mass.to(tl.int32), 0), 1), FORCED)
+    below = tl.sum(((dropped <= allowed) & within_mass).to(tl.int32), 0)
     threshold = tl.minimum(tl.maximum(below, 1), FORCED)
     tl.store(threshold_ptr, threshold)
+    tl.store(most_ptr, most)
     tl.store(num_kept_ptr, tl.sum(tl.where(bins >= threshold, strips, 0), 0))
     tl.store(token_counts_ptr, num_flat)
     tl.store(token_counts_ptr + 1, num_tokens)
@@ -346,12 +349,38 @@ class Kept:
         return indices if first == 0 else first + indices
 
 
-def keep_strips(
+@dataclass(frozen=True)
+class Threshold:
+    """The energy below which strips are dropped, and what it follows from, on the device.
+
+    Args:
+        strips: (blocks, V) int16 energies and masses of all strips.
+        weights: (blocks,) int32 bytes by which the energies of a block are lowered, since its
+            tokens have smaller upstream gradients than others.
+        value: (1,) int32 first byte of weighted energy that is kept.
+        most: (1,) int32 the highest value that ``Filter.max_mass`` allows.
+        num_kept: () int64 strips at or above the value.
+        histogram: (256 + SHARES,) int64 strips by weighted energy, and room for their shares.
+        class_mass: (V,) float32 log2 of the mass of each class.
+        statistics: see Kept; its last two elements are final.
+    """
+
+    strips: Tensor
+    weights: Tensor
+    value: Tensor
+    most: Tensor
+    num_kept: Tensor
+    histogram: Tensor
+    class_mass: Tensor
+    statistics: Tensor
+
+
+def find_threshold(
     strips: Tensor,  # (blocks, V) int16
     tokens: BackwardTokens,
     filter_: Filter,
-) -> Kept:
-    """Choose the strips to keep; nothing here waits for the device.
+) -> Threshold:
+    """Find the threshold by energy; nothing here waits for the device.
 
     ``filter_.tolerance`` bounds the root of the dropped energy relative to that of the whole
     gradient, ``filter_.max_mass`` the dropped probability, a mean over tokens that are weighted
@@ -362,21 +391,18 @@ def keep_strips(
     num_chunks = triton.cdiv(num_classes, CHUNK)
     device = strips.device
     size = (num_blocks + num_superblocks) * num_chunks + 2
-    statistics = torch.empty(size, dtype=torch.int32, device=device)
-    kept = Kept(
+    weights, value, most = aligned_rows(3, max(num_blocks, 1), torch.int32, device)
+    threshold = Threshold(
         strips=strips,
-        masks=torch.empty((num_superblocks, num_classes), dtype=torch.int64, device=device),
-        keys=torch.empty((num_superblocks, num_classes), dtype=torch.int32, device=device),
-        offsets=torch.empty((num_superblocks, num_classes), dtype=torch.int32, device=device),
-        sums=torch.empty((3, num_blocks, num_chunks), dtype=torch.float32, device=device),
-        statistics=statistics,
-        shape=(num_blocks, num_chunks),
+        weights=weights,
+        value=value[:1],
+        most=most[:1],
+        num_kept=torch.empty((), dtype=torch.int64, device=device),
+        histogram=torch.zeros(256 + SHARES.value, dtype=torch.int64, device=device),
+        class_mass=torch.empty(num_classes, dtype=torch.float32, device=device),
+        statistics=torch.empty(size, dtype=torch.int32, device=device),
     )
-    weights, threshold = aligned_rows(2, max(num_blocks, 1), torch.int32, device)
-    class_mass = torch.empty(num_classes, dtype=torch.float32, device=device)
     largest = torch.empty((), dtype=torch.float32, device=device)
-    histogram = torch.zeros(256 + SHARES.value, dtype=torch.int64, device=device)
-    num_kept = torch.empty((), dtype=torch.int64, device=device)
     num_tokens = tokens.a.shape[0]
     launch(
         weigh_blocks_kernel,
@@ -397,8 +423,8 @@ def keep_strips(
         (num_chunks,),
         strips_ptr=strips,
         weights_ptr=weights,
-        counts_ptr=histogram,
-        class_mass_ptr=class_mass,
+        counts_ptr=threshold.histogram,
+        class_mass_ptr=threshold.class_mass,
         V=num_classes,
         num_blocks=num_blocks,
         CHUNK=CHUNK,
@@ -408,26 +434,46 @@ def keep_strips(
     launch(
         threshold_kernel,
         (1,),
-        histogram_ptr=histogram,
+        histogram_ptr=threshold.histogram,
         target_grad_ptr=tokens.target_grad,
         largest_ptr=largest,
         tolerance=filter_.tolerance,
         max_mass=filter_.max_mass,
-        threshold_ptr=threshold,
-        num_kept_ptr=num_kept,
-        token_counts_ptr=statistics[-2:],
+        threshold_ptr=value,
+        most_ptr=most,
+        num_kept_ptr=threshold.num_kept,
+        token_counts_ptr=threshold.statistics[-2:],
         N=num_tokens,
         BLOCK_T=BLOCK_T,
         BLOCK=4096,
+    )
+    return threshold
+
+
+def keep_strips(threshold: Threshold) -> Kept:
+    """Choose the strips to keep; nothing here waits for the device."""
+    strips = threshold.strips
+    num_blocks, num_classes = strips.shape
+    num_superblocks = triton.cdiv(num_blocks, SUPERBLOCK)
+    num_chunks = triton.cdiv(num_classes, CHUNK)
+    device, statistics = strips.device, threshold.statistics
+    kept = Kept(
+        strips=strips,
+        masks=torch.empty((num_superblocks, num_classes), dtype=torch.int64, device=device),
+        keys=torch.empty((num_superblocks, num_classes), dtype=torch.int32, device=device),
+        offsets=torch.empty((num_superblocks, num_classes), dtype=torch.int32, device=device),
+        sums=torch.empty((3, num_blocks, num_chunks), dtype=torch.float32, device=device),
+        statistics=statistics,
+        shape=(num_blocks, num_chunks),
     )
     launch(
         shares_histogram_kernel,
         (num_chunks,),
         strips_ptr=strips,
-        weights_ptr=weights,
-        class_mass_ptr=class_mass,
-        threshold_ptr=threshold,
-        counts_ptr=histogram[256:],
+        weights_ptr=threshold.weights,
+        class_mass_ptr=threshold.class_mass,
+        threshold_ptr=threshold.value,
+        counts_ptr=threshold.histogram[256:],
         V=num_classes,
         num_blocks=num_blocks,
         CHUNK=CHUNK,
@@ -438,11 +484,11 @@ def keep_strips(
         kept_strips_kernel,
         (num_chunks,),
         strips_ptr=strips,
-        weights_ptr=weights,
-        class_mass_ptr=class_mass,
-        threshold_ptr=threshold,
-        num_kept_ptr=num_kept,
-        shares_ptr=histogram[256:],
+        weights_ptr=threshold.weights,
+        class_mass_ptr=threshold.class_mass,
+        threshold_ptr=threshold.value,
+        num_kept_ptr=threshold.num_kept,
+        shares_ptr=threshold.histogram[256:],
         masks_ptr=kept.masks,
         keys_ptr=kept.keys,
         offsets_ptr=kept.offsets,

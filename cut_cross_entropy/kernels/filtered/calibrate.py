@@ -1,0 +1,611 @@
+"""Sets the threshold of a step by the error that it makes on a sample of its tokens.
+
+The energy of what is dropped does not tell how far dE is off: that depends on how alike the rows of
+the classifier are. Before strips are computed, the error of the tail is therefore estimated for two
+thresholds: from all logits of sampled tokens, drawn with a probability in proportion to their risk,
+whose squared errors are divided by it. The rows of dE are not needed for that, only their norms,
+and random projections of the rows of c keep these. Everything stays on the device, and is a
+function of the inputs.
+
+A pass over c costs 0.04 matmul, so the kernels return at once where the fixed tolerance is known to
+do: few strips are kept, and the tokens weigh the same. Shape legend: ``cut_cross_entropy.kernels``.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.filtered.selection import Threshold, weighted
+from cut_cross_entropy.kernels.launch import aligned_rows, launch
+from cut_cross_entropy.kernels.order import random_signs
+from cut_cross_entropy.kernels.primitives import (
+    byte_to_value,
+    gather_rows,
+    load_rows,
+    logit_gradient,
+    transform_logits,
+)
+from cut_cross_entropy.kernels.tiles import rows_operand, tiles_on
+from cut_cross_entropy.kernels.tokens import BackwardTokens
+from cut_cross_entropy.problem import Filter, Problem
+
+ROUNDING = 0.00166  # relative error of rounding a gradient to bfloat16
+EVENLY = tl.constexpr(0.2)  # share of the risk that is the upstream gradient alone
+ROWS = tl.constexpr(128)  # of the product with c: sampled tokens, then projections
+SAMPLES = tl.constexpr(96)  # tokens drawn; a token may be drawn more than once
+SKETCH = tl.constexpr(32)  # random projections of a row of c, of which the last is the constant 1
+STEP = tl.constexpr(8)  # bytes from the lower threshold to the other: a factor of 2 in tolerance
+SUMS = 5  # of logit gradients: dropped by the lower threshold, by the other, all; of masses: two
+MOST_BELOW = 32.0  # bytes by which a threshold may be lower than the lower one
+# Growth of the error's logarithm (base 2) per byte, where it is extrapolated: on two real heads it
+# was 0.08 to 0.12.
+SLOPES = (0.05, 0.125)
+# The tolerance is taken as it is where at most this share of the strips is kept and the mean weight
+# of a token is at least that share of the largest (docs/engineering_log.md).
+FEW_STRIPS = 0.08
+ALIKE = 0.9
+MIN_TOKENS = 4096  # the pass over c costs the more matmuls the fewer the tokens
+MIN_WORK = 4e11  # multiplications in a matmul below which the launches cost more than it does
+CHUNK_BYTES = 128 * 2**20  # of logit gradients at a time
+PROGRAMS = 64  # that share the sums over classes, for every TILE of the samples
+TILE = 32
+BLOCK = 64  # classes at once
+SCAN = 4096  # tokens per step of the draw
+
+
+@triton.jit(do_not_specialize=["num_tokens_ptr", "N", "V", "search_steps"])
+def draw_tokens_kernel(
+    a_ptr,  # (N,)
+    b_ptr,  # (N,)
+    target_grad_ptr,  # (N,) negative for tokens without a filtered gradient
+    support_ptr,  # (N,) log2 of the effective support
+    num_kept_ptr,  # () int64 strips at or above the threshold
+    num_tokens_ptr,  # () valid tokens
+    wanted_ptr,  # () out: whether to calibrate; without, nothing that follows is written
+    sums_ptr,  # (N,) scratch: inclusive sums of the risks
+    rows_ptr,  # (ROWS,) int64 out, of which SAMPLES count
+    factors_ptr,  # (ROWS,) out: inverse of the expected number of draws of the token, then 0
+    N,
+    V,
+    search_steps,  # N < 2 ** search_steps
+    few_strips,
+    alike,
+    BLOCK_T: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    """Draw a systematic sample of tokens by their risk, in one program.
+
+    A proxy has to do for the error of a token: its upstream gradient times the logarithm of its
+    effective support. A share of the upstream gradient alone leaves no token out.
+    """
+    by_spread = 0.0
+    evenly = 0.0
+    largest = 0.0
+    num_filtered = 0.0
+    for start in range(0, N, SCAN):
+        tokens = start + tl.arange(0, SCAN)
+        filtered = tl.load(target_grad_ptr + tokens, mask=tokens < N, other=-1.0) >= 0
+        weight = upstream(a_ptr, b_ptr=b_ptr, filtered=filtered, tokens=tokens, N=N)
+        support = tl.load(support_ptr + tokens, mask=tokens < N, other=0.0)
+        by_spread += tl.sum(weight * tl.maximum(support, 0.0), 0)
+        evenly += tl.sum(weight, 0)
+        largest = tl.maximum(largest, tl.max(weight, 0))
+        num_filtered += tl.sum(filtered.to(tl.float32), 0)
+    blocks = (tl.load(num_tokens_ptr) + (BLOCK_T - 1)) // BLOCK_T
+    most = few_strips * blocks.to(tl.float32) * V
+    wanted = tl.load(num_kept_ptr).to(tl.float32) > most
+    wanted = wanted | (evenly < alike * largest * num_filtered)
+    tl.store(wanted_ptr, wanted.to(tl.int32))
+    if wanted:
+        by_spread = 1.0 / tl.maximum(by_spread, 1e-37)
+        evenly = EVENLY / tl.maximum(evenly, 1e-37)
+        total = 0.0
+        for start in range(0, N, SCAN):
+            tokens = start + tl.arange(0, SCAN)
+            filtered = tl.load(target_grad_ptr + tokens, mask=tokens < N, other=-1.0) >= 0
+            weight = upstream(a_ptr, b_ptr=b_ptr, filtered=filtered, tokens=tokens, N=N)
+            support = tl.load(support_ptr + tokens, mask=tokens < N, other=0.0)
+            risk = weight * (by_spread * tl.maximum(support, 0.0) + evenly)
+            tl.store(sums_ptr + tokens, total + tl.cumsum(risk, 0), mask=tokens < N)
+            total += tl.sum(risk, 0)
+        tl.debug_barrier()  # other threads have written the sums that this one reads
+        total = tl.load(sums_ptr + N - 1)
+        draws = tl.arange(0, ROWS)
+        place = (draws + 0.5) * (total / SAMPLES)
+        low = tl.zeros((ROWS,), tl.int32)
+        high = low + (N - 1)
+        for _ in range(search_steps):  # the first token whose sum is larger
+            middle = (low + high) // 2
+            beyond = tl.load(sums_ptr + middle) > place
+            high = tl.where(beyond, middle, high)
+            low = tl.where(beyond, low, tl.minimum(middle + 1, high))
+        before = tl.load(sums_ptr + high - 1, mask=high > 0, other=0.0)
+        risk = tl.load(sums_ptr + high) - before
+        tl.store(rows_ptr + draws, high.to(tl.int64))
+        factor = total / (SAMPLES * tl.maximum(risk, 1e-37))
+        tl.store(factors_ptr + draws, tl.where((risk > 0) & (draws < SAMPLES), factor, 0.0))
+
+
+@triton.jit
+def upstream(a_ptr, b_ptr, filtered, tokens, N):
+    """Return the upstream gradients of tokens, 0 where the filter computes no gradient."""
+    a = tl.abs(tl.load(a_ptr + tokens, mask=tokens < N, other=0.0))
+    b = tl.abs(tl.load(b_ptr + tokens, mask=tokens < N, other=0.0))
+    weight = tl.maximum(a, b)
+    return tl.where(filtered & (weight < float("inf")), weight, 0.0)
+
+
+@triton.jit
+def left_factor_kernel(
+    e_ptr,  # (N, D)
+    rows_ptr,  # (ROWS,) int64
+    wanted_ptr,  # ()
+    out_ptr,  # (ROWS, D) out
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    """Write the embeddings of sampled tokens, and random signs that project rows of c."""
+    if tl.load(wanted_ptr) == 0:
+        return
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    samples, lanes = tl.arange(0, ROWS), tl.arange(0, SKETCH)
+    rows = tl.load(rows_ptr + samples)
+    e = gather_rows(e_ptr, rows, inside=samples < SAMPLES, columns=d, D=D)
+    inside = (samples < SAMPLES)[:, None] & (d < D)[None, :]
+    tl.store(out_ptr + samples[:, None] * D + d[None, :], e, mask=inside)
+    signs = random_signs(d, SKETCH).to(out_ptr.dtype.element_ty)
+    out = out_ptr + SAMPLES * D + lanes[None, :] * D + d[:, None]
+    tl.store(out, signs, mask=(d < D)[:, None])
+
+
+@triton.jit
+def store_gradients(
+    product,  # (ROWS, classes)
+    columns,  # (classes,) of the output
+    first_class,
+    stop_class,
+    rows_ptr,
+    bias_ptr,
+    lse_ptr,
+    a_ptr,
+    b_ptr,
+    targets_ptr,
+    multiplier_ptr,
+    out_ptr,
+    stride,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
+):
+    """Store the logit gradients of a tile of products, and its projections as they are."""
+    classes = first_class + columns
+    inside = classes < stop_class
+    samples = tl.arange(0, ROWS)
+    tokens = tl.load(rows_ptr + samples)
+    lse = tl.load(lse_ptr + tokens)
+    a, b = tl.load(a_ptr + tokens), tl.load(b_ptr + tokens)
+    targets = tl.load(targets_ptr + tokens).to(tl.int32)
+    multiplier = a  # unused
+    if HAS_MULTIPLIER:
+        multiplier = tl.load(multiplier_ptr + tokens)
+    logits = transform_logits(
+        product,
+        bias_ptr=bias_ptr,
+        classes=classes,
+        inside=inside,
+        softcap=softcap,
+        HAS_BIAS=HAS_BIAS,
+        SOFTCAP=SOFTCAP,
+        TOKEN_AXIS=0,
+        multiplier=multiplier,
+        HAS_MULTIPLIER=HAS_MULTIPLIER,
+    )
+    grad = logit_gradient(
+        logits,
+        p=tl.exp2(logits - lse[:, None]),
+        onehot=classes[None, :] == targets[:, None],
+        inside=inside,
+        a=a,
+        b=b,
+        softcap=softcap,
+        SOFTCAP=SOFTCAP,
+        TOKEN_AXIS=0,
+        multiplier=multiplier,
+        HAS_MULTIPLIER=HAS_MULTIPLIER,
+    )
+    projection = tl.where((samples == ROWS - 1)[:, None], 1.0, product)
+    both = tl.where((samples < SAMPLES)[:, None], grad, projection)
+    out = out_ptr + samples[:, None] * stride + columns[None, :]
+    tl.store(out, both.to(out_ptr.dtype.element_ty), mask=inside[None, :])
+
+
+@triton.jit(do_not_specialize=["first_class", "stop_class"])
+def sampled_gradients_kernel(
+    e,  # (ROWS, D) embeddings of the sampled tokens, and random signs
+    c,  # (V, D)
+    rows_ptr,  # (ROWS,) int64
+    wanted_ptr,  # ()
+    bias_ptr,  # (V,)
+    lse_ptr,  # (N,) log2, like all that follow
+    a_ptr,
+    b_ptr,
+    targets_ptr,
+    multiplier_ptr,
+    out_ptr,  # (ROWS, stride) logit gradients, and projections of the rows of c, out
+    V,
+    D,
+    stride,
+    softcap,
+    first_class,
+    stop_class,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
+    E_TMA: tl.constexpr,
+    C_TMA: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Compute the logit gradients of sampled tokens, and projections of c, for some classes.
+
+    The last projection is the constant 1, so its sums are those of the factors.
+    """
+    if tl.load(wanted_ptr) == 0:
+        return
+    first_column = tl.program_id(0) * BLOCK_V
+    product = tl.zeros((ROWS, BLOCK_V), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        e_tile = load_rows(
+            e, row=0, num_rows=ROWS, column=d, D=D, USE_TMA=E_TMA, ROWS=ROWS, COLUMNS=BLOCK_D
+        )
+        c_tile = load_rows(
+            c,
+            row=first_class + first_column,
+            num_rows=V,
+            column=d,
+            D=D,
+            USE_TMA=C_TMA,
+            ROWS=BLOCK_V,
+            COLUMNS=BLOCK_D,
+        )
+        product = tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
+    # A wide tile ends in two halves, which need fewer registers at a time.
+    half: tl.constexpr = BLOCK_V // 2 if HALVES else BLOCK_V
+    if HALVES:
+        pairs = tl.permute(tl.reshape(product, (ROWS, 2, half)), (0, 2, 1))
+        left, right = tl.split(pairs)
+    for part in tl.static_range(2 if HALVES else 1):
+        store_gradients(
+            (left if part == 0 else right) if HALVES else product,
+            columns=first_column + part * half + tl.arange(0, half),
+            first_class=first_class,
+            stop_class=stop_class,
+            rows_ptr=rows_ptr,
+            bias_ptr=bias_ptr,
+            lse_ptr=lse_ptr,
+            a_ptr=a_ptr,
+            b_ptr=b_ptr,
+            targets_ptr=targets_ptr,
+            multiplier_ptr=multiplier_ptr,
+            out_ptr=out_ptr,
+            stride=stride,
+            softcap=softcap,
+            HAS_BIAS=HAS_BIAS,
+            SOFTCAP=SOFTCAP,
+            HAS_MULTIPLIER=HAS_MULTIPLIER,
+        )
+
+
+@triton.jit(do_not_specialize=["first_class", "num_classes", "first_program"])
+def sampled_sums_kernel(
+    grads_ptr,  # (ROWS, stride) of the classes from first_class on
+    rows_ptr,  # (ROWS,) int64
+    wanted_ptr,  # ()
+    strips_ptr,  # (blocks, V) int16
+    weights_ptr,  # (blocks,) see Kept
+    threshold_ptr,  # ()
+    sums_ptr,  # (programs, SUMS, SAMPLES, SKETCH) out
+    V,
+    stride,
+    first_class,
+    num_classes,
+    first_program,
+    SUMS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Project dropped logit gradients times c, and dropped masses times c, for some classes."""
+    if tl.load(wanted_ptr) == 0:
+        return
+    program = tl.program_id(0)
+    samples = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    lanes = tl.arange(0, SKETCH)
+    blocks = tl.load(rows_ptr + samples) // BLOCK_T
+    weights = tl.load(weights_ptr + blocks)[:, None]
+    strips = strips_ptr + blocks[:, None] * V + first_class
+    high = tl.load(threshold_ptr)
+    low = tl.maximum(high - STEP, 1)
+    whole = tl.zeros((TILE, SKETCH), tl.float32)
+    low_grads = tl.zeros((TILE, SKETCH), tl.float32)
+    low_masses = tl.zeros((TILE, SKETCH), tl.float32)
+    grads = tl.zeros((TILE, SKETCH), tl.float32)
+    masses = tl.zeros((TILE, SKETCH), tl.float32)
+    for start in range(program * BLOCK, num_classes, tl.num_programs(0) * BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = (columns < num_classes)[None, :]
+        row = grads_ptr + columns[None, :]
+        grad = tl.load(row + samples[:, None] * stride, mask=inside, other=0.0)
+        signs = tl.load(row + (lanes + SAMPLES)[:, None] * stride, mask=inside, other=0.0).T
+        both = tl.load(strips + columns[None, :], mask=inside, other=0).to(tl.int32)
+        own = weighted(both & 255, weights)
+        mass = byte_to_value((both >> 8) & 255).to(grad.dtype)
+        zero = tl.zeros_like(grad)
+        whole = tl.dot(grad, signs, whole, input_precision="tf32")
+        grad = tl.where(own < high, grad, zero)
+        mass = tl.where(own < high, mass, zero)
+        grads = tl.dot(grad, signs, grads, input_precision="tf32")
+        masses = tl.dot(mass, signs, masses, input_precision="tf32")
+        grad = tl.where(own < low, grad, zero)
+        mass = tl.where(own < low, mass, zero)
+        low_grads = tl.dot(grad, signs, low_grads, input_precision="tf32")
+        low_masses = tl.dot(mass, signs, low_masses, input_precision="tf32")
+    size: tl.constexpr = SAMPLES * SKETCH
+    out = sums_ptr + (first_program + program) * (SUMS * size)
+    out += samples[:, None] * SKETCH + lanes[None, :]
+    tl.store(out, low_grads)
+    tl.store(out + size, grads)
+    tl.store(out + 2 * size, whole)
+    tl.store(out + 3 * size, low_masses)
+    tl.store(out + 4 * size, masses)
+
+
+@triton.jit
+def squared_error(sums_ptr, factors, which: tl.constexpr):
+    """Estimate the sum of squares over all tokens: of a threshold's error, or the whole (2)."""
+    samples, lanes = tl.arange(0, ROWS), tl.arange(0, SKETCH)
+    inside = (samples < SAMPLES)[:, None]
+    size: tl.constexpr = SAMPLES * SKETCH
+    place = sums_ptr + which * size + samples[:, None] * SKETCH + lanes[None, :]
+    rows = tl.load(place, mask=inside, other=0.0)
+    is_sum = (lanes == SKETCH - 1)[None, :]
+    if which < 2:
+        masses = tl.load(place + 3 * size, mask=inside, other=0.0)
+        total = tl.sum(tl.where(is_sum, masses, 0.0), 1)
+        dropped = tl.sum(tl.where(is_sum, rows, 0.0), 1)
+        share = tl.where(total > 0, dropped / tl.where(total > 0, total, 1.0), 0.0)
+        rows -= masses * share[:, None]
+    squares = tl.sum(tl.where(is_sum, 0.0, rows * rows), 1)
+    return tl.sum(squares * factors, 0)
+
+
+@triton.jit
+def choose_threshold_kernel(
+    sums_ptr,  # (SUMS, SAMPLES, SKETCH)
+    factors_ptr,  # (ROWS,) 0 from SAMPLES on
+    wanted_ptr,  # ()
+    histogram_ptr,  # (256,) int64
+    most_ptr,  # () highest threshold that the mass allows
+    threshold_ptr,  # () in, out
+    num_kept_ptr,  # () int64 in, out
+    target,  # log2 of the relative error to reach
+    lowest_slope,
+    highest_slope,
+    most_below,
+):
+    """Move the threshold to where the estimated error is the target's, in one program.
+
+    The logarithm of the error is interpolated between the two thresholds and extrapolated outside,
+    at most a STEP above them.
+    """
+    if tl.load(wanted_ptr) == 0:
+        return
+    factors = tl.load(factors_ptr + tl.arange(0, ROWS))
+    whole = squared_error(sums_ptr, factors, 2)
+    first = 0.5 * tl.log2(squared_error(sums_ptr, factors, 0) / whole + 1e-30)
+    second = 0.5 * tl.log2(squared_error(sums_ptr, factors, 1) / whole + 1e-30)
+    growth = (second - first) / STEP
+    slope = tl.minimum(tl.maximum(growth, lowest_slope), highest_slope)
+    shift = tl.maximum((target - first) / slope, -most_below) - STEP
+    if first <= target:
+        shift = (target - second) / tl.maximum(growth, 1e-3)
+    if second <= target:
+        shift = tl.minimum((target - second) / highest_slope, STEP)
+    before = tl.load(threshold_ptr)
+    moved = before + tl.floor(shift).to(tl.int32)
+    moved = tl.minimum(tl.maximum(moved, 1), tl.load(most_ptr))  # at most FORCED
+    known = (whole > 0) & (whole < float("inf")) & (second == second)
+    threshold = tl.where(known, moved, before)
+    tl.store(threshold_ptr, threshold)
+    bins = tl.arange(0, 256)
+    strips = tl.load(histogram_ptr + bins)
+    tl.store(num_kept_ptr, tl.sum(tl.where(bins >= threshold, strips, 0), 0))
+
+
+def calibrates(problem: Problem, filter_: Filter) -> bool:
+    """Whether the threshold of a call may follow from a sample; the device decides if it does.
+
+    Shards would have to exchange projections of their errors.
+    """
+    (num_tokens, dim), num_classes = problem.e.shape, problem.c.shape[0]
+    large = num_tokens >= MIN_TOKENS and num_tokens * dim * num_classes >= MIN_WORK
+    return filter_.max_error > 0 and problem.group is None and large
+
+
+def calibrate(
+    problem: Problem,
+    tokens: BackwardTokens,
+    support: Tensor,  # (N,) log2 of the effective support, in the order of the tokens
+    threshold: Threshold,
+    max_error: float,
+) -> None:
+    """Move a threshold, in place, to where the tail makes a given error of dE.
+
+    Args:
+        problem: without a group, c of the compute dtype.
+        tokens: without ``eta`` and ``q``.
+        support: see above.
+        threshold: the threshold by energy. It is raised by STEP bytes at most, and not beyond what
+            the dropped mass allows. It stays as it is where few strips are kept and the upstream
+            gradients of the tokens are about the same.
+        max_error: relative error (Frobenius norm) to reach, of the tail alone, in multiples of the
+            rounding error of bfloat16.
+    """
+    rows, factors, wanted = draw_tokens(tokens, support, threshold)
+    launch(
+        choose_threshold_kernel,
+        (1,),
+        sums_ptr=sampled_sums(problem, tokens, rows, wanted, threshold),
+        factors_ptr=factors,
+        wanted_ptr=wanted,
+        histogram_ptr=threshold.histogram,
+        most_ptr=threshold.most,
+        threshold_ptr=threshold.value,
+        num_kept_ptr=threshold.num_kept,
+        target=math.log2(max_error * ROUNDING),
+        lowest_slope=SLOPES[0],
+        highest_slope=SLOPES[1],
+        most_below=MOST_BELOW,
+        num_warps=8,
+    )
+
+
+def draw_tokens(
+    tokens: BackwardTokens, support: Tensor, threshold: Threshold
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decide whether to calibrate, and draw tokens for that.
+
+    Returns:
+        rows (ROWS,) int64, of which the first SAMPLES count, in order; factors of their squared
+        errors (ROWS,) float32; and whether to calibrate, () int32. Without, the others are not
+        written.
+    """
+    num_tokens, device = tokens.a.shape[0], tokens.a.device
+    num_rows = ROWS.value
+    rows = torch.empty(num_rows, dtype=torch.int64, device=device)
+    wanted = torch.empty((), dtype=torch.int32, device=device)
+    sums, factors = aligned_rows(2, max(num_tokens, num_rows), torch.float32, device)
+    launch(
+        draw_tokens_kernel,
+        (1,),
+        a_ptr=tokens.a,
+        b_ptr=tokens.b,
+        target_grad_ptr=tokens.target_grad,
+        support_ptr=support,
+        num_kept_ptr=threshold.num_kept,
+        num_tokens_ptr=threshold.statistics[-1:],
+        wanted_ptr=wanted,
+        sums_ptr=sums,
+        rows_ptr=rows,
+        factors_ptr=factors,
+        N=num_tokens,
+        V=threshold.strips.shape[1],
+        search_steps=num_tokens.bit_length(),
+        few_strips=FEW_STRIPS,
+        alike=ALIKE,
+        BLOCK_T=BLOCK_T,
+        SCAN=SCAN,
+        num_warps=8,
+    )
+    return rows, factors[:num_rows], wanted
+
+
+def sampled_sums(
+    problem: Problem, tokens: BackwardTokens, rows: Tensor, wanted: Tensor, threshold: Threshold
+) -> Tensor:
+    """Return what two thresholds drop of the sampled tokens, times projections of the rows of c.
+
+    Returns:
+        (SUMS, SAMPLES, SKETCH) float32. The first three are sums of the token's logit gradients:
+        of those dropped by the threshold less STEP, by the threshold, and of all, targets too. The
+        other two are sums of the masses of its block that the two thresholds drop. The last
+        projection is the constant 1. Nothing is written unless ``wanted``.
+    """
+    e, c, tiles = tokens.e, problem.c, tiles_on(tokens.e.device)
+    dim, num_classes, block_v = e.shape[1], c.shape[0], tiles.block_v
+    num_rows, num_samples = ROWS.value, SAMPLES.value
+    left = e.new_empty((num_rows, dim))
+    launch(
+        left_factor_kernel,
+        (triton.cdiv(dim, 32),),
+        e_ptr=e,
+        rows_ptr=rows,
+        wanted_ptr=wanted,
+        out_ptr=left,
+        D=dim,
+        BLOCK_D=32,
+    )
+    # Gradients of float16 would underflow in it.
+    dtype = torch.bfloat16 if e.dtype == torch.bfloat16 else torch.float32
+    fitting = min(CHUNK_BYTES, problem.memory_budget // 2) // (num_rows * dtype.itemsize)
+    stride = max(1, fitting // block_v) * block_v
+    stride = min(stride, triton.cdiv(num_classes, block_v) * block_v)
+    grads = e.new_empty((num_rows, stride), dtype=dtype)
+    num_chunks = triton.cdiv(num_classes, stride)
+    size = (num_chunks * PROGRAMS, SUMS, num_samples, SKETCH.value)
+    parts = e.new_empty(size, dtype=torch.float32)
+    block_d = max(16, tiles.block_d * 2 // e.element_size())
+    left_rows, left_tma = rows_operand(left, num_rows, block_d, tiles)
+    c_rows, c_tma = rows_operand(c, block_v, block_d, tiles)
+    for chunk in range(num_chunks):
+        first, stop = chunk * stride, min((chunk + 1) * stride, num_classes)
+        launch(
+            sampled_gradients_kernel,
+            (triton.cdiv(stop - first, block_v),),
+            e=left_rows,
+            c=c_rows,
+            rows_ptr=rows,
+            wanted_ptr=wanted,
+            bias_ptr=problem.bias,
+            lse_ptr=tokens.lse,
+            a_ptr=tokens.a,
+            b_ptr=tokens.b,
+            targets_ptr=tokens.targets,
+            multiplier_ptr=tokens.multiplier,
+            out_ptr=grads,
+            V=num_classes,
+            D=dim,
+            stride=stride,
+            softcap=problem.softcap or 0.0,
+            first_class=first,
+            stop_class=stop,
+            HAS_BIAS=problem.bias is not None,
+            SOFTCAP=problem.softcap is not None,
+            HAS_MULTIPLIER=tokens.multiplier is not None,
+            E_TMA=left_tma,
+            C_TMA=c_tma,
+            HALVES=block_v > num_rows,
+            BLOCK_V=block_v,
+            BLOCK_D=block_d,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+        launch(
+            sampled_sums_kernel,
+            (PROGRAMS, num_samples // TILE),
+            grads_ptr=grads,
+            rows_ptr=rows,
+            wanted_ptr=wanted,
+            strips_ptr=threshold.strips,
+            weights_ptr=threshold.weights,
+            threshold_ptr=threshold.value,
+            sums_ptr=parts,
+            V=num_classes,
+            stride=stride,
+            first_class=first,
+            num_classes=stop - first,
+            first_program=chunk * PROGRAMS,
+            SUMS=SUMS,
+            BLOCK_T=BLOCK_T,
+            TILE=TILE,
+            BLOCK=BLOCK,
+            num_warps=8,
+            num_stages=2,
+        )
+    return parts.sum(0)

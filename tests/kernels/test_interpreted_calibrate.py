@@ -1,0 +1,201 @@
+"""The threshold that follows from the error of a sample, interpreted."""
+
+import math
+
+import pytest
+import torch
+
+from cut_cross_entropy import dispatch, linear_cross_entropy
+from cut_cross_entropy.kernels.filtered import backward, calibrate, measure
+from cut_cross_entropy.problem import Filter, Problem
+from tests.kernels.sampled import check_sums, sampled, threshold_for
+from tests.kernels.test_interpreted_filtered import errors, recorded, sharp
+
+pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
+
+TARGET = dispatch.MAX_ERROR["auto"]
+FIXED = dispatch.FILTER_TOLERANCE
+
+
+@pytest.fixture
+def always_calibrated(monkeypatch):
+    """Sample small problems too, however few strips they keep."""
+    monkeypatch.setattr(calibrate, "MIN_TOKENS", 0)
+    monkeypatch.setattr(calibrate, "MIN_WORK", 0)
+    monkeypatch.setattr(calibrate, "FEW_STRIPS", -1.0)
+
+
+@pytest.fixture
+def moves(monkeypatch, always_calibrated):
+    """Thresholds before and after each calibration."""
+    found = []
+    original = calibrate.calibrate
+
+    def watched(problem, tokens, support, threshold, max_error):
+        before = int(threshold.value)
+        original(problem, tokens, support, threshold, max_error)
+        kept = int(threshold.histogram[:256][int(threshold.value) :].sum())
+        assert int(threshold.num_kept) == kept
+        found.append((before, int(threshold.value)))
+
+    monkeypatch.setattr(backward, "calibrate", watched)
+    return found
+
+
+@pytest.mark.parametrize("start", [2.0, 12.0, 80.0])
+def test_default_reaches_its_error_from_any_tolerance(start, always_filtered, monkeypatch, moves):
+    """In float32, where the tail alone makes an error: 2.7 and 18 roundings by the tolerance."""
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", start * dispatch.FILTER_TOLERANCE)
+    problem = sharp(300, seed=1)
+    results, (record,) = recorded(problem)
+    ((before, after),) = moves
+    assert record.path == "filtered"
+    assert (after < before) == (start > 2)
+    error = errors(results, problem)[0] / measure.ROUNDING
+    assert 0.7 * TARGET < error < 1.3 * TARGET
+
+
+def test_threshold_is_raised_by_a_limited_step(always_filtered, monkeypatch, moves):
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", dispatch.FILTER_TOLERANCE / 100)
+    recorded(sharp(140))
+    ((before, after),) = moves
+    assert after == before + calibrate.STEP.value
+
+
+def test_high_keeps_more(always_filtered, always_calibrated, monkeypatch):
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 4 * dispatch.FILTER_TOLERANCE)
+    problem = sharp(300, seed=1)
+    found = [recorded(problem, filter_eps=eps) for eps in ("auto", "high")]
+    (first, second) = (errors(results, problem)[0] for results, _ in found)
+    assert 0.35 * first < second < 0.7 * first
+
+
+def test_a_number_is_a_fixed_tolerance(always_filtered, moves):
+    recorded(sharp(), filter_eps=2.0**-12)
+    recorded(sharp(), "cce_exact")
+    assert not moves
+
+
+def test_mass_is_still_a_limit(always_filtered, monkeypatch, moves):
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 20 * dispatch.FILTER_TOLERANCE)
+    _, (free,) = recorded(sharp(300, seed=1))
+    _, (limited,) = recorded(sharp(300, seed=1), filter_mass=free.dropped_mass / 3)
+    assert 0 < limited.dropped_mass <= free.dropped_mass / 3
+    assert limited.strips_kept > free.strips_kept
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_no_estimate_leaves_the_threshold(value, moves):
+    """Of tokens without a gradient, or with one that is no number."""
+    problem = sharp()
+    e = problem.e.clone().requires_grad_()
+    loss = linear_cross_entropy(e, problem.c, problem.targets, impl="cce", reduction="none")
+    loss.backward(torch.full_like(loss, value))
+    ((before, after),) = moves
+    assert before == after or value != 0
+
+
+def test_weights_enter_the_estimate(always_filtered, always_calibrated, monkeypatch):
+    """Most of the upstream gradient on a few tokens: their error counts."""
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 4 * dispatch.FILTER_TOLERANCE)
+    problem = sharp(300, seed=1)
+    weights = torch.full((300,), 1e-3)
+    weights[::7] = 1.0
+    grads = []
+    for impl in ("cce", "cce_exact"):
+        e = problem.e.clone().requires_grad_()
+        loss = linear_cross_entropy(
+            e, problem.c, problem.targets, problem.bias, impl=impl, reduction="none"
+        )
+        (grad,) = torch.autograd.grad(loss, e, weights)
+        grads.append(grad)
+    error = (grads[0] - grads[1]).norm() / grads[1].norm() / measure.ROUNDING
+    assert 0.6 * TARGET < error < 1.4 * TARGET
+
+
+def test_a_step_is_a_function_of_its_inputs(always_filtered, always_calibrated):
+    problem = sharp(300)
+    first, second = (recorded(problem)[0].named() for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
+
+
+def test_tokens_are_drawn_by_risk():
+    weights = torch.rand(5000, generator=torch.Generator().manual_seed(1))
+    weights[100] = 400  # is drawn more than once
+    tokens, support = sampled(5000, weights)
+    tokens.target_grad[:50] = -1.0  # no filtered gradient
+    rows, factors, wanted = calibrate.draw_tokens(tokens, support, threshold_for(5000))
+    assert wanted == 1
+    assert (factors[calibrate.SAMPLES.value :] == 0).all()
+    rows, factors = rows[: calibrate.SAMPLES.value], factors[: calibrate.SAMPLES.value]
+    weights = torch.where(torch.arange(5000) < 50, 0.0, weights).double()
+    share = lambda x: x / x.sum()
+    risk = share(weights * support) + calibrate.EVENLY.value * share(weights)
+    expected, _ = measure.sample_by_risk(risk, calibrate.SAMPLES.value)
+    assert (rows == expected).double().mean() > 0.95, "but for rounding"
+    assert (rows == 100).sum() > 5
+    assert rows.min() >= 50
+    wanted = risk.sum() / (calibrate.SAMPLES.value * risk[rows])
+    torch.testing.assert_close(factors.double(), wanted, rtol=0.02, atol=0)
+
+
+def test_no_risk_draws_nothing_that_counts():
+    tokens, support = sampled(200, torch.zeros(200))
+    rows, factors, _ = calibrate.draw_tokens(tokens, support, threshold_for(200))
+    assert ((rows >= 0) & (rows < 200)).all()
+    assert (factors == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("lightest", "share", "expected"),
+    [(1.0, 0.07, 0), (1.0, 0.09, 1), (0.85, 0.0, 0), (0.7, 0.0, 1), (0.0, 0.0, 1)],
+)
+def test_what_is_calibrated(lightest, share, expected):
+    """Tokens of unequal weights, and data of which much is kept; half the weights are lighter."""
+    weights = torch.where(torch.arange(300) % 2 == 0, lightest, 1.0) * 2.0**-9
+    tokens, support = sampled(300, weights)
+    kept = int(share * 3 * 500)
+    threshold = threshold_for(300, num_kept=kept)
+    assert calibrate.draw_tokens(tokens, support, threshold)[2] == expected
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_equal_weights_and_few_strips_take_the_tolerance(reduction, always_filtered, monkeypatch):
+    """The kernels return at once: the threshold stays, and nothing reads what is not written."""
+    monkeypatch.setattr(calibrate, "MIN_TOKENS", 0)
+    monkeypatch.setattr(calibrate, "MIN_WORK", 0)
+    monkeypatch.setattr(calibrate, "FEW_STRIPS", 1.0)
+    problem = sharp(300, seed=1)
+    grads = []
+    for eps in ("auto", 8 * 2.0**-12):
+        monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", FIXED * (8 if eps == "auto" else 1))
+        e = problem.e.clone().requires_grad_()
+        loss = linear_cross_entropy(
+            e, problem.c, problem.targets, problem.bias, reduction=reduction, filter_eps=eps,
+            impl="cce",
+        )  # fmt: skip
+        weights = torch.ones_like(loss) if reduction == "mean" else torch.linspace(0.1, 1, 300)
+        loss.backward(weights)
+        grads.append(e.grad)
+    assert torch.equal(*grads) == (reduction == "mean")
+
+
+def test_only_large_problems_are_calibrated():
+    like = lambda *size: torch.empty(size, dtype=torch.bfloat16, device="meta")
+    problem = lambda n, v, d: Problem(
+        like(n, d), like(v, d), like(n), None, -100, None, torch.bfloat16, 2**28
+    )
+    filter_ = Filter(1e-4, max_error=1.0)
+    assert calibrate.calibrates(problem(8192, 256000, 2304), filter_)
+    assert not calibrate.calibrates(problem(8192, 256000, 2304), Filter(1e-4))
+    assert not calibrate.calibrates(problem(8192, 49152, 576), filter_)
+    assert not calibrate.calibrates(problem(2048, 256000, 4096), filter_)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_sums_of_dropped_gradients(softcap, monkeypatch):
+    """In several chunks of classes."""
+    monkeypatch.setattr(calibrate, "PROGRAMS", 2)
+    monkeypatch.setattr(calibrate, "CHUNK_BYTES", 1)
+    check_sums("cpu", torch.float32, softcap, tolerance=1e-4)
