@@ -111,7 +111,9 @@ def filtered_gradients(
     )
     grad_e = mass = None
     if not too_flat:
-        grad_e, mass = _kept_and_flat(problem, tokens, wanted, selection, counts, results)
+        grad_e, mass = _kept_and_flat(
+            problem, tokens, wanted, selection=selection, counts=counts, results=results
+        )
     if recording():
         if mass is None:
             report(FilterRecord("dense", 1.0, 0.0, counts.flat_tokens, counts.tokens))
