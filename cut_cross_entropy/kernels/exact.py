@@ -8,7 +8,7 @@ library's. Rows of dC are complete after their chunk, dE is summed in float32. S
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -25,7 +25,7 @@ from cut_cross_entropy.kernels.primitives import (
     swizzle_program,
     transform_logits,
 )
-from cut_cross_entropy.kernels.tiles import rows_operand, tiles_on
+from cut_cross_entropy.kernels.tiles import product_arguments, tiles_on
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.problem import Problem
 
@@ -209,13 +209,11 @@ def chunk_gradients(
     num_tiles = triton.cdiv(classes[1] - classes[0], tiles.block_v)
     segment_tiles = triton.cdiv(num_tiles, max(1, PROGRAMS_IN_FLIGHT // swizzle_width))
     num_segments = triton.cdiv(num_tiles, segment_tiles)
-    e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
-    c_operand, c_tma = rows_operand(c, tiles.block_v, tiles.block_d, tiles)
+    # Wider results need more shared memory.
+    num_stages = min(tiles.num_stages, 4 if out.dtype == e.dtype else 3)
     launch(
         chunk_gradients_kernel,
         (num_blocks * num_segments,),
-        e=e_operand,
-        c=c_operand,
         bias_ptr=problem.bias,
         lse_ptr=tokens.lse,
         a_ptr=tokens.a,
@@ -228,7 +226,6 @@ def chunk_gradients(
         grad_ptr=out,
         N=e.shape[0],
         V=c.shape[0],
-        D=e.shape[1],
         softcap=problem.softcap,
         first_class=classes[0],
         stop_class=classes[1],
@@ -237,14 +234,7 @@ def chunk_gradients(
         num_segments=num_segments,
         num_blocks=num_blocks,
         swizzle_width=swizzle_width,
-        E_TMA=e_tma,
-        C_TMA=c_tma,
-        BLOCK_T=BLOCK_T,
-        BLOCK_V=tiles.block_v,
-        BLOCK_D=tiles.block_d,
-        num_warps=tiles.num_warps,
-        # Wider results need more shared memory.
-        num_stages=min(tiles.num_stages, 4 if out.dtype == e.dtype else 3),
+        **product_arguments(e, c, replace(tiles, num_stages=num_stages)),
     )
 
 

@@ -160,8 +160,8 @@ def compile_concurrently(plan: Plan) -> None:
 
 
 # Triton imports each launcher, an extension module, under one name. Importing one that another
-# kernel of the same signature has imported before makes Python overwrite the functions of the module
-# imported last, so that a thread in between would take the launcher of another kernel.
+# kernel of the same signature has imported before makes Python overwrite the functions of the
+# module imported last, so that a thread in between would take the launcher of another kernel.
 _loading = threading.Lock()
 
 

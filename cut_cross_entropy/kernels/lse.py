@@ -31,7 +31,7 @@ from cut_cross_entropy.kernels.primitives import (
     swizzle_program,
     transform_logits,
 )
-from cut_cross_entropy.kernels.tiles import Tiles, rows_operand, swizzle_width, tiles_on
+from cut_cross_entropy.kernels.tiles import Tiles, product_arguments, swizzle_width, tiles_on
 from cut_cross_entropy.kernels.tokens import Tokens
 from cut_cross_entropy.outputs import Asked
 from cut_cross_entropy.problem import KernelState
@@ -219,13 +219,9 @@ class PassInputs:
         return tiles_on(self.e.device)
 
     @functools.cached_property
-    def operands(self) -> tuple[tuple[Any, bool], tuple[Any, bool]]:
-        """Operands of the kernels for ``e`` and ``c``; made once, since they cost host time."""
-        tiles = self.tiles
-        return (
-            rows_operand(self.e, BLOCK_T, tiles.block_d, tiles),
-            rows_operand(self.c, tiles.block_v, tiles.block_d, tiles),
-        )
+    def products(self) -> dict[str, Any]:
+        """Arguments of kernels that multiply ``e`` and ``c``; made once, to save host time."""
+        return product_arguments(self.e, self.c, self.tiles)
 
 
 @dataclass(frozen=True)
@@ -269,7 +265,7 @@ def vocabulary_pass(
         repair: results of an earlier pass, whose flagged blocks are overwritten.
     """
     e, tiles = inputs.e, inputs.tiles
-    num_tokens, dim = e.shape
+    num_tokens = e.shape[0]
     num_blocks = triton.cdiv(num_tokens, BLOCK_T)
     num_tiles = triton.cdiv(num_classes, tiles.block_v)
     segment_tiles = triton.cdiv(num_tiles, MAX_SEGMENTS)
@@ -286,12 +282,9 @@ def vocabulary_pass(
             rank=_further(shape, asked.rank, e.device, torch.int32),
             highest=_further(shape, asked.max_logit, e.device),
         )
-    (e_operand, e_tma), (c_operand, c_tma) = inputs.operands
     launch(
         vocabulary_pass_kernel,
         (num_blocks * num_segments,),
-        e=e_operand,
-        c=c_operand,
         bias_ptr=inputs.bias,
         bound_ptr=inputs.bound,
         lse_ptr=results.lse,
@@ -307,7 +300,6 @@ def vocabulary_pass(
         flag_ptr=inputs.flags,
         N=num_tokens,
         V=num_classes,
-        D=dim,
         softcap=inputs.softcap,
         segment_tiles=segment_tiles,
         num_segments=num_segments,
@@ -315,13 +307,7 @@ def vocabulary_pass(
         swizzle_width=swizzle_width(num_blocks, e),
         ONLINE=online,
         ONLY_FLAGGED=repair is not None,
-        E_TMA=e_tma,
-        C_TMA=c_tma,
-        BLOCK_T=BLOCK_T,
-        BLOCK_V=tiles.block_v,
-        BLOCK_D=tiles.block_d,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        **inputs.products,
     )
     return results
 

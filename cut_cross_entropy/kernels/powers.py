@@ -267,21 +267,18 @@ def choose_segment_tiles(num_blocks: int, num_tiles: int) -> int:
 def store_powers(chunk: Chunk, powers: Tensor) -> None:
     """Store the powers (N, V) of a chunk and compute its losses and factors."""
     inputs, e, tiles = chunk.inputs, chunk.tokens.e, chunk.inputs.tiles
-    (num_tokens, dim), num_classes = e.shape, inputs.c.shape[0]
+    num_tokens, num_classes = e.shape[0], inputs.c.shape[0]
     num_blocks = triton.cdiv(num_tokens, BLOCK_T)
     num_tiles = triton.cdiv(num_classes, tiles.block_v)
     segment_tiles, num_segments = chunk.segment_tiles, triton.cdiv(num_tiles, chunk.segment_tiles)
     parts = torch.empty((num_segments, num_tokens), dtype=torch.float32, device=e.device)
     inputs.flags.zero_()
     overflow = OVERFLOW_FLOAT16 if powers.dtype == torch.float16 else OVERFLOW
-    (e_operand, e_tma), (c_operand, c_tma) = inputs.operands
 
     def store(only_flagged: bool) -> None:
         launch(
             powers_kernel,
             (num_blocks * num_segments,),
-            e=e_operand,
-            c=c_operand,
             bias_ptr=inputs.bias,
             bound_ptr=inputs.bound,
             targets_ptr=chunk.tokens.targets,
@@ -291,7 +288,6 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
             flag_ptr=inputs.flags,
             N=num_tokens,
             V=num_classes,
-            D=dim,
             softcap=inputs.softcap,
             stride_out=powers.stride(0),
             segment_tiles=segment_tiles,
@@ -300,13 +296,7 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
             swizzle_width=swizzle_width(num_blocks, e),
             OVERFLOW=overflow,
             ONLY_FLAGGED=only_flagged,
-            E_TMA=e_tma,
-            C_TMA=c_tma,
-            BLOCK_T=BLOCK_T,
-            BLOCK_V=tiles.block_v,
-            BLOCK_D=tiles.block_d,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            **inputs.products,
         )
 
     store(only_flagged=False)

@@ -95,6 +95,24 @@ def rows_operand(tensor: Tensor, rows: int, columns: int, tiles: Tiles) -> tuple
     return TensorDescriptor.from_tensor(tensor, [rows, columns]), True
 
 
+def product_arguments(e: Tensor, c: Tensor, tiles: Tiles) -> dict[str, Any]:
+    """Return the arguments of a kernel that multiplies tiles of ``e`` (N, D) and ``c`` (V, D)."""
+    e_operand, e_tma = rows_operand(e, BLOCK_TOKENS, tiles.block_d, tiles)
+    c_operand, c_tma = rows_operand(c, tiles.block_v, tiles.block_d, tiles)
+    return {
+        "e": e_operand,
+        "c": c_operand,
+        "D": e.shape[1],
+        "E_TMA": e_tma,
+        "C_TMA": c_tma,
+        "BLOCK_T": BLOCK_TOKENS,
+        "BLOCK_V": tiles.block_v,
+        "BLOCK_D": tiles.block_d,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+
+
 def swizzle_width(num_blocks: int, e: Tensor) -> int:
     """Return how many token blocks to process together: as many as stay in the L2 cache."""
     fitting = SWIZZLE_BYTES // (BLOCK_TOKENS * e.shape[1] * e.element_size())
