@@ -297,8 +297,8 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("left_factor", calibrate.left_factor_kernel, {"BLOCK_D": 32}, types=sampled)
     for some in (False, True):
         add(f"sampled_gradients-{some:d}", calibrate.sampled_gradients_kernel,
-            {"HAS_BIAS": some, "SOFTCAP": some, "HAS_MULTIPLIER": some, "E_TMA": tma, "C_TMA": tma,
-             "HALVES": tiles.block_v > 128, "BLOCK_V": tiles.block_v, "BLOCK_D": tiles.block_d},
+            {**without({"bias_ptr", "softcap", "multiplier_ptr"}, some), "E_TMA": tma,
+             "C_TMA": tma, "BLOCK_V": tiles.block_v, "BLOCK_D": tiles.block_d},
             boxes={"e": e_box, "c": c_box}, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages, types=sampled)  # fmt: skip
     for kind in ("*bf16", "*fp32"):

@@ -178,9 +178,6 @@ def store_gradients(
     out_ptr,
     stride,
     softcap,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
 ):
     """Store the logit gradients of a tile of products, and its projections as they are."""
     classes = first_class + columns
@@ -190,33 +187,23 @@ def store_gradients(
     lse = tl.load(lse_ptr + tokens)
     a, b = tl.load(a_ptr + tokens), tl.load(b_ptr + tokens)
     targets = tl.load(targets_ptr + tokens).to(tl.int32)
-    multiplier = a  # unused
-    if HAS_MULTIPLIER:
+    multiplier = None
+    if multiplier_ptr is not None:
         multiplier = tl.load(multiplier_ptr + tokens)
     logits = transform_logits(
-        product,
-        bias_ptr=bias_ptr,
-        classes=classes,
-        inside=inside,
-        softcap=softcap,
-        HAS_BIAS=HAS_BIAS,
-        SOFTCAP=SOFTCAP,
-        TOKEN_AXIS=0,
-        multiplier=multiplier,
-        HAS_MULTIPLIER=HAS_MULTIPLIER,
+        product, classes, inside, bias_ptr, softcap, multiplier=multiplier, TOKEN_AXIS=0
     )
     grad = logit_gradient(
         logits,
-        p=tl.exp2(logits - lse[:, None]),
-        onehot=classes[None, :] == targets[:, None],
-        inside=inside,
-        a=a,
+        tl.exp2(logits - lse[:, None]),
+        classes[None, :] == targets[:, None],
+        inside,
+        a,
         b=b,
+        lse=lse,
         softcap=softcap,
-        SOFTCAP=SOFTCAP,
-        TOKEN_AXIS=0,
         multiplier=multiplier,
-        HAS_MULTIPLIER=HAS_MULTIPLIER,
+        TOKEN_AXIS=0,
     )
     projection = tl.where((samples == ROWS - 1)[:, None], 1.0, product)
     both = tl.where((samples < SAMPLES)[:, None], grad, projection)
@@ -230,7 +217,7 @@ def sampled_gradients_kernel(
     c,  # (V, D)
     rows_ptr,  # (ROWS,) int64
     wanted_ptr,  # ()
-    bias_ptr,  # (V,)
+    bias_ptr,  # (V,), or None, like softcap and multiplier_ptr
     lse_ptr,  # (N,) log2, like all that follow
     a_ptr,
     b_ptr,
@@ -243,12 +230,8 @@ def sampled_gradients_kernel(
     softcap,
     first_class,
     stop_class,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
     E_TMA: tl.constexpr,
     C_TMA: tl.constexpr,
-    HALVES: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -276,6 +259,7 @@ def sampled_gradients_kernel(
         )
         product = tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
     # A wide tile ends in two halves, which need fewer registers at a time.
+    HALVES: tl.constexpr = BLOCK_V > ROWS
     half: tl.constexpr = BLOCK_V // 2 if HALVES else BLOCK_V
     if HALVES:
         pairs = tl.permute(tl.reshape(product, (ROWS, 2, half)), (0, 2, 1))
@@ -296,9 +280,6 @@ def sampled_gradients_kernel(
             out_ptr=out_ptr,
             stride=stride,
             softcap=softcap,
-            HAS_BIAS=HAS_BIAS,
-            SOFTCAP=SOFTCAP,
-            HAS_MULTIPLIER=HAS_MULTIPLIER,
         )
 
 
@@ -572,15 +553,11 @@ def sampled_sums(
             V=num_classes,
             D=dim,
             stride=stride,
-            softcap=problem.softcap or 0.0,
+            softcap=problem.softcap,
             first_class=first,
             stop_class=stop,
-            HAS_BIAS=problem.bias is not None,
-            SOFTCAP=problem.softcap is not None,
-            HAS_MULTIPLIER=tokens.multiplier is not None,
             E_TMA=left_tma,
             C_TMA=c_tma,
-            HALVES=block_v > num_rows,
             BLOCK_V=block_v,
             BLOCK_D=block_d,
             num_warps=tiles.num_warps,
