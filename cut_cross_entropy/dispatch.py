@@ -45,6 +45,13 @@ H200 or H100.
 Both are limited by the host's launches there, and the exact sum of few tokens has fewer. Measured:
 0.68 to 0.78 of the filter's time at 1.3e11 to 1.6e11, 1.08 at 2.3e11 (docs/engineering_log.md)."""
 
+MAX_ERROR: dict[object, float] = {"auto": 1.0, "high": 0.5}
+"""Error of dE that the tail may make by ``filter_eps``, in multiples of bfloat16's rounding error.
+
+Rounding the logit gradients and the result makes 1.25 to 1.7 in bfloat16, the more the less tokens
+weigh that are unsure, so both together make 1.6 to 2 (docs/numerics.md). The error is estimated on
+a sample where the tolerance alone does not do (``kernels.filtered.calibrate``)."""
+
 FULL_IMPLS = {"reference": reference, "torch_compile": full_logits}
 """Implementations of full logits, which PyTorch differentiates."""
 
