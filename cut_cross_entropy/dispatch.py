@@ -13,7 +13,7 @@ from cut_cross_entropy.device_support import (
     triton_is_interpreted,
 )
 from cut_cross_entropy.distributed.collectives import combine_shards
-from cut_cross_entropy.heads import chunks
+from cut_cross_entropy.heads import chunks, sums
 from cut_cross_entropy.heads.chunks import HeadProblem
 from cut_cross_entropy.implementations import chunked_sum, full_logits, reference
 from cut_cross_entropy.operators import run_chunked, run_kernels
@@ -180,11 +180,15 @@ def sum_of_losses(
             not needed; see :class:`cut_cross_entropy.sum_operators.SumOptions`.
     """
     needed = gradients_needed(problem)
+    # Gradients that are saved would be copied to the host and back where activations are.
+    recompute = recompute or is_transformed() or is_offloaded()
+    if isinstance(problem, HeadProblem) and not recompute:
+        chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
+        if chosen in KERNEL_IMPLS and sums.takes_one_pass(problem, weights):
+            return sums.sum_of_losses(problem, weights)
     # The gradient of a weight is the loss of its token, which a sum does not return.
     is_plain = problem.group is None and not isinstance(problem, HeadProblem)
     is_plain = is_plain and not (weights is not None and weights.requires_grad)
-    # Gradients that are saved would be copied to the host and back where activations are.
-    recompute = recompute or is_transformed() or is_offloaded()
     if any(needed.flat()) and is_plain and not recompute:
         chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
         if chosen == "chunked" and chunked_sum.tokens_per_chunk(problem, needed):

@@ -1,5 +1,6 @@
 """From the arguments of a public function to the problem that the implementations see."""
 
+import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def prepare(
         targets = F.pad(targets[..., shift:], (0, shift), value=ignore_index)
     if products:
         products.sort(key=requires_grad)  # frozen ones first
-        tokens = _side_by_side(products, compute_dtype)
+        tokens = _side_by_side(products)
     else:
         tokens = e.reshape(-1, e.shape[-1])
     flat_targets, shard = targets.reshape(-1), None
@@ -211,17 +212,13 @@ def _flatten(
     return values
 
 
-def _side_by_side(products: list[Product], dtype: torch.dtype) -> Tensor:
-    """Return the features of all products, (N, K).
-
-    Where they require a gradient they are float32, whatever the dtype of the products, since the
-    gradients of several chunks of classes are added up in their dtype.
-    """
+def _side_by_side(products: list[Product]) -> Tensor:
+    """Return the features of all products, (N, K)."""
     features = [p.features.reshape(-1, p.features.shape[-1]) for p in products]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in features):
-        dtype = torch.promote_types(dtype, torch.float32)
-    features = [x.to(dtype) for x in features]
-    return features[0] if len(features) == 1 else torch.cat(features, dim=1)
+    if len(features) == 1:
+        return features[0]
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in features))
+    return torch.cat([x.to(dtype) for x in features], dim=1)
 
 
 def _refuse_beside_head(

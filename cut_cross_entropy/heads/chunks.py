@@ -65,13 +65,13 @@ class HeadProblem(Problem):
         return here
 
     @contextmanager
-    def part(self, classes: slice) -> Iterator[Problem]:
+    def part(self, e: Tensor, classes: slice) -> Iterator[Problem]:
         """Yield the problem of a chunk, in which targets that are elsewhere are class 0."""
         kept = self.targets != self.ignore_index
         local = torch.where(self.is_here(classes), self.targets - classes.start, 0)
         with self.rows.chunk(self.anchor, classes) as rows:
             yield Problem(
-                self.e,
+                e,
                 rows,
                 torch.where(kept, local, IGNORE_INDEX),
                 None if self.bias is None else self.bias[classes],
@@ -86,9 +86,12 @@ class HeadProblem(Problem):
     def over_chunks(self, compute: Callable[[Problem, slice], T]) -> list[T]:
         """Return ``compute`` of the problem and the classes of each chunk."""
         check_target_range(self.targets, self.rows.num_classes, self.ignore_index)
-        results = []
+        results, e = [], self.e
+        if e.requires_grad and torch.is_grad_enabled():
+            # The gradients of the chunks are added up in this dtype.
+            e = e.to(torch.promote_types(e.dtype, torch.float32))
         for classes in self.chunks():
-            with self.part(classes) as part:
+            with self.part(e, classes) as part:
                 results.append(compute(part, classes))
         return results
 

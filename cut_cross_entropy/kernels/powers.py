@@ -266,11 +266,28 @@ def choose_segment_tiles(num_blocks: int, num_tiles: int) -> int:
 
 def store_powers(chunk: Chunk, powers: Tensor) -> None:
     """Store the powers (N, V) of a chunk and compute its losses and factors."""
-    inputs, e, tiles = chunk.inputs, chunk.tokens.e, chunk.inputs.tiles
+    parts = sum_powers(chunk.inputs, chunk.tokens.targets, powers, chunk.segment_tiles)
+    finish_sums(chunk, parts)
+
+
+def sum_powers(
+    inputs: PassInputs,
+    targets: Tensor,  # (N,) row of c; -1 for none
+    powers: Tensor,  # (N, V) out
+    segment_tiles: int,
+) -> Tensor:
+    """Store the powers of all classes but the targets, and return their sums.
+
+    Bounds that were too low are raised.
+
+    Returns:
+        (segments, N) log2.
+    """
+    e, tiles = inputs.e, inputs.tiles
     num_tokens, num_classes = e.shape[0], inputs.c.shape[0]
     num_blocks = triton.cdiv(num_tokens, BLOCK_T)
     num_tiles = triton.cdiv(num_classes, tiles.block_v)
-    segment_tiles, num_segments = chunk.segment_tiles, triton.cdiv(num_tiles, chunk.segment_tiles)
+    num_segments = triton.cdiv(num_tiles, segment_tiles)
     parts = torch.empty((num_segments, num_tokens), dtype=torch.float32, device=e.device)
     inputs.flags.zero_()
     overflow = OVERFLOW_FLOAT16 if powers.dtype == torch.float16 else OVERFLOW
@@ -281,7 +298,7 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
             (num_blocks * num_segments,),
             bias_ptr=inputs.bias,
             bound_ptr=inputs.bound,
-            targets_ptr=chunk.tokens.targets,
+            targets_ptr=targets,
             multiplier_ptr=inputs.multiplier,
             powers_ptr=powers,
             lse_ptr=parts,
@@ -317,9 +334,15 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
         BLOCK_T=BLOCK_T,
     )
     store(only_flagged=True)
+    return parts
+
+
+def finish_sums(chunk: Chunk, parts: Tensor) -> None:
+    """Reduce the sums (segments, N) of all classes but the targets to losses and factors."""
+    inputs, (num_segments, num_tokens) = chunk.inputs, parts.shape
     launch(
         chunk_sums_kernel,
-        (num_blocks,),
+        (triton.cdiv(num_tokens, BLOCK_T),),
         lse_ptr=parts,
         logits_ptr=chunk.logits,
         bound_ptr=inputs.bound,

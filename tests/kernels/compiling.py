@@ -20,6 +20,7 @@ from cut_cross_entropy.kernels import (
     exact_sum,
     further_sums,
     lse,
+    made_rows,
     order,
     powers,
     scale,
@@ -262,6 +263,14 @@ def variants(tiles: Tiles) -> list[Variant]:
         add(f"scale_rows-{unit:d}", exact_sum.scale_rows_kernel,
             {"NEED_E": True, "NEED_C": True, "HAS_UNIT": unit, "BLOCK_D": 1024},
             types=(("out_ptr", "*fp32"),))  # fmt: skip
+    for options in (False, True):
+        add(f"score_chunk-{options:d}", made_rows.score_chunk_kernel,
+            {"COMPACT": options, "HAS_BIAS": options, "SOFTCAP": options,
+             "HAS_MULTIPLIER": options, "BLOCK_D": 1024},
+            types=(("rows_ptr", "*fp32"),))  # fmt: skip
+    add("scale_sums", made_rows.scale_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 128})
+    add("finish_rows", made_rows.finish_rows_kernel, {"BLOCK_D": 1024},
+        types=(("out_ptr", "*fp32"),))  # fmt: skip
     add("add_targets", exact_sum.add_targets_kernel,
         {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 1024},
         types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip

@@ -1,0 +1,404 @@
+"""Sum of all losses and its gradient by e, of classes whose rows are made chunk by chunk.
+
+The rows of a chunk serve for both products while they are there: powers of its logits are stored
+(``powers``), and their product with the rows is added to dE. The powers are relative to a bound of
+each token that holds for all chunks; where a chunk raises it, the sum so far is scaled. What the
+target adds is left out of the products, as in ``exact_sum``: its row waits in the memory of the
+result. Shape legend: ``cut_cross_entropy.kernels``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cut_cross_entropy.filter_report import FilterRecord, recording, report
+from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.exact import MAX_ELEMENTS, MAX_TOKENS, add_product
+from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, launch
+from cut_cross_entropy.kernels.lse import PassInputs, raise_bound, vocabulary_pass
+from cut_cross_entropy.kernels.powers import (
+    LN2,
+    Chunk,
+    choose_segment_tiles,
+    finish_sums,
+    sum_powers,
+)
+from cut_cross_entropy.kernels.primitives import gather_rows, transform_logits
+from cut_cross_entropy.kernels.tokens import Tokens, copy_row, list_valid
+from cut_cross_entropy.problem import Problem
+from cut_cross_entropy.validation import check_target_range
+
+ALIGNED = 256  # classes of a library product, but for the last few
+FEWEST = 1024  # classes of a chunk, if fewer tokens at a time allow it
+LOWEST = -1e30  # bound of a token of which nothing is known
+COPIES = 2  # of the rows: themselves, and what they are made of
+
+
+@triton.jit(do_not_specialize=["N", "V", "stride_n", "first_class"])
+def score_chunk_kernel(
+    source_ptr,  # (N, D) embeddings of the caller
+    c_ptr,  # (V, D) rows of the chunk
+    bias_ptr,  # (V,) of the chunk
+    all_targets_ptr,  # (N,) of the caller
+    origin_ptr,  # (N,)
+    multiplier_ptr,  # (N,) in the order of the rows
+    e_ptr,  # (N, D) out if COMPACT, else in
+    targets_ptr,  # (N,) out: row of c; -1 for none
+    logits_ptr,  # (N,) logit of the target, log2: out where it is in this chunk
+    rows_ptr,  # (N, D) out likewise, in the caller's order: the target's row of c
+    N,
+    V,
+    D,
+    stride_n,
+    stride_d,
+    softcap,
+    first_class,
+    COMPACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Compute the logit of one token's target and keep its row, if it is in this chunk."""
+    row = tl.program_id(0).to(tl.int64)
+    origin = tl.load(origin_ptr + row)
+    if COMPACT:
+        copy_row(
+            source_ptr,
+            out_ptr=e_ptr,
+            origin=origin,
+            row=row,
+            N=N,
+            D=D,
+            stride_n=stride_n,
+            stride_d=stride_d,
+            BLOCK_D=BLOCK_D,
+        )
+        e_row, e_step = source_ptr + origin * stride_n, stride_d
+    else:
+        e_row, e_step = e_ptr + row * D, 1
+    lane = tl.zeros((1,), tl.int64)
+    target = tl.load(all_targets_ptr + origin + lane, mask=(origin + lane) < N, other=-1)
+    target = target.to(tl.int64) - first_class
+    usable = ((origin + lane) < N) & (target >= 0) & (target < V)
+    target = tl.where(usable, target, -1)
+    available = tl.where(tl.max(target, 0) >= 0, D, 0)
+    total = tl.zeros((1, BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        e = tl.load(e_row + d * e_step, mask=d < available, other=0.0)
+        c = gather_rows(c_ptr, target, usable, d, D).to(tl.float32)
+        total += e.to(c_ptr.dtype.element_ty).to(tl.float32)[None, :] * c
+        out = rows_ptr + origin * D + d[None, :]
+        tl.store(out, c, mask=(d < available)[None, :])
+    multiplier = 1.0 + lane.to(tl.float32)
+    if HAS_MULTIPLIER:
+        multiplier = tl.load(multiplier_ptr + row + lane)
+    logit = transform_logits(
+        tl.sum(total, 1)[:, None],
+        bias_ptr=bias_ptr,
+        classes=target,
+        inside=usable,
+        softcap=softcap,
+        HAS_BIAS=HAS_BIAS,
+        SOFTCAP=SOFTCAP,
+        multiplier=multiplier,
+        HAS_MULTIPLIER=HAS_MULTIPLIER,
+    )
+    tl.store(targets_ptr + row + lane, target)
+    tl.store(logits_ptr + row + lane, tl.reshape(logit, (1,)), mask=usable)
+
+
+@triton.jit(do_not_specialize=["N"])
+def scale_sums_kernel(
+    flag_ptr,  # (blocks,)
+    before_ptr,  # (N,) bounds before this chunk, log2
+    bound_ptr,  # (N,)
+    sums_ptr,  # (N, D) in, out
+    N,
+    D,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Scale the sums of a block whose bounds were raised."""
+    block = tl.program_id(0)
+    if tl.load(flag_ptr + block) == 0:
+        return
+    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    before = tl.load(before_ptr + tokens, mask=tokens < N, other=0.0)
+    bound = tl.load(bound_ptr + tokens, mask=tokens < N, other=0.0)
+    factor = tl.where(before == bound, 1.0, tl.exp2(before - bound))  # both may be +inf
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    place = sums_ptr + tokens.to(tl.int64)[:, None] * D + columns[None, :]
+    mask = (tokens < N)[:, None] & (columns < D)[None, :]
+    sums = tl.load(place, mask=mask, other=0.0)
+    tl.store(place, sums * factor[:, None], mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def finish_rows_kernel(
+    sums_ptr,  # (N, D) powers times rows
+    factor_ptr,  # (N,)
+    target_ptr,  # (N,)
+    origin_ptr,  # (N,) row of out; num_tokens for none
+    out_ptr,  # (num_tokens, D) row of the target, in; dE, out
+    num_tokens,
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    """Turn the sums of one token into its gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factor_ptr + row)
+    weight = tl.load(target_ptr + row)
+    origin = tl.load(origin_ptr + row)
+    of_token = tl.where(origin < num_tokens, D, 0)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        sums = tl.load(sums_ptr + row * D + d, mask=d < of_token, other=0.0)
+        c = tl.load(out_ptr + origin * D + d, mask=d < of_token, other=0.0)
+        tl.store(out_ptr + origin * D + d, sums * factor - weight * c, mask=d < of_token)
+
+
+class LossAndGradient(NamedTuple):
+    """The sum of all losses, (), and its gradient by e, (N, D) float32."""
+
+    loss: Tensor
+    grad_e: Tensor
+
+
+class _Sizes(NamedTuple):
+    """How many classes make a chunk, and for how many tokens its powers are stored at a time."""
+
+    classes: int
+    tokens: int
+
+
+def loss_and_gradient(
+    problem: Problem, make_rows: Callable[[slice], Tensor], weights: Tensor | None = None
+) -> LossAndGradient:
+    """Compute the sum of all losses and its exact gradient by e.
+
+    The number of valid tokens is read from the device while it computes bounds.
+
+    Args:
+        problem: without a group; ``c`` has the shape and the device of all rows and no values.
+        make_rows: returns the rows of some classes, contiguous and of the compute dtype.
+        weights: (N,), factors of the losses; None for 1.
+    """
+    e, (num_tokens, dim), num_classes = problem.e, problem.e.shape, problem.c.shape[0]
+    check_target_range(problem.targets, num_classes, problem.ignore_index)
+    grad_e = e.new_zeros((num_tokens, dim), dtype=torch.float32)
+    if num_tokens == 0:
+        return LossAndGradient(grad_e.new_zeros(()), grad_e)
+    origin, count = list_valid(problem.targets, problem.ignore_index)
+    num_valid = HostCopy(count)
+    tokens = Tokens(
+        torch.empty((num_tokens, dim), dtype=problem.compute_dtype, device=e.device),
+        torch.empty(num_tokens, dtype=torch.int64, device=e.device),
+        origin,
+    )
+    logits, bound, nll, factor, of_target = aligned_rows(
+        5, num_tokens, torch.float32, e.device, zeros=True
+    )
+    logits.fill_(torch.nan)  # of a target out of range: nothing plausible
+    bound.copy_(torch.where(origin < num_tokens, LOWEST, torch.inf))
+    multiplier = None
+    if problem.multiplier is not None:
+        multiplier = tokens.gather(problem.multiplier, 1.0)
+    flags = torch.zeros(-(-num_tokens // BLOCK_T), dtype=torch.int32, device=e.device)
+
+    def inputs_of(classes: slice) -> PassInputs:
+        bias = None if problem.bias is None else problem.bias[classes].contiguous()
+        rows = make_rows(classes)
+        return PassInputs(tokens.e, rows, bias, problem.softcap, bound, flags, multiplier)
+
+    sizes = _choose_sizes(problem)
+    chunks = [
+        slice(start, min(start + sizes.classes, num_classes))
+        for start in range(0, num_classes, sizes.classes)
+    ]
+    inputs: PassInputs | None = inputs_of(chunks[0])
+    _score(problem, tokens, inputs, logits, grad_e, first_class=0)
+    _raise_bound(inputs, num_classes)
+    valid = int(num_valid.wait())
+    if recording():
+        report(FilterRecord("exact", 1.0, 0.0, 0, valid))
+    end = min(-(-max(valid, 1) // BLOCK_T) * BLOCK_T, num_tokens)
+    sums = _Sums.zeros(problem, end, sizes)
+    for classes in chunks:
+        if inputs is None:
+            inputs = inputs_of(classes)
+            _score(problem, tokens, inputs, logits, grad_e, first_class=classes.start)
+        sums.add(inputs, tokens.targets)
+        inputs = None  # frees the rows before the next ones are made
+
+    chunk = Chunk(
+        Tokens(tokens.e[:end], tokens.targets[:end], origin[:end]),
+        replace(
+            PassInputs(tokens.e[:end], problem.c, None, problem.softcap, bound[:end], flags),
+            multiplier=None if multiplier is None else multiplier[:end],
+        ),
+        logits=logits[:end],
+        weights=None if weights is None else tokens.gather(weights, 0.0)[:end],
+        nll=nll[:end],
+        factor=factor[:end],
+        target=of_target[:end],
+        segment_tiles=1,
+    )
+    finish_sums(chunk, _sum_of_powers(torch.stack(sums.others))[None])
+    launch(
+        finish_rows_kernel,
+        (end,),
+        sums_ptr=sums.products,
+        factor_ptr=factor,
+        target_ptr=of_target,
+        origin_ptr=origin,
+        out_ptr=grad_e,
+        num_tokens=num_tokens,
+        D=dim,
+        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+    )
+    return LossAndGradient(nll.sum(), grad_e)
+
+
+def _choose_sizes(problem: Problem) -> _Sizes:
+    """Choose chunks whose rows and powers fit the budget."""
+    (num_classes, dim), itemsize = problem.c.shape, problem.compute_dtype.itemsize
+    tokens = min(problem.e.shape[0], MAX_TOKENS)
+    while True:
+        classes = problem.memory_budget // (itemsize * (tokens + COPIES * dim))
+        if classes >= FEWEST or tokens <= BLOCK_T:
+            break
+        tokens = -(-tokens // (2 * BLOCK_T)) * BLOCK_T
+    most = max(1, min(classes, MAX_ELEMENTS // max(tokens, dim)) // ALIGNED) * ALIGNED
+    at_once = triton.cdiv(num_classes, triton.cdiv(num_classes, most))  # of about equal size
+    return _Sizes(min(num_classes, triton.cdiv(at_once, ALIGNED) * ALIGNED), tokens)
+
+
+def _score(
+    problem: Problem,
+    tokens: Tokens,  # filled with the first chunk
+    inputs: PassInputs,
+    logits: Tensor,  # (N,) of the targets, log2, in, out
+    rows: Tensor,  # (N, D) of the targets in the caller's order, in, out
+    first_class: int,
+) -> None:
+    """Compute what belongs to the targets that are in a chunk, and their rows of its c."""
+    e, (num_tokens, dim) = problem.e, problem.e.shape
+    launch(
+        score_chunk_kernel,
+        (num_tokens,),
+        source_ptr=e,
+        c_ptr=inputs.c,
+        bias_ptr=inputs.bias,
+        all_targets_ptr=problem.targets.contiguous(),
+        origin_ptr=tokens.origin,
+        multiplier_ptr=inputs.multiplier,
+        e_ptr=tokens.e,
+        targets_ptr=tokens.targets,
+        logits_ptr=logits,
+        rows_ptr=rows,
+        N=num_tokens,
+        V=inputs.c.shape[0],
+        D=dim,
+        stride_n=e.stride(0),
+        stride_d=e.stride(1),
+        softcap=problem.softcap or 0.0,
+        first_class=first_class,
+        COMPACT=first_class == 0,
+        HAS_BIAS=inputs.bias is not None,
+        SOFTCAP=problem.softcap is not None,
+        HAS_MULTIPLIER=inputs.multiplier is not None,
+        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+    )
+
+
+def _raise_bound(inputs: PassInputs, num_classes: int) -> None:
+    """Raise the bounds to the log-sum-exp of the frequent classes, which are the first."""
+    block_v = inputs.tiles.block_v
+    frequent = min(max(1024, num_classes // 64), 8192) // block_v * block_v
+    frequent = min(frequent, inputs.c.shape[0])
+    raise_bound(inputs.bound, vocabulary_pass(inputs, frequent, None, online=True))
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over the chunks so far, of the first tokens.
+
+    Args:
+        products: (N, D) float32, powers times rows of c.
+        others: log-sum-exp of the classes of each chunk but for the target, (N,) each, log2.
+        powers: (tokens at a time, classes of a chunk), memory.
+        before: (N,), memory.
+    """
+
+    products: Tensor
+    others: list[Tensor]
+    powers: Tensor
+    before: Tensor
+
+    @classmethod
+    def zeros(cls, problem: Problem, num_tokens: int, sizes: _Sizes) -> "_Sums":
+        e, rows = problem.e, min(num_tokens, sizes.tokens)
+        width = triton.cdiv(sizes.classes, ALIGNED) * ALIGNED  # rows stay aligned
+        return cls(
+            e.new_zeros((num_tokens, e.shape[1]), dtype=torch.float32),
+            [],
+            e.new_empty((rows, width), dtype=problem.compute_dtype),
+            e.new_empty(num_tokens, dtype=torch.float32),
+        )
+
+    def add(self, inputs: PassInputs, targets: Tensor) -> None:
+        """Add a chunk of classes.
+
+        Args:
+            inputs: of all tokens; its bounds may be raised.
+            targets: (N,) row of c; -1 for none.
+        """
+        c, (num_tokens, dim) = inputs.c, self.products.shape
+        num_tiles = triton.cdiv(c.shape[0], inputs.tiles.block_v)
+        others = torch.empty_like(self.before)
+        self.before.copy_(inputs.bound[:num_tokens])
+        for start in range(0, num_tokens, self.powers.shape[0]):
+            part = slice(start, min(start + self.powers.shape[0], num_tokens))
+            num_rows = part.stop - part.start
+            some = replace(
+                inputs,
+                e=inputs.e[part],
+                bound=inputs.bound[part],
+                multiplier=None if inputs.multiplier is None else inputs.multiplier[part],
+            )
+            powers = self.powers[:num_rows, : c.shape[0]]
+            segment_tiles = choose_segment_tiles(triton.cdiv(num_rows, BLOCK_T), num_tiles)
+            others[part] = _sum_of_powers(sum_powers(some, targets[part], powers, segment_tiles))
+            if self.others:
+                block_d = min(128, triton.next_power_of_2(dim))
+                launch(
+                    scale_sums_kernel,
+                    (triton.cdiv(num_rows, BLOCK_T), triton.cdiv(dim, block_d)),
+                    flag_ptr=inputs.flags,
+                    before_ptr=self.before[part],
+                    bound_ptr=some.bound,
+                    sums_ptr=self.products[part],
+                    N=num_rows,
+                    D=dim,
+                    BLOCK_T=BLOCK_T,
+                    BLOCK_D=block_d,
+                )
+            # The last few classes of an odd number apart: they would make all of it slow.
+            aligned = c.shape[0] if c.shape[0] % 8 == 0 else c.shape[0] // ALIGNED * ALIGNED
+            for columns in (slice(0, aligned), slice(aligned, c.shape[0])):
+                if columns.start < columns.stop:
+                    add_product(self.products[part], powers[:, columns], c[columns])
+        self.others.append(others)
+
+
+def _sum_of_powers(parts: Tensor) -> Tensor:
+    """Return log2 of the sum of 2^x over the first axis: (parts, N) to (N,)."""
+    ln2: float = LN2.value
+    return torch.logsumexp(parts * ln2, 0) / ln2
