@@ -13,7 +13,7 @@ from cut_cross_entropy.device_support import (
     triton_is_interpreted,
 )
 from cut_cross_entropy.distributed.collectives import combine_shards
-from cut_cross_entropy.heads import chunks, sums
+from cut_cross_entropy.heads import adapted, chunks, sums
 from cut_cross_entropy.heads.chunks import HeadProblem
 from cut_cross_entropy.implementations import chunked_sum, full_logits, reference
 from cut_cross_entropy.operators import run_chunked, run_kernels
@@ -124,6 +124,9 @@ def token_losses(
     """
     impl = choose_impl(impl, problem.e.device, problem.compute_dtype)
     if isinstance(problem, HeadProblem):
+        if impl in KERNEL_IMPLS and adapted.is_adapted(problem):
+            filter_ = _filter(impl, kernel_options, filter_mass, world_size)
+            return adapted.token_losses(problem, filter_)
         shares = len(problem.chunks())  # of what the filter may drop
         return chunks.token_losses(
             problem,
@@ -184,7 +187,8 @@ def sum_of_losses(
     recompute = recompute or is_transformed() or is_offloaded()
     if isinstance(problem, HeadProblem) and not recompute:
         chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
-        if chosen in KERNEL_IMPLS and sums.takes_one_pass(problem, weights):
+        is_adapted = adapted.is_adapted(problem)
+        if chosen in KERNEL_IMPLS and not is_adapted and sums.takes_one_pass(problem, weights):
             return sums.sum_of_losses(problem, weights)
     # The gradient of a weight is the loss of its token, which a sum does not return.
     is_plain = problem.group is None and not isinstance(problem, HeadProblem)

@@ -1,6 +1,5 @@
 """From the arguments of a public function to the problem that the implementations see."""
 
-import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -155,7 +154,7 @@ def prepare(
         targets = F.pad(targets[..., shift:], (0, shift), value=ignore_index)
     if products:
         products.sort(key=requires_grad)  # frozen ones first
-        tokens = _side_by_side(products)
+        tokens = products[0].features.reshape(-1, products[0].features.shape[-1])
     else:
         tokens = e.reshape(-1, e.shape[-1])
     flat_targets, shard = targets.reshape(-1), None
@@ -190,7 +189,7 @@ def prepare(
         rows = ClassRows(products, compute_dtype)
         place = torch.empty((), dtype=compute_dtype, device=c.device)
         given = vars(problem) | {"c": place.expand(rows.num_classes, rows.width)}
-        problem = HeadProblem(**given, rows=rows, anchor=rows.anchor())
+        problem = HeadProblem(**given, rows=rows, anchor=rows.anchor(), products=tuple(products))
     world_size = 1 if shard is None else shard.world_size
     return Prepared(problem, targets, shift, shards, world_size, wholes)
 
@@ -210,15 +209,6 @@ def _flatten(
     if shards is not None and shards.gather_e:
         values = gather_tokens(values, group_name(shards.group))
     return values
-
-
-def _side_by_side(products: list[Product]) -> Tensor:
-    """Return the features of all products, (N, K)."""
-    features = [p.features.reshape(-1, p.features.shape[-1]) for p in products]
-    if len(features) == 1:
-        return features[0]
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in features))
-    return torch.cat([x.to(dtype) for x in features], dim=1)
 
 
 def _refuse_beside_head(

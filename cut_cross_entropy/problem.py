@@ -7,7 +7,7 @@ rebuilds the object from them. Named tuples are tuples of tensors, as operators 
 Shape legend: ``cut_cross_entropy.implementations``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -82,6 +82,29 @@ class Problem:
     def local_targets(self) -> Tensor:
         """Targets (N,) counted from the first row of ``c``."""
         return self.targets - self.first_class if self.first_class else self.targets
+
+
+@dataclass(frozen=True)
+class AdaptedProblem(Problem):
+    """A problem with the logits ``e @ c.T + low_e @ low_c.T``, which is that of an adapter.
+
+    ``c`` has no gradient: among the gradients of this problem, that of c is the one of ``low_c``.
+
+    Args:
+        low_e: (N, R), of the compute dtype; R is a multiple of ``RANK_STEP``.
+        low_c: (V, R), contiguous, of the compute dtype.
+    """
+
+    low_e: Tensor = field(kw_only=True)
+    low_c: Tensor = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        assert self.low_c.shape == (self.c.shape[0], self.low_e.shape[1])
+
+
+def low_columns(problem: Problem) -> Tensor | None:
+    """Return the columns (V, R) of c that are a tensor of their own; None if there are none."""
+    return problem.low_c if isinstance(problem, AdaptedProblem) else None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ chunks are merged by ordinary PyTorch, so that the backward pass of each chunk g
 Shapes: N tokens, K features of all products together, V classes, n chunks.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cut_cross_entropy.constants import IGNORE_INDEX
+from cut_cross_entropy.heads.head import Product
 from cut_cross_entropy.heads.rows import ClassRows
 from cut_cross_entropy.implementations.blocks import MIN_CLASSES, Blocks
 from cut_cross_entropy.outputs import Asked, TokenOutputs
@@ -34,13 +36,25 @@ T = TypeVar("T")
 class HeadProblem(Problem):
     """The problem of a head: ``c`` has the shape, dtype and device of its rows, and no values.
 
+    ``e`` are the features of the first product.
+
     Args:
         rows: makes the rows of a chunk.
+        products: the terms of the logits, in the order of the columns of ``rows``.
         anchor: see :meth:`ClassRows.anchor`.
     """
 
     rows: ClassRows = field(kw_only=True)
+    products: tuple[Product, ...] = field(kw_only=True)
     anchor: Tensor | None = field(default=None, kw_only=True)
+
+    def features(self) -> Tensor:
+        """Return the features of all products side by side, (N, K)."""
+        features = [p.features.reshape(-1, p.features.shape[-1]) for p in self.products]
+        if len(features) == 1:
+            return features[0]
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in features))
+        return torch.cat([x.to(dtype) for x in features], dim=1)
 
     def chunk_size(self) -> int:
         """Classes of a chunk, so that its rows and what is made of them take half the budget."""
@@ -86,7 +100,7 @@ class HeadProblem(Problem):
     def over_chunks(self, compute: Callable[[Problem, slice], T]) -> list[T]:
         """Return ``compute`` of the problem and the classes of each chunk."""
         check_target_range(self.targets, self.rows.num_classes, self.ignore_index)
-        results, e = [], self.e
+        results, e = [], self.features()
         if e.requires_grad and torch.is_grad_enabled():
             # The gradients of the chunks are added up in this dtype.
             e = e.to(torch.promote_types(e.dtype, torch.float32))

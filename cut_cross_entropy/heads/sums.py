@@ -4,6 +4,7 @@ Rows that are made on demand are made once: for the logits of a chunk of classes
 add to the gradient of the features. See ``cut_cross_entropy.kernels.made_rows``.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def takes_one_pass(problem: HeadProblem, weights: Tensor | None) -> bool:
     others = (problem.anchor, problem.bias, weights)
     return (
         torch.is_grad_enabled()
-        and problem.e.requires_grad
+        and any(x.features.requires_grad for x in problem.products)
         and not any(x is not None and x.requires_grad for x in others)
     )
 
@@ -31,7 +32,7 @@ def sum_of_losses(problem: HeadProblem, weights: Tensor | None) -> Tensor:
         problem: one that takes one pass.
         weights: (N,), factors of the losses, 0 for ignored tokens; None for 1.
     """
-    return _Sum.apply(problem.e, problem, weights)  # type: ignore[no-any-return]
+    return _Sum.apply(problem.features(), problem, weights)  # type: ignore[no-any-return]
 
 
 class _Sum(Function):
@@ -43,7 +44,8 @@ class _Sum(Function):
         from cut_cross_entropy.kernels.launch import current_device
 
         with torch.autocast(e.device.type, enabled=False), current_device(e.device):
-            found = made_rows.loss_and_gradient(problem, problem.rows.make, weights)
+            whole = replace(problem, e=e)
+            found = made_rows.loss_and_gradient(whole, problem.rows.make, weights)
         ctx.dtype, ctx.ignore_index = e.dtype, problem.ignore_index
         ctx.save_for_backward(found.grad_e, problem.targets)
         return found.loss

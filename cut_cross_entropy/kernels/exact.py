@@ -20,14 +20,15 @@ from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import (
+    add_low_rank,
     load_rows,
     logit_gradient,
     swizzle_program,
     transform_logits,
 )
 from cut_cross_entropy.kernels.tiles import product_arguments, tiles_on
-from cut_cross_entropy.kernels.tokens import BackwardTokens
-from cut_cross_entropy.problem import Problem
+from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
+from cut_cross_entropy.problem import Problem, low_columns
 
 # The sums of dE are read and written once per chunk, so chunks are not made smaller than this; nor,
 # for more than MAX_TOKENS tokens, than half of these sums, if the budget allows it.
@@ -103,6 +104,8 @@ def chunk_gradients_kernel(
     e,  # (N, D)
     c,  # (V, D)
     bias_ptr,  # (V,), or None
+    low_e_ptr,  # (N, LOW_RANK)
+    low_c_ptr,  # (V, LOW_RANK)
     lse_ptr,  # (N,) log2; +inf: no token
     a_ptr,  # (N,)
     b_ptr,  # (N,)
@@ -123,6 +126,7 @@ def chunk_gradients_kernel(
     num_segments,
     num_blocks,
     swizzle_width,
+    LOW_RANK: tl.constexpr,
     E_TMA: tl.constexpr,
     C_TMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -168,6 +172,19 @@ def chunk_gradients_kernel(
         c_tile = load_rows(c, v, V, step * BLOCK_D, D, USE_TMA=C_TMA, ROWS=BLOCK_V, COLUMNS=BLOCK_D)
         product = tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
         if step == steps - 1:
+            if LOW_RANK:
+                classes = v + tl.arange(0, BLOCK_V)
+                product = add_low_rank(
+                    product,
+                    low_e_ptr=low_e_ptr,
+                    low_c_ptr=low_c_ptr,
+                    tokens=tokens,
+                    is_token=is_token,
+                    classes=classes,
+                    inside=classes < V,
+                    LOW_RANK=LOW_RANK,
+                    TOKEN_AXIS=0,
+                )
             if HALVES:
                 pairs = tl.permute(tl.reshape(product, (BLOCK_T, 2, half)), (0, 2, 1))
                 left, right = tl.split(pairs)
@@ -211,10 +228,13 @@ def chunk_gradients(
     num_segments = triton.cdiv(num_tiles, segment_tiles)
     # Wider results need more shared memory.
     num_stages = min(tiles.num_stages, 4 if out.dtype == e.dtype else 3)
+    low_c = low_columns(problem)
     launch(
         chunk_gradients_kernel,
         (num_blocks * num_segments,),
         bias_ptr=problem.bias,
+        low_e_ptr=tokens.low_e,
+        low_c_ptr=low_c,
         lse_ptr=tokens.lse,
         a_ptr=tokens.a,
         b_ptr=tokens.b,
@@ -234,6 +254,7 @@ def chunk_gradients(
         num_segments=num_segments,
         num_blocks=num_blocks,
         swizzle_width=swizzle_width,
+        LOW_RANK=0 if low_c is None else low_c.shape[1],
         **product_arguments(e, c, replace(tiles, num_stages=num_stages)),
     )
 
@@ -247,12 +268,19 @@ class Wanted:
         c: (V, D) receives dC; None if not wanted. Rows need not be initialised.
         bias: (V,) receives the gradient of the bias, likewise.
         first_column: the column of the classifier whose gradient is the first of ``c``.
+        low_e: (N, R) receives the gradient of ``AdaptedProblem.low_e`` in the caller's order;
+            0 before. ``c`` is then (V, R), that of ``low_c``.
     """
 
     e: bool
     c: Tensor | None
     bias: Tensor | None
     first_column: int = 0
+    low_e: Tensor | None = None
+
+    def features(self, tokens: BackwardTokens) -> Tensor:
+        """Return the features of the tokens that the rows of ``c`` are sums of."""
+        return tokens.e[:, self.first_column :] if tokens.low_e is None else tokens.low_e
 
     @property
     def classes(self) -> bool:
@@ -260,14 +288,20 @@ class Wanted:
         return self.c is not None or self.bias is not None
 
     def __bool__(self) -> bool:
-        return self.e or self.classes
+        return self.e or self.low_e is not None or self.classes
 
     def split(self, e: bool, c: bool) -> tuple["Wanted", "Wanted"]:
         """Return the gradients selected by ``e`` and by ``c`` (dC, dbias), and all others."""
-        first = self.first_column
-        chosen = Wanted(self.e and e, self.c if c else None, self.bias if c else None, first)
-        others = Wanted(self.e and not e, None if c else self.c, None if c else self.bias, first)
-        return chosen, others
+        by_class, others = (self.c, self.bias), (None, None)
+        return tuple(  # type: ignore[return-value]
+            Wanted(
+                self.e and with_e,
+                *(by_class if with_c else others),
+                self.first_column,
+                self.low_e if with_e else None,
+            )
+            for with_e, with_c in ((e, c), (not e, not c))
+        )
 
 
 class _ChunkBuffer:
@@ -334,6 +368,9 @@ def exact_gradients(
     e, c, grad_c, scale = tokens.e, problem.c, wanted.c, tokens.scale
     (num_tokens, dim), num_classes = e.shape, c.shape[0]
     total = e.new_zeros((num_tokens, dim), dtype=torch.float32) if wanted.e else None
+    low_c, low_total = low_columns(problem), None
+    if low_c is not None and wanted.low_e is not None:
+        low_total = e.new_zeros((num_tokens, low_c.shape[1]), dtype=torch.float32)
     if num_tokens == 0:
         return total
     scratch = min(problem.memory_budget, MAX_SCRATCH_BYTES)
@@ -369,10 +406,12 @@ def exact_gradients(
             chunk_gradients(problem, some, classes, grads)
             if total is not None:
                 add_product(total[part], grads, c[slice(*classes)])
+            if low_c is not None and low_total is not None:
+                add_product(low_total[part], grads, low_c[slice(*classes)])
             if rows is not None:
-                add_product(rows, grads.T, some.e[:, wanted.first_column :])
+                add_product(rows, grads.T, wanted.features(some))
             elif grad_c is not None:
-                torch.mm(grads.T, e[:, wanted.first_column :], out=grad_c[slice(*classes)])
+                torch.mm(grads.T, wanted.features(tokens), out=grad_c[slice(*classes)])
             if rows_bias is not None:
                 rows_bias += grads.sum(0, dtype=torch.float32)
         for out, sums_of_rows in ((grad_c, rows), (wanted.bias, rows_bias)):
@@ -381,6 +420,8 @@ def exact_gradients(
                 sums_of_rows.div_(scale)
                 here.copy_(sums_of_rows.add_(here) if accumulate else sums_of_rows)
         first += size
+    if low_total is not None and wanted.low_e is not None:
+        scatter_rows(low_total.div_(scale), tokens.origin, wanted.low_e)
     return None if total is None else total.div_(scale)
 
 

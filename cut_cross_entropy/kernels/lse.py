@@ -24,6 +24,7 @@ from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import (
     FORCED,
+    add_low_rank,
     fold_rows,
     load_rows,
     next_above,
@@ -48,6 +49,8 @@ def vocabulary_pass_kernel(
     e,  # (N, D) descriptor or pointer
     c,  # (V, D) descriptor or pointer
     bias_ptr,  # (V,), or None
+    low_e_ptr,  # (N, LOW_RANK)
+    low_c_ptr,  # (V, LOW_RANK)
     bound_ptr,  # (N,)
     lse_ptr,  # (segments, N) out, log2
     squares_ptr,  # (segments, N) out, log2 of the sum over groups of classes of p squared
@@ -70,6 +73,7 @@ def vocabulary_pass_kernel(
     swizzle_width,
     ONLINE: tl.constexpr,
     ONLY_FLAGGED: tl.constexpr,
+    LOW_RANK: tl.constexpr,
     E_TMA: tl.constexpr,
     C_TMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -116,6 +120,16 @@ def vocabulary_pass_kernel(
         if step == steps - 1:
             classes = v + tl.arange(0, BLOCK_V)
             inside = classes < V
+            product = add_low_rank(
+                product,
+                low_e_ptr=low_e_ptr,
+                low_c_ptr=low_c_ptr,
+                tokens=tokens,
+                is_token=is_token,
+                classes=classes,
+                inside=inside,
+                LOW_RANK=LOW_RANK,
+            )
             logits = transform_logits(
                 product, classes, inside, bias_ptr, softcap, multiplier=multiplier
             )
@@ -201,6 +215,7 @@ class PassInputs:
         multiplier: (N,) float32 of the logits of each token; None for 1.
         limits: (N,) float32 logits of the targets, log2; for the rank.
         targets: (N,) int64 row of c; for the rank.
+        low_e, low_c: (N, R) and (V, R), see ``AdaptedProblem``; None if there are none.
     """
 
     e: Tensor
@@ -212,6 +227,8 @@ class PassInputs:
     multiplier: Tensor | None = None
     limits: Tensor | None = None
     targets: Tensor | None = None
+    low_e: Tensor | None = None
+    low_c: Tensor | None = None
 
     @functools.cached_property
     def tiles(self) -> Tiles:
@@ -286,6 +303,8 @@ def vocabulary_pass(
         vocabulary_pass_kernel,
         (num_blocks * num_segments,),
         bias_ptr=inputs.bias,
+        low_e_ptr=inputs.low_e,
+        low_c_ptr=inputs.low_c,
         bound_ptr=inputs.bound,
         lse_ptr=results.lse,
         squares_ptr=results.squares,
@@ -307,6 +326,7 @@ def vocabulary_pass(
         swizzle_width=swizzle_width(num_blocks, e),
         ONLINE=online,
         ONLY_FLAGGED=repair is not None,
+        LOW_RANK=0 if inputs.low_c is None else inputs.low_c.shape[1],
         **inputs.products,
     )
     return results

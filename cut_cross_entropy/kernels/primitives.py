@@ -14,6 +14,7 @@ MANTISSAS = tl.constexpr(0x6B45260C)  # of 2^(1/8), 2^(3/8), 2^(5/8) and 2^(7/8)
 SMALLEST = tl.constexpr(1.1754943508222875e-38)  # positive normal float32
 FORCED = tl.constexpr(255)  # byte of a strip that holds a target: always kept
 FLAT = tl.constexpr(-1.0)  # target_grad of a token whose distribution is flat
+RANK_STEP = tl.constexpr(16)  # columns of a low-rank product at a time
 ABSENT = tl.constexpr(-2.0)  # target_grad of a row without a token
 
 
@@ -69,6 +70,38 @@ def gather_rows(
         mask=inside[:, None] & (columns < D)[None, :],
         other=0.0,
     )
+
+
+@triton.jit
+def add_low_rank(
+    product,  # (classes, tokens) rows of c times rows of e, or its transpose
+    low_e_ptr,  # (N, LOW_RANK)
+    low_c_ptr,  # (V, LOW_RANK)
+    tokens,  # (tokens,)
+    is_token,  # (tokens,)
+    classes,  # (classes,) class ids
+    inside,  # (classes,) whether the id is a class
+    LOW_RANK: tl.constexpr,  # 0: there are no such columns
+    TOKEN_AXIS: tl.constexpr = 1,
+):
+    """Add the product of the columns that are tensors of their own."""
+    for first in tl.static_range(0, LOW_RANK, RANK_STEP):
+        columns = first + tl.arange(0, RANK_STEP)
+        low_e = tl.load(
+            low_e_ptr + tokens.to(tl.int64)[:, None] * LOW_RANK + columns[None, :],
+            mask=is_token[:, None],
+            other=0.0,
+        )
+        low_c = tl.load(
+            low_c_ptr + classes.to(tl.int64)[:, None] * LOW_RANK + columns[None, :],
+            mask=inside[:, None],
+            other=0.0,
+        )
+        if TOKEN_AXIS == 1:
+            product = tl.dot(low_c, low_e.T, product, input_precision="ieee")
+        else:
+            product = tl.dot(low_e, low_c.T, product, input_precision="ieee")
+    return product
 
 
 @triton.jit

@@ -35,7 +35,15 @@ from cut_cross_entropy.kernels.tokens import (
     score_targets,
 )
 from cut_cross_entropy.outputs import Asked
-from cut_cross_entropy.problem import Filter, Gradients, KernelState, Needed, PerToken, Problem
+from cut_cross_entropy.problem import (
+    Filter,
+    Gradients,
+    KernelState,
+    Needed,
+    PerToken,
+    Problem,
+    low_columns,
+)
 from cut_cross_entropy.validation import check_target_range
 
 
@@ -98,6 +106,8 @@ def forward_outputs(
         multiplier=multiplier,
         limits=target_logits if asked.rank else None,
         targets=tokens.targets if asked.rank else None,
+        low_e=tokens.low_e,
+        low_c=low_columns(problem),
     )
 
     raise_bound_by_frequent(inputs, problem)
@@ -125,6 +135,8 @@ def backward(
     needed: Needed,
     eta: Tensor | None = None,
     q: Tensor | None = None,
+    *,
+    grad_low_e: Tensor | None = None,
 ) -> Gradients:
     """Compute the gradients of e, c and bias in their own dtypes; empty tensors if not needed.
 
@@ -139,13 +151,18 @@ def backward(
         filter_: tolerance 0, or a forward without strips, means no filter.
         needed: the gradients to compute.
         eta, q: (N,) further factors of the logit gradient, see ``logit_gradient``; None for 0.
+        grad_low_e: (N, R) zeros, receives the gradient of ``AdaptedProblem.low_e``; None if it is
+            not needed. The gradient of c is that of ``low_c`` then.
     """
-    e, c, bias, first = problem.e, problem.c, problem.bias, problem.frozen_columns
+    e, bias, first = problem.e, problem.bias, problem.frozen_columns
+    low_c = low_columns(problem)
+    c = problem.c if low_c is None else low_c
     wanted = Wanted(
         needed.e,
         c.new_empty((c.shape[0], c.shape[1] - first)) if needed.c else None,
         bias.new_empty(bias.shape) if bias is not None and needed.bias else None,
         first,
+        grad_low_e,
     )
     if e.shape[0] == 0 or c.shape[0] == 0:
         grad_e = torch.zeros_like(e, memory_format=torch.contiguous_format) if needed.e else None

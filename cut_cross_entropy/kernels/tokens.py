@@ -6,9 +6,10 @@ are, and everything takes few launches: on small problems their cost is the time
 legend: ``cut_cross_entropy.kernels``.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,10 +20,18 @@ from cut_cross_entropy.kernels.primitives import (
     ABSENT,
     FLAT,
     LOG2E,
+    RANK_STEP,
     gather_rows,
     transform_logits,
 )
-from cut_cross_entropy.problem import KernelState, PerToken, Problem, gradient_scale
+from cut_cross_entropy.problem import (
+    AdaptedProblem,
+    KernelState,
+    PerToken,
+    Problem,
+    gradient_scale,
+    low_columns,
+)
 
 SCAN = 4096  # tokens per step of the scan
 
@@ -88,15 +97,17 @@ class Tokens:
         e: (N, D) contiguous, of the compute dtype; zeros in absent rows if compacted.
         targets: (N,) int64 row of c; -1 where absent or out of range.
         origin: (N,) int64 position of the token in the caller's order; N where absent.
+        low_e: (N, R) rows of :attr:`AdaptedProblem.low_e`; None without such columns.
     """
 
     e: Tensor
     targets: Tensor
     origin: Tensor
+    low_e: Tensor | None = field(default=None, kw_only=True)
 
     def gather(self, values: Tensor, fill: float) -> Tensor:
         """Return values (N,) of the caller's tokens in the order of the rows, float32."""
-        padded = torch.nn.functional.pad(values.float(), (0, 1), value=fill)
+        padded = F.pad(values.float(), (0, 1), value=fill)
         return padded[self.origin]
 
 
@@ -117,6 +128,8 @@ def score_targets_kernel(
     source_ptr,  # (N, D) embeddings of the caller
     c_ptr,  # (V, D)
     bias_ptr,  # (V,), or None
+    low_e_ptr,  # (N, LOW_RANK) of the caller
+    low_c_ptr,  # (V, LOW_RANK)
     all_targets_ptr,  # (N,) of the caller
     origin_ptr,  # (N,)
     e_ptr,  # (N, D) out if COMPACT, else in
@@ -132,6 +145,7 @@ def score_targets_kernel(
     first_class,
     COMPACT: tl.constexpr,
     SHARDED: tl.constexpr,
+    LOW_RANK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Move one token to its row and compute the logit of its target."""
@@ -167,6 +181,11 @@ def score_targets_kernel(
         c = gather_rows(c_ptr, target, has_row, d, D)
         total += e.to(c_ptr.dtype.element_ty).to(tl.float32)[None, :] * c.to(tl.float32)
     product = tl.sum(total, 1)[:, None]
+    for first in tl.static_range(0, LOW_RANK, RANK_STEP):
+        columns = first + tl.arange(0, RANK_STEP)
+        low_e = gather_rows(low_e_ptr, origin + lane, has_row, columns, LOW_RANK).to(tl.float32)
+        low_c = gather_rows(low_c_ptr, target, has_row, columns, LOW_RANK).to(tl.float32)
+        product += tl.sum(low_e * low_c, 1)[:, None]
     logit = tl.reshape(transform_logits(product, target, usable, bias_ptr, softcap), (1,))
     bound = tl.where(logit < float("inf"), logit, 0.0)  # the pass finds NaN and +inf again
     tl.store(targets_ptr + row + lane, target)
@@ -198,12 +217,15 @@ def score_targets(
         rows = e.to(c.dtype).contiguous()
     targets = torch.empty(num_tokens, dtype=torch.int64, device=e.device)
     logits, bound = aligned_rows(2, num_tokens, torch.float32, e.device)
+    low_c = low_columns(problem)
     launch(
         score_targets_kernel,
         (num_tokens,),
         source_ptr=e,
         c_ptr=c,
         bias_ptr=problem.bias,
+        low_e_ptr=problem.low_e if isinstance(problem, AdaptedProblem) else None,
+        low_c_ptr=low_c,
         all_targets_ptr=problem.targets.contiguous(),
         origin_ptr=origin,
         e_ptr=rows,
@@ -219,9 +241,17 @@ def score_targets(
         first_class=problem.first_class,
         COMPACT=compact,
         SHARDED=problem.group is not None,
+        LOW_RANK=0 if low_c is None else low_c.shape[1],
         BLOCK_D=min(1024, triton.next_power_of_2(dim)),
     )
-    return Tokens(rows, targets, origin), logits, bound
+    return Tokens(rows, targets, origin, low_e=_low_rows(problem, origin)), logits, bound
+
+
+def _low_rows(problem: Problem, origin: Tensor) -> Tensor | None:
+    """Return the rows of ``low_e`` in the order of the tokens, 0 where absent."""
+    if not isinstance(problem, AdaptedProblem):
+        return None
+    return F.pad(problem.low_e, (0, 0, 0, 1))[origin]
 
 
 def multiplied_logits(
@@ -421,6 +451,7 @@ def compact_for_backward(
         scale=gradient_scale(a, b) if half else a.new_ones(()),
         shard_mass=saved.shard_mass if saved.shard_mass.numel() > 0 else None,
         num_valid=num_valid,
+        low_e=_low_rows(problem, origin),
     )
 
 

@@ -24,7 +24,14 @@ from cut_cross_entropy.kernels.launch import (
     kind_of,
     planning,
 )
-from cut_cross_entropy.problem import Filter, Needed, PerToken, Problem
+from cut_cross_entropy.problem import (
+    AdaptedProblem,
+    Filter,
+    Needed,
+    PerToken,
+    Problem,
+    low_columns,
+)
 
 _compiled: set[tuple[object, ...]] = set()
 _compiling = threading.Lock()
@@ -32,12 +39,13 @@ _compiling = threading.Lock()
 
 def kind_of_step(problem: Problem, filter_: Filter, training: bool) -> tuple[object, ...]:
     """Return a key that two steps share if they launch the same variants of the kernels."""
-    tensors = (problem.e, problem.c, problem.targets, problem.bias)
+    tensors, low_c = (problem.e, problem.c, problem.targets, problem.bias), low_columns(problem)
     num_superblocks = -(-problem.e.shape[0] // (BLOCK_T * SUPERBLOCK))
     return (
         problem.e.device,
         tuple(None if x is None else (x.dtype, x.is_contiguous()) for x in tensors),
         problem.c.shape,
+        None if low_c is None else low_c.shape[1],
         problem.compute_dtype,
         problem.softcap is None,
         problem.multiplier is None,
@@ -60,7 +68,8 @@ def plan_step(problem: Problem, filter_: Filter, training: bool) -> Plan:
         # The data may be too flat for the filter.
         for tolerance in {filter_.tolerance, 0.0} if training else ():
             chosen = replace(filter_, tolerance=tolerance, e=True, c=True)
-            step.backward(upstream, saved, problem, chosen, everything)
+            low_e = problem.low_e if isinstance(problem, AdaptedProblem) else None
+            step.backward(upstream, saved, problem, chosen, everything, grad_low_e=low_e)
     return plan
 
 
@@ -118,6 +127,8 @@ def _compile_once(
 
 def _without_values(problem: Problem) -> Problem:
     """Return the problem of one process on the meta device."""
+    if isinstance(problem, AdaptedProblem):
+        problem = replace(problem, low_e=_meta(problem.low_e), low_c=_meta(problem.low_c))
     return replace(
         problem,
         e=_meta(problem.e),

@@ -52,7 +52,7 @@ _INT32 = {"starts_ptr", "block_starts_ptr", "chunk_starts_ptr", "offsets_ptr", "
           "tile_block_ptr", "tile_start_ptr", "first_tile_ptr", "flag_ptr", "threshold_ptr",
           "classes_ptr", "count_ptr", "slots_ptr", "unions_ptr", "sizes_ptr",
           "rank_ptr"}  # fmt: skip
-_HALF = {"c_ptr", "e_ptr", "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c",
+_HALF = {"c_ptr", "e_ptr", "low_c_ptr", "low_e_ptr", "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c",
          "powers_ptr", "scaled_ptr"}  # fmt: skip
 _OF_PRODUCTS = (("columns_ptr", "*i32"), ("share", "fp32"), ("rest", "fp32"),
                 ("teacher_softcap", "fp32"))  # fmt: skip
@@ -96,6 +96,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         flags |= {} if softcap else {"softcap": None}
         sums = {"multiplier_ptr", "entropy_ptr", "p_squares_ptr", "rank_ptr", "highest_ptr"}
         terms = {"multiplier_ptr", "eta_ptr", "q_ptr"}
+        no_rank = {"low_e_ptr": None, "low_c_ptr": None, "LOW_RANK": 0}
         label = "softcap-bias" if softcap else "plain"
         for online, flagged, strips_too in (
             (False, False, True),
@@ -107,7 +108,7 @@ def variants(tiles: Tiles) -> list[Variant]:
                 f"lse-{label}-{online:d}{flagged:d}{strips_too:d}",
                 lse.vocabulary_pass_kernel,
                 {**products, **flags, **without(sums), **without({"strips_ptr"}, strips_too),
-                 "ONLINE": online, "ONLY_FLAGGED": flagged},
+                 **no_rank, "ONLINE": online, "ONLY_FLAGGED": flagged},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
@@ -115,7 +116,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         add(
             f"exact-{label}",
             exact.chunk_gradients_kernel,
-            {**products, **flags, **without(terms)},
+            {**products, **flags, **without(terms), **no_rank},
             boxes={"e": e_box, "c": c_box},
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
@@ -123,7 +124,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         add(
             f"exact-{label}-float32",  # of the rows that the measured error takes
             exact.chunk_gradients_kernel,
-            {**products, **flags, **without(terms)},
+            {**products, **flags, **without(terms), **no_rank},
             boxes={"e": e_box, "c": c_box},
             num_warps=tiles.num_warps,
             num_stages=min(tiles.num_stages, 3),
@@ -154,7 +155,7 @@ def variants(tiles: Tiles) -> list[Variant]:
                 f"sums-{label}-{'-'.join(names)}-{energy:d}",
                 lse.vocabulary_pass_kernel,
                 {**products, **flags, **without(sums, names), **without({"strips_ptr"}, energy),
-                 "ONLINE": False, "ONLY_FLAGGED": False},
+                 **no_rank, "ONLINE": False, "ONLY_FLAGGED": False},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
@@ -163,16 +164,45 @@ def variants(tiles: Tiles) -> list[Variant]:
             add(
                 f"terms-{label}-{'-'.join(names)}",
                 exact.chunk_gradients_kernel,
-                {**products, **flags, **without(terms, names)},
+                {**products, **flags, **without(terms, names), **no_rank},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
+            )  # fmt: skip
+        for rank in (16, 64):  # of an adapter
+            add(
+                f"adapted_lse-{label}-{rank}",
+                lse.vocabulary_pass_kernel,
+                {**products, **flags, **without(sums), "ONLINE": False, "ONLY_FLAGGED": False,
+                 "LOW_RANK": rank},
+                boxes={"e": e_box, "c": c_box},
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+            )  # fmt: skip
+            add(
+                f"adapted_exact-{label}-{rank}",
+                exact.chunk_gradients_kernel,
+                {**products, **flags, **without(terms), "LOW_RANK": rank},
+                boxes={"e": e_box, "c": c_box},
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+            )
+            add(
+                f"adapted_strips-{label}-{rank}",
+                strips.strip_gradients_kernel,
+                {**flags, **without({"eta_ptr", "multiplier_ptr"}),
+                 "BIAS_GRAD": bias, "LOW_RANK": rank, "E_TMA": tma, "BLOCK_T": BLOCK_T,
+                 "BLOCK_S": index.TILE, "BLOCK_D": tiles.block_d},
+                boxes={"e": e_box},
+                num_warps=8,
+                num_stages=few,
+                max_registers=128,
             )  # fmt: skip
         for given, suffix in ((False, ""), (True, "-terms")):
             add(
                 f"strips-{label}{suffix}",
                 strips.strip_gradients_kernel,
-                {**flags, **without({"eta_ptr", "multiplier_ptr"}, given),
+                {**flags, **without({"eta_ptr", "multiplier_ptr"}, given), **no_rank,
                  "BIAS_GRAD": bias, "E_TMA": tma, "BLOCK_T": BLOCK_T,
                  "BLOCK_S": index.TILE, "BLOCK_D": tiles.block_d},
                 boxes={"e": e_box},
@@ -183,7 +213,7 @@ def variants(tiles: Tiles) -> list[Variant]:
         add(
             f"score-{label}",
             tokens.score_targets_kernel,
-            {**flags, "COMPACT": True, "SHARDED": bias, "BLOCK_D": 1024},
+            {**flags, "COMPACT": True, "SHARDED": bias, "LOW_RANK": 32 * bias, "BLOCK_D": 1024},
             types=(("logits_ptr", "*fp32"),),
         )
     block_k = min(64, tiles.block_d)

@@ -51,7 +51,7 @@ from cut_cross_entropy.kernels.filtered.tail import (
 )
 from cut_cross_entropy.kernels.launch import HostCopy, is_captured
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
-from cut_cross_entropy.problem import Filter, KernelState, Problem
+from cut_cross_entropy.problem import Filter, KernelState, Problem, low_columns
 
 # Share of the strips from which on the exact path is faster, of many features: a kept strip costs
 # more than one of all, and the more so the fewer the features. Measured on an H200 for 8,192
@@ -100,7 +100,7 @@ def filtered_gradients(
         calibrate(problem, tokens, saved.support, threshold, filter_.max_error)
     kept = keep_strips(threshold)
     counts = Counts(kept)
-    selection = _Selection.of(kept, problem.c)
+    selection = _Selection.of(kept, problem)
     results = _Results.zeros(problem, wanted)
     num_strips = sum(counts.by_block)  # waits for the device, which is computing the selection
 
@@ -118,7 +118,8 @@ def filtered_gradients(
         if mass is None:
             report(FilterRecord("dense", 1.0, 0.0, counts.flat_tokens, counts.tokens))
         else:
-            whole_c = None if wanted.first_column else wanted.c
+            is_part = wanted.first_column or low_columns(problem) is not None
+            whole_c = None if is_part else wanted.c
             measured = measure(problem, tokens, kept, grad_e=grad_e, grad_c=whole_c, mass=mass)
             dropped = mass.double().sum()[None] / max(1, counts.tokens)
             report(
@@ -163,18 +164,22 @@ class _Selection:
         index: index of all of them.
         tail: what replaces the others.
         order: order of all classes.
+        low_centers: :attr:`Tail.centers` of the columns of ``AdaptedProblem.low_c``.
     """
 
     kept: Kept
     index: StripIndex
     tail: Tail
     order: ClassOrder
+    low_centers: Tensor | None
 
     @classmethod
-    def of(cls, kept: Kept, c: Tensor) -> "_Selection":
+    def of(cls, kept: Kept, problem: Problem) -> "_Selection":
+        c, low_c = problem.c, low_columns(problem)
         index = index_strips(kept)
         order = ClassOrder.of(kept, (0, c.shape[0]))
-        return cls(kept, index, Tail.of(kept, c), order)
+        low_centers = None if low_c is None else Tail.of(kept, low_c).centers
+        return cls(kept, index, Tail.of(kept, c), order, low_centers)
 
 
 class _Results(NamedTuple):
@@ -257,10 +262,7 @@ class _Work:
     @functools.cached_property
     def class_tokens(self) -> BackwardTokens:
         """The tokens with those features that the wanted columns of dC are sums of."""
-        first = self.wanted.first_column
-        if first == 0:
-            return self.tokens
-        return replace(self.tokens, e=self.tokens.e[:, first:].contiguous())
+        return replace(self.tokens, e=self.wanted.features(self.tokens).contiguous())
 
     def classes(self, chunks: Range) -> Range:
         """Return the range of class ids of a range of chunks."""
@@ -304,6 +306,14 @@ def _finish_tokens(work: _Work, stored: StoredStrips) -> None:
             centers=work.selection.tail.centers,
             out=work.grad_e,
         )
+    low_c, centers, low_e = (
+        low_columns(work.problem),
+        work.selection.low_centers,
+        work.wanted.low_e,
+    )
+    if low_c is not None and centers is not None and low_e is not None:
+        of_columns = replace(work.problem, c=low_c)
+        write_grad_e(of_columns, work.tokens, stored, work.tails, centers=centers, out=low_e)
 
 
 def _write_classes(work: _Work, class_pass: ClassPass, stored_once: StoredStrips | None) -> None:

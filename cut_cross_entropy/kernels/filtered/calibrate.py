@@ -31,7 +31,7 @@ from cut_cross_entropy.kernels.primitives import (
 )
 from cut_cross_entropy.kernels.tiles import rows_operand, tiles_on
 from cut_cross_entropy.kernels.tokens import BackwardTokens
-from cut_cross_entropy.problem import Filter, Problem
+from cut_cross_entropy.problem import Filter, Problem, low_columns
 
 ROUNDING = 0.00166  # relative error of rounding a gradient to bfloat16
 EVENLY = tl.constexpr(0.2)  # share of the risk that is the upstream gradient alone
@@ -412,11 +412,12 @@ def choose_threshold_kernel(
 def calibrates(problem: Problem, filter_: Filter) -> bool:
     """Whether the threshold of a call may follow from a sample; the device decides if it does.
 
-    Shards would have to exchange projections of their errors.
+    Shards would have to exchange projections of their errors; columns of an adapter are not read.
     """
     (num_tokens, dim), num_classes = problem.e.shape, problem.c.shape[0]
     large = num_tokens >= MIN_TOKENS and num_tokens * dim * num_classes >= MIN_WORK
-    return filter_.max_error > 0 and problem.group is None and large
+    whole = problem.group is None and low_columns(problem) is None
+    return filter_.max_error > 0 and whole and large
 
 
 def calibrate(

@@ -17,6 +17,7 @@ from cut_cross_entropy.kernels.filtered.index import TILE, Range, StripList
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import (
+    add_low_rank,
     gather_rows,
     load_rows,
     logit_gradient,
@@ -25,7 +26,7 @@ from cut_cross_entropy.kernels.primitives import (
 )
 from cut_cross_entropy.kernels.tiles import rows_operand, tiles_on, two_per_sm
 from cut_cross_entropy.kernels.tokens import BackwardTokens
-from cut_cross_entropy.problem import Problem
+from cut_cross_entropy.problem import Problem, low_columns
 
 
 @triton.jit(do_not_specialize=["first_block"])
@@ -33,6 +34,8 @@ def strip_gradients_kernel(
     e,  # (N, D)
     c_ptr,  # (V, D)
     bias_ptr,  # (V,), or None
+    low_e_ptr,  # (N, LOW_RANK)
+    low_c_ptr,  # (V, LOW_RANK)
     lse_ptr,  # (N,) log2; +inf: no token
     a_ptr,  # (N,)
     b_ptr,  # (N,)
@@ -53,6 +56,7 @@ def strip_gradients_kernel(
     softcap,  # or None
     first_block,
     BIAS_GRAD: tl.constexpr,
+    LOW_RANK: tl.constexpr,
     E_TMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -74,6 +78,16 @@ def strip_gradients_kernel(
 
     tokens = first_token + tl.arange(0, BLOCK_T)
     is_token = tokens < N
+    product = add_low_rank(
+        product,
+        low_e_ptr=low_e_ptr,
+        low_c_ptr=low_c_ptr,
+        tokens=tokens,
+        is_token=is_token,
+        classes=classes,
+        inside=inside,
+        LOW_RANK=LOW_RANK,
+    )
     lse = tl.load(lse_ptr + tokens, mask=is_token, other=float("inf"))
     a = tl.load(a_ptr + tokens, mask=is_token, other=0.0)
     b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
@@ -130,12 +144,15 @@ def strip_gradients(
     if num_tiles == 0:
         return stored
     e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
+    low_c = low_columns(problem)
     launch(
         strip_gradients_kernel,
         (num_tiles,),
         e=e_operand,
         c_ptr=c,
         bias_ptr=problem.bias,
+        low_e_ptr=tokens.low_e,
+        low_c_ptr=low_c,
         lse_ptr=tokens.lse,
         a_ptr=tokens.a,
         b_ptr=tokens.b,
@@ -156,6 +173,7 @@ def strip_gradients(
         softcap=problem.softcap,
         first_block=strips.first_block,
         BIAS_GRAD=bias_grad,
+        LOW_RANK=0 if low_c is None else low_c.shape[1],
         E_TMA=e_tma,
         BLOCK_T=BLOCK_T,
         BLOCK_S=TILE,
