@@ -1,4 +1,4 @@
-"""Heads by Triton's interpreter: each chunk of classes by the kernels."""
+"""Heads by Triton's interpreter: chunks of classes, rows made once, and columns of adapters."""
 
 import dataclasses
 
@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cut_cross_entropy import linear_cross_entropy
+from cut_cross_entropy import dispatch, linear_cross_entropy, record_filter
 from cut_cross_entropy.heads import Head, LowRank
+from cut_cross_entropy.heads.quantised import ChosenRows
 from cut_cross_entropy.kernels import made_rows
+from cut_cross_entropy.kernels.filtered import backward
+from tests.kernels.test_interpreted_filtered import sharp
 from tests.support import make_problem
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
@@ -108,7 +111,7 @@ def test_a_frozen_head_makes_its_rows_once(impl, softcap, factors, monkeypatch):
 
 def test_chunks_of_a_frozen_head_whose_logits_rise():
     """A later chunk exceeds the bound of the first, so that the sums before it are scaled."""
-    made, head, source, _ = frozen_case()
+    made, _, source, _ = frozen_case()
     made.e[:, 3], made.e[40:60, 3], made.e[250, 3] = 0.0, 1.0, 1.0
     made.c[:, 3], made.c[700, 3], made.c[1050, 3] = 0.0, 110.0, 220.0
     e, targets = made.e.requires_grad_(), made.targets
@@ -126,7 +129,7 @@ def test_chunks_of_a_frozen_head_whose_logits_rise():
 
 @pytest.mark.parametrize("leading", [(0,), (5,)])
 def test_a_frozen_head_without_a_token_that_counts(leading):
-    made, head, *_ = frozen_case()
+    _, head, *_ = frozen_case()
     e = torch.randn(*leading, 32, requires_grad=True)
     loss = linear_cross_entropy(e, head, torch.full(leading, -100), impl="cce_exact")
     loss.backward()
@@ -136,7 +139,7 @@ def test_a_frozen_head_without_a_token_that_counts(leading):
 
 def test_a_frozen_head_in_half_precision():
     """The gradient has the dtype of the embeddings, and is rounded once."""
-    made, head, _, matrix = frozen_case()
+    made, *_ = frozen_case()
     half = made.to(torch.float16)
     e = half.e.requires_grad_()
     loss = linear_cross_entropy(e, Head(Stored(half.c)), made.targets, impl="cce_exact")
@@ -148,3 +151,137 @@ def test_a_frozen_head_in_half_precision():
     rounding = (grad.half().double() - grad).norm()
     assert e.grad.dtype == torch.float16
     assert (e.grad.double() - grad).norm() < 2 * rounding
+
+
+def adapted_case(kind):
+    """A frozen matrix with columns of its own kind, the logits in float64, and the leaves."""
+    made = sharp(150)
+    torch.manual_seed(1)
+    classes, dim = made.c.shape
+    make = lambda *shape: (torch.randn(*shape) / 8).requires_grad_()
+    e, bias = made.e.requires_grad_(), made.bias.requires_grad_()
+    a, b, a2, b2 = make(4, dim), make(classes, 4), make(17, dim), make(classes, 17)
+    adapters, leaves = (LowRank(a, b, 2.0),), [e, bias, a, b]
+    delta = lambda a, b: 2 * b @ a
+    if kind == "two":
+        adapters += (LowRank(a2, b2),)
+        leaves += [a2, b2]
+        delta = lambda a, b, a2, b2: 2 * b @ a + b2 @ a2
+    elif kind == "rows":  # of some classes, which are trained
+        ids = torch.tensor([5, 1000])
+        rows = ChosenRows((classes, 2), torch.float32, e.device, ids=ids)
+        change = make(2, dim)
+        adapters, leaves = (LowRank(change, rows),), [e, bias, change]
+        one_hot = F.one_hot(ids, classes).T.double()
+        delta = lambda change: one_hot @ change
+    matrix = made.c.double()
+    logits = lambda e, bias, *low: F.linear(e, matrix + delta(*low), bias)
+    return made, Head(made.c, bias, low_rank=adapters), leaves, logits
+
+
+def gradients_in_float64(loss, leaves):
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    value = loss(*wide)
+    return value.detach(), torch.autograd.grad(value, wide)
+
+
+@pytest.mark.parametrize("kind", ["one", "two", "rows"])
+def test_the_filter_of_an_adapted_head(kind):
+    """Strips are dropped; what is left out is below the rounding of bfloat16, as for a matrix."""
+    made, head, leaves, logits = adapted_case(kind)
+    with record_filter() as records:
+        loss = linear_cross_entropy(leaves[0], head, made.targets, impl="cce")
+        ours = torch.autograd.grad(loss, leaves)
+    expected_loss, expected = gradients_in_float64(
+        lambda *wide: F.cross_entropy(logits(*wide), made.targets), leaves
+    )
+    assert [record.path for record in records] == ["filtered"]
+    assert records[0].strips_kept < 0.45
+    assert records[0].error_e < 2
+    assert records[0].error_c is None
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-6, atol=0)
+    for mine, truth in zip(ours, expected, strict=True):
+        rounding = (truth.bfloat16().double() - truth).norm()
+        assert (mine.double() - truth).norm() <= 2 * rounding
+
+
+def test_losses_of_tokens_of_an_adapted_head():
+    """With a temperature, and upstream gradients of both results."""
+    made, head, leaves, logits = adapted_case("two")
+    temperature, upstream = torch.linspace(0.7, 1.4, 150), torch.randn(2, 150)
+
+    def value(nll, lse, kept):
+        return (upstream[0] * torch.where(kept, nll, 0) + upstream[1] * lse).sum()
+
+    kept = made.targets != -100
+    nll, lse = linear_cross_entropy(
+        leaves[0],
+        head,
+        made.targets,
+        impl="cce_exact",
+        reduction="none",
+        return_lse=True,
+        temperature=temperature,
+    )
+    ours = torch.autograd.grad(value(nll, lse, kept), leaves)
+
+    def truth(*wide):
+        scaled = logits(*wide) / temperature[:, None]
+        losses = F.cross_entropy(scaled, made.targets, reduction="none")
+        return value(losses, torch.where(kept, scaled.logsumexp(1), 0), kept)
+
+    _, expected = gradients_in_float64(truth, leaves)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert (mine.double() - theirs).norm() < 2e-5 * theirs.norm()
+    with torch.no_grad():
+        again = linear_cross_entropy(
+            leaves[0], head, made.targets, impl="cce", reduction="none", temperature=temperature
+        )
+    torch.testing.assert_close(again, nll, rtol=1e-5, atol=1e-5)
+
+
+def test_flat_tokens_of_an_adapted_head(monkeypatch):
+    """They are computed without the filter, next to the others."""
+    monkeypatch.setattr(backward, "FLAT_SUPPORT", 100)
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 0.02)
+    made, head, leaves, logits = adapted_case("one")
+    flat = [3, 17, 131]
+    with torch.no_grad():
+        leaves[0][flat] *= 0.01
+    made.targets[flat] = 7
+    with record_filter() as records:
+        loss = linear_cross_entropy(leaves[0], head, made.targets, impl="cce")
+        ours = torch.autograd.grad(loss, leaves)
+    assert (records[0].path, records[0].flat_tokens) == ("filtered", 3)
+    _, expected = gradients_in_float64(
+        lambda *wide: F.cross_entropy(logits(*wide), made.targets), leaves
+    )
+    for mine, truth in zip(ours, expected, strict=True):
+        assert (mine.double() - truth).norm() < 0.02 * truth.norm()
+    exact = expected[0][flat]
+    assert (ours[0][flat] - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_an_adapted_head_in_half_precision():
+    made, _, (e, bias, a, b), _ = adapted_case("one")
+    half = [x.detach().half().requires_grad_() for x in (e, bias, a, b)]
+    head = Head(made.c.half(), half[1], low_rank=(LowRank(half[2], half[3], 2.0),))
+    loss = linear_cross_entropy(half[0], head, made.targets, impl="cce_exact")
+    ours = torch.autograd.grad(loss, half)
+    matrix = made.c.half().double()
+
+    def truth(e, bias, a, b):
+        return F.cross_entropy(F.linear(e, matrix + 2 * b @ a, bias), made.targets)
+
+    _, expected = gradients_in_float64(truth, half)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.dtype == torch.float16
+        assert (mine.double() - theirs).norm() < 2e-3 * theirs.norm()
+
+
+def test_an_adapted_head_refuses_a_weight_that_changes_before_the_backward():
+    made, head, leaves, _ = adapted_case("one")
+    loss = linear_cross_entropy(leaves[0], head, made.targets, impl="cce")
+    made.c.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
