@@ -187,8 +187,8 @@ def sum_of_losses(
     recompute = recompute or is_transformed() or is_offloaded()
     if isinstance(problem, HeadProblem) and not recompute:
         chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
-        is_adapted = adapted.is_adapted(problem)
-        if chosen in KERNEL_IMPLS and not is_adapted and sums.takes_one_pass(problem, weights):
+        by_kernels = chosen in KERNEL_IMPLS and not adapted.is_adapted(problem)
+        if by_kernels and sums.takes_one_pass(problem, weights):
             return sums.sum_of_losses(problem, weights)
     # The gradient of a weight is the loss of its token, which a sum does not return.
     is_plain = problem.group is None and not isinstance(problem, HeadProblem)

@@ -23,7 +23,12 @@ MOST_COLUMNS = 128
 
 
 def is_adapted(problem: HeadProblem) -> bool:
-    """Whether a head is a frozen matrix, read as it is, and a few columns."""
+    """Whether a head is a frozen matrix, read as it is, and a few columns.
+
+    It is for devices that can run the kernels; on some their compiler lacks what this needs.
+    """
+    from cut_cross_entropy.kernels.tiles import tiles_on
+
     base, *others = problem.products  # the frozen ones are the first
     return (
         isinstance(base.rows, Tensor)
@@ -32,6 +37,7 @@ def is_adapted(problem: HeadProblem) -> bool:
         and base.scale is None
         and not requires_grad(base)
         and 0 < sum(x.rows.shape[1] for x in others) <= MOST_COLUMNS
+        and tiles_on(problem.e.device).adds_low_rank
     )
 
 
@@ -92,12 +98,8 @@ class _Losses(Function):
             *state,
         )
         ctx.filter = filter_
-        ctx.options = (
-            problem.ignore_index,
-            problem.softcap,
-            problem.compute_dtype,
-            problem.memory_budget,
-        )
+        names = ("ignore_index", "softcap", "compute_dtype", "memory_budget")
+        ctx.options = {name: getattr(problem, name) for name in names}
         return state.nll, state.lse
 
     @staticmethod
@@ -108,7 +110,7 @@ class _Losses(Function):
 
         e, low_e, low_c, bias, c, targets, multiplier, *state = ctx.saved_tensors
         problem = AdaptedProblem(
-            e, c, targets, bias, *ctx.options, multiplier=multiplier, low_e=low_e, low_c=low_c
+            e, c, targets, bias, **ctx.options, multiplier=multiplier, low_e=low_e, low_c=low_c
         )
         need_e, need_low_e, need_low_c, need_bias = ctx.needs_input_grad[:4]
         grad_low_e = torch.zeros_like(low_e) if need_low_e else None

@@ -89,15 +89,17 @@ class ClassRows:
 
     @torch.no_grad()
     def add_gradient(self, classes: slice, grad: Tensor) -> None:
-        """Take the gradient of the rows of a chunk, whose frozen columns are not read."""
+        """Take the gradient of the rows of a chunk but for their frozen columns."""
         if self._grads is None:
             self._grads = [
                 torch.zeros_like(x, memory_format=torch.contiguous_format) for x in self._leaves
             ]
-        first = 0
+        first = -self.frozen_columns
         for rows, scale in self.parts:
-            own = grad[:, first : first + rows.shape[1]]
-            first += rows.shape[1]
+            start, first = first, first + rows.shape[1]
+            if start < 0:
+                continue
+            own = grad[:, start:first]
             if isinstance(rows, Tensor) and rows.requires_grad:
                 of_rows = own if scale is None else own * scale[classes, None]
                 self._grad_of(rows)[classes] += of_rows
@@ -149,6 +151,6 @@ class _Chunk(Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        ctx.rows.add_gradient(ctx.classes, grad)
+        ctx.rows.add_gradient(ctx.classes, grad[:, ctx.rows.frozen_columns :])
         (anchor,) = ctx.saved_tensors
         return torch.zeros_like(anchor), None, None

@@ -1,10 +1,11 @@
-"""The sum of all losses of a frozen head, with its gradient in the forward, by kernels.
+"""Losses of a head by kernels, chunk by chunk of its classes.
 
-Rows that are made on demand are made once: for the logits of a chunk of classes, and for what they
-add to the gradient of the features. See ``cut_cross_entropy.kernels.made_rows``.
+Of a frozen head the sum of the losses has its gradient in the forward, and the rows of a chunk are
+made once; otherwise they are made again in the backward. See
+``cut_cross_entropy.kernels.made_rows``.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from cut_cross_entropy.heads.chunks import HeadProblem
+from cut_cross_entropy.problem import Needed, PerToken, Problem
 from cut_cross_entropy.sum_operators import scaled_gradients
+
+_NOTHING = torch.empty(0)
 
 
 def takes_one_pass(problem: HeadProblem, weights: Tensor | None) -> bool:
@@ -59,3 +63,62 @@ class _Sum(Function):
         absent = (None,) * 5
         found = scaled_gradients(grad, grad_e, *absent, ctx.dtype, None, None)
         return found[0], None, None
+
+
+def token_losses(problem: HeadProblem) -> PerToken:
+    """Loss and log-sum-exp of every token, (N,) each, 0 for ignored tokens."""
+    return PerToken(*_Losses.apply(problem.features(), problem.bias, problem.anchor, problem))
+
+
+class _Losses(Function):
+    """Loss and log-sum-exp of every token. The gradient of the rows goes to their parts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, e: Tensor, bias: Tensor | None, anchor: Tensor | None, problem: HeadProblem
+    ) -> tuple[Tensor, Tensor]:
+        from cut_cross_entropy.kernels import made_rows
+        from cut_cross_entropy.kernels.launch import current_device
+
+        whole = Problem(**{f.name: getattr(problem, f.name) for f in fields(Problem)})
+        whole = replace(whole, e=e, bias=bias)
+        with torch.autocast(e.device.type, enabled=False), current_device(e.device):
+            found = made_rows.token_losses(whole, problem.rows.make)
+        ctx.save_for_backward(e, bias, anchor, whole.targets, whole.multiplier, *found)
+        ctx.rows = problem.rows
+        ctx.problem = replace(
+            whole, e=_NOTHING, targets=_NOTHING, bias=None, multiplier=None
+        )  # the saved tensors take their places
+        return found.nll, found.lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_nll: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+        from cut_cross_entropy.kernels import made_rows
+        from cut_cross_entropy.kernels.launch import current_device
+
+        e, bias, anchor, targets, multiplier, *saved = ctx.saved_tensors
+        need_e, need_bias, need_rows, _ = ctx.needs_input_grad
+        problem = replace(
+            ctx.problem,
+            e=e,
+            targets=targets,
+            bias=bias,
+            multiplier=multiplier,
+            frozen_columns=ctx.rows.frozen_columns,
+        )
+        with torch.autocast(e.device.type, enabled=False), current_device(e.device):
+            found = made_rows.gradients(
+                PerToken(grad_nll, grad_lse),
+                PerToken(*saved),
+                problem,
+                ctx.rows.make,
+                Needed(need_e, need_rows, need_bias),
+                ctx.rows.add_gradient,
+            )
+        return (
+            found.e if need_e else None,
+            found.bias if need_bias else None,
+            torch.zeros_like(anchor) if need_rows else None,
+            None,
+        )

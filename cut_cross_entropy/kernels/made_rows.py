@@ -1,13 +1,14 @@
-"""Sum of all losses and its gradient by e, of classes whose rows are made chunk by chunk.
+"""Losses and exact gradients of classes whose rows are made chunk by chunk.
 
-The rows of a chunk serve for both products while they are there: powers of its logits are stored
-(``powers``), and their product with the rows is added to dE. The powers are relative to a bound of
-each token that holds for all chunks; where a chunk raises it, the sum so far is scaled. What the
-target adds is left out of the products, as in ``exact_sum``: its row waits in the memory of the
-result. Shape legend: ``cut_cross_entropy.kernels``.
+Of a sum of losses whose only gradient is that of e, the rows of a chunk serve for both products
+while they are there: powers of its logits are stored (``powers``), and their product with the rows
+is added to dE. The powers are relative to a bound of each token that holds for all chunks; where a
+chunk raises it, the sum so far is scaled. What the target adds is left out of the products, as in
+``exact_sum``: its row waits in the memory of the result. Otherwise the rows are made twice, for the
+log-sum-exps and for the gradients. Shape legend: ``cut_cross_entropy.kernels``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,21 +17,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cut_cross_entropy.constants import MAX_ELEMENTS
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.exact import MAX_ELEMENTS, MAX_TOKENS, add_product
-from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, launch
-from cut_cross_entropy.kernels.lse import PassInputs, raise_bound, vocabulary_pass
-from cut_cross_entropy.kernels.powers import (
+from cut_cross_entropy.kernels.exact import (
+    MAX_TOKENS,
+    add_product,
+    chunk_gradients,
+)
+from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, is_captured, launch
+from cut_cross_entropy.kernels.lse import (
     LN2,
+    PassInputs,
+    Segments,
+    finish,
+    raise_bound,
+    vocabulary_pass,
+)
+from cut_cross_entropy.kernels.powers import (
     Chunk,
     choose_segment_tiles,
     finish_sums,
     sum_powers,
 )
 from cut_cross_entropy.kernels.primitives import gather_rows, transform_logits
-from cut_cross_entropy.kernels.tokens import Tokens, copy_row, list_valid
-from cut_cross_entropy.problem import Problem
+from cut_cross_entropy.kernels.tokens import (
+    Tokens,
+    compact_for_backward,
+    copy_row,
+    list_valid,
+    scatter_rows,
+)
+from cut_cross_entropy.problem import Gradients, KernelState, Needed, PerToken, Problem
 from cut_cross_entropy.validation import check_target_range
 
 ALIGNED = 256  # classes of a library product, but for the last few
@@ -43,28 +61,25 @@ COPIES = 2  # of the rows: themselves, and what they are made of
 def score_chunk_kernel(
     source_ptr,  # (N, D) embeddings of the caller
     c_ptr,  # (V, D) rows of the chunk
-    bias_ptr,  # (V,) of the chunk
+    bias_ptr,  # (V,) of the chunk, or None
     all_targets_ptr,  # (N,) of the caller
     origin_ptr,  # (N,)
-    multiplier_ptr,  # (N,) in the order of the rows
+    multiplier_ptr,  # (N,) in the order of the rows, or None
     e_ptr,  # (N, D) out if COMPACT, else in
     targets_ptr,  # (N,) out: row of c; -1 for none
     logits_ptr,  # (N,) logit of the target, log2: out where it is in this chunk
-    rows_ptr,  # (N, D) out likewise, in the caller's order: the target's row of c
+    rows_ptr,  # (N, D) out likewise, in the caller's order: the target's row of c; or None
     N,
     V,
     D,
     stride_n,
     stride_d,
-    softcap,
+    softcap,  # or None
     first_class,
     COMPACT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Compute the logit of one token's target and keep its row, if it is in this chunk."""
+    """Compute the logit of one token's target, and keep its row, if it is in this chunk."""
     row = tl.program_id(0).to(tl.int64)
     origin = tl.load(origin_ptr + row)
     if COMPACT:
@@ -94,22 +109,14 @@ def score_chunk_kernel(
         e = tl.load(e_row + d * e_step, mask=d < available, other=0.0)
         c = gather_rows(c_ptr, target, usable, d, D).to(tl.float32)
         total += e.to(c_ptr.dtype.element_ty).to(tl.float32)[None, :] * c
-        out = rows_ptr + origin * D + d[None, :]
-        tl.store(out, c, mask=(d < available)[None, :])
-    multiplier = 1.0 + lane.to(tl.float32)
-    if HAS_MULTIPLIER:
+        if rows_ptr is not None:
+            out = rows_ptr + origin * D + d[None, :]
+            tl.store(out, c, mask=(d < available)[None, :])
+    multiplier = None
+    if multiplier_ptr is not None:
         multiplier = tl.load(multiplier_ptr + row + lane)
-    logit = transform_logits(
-        tl.sum(total, 1)[:, None],
-        bias_ptr=bias_ptr,
-        classes=target,
-        inside=usable,
-        softcap=softcap,
-        HAS_BIAS=HAS_BIAS,
-        SOFTCAP=SOFTCAP,
-        multiplier=multiplier,
-        HAS_MULTIPLIER=HAS_MULTIPLIER,
-    )
+    product = tl.sum(total, 1)[:, None]
+    logit = transform_logits(product, target, usable, bias_ptr, softcap, multiplier=multiplier)
     tl.store(targets_ptr + row + lane, target)
     tl.store(logits_ptr + row + lane, tl.reshape(logit, (1,)), mask=usable)
 
@@ -172,10 +179,15 @@ class LossAndGradient(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """How many classes make a chunk, and for how many tokens its powers are stored at a time."""
+    """How many classes make a chunk, and for how many tokens its logits are stored at a time."""
 
     classes: int
     tokens: int
+
+    def chunks(self, num_classes: int) -> list[slice]:
+        """Return the chunks of all classes."""
+        starts = range(0, num_classes, self.classes)
+        return [slice(start, min(start + self.classes, num_classes)) for start in starts]
 
 
 def loss_and_gradient(
@@ -195,69 +207,44 @@ def loss_and_gradient(
     grad_e = e.new_zeros((num_tokens, dim), dtype=torch.float32)
     if num_tokens == 0:
         return LossAndGradient(grad_e.new_zeros(()), grad_e)
-    origin, count = list_valid(problem.targets, problem.ignore_index)
-    num_valid = HostCopy(count)
-    tokens = Tokens(
-        torch.empty((num_tokens, dim), dtype=problem.compute_dtype, device=e.device),
-        torch.empty(num_tokens, dtype=torch.int64, device=e.device),
-        origin,
-    )
-    logits, bound, nll, factor, of_target = aligned_rows(
-        5, num_tokens, torch.float32, e.device, zeros=True
-    )
-    logits.fill_(torch.nan)  # of a target out of range: nothing plausible
-    bound.copy_(torch.where(origin < num_tokens, LOWEST, torch.inf))
-    multiplier = None
-    if problem.multiplier is not None:
-        multiplier = tokens.gather(problem.multiplier, 1.0)
-    flags = torch.zeros(-(-num_tokens // BLOCK_T), dtype=torch.int32, device=e.device)
-
-    def inputs_of(classes: slice) -> PassInputs:
-        bias = None if problem.bias is None else problem.bias[classes].contiguous()
-        rows = make_rows(classes)
-        return PassInputs(tokens.e, rows, bias, problem.softcap, bound, flags, multiplier)
-
-    sizes = _choose_sizes(problem)
-    chunks = [
-        slice(start, min(start + sizes.classes, num_classes))
-        for start in range(0, num_classes, sizes.classes)
-    ]
-    inputs: PassInputs | None = inputs_of(chunks[0])
-    _score(problem, tokens, inputs, logits, grad_e, first_class=0)
-    _raise_bound(inputs, num_classes)
-    valid = int(num_valid.wait())
-    if recording():
-        report(FilterRecord("exact", 1.0, 0.0, 0, valid))
-    end = min(-(-max(valid, 1) // BLOCK_T) * BLOCK_T, num_tokens)
-    sums = _Sums.zeros(problem, end, sizes)
-    for classes in chunks:
-        if inputs is None:
-            inputs = inputs_of(classes)
-            _score(problem, tokens, inputs, logits, grad_e, first_class=classes.start)
-        sums.add(inputs, tokens.targets)
-        inputs = None  # frees the rows before the next ones are made
-
+    walk, sizes = _Walk.of(problem, make_rows, grad_e), _choose_sizes(problem, num_tokens)
+    sums: _Sums | None = None
+    for classes in sizes.chunks(num_classes):
+        inputs = walk.inputs(classes)
+        if sums is None:
+            sums = _Sums.zeros(problem, walk.num_rows(), sizes)
+        sums.add(inputs, walk.tokens.targets)
+        del inputs  # frees the rows before the next ones are made
+    assert sums is not None
+    end = slice(0, sums.products.shape[0])
+    tokens, multiplier = walk.tokens, walk.multiplier
+    nll, factor, of_target = aligned_rows(3, num_tokens, torch.float32, e.device, zeros=True)
     chunk = Chunk(
-        Tokens(tokens.e[:end], tokens.targets[:end], origin[:end]),
-        replace(
-            PassInputs(tokens.e[:end], problem.c, None, problem.softcap, bound[:end], flags),
-            multiplier=None if multiplier is None else multiplier[:end],
+        Tokens(tokens.e[end], tokens.targets[end], tokens.origin[end]),
+        PassInputs(
+            tokens.e[end],
+            problem.c,
+            None,
+            problem.softcap,
+            walk.bound[end],
+            walk.flags,
+            None if multiplier is None else multiplier[end],
         ),
-        logits=logits[:end],
-        weights=None if weights is None else tokens.gather(weights, 0.0)[:end],
-        nll=nll[:end],
-        factor=factor[:end],
-        target=of_target[:end],
+        logits=walk.logits[end],
+        weights=None if weights is None else tokens.gather(weights, 0.0)[end],
+        nll=nll[end],
+        factor=factor[end],
+        target=of_target[end],
         segment_tiles=1,
     )
     finish_sums(chunk, _sum_of_powers(torch.stack(sums.others))[None])
     launch(
         finish_rows_kernel,
-        (end,),
+        (end.stop,),
         sums_ptr=sums.products,
         factor_ptr=factor,
         target_ptr=of_target,
-        origin_ptr=origin,
+        origin_ptr=tokens.origin,
         out_ptr=grad_e,
         num_tokens=num_tokens,
         D=dim,
@@ -266,12 +253,214 @@ def loss_and_gradient(
     return LossAndGradient(nll.sum(), grad_e)
 
 
-def _choose_sizes(problem: Problem) -> _Sizes:
-    """Choose chunks whose rows and powers fit the budget."""
+def token_losses(problem: Problem, make_rows: Callable[[slice], Tensor]) -> PerToken:
+    """Compute loss and log-sum-exp of every token, (N,) each.
+
+    Args:
+        problem, make_rows: see :func:`loss_and_gradient`.
+    """
+    e, num_tokens, num_classes = problem.e, problem.e.shape[0], problem.c.shape[0]
+    check_target_range(problem.targets, num_classes, problem.ignore_index)
+    if num_tokens == 0:
+        return PerToken(*(e.new_zeros(0, dtype=torch.float32) for _ in range(2)))
+    walk, parts = _Walk.of(problem, make_rows, None), []
+    for classes in _choose_sizes(problem, 0).chunks(num_classes):
+        inputs = walk.inputs(classes)
+        num_here = inputs.c.shape[0]
+        inputs.flags.zero_()
+        segments = vocabulary_pass(inputs, num_here, None)
+        vocabulary_pass(inputs, num_here, None, online=True, repair=segments)
+        parts.append(_sum_of_powers(segments.lse))
+        del inputs  # frees the rows before the next ones are made
+    lse = torch.stack(parts)
+    state = finish(Segments(lse, lse.new_empty((0, num_tokens))), walk.logits, walk.tokens, None)
+    return PerToken(state.nll, state.lse)
+
+
+def gradients(
+    upstream: PerToken,
+    saved: PerToken,
+    problem: Problem,
+    make_rows: Callable[[slice], Tensor],
+    needed: Needed,
+    take_rows: Callable[[slice, Tensor], None],
+) -> Gradients:
+    """Compute the exact gradients of e and bias in their dtypes; that of the rows is handed over.
+
+    Args:
+        upstream: gradients of the results of :func:`token_losses`.
+        saved: these results.
+        problem, make_rows: see :func:`loss_and_gradient`.
+        needed: the gradients to compute.
+        take_rows: gets some classes and the gradient of their rows, float32, without the frozen
+            columns.
+    """
+    e, bias, (num_tokens, dim) = problem.e, problem.bias, problem.e.shape
+    num_classes, first = problem.c.shape[0], problem.frozen_columns
+    grad_e = torch.zeros_like(e, memory_format=torch.contiguous_format) if needed.e else None
+    grad_bias = torch.zeros_like(bias) if needed.bias and bias is not None else None
+    absent = e.new_empty(0)
+    results = Gradients(
+        absent if grad_e is None else grad_e, absent, absent if grad_bias is None else grad_bias
+    )
+    if num_tokens == 0:
+        return results
+    multiplier = None
+    if problem.multiplier is not None:
+        multiplier = problem.multiplier.float()
+        upstream = PerToken(*(grad * multiplier for grad in upstream))
+    state = KernelState(*saved, *(saved.nll.new_empty(0) for _ in range(4)))
+    tokens = compact_for_backward(upstream, state, problem, 0.0, count_valid=True)
+    tokens = replace(
+        tokens, multiplier=None if multiplier is None else tokens.gather(multiplier, 1.0)
+    )
+    valid = num_tokens if tokens.num_valid is None else int(tokens.num_valid.wait())
+    if recording():
+        report(FilterRecord("exact", 1.0, 0.0, 0, valid))
+    tokens = tokens.at(slice(0, min(-(-max(valid, 1) // BLOCK_T) * BLOCK_T, num_tokens)))
+    num_rows = tokens.e.shape[0]
+    sizes = _choose_sizes(problem, num_rows, dim - first if needed.c else 0)
+    parts = [
+        slice(start, min(start + sizes.tokens, num_rows))
+        for start in range(0, num_rows, sizes.tokens)
+    ]
+    width = triton.cdiv(sizes.classes, ALIGNED) * ALIGNED  # rows stay aligned
+    buffer = tokens.e.new_empty((min(num_rows, sizes.tokens), width))
+    sums_e = e.new_zeros((num_rows if needed.e else 0, dim), dtype=torch.float32)
+    for classes in sizes.chunks(num_classes):
+        here = replace(
+            problem,
+            c=make_rows(classes),
+            bias=None if bias is None else bias[classes].contiguous(),
+        )
+        local, count = tokens.targets - classes.start, classes.stop - classes.start
+        local = torch.where((local >= 0) & (local < count), local, -1)
+        some = replace(tokens, targets=local)
+        sums_c = e.new_zeros((count if needed.c else 0, dim - first), dtype=torch.float32)
+        sums_bias = e.new_zeros(count if needed.bias else 0, dtype=torch.float32)
+        for part in parts:
+            grads = buffer[: part.stop - part.start, :count]
+            part_of_tokens = some.at(part)
+            chunk_gradients(here, part_of_tokens, (0, count), grads)
+            if needed.e:
+                for columns in _aligned(count):
+                    add_product(sums_e[part], grads[:, columns], here.c[columns])
+            if needed.c:
+                for columns in _aligned(count):
+                    right = part_of_tokens.e[:, first:]
+                    add_product(sums_c[columns], grads[:, columns].T, right)
+            if needed.bias:
+                sums_bias += grads.sum(0, dtype=torch.float32)
+        del here  # frees the rows before the next ones are made
+        if needed.c:
+            take_rows(classes, sums_c.div_(tokens.scale))
+        if grad_bias is not None:
+            grad_bias[classes] = sums_bias.div_(tokens.scale)
+    if grad_e is not None:
+        scatter_rows(sums_e.div_(tokens.scale), tokens.origin, grad_e)
+    return results
+
+
+def _aligned(num_classes: int) -> Iterator[slice]:
+    """Slices for library products: the last few classes of an odd number slow down all of it."""
+    aligned = num_classes if num_classes % 8 == 0 else num_classes // ALIGNED * ALIGNED
+    for classes in (slice(0, aligned), slice(aligned, num_classes)):
+        if classes.start < classes.stop:
+            yield classes
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """The tokens, and what is known of them after some chunks of classes.
+
+    Args:
+        problem, make_rows: see :func:`loss_and_gradient`.
+        tokens: compacted; their targets are rows of the last chunk.
+        num_valid: number of valid tokens on its way to the host; None if it cannot wait.
+        logits: (N,) of the targets in the chunks so far, log2; NaN for the others.
+        bound: (N,), for the kernels that store powers to raise.
+        multiplier: (N,) in the order of the tokens; None for 1.
+        flags: (blocks,) int32, memory.
+        target_rows: (N, D) float32 in the caller's order, of the targets so far; None if they are
+            not to be kept.
+    """
+
+    problem: Problem
+    make_rows: Callable[[slice], Tensor]
+    tokens: Tokens
+    num_valid: HostCopy | None
+    logits: Tensor
+    bound: Tensor
+    multiplier: Tensor | None
+    flags: Tensor
+    target_rows: Tensor | None
+
+    @classmethod
+    def of(
+        cls, problem: Problem, make_rows: Callable[[slice], Tensor], target_rows: Tensor | None
+    ) -> "_Walk":
+        e, num_tokens = problem.e, problem.e.shape[0]
+        origin, count = list_valid(problem.targets, problem.ignore_index)
+        tokens = Tokens(
+            torch.empty(e.shape, dtype=problem.compute_dtype, device=e.device),
+            torch.empty(num_tokens, dtype=torch.int64, device=e.device),
+            origin,
+        )
+        logits, bound = aligned_rows(2, num_tokens, torch.float32, e.device)
+        logits.fill_(torch.nan)  # of a target out of range: nothing plausible
+        bound.copy_(torch.where(origin < num_tokens, LOWEST, torch.inf))
+        return cls(
+            problem,
+            make_rows,
+            tokens,
+            num_valid=None if is_captured(e) else HostCopy(count),
+            logits=logits,
+            bound=bound,
+            multiplier=None
+            if problem.multiplier is None
+            else tokens.gather(problem.multiplier, 1.0),
+            flags=torch.zeros(-(-num_tokens // BLOCK_T), dtype=torch.int32, device=e.device),
+            target_rows=target_rows,
+        )
+
+    def inputs(self, classes: slice) -> PassInputs:
+        """Make the rows of the next chunk, and score the targets that are in it."""
+        problem = self.problem
+        inputs = PassInputs(
+            self.tokens.e,
+            self.make_rows(classes),
+            None if problem.bias is None else problem.bias[classes].contiguous(),
+            problem.softcap,
+            self.bound,
+            self.flags,
+            self.multiplier,
+        )
+        _score(problem, self.tokens, inputs, self.logits, self.target_rows, classes.start)
+        if classes.start == 0:
+            _raise_bound(inputs, problem.c.shape[0])
+        return inputs
+
+    def num_rows(self) -> int:
+        """Return how many rows have tokens, in whole blocks; waits for the device."""
+        num_tokens = self.tokens.e.shape[0]
+        if self.num_valid is None:
+            return num_tokens
+        valid = int(self.num_valid.wait())
+        if recording():
+            report(FilterRecord("exact", 1.0, 0.0, 0, valid))
+        return min(-(-max(valid, 1) // BLOCK_T) * BLOCK_T, num_tokens)
+
+
+def _choose_sizes(problem: Problem, num_tokens: int, columns: int = 0) -> _Sizes:
+    """Choose chunks that fit the budget: their rows, and a value for each class and token.
+
+    ``columns`` are those of a gradient of the rows, which is float32.
+    """
     (num_classes, dim), itemsize = problem.c.shape, problem.compute_dtype.itemsize
-    tokens = min(problem.e.shape[0], MAX_TOKENS)
+    row_bytes = COPIES * itemsize * dim + 4 * columns
+    tokens = min(num_tokens, MAX_TOKENS)
     while True:
-        classes = problem.memory_budget // (itemsize * (tokens + COPIES * dim))
+        classes = problem.memory_budget // (itemsize * tokens + row_bytes)
         if classes >= FEWEST or tokens <= BLOCK_T:
             break
         tokens = -(-tokens // (2 * BLOCK_T)) * BLOCK_T
@@ -285,7 +474,7 @@ def _score(
     tokens: Tokens,  # filled with the first chunk
     inputs: PassInputs,
     logits: Tensor,  # (N,) of the targets, log2, in, out
-    rows: Tensor,  # (N, D) of the targets in the caller's order, in, out
+    rows: Tensor | None,  # (N, D) of the targets in the caller's order, in, out
     first_class: int,
 ) -> None:
     """Compute what belongs to the targets that are in a chunk, and their rows of its c."""
@@ -308,12 +497,9 @@ def _score(
         D=dim,
         stride_n=e.stride(0),
         stride_d=e.stride(1),
-        softcap=problem.softcap or 0.0,
+        softcap=problem.softcap,
         first_class=first_class,
         COMPACT=first_class == 0,
-        HAS_BIAS=inputs.bias is not None,
-        SOFTCAP=problem.softcap is not None,
-        HAS_MULTIPLIER=inputs.multiplier is not None,
         BLOCK_D=min(1024, triton.next_power_of_2(dim)),
     )
 
@@ -390,11 +576,8 @@ class _Sums:
                     BLOCK_T=BLOCK_T,
                     BLOCK_D=block_d,
                 )
-            # The last few classes of an odd number apart: they would make all of it slow.
-            aligned = c.shape[0] if c.shape[0] % 8 == 0 else c.shape[0] // ALIGNED * ALIGNED
-            for columns in (slice(0, aligned), slice(aligned, c.shape[0])):
-                if columns.start < columns.stop:
-                    add_product(self.products[part], powers[:, columns], c[columns])
+            for columns in _aligned(c.shape[0]):
+                add_product(self.products[part], powers[:, columns], c[columns])
         self.others.append(others)
 
 

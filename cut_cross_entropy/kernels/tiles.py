@@ -30,6 +30,7 @@ class Tiles:
         num_warps, num_stages: launch options of the kernels.
         block_n: columns per tile of dE or dC.
         use_tma: whether to load tiles by tensor descriptors where the strides allow it.
+        adds_low_rank: whether a tile may end with the product of an adapter's columns.
     """
 
     block_v: int
@@ -38,6 +39,7 @@ class Tiles:
     num_stages: int
     block_n: int
     use_tma: bool
+    adds_low_rank: bool = True
 
 
 WITHOUT_TMA = 160 * 2**10  # most bytes of shared memory used without descriptors
@@ -59,7 +61,8 @@ def tiles_for(shared_memory: int, major: int = 9) -> Tiles:
     if major >= 10 and tiles.block_v > 128:
         # Accumulators live in a memory of their own there; the part that leaves it at once has to
         # fit the registers. Chosen from the compiler's report of spills, not from a measurement.
-        return dataclasses.replace(tiles, block_v=128)
+        # A second product into one, under a condition, is more than the compiler takes there.
+        return dataclasses.replace(tiles, block_v=128, adds_low_rank=False)
     return tiles
 
 

@@ -52,7 +52,8 @@ _INT32 = {"starts_ptr", "block_starts_ptr", "chunk_starts_ptr", "offsets_ptr", "
           "tile_block_ptr", "tile_start_ptr", "first_tile_ptr", "flag_ptr", "threshold_ptr",
           "classes_ptr", "count_ptr", "slots_ptr", "unions_ptr", "sizes_ptr",
           "rank_ptr"}  # fmt: skip
-_HALF = {"c_ptr", "e_ptr", "low_c_ptr", "low_e_ptr", "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c",
+_HALF = {"c_ptr", "e_ptr", "low_c_ptr", "low_e_ptr",
+         "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c",
          "powers_ptr", "scaled_ptr"}  # fmt: skip
 _OF_PRODUCTS = (("columns_ptr", "*i32"), ("share", "fp32"), ("rest", "fp32"),
                 ("teacher_softcap", "fp32"))  # fmt: skip
@@ -169,7 +170,7 @@ def variants(tiles: Tiles) -> list[Variant]:
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
             )  # fmt: skip
-        for rank in (16, 64):  # of an adapter
+        for rank in (16, 64) if tiles.adds_low_rank else ():  # of an adapter
             add(
                 f"adapted_lse-{label}-{rank}",
                 lse.vocabulary_pass_kernel,
@@ -295,8 +296,8 @@ def variants(tiles: Tiles) -> list[Variant]:
             types=(("out_ptr", "*fp32"),))  # fmt: skip
     for options in (False, True):
         add(f"score_chunk-{options:d}", made_rows.score_chunk_kernel,
-            {"COMPACT": options, "HAS_BIAS": options, "SOFTCAP": options,
-             "HAS_MULTIPLIER": options, "BLOCK_D": 1024},
+            {"COMPACT": options, "BLOCK_D": 1024, **({} if options else {"softcap": None}),
+             **without({"bias_ptr", "multiplier_ptr", "rows_ptr"}, options)},
             types=(("rows_ptr", "*fp32"),))  # fmt: skip
     add("scale_sums", made_rows.scale_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 128})
     add("finish_rows", made_rows.finish_rows_kernel, {"BLOCK_D": 1024},

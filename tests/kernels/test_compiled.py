@@ -39,6 +39,11 @@ STACK = {
     "strips-softcap-bias-terms": 1664,
     "strips-plain": 192,
     "strips-softcap-bias": 768,
+    # Columns of an adapter: loaded once for each tile, outside of the main loop.
+    "adapted_lse": 128,
+    "adapted_exact": 320,
+    "adapted_strips-plain": 192,
+    "adapted_strips-softcap-bias": 1024,
     "grad_c-0": 96,  # after its loop, where the tail is added
     "powers-softcap-bias": 16,
     "powers-softcap-bias-01": 48,  # with a temperature
