@@ -127,6 +127,8 @@ def token_losses(
         if impl in KERNEL_IMPLS and adapted.is_adapted(problem):
             filter_ = _filter(impl, kernel_options, filter_mass, world_size)
             return adapted.token_losses(problem, filter_)
+        if impl in KERNEL_IMPLS:
+            return sums.token_losses(problem)
         shares = len(problem.chunks())  # of what the filter may drop
         return chunks.token_losses(
             problem,

@@ -10,6 +10,7 @@ from cut_cross_entropy import dispatch, linear_cross_entropy, record_filter
 from cut_cross_entropy.heads import Head, LowRank
 from cut_cross_entropy.heads.quantised import ChosenRows
 from cut_cross_entropy.kernels import made_rows
+from cut_cross_entropy.kernels import tiles as tiles_module
 from cut_cross_entropy.kernels.filtered import backward
 from tests.kernels.test_interpreted_filtered import sharp
 from tests.support import make_problem
@@ -285,3 +286,84 @@ def test_an_adapted_head_refuses_a_weight_that_changes_before_the_backward():
     made.c.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["rows_on_demand", "dora"])
+def test_a_head_with_trained_parts_makes_its_rows_twice(kind, monkeypatch):
+    """For the losses and for the gradients, in chunks of classes and of tokens."""
+    monkeypatch.setattr(made_rows, "FEWEST", 256)
+    made = make_problem((300,), classes=1100, dim=32, bias=True, ignored=0.2)
+    torch.manual_seed(1)
+    make = lambda *shape: (torch.randn(*shape) / 4).requires_grad_()
+    e, bias, source = made.e.requires_grad_(), made.bias.requires_grad_(), Stored(made.c)
+    a, b, magnitude = make(4, 32), make(1100, 4), torch.rand(1100).requires_grad_()
+    leaves = [e, bias, a, b]
+    low_rank = LowRank(a, b, 0.5)
+    if kind == "dora":
+        leaves.append(magnitude)
+        low_rank = LowRank(a, b, 0.5, magnitude=magnitude)
+    head = Head(source, bias, low_rank=(low_rank,))
+    temperature, upstream = torch.linspace(0.7, 1.4, 300), torch.randn(2, 300)
+    with record_filter() as records:
+        nll, lse = linear_cross_entropy(
+            e,
+            head,
+            made.targets,
+            impl="cce",
+            reduction="none",
+            return_lse=True,
+            temperature=temperature,
+            memory_budget=256 * 4 * (128 + 3 * 36),
+        )
+        ours = torch.autograd.grad((upstream * torch.stack([nll, lse])).sum(), leaves)
+    assert [record.path for record in records] == ["exact"]
+    # For DoRA also for the norms, and for the gradient of the scale of each class.
+    assert torch.equal(source.made, torch.full((1100,), 4 if kind == "dora" else 2))
+
+    def truth(e, bias, a, b, magnitude=None):
+        matrix = made.c.double() + 0.5 * b @ a
+        if magnitude is not None:
+            matrix = (magnitude / matrix.norm(dim=1).detach())[:, None] * matrix
+        logits = F.linear(e, matrix, bias) / temperature[:, None]
+        losses = F.cross_entropy(logits, made.targets, reduction="none")
+        found = torch.where(made.targets != -100, logits.logsumexp(1), 0)
+        return (upstream * torch.stack([losses, found])).sum()
+
+    _, expected = gradients_in_float64(truth, leaves)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert (mine.double() - theirs).norm() < 2e-5 * theirs.norm()
+
+
+def test_a_head_with_trained_parts_in_half_precision():
+    """Gradients are scaled into the range of float16 while they are factors."""
+    made = make_problem((150,), classes=600, dim=32, ignored=0.2)
+    torch.manual_seed(1)
+    e, a = made.e.half().requires_grad_(), (torch.randn(4, 32) / 4).half().requires_grad_()
+    b, source = (torch.randn(600, 4) / 4).half().requires_grad_(), Stored(made.c.half())
+    head = Head(source, low_rank=(LowRank(a, b),))
+    loss = 2e-5 * linear_cross_entropy(e, head, made.targets, impl="cce_exact", reduction="sum")
+    ours = torch.autograd.grad(1e5 * loss, (e, a, b))
+    matrix = source.weight.double()
+
+    def truth(e, a, b):
+        logits = e @ (matrix + b @ a).T
+        return 2 * F.cross_entropy(logits, made.targets, reduction="sum")
+
+    _, expected = gradients_in_float64(truth, (e, a, b))
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.dtype == torch.float16
+        assert (mine.double() - theirs).norm() < 2e-3 * theirs.norm()
+
+
+def test_an_adapted_head_where_the_compiler_takes_no_second_product(monkeypatch):
+    """The rows of weight and adapter are joined chunk by chunk there."""
+    tiles = dataclasses.replace(tiles_module.tiles_on(torch.device("cpu")), adds_low_rank=False)
+    monkeypatch.setattr(tiles_module, "tiles_on", lambda device: tiles)
+    made, head, leaves, logits = adapted_case("one")
+    loss = linear_cross_entropy(leaves[0], head, made.targets, impl="cce", memory_budget=2**18)
+    ours = torch.autograd.grad(loss, leaves)
+    _, expected = gradients_in_float64(
+        lambda *wide: F.cross_entropy(logits(*wide), made.targets), leaves
+    )
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert (mine.double() - theirs).norm() < 2e-5 * theirs.norm()
