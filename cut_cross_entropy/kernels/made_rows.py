@@ -224,11 +224,11 @@ def loss_and_gradient(
         PassInputs(
             tokens.e[end],
             problem.c,
-            None,
-            problem.softcap,
-            walk.bound[end],
-            walk.flags,
-            None if multiplier is None else multiplier[end],
+            bias=None,
+            softcap=problem.softcap,
+            bound=walk.bound[end],
+            flags=walk.flags,
+            multiplier=None if multiplier is None else multiplier[end],
         ),
         logits=walk.logits[end],
         weights=None if weights is None else tokens.gather(weights, 0.0)[end],
@@ -429,13 +429,20 @@ class _Walk:
         inputs = PassInputs(
             self.tokens.e,
             self.make_rows(classes),
-            None if problem.bias is None else problem.bias[classes].contiguous(),
-            problem.softcap,
-            self.bound,
-            self.flags,
-            self.multiplier,
+            bias=None if problem.bias is None else problem.bias[classes].contiguous(),
+            softcap=problem.softcap,
+            bound=self.bound,
+            flags=self.flags,
+            multiplier=self.multiplier,
         )
-        _score(problem, self.tokens, inputs, self.logits, self.target_rows, classes.start)
+        _score(
+            problem,
+            self.tokens,
+            inputs,
+            self.logits,
+            rows=self.target_rows,
+            first_class=classes.start,
+        )
         if classes.start == 0:
             _raise_bound(inputs, problem.c.shape[0])
         return inputs
