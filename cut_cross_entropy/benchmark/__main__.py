@@ -50,7 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="classifier shapes to measure; 'file' reads --file")
     add("--file", type=Path, help="hidden states that `python -m research.hidden` wrote")
     add("--tail", nargs="+", default=["structured"], choices=DATA_KINDS,
-        help="data: like a trained model's (structured or diffuse tail), flat, or randn")
+        help="data: like a trained model's (broad, structured or diffuse tail), flat, or randn")
     add("--tokens", nargs="+", type=int, help="tokens a batch (N); default 8192, on a CPU 512")
     add("--classes", nargs="+", type=int, help="classes (V), instead of the shape's")
     add("--sweep", choices=("tokens", "classes"), help="loss-fw-bw over N or over V")

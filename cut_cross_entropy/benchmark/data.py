@@ -1,10 +1,12 @@
 """Data for measurements: embeddings, classifier and targets like those of a trained model.
 
 Timings and errors of a filter depend on the data, so random normal embeddings say nothing about
-training. Two kinds are made here. *Structured*: every token has a few likely classes, neighbouring
-tokens share clusters of related classes, and a Zipf background lies under both. *Diffuse*: 48
-likely classes a token over a Zipf background of about 5 %, a tail that no two tokens share: a
-stress case for anything that drops parts of the gradient. ``flat`` is a freshly initialised model.
+training. *Broad* has the tail of a real vocabulary: its parameters were fitted to the output layer
+of Gemma 3 270M on English prose. *Structured*: every token has a few likely classes, neighbouring
+tokens share clusters of related classes, and a Zipf background lies under both; its tail is ten
+times narrower than a real one. *Diffuse*: 48 likely classes a token over a Zipf background of about
+5 %, a tail that no two tokens share: a stress case for anything that drops parts of the gradient.
+``flat`` is a freshly initialised model.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from .shapes import SHAPES, Shape
 
 __all__ = ["KINDS", "SHAPES", "Problem", "Shape", "describe", "ignore", "make", "read"]
 
-KINDS = ("structured", "diffuse", "flat", "randn")
+KINDS = ("broad", "structured", "diffuse", "flat", "randn")
 IGNORE_INDEX = -100
 
 
@@ -60,6 +62,8 @@ def make(
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     generator = torch.Generator(device=device).manual_seed(seed)
+    if kind == "broad":
+        return _broad(num_tokens, shape, dtype, device, generator)
     if kind in ("structured", "diffuse"):
         return _trained_like(kind, num_tokens, shape, dtype, device, generator)
     scale = 1.0 if kind == "randn" else 0.02
@@ -170,11 +174,83 @@ def _trained_like(
     problem = Problem(e.to(dtype), c.to(dtype), torch.empty_like(likely[:, 0]), shape.softcap)
 
     # Targets are drawn from the model's own distribution, so that its loss is its entropy.
-    for block, targets in zip(problem.e.split(512), problem.targets.split(512), strict=True):
-        logits = problem.logits(block, problem.c)
-        noise = torch.empty_like(logits).exponential_(generator=generator).log_()
-        targets.copy_((logits - noise).argmax(1))
+    problem.targets.copy_(_draw(problem, generator))
     return problem
+
+
+def _draw(problem: Problem, generator: torch.Generator) -> Tensor:
+    """Draw a class for every token from its distribution, (N,)."""
+    drawn = []
+    for e in problem.e.split(512):
+        logits = problem.logits(e, problem.c)
+        noise = torch.empty_like(logits).exponential_(generator=generator).log_()
+        drawn.append(logits.sub_(noise).argmax(1))
+    return torch.cat(drawn)
+
+
+BROAD_FREQUENCY = 1.5  # scale of the classes' mean logits, which are logistic
+BROAD_CONTENT = 2.1  # deviation of a token's logits from these
+BROAD_SLOT = (4.0, 8.0)  # what a token adds to the logits of one group of related classes
+BROAD_GROUP = 2048  # classes in a group
+BROAD_SURE = (0.42, 9.0)  # share of tokens that are sure of a class; what they add at most
+
+
+def _broad(
+    num_tokens: int,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    generator: torch.Generator,
+) -> Problem:
+    """Make data whose probabilities fall as slowly as those of a large real vocabulary.
+
+    Logits of trained models are about normal over the classes, with a deviation of 4: the tail is
+    lognormal, and the number of classes that hold a share of the probability grows in proportion
+    to V. Here as there, 3 parts make a logit: the frequency of the class; the content of the
+    token, whose directions have variances that fall like 1 / k and which it partly shares with its
+    neighbours; and what distinguishes it, a group of related classes and, for some, one class.
+    """
+    num_classes, dim = shape.num_classes, shape.dim
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, generator=generator)
+
+    def rand(*size: int) -> Tensor:
+        return torch.rand(*size, device=device, generator=generator)
+
+    root = math.sqrt(dim)
+    groups = -(-num_classes // BROAD_GROUP)
+    center = randn(groups, dim).div_(root)
+    member = torch.randint(groups, (num_classes,), device=device, generator=generator)
+    c = randn(num_classes, dim).mul_(math.sqrt(0.75) / root)
+    c.add_(center[member], alpha=0.5)
+    # Column 0 is the frequency, column 1 what all rows have in common.
+    c[:, 0] = torch.logit(rand(num_classes), eps=1e-6) / root
+    c[:, 1] = 0.5
+
+    directions = min(dim - 2, 512)
+    content = math.sqrt(0.45) * randn(num_tokens, directions)
+    for share, run in ((0.27, 1000), (0.08, 16), (0.2, 4)):
+        common = math.sqrt(share) * randn(-(-num_tokens // run), directions)
+        content += common.repeat_interleave(run, 0)[:num_tokens]
+    spectrum = torch.arange(1, directions + 1, device=device, dtype=torch.float32).pow(-0.575)
+    content *= spectrum * (BROAD_CONTENT * root / spectrum.norm())
+
+    least, most = BROAD_SLOT
+    slot = center[torch.randint(groups, (num_tokens,), device=device, generator=generator)]
+    e = slot * (2 * (least + (most - least) * rand(num_tokens, 1)))
+    e[:, 2 : 2 + directions] += content
+    e[:, 0] = BROAD_FREQUENCY * root
+    e[:, 1] = -20.0  # a softcap bends the likely classes' logits little when all are shifted down
+    problem = Problem(e.to(dtype), c.to(dtype), torch.empty(0), shape.softcap)
+
+    share, height = BROAD_SURE
+    sure = rand(num_tokens, 1)
+    own = c[_draw(problem, generator)]
+    own[:, :2] = 0
+    e += torch.where(sure < share, sure * (height / share), 0) * own
+    problem = dataclasses.replace(problem, e=e.to(dtype))
+    return dataclasses.replace(problem, targets=_draw(problem, generator))
 
 
 def describe(problem: Problem, tokens: int = 512) -> dict[str, float]:

@@ -51,14 +51,14 @@ def tree(features: Tensor, levels: int) -> Tensor:
 
 def staged(features: Tensor, stages: tuple[int, ...]) -> Tensor:
     """Compute principal directions only at the start of each stage, one for each of its levels."""
-    order = torch.arange(features.shape[0], device="cuda")[None]
+    order = torch.arange(features.shape[0], device=features.device)[None]
     for levels in stages:
         x = features[order]
         x = x - x.mean(1, keepdim=True)
         covariance = x.transpose(1, 2) @ x
-        start = torch.Generator("cuda").manual_seed(1)
+        start = torch.Generator(features.device).manual_seed(1)
         shape = (*covariance.shape[:2], levels)
-        directions = torch.randn(shape, device="cuda", generator=start)
+        directions = torch.randn(shape, device=features.device, generator=start)
         for _ in range(6):
             directions = torch.linalg.qr(covariance @ directions)[0]
         keys = features[order] @ directions

@@ -1,7 +1,9 @@
 """Data of the measurements, and the float32 reference that errors are taken from."""
 
+import json
 import lzma
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,24 @@ def test_the_same_seed_gives_the_same_data(kind):
     assert torch.equal(first.targets, again.targets)
     assert not torch.equal(first.e, other.e)
     assert first.softcap == 5.0
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_broad_data_have_the_tail_of_a_real_head(softcap):
+    """As of Gemma 3 270M, by share of the vocabulary; structured data are far from it."""
+    folder = Path(__file__).parents[2] / "docs/measurements"
+    real = json.loads((folder / "tails.json").read_text())["problems"]["gemma"]
+    shape = Shape("half", 16384, 1024, softcap)
+    outside = {}
+    for kind in ("broad", "structured"):
+        problem = make(kind, 256, shape, torch.float32)
+        p = problem.logits(problem.e, problem.c).softmax(1).sort(1, descending=True).values
+        outside[kind] = 1 - p.double().cumsum(1).mean(0)
+    for rank, expected in zip(real["ranks"], real["outside"], strict=True):
+        at = rank * shape.num_classes // real["classes"] - 1
+        if 1000 <= rank <= 20000:
+            assert 0.5 < outside["broad"][at] / expected < 3
+            assert outside["structured"][at] < 0.7 * outside["broad"][at]
 
 
 def test_fewer_tokens_than_a_strip_are_described():
