@@ -152,7 +152,13 @@ def masks(kept: Tensor) -> list[str]:
 
 
 def study(problem: Problem, with_map: bool) -> dict[str, Any]:
-    """Return everything about one problem; tokens beyond the last whole block are left out."""
+    """Return everything about one problem; tokens beyond the last whole block are left out.
+
+    Raises:
+        ValueError: a softcap, whose slope the gradients here do not have.
+    """
+    if problem.softcap is not None:
+        raise ValueError(f"softcap must be None, got {problem.softcap}")
     count = len(problem.e) // BLOCK * BLOCK
     problem = Problem(
         problem.e[:count].float(), problem.c.float(), problem.targets[:count], problem.softcap
@@ -184,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m research.tails", description=__doc__)
     add = parser.add_argument
     add("--file", nargs="*", type=Path, default=[], help="hidden states with tensors e, c and t")
-    add("--made", nargs="*", default=[], metavar="KIND:V:D[:SOFTCAP]", help="data of the benchmark")
+    add("--made", nargs="*", default=[], metavar="KIND:V:D", help="data of the benchmark")
     add("--tokens", type=int, default=8192, help="at most that many")
     add("--map", nargs="*", default=[], help="problems whose kept strips are written as well")
     add("--commit", help="commit to name where there is no history (or COMMIT)")
@@ -200,8 +206,8 @@ def main() -> None:
             label = name.name.split(".")[0]
             problem = read(name, device).part(slice(arguments.tokens))
         else:
-            kind, classes, dim, *softcap = name.split(":")
-            shape = Shape(kind, int(classes), int(dim), float(softcap[0]) if softcap else None)
+            kind, classes, dim = name.split(":")
+            shape = Shape(kind, int(classes), int(dim))
             label, problem = name, make(kind, arguments.tokens, shape, device=device)
         with torch.no_grad():
             found = study(problem, label in arguments.map)

@@ -8,6 +8,7 @@ from cut_cross_entropy.benchmark.shapes import Shape
 from research.largest import UNIT, forecast, search
 from research.ranks import CUTOFF, curve
 from research.simulate import Gradient, pairs, simulate, strips_kept
+from research.tails import errors, orders, study
 
 
 def device(gib_per_token, fixed, memory=float("inf"), calls=None):
@@ -107,3 +108,35 @@ def test_rank_curve_of_a_uniform_distribution():
     assert found["above_cutoff"] == 1000
     assert found["mass_above_cutoff"] == pytest.approx(1.0)
     assert found["cutoff"] == CUTOFF
+
+
+def test_curves_of_a_tail_are_those_of_its_probabilities():
+    problem = make("broad", 384, Shape("tiny", 2048, 64), torch.float32)
+    found = study(problem, with_map=True)
+    p = problem.logits(problem.e, problem.c).softmax(1).sort(1, descending=True).values.double()
+    expected = [float(1 - p[:, :rank].sum(1).mean()) for rank in found["ranks"]]
+    assert found["outside"] == pytest.approx(expected, rel=1e-2, abs=1e-6)
+    for name in ("text", "content"):
+        dropped = found[name]["dropped"]
+        assert dropped == sorted(dropped, reverse=True)
+        columns = [int(mask, 16).bit_count() for mask in found[name]["masks"]]
+        assert sum(columns) / (3 * 2048) == pytest.approx(found[name]["kept"], abs=1e-4)
+
+
+def test_gradients_of_a_tail_are_exact_and_dropping_nothing_is_no_error():
+    problem = make("broad", 256, Shape("tiny", 1024, 64), torch.float32)
+    order = orders(problem.e)["content"]
+    assert torch.equal(order.sort().values, torch.arange(256))
+    e, c = (x.clone().requires_grad_() for x in (problem.e, problem.c))
+    loss = torch.nn.functional.cross_entropy(e @ c.T, problem.targets, reduction="sum")
+    loss.backward()
+    (grad_e, grad_c), found = errors(problem, order, torch.ones(2, 1024, dtype=torch.bool))
+    assert torch.allclose(grad_e, e.grad, atol=1e-3)
+    assert torch.allclose(grad_c, c.grad, rtol=1e-4, atol=1e-2)
+    assert found["error_e"] == found["error_c"] == 0
+    assert found["cosines"] == pytest.approx([1, 1, 1])
+
+
+def test_the_study_of_a_tail_refuses_a_softcap():
+    with pytest.raises(ValueError, match=r"softcap must be None, got 30\.0"):
+        study(make("broad", 128, Shape("tiny", 512, 32, 30.0), torch.float32), with_map=False)
