@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cut_cross_entropy import linear_cross_entropy
+from cut_cross_entropy.problem import Filter
 from tests.kernels.gpu import DEVICE, requires_kernels, variants_in_use
 from tests.support import Problem, make_problem, run_ours
 
@@ -34,26 +35,18 @@ def sharp(tokens=300, classes=4096, dim=64, seed=0) -> Problem:
     return Problem(e, c, targets).to(torch.bfloat16).on(DEVICE)
 
 
+def flat_settings(softcap, tolerance):
+    """What the operators take after their tensors, of a training step."""
+    of_problem = (-100, softcap, torch.bfloat16, 2**28, 0, None, 0, None)
+    return (*of_problem, *Filter(tolerance).flat(), True)
+
+
 def operators(problem, tolerance):
     """Forward and backward as functions on this thread, not autograd's."""
     from cut_cross_entropy.operators import cce_gradients, cce_losses
 
     inputs = (problem.e, problem.c, problem.targets, problem.bias)
-    settings = (
-        -100,
-        None,
-        torch.bfloat16,
-        2**28,
-        0,
-        None,
-        0,
-        None,
-        tolerance,
-        1.0,
-        True,
-        True,
-        True,
-    )
+    settings = flat_settings(None, tolerance)
 
     def forward():
         return cce_losses(*inputs, *settings)
@@ -226,21 +219,7 @@ def test_opcheck():
 
     problem = make_problem((300,), 1100, 72, bias=True, dtype=torch.bfloat16).on(DEVICE)
     inputs = (problem.e, problem.c, problem.targets, problem.bias)
-    settings = (
-        -100,
-        5.0,
-        torch.bfloat16,
-        2**28,
-        0,
-        None,
-        0,
-        None,
-        TOLERANCE,
-        1.0,
-        True,
-        True,
-        True,
-    )
+    settings = flat_settings(5.0, TOLERANCE)
     saved = cce_losses(*inputs, *settings)
     upstream = (torch.ones_like(saved[0]), torch.zeros_like(saved[1]))
     with_grad = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]

@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from cut_cross_entropy.problem import Filter
 from tests.support import make_problem, run, run_ours
 
 pytestmark = pytest.mark.interpret
@@ -15,7 +16,8 @@ BUDGET = 2**20
 
 def settings(tolerance=TOLERANCE, *, filter_e=True, filter_c=True, training=True):
     problem = (-100, None, torch.float32, BUDGET, 0, None, 0, None)
-    return (*problem, tolerance, 1.0, filter_e, filter_c, 1.1, training)
+    filter_ = Filter(tolerance, e=filter_e, c=filter_c, max_error=1.1)
+    return (*problem, *filter_.flat(), training)
 
 
 @pytest.fixture
