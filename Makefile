@@ -21,6 +21,7 @@ TYPED := cut_cross_entropy training experiments
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo "Add ARGS='...' to pass arguments on, such as make test ARGS=tests/heads."
 	@echo "Add PYTHON=/path/to/python to use an environment that exists; nothing is installed then."
 
 demo: $(ENVIRONMENT)  ## fine-tune SmolLM2-135M with full logits and without; compare the losses

@@ -4,9 +4,19 @@ Not collected with the other tests. Each test skips where its trainer is missing
 
     python -m pytest -p no:cacheprovider -rs tests/adapters/with_trainers.py
 
-Run with verl 0.9.1, torchtitan 0.3.0 and Megatron-core 0.19.2 from PyPI, prime-rl at 559b447 and
-NeMo-RL at 7ea279a from their repositories, each unpacked into a folder of PYTHONPATH; LLaMA-Factory
-0.9.5, OpenRLHF 0.11.2, axolotl 0.19.0 and VeOmni 0.1.12 in the same way, from their wheels.
+Run with verl 0.9.1, torchtitan 0.3.0, LLaMA-Factory 0.9.5, OpenRLHF 0.11.2, axolotl 0.19.0, VeOmni
+0.1.12 and Megatron-core 0.19.2 from PyPI, and prime-rl at 559b447 and NeMo-RL at 7ea279a from their
+repositories, each in a folder of PYTHONPATH. Without their dependencies, which want a GPU::
+
+    pip install --no-deps --target FOLDER verl==0.9.1 ...
+    pip download --no-deps --python-version 3.12 --only-binary :all: \\
+        megatron-core==0.19.2  # a wheel to unzip
+    pip install --no-deps --target FOLDER ray jsonschema jsonschema-specifications referencing \\
+        rpds-py attrs tensordict orjson pyvers cloudpickle importlib_metadata zipp omegaconf \\
+        hydra-core antlr4-python3-runtime==4.9.3 codetiming torchdata spmd-types tyro \\
+        docstring-parser shtab typeguard
+
+All 34 pass; one that is skipped did not find its trainer.
 """
 
 import importlib
