@@ -36,8 +36,9 @@ test-compile: $(ENVIRONMENT)  ## torch.compile of the losses; in a minute, also 
 		tests/test_divergence.py tests/test_sum.py tests/test_token_logprobs.py
 
 test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU
-	$(PYTHON) -m pytest -m gpu $(ARGS) tests/kernels tests/transformers/test_gpu.py \
-		tests/adapters/test_gpu.py tests/distributed/test_gpu_vocab_parallel.py
+	$(PYTHON) -m pytest -m gpu $(ARGS) tests/kernels tests/heads/test_gpu.py \
+		tests/transformers/test_gpu.py tests/adapters/test_gpu.py \
+		tests/distributed/test_gpu_vocab_parallel.py
 
 benchmark: $(ENVIRONMENT)  ## time, memory and error of all implementations
 	$(PYTHON) -m benchmark $(ARGS)
