@@ -13,7 +13,7 @@ from docs.plots import Plot, draw_curves, draw_rarity, minus, run_name, short
 
 EARLIER = "earlier"
 """Folder of records of kernels that have changed since in what their gradients skip."""
-TUNED = {"finetune": "Fine-tuning", "distill": "Distillation of"}
+TUNED = {"finetune": "Fine-tuning", "distill": "Distillation of", "several_gpus": "Fine-tuning"}
 """Experiments with models that are trained already, as their titles begin."""
 NAMES = (*TUNED, "pretrain", f"{EARLIER}/pretrain")
 FULL, REORDERED = "full", "full_reordered"
@@ -81,6 +81,8 @@ class Record:
             head = "and of its head" if "lora_head" in settings else "under a frozen head"
             parts.append(f"LoRA of rank {settings['lora']} {head}")
             parts += ["4-bit weights"] * ("load_in_4bit" in settings)
+        if "processes" in settings:
+            parts[-1] += f" on {settings['processes']} processes"
         return ", ".join(parts)
 
 

@@ -90,6 +90,17 @@ class Experiment(ABC):
         """Return the loss of ``method``; see :func:`loss_of`."""
         return loss_of(method, self.device, self.arguments.apple)
 
+    def train(
+        self,
+        model: Any,
+        method: str,
+        batches: Tensor,  # (S, B, T), int64, on the model's device
+        schedule: Schedule,
+        interval: int,
+    ) -> dict[str, Any]:
+        """Train ``model`` by ``method``; see :func:`train`."""
+        return train(self, model, method, self.losses[method], batches, schedule, interval)
+
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         self.arguments, self.device = arguments, device
         # Before anything large is loaded, to refuse a method that cannot run.
@@ -301,9 +312,7 @@ def run(name: str, kind: type[Experiment], arguments: argparse.Namespace) -> Pat
                     record["before"] = experiment.measure(model, batches)
                 torch.manual_seed(seed)
                 interval = arguments.judge_interval or arguments.steps
-                result = train(
-                    experiment, model, method, losses[method], batches, schedule, interval
-                )
+                result = experiment.train(model, method, batches, schedule, interval)
                 took[method] = time.monotonic() - began
                 record["runs"].append({**this, **result, **experiment.describe(batches)})
                 last = {k: v for k, v in result["judged"][-1].items() if isinstance(v, float)}

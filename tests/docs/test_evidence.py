@@ -12,7 +12,7 @@ from docs.make import ROOT
 from docs.training_runs import Record
 from tests.benchmark.test_documentation import ENVIRONMENT, row
 
-NONE = {"distill": [], "pretrain": [], "earlier/pretrain": []}
+NONE = {"distill": [], "several_gpus": [], "pretrain": [], "earlier/pretrain": []}
 DOCS = ROOT / "docs"
 PAGE = (DOCS / "evidence.md").read_text(encoding="utf-8")
 
