@@ -123,6 +123,18 @@ def copy_row(source_ptr, out_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D
         tl.store(out_ptr + row * D + d, value.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
+@triton.jit
+def load_target(all_targets_ptr, position, N, V, first_class):
+    """Load the target at a position of the caller.
+
+    Returns whether the token exists, whether its target is a row of c, and that row or else -1.
+    """
+    present = position < N
+    target = tl.load(all_targets_ptr + position, mask=present, other=-1).to(tl.int64) - first_class
+    usable = present & (target >= 0) & (target < V)
+    return present, usable, tl.where(usable, target, -1)
+
+
 @triton.jit(do_not_specialize=["N", "stride_n", "first_class"])
 def score_targets_kernel(
     source_ptr,  # (N, D) embeddings of the caller
@@ -152,26 +164,13 @@ def score_targets_kernel(
     row = tl.program_id(0).to(tl.int64)
     origin = tl.load(origin_ptr + row)
     if COMPACT:
-        copy_row(
-            source_ptr,
-            out_ptr=e_ptr,
-            origin=origin,
-            row=row,
-            N=N,
-            D=D,
-            stride_n=stride_n,
-            stride_d=stride_d,
-            BLOCK_D=BLOCK_D,
-        )
+        copy_row(source_ptr, e_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D)
         e_row, e_step = source_ptr + origin * stride_n, stride_d
     else:
         e_row, e_step = e_ptr + row * D, 1
     lane = tl.zeros((1,), tl.int64)
-    present = (origin + lane) < N
-    target = tl.load(all_targets_ptr + origin + lane, mask=present, other=-1).to(tl.int64)
-    target -= first_class
-    usable = present & (target >= 0) & (target < V)
-    target = tl.where(usable, target, -1)
+    position = origin + lane
+    present, usable, target = load_target(all_targets_ptr, position, N, V, first_class)
     has_row = target >= 0
     available = tl.where(tl.max(target, 0) >= 0, D, 0)
     total = tl.zeros((1, BLOCK_D), tl.float32)
@@ -183,7 +182,7 @@ def score_targets_kernel(
     product = tl.sum(total, 1)[:, None]
     for first in tl.static_range(0, LOW_RANK, RANK_STEP):
         columns = first + tl.arange(0, RANK_STEP)
-        low_e = gather_rows(low_e_ptr, origin + lane, has_row, columns, LOW_RANK).to(tl.float32)
+        low_e = gather_rows(low_e_ptr, position, has_row, columns, LOW_RANK).to(tl.float32)
         low_c = gather_rows(low_c_ptr, target, has_row, columns, LOW_RANK).to(tl.float32)
         product += tl.sum(low_e * low_c, 1)[:, None]
     logit = tl.reshape(transform_logits(product, target, usable, bias_ptr, softcap), (1,))
@@ -293,22 +292,10 @@ def backward_tokens_kernel(
     """Move one token and its gradients to its row."""
     row = tl.program_id(0).to(tl.int64)
     origin = tl.load(origin_ptr + row)
-    copy_row(
-        source_ptr,
-        out_ptr=e_ptr,
-        origin=origin,
-        row=row,
-        N=N,
-        D=D,
-        stride_n=stride_n,
-        stride_d=stride_d,
-        BLOCK_D=BLOCK_D,
-    )
+    copy_row(source_ptr, e_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D)
     lane = tl.zeros((1,), tl.int64)
     position = origin + lane
-    present = position < N
-    target = tl.load(all_targets_ptr + position, mask=present, other=-1).to(tl.int64) - first_class
-    usable = present & (target >= 0) & (target < V)
+    present, usable, target = load_target(all_targets_ptr, position, N, V, first_class)
     b = tl.load(grad_nll_ptr + position, mask=present, other=0.0).to(tl.float32)
     a = b + tl.load(grad_lse_ptr + position, mask=present, other=0.0).to(tl.float32)
     lse = tl.load(lse_in_ptr + position, mask=present, other=float("inf")) * LOG2E
@@ -320,7 +307,7 @@ def backward_tokens_kernel(
     if HAS_SUPPORT:
         flat = present & (tl.load(support_ptr + row + lane) > flat_support)
         target_grad = tl.where(flat, FLAT, target_grad)
-    tl.store(targets_ptr + row + lane, tl.where(usable, target, -1))
+    tl.store(targets_ptr + row + lane, target)
     tl.store(a_ptr + row + lane, a)
     tl.store(b_ptr + row + lane, b)
     tl.store(lse_ptr + row + lane, lse)

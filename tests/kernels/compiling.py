@@ -28,6 +28,7 @@ from cut_cross_entropy.kernels import (
 )
 from cut_cross_entropy.kernels.filtered import (
     calibrate,
+    calibrate_kernels,
     grad_c,
     grad_e,
     index,
@@ -330,23 +331,23 @@ def variants(tiles: Tiles) -> list[Variant]:
                ("weights_ptr", "*i32"), ("num_kept_ptr", "*i64"),
                ("shares_ptr", "*i64")))  # fmt: skip
     sampled = (("rows_ptr", "*i64"), ("wanted_ptr", "*i32"))
-    add("draw_tokens", calibrate.draw_tokens_kernel,
+    add("draw_tokens", calibrate_kernels.draw_tokens_kernel,
         {"BLOCK_T": BLOCK_T, "SCAN": calibrate.SCAN}, num_warps=8,
         types=(*sampled, ("num_kept_ptr", "*i64"), ("num_tokens_ptr", "*i32"),
                ("few_strips", "fp32"), ("alike", "fp32")))  # fmt: skip
-    add("left_factor", calibrate.left_factor_kernel, {"BLOCK_D": 32}, types=sampled)
+    add("left_factor", calibrate_kernels.left_factor_kernel, {"BLOCK_D": 32}, types=sampled)
     for some in (False, True):
-        add(f"sampled_gradients-{some:d}", calibrate.sampled_gradients_kernel,
+        add(f"sampled_gradients-{some:d}", calibrate_kernels.sampled_gradients_kernel,
             {**without({"bias_ptr", "softcap", "multiplier_ptr"}, some), "E_TMA": tma,
              "C_TMA": tma, "BLOCK_V": tiles.block_v, "BLOCK_D": tiles.block_d},
             boxes={"e": e_box, "c": c_box}, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages, types=sampled)  # fmt: skip
     for kind in ("*bf16", "*fp32"):
-        add(f"sampled_sums-{kind}", calibrate.sampled_sums_kernel,
-            {"SUMS": calibrate.SUMS, "BLOCK_T": BLOCK_T, "TILE": calibrate.TILE,
+        add(f"sampled_sums-{kind}", calibrate_kernels.sampled_sums_kernel,
+            {"SUMS": calibrate_kernels.SUMS, "BLOCK_T": BLOCK_T, "TILE": calibrate.TILE,
              "BLOCK": calibrate.BLOCK}, num_warps=8, num_stages=2,
             types=(*sampled, ("weights_ptr", "*i32"), ("grads_ptr", kind)))  # fmt: skip
-    add("choose_threshold", calibrate.choose_threshold_kernel, {}, num_warps=8,
+    add("choose_threshold", calibrate_kernels.choose_threshold_kernel, {}, num_warps=8,
         types=(*sampled, ("histogram_ptr", "*i64"), ("most_ptr", "*i32"),
                ("num_kept_ptr", "*i64"), ("target", "fp32"), ("lowest_slope", "fp32"),
                ("highest_slope", "fp32"), ("most_below", "fp32")))  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import torch
 
 from cut_cross_entropy.kernels.filtered import calibrate
+from cut_cross_entropy.kernels.filtered import calibrate_kernels as kernels
 from cut_cross_entropy.kernels.filtered.selection import Threshold
 from cut_cross_entropy.kernels.primitives import FORCED
 from cut_cross_entropy.kernels.tokens import BackwardTokens
@@ -74,7 +75,7 @@ def check_sums(device, dtype, softcap, tolerance):
     )
     rows, _, wanted = calibrate.draw_tokens(on_device, support.to(device), threshold)
     found = calibrate.sampled_sums(problem, on_device, rows, wanted, threshold).double().cpu()
-    rows = rows[: calibrate.SAMPLES.value].cpu()
+    rows = rows[: kernels.SAMPLES.value].cpu()
 
     e, wide, scale = tokens.e[rows].double(), c.double(), multiplier[rows, None].double()
     logits = e @ wide.T + bias.double()
@@ -92,8 +93,8 @@ def check_sums(device, dtype, softcap, tolerance):
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
     projected = wide @ signs.double().T
     projected[:, -1] = 1
-    assert found.shape == (calibrate.SUMS, calibrate.SAMPLES.value, calibrate.SKETCH.value)
-    for i, limit in enumerate((130 - calibrate.STEP.value, 130, 1000)):
+    assert found.shape == (kernels.SUMS, kernels.SAMPLES.value, kernels.SKETCH.value)
+    for i, limit in enumerate((130 - kernels.STEP.value, 130, 1000)):
         dropped = (own < limit)[block]
         expected = {i: grad} if i == 2 else {i: grad, i + 3: values[block]}
         for place, of_sample in expected.items():
@@ -105,15 +106,15 @@ def check_sums(device, dtype, softcap, tolerance):
 
 def random_signs_of(dim, device):
     """Return the signs (SKETCH, D) by which rows of c are projected."""
-    left = torch.empty(calibrate.ROWS.value, dim, device=device)
+    left = torch.empty(kernels.ROWS.value, dim, device=device)
     calibrate.launch(
-        calibrate.left_factor_kernel,
+        kernels.left_factor_kernel,
         (1,),
         e_ptr=torch.zeros(1, dim, device=device),
-        rows_ptr=torch.zeros(calibrate.ROWS.value, dtype=torch.int64, device=device),
+        rows_ptr=torch.zeros(kernels.ROWS.value, dtype=torch.int64, device=device),
         wanted_ptr=torch.ones((), dtype=torch.int32, device=device),
         out_ptr=left,
         D=dim,
         BLOCK_D=32,
     )
-    return left[calibrate.SAMPLES.value :].cpu()
+    return left[kernels.SAMPLES.value :].cpu()

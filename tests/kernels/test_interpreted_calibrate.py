@@ -7,6 +7,7 @@ import torch
 
 from cut_cross_entropy import dispatch, linear_cross_entropy
 from cut_cross_entropy.kernels.filtered import backward, calibrate, measure
+from cut_cross_entropy.kernels.filtered import calibrate_kernels as kernels
 from cut_cross_entropy.problem import Filter, Problem
 from tests.kernels.sampled import check_sums, sampled, threshold_for
 from tests.kernels.test_interpreted_filtered import errors, recorded, sharp
@@ -59,7 +60,7 @@ def test_threshold_is_raised_by_a_limited_step(always_filtered, monkeypatch, mov
     monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", dispatch.FILTER_TOLERANCE / 100)
     recorded(sharp(140))
     ((before, after),) = moves
-    assert after == before + calibrate.STEP.value
+    assert after == before + kernels.STEP.value
 
 
 def test_high_keeps_more(always_filtered, always_calibrated, monkeypatch):
@@ -127,16 +128,16 @@ def test_tokens_are_drawn_by_risk():
     tokens.target_grad[:50] = -1.0  # no filtered gradient
     rows, factors, wanted = calibrate.draw_tokens(tokens, support, threshold_for(5000))
     assert wanted == 1
-    assert (factors[calibrate.SAMPLES.value :] == 0).all()
-    rows, factors = rows[: calibrate.SAMPLES.value], factors[: calibrate.SAMPLES.value]
+    assert (factors[kernels.SAMPLES.value :] == 0).all()
+    rows, factors = rows[: kernels.SAMPLES.value], factors[: kernels.SAMPLES.value]
     weights = torch.where(torch.arange(5000) < 50, 0.0, weights).double()
     share = lambda x: x / x.sum()
-    risk = share(weights * support) + calibrate.EVENLY.value * share(weights)
-    expected, _ = measure.sample_by_risk(risk, calibrate.SAMPLES.value)
+    risk = share(weights * support) + kernels.EVENLY.value * share(weights)
+    expected, _ = measure.sample_by_risk(risk, kernels.SAMPLES.value)
     assert (rows == expected).double().mean() > 0.95, "but for rounding"
     assert (rows == 100).sum() > 5
     assert rows.min() >= 50
-    wanted = risk.sum() / (calibrate.SAMPLES.value * risk[rows])
+    wanted = risk.sum() / (kernels.SAMPLES.value * risk[rows])
     torch.testing.assert_close(factors.double(), wanted, rtol=0.02, atol=0)
 
 

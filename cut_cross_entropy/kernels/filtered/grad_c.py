@@ -21,7 +21,12 @@ from cut_cross_entropy.kernels.filtered.index import Range
 from cut_cross_entropy.kernels.filtered.partial_sums import PartialSums, load_sums, store_sums
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept
 from cut_cross_entropy.kernels.filtered.strips import Part, StoredStrips
-from cut_cross_entropy.kernels.filtered.tail import BlockSums, load_dropped, tail_product
+from cut_cross_entropy.kernels.filtered.tail import (
+    BlockSums,
+    dropped_mass,
+    load_dropped,
+    tail_product,
+)
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import byte_to_value, gather_rows, load_rows
 from cut_cross_entropy.kernels.tiles import rows_operand, tiles_on, two_per_sm
@@ -193,8 +198,7 @@ def list_dropped_kernel(
         mask=inside[:, None] & (blocks < num_blocks)[None, :],
         other=0,
     ).to(tl.int32)
-    kept = ((masks[:, None] >> blocks.to(tl.int64)[None, :]) & 1) != 0
-    dropped = tl.where(kept, 0, (strips >> 8) & 255)
+    dropped = dropped_mass(strips, masks[:, None], blocks[None, :])
     out = out_ptr + positions[:, None] * SUPERBLOCK + blocks[None, :]
     tl.store(out, dropped.to(tl.uint8), mask=inside[:, None])
 

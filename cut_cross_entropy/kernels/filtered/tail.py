@@ -36,6 +36,13 @@ def tail_product(left, right, total, BF16: tl.constexpr):
 
 
 @triton.jit
+def dropped_mass(strips, masks, blocks):
+    """Return the bytes of mass of strips, 0 of those that their class's mask keeps."""
+    kept = ((masks >> blocks.to(tl.int64)) & 1) != 0
+    return tl.where(kept, 0, (strips >> 8) & 255)
+
+
+@triton.jit
 def load_dropped(
     strips_ptr,  # (blocks, V) int16
     masks_ptr,  # (superblocks, V) int64
@@ -53,8 +60,7 @@ def load_dropped(
     place = blocks.to(tl.int64)[:, None] * V + classes[None, :]
     both = tl.load(strips_ptr + place, mask=here, other=0).to(tl.int32)
     masks = tl.load(masks_ptr + tl.cast(superblock, tl.int64) * V + classes, mask=inside, other=0)
-    kept = ((masks[None, :] >> bits.to(tl.int64)[:, None]) & 1) != 0
-    return byte_to_value(tl.where(kept, 0, (both >> 8) & 255))
+    return byte_to_value(dropped_mass(both, masks[None, :], bits[:, None]))
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_chunks"])
