@@ -2,15 +2,17 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from cut_cross_entropy.benchmark.shapes import SHAPES
 from docs import post_training_runs
 from docs.benchmark_runs import BOTH, COMPARED, MULTIPLES, Measurements, data_title
 from docs.page import Column, table, without_paths
+from docs.plots import short
 from docs.training_runs import (
     EARLIER,
     FULL,
@@ -33,6 +35,16 @@ RIVALS = {FULL: "full logits", "torch_compile": "full logits, `torch.compile`",
 
 OURS = ("cce", "cce_exact", "chunked")
 """Methods of a benchmark that are this package's."""
+
+SUMMARISED = {"cce": ("", FULL), "cce_fsdp2": (", FSDP2", "full_fsdp2"),
+              "cce_vocab_parallel": (", rows of the head divided", "full_fsdp2")}  # fmt: skip
+"""Methods of training in the summary, with their way and the full logits whose costs are next."""
+
+JUDGED = {HELD_OUT: "", "seen never": ", targets never seen"}
+"""Losses in the summary, as its jobs end."""
+
+DIVIDED = ("Gemma 2 2B", 8192, 2)
+"""Head, tokens and GPUs of a divided output layer in the summary."""
 
 FOLDER = "measurements"
 NOISE = 1.02
@@ -69,48 +81,95 @@ def commands(found: Iterable[str]) -> str:
     return text and f"\nFrom `{text}`.\n"
 
 
-def short(kept: Measurements, runs: Records, folder: Path) -> str:
-    """The answers in a few lines, each with its figures."""
-    lines = []
-    rows = kept.of(kind=BOTH, test_data=HEADS[0]).set_index("method")
-    if {"cce", "torch_compile"} <= set(rows.index):
-        ours, full = rows.loc["cce"], rows.loc["torch_compile"]
-        lines.append(
-            f"The output layer of {data_title(HEADS[0]).partition(',')[0]}: "
-            f"{ours['runtime_ms']:.1f} ms and {ours['op_mem_mb']:,.0f} MiB, with compiled full "
-            f"logits {full['runtime_ms']:.1f} ms and {full['op_mem_mb']:,.0f} MiB. Error of dE "
-            f"{ours['multiple_e']:.1f} against {full['multiple_e']:.1f} × rounding."
-        )
-    for verb, record in ((TUNED[x], one) for x in TUNED for one in runs[x]):
-        farthest = {
-            method: differences(record.runs, method)[HELD_OUT].abs().max()
-            for method in ("cce", "cce_exact", "apple", "liger", "trl", REORDERED)
-            if method in set(record.runs["method"])
-        }
-        parts = ", ".join(f"`{method}` {value:.4f}" for method, value in farthest.items())
-        lines.append(
-            f"{verb} {record.model}, {record.runs['seed'].nunique()} seeds: the held-out "
-            f"loss differs from full logits by at most: {parts} nats."
-        )
-    for record in runs["pretrain"]:
-        found = differences(record.runs, "cce")
-        lines.append(
-            f"Pretraining from scratch, {len(found)} seeds on {record.device}, `cce` minus full "
-            f"logits: all tokens {mean_and_error(found[HELD_OUT])} nats, targets never seen "
-            f"{mean_and_error(found['seen never'])}."
-        )
-    for title, _, record in _trl_records(folder):
-        ms = {run["method"]: sum(run["ms_per_step"].values()) for run in record["runs"]}
-        far = {line["method"]: line["loss"] for line in record.get("distances", [])}
-        if {"trl", "token_logprobs"} <= set(ms) and "token_logprobs" in far:
-            noise = far.get("trl_reordered")
-            order = f" (the order of sums alone: {noise:.1e})" if noise is not None else ""
-            lines.append(
-                f"{title} through TRL: losses differ by at most {far['token_logprobs']:.1e}"
-                f"{order}; a step takes {ms['token_logprobs']:.0f} ms, with TRL's output layer "
-                f"{ms['trl']:.0f} ms."
-            )
-    return "\n".join(f"- {line}" for line in lines)
+def summary(kept: Measurements, runs: Records, folder: Path) -> str:
+    """A line for each job: `cce` next to full logits, and what another order of sums does."""
+    lines = [*_layers_in_short(kept), *_gpus_in_short(kept)]
+    for name in (*TUNED, "pretrain"):
+        for record in runs[name]:
+            lines += _training_in_short(name, record)
+    for title, path, record in _trl_records(folder):
+        lines += _trainer_in_short(title, path, record)
+    return table(
+        lines,
+        [("job", "{job}"), ("loss minus full logits", "{loss}"),
+         ("full logits reordered", "{noise}"),
+         ("ms, ours / full logits", "{ms:.1f} / {full_ms:.1f}"),
+         ("peak MiB, ours / full logits", "{mib:,.0f} / {full_mib:,.0f}"),
+         ("record", "{record}")],
+    )  # fmt: skip
+
+
+def _layers_in_short(kept: Measurements) -> Iterator[dict[str, Any]]:
+    rows = kept.of(kind=BOTH)
+    for head in HEADS:
+        found = rows[rows["test_data"] == head].set_index("method")
+        if {"cce", "torch_compile"} <= set(found.index):
+            ours, full = found.loc["cce"], found.loc["torch_compile"]
+            where = kept.files[ours["source"]]["environment"]
+            yield {
+                "job": f"output layer of {data_title(head)}; {short(where['device'])}",
+                "loss": f"dE {ours['multiple_e']:.1f} × rounding, theirs {full['multiple_e']:.1f}",
+                "noise": "", "ms": ours["runtime_ms"], "full_ms": full["runtime_ms"],
+                "mib": ours["op_mem_mb"], "full_mib": full["op_mem_mb"],
+                "record": link(ours["source"], where["commit"]),
+            }  # fmt: skip
+
+
+def _gpus_in_short(kept: Measurements) -> Iterator[dict[str, Any]]:
+    for line in _gpu_lines(kept):
+        if (line["head"], line["tokens"], line["processes"]) == DIVIDED:
+            yield {
+                "job": f"output layer of {line['head']} divided over {line['processes']} x "
+                f"{short(line['device'])}", "loss": "", "noise": "",
+                "ms": line["ms"], "full_ms": line["their_ms"],
+                "mib": line["mib"], "full_mib": line["their_mib"], "record": line["record"],
+            }  # fmt: skip
+
+
+def _training_in_short(name: str, record: Record) -> Iterator[dict[str, Any]]:
+    known = set(record.runs["method"])
+    costs = record.runs.groupby("method")[["ms_per_step", "peak_mib"]].median()
+    title = f"{TUNED[name]} {record.model}" if name in TUNED else "Pretraining from scratch"
+    found = {m: differences(record.runs, m) for m in known & {*SUMMARISED, REORDERED}}
+    for method, (way, rival) in SUMMARISED.items():
+        if name == "several_gpus" and not way:  # on one of them
+            continue
+        full = rival if rival in known else FULL
+        for figure, what in JUDGED.items():
+            if method not in found or figure not in found[method]:
+                continue
+            yield {
+                "job": f"{title}{way}{what}; {short(record.device)}",
+                "loss": of_seeds(found[method][figure]),
+                "noise": of_seeds(found[REORDERED][figure]) if REORDERED in found else "",
+                "ms": costs.loc[method, "ms_per_step"], "full_ms": costs.loc[full, "ms_per_step"],
+                "mib": costs.loc[method, "peak_mib"], "full_mib": costs.loc[full, "peak_mib"],
+                "record": link_run(record),
+            }  # fmt: skip
+
+
+def of_seeds(values: pd.Series) -> str:
+    """Format differences of several seeds: mean, standard error and the largest."""
+    values = values.dropna()
+    if len(values) < 2:
+        return mean_and_error(values)
+    return f"{mean_and_error(values)}, at most {values.abs().max():.4f} ({len(values)} seeds)"
+
+
+def _trainer_in_short(title: str, path: Path, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    runs = {run["method"]: run for run in record["runs"]}
+    off = {line["method"]: f"at most {line['loss']:.1e}" for line in record.get("distances", [])}
+    if {"trl", "token_logprobs"} <= set(runs) and "token_logprobs" in off:
+        ours, theirs = runs["token_logprobs"], runs["trl"]
+        where = record["machine"]
+        yield {
+            "job": f"{title} by TRL, its output layer in place of full logits; "
+            f"{short(where['device'])}",
+            "loss": off["token_logprobs"], "noise": off.get("trl_reordered", ""),
+            "ms": sum(ours["ms_per_step"].values()), "full_ms": sum(theirs["ms_per_step"].values()),
+            "mib": max(ours["peak_mib"].values()), "full_mib": max(theirs["peak_mib"].values()),
+            "record": link(f"experiments/{path.name}", where["commit"]),
+        }  # fmt: skip
 
 
 def layer(kept: Measurements, _: Records, __: Path) -> str:
@@ -170,7 +229,17 @@ def _trained(records: Sequence[Record]) -> str:
 
 
 def _commands(records: Iterable[Record]) -> str:
-    return commands(f"python -m experiments.{x.content['machine']['command']}" for x in records)
+    found = []
+    for record in records:
+        processes = record.content["settings"].get("processes")
+        start = f"torchrun --nproc-per-node {processes}" if processes else "python"
+        found.append(f"{start} -m experiments.{record.content['machine']['command']}")
+    return commands(found)
+
+
+def several_gpus(_: Measurements, runs: Records, __: Path) -> str:
+    """Held-out loss, speed and memory of training on several GPUs and on one."""
+    return _trained(runs["several_gpus"])
 
 
 def pretrain(_: Measurements, runs: Records, __: Path) -> str:
@@ -235,7 +304,17 @@ def trainers(_: Measurements, __: Records, folder: Path) -> str:
 
 def gpus(kept: Measurements, _: Records, __: Path) -> str:
     """Vocabulary-parallel loss and gradients, next to tensor-parallel full logits."""
-    lines = []
+    text = table(
+        _gpu_lines(kept),
+        [("head", "{head}"), ("GPUs", "{processes} x {device}"), ("tokens", "{tokens:,}"),
+         ("`cce`, ms", "{ms:.1f}"), ("peak, MiB", "{mib:,.0f}"),
+         ("full logits, ms", "{their_ms:.1f}"), ("peak, MiB", "{their_mib:,.0f}"),
+         ("record", "{record}")],
+    )  # fmt: skip
+    return text and text + commands(["torchrun --nproc-per-node R -m benchmark.distributed"])
+
+
+def _gpu_lines(kept: Measurements) -> Iterator[dict[str, Any]]:
     for source, record in kept.files.items():
         if record.get("part") != "distributed" or record["processes"] == 1:
             continue
@@ -246,21 +325,13 @@ def gpus(kept: Measurements, _: Records, __: Path) -> str:
             if logits.empty or ours.empty:
                 continue
             ours, theirs = ours.iloc[0], logits.iloc[0]
-            lines.append(
-                {"head": head, "tokens": tokens, "processes": record["processes"],
-                 "device": record["environment"]["device"],
-                 "ms": ours["ms"], "mib": ours["peak_mib"], "their_ms": theirs["ms"],
-                 "their_mib": theirs["peak_mib"],
-                 "record": link(source, record["environment"]["commit"])}
-            )  # fmt: skip
-    text = table(
-        lines,
-        [("head", "{head}"), ("GPUs", "{processes} x {device}"), ("tokens", "{tokens:,}"),
-         ("`cce`, ms", "{ms:.1f}"), ("peak, MiB", "{mib:,.0f}"),
-         ("full logits, ms", "{their_ms:.1f}"), ("peak, MiB", "{their_mib:,.0f}"),
-         ("record", "{record}")],
-    )  # fmt: skip
-    return text and text + commands(["torchrun --nproc-per-node R -m benchmark.distributed"])
+            yield {
+                "head": SHAPES[head].title, "tokens": tokens, "processes": record["processes"],
+                "device": record["environment"]["device"],
+                "ms": ours["ms"], "mib": ours["peak_mib"], "their_ms": theirs["ms"],
+                "their_mib": theirs["peak_mib"],
+                "record": link(source, record["environment"]["commit"]),
+            }  # fmt: skip
 
 
 def against(kept: Measurements, runs: Records, folder: Path) -> str:
@@ -355,6 +426,9 @@ WANTED: Mapping[str, tuple[str, str]] = {
         "experiments/grpo_*.json", "python -m experiments.grpo"),
     "DPO through TRL, with the adapter and without": (
         "experiments/dpo_*.json", "python -m experiments.dpo"),
+    "Fine-tuning on two GPUs: FSDP2, and classes divided": (
+        "experiments/several_gpus_*.json",
+        "torchrun --nproc-per-node 2 -m experiments.several_gpus"),
     "Eight GPUs of one host": ("*/distributed_8.json", "python -m benchmark.distributed"),
     "Distillation of one real model into a smaller one": (
         "experiments/distill_*.json", "python -m experiments.distill"),
@@ -374,13 +448,14 @@ def missing(_: Measurements, __: Records, folder: Path) -> str:
 
 
 BLOCKS: dict[str, Callable[[Measurements, Records, Path], str]] = {
-    "evidence-short": short,
+    "evidence-summary": summary,
     "evidence-layer": layer,
     "evidence-finetune": finetune,
     "evidence-distill": distill,
     "evidence-pretrain": pretrain,
     "evidence-trainers": trainers,
     "evidence-gpus": gpus,
+    "evidence-several-gpus": several_gpus,
     "evidence-against": against,
     "evidence-missing": missing,
 }

@@ -40,7 +40,8 @@ def test_every_table_of_figures_has_its_command():
     for name in evidence_tables.BLOCKS:
         block = re.search(rf"(?s)<!-- begin {name} -->(.*?)<!-- end {name} -->", PAGE)
         assert block, name
-        if "\n|" in block[1] and name != "evidence-against":  # made of the records of the others
+        # Two are made of the records of the others.
+        if "\n|" in block[1] and name not in ("evidence-against", "evidence-summary"):
             assert re.search(r"\nFrom `(python -m|torchrun) ", block[1]), name
 
 
@@ -110,9 +111,6 @@ def test_distillation(nothing):
         ["| Distillation of some, JSD, NVIDIA H200", "ms a step"],
         ["| Distillation of some, JSD, NVIDIA H200", "held-out loss, difference of 2 seeds"],
     ]
-    assert evidence_tables.short(nothing, runs, Path()).startswith(
-        "- Distillation of some, JSD, 2 seeds: the held-out loss differs"
-    )
 
 
 @pytest.mark.parametrize(
@@ -207,10 +205,10 @@ def test_trainers(nothing, tmp_path):
     assert "| DPO, bf16, NVIDIA B200 | ms a step | 32 | 30 | TRL's output layer |" in (
         evidence_tables.against(nothing, {"finetune": [], **NONE}, tmp_path)
     )
-    assert evidence_tables.short(nothing, {"finetune": [], **NONE}, tmp_path) == (
-        "- DPO, bf16 through TRL: losses differ by at most 1.3e-03; "
-        "a step takes 32 ms, with TRL's output layer 30 ms."
-    )
+    assert cells(evidence_tables.summary(nothing, {"finetune": [], **NONE}, tmp_path)) == [
+        ["DPO, bf16 by TRL, its output layer in place of full logits; B200", "at most 1.3e-03", "",
+         "31.5 / 30.4", "2,048 / 2,048"]
+    ]  # fmt: skip
 
 
 def test_rivals_of_fine_tuning(nothing):
@@ -225,10 +223,44 @@ def test_rivals_of_fine_tuning(nothing):
     assert [line.split(" | ")[1:5] for line in lines] == [
         ["ms a step", "10.0", "9.0", "Apple's package"]
     ]
-    assert (
-        "2 seeds: the held-out loss differs from full logits by at most: `cce` 0.1000, `cce_ex"
-        in (evidence_tables.short(nothing, runs, Path()))
-    )
+
+
+def cells(text):
+    """The cells of a table's lines, without heading and record."""
+    return [line.strip("| ").split(" | ")[:-1] for line in text.splitlines()[2:]]
+
+
+def test_the_summary_has_the_scatter_of_reordered_runs(nothing):
+    losses = {"full": [2.0, 3.0], "cce": [2.1, 3.1001], "full_reordered": [2.0, 2.8]}
+    losses["apple"] = losses["full"]  # which the section has
+    ms = {"full": 20.0, "cce": 10.0, "full_reordered": 19.0, "apple": 8.0}
+    pretrained = record("pretrain", {"full": [2.0], "cce": [2.5]}, {"full": 20.0, "cce": None})
+    pretrained.runs["seen never"] = [9.0, 9.25]
+    runs = {**NONE, "finetune": [record("finetune", losses, ms)], "pretrain": [pretrained]}
+    assert cells(evidence_tables.summary(nothing, runs, Path())) == [
+        ["Fine-tuning some; H200", "+0.1000 ± 0.0000, at most 0.1001 (2 seeds)",
+         "-0.1000 ± 0.1000, at most 0.2000 (2 seeds)", "10.0 / 20.0", "10 / 10"],
+        ["Pretraining from scratch; H200", "+0.5000", "", "", "10 / 10"],
+        ["Pretraining from scratch, targets never seen; H200", "+0.2500", "", "", "10 / 10"],
+    ]  # fmt: skip
+
+
+def test_several_gpus(nothing):
+    """Costs are next to those of full logits spread in the same way, losses to one GPU's."""
+    losses = {"full": [2.0], "cce": [2.1], "full_fsdp2": [2.0], "cce_fsdp2": [2.2],
+              "cce_vocab_parallel": [2.3]}  # fmt: skip
+    ms = {"full": 20.0, "cce": 10.0, "full_fsdp2": 12.0, "cce_fsdp2": 6.0, "cce_vocab_parallel": 5}
+    made = record("several_gpus", losses, ms)
+    made.content["settings"]["processes"] = 2
+    runs = {**NONE, "finetune": [], "several_gpus": [made]}
+    title = "Fine-tuning some on 2 processes"
+    assert cells(evidence_tables.summary(nothing, runs, Path())) == [
+        [f"{title}, FSDP2; H200", "+0.2000", "", "6.0 / 12.0", "10 / 10"],
+        [f"{title}, rows of the head divided; H200", "+0.3000", "", "5.0 / 12.0", "10 / 10"],
+    ]
+    text = evidence_tables.several_gpus(nothing, runs, Path())
+    assert text.count("| some on 2 processes, NVIDIA H200 | ") == 5
+    assert "From `torchrun --nproc-per-node 2 -m experiments.several_gpus --steps 3`." in text
 
 
 def test_the_records_of_the_page_can_be_read():

@@ -9,7 +9,7 @@ import pytest
 from docs import training_runs
 from docs.make import ROOT
 
-SOURCE = "pretrain_h200.json"
+SOURCE = "earlier/pretrain_h200.json"
 """A record with four seeds of four methods."""
 
 
