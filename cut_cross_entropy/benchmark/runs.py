@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -92,6 +93,23 @@ class Session:
         except WorkerError as error:
             self.fail(task, method, what or do, str(error))
             return None
+
+
+def warm_up(task: Task, session: Session) -> None:
+    """Make the first calls of all methods at the same time, so that they compile together.
+
+    What is measured later is no cold start. Failures are kept in the session.
+    """
+
+    def first(name: str) -> None:
+        if session.ask(task, name, "load", 180.0, **task.data()):
+            session.ask(task, name, "first", 150.0, kinds=list(task.kinds))
+
+    names = list(session.pool)
+    session.progress(f"{task.name}: data and first calls of all methods at once")
+    with ThreadPoolExecutor(len(names)) as threads:
+        list(threads.map(first, names))
+    session.started.update(names)
 
 
 def measure(task: Task, session: Session) -> list[Row]:

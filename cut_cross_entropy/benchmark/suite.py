@@ -20,19 +20,25 @@ from .runs import Task
 
 OURS = "--methods cce cce_exact"
 BOTH = "--kinds loss-fw-bw --repetitions 6"
-HEAD = f"--data llama3.2-1b {BOTH} {OURS} baseline"
+STRUCTURED = "--tail structured"
+HEAD = f"--data llama3.2-1b {STRUCTURED} {BOTH} {OURS} baseline"
+COMPARED = f"{BOTH} {OURS} torch_compile baseline apple liger trl quack --time-limit 300 --data"
 
 # Sizes of a sweep are compared with each other: all of them at the clock of a long run. The largest
 # batches come last: they take the longest.
 SWEEP = f"{HEAD} chunked liger --soak {LONG_SOAK} --time-limit 420 --sweep"
-TABLE = "--repetitions 9 --time-limit 300 --data"
+TABLE = f"{STRUCTURED} --repetitions 9 --time-limit 300 --data"
 MORE = ("", "+temperature", "+rank", "+candidates", "+entropy", "+entropy+temperature")
 PASSES = ("logprobs-fw", "logprobs-fw-bw")
 PARTS = {
-    "table": (f"{TABLE} gemma2", f"{TABLE} file", f"{TABLE} llama3-8b --kinds loss-fw-bw"),
+    "comparison": (
+        f"{COMPARED} file",
+        f"{COMPARED} gemma2 llama3-8b qwen3-0.6b mistral-nemo phi3.5 --no-errors",
+    ),
+    "table": (f"{TABLE} file", f"{TABLE} gemma2", f"{TABLE} llama3-8b --kinds loss-fw-bw"),
     "shapes": (
-        f"{OURS} --repetitions 6 --time-limit 150 --data qwen3-0.6b phi3.5 mistral-nemo qwen3-8b "
-        "gpt-oss llama3.2-1b llama3-8b gpt2 gemma2-9b llama3-70b gemma2-27b",
+        f"{OURS} {STRUCTURED} --repetitions 6 --time-limit 150 --data qwen3-0.6b phi3.5 "
+        "mistral-nemo qwen3-8b gpt-oss llama3.2-1b llama3-8b gpt2 gemma2-9b llama3-70b gemma2-27b",
     ),
     "sweeps": (f"{SWEEP} classes", f"{SWEEP} tokens"),
     "options": (
@@ -44,16 +50,17 @@ PARTS = {
         "--tail diffuse randn flat",
     ),
     "logprobs": (
-        "--data ministral-8b qwen3-8b --kinds logprobs-fw+entropy logprobs-fw-bw+entropy "
+        f"--data ministral-8b qwen3-8b {STRUCTURED} "
+        "--kinds logprobs-fw+entropy logprobs-fw-bw+entropy "
         "--methods cce trl liger verl --repetitions 6 --time-limit 240",
     ),
     "additions": (
-        "--data ministral-8b --methods cce --no-errors --repetitions 6 --time-limit 150 --kinds "
-        + " ".join(base + more for base in PASSES for more in MORE),
+        f"--data ministral-8b {STRUCTURED} --methods cce --no-errors --repetitions 6 "
+        "--time-limit 150 --kinds " + " ".join(base + more for base in PASSES for more in MORE),
     ),
     "divergences": (
-        "--data qwen3-8b --kinds divergence-fw-bw divergence-fw-bw+jsd --methods cce trl liger "
-        "--repetitions 3 --time-limit 200",
+        f"--data qwen3-8b {STRUCTURED} --kinds divergence-fw-bw divergence-fw-bw+jsd "
+        "--methods cce trl liger --repetitions 3 --time-limit 200",
     ),
 }
 """Arguments of ``python -m benchmark`` for the problems of each part, most wanted first.
@@ -63,16 +70,16 @@ of the limit.
 """
 
 
-def lines_of(part: str, hidden: Path | None) -> list[argparse.Namespace]:
+def lines_of(part: str, hidden: Sequence[Path]) -> list[argparse.Namespace]:
     """The command lines of a part; that of saved hidden states only if there are any."""
     return [
-        command.parse_arguments([*line.split(), "--file", str(hidden)])
+        command.parse_arguments([*line.split(), *(("--file", *map(str, hidden)) if hidden else ())])
         for line in PARTS[part]
-        if hidden is not None or not line.endswith("--data file")
+        if hidden or not line.endswith("--data file")
     ]
 
 
-def tasks_of(part: str, hidden: Path | None, on_gpu: bool) -> list[Task]:
+def tasks_of(part: str, hidden: Sequence[Path], on_gpu: bool) -> list[Task]:
     """The problems of a part."""
     return [task for line in lines_of(part, hidden) for task in command.tasks(line, on_gpu)]
 
@@ -84,10 +91,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder for the JSON files")
     add("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="default: all")
     add("--methods", nargs="+", choices=list(METHODS), help="these of a part alone; default: all")
-    add("--hidden", type=Path, help="hidden states that `python -m research.hidden` wrote")
+    add(
+        "--hidden",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="hidden states of real models that `python -m research.hidden` wrote",
+    )
     add("--peers", type=Path, help="folder of `make peers`: other packages, a folder for each")
     add("--commit", help="commit to name where there is no history (or COMMIT)")
     add("--time-limit", type=float, default=900.0, help="seconds for everything")
+    add("--warm-up", action="store_true", help="as of `python -m benchmark`")
     return parser.parse_args(arguments)
 
 
@@ -113,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if (not parsed.methods or method in parsed.methods)
             and (method in peers if METHODS[method].peer else installed(method, peers))
         ]
+        line.warm_up = parsed.warm_up
         line.peer, line.commit, line.json = peers, parsed.commit, parsed.out / f"{name}.json"
         todo = tasks_of(name, parsed.hidden, torch.cuda.is_available())
         results = command.run(line, todo, name, f"python -m benchmark.suite --parts {name}")

@@ -24,7 +24,7 @@ class Head:
     def __init__(self, path: Path) -> None:
         saved = torch.load(path)
         self.e, self.c = (saved[name].cuda().float() for name in ("e", "c"))
-        self.targets = saved["targets"].cuda().long()
+        self.targets = saved["t"].cuda().long()
         self.p = torch.softmax(self.e @ self.c.T, 1)
         self.num_tokens, self.dim = self.e.shape
         self.num_classes = self.c.shape[0]

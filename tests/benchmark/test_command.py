@@ -47,7 +47,7 @@ def test_every_method_and_kind_has_a_row(results):
     assert results["environment"]["commit"] == "abc"
     assert results["environment"]["torch"] == torch.__version__
     found = {(row["test_data"], row["method"], row["kind"]) for row in results["rows"]}
-    names = {f"small-structured-V384-N{n}-ignored0.5" for n in (16, 32, 64)} | {"saved-ignored0.5"}
+    names = {f"small-broad-V384-N{n}-ignored0.5" for n in (16, 32, 64)} | {"saved-ignored0.5"}
     kinds = {"loss-fw", "loss-bw", "loss-fw-bw"}
     assert found == {(n, m, k) for n in names for m in ("chunked", "baseline") for k in kinds}
     assert len(results["rows"]) == len(found)
@@ -104,12 +104,12 @@ def test_a_cpu_says_what_it_measures_instead_and_rows_as_they_come(capsys, monke
     out, err = capsys.readouterr()
     assert "Sizes are reduced: instead of gpt2 a small classifier, V 384, D 256,\n" in out
     assert "with N 16 tokens." in out
-    sizes = "small-structured-V384: N 16, V 384, D 256, float32"
+    sizes = "small-broad-V384: N 16, V 384, D 256, float32"
     assert out.count(sizes) == 3, "each kind of pass has its rows at once"
     assert "chunked needs more memory than full logits here" in out
     for kind in ("loss-fw", "loss-bw", "loss-fw-bw"):
-        assert f"small-structured-V384: {kind}, 1 round of 3 methods, about " in err
-    assert all(line.startswith("[") for line in err.splitlines() if "small-structured" in line)
+        assert f"small-broad-V384: {kind}, 1 round of 3 methods, about " in err
+    assert all(line.startswith("[") for line in err.splitlines() if "small-broad" in line)
 
 
 def test_the_note_on_memory_is_there_only_if_it_is_true():
@@ -144,16 +144,32 @@ def test_a_cpu_runs_what_runs_on_a_cpu():
     assert chosen_methods(arguments, on_gpu=True) == ["gemm"]
 
 
+def test_heads_of_real_models_come_first_where_there_is_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = lambda *arguments: [task.name for task in tasks(parse_arguments(arguments), True)]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert names() == ["gemma2-broad"]
+    Path("out/heads").mkdir(parents=True)
+    for name in ("smollm2.pt.xz", "gemma3-270m.pt"):
+        Path("out/heads", name).touch()
+    assert names() == ["gemma3-270m", "smollm2", "gemma2-broad"]
+    assert names("--data", "phi3.5", "--tail", "structured") == ["phi3.5-structured"]
+    assert names("--data", "file", "--file", "else/one.pt") == ["one"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert names() == ["gemma2-broad"], "too large for a CPU, unless they are asked for"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "file"], "--data file needs --file"),
+        (["--data", "file"], "--data file needs --file, or files in out/heads"),
         (["--peer", "apple"], "--peer must be METHOD=PATH"),
         (["--peer", "cce=x"], "--peer names no other package: cce"),
         (["--data", "gpt5"], "invalid choice: 'gpt5'"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, message, capsys):
+def test_wrong_arguments_are_named(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         parse_arguments(arguments)
     assert message in capsys.readouterr().err

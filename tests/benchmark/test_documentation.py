@@ -245,19 +245,25 @@ def test_bars_start_at_zero_and_titles_are_words(found):
 
 
 def test_parts_of_the_suite_are_problems_that_the_tables_find(tmp_path):
-    every = {part: tasks_of(part, tmp_path / "smollm2.pt", True) for part in PARTS}
+    hidden = [tmp_path / "gemma3-270m.pt", tmp_path / "smollm2.pt"]
+    every = {part: tasks_of(part, hidden, True) for part in PARTS}
     of_tokens = ("logprobs", "additions", "divergences")  # other tables
     tasks = {part: found for part, found in every.items() if part not in of_tokens}
     assert all(set(task.kinds) <= set(KINDS) for found in tasks.values() for task in found)
     names = {part: [task.name for task in found] for part, found in tasks.items()}
     for part in PARTS:
         assert len({task.name for task in every[part]}) == len(every[part])
-        first, *others = map(vars, lines_of(part, tmp_path / "smollm2.pt"))
+        first, *others = map(vars, lines_of(part, hidden))
         of_part = ("methods", "repetitions", "time_limit", "soak", "peer")
         assert all(first[name] == other[name] for other in others for name in of_part)
     named = [name for found in names.values() for name in found]
-    assert sorted(x for x in set(named) if named.count(x) > 1) == ["llama3-8b-structured"]
-    assert names["table"] == ["gemma2-structured", "smollm2", "llama3-8b-structured"]
+    twice = ["gemma3-270m", "llama3-8b-structured", "smollm2"]
+    assert sorted(x for x in set(named) if named.count(x) > 1) == twice
+    real = ["gemma3-270m", "smollm2"]
+    assert names["table"] == [*real, "gemma2-structured", "llama3-8b-structured"]
+    assert names["comparison"][:3] == [*real, "gemma2-broad"]
+    assert [task.errors for task in tasks["comparison"]] == [True, True, *[False] * 5]
+    assert [task.name for task in tasks_of("table", [], True)] == names["table"][2:]
     rows = [
         row("cce", data=task.name, part=part, ignored=task.ignored, frozen=task.frozen,
             tokens=task.tokens, classes=task.shape.num_classes)

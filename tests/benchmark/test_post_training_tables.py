@@ -80,7 +80,7 @@ def test_parts_of_the_suite_fill_the_tables():
     rows = [
         row(method, data=task.name, kind=kind)
         for part in parts
-        for line in lines_of(part, None)
+        for line in lines_of(part, [])
         for task in command.tasks(line, True)
         for kind in task.kinds
         for method in line.methods

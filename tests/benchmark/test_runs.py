@@ -6,7 +6,7 @@ import pytest
 
 from cut_cross_entropy.benchmark import __main__ as command
 from cut_cross_entropy.benchmark.pool import Clock, WorkerError
-from cut_cross_entropy.benchmark.runs import Session, Task, measure, take_turns
+from cut_cross_entropy.benchmark.runs import Session, Task, measure, take_turns, warm_up
 from cut_cross_entropy.benchmark.shapes import Shape
 
 TASK = Task("made", "structured", 1024, Shape("made", 4096, 64))
@@ -73,6 +73,17 @@ def test_making_data_and_first_calls_do_not_overlap(command):
     found = [entry for entry in log if entry[0].endswith(command)]
     names = ("gemm", "cce", "apple")
     assert found == [(f"{do} {command}", name) for name in names for do in ("begin", "end")]
+
+
+def test_warm_methods_make_no_cold_start():
+    log = []
+    session = session_of(["gemm", "cce", "apple"], log, {"apple": ("load",)})
+    warm_up(TASK, session)
+    assert {entry for entry in log if entry[0] == "begin first"} == {
+        ("begin first", "gemm"), ("begin first", "cce"),
+    }  # fmt: skip
+    assert [failure["method"] for failure in session.failures] == ["apple"]
+    assert [row["cold"] for row in measure(TASK, session)] == [False] * 3
 
 
 def test_turns_rotate_and_a_failure_takes_no_more_turns():
