@@ -128,7 +128,7 @@ def title(method: str) -> str:
 
 
 REAL = {"smollm2": "SmolLM2, real text", "smol": "SmolLM2, real text",
-        "gemma3-270m-t": "Gemma 3 270M, real text"}  # fmt: skip
+        **dict.fromkeys(("gemma3-270m", "gemma3-270m-t", "gemma"), "Gemma 3 270M, real text")}
 """Titles of hidden states and output layers of real models."""
 
 
@@ -278,6 +278,45 @@ def against_others(kept: Measurements) -> str:
     return table(lines, [("data", "{data}"), *((name, f"{{{name}}}") for name in measures)])
 
 
+def comparison(kept: Measurements) -> str:
+    """Every method on every problem of the suite's part: time, peak, error, and what was lost."""
+    found = kept.parts("comparison")
+    if not found:
+        return ""
+    device = found[0]["environment"]["device"]
+    rows = kept.of(device, part="comparison", kind=BOTH)
+    measures = {
+        "time, ms (× matmul)": ("runtime_ms", "{runtime_ms:,.1f} ({gemms:.2f})"),
+        "peak, MiB": ("op_mem_mb", "{op_mem_mb:,.0f}"),
+        "error of dE / dC, × bf16 rounding": ("multiple_e", MULTIPLES),
+    }
+    texts, lost = [], list[str]()
+    for heading, (column, form) in measures.items():
+        lines = []
+        for data, own in rows[rows[column].notna()].groupby("data", sort=False):
+            by_method = own.set_index("method").to_dict("index")
+            best = own.set_index("method")[column].astype(float).idxmin()
+            cells = {method: cell(values, form) for method, values in by_method.items()}
+            if "cce" in cells and best != "cce":
+                what = heading.split(",")[0]
+                lost.append(f"- {data}, {what}: {cells['cce']}, {title(best)} {cells[best]}")
+            cells[best] = f"**{cells[best]}**"
+            lines.append({"data": data, **cells})
+        methods = [method for method in METHODS if any(method in line for line in lines)]
+        columns = [(title(method), f"{{{method}}}") for method in methods]
+        texts.append(table(lines, [(heading, "{data}"), *columns]))
+    if lost:
+        texts.append("Where another method is better than `cce`:\n\n" + "\n".join(lost) + "\n")
+    reasons = dict.fromkeys(
+        f"- {data_title(failure['test_data'])}, {title(failure['method'])}: {failure['error']}"
+        for failure in found[0].get("failures", [])
+    )
+    if reasons:
+        texts.append("Not measured:\n\n" + "\n".join(reasons) + "\n")
+    where_from = found[0]["environment"]
+    return "\n".join([*texts, f"{in_words(where_from)}, commit {where_from['commit']}."])
+
+
 def filter_table(kept: Measurements, device: str | None = None) -> str:
     """What the filter kept and dropped."""
     rows = kept.of(device, method="cce", kind=BOTH, ignored=0.0, frozen=None)
@@ -403,10 +442,17 @@ def other_devices(kept: Measurements) -> str:
     return "\n".join(text)
 
 
+RECORDS = ("rows", "curves", "problems")
+"""What files call the records that they hold."""
+
+
 def raw_files(kept: Measurements) -> str:
     """Every file and where it comes from."""
-    rows = [{"name": name, "count": len(content.get("rows", content.get("curves", []))),
-             **content["environment"]} for name, content in kept.files.items()]  # fmt: skip
+    rows = [
+        {"name": name, "count": max(len(content.get(key, ())) for key in RECORDS),
+         **content["environment"]}
+        for name, content in kept.files.items()
+    ]  # fmt: skip
     return table(
         sorted(rows, key=lambda row: kept.devices.index(row["device"])),
         [("file", "[{name}](measurements/{name})"), ("device", "{device}"), ("PyTorch", "{torch}"),
@@ -434,6 +480,7 @@ BLOCKS: dict[str, Callable[[Measurements], str]] = {
     "table-1": table_one,
     "all-methods": all_methods,
     "against-others": against_others,
+    "comparison": comparison,
     "shapes": shapes,
     "tails": lambda kept: by_problem(kept, kept.problems("tails")),
     "filter": filter_table,

@@ -10,6 +10,7 @@ from cut_cross_entropy.benchmark.methods import METHODS
 from docs.benchmark_runs import BOTH, PROBLEM, Measurements, data_title, title
 from docs.page import Row, cell, table
 from docs.plots import COLORS, Plot
+from research.tails import BLOCK
 
 
 def largest(kept: Measurements) -> str:
@@ -130,6 +131,77 @@ def draw_strips(figure: Any, _: pd.DataFrame) -> None:
     figure.colorbar(shown, ax=axes, shrink=0.8, label="probability (log scale)")
 
 
+def kept_strips(content: dict[str, Any]) -> Plot | None:
+    """Strips that the filter keeps, with tokens in the order of the text and in order of content.
+
+    None if no problem has its masks.
+    """
+    known = {name: each for name, each in content["problems"].items() if "masks" in each["text"]}
+    if not known:
+        return None
+    name, found = next(iter(known.items()))
+    blocks = found["tokens"] // BLOCK
+    title = (f"{data_title(name)}: strips kept in {blocks} blocks of {BLOCK} tokens, at the same "
+             "tolerance")  # fmt: skip
+    names = {"text": "order of the text", "content": "order of content"}
+    data = pd.DataFrame(
+        {"order": label, "blocks": blocks, "kept": found[key]["kept"], "mask": mask}
+        for key, label in names.items()
+        for mask in found[key]["masks"]
+    )
+    return Plot("kept_strips", title, draw_kept_strips, data)
+
+
+def draw_kept_strips(figure: Any, data: pd.DataFrame) -> None:
+    """Draw a panel for each order: a column for each class, black where a block keeps it."""
+    figure.set_size_inches(12, 4.4)
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, (label, own) in zip(axes, data.groupby("order", sort=False), strict=True):
+        blocks = own["blocks"].iloc[0]
+        kept = np.array([list(f"{int(mask, 16):0{blocks}b}") for mask in own["mask"]]) == "1"
+        count = kept.sum(1)
+        middle = kept @ np.arange(blocks) / count
+        # Classes of many blocks first, then those of early blocks.
+        place = np.where(count >= 3 / 8 * blocks, -count, blocks + middle)
+        image = kept[np.argsort(place, kind="stable")].T
+        ax.imshow(image, aspect="auto", cmap="Greys", interpolation="nearest")
+        ax.set_title(f"{label}: {own['kept'].iloc[0]:.2%} of all strips", fontsize=11)
+        ax.set(xlabel="classes (a sample; those that no block keeps are left out)")
+    axes[0].set_ylabel("blocks of tokens")
+
+
+def tails(content: dict[str, Any]) -> Plot:
+    """Probability outside the likeliest classes, of real heads and of made data."""
+    names = {"broad": "made, broad", "structured": "made, structured"}
+    data = pd.DataFrame(
+        {
+            "name": names.get(name.split(":")[0], data_title(name)) + f" (V {found['classes']:,})",
+            "made": ":" in name,
+            "ranks": found["ranks"],
+            "outside": found["outside"],
+        }
+        for name, found in content["problems"].items()
+    )
+    title = "How much of a token's probability lies outside its likeliest classes"
+    return Plot("tails", title, draw_tails, data)
+
+
+def draw_tails(figure: Any, data: pd.DataFrame) -> None:
+    """Draw a line for each problem, dashed for made data."""
+    figure.set_size_inches(9, 5)
+    ax = figure.subplots()
+    for found, color in zip(data.to_dict("records"), COLORS.values(), strict=False):
+        style = "--" if found["made"] else "-"
+        ax.plot(found["ranks"], found["outside"], style, color=color, label=found["name"])
+    ax.set(
+        xscale="log", yscale="log", ylim=(1e-5, 1),
+        xlabel="likeliest classes of the token that are counted (log scale)",
+        ylabel="probability outside them, mean over tokens (log scale)",
+    )  # fmt: skip
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.legend()
+
+
 BLOCKS: dict[str, Callable[[Measurements], str]] = {
     "largest": largest,
     "parts": parts,
@@ -139,4 +211,7 @@ BLOCKS: dict[str, Callable[[Measurements], str]] = {
 
 def plots_of(kept: Measurements) -> list[Plot]:
     """Return the plots of all studies."""
-    return [strips(), *(ranks(content) for content in kept.parts("ranks")[:1])]
+    found = [strips(), *(ranks(content) for content in kept.parts("ranks")[:1])]
+    for content in kept.parts("tail-curves")[:1]:
+        found += [kept_strips(content), tails(content)]
+    return [plot for plot in found if plot is not None]

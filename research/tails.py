@@ -197,7 +197,7 @@ def main() -> None:
     add("--json", type=Path, required=True, help="file to write; what it has of others stays")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results: dict[str, Any] = {"part": "tails", "problems": {}}
+    results: dict[str, Any] = {"part": "tail-curves", "problems": {}}
     if arguments.json.exists():
         results = json.loads(arguments.json.read_text(encoding="utf-8"))
     results["environment"] = environment(arguments.commit)

@@ -124,8 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line.methods = [
             method
             for method in line.methods or METHODS
-            if (not parsed.methods or method in parsed.methods)
-            and (method in peers if METHODS[method].peer else installed(method, peers))
+            if (not parsed.methods or method in parsed.methods) and installed(method, peers)
         ]
         line.warm_up = parsed.warm_up
         line.peer, line.commit, line.json = peers, parsed.commit, parsed.out / f"{name}.json"

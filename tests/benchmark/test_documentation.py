@@ -110,6 +110,32 @@ def test_a_verdict_for_every_column(found):
     assert "lost: 1.88, full logits, eager 0.75" in table
 
 
+def test_the_comparison_names_the_best_and_what_is_lost(found):
+    assert tables.comparison(found) == ""
+    no_errors = {"error_e": None, "error_c": None}
+    rows = [
+        row("cce", "gemma3-270m", runtime_ms=4.0, gemms=2.0),
+        row("quack", "gemma3-270m", runtime_ms=8.0, gemms=4.0, op_mem_mb=900.0, error_e=0.006),
+        row("cce", "phi3.5-broad", runtime_ms=5.0, **no_errors),
+        row("quack", "phi3.5-broad", runtime_ms=4.5, **no_errors),
+    ]
+    reason = "ValueError: quack has no softcap"
+    failures = [{"test_data": "gemma2-broad", "method": "quack", "what": "load", "error": reason}]
+    environment = {**ENVIRONMENT, "device": "Other GPU"}
+    content = {
+        "part": "comparison", "environment": environment, "rows": rows, "failures": failures * 2,
+    }  # fmt: skip
+    text = tables.comparison(tables.collect({**found.files, "comparison.json": content}))
+    assert "| Gemma 3 270M, real text | **4.0 (2.00)** | 8.0 (4.00) |" in text
+    assert "| Phi 3.5 Mini, broad | 5.0 (1.50) | **4.5 (1.50)** |" in text
+    assert "- Phi 3.5 Mini, broad, time: 5.0 (1.50), quack 4.5 (1.50)\n" in text
+    assert "- Gemma 3 270M, real text, peak: 1,300, quack 900\n" in text
+    assert "| Gemma 3 270M, real text | **1.9 / 1.6** | 3.8 / 1.6 |" in text
+    assert text.count("| Phi") == 2, "no errors were measured there"
+    assert text.count(f"- Gemma 2 2B, broad, quack: {reason}") == 1
+    assert text.endswith("Other GPU, PyTorch 2.11, Triton 3.6, commit abc.")
+
+
 def test_a_line_shows_one_run(found):
     """The one with most kinds, also if a later one has a part of them; the later of two alike."""
     runs = found.whole_runs("Some GPU")
@@ -157,6 +183,29 @@ def test_tables_show_the_rows(found):
     assert "| `cce` | 9.0 s |" in tables.cold_starts(found)
     assert tables.failures(found) == "- table.json: Liger (load): ImportError: no"
     assert "### Old GPU" in tables.other_devices(found)
+
+
+def test_kept_strips_are_drawn_in_both_orders(found):
+    masks = {"text": ["8000000000000000", "3"], "content": ["ffffffffffffffff"]}
+    problem = {
+        "tokens": 8192, "classes": 1000, "ranks": [1, 10], "outside": [0.5, 0.1],
+        **{order: {"kept": 0.02, "masks": of} for order, of in masks.items()},
+    }  # fmt: skip
+    made = {**problem, "text": {"kept": 0.1}, "content": {"kept": 0.1}}
+    content = {"problems": {"broad:1000:64": made}}
+    assert figures.kept_strips(content) is None
+    content["problems"]["gemma3-270m"] = problem
+    plot = figures.kept_strips(content)
+    assert plot.title.startswith("Gemma 3 270M, real text: strips kept in 64 blocks")
+    text, ordered = (ax.images[0].get_array() for ax in plot.figure().axes)
+    assert text.shape == (64, 2)
+    assert text[:, 0].nonzero()[0].tolist() == [0], "the first block is the highest bit"
+    assert text[:, 1].nonzero()[0].tolist() == [62, 63]
+    assert ordered.shape == (64, 1)
+    assert ordered.all()
+    (ax,) = figures.tails(content).figure().axes
+    styles = {line.get_label(): line.get_linestyle() for line in ax.lines}
+    assert styles == {"made, broad (V 1,000)": "--", "Gemma 3 270M, real text (V 1,000)": "-"}
 
 
 def test_blocks_are_replaced_and_the_rest_is_not(found):
