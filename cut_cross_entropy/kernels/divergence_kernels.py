@@ -24,54 +24,32 @@ RELATIVE, TEACHER_RELATIVE = range(2)
 
 
 @triton.jit
-def two_logits(
-    student_ptr,
-    teacher_ptr,
-    bias_ptr,
-    teacher_bias_ptr,
-    multiplier_ptr,
-    teacher_multiplier_ptr,
+def load_logits(
+    products_ptr,  # (T, stride) of one of the models
     row,
     classes,
     num_classes,
     stride,
+    bias_ptr,  # (classes,), or None, like the two that follow
     softcap,
-    teacher_softcap,
-    HAS_BIAS: tl.constexpr,
-    TEACHER_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
-    TEACHER_MULTIPLIER: tl.constexpr,
+    multiplier_ptr,  # (T,)
 ):
-    """Load some logits of one token from the products, in units of log2, (1, BLOCK) each."""
+    """Load some logits of one token from the products, in units of log2, (1, BLOCK)."""
     inside = classes < num_classes
-    place = row.to(tl.int64) * stride + classes
     multiplier = None
-    if HAS_MULTIPLIER:
+    if multiplier_ptr is not None:
         multiplier = tl.load(multiplier_ptr + row + tl.arange(0, 1))
-    teacher_multiplier = None
-    if TEACHER_MULTIPLIER:
-        teacher_multiplier = tl.load(teacher_multiplier_ptr + row + tl.arange(0, 1))
-    student = transform_logits(
-        tl.load(student_ptr + place, mask=inside, other=0.0)[None, :],
+    return transform_logits(
+        tl.load(products_ptr + row.to(tl.int64) * stride + classes, mask=inside, other=0.0)[
+            None, :
+        ],
         classes,
         inside,
-        bias_ptr if HAS_BIAS else None,
-        softcap if SOFTCAP else None,
+        bias_ptr,
+        softcap,
         multiplier=multiplier,
         TOKEN_AXIS=0,
     )
-    teacher = transform_logits(
-        tl.load(teacher_ptr + place, mask=inside, other=0.0)[None, :],
-        classes,
-        inside,
-        teacher_bias_ptr if TEACHER_BIAS else None,
-        teacher_softcap if TEACHER_SOFTCAP else None,
-        multiplier=teacher_multiplier,
-        TOKEN_AXIS=0,
-    )
-    return student, teacher
 
 
 @triton.jit
@@ -109,25 +87,18 @@ def mixture_ratios(log_p, log_q, share, rest):
 def add_sums_kernel(
     student_ptr,  # (T, stride) products of the student
     teacher_ptr,  # (T, stride)
-    bias_ptr,  # (classes,)
+    bias_ptr,  # (classes,), or None, like the three that follow
     teacher_bias_ptr,  # (classes,)
     multiplier_ptr,  # (T,)
     teacher_multiplier_ptr,  # (T,)
-    columns_ptr,  # (T,) column of the target; negative if it is not here
+    columns_ptr,  # (T,) column of the target, negative if it is not here; None: no targets
     sums_ptr,  # (8, T) in, out: see HIGH and the others
     num_tokens,
     num_classes,
     stride,
-    softcap,
-    teacher_softcap,
+    softcap,  # or None
+    teacher_softcap,  # or None
     KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    TEACHER_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
-    TEACHER_MULTIPLIER: tl.constexpr,
-    HAS_TARGETS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Add the classes of a block to the sums of one token."""
@@ -147,30 +118,23 @@ def add_sums_kernel(
     teacher_total = tl.where(begin, tl.load(sums_ptr + 6 * num_tokens + row), teacher_total)
     cross = tl.where(begin, tl.load(sums_ptr + 7 * num_tokens + row), cross)
     column = 0
-    if HAS_TARGETS:
+    if columns_ptr is not None:
         column = tl.load(columns_ptr + row)
         others = tl.where(begin, tl.load(sums_ptr + 2 * num_tokens + row), others)
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        student, teacher = two_logits(
-            student_ptr,
-            teacher_ptr=teacher_ptr,
-            bias_ptr=bias_ptr,
-            teacher_bias_ptr=teacher_bias_ptr,
-            multiplier_ptr=multiplier_ptr,
-            teacher_multiplier_ptr=teacher_multiplier_ptr,
-            row=row,
-            classes=classes,
-            num_classes=num_classes,
-            stride=stride,
-            softcap=softcap,
-            teacher_softcap=teacher_softcap,
-            HAS_BIAS=HAS_BIAS,
-            TEACHER_BIAS=TEACHER_BIAS,
-            SOFTCAP=SOFTCAP,
-            TEACHER_SOFTCAP=TEACHER_SOFTCAP,
-            HAS_MULTIPLIER=HAS_MULTIPLIER,
-            TEACHER_MULTIPLIER=TEACHER_MULTIPLIER,
+        student = load_logits(
+            student_ptr, row, classes, num_classes, stride, bias_ptr, softcap, multiplier_ptr
+        )
+        teacher = load_logits(
+            teacher_ptr,
+            row,
+            classes,
+            num_classes,
+            stride,
+            teacher_bias_ptr,
+            teacher_softcap,
+            teacher_multiplier_ptr,
         )
         high, fall, shrink = rebase(high, student)
         teacher_high, teacher_fall, teacher_shrink = rebase(teacher_high, teacher)
@@ -189,7 +153,7 @@ def add_sums_kernel(
         first = (first - fall[:, None] * total) * shrink[:, None] + expected(p, exponent)
         total = total * shrink[:, None] + p
         teacher_total = teacher_total * teacher_shrink[:, None] + q
-        if HAS_TARGETS:
+        if columns_ptr is not None:
             is_other = (classes != column)[None, :]
             others = others * shrink[:, None] + tl.where(is_other, p, 0.0)
             if (column >= start) & (column < start + BLOCK):
@@ -201,7 +165,7 @@ def add_sums_kernel(
     tl.store(sums_ptr + 5 * num_tokens + row + one, teacher_high)
     tl.store(sums_ptr + 6 * num_tokens + row + one, tl.sum(teacher_total, 1))
     tl.store(sums_ptr + 7 * num_tokens + row + one, tl.sum(cross, 1))
-    if HAS_TARGETS:
+    if columns_ptr is not None:
         tl.store(sums_ptr + 2 * num_tokens + row + one, tl.sum(others, 1))
 
 
@@ -209,7 +173,7 @@ def add_sums_kernel(
 def add_mixture_sums_kernel(
     student_ptr,  # (T, stride) products of the student
     teacher_ptr,  # (T, stride)
-    bias_ptr,  # (classes,)
+    bias_ptr,  # (classes,), or None, like the three that follow
     teacher_bias_ptr,  # (classes,)
     multiplier_ptr,  # (T,)
     teacher_multiplier_ptr,  # (T,)
@@ -221,14 +185,8 @@ def add_mixture_sums_kernel(
     num_tokens,
     num_classes,
     stride,
-    softcap,
-    teacher_softcap,
-    HAS_BIAS: tl.constexpr,
-    TEACHER_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
-    TEACHER_MULTIPLIER: tl.constexpr,
+    softcap,  # or None
+    teacher_softcap,  # or None
     BLOCK: tl.constexpr,
 ):
     """Add the classes of a block to what student and teacher are from their mixture, of a token."""
@@ -241,25 +199,18 @@ def add_mixture_sums_kernel(
     log_share = tl.log2(share)
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        student, teacher = two_logits(
-            student_ptr,
-            teacher_ptr=teacher_ptr,
-            bias_ptr=bias_ptr,
-            teacher_bias_ptr=teacher_bias_ptr,
-            multiplier_ptr=multiplier_ptr,
-            teacher_multiplier_ptr=teacher_multiplier_ptr,
-            row=row,
-            classes=classes,
-            num_classes=num_classes,
-            stride=stride,
-            softcap=softcap,
-            teacher_softcap=teacher_softcap,
-            HAS_BIAS=HAS_BIAS,
-            TEACHER_BIAS=TEACHER_BIAS,
-            SOFTCAP=SOFTCAP,
-            TEACHER_SOFTCAP=TEACHER_SOFTCAP,
-            HAS_MULTIPLIER=HAS_MULTIPLIER,
-            TEACHER_MULTIPLIER=TEACHER_MULTIPLIER,
+        student = load_logits(
+            student_ptr, row, classes, num_classes, stride, bias_ptr, softcap, multiplier_ptr
+        )
+        teacher = load_logits(
+            teacher_ptr,
+            row,
+            classes,
+            num_classes,
+            stride,
+            teacher_bias_ptr,
+            teacher_softcap,
+            teacher_multiplier_ptr,
         )
         log_p = student - lse
         log_q = teacher - teacher_lse
@@ -278,7 +229,7 @@ def add_mixture_sums_kernel(
 def logit_gradients_kernel(
     student_ptr,  # (T, stride) products of the student
     teacher_ptr,  # (T, stride)
-    bias_ptr,  # (classes,)
+    bias_ptr,  # (classes,), or None, like the three that follow
     teacher_bias_ptr,  # (classes,)
     multiplier_ptr,  # (T,)
     teacher_multiplier_ptr,  # (T,)
@@ -286,10 +237,10 @@ def logit_gradients_kernel(
     teacher_lse_ptr,  # (T,)
     relative_ptr,  # (T,) of the student
     entropy_ptr,  # (T,)
-    g_divergence_ptr,  # (T,) times the scale, like the three that follow
+    g_divergence_ptr,  # (T,) times the scale, or None, like the two that follow
     g_entropy_ptr,  # (T,)
     g_logprob_ptr,  # (T,)
-    miss_ptr,  # (T,) gradient by the logit of the target
+    miss_ptr,  # (T,) gradient by the logit of the target; read with g_logprob_ptr, like the next
     columns_ptr,  # (T,) column of the target; negative if it is not here
     grad_ptr,  # (T, grad_stride) out, in the memory of student_ptr
     share,
@@ -297,18 +248,9 @@ def logit_gradients_kernel(
     num_classes,
     stride,
     grad_stride,
-    softcap,
-    teacher_softcap,
+    softcap,  # or None
+    teacher_softcap,  # or None
     KIND: tl.constexpr,
-    HAS_DIVERGENCE: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_LOGPROB: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    TEACHER_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
-    TEACHER_MULTIPLIER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Overwrite the student's products of one token by the gradient by them.
@@ -318,35 +260,28 @@ def logit_gradients_kernel(
     row = tl.program_id(0)
     lse = tl.load(lse_ptr + row)
     multiplier = 1.0  # unused
-    if HAS_MULTIPLIER:
+    if multiplier_ptr is not None:
         multiplier = tl.load(multiplier_ptr + row)
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        student, teacher = two_logits(
-            student_ptr,
-            teacher_ptr=teacher_ptr,
-            bias_ptr=bias_ptr,
-            teacher_bias_ptr=teacher_bias_ptr,
-            multiplier_ptr=multiplier_ptr,
-            teacher_multiplier_ptr=teacher_multiplier_ptr,
-            row=row,
-            classes=classes,
-            num_classes=num_classes,
-            stride=stride,
-            softcap=softcap,
-            teacher_softcap=teacher_softcap,
-            HAS_BIAS=HAS_BIAS,
-            TEACHER_BIAS=TEACHER_BIAS,
-            SOFTCAP=SOFTCAP,
-            TEACHER_SOFTCAP=TEACHER_SOFTCAP,
-            HAS_MULTIPLIER=HAS_MULTIPLIER,
-            TEACHER_MULTIPLIER=TEACHER_MULTIPLIER,
+        student = load_logits(
+            student_ptr, row, classes, num_classes, stride, bias_ptr, softcap, multiplier_ptr
+        )
+        teacher = load_logits(
+            teacher_ptr,
+            row,
+            classes,
+            num_classes,
+            stride,
+            teacher_bias_ptr,
+            teacher_softcap,
+            teacher_multiplier_ptr,
         )
         inside = (classes < num_classes)[None, :]
         log_p = student - lse
         p = tl.exp2(log_p)
         grad = tl.zeros((1, BLOCK), tl.float32)
-        if HAS_DIVERGENCE:
+        if g_divergence_ptr is not None:
             g = tl.load(g_divergence_ptr + row)
             log_q = teacher - tl.load(teacher_lse_ptr + row)
             if KIND == FROM_TEACHER:
@@ -358,18 +293,18 @@ def logit_gradients_kernel(
                     ahead = -of_mixture
                     g *= rest
                 grad = g * LN2 * expected(p, ahead - tl.load(relative_ptr + row))
-        if HAS_ENTROPY:
+        if g_entropy_ptr is not None:
             surplus = expected(p, log_p + tl.load(entropy_ptr + row))
             grad -= tl.load(g_entropy_ptr + row) * LN2 * surplus
-        if HAS_LOGPROB:
+        if g_logprob_ptr is not None:
             is_target = (classes == tl.load(columns_ptr + row))[None, :]
             part = -tl.load(g_logprob_ptr + row) * p
             grad += tl.where(is_target, tl.load(miss_ptr + row), part)
-        if HAS_MULTIPLIER:
+        if multiplier_ptr is not None:
             grad *= multiplier
-        if SOFTCAP:
+        if softcap is not None:
             capped = student
-            if HAS_MULTIPLIER:
+            if multiplier_ptr is not None:
                 capped = capped / multiplier
             grad *= tl.where(inside, logit_slope(capped, softcap), 0.0)
         place = row.to(tl.int64) * grad_stride + classes[None, :]

@@ -97,7 +97,6 @@ class StoredLogits:
             sums_ptr=sums,
             num_tokens=sums.shape[1],
             KIND=kind,
-            HAS_TARGETS=has_targets,
         )
 
     def add_mixture_sums(
@@ -161,9 +160,6 @@ class StoredLogits:
             share=beta,
             rest=1 - beta,
             KIND=kind,
-            HAS_DIVERGENCE=values.g_divergence is not None,
-            HAS_ENTROPY=values.g_entropy is not None,
-            HAS_LOGPROB=has_targets,
         )
         return out
 
@@ -191,14 +187,8 @@ class StoredLogits:
             teacher_multiplier_ptr=multipliers[1],
             num_classes=num_classes,
             stride=self.memory[0].stride(0),
-            softcap=softcaps[0] or 0.0,
-            teacher_softcap=softcaps[1] or 0.0,
-            HAS_BIAS=biases[0] is not None,
-            TEACHER_BIAS=biases[1] is not None,
-            SOFTCAP=softcaps[0] is not None,
-            TEACHER_SOFTCAP=softcaps[1] is not None,
-            HAS_MULTIPLIER=multipliers[0] is not None,
-            TEACHER_MULTIPLIER=multipliers[1] is not None,
+            softcap=softcaps[0],
+            teacher_softcap=softcaps[1],
             BLOCK=LONG_BLOCK if num_classes >= LONG_ROW else BLOCK,
             **arguments,
         )

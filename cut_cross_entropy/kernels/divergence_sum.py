@@ -48,11 +48,8 @@ def divergence_and_gradients(
 ) -> DivergenceSum:
     """Compute the sum of the divergences times their weights, and its gradients.
 
-    Args:
-        student, teacher, beta, has_targets: as in ``chunked_divergence.forward``; without a group,
-            not of float64, and :func:`divergence_tokens_per_chunk` is not 0.
-        weights: (N,), factors of the divergences; None for 1.
-        needed: the gradients to compute.
+    As ``chunked_divergence.divergence_and_gradients``, for inputs other than float64 of which
+    :func:`divergence_tokens_per_chunk` is not 0.
     """
     most = divergence_tokens_per_chunk(student, teacher, needed)
     student, teacher = in_compute_dtype(student), in_compute_dtype(teacher)

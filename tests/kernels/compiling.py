@@ -275,19 +275,18 @@ def variants(tiles: Tiles) -> list[Variant]:
         {"NEED_C": True, "NEED_BIAS": True, "ROWS": class_logits.ROWS, "BLOCK_D": 512},
         types=(("pairs_ptr", "*i64"), ("starts_ptr", "*i64")))  # fmt: skip
     for options in (False, True):
-        transforms = dict.fromkeys(
-            ("HAS_BIAS", "TEACHER_BIAS", "SOFTCAP", "TEACHER_SOFTCAP", "HAS_MULTIPLIER",
-             "TEACHER_MULTIPLIER"), options)  # fmt: skip
+        transforms = without(
+            {"bias_ptr", "teacher_bias_ptr", "softcap", "teacher_softcap", "multiplier_ptr",
+             "teacher_multiplier_ptr"}, options)  # fmt: skip
         shared = {**transforms, "BLOCK": divergence_kernels.LONG_BLOCK}
+        targets = without({"columns_ptr"}, options)
         add(f"divergence_sums-{options:d}", divergence_kernels.add_sums_kernel,
-            {**shared, "KIND": int(options), "HAS_TARGETS": options},
-            types=_OF_PRODUCTS)  # fmt: skip
+            {**shared, **targets, "KIND": int(options)}, types=_OF_PRODUCTS)  # fmt: skip
         add(f"mixture_sums-{options:d}", divergence_kernels.add_mixture_sums_kernel, shared,
             types=_OF_PRODUCTS)  # fmt: skip
+        further = without({"g_entropy_ptr", "g_logprob_ptr", "miss_ptr"}, options)
         add(f"divergence_gradients-{options:d}", divergence_kernels.logit_gradients_kernel,
-            {**shared, "KIND": 2, "HAS_DIVERGENCE": True, "HAS_ENTROPY": options,
-             "HAS_LOGPROB": options},
-            types=_OF_PRODUCTS)  # fmt: skip
+            {**shared, **targets, **further, "KIND": 2}, types=_OF_PRODUCTS)  # fmt: skip
     add("scale", scale.scale_kernel, {"BLOCK": scale.BLOCK})
     add("repair_bound", powers.repair_bound_kernel,
         {"OVERFLOW": powers.OVERFLOW, "BLOCK_T": BLOCK_T})  # fmt: skip
