@@ -20,9 +20,9 @@ from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import (
-    add_low_rank,
     load_rows,
     logit_gradient,
+    low_rank_product,
     swizzle_program,
     transform_logits,
 )
@@ -161,7 +161,17 @@ def chunk_gradients_kernel(
     # A wide tile ends in two halves, which need fewer registers at a time.
     HALVES: tl.constexpr = BLOCK_V > BLOCK_T
     half: tl.constexpr = BLOCK_V // 2 if HALVES else BLOCK_V
-    product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    classes = start + tl.arange(0, BLOCK_V)
+    product = low_rank_product(
+        low_e_ptr,
+        low_c_ptr=low_c_ptr,
+        tokens=tokens,
+        is_token=is_token,
+        classes=classes,
+        inside=classes < V,
+        LOW_RANK=LOW_RANK,
+        TOKEN_AXIS=0,
+    )
     # One loop over tiles and features, so that loads of the next tile overlap a tile's end.
     for i in tl.range(0, tiles * steps, flatten=True):
         step = i % steps
@@ -172,19 +182,6 @@ def chunk_gradients_kernel(
         c_tile = load_rows(c, v, V, step * BLOCK_D, D, USE_TMA=C_TMA, ROWS=BLOCK_V, COLUMNS=BLOCK_D)
         product = tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
         if step == steps - 1:
-            if LOW_RANK:
-                classes = v + tl.arange(0, BLOCK_V)
-                product = add_low_rank(
-                    product,
-                    low_e_ptr=low_e_ptr,
-                    low_c_ptr=low_c_ptr,
-                    tokens=tokens,
-                    is_token=is_token,
-                    classes=classes,
-                    inside=classes < V,
-                    LOW_RANK=LOW_RANK,
-                    TOKEN_AXIS=0,
-                )
             if HALVES:
                 pairs = tl.permute(tl.reshape(product, (BLOCK_T, 2, half)), (0, 2, 1))
                 left, right = tl.split(pairs)
@@ -210,7 +207,17 @@ def chunk_gradients_kernel(
                     q=q,
                     multiplier=multiplier,
                 )
-            product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+            classes = v + BLOCK_V + tl.arange(0, BLOCK_V)
+            product = low_rank_product(
+                low_e_ptr,
+                low_c_ptr=low_c_ptr,
+                tokens=tokens,
+                is_token=is_token,
+                classes=classes,
+                inside=classes < V,
+                LOW_RANK=LOW_RANK,
+                TOKEN_AXIS=0,
+            )
 
 
 def chunk_gradients(

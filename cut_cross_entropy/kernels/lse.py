@@ -24,9 +24,9 @@ from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import (
     FORCED,
-    add_low_rank,
     fold_rows,
     load_rows,
+    low_rank_product,
     next_above,
     strip_bytes,
     swizzle_program,
@@ -104,8 +104,17 @@ def vocabulary_pass_kernel(
     if highest_ptr is not None:
         highest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     sums = tl.zeros((64, BLOCK_T), tl.float32)
-    product = tl.zeros((BLOCK_V, BLOCK_T), tl.float32)
     first_class = segment * segment_tiles * BLOCK_V
+    classes = first_class + tl.arange(0, BLOCK_V)
+    product = low_rank_product(
+        low_e_ptr,
+        low_c_ptr=low_c_ptr,
+        tokens=tokens,
+        is_token=is_token,
+        classes=classes,
+        inside=classes < V,
+        LOW_RANK=LOW_RANK,
+    )
     tiles = min(segment_tiles, tl.cdiv(V - first_class, BLOCK_V))
     steps = tl.cdiv(D, BLOCK_D)
     # One loop over tiles and features, so that loads of the next tile overlap a tile's end.
@@ -120,16 +129,6 @@ def vocabulary_pass_kernel(
         if step == steps - 1:
             classes = v + tl.arange(0, BLOCK_V)
             inside = classes < V
-            product = add_low_rank(
-                product,
-                low_e_ptr=low_e_ptr,
-                low_c_ptr=low_c_ptr,
-                tokens=tokens,
-                is_token=is_token,
-                classes=classes,
-                inside=inside,
-                LOW_RANK=LOW_RANK,
-            )
             logits = transform_logits(
                 product, classes, inside, bias_ptr, softcap, multiplier=multiplier
             )
@@ -170,7 +169,15 @@ def vocabulary_pass_kernel(
             if strips_ptr is not None:
                 both = strip_bytes(tl.sum(p * p, axis=1), tl.sum(p, axis=1))
                 tl.store(strips_ptr + block.to(tl.int64) * V + classes, both, mask=inside)
-            product = tl.zeros((BLOCK_V, BLOCK_T), tl.float32)
+            product = low_rank_product(
+                low_e_ptr,
+                low_c_ptr=low_c_ptr,
+                tokens=tokens,
+                is_token=is_token,
+                classes=classes + BLOCK_V,
+                inside=classes + BLOCK_V < V,
+                LOW_RANK=LOW_RANK,
+            )
 
     total = tl.sum(sums, 0)
     out = segment.to(tl.int64) * N + tokens

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.constants import MAX_ELEMENTS
@@ -34,17 +33,20 @@ from cut_cross_entropy.kernels.lse import (
     raise_bound,
     vocabulary_pass,
 )
+from cut_cross_entropy.kernels.made_rows_kernels import (
+    finish_rows_kernel,
+    scale_sums_kernel,
+    score_chunk_kernel,
+)
 from cut_cross_entropy.kernels.powers import (
     Chunk,
     choose_segment_tiles,
     finish_sums,
     sum_powers,
 )
-from cut_cross_entropy.kernels.primitives import gather_rows, transform_logits
 from cut_cross_entropy.kernels.tokens import (
     Tokens,
     compact_for_backward,
-    copy_row,
     list_valid,
     scatter_rows,
 )
@@ -55,120 +57,6 @@ ALIGNED = 256  # classes of a library product, but for the last few
 FEWEST = 1024  # classes of a chunk, if fewer tokens at a time allow it
 LOWEST = -1e30  # bound of a token of which nothing is known
 COPIES = 2  # of the rows: themselves, and what they are made of
-
-
-@triton.jit(do_not_specialize=["N", "V", "stride_n", "first_class"])
-def score_chunk_kernel(
-    source_ptr,  # (N, D) embeddings of the caller
-    c_ptr,  # (V, D) rows of the chunk
-    bias_ptr,  # (V,) of the chunk, or None
-    all_targets_ptr,  # (N,) of the caller
-    origin_ptr,  # (N,)
-    multiplier_ptr,  # (N,) in the order of the rows, or None
-    e_ptr,  # (N, D) out if COMPACT, else in
-    targets_ptr,  # (N,) out: row of c; -1 for none
-    logits_ptr,  # (N,) logit of the target, log2: out where it is in this chunk
-    rows_ptr,  # (N, D) out likewise, in the caller's order: the target's row of c; or None
-    N,
-    V,
-    D,
-    stride_n,
-    stride_d,
-    softcap,  # or None
-    first_class,
-    COMPACT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Compute the logit of one token's target, and keep its row, if it is in this chunk."""
-    row = tl.program_id(0).to(tl.int64)
-    origin = tl.load(origin_ptr + row)
-    if COMPACT:
-        copy_row(
-            source_ptr,
-            out_ptr=e_ptr,
-            origin=origin,
-            row=row,
-            N=N,
-            D=D,
-            stride_n=stride_n,
-            stride_d=stride_d,
-            BLOCK_D=BLOCK_D,
-        )
-        e_row, e_step = source_ptr + origin * stride_n, stride_d
-    else:
-        e_row, e_step = e_ptr + row * D, 1
-    lane = tl.zeros((1,), tl.int64)
-    target = tl.load(all_targets_ptr + origin + lane, mask=(origin + lane) < N, other=-1)
-    target = target.to(tl.int64) - first_class
-    usable = ((origin + lane) < N) & (target >= 0) & (target < V)
-    target = tl.where(usable, target, -1)
-    available = tl.where(tl.max(target, 0) >= 0, D, 0)
-    total = tl.zeros((1, BLOCK_D), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        e = tl.load(e_row + d * e_step, mask=d < available, other=0.0)
-        c = gather_rows(c_ptr, target, usable, d, D).to(tl.float32)
-        total += e.to(c_ptr.dtype.element_ty).to(tl.float32)[None, :] * c
-        if rows_ptr is not None:
-            out = rows_ptr + origin * D + d[None, :]
-            tl.store(out, c, mask=(d < available)[None, :])
-    multiplier = None
-    if multiplier_ptr is not None:
-        multiplier = tl.load(multiplier_ptr + row + lane)
-    product = tl.sum(total, 1)[:, None]
-    logit = transform_logits(product, target, usable, bias_ptr, softcap, multiplier=multiplier)
-    tl.store(targets_ptr + row + lane, target)
-    tl.store(logits_ptr + row + lane, tl.reshape(logit, (1,)), mask=usable)
-
-
-@triton.jit(do_not_specialize=["N"])
-def scale_sums_kernel(
-    flag_ptr,  # (blocks,)
-    before_ptr,  # (N,) bounds before this chunk, log2
-    bound_ptr,  # (N,)
-    sums_ptr,  # (N, D) in, out
-    N,
-    D,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Scale the sums of a block whose bounds were raised."""
-    block = tl.program_id(0)
-    if tl.load(flag_ptr + block) == 0:
-        return
-    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    before = tl.load(before_ptr + tokens, mask=tokens < N, other=0.0)
-    bound = tl.load(bound_ptr + tokens, mask=tokens < N, other=0.0)
-    factor = tl.where(before == bound, 1.0, tl.exp2(before - bound))  # both may be +inf
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    place = sums_ptr + tokens.to(tl.int64)[:, None] * D + columns[None, :]
-    mask = (tokens < N)[:, None] & (columns < D)[None, :]
-    sums = tl.load(place, mask=mask, other=0.0)
-    tl.store(place, sums * factor[:, None], mask=mask)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def finish_rows_kernel(
-    sums_ptr,  # (N, D) powers times rows
-    factor_ptr,  # (N,)
-    target_ptr,  # (N,)
-    origin_ptr,  # (N,) row of out; num_tokens for none
-    out_ptr,  # (num_tokens, D) row of the target, in; dE, out
-    num_tokens,
-    D,
-    BLOCK_D: tl.constexpr,
-):
-    """Turn the sums of one token into its gradient."""
-    row = tl.program_id(0).to(tl.int64)
-    factor = tl.load(factor_ptr + row)
-    weight = tl.load(target_ptr + row)
-    origin = tl.load(origin_ptr + row)
-    of_token = tl.where(origin < num_tokens, D, 0)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        sums = tl.load(sums_ptr + row * D + d, mask=d < of_token, other=0.0)
-        c = tl.load(out_ptr + origin * D + d, mask=d < of_token, other=0.0)
-        tl.store(out_ptr + origin * D + d, sums * factor - weight * c, mask=d < of_token)
 
 
 class LossAndGradient(NamedTuple):

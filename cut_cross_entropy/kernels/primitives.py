@@ -73,8 +73,7 @@ def gather_rows(
 
 
 @triton.jit
-def add_low_rank(
-    product,  # (classes, tokens) rows of c times rows of e, or its transpose
+def low_rank_product(
     low_e_ptr,  # (N, LOW_RANK)
     low_c_ptr,  # (V, LOW_RANK)
     tokens,  # (tokens,)
@@ -84,19 +83,18 @@ def add_low_rank(
     LOW_RANK: tl.constexpr,  # 0: there are no such columns
     TOKEN_AXIS: tl.constexpr = 1,
 ):
-    """Add the product of the columns that are tensors of their own."""
+    """Multiply the columns that are tensors of their own: what the sums of a tile start with.
+
+    If they were added to a finished tile, ptxas would serialise the products of the main loop.
+    """
+    if TOKEN_AXIS == 1:
+        product = tl.zeros((classes.shape[0], tokens.shape[0]), tl.float32)
+    else:
+        product = tl.zeros((tokens.shape[0], classes.shape[0]), tl.float32)
     for first in tl.static_range(0, LOW_RANK, RANK_STEP):
         columns = first + tl.arange(0, RANK_STEP)
-        low_e = tl.load(
-            low_e_ptr + tokens.to(tl.int64)[:, None] * LOW_RANK + columns[None, :],
-            mask=is_token[:, None],
-            other=0.0,
-        )
-        low_c = tl.load(
-            low_c_ptr + classes.to(tl.int64)[:, None] * LOW_RANK + columns[None, :],
-            mask=inside[:, None],
-            other=0.0,
-        )
+        low_e = gather_rows(low_e_ptr, tokens, is_token, columns, LOW_RANK)
+        low_c = gather_rows(low_c_ptr, classes, inside, columns, LOW_RANK)
         if TOKEN_AXIS == 1:
             product = tl.dot(low_c, low_e.T, product, input_precision="ieee")
         else:

@@ -135,6 +135,50 @@ def load_target(all_targets_ptr, position, N, V, first_class):
     return present, usable, tl.where(usable, target, -1)
 
 
+@triton.jit
+def move_and_score(
+    source_ptr,  # (N, D) embeddings of the caller
+    c_ptr,  # (V, D)
+    all_targets_ptr,  # (N,) of the caller
+    origin_ptr,  # (N,)
+    e_ptr,  # (N, D) out if COMPACT, else in
+    N,
+    V,
+    D,
+    stride_n,
+    stride_d,
+    first_class,
+    COMPACT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    rows_ptr=None,  # (N, D) out, in the caller's order: the target's row of c
+):
+    """Move one token to its row, and multiply it by its target's row of c.
+
+    Returns, (1,) each: the row, the position in the caller's order, the target's row of c (-1 if
+    there is none), whether there is one; and the product (1, 1).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    origin = tl.load(origin_ptr + row)
+    if COMPACT:
+        copy_row(source_ptr, e_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D)
+        e_row, e_step = source_ptr + origin * stride_n, stride_d
+    else:
+        e_row, e_step = e_ptr + row * D, 1
+    lane = tl.zeros((1,), tl.int64)
+    position = origin + lane
+    _, usable, target = load_target(all_targets_ptr, position, N, V, first_class)
+    available = tl.where(tl.max(target, 0) >= 0, D, 0)
+    total = tl.zeros((1, BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        e = tl.load(e_row + d * e_step, mask=d < available, other=0.0)
+        c = gather_rows(c_ptr, target, usable, d, D).to(tl.float32)
+        total += e.to(c_ptr.dtype.element_ty).to(tl.float32)[None, :] * c
+        if rows_ptr is not None:
+            tl.store(rows_ptr + origin * D + d[None, :], c, mask=(d < available)[None, :])
+    return row + lane, position, target, usable, tl.sum(total, 1)[:, None]
+
+
 @triton.jit(do_not_specialize=["N", "stride_n", "first_class"])
 def score_targets_kernel(
     source_ptr,  # (N, D) embeddings of the caller
@@ -161,37 +205,33 @@ def score_targets_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Move one token to its row and compute the logit of its target."""
-    row = tl.program_id(0).to(tl.int64)
-    origin = tl.load(origin_ptr + row)
-    if COMPACT:
-        copy_row(source_ptr, e_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D)
-        e_row, e_step = source_ptr + origin * stride_n, stride_d
-    else:
-        e_row, e_step = e_ptr + row * D, 1
-    lane = tl.zeros((1,), tl.int64)
-    position = origin + lane
-    present, usable, target = load_target(all_targets_ptr, position, N, V, first_class)
-    has_row = target >= 0
-    available = tl.where(tl.max(target, 0) >= 0, D, 0)
-    total = tl.zeros((1, BLOCK_D), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        e = tl.load(e_row + d * e_step, mask=d < available, other=0.0)
-        c = gather_rows(c_ptr, target, has_row, d, D)
-        total += e.to(c_ptr.dtype.element_ty).to(tl.float32)[None, :] * c.to(tl.float32)
-    product = tl.sum(total, 1)[:, None]
+    row, position, target, usable, product = move_and_score(
+        source_ptr,
+        c_ptr=c_ptr,
+        all_targets_ptr=all_targets_ptr,
+        origin_ptr=origin_ptr,
+        e_ptr=e_ptr,
+        N=N,
+        V=V,
+        D=D,
+        stride_n=stride_n,
+        stride_d=stride_d,
+        first_class=first_class,
+        COMPACT=COMPACT,
+        BLOCK_D=BLOCK_D,
+    )
     for first in tl.static_range(0, LOW_RANK, RANK_STEP):
         columns = first + tl.arange(0, RANK_STEP)
-        low_e = gather_rows(low_e_ptr, position, has_row, columns, LOW_RANK).to(tl.float32)
-        low_c = gather_rows(low_c_ptr, target, has_row, columns, LOW_RANK).to(tl.float32)
+        low_e = gather_rows(low_e_ptr, position, usable, columns, LOW_RANK).to(tl.float32)
+        low_c = gather_rows(low_c_ptr, target, usable, columns, LOW_RANK).to(tl.float32)
         product += tl.sum(low_e * low_c, 1)[:, None]
     logit = tl.reshape(transform_logits(product, target, usable, bias_ptr, softcap), (1,))
     bound = tl.where(logit < float("inf"), logit, 0.0)  # the pass finds NaN and +inf again
-    tl.store(targets_ptr + row + lane, target)
+    tl.store(targets_ptr + row, target)
     # Of a sharded vocabulary: the least over the shards is the logit of the one that holds it.
     absent = float("inf") if SHARDED else float("nan")
-    tl.store(logits_ptr + row + lane, tl.where(usable, logit, absent))
-    tl.store(bound_ptr + row + lane, tl.where(present, bound, float("inf")))
+    tl.store(logits_ptr + row, tl.where(usable, logit, absent))
+    tl.store(bound_ptr + row, tl.where(position < N, bound, float("inf")))
 
 
 def score_targets(

@@ -20,7 +20,7 @@ from cut_cross_entropy.kernels import (
     exact_sum,
     further_sums,
     lse,
-    made_rows,
+    made_rows_kernels,
     order,
     powers,
     scale,
@@ -295,12 +295,12 @@ def variants(tiles: Tiles) -> list[Variant]:
             {"NEED_E": True, "NEED_C": True, "HAS_UNIT": unit, "BLOCK_D": 1024},
             types=(("out_ptr", "*fp32"),))  # fmt: skip
     for options in (False, True):
-        add(f"score_chunk-{options:d}", made_rows.score_chunk_kernel,
+        add(f"score_chunk-{options:d}", made_rows_kernels.score_chunk_kernel,
             {"COMPACT": options, "BLOCK_D": 1024, **({} if options else {"softcap": None}),
              **without({"bias_ptr", "multiplier_ptr", "rows_ptr"}, options)},
             types=(("rows_ptr", "*fp32"),))  # fmt: skip
-    add("scale_sums", made_rows.scale_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 128})
-    add("finish_rows", made_rows.finish_rows_kernel, {"BLOCK_D": 1024},
+    add("scale_sums", made_rows_kernels.scale_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 128})
+    add("finish_rows", made_rows_kernels.finish_rows_kernel, {"BLOCK_D": 1024},
         types=(("out_ptr", "*fp32"),))  # fmt: skip
     add("add_targets", exact_sum.add_targets_kernel,
         {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 1024},
@@ -385,11 +385,19 @@ def variants(tiles: Tiles) -> list[Variant]:
 
 @dataclass(frozen=True)
 class Usage:
-    """Resources of a compiled kernel; registers and spills are known for NVIDIA only."""
+    """Resources of a compiled kernel; those after the first are known for NVIDIA only.
+
+    Args:
+        shared: bytes of shared memory.
+        registers: of a thread.
+        stack: bytes of a thread, where spills land.
+        serialised: whether each asynchronous product of sm_90 is waited for before the next.
+    """
 
     shared: int
     registers: int | None
     stack: int | None
+    serialised: bool | None
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
@@ -433,23 +441,29 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
     if variant.max_registers is not None and target.backend == "cuda":
         options["maxnreg"] = variant.max_registers
     kernel = triton.compile(source, target=target, options=options)
-    registers = stack = None
+    registers = stack = serialised = None
     if target.backend == "cuda":
-        registers, stack = _resource_usage(kernel.asm["cubin"])
-    return Usage(kernel.metadata.shared, registers, stack)
+        usage = _dump(kernel.asm["cubin"], "--dump-resource-usage")
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert found, usage
+        registers, stack = int(found[1]), int(found[2])
+        serialised = "wgmma" in kernel.asm["ptx"] and _is_serialised(kernel.asm["cubin"])
+    return Usage(kernel.metadata.shared, registers, stack, serialised)
 
 
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Return registers and bytes of stack, where spills land, per thread."""
+def _is_serialised(cubin: bytes) -> bool:
+    products = re.findall(r"HGMMA[^;]*;", _dump(cubin, "-sass"))
+    assert products
+    return len(products) > 1 and all("gsb0" in product for product in products)
+
+
+def _dump(cubin: bytes, option: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found, text
-    return int(found[1]), int(found[2])
+        command = [tool, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def tiles_of(name: str) -> Tiles:

@@ -17,10 +17,10 @@ from cut_cross_entropy.kernels.filtered.index import TILE, Range, StripList
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import (
-    add_low_rank,
     gather_rows,
     load_rows,
     logit_gradient,
+    low_rank_product,
     popcount,
     transform_logits,
 )
@@ -70,17 +70,10 @@ def strip_gradients_kernel(
     classes = tl.load(classes_ptr + strips, mask=inside, other=0)
     first_token = (first_block + local_block) * BLOCK_T
     features = tl.arange(0, BLOCK_D)
-    product = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        c_tile = gather_rows(c_ptr, classes, inside, d + features, D)
-        e_tile = load_rows(e, first_token, N, d, D, USE_TMA=E_TMA, ROWS=BLOCK_T, COLUMNS=BLOCK_D)
-        product = tl.dot(c_tile, e_tile.T, product, input_precision="ieee")
-
     tokens = first_token + tl.arange(0, BLOCK_T)
     is_token = tokens < N
-    product = add_low_rank(
-        product,
-        low_e_ptr=low_e_ptr,
+    product = low_rank_product(
+        low_e_ptr,
         low_c_ptr=low_c_ptr,
         tokens=tokens,
         is_token=is_token,
@@ -88,6 +81,11 @@ def strip_gradients_kernel(
         inside=inside,
         LOW_RANK=LOW_RANK,
     )
+    for d in range(0, D, BLOCK_D):
+        c_tile = gather_rows(c_ptr, classes, inside, d + features, D)
+        e_tile = load_rows(e, first_token, N, d, D, USE_TMA=E_TMA, ROWS=BLOCK_T, COLUMNS=BLOCK_D)
+        product = tl.dot(c_tile, e_tile.T, product, input_precision="ieee")
+
     lse = tl.load(lse_ptr + tokens, mask=is_token, other=float("inf"))
     a = tl.load(a_ptr + tokens, mask=is_token, other=0.0)
     b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
