@@ -6,12 +6,14 @@ problem goes through ``F.cross_entropy(F.linear(e, c, bias).float(), targets)`` 
 as much as plain is, plus ``FLOOR`` for where plain happens to be exact.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.lazy import notices
@@ -158,6 +160,23 @@ def run(
     return Results(loss.detach(), lse.detach(), *grads)
 
 
+def leaves_of(problem: Problem) -> list[Tensor]:
+    """Embeddings, classifier and bias as leaves of a new graph."""
+    return [x.detach().requires_grad_() for x in (problem.e, problem.c, problem.bias)]
+
+
+def strided(problem: Problem, what: str) -> Problem:
+    """The problem with one tensor, or "all", that is not contiguous."""
+    tensors = {
+        "e": problem.e.transpose(0, 1).contiguous().transpose(0, 1),
+        "c": problem.c.T.contiguous().T,
+        "targets": problem.targets.repeat_interleave(2, dim=-1)[..., ::2],
+        "bias": problem.bias.repeat_interleave(3)[::3],
+    }
+    assert not any(tensor.is_contiguous() for tensor in tensors.values())
+    return replace(problem, **(tensors if what == "all" else {what: tensors[what]}))
+
+
 def run_ours(problem: Problem, impl: str, *, return_lse: bool = True, **options: object) -> Results:
     """Results of ``linear_cross_entropy``; zeros for an lse that is not asked for."""
     if return_lse:
@@ -226,3 +245,28 @@ def check(problem: Problem, impl: str, **options: object) -> Results:
         grad = ours.named().get(f"grad_{name}")
         assert grad is None or grad.dtype == tensor.dtype, f"gradient of {name} in {grad.dtype}"
     return ours
+
+
+def check_sure_token(impl: str, miss: float, rtol: float) -> None:
+    """Loss and gradients of a token whose target has the probability ``1 - miss``."""
+    classes = 200
+    e = torch.zeros(1, classes)
+    e[0, 7] = math.log((classes - 1) * (1 - miss) / miss)
+    loss = linear_cross_entropy(
+        e.requires_grad_(), torch.eye(classes), torch.tensor([7]), impl=impl
+    )
+    loss.backward()
+    expected = torch.full((classes,), miss / (classes - 1))
+    expected[7] = -miss
+    torch.testing.assert_close(e.grad[0], expected, rtol=rtol, atol=0)
+    torch.testing.assert_close(loss.item(), -math.log1p(-miss), rtol=rtol, atol=0)
+
+
+def check_checkpoint(head: Callable[..., Tensor], *inputs: Tensor, use_reentrant: bool) -> None:
+    """A loss that is computed again in the backward has the same gradients, to the bit."""
+    expected_loss = head(*inputs)
+    expected = torch.autograd.grad(expected_loss, inputs)
+    loss = checkpoint(head, *inputs, use_reentrant=use_reentrant)
+    loss.backward()
+    torch.testing.assert_close(loss, expected_loss)
+    assert all(torch.equal(x.grad, y) for x, y in zip(inputs, expected, strict=True))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cut_cross_entropy import linear_cross_entropy
-from tests.support import IMPLS, check, full_logits, make_problem, run_ours
+from tests.support import IMPLS, check, full_logits, make_problem, run_ours, strided
 
 pytestmark = [
     pytest.mark.usefixtures("poison_empty"),
@@ -52,16 +52,8 @@ def test_automatic_shift_equals_shift_by_hand(impl):
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("what", ["e", "c", "targets", "bias", "all"])
 def test_non_contiguous_inputs(impl, what, shift):
-    problem = make_problem((4, 6), bias=True)
-    strided = {
-        "e": problem.e.transpose(0, 1).contiguous().transpose(0, 1),
-        "c": problem.c.T.contiguous().T,
-        "targets": problem.targets.repeat_interleave(2, dim=-1)[..., ::2],
-        "bias": problem.bias.repeat_interleave(3)[::3],
-    }
-    assert not any(tensor.is_contiguous() for tensor in strided.values())
-    chosen = strided if what == "all" else {what: strided[what]}
-    check(replace(problem, **chosen), impl, shift=shift, reduction="none")
+    problem = strided(make_problem((4, 6), bias=True), what)
+    check(problem, impl, shift=shift, reduction="none")
 
 
 def test_expanded_inputs(impl):

@@ -8,14 +8,21 @@ from itertools import pairwise
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy, sum_operators
 from cut_cross_entropy.implementations import blocks, chunked, chunked_sum
 from cut_cross_entropy.implementations.blocks import Blocks
 from cut_cross_entropy.problem import Needed, Problem
 from cut_cross_entropy.sum_operators import SumOptions
-from tests.support import check, full_logits, make_problem, run_ours
+from tests.support import (
+    check,
+    check_checkpoint,
+    check_sure_token,
+    full_logits,
+    leaves_of,
+    make_problem,
+    run_ours,
+)
 from tests.test_memory import peak_bytes
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -47,10 +54,6 @@ def passes(monkeypatch):
 def small_chunks(monkeypatch):
     """Let chunks be as small as the budget has them."""
     monkeypatch.setattr(chunked_sum, "MIN_TOKENS", 1)
-
-
-def leaves_of(problem):
-    return [x.detach().requires_grad_() for x in (problem.e, problem.c, problem.bias)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -210,12 +213,8 @@ def test_a_checkpoint_of_weighted_losses(use_reentrant, passes):
     def head(e, c, bias):
         return chunked_loss(e * 2, c, problem.targets, bias, **factors_in(e.dtype, "all"))
 
-    loss = checkpoint(head, *inputs, use_reentrant=use_reentrant)
-    loss.backward()
-    assert passes == ["forward", "loss_and_gradients"]
-    torch.testing.assert_close(loss, head(*inputs))
-    expected = torch.autograd.grad(head(*inputs), inputs)
-    assert all(torch.equal(x.grad, y) for x, y in zip(inputs, expected, strict=True))
+    check_checkpoint(head, *inputs, use_reentrant=use_reentrant)
+    assert passes == ["loss_and_gradients", "forward", "loss_and_gradients"]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -506,11 +505,8 @@ def test_a_checkpoint_computes_gradients_once(use_reentrant, passes):
     def head(e, c, bias):
         return chunked_loss(e * 2, c, problem.targets, bias)
 
-    checkpoint(head, *inputs, use_reentrant=use_reentrant).backward()
-    assert passes == ["forward", "loss_and_gradients"]
-    got = [x.grad for x in inputs]
-    expected = torch.autograd.grad(head(*inputs), inputs)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    check_checkpoint(head, *inputs, use_reentrant=use_reentrant)
+    assert passes == ["loss_and_gradients", "forward", "loss_and_gradients"]
 
 
 def test_hooks_see_each_gradient_once():
@@ -526,17 +522,7 @@ def test_hooks_see_each_gradient_once():
 @pytest.mark.parametrize("miss", [1e-3, 1e-6, 1e-9])
 def test_gradients_of_sure_tokens(miss):
     """In float32, 1 - p has an error of 6 % at 1e-6; the sum of all others has seven digits."""
-    classes = 200
-    e = torch.zeros(1, classes)
-    e[0, 7] = math.log((classes - 1) * (1 - miss) / miss)
-    e.requires_grad_()
-    target = torch.tensor([7])
-    loss = chunked_loss(e, torch.eye(classes), target)
-    loss.backward()
-    expected = torch.full((classes,), miss / (classes - 1))
-    expected[7] = -miss
-    torch.testing.assert_close(e.grad[0], expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(loss.item(), -math.log1p(-miss), rtol=1e-5, atol=0)
+    check_sure_token("chunked", miss, rtol=1e-5)
 
 
 def test_same_bits_every_time():

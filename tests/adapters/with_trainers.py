@@ -19,6 +19,7 @@ repositories, each in a folder of PYTHONPATH. Without their dependencies, which 
 All 34 pass; one that is skipped did not find its trainer.
 """
 
+import copy
 import importlib
 import importlib.util
 import logging
@@ -38,7 +39,7 @@ from cut_cross_entropy.transformers import call_count, cce_patch
 from tests.adapters import stand_ins
 from tests.adapters.parity import CLASSES, DIM, assert_same, problem, step, topk_problem
 from tests.support import is_computed
-from tests.transformers.models import batch, llama, twin
+from tests.transformers.models import batch, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -298,7 +299,7 @@ def test_torchtitan(name, monkeypatch):
 def patched_and_plain():
     """Two models with the same weights in float64, the second one with lazy logits."""
     plain = llama().double()
-    return plain, cce_patch(twin(plain), lazy_logits=True)
+    return plain, cce_patch(copy.deepcopy(plain), lazy_logits=True)
 
 
 def gradients(model, outputs):

@@ -21,6 +21,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.multiprocessing.spawn import ProcessException
 
+from cut_cross_entropy.device_support import triton_version
+
 TIMEOUT = 60  # seconds that a collective waits for the other processes
 
 PRELOADED = [
@@ -31,6 +33,26 @@ PRELOADED = [
     "cut_cross_entropy.kernels.step",
     "tests.support",
 ]
+
+
+class Cases(dict):
+    """Functions of a rank by name, which a module registers with the decorator :meth:`add`."""
+
+    def add(self, *parameters):
+        """Register a case for each parameter, or a single one."""
+
+        def register(function):
+            for parameter in parameters or [()]:
+                values = parameter if isinstance(parameter, tuple) else (parameter,)
+                name = "-".join([function.__name__, *map(str, values)])
+                self[name] = functools.partial(_call, function, values)
+            return function
+
+        return register
+
+
+def _call(function, values, rank):
+    function(rank, *values)
 
 
 class Die(Exception):
@@ -85,6 +107,10 @@ def outcomes_of(cases, world_size, factory, name, **options):
 
 def _process(rank, cases, world_size, folder, timeout):
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1" and triton_version() is not None:
+        from tests.fast_interpreter import skip_repeated_work
+
+        skip_repeated_work()
     warnings.simplefilter("error")
     # What PyTorch says about itself: compiled code and DTensors in processes.
     of_pytorch = ("`torch.jit.", "The .grad attribute", ".*autograd.function.Function'> should not")

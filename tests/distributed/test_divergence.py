@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from cut_cross_entropy import VocabParallelOptions, linear_divergence
-from tests.distributed.processes import assert_passed, outcomes_of
+from tests.distributed.processes import assert_passed
 from tests.test_divergence import NAMES, leaves_of, problem, run, truth
 
 WORLD = 3
@@ -150,11 +150,6 @@ CASES = {
     "different_shards": different_shards,
     "sharded_head": sharded_head,
 }
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return outcomes_of(CASES, WORLD, tmp_path_factory, "divergence")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,28 +12,15 @@ from torch import nn
 
 from cut_cross_entropy import LinearCrossEntropy, VocabParallelOptions, linear_cross_entropy
 from cut_cross_entropy.distributed import DataParallelOptions
-from tests.distributed.processes import assert_passed, outcomes_of, settled
+from tests.distributed.processes import Cases, assert_passed, settled
 from tests.support import make_problem
 from tests.test_memory import peak_bytes
 
 WORLD = 4
 V = 301  # rows do not divide evenly: 76, 76, 76, 73
-CASES = {}
+CASES = Cases()
+case = CASES.add
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
-
-
-def case(*parameters):
-    def register(function):
-        for parameter in parameters or [()]:
-            name = "-".join([function.__name__, *map(str, parameter)])
-            CASES[name] = functools.partial(_call, function, parameter)
-        return function
-
-    return register
-
-
-def _call(function, values, rank):
-    function(rank, *values)
 
 
 def mesh_of(*names, shape=None):
@@ -499,11 +486,6 @@ def refusals(rank):
     loss = linear_cross_entropy(e, head, targets)
     with refused("no second derivative"):
         torch.autograd.grad(loss, head, create_graph=True)
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return outcomes_of(CASES, WORLD, tmp_path_factory, "dtensor")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,18 +8,13 @@ import torch
 import torch.distributed as dist
 
 from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy
-from tests.distributed.processes import Die, assert_passed, outcomes_of, run_cases
+from tests.distributed.processes import Cases, Die, assert_passed, run_cases
 from tests.distributed.sharded import check, rows
 from tests.support import make_problem
 
 TIMEOUT = 4  # seconds, where waiting is what is tested
-DISAGREEMENTS = {}
-DEATHS = {}
-
-
-def disagreement(function):
-    DISAGREEMENTS[function.__name__] = function
-    return function
+WORLD = 2
+CASES = Cases()
 
 
 def impatient(ranks):
@@ -38,7 +33,7 @@ def call(problem, own, **options):
     )
 
 
-@disagreement
+@CASES.add()
 def tokens(rank):
     """Processes would wait for bytes that never come, or end without a word."""
     problem = make_problem((5 + rank,))
@@ -48,28 +43,28 @@ def tokens(rank):
             call(problem, own)
 
 
-@disagreement
+@CASES.add()
 def features(rank):
     problem = make_problem(dim=16 + rank)
     with pytest.raises(ValueError, match=r"as many features on every rank .*, got 16, 17"):
         call(problem, VocabParallelOptions.from_vocab(300))
 
 
-@disagreement
+@CASES.add()
 def dtypes(rank):
     problem = make_problem(dtype=(torch.float32, torch.bfloat16)[rank])
     with pytest.raises(ValueError, match=r"same dtype .*, got torch.float32, torch.bfloat16"):
         call(problem, VocabParallelOptions.from_vocab(300))
 
 
-@disagreement
+@CASES.add()
 def targets(rank):
     problem = make_problem(seed=rank)
     with pytest.raises(ValueError, match=r"targets must be the same on every rank.*gather_e=True"):
         call(problem, VocabParallelOptions.from_vocab(300))
 
 
-@disagreement
+@CASES.add()
 def shards(rank):
     """A gap, an overlap, and a first class that nobody has."""
     for bounds in (((0, 140), (150, 300)), ((0, 160), (150, 300)), ((1, 150), (150, 300))):
@@ -80,7 +75,7 @@ def shards(rank):
             call(make_problem(), own)
 
 
-@disagreement
+@CASES.add()
 def targets_of_one_process_out_of_range(rank):
     problem = make_problem((2, 5))
     problem.targets[1] = 300
@@ -90,12 +85,12 @@ def targets_of_one_process_out_of_range(rank):
         linear_cross_entropy(part.e[rank], part.c, part.targets[rank], vocab_parallel_options=own)
 
 
-@disagreement
+@CASES.add()
 def the_next_call_is_unharmed(rank):
     check(make_problem(), "chunked")
 
 
-@disagreement
+@CASES.add()
 def rows_of_one_process(rank):
     """What a process sees alone it says at once; the others wait for it, but not for ever."""
     problem = make_problem()
@@ -132,21 +127,13 @@ def a_peer_dies(rank):
         loss.backward()
 
 
-DEATHS["a_peer_dies"] = a_peer_dies
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return outcomes_of(DISAGREEMENTS, 2, tmp_path_factory, "failures")
-
-
-@pytest.mark.parametrize("name", DISAGREEMENTS)
+@pytest.mark.parametrize("name", CASES)
 def test_disagreement(outcomes, name):
     assert_passed(outcomes[name])
 
 
 def test_a_peer_dies(tmp_path):
     start = time.monotonic()
-    outcomes = run_cases(DEATHS, 4, tmp_path)
+    outcomes = run_cases({"a_peer_dies": a_peer_dies}, 4, tmp_path)
     assert_passed(outcomes["a_peer_dies"])
     assert time.monotonic() - start < 60

@@ -1,6 +1,5 @@
 """The kernels, interpreted, in two processes that hold a vocabulary together."""
 
-import functools
 import math
 from contextlib import contextmanager
 
@@ -15,7 +14,7 @@ from cut_cross_entropy import (
     record_filter,
 )
 from cut_cross_entropy.kernels.filtered import measure
-from tests.distributed.processes import assert_passed, outcomes_of
+from tests.distributed.processes import Cases, assert_passed
 from tests.distributed.sharded import assert_same_bits, check, rows, rows_of
 from tests.kernels.test_interpreted_filtered import sharp
 from tests.support import KERNEL_FLOOR, Problem, full_logits, make_problem, run, run_ours
@@ -23,22 +22,9 @@ from tests.support import KERNEL_FLOOR, Problem, full_logits, make_problem, run,
 pytestmark = pytest.mark.interpret
 
 WORLD = 2
-CASES = {}
+CASES = Cases()
+case = CASES.add
 GRADIENTS = ("grad_e", "grad_c", "grad_bias")
-
-
-def case(*parameters):
-    def register(function):
-        for parameter in parameters or [()]:
-            name = "-".join([function.__name__, *map(str, parameter)])
-            CASES[name] = functools.partial(_call, function, parameter)
-        return function
-
-    return register
-
-
-def _call(function, values, rank):
-    function(rank, *values)
 
 
 @contextmanager
@@ -273,11 +259,6 @@ def exchanged():
         for (module, name), original in originals.items():
             setattr(module, name, original)
         collectives._collective.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return outcomes_of(CASES, WORLD, tmp_path_factory, "kernels")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,15 +1,14 @@
 """The last stage of a pipeline computes the loss from embeddings, as docs/distributed.md says."""
 
-import functools
-
 import pytest
 import torch
 from torch import nn
 
 from cut_cross_entropy import linear_cross_entropy
-from tests.distributed.processes import assert_passed, outcomes_of
+from tests.distributed.processes import Cases, assert_passed
 
-CASES = {}
+WORLD = 2
+CASES = Cases()
 BATCH, TIME, D, V = 8, 5, 16, 50
 
 
@@ -35,6 +34,7 @@ class LastStage(nn.Module):
         return linear_cross_entropy(e, self.head.weight, labels, shift=1, reduction="sum")
 
 
+@CASES.add("ScheduleGPipe", "Schedule1F1B")
 def pipeline(rank, schedule):
     from torch.distributed import pipelining
 
@@ -65,15 +65,6 @@ def pipeline(rank, schedule):
         mine = [p.grad for p in (*last.parameters(), head.weight)]
         wanted = wanted[-len(mine) :]
     torch.testing.assert_close(mine, wanted)
-
-
-for name in ("ScheduleGPipe", "Schedule1F1B"):
-    CASES[name] = functools.partial(pipeline, schedule=name)
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return outcomes_of(CASES, 2, tmp_path_factory, "pipeline")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,9 +4,10 @@ import functools
 
 import pytest
 
-from tests.distributed.processes import assert_passed, outcomes_of
+from tests.distributed.processes import assert_passed
 from tests.distributed.scenario import train
 
+WORLD = 4
 # The kernels are interpreted here, and the interpreter computes products of bfloat16 wrongly.
 RUNS = (
     ("chunked", "float16"),
@@ -20,11 +21,6 @@ RUNS = (
 CASES = {
     f"{impl}-{dtype}": functools.partial(train, impl=impl, dtype=dtype) for impl, dtype in RUNS
 }
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return outcomes_of(CASES, 4, tmp_path_factory, "scenario")
 
 
 @pytest.mark.interpret

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy, token_logprobs
-from tests.distributed.processes import assert_passed, outcomes_of
+from tests.distributed.processes import assert_passed
 from tests.support import make_problem
 from tests.test_token_logprobs import (
     DIFFERENTIABLE,
@@ -245,11 +245,6 @@ CASES = {
     "dtensors_of_tokens": dtensors_of_tokens,
     "wrong_weights": wrong_weights,
 }
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return outcomes_of(CASES, WORLD, tmp_path_factory, "token_logprobs")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -14,7 +14,7 @@ from cut_cross_entropy.benchmark.distributed_traffic import (
     collectives,
 )
 from cut_cross_entropy.benchmark.setups import OWN_TOKENS, SETUPS
-from tests.distributed.processes import assert_passed, outcomes_of
+from tests.distributed.processes import assert_passed
 
 WORLD, TOKENS, CLASSES, DIM = 2, 64, 640, 32
 
@@ -106,11 +106,6 @@ CASES = {
     **{f"replayed {setup}": partial(replayed, setup) for setup in REPLAYED},
     "runs alone": runs_alone,
 }
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return outcomes_of(CASES, WORLD, tmp_path_factory, "traffic")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy
-from tests.distributed.processes import assert_passed, outcomes_of
+from tests.distributed.processes import Cases, assert_passed
 from tests.distributed.sharded import check, rows
-from tests.support import IMPLS, make_problem
+from tests.support import IMPLS, check_checkpoint, make_problem
 from tests.test_snippets import PLACEHOLDERS
 
 WORLD = 4
@@ -26,26 +25,8 @@ OPTIONS = {
     "only-c": {"needed": ("c",)},
     "no-gradient": {"needed": ()},
 }
-CASES = {}
-
-
-def case(*parameters):
-    """Registers a case for each parameter, or a single one."""
-
-    def register(function):
-        if not parameters:
-            CASES[function.__name__] = function
-        for parameter in parameters:
-            values = parameter if isinstance(parameter, tuple) else (parameter,)
-            name = "-".join([function.__name__, *map(str, values)])
-            CASES[name] = functools.partial(_call, function, values)
-        return function
-
-    return register
-
-
-def _call(function, values, rank):
-    function(rank, *values)
+CASES = Cases()
+case = CASES.add
 
 
 @case(*((impl, name) for impl in PLAIN for name in OPTIONS))
@@ -78,11 +59,9 @@ def all_ignored(rank, impl):
     assert not ours.grad_e.any()
 
 
+@case()
 def no_tokens(rank):
     check(make_problem((0,)), "chunked")
-
-
-CASES["no_tokens"] = no_tokens
 
 
 @case(*PLAIN)
@@ -252,12 +231,7 @@ def activation_checkpointing(rank, impl, reentrant):
     def head(e, c):
         return linear_cross_entropy(e * 2, c, part.targets, impl=impl, vocab_parallel_options=own)
 
-    checkpoint(head, e, c, use_reentrant=reentrant).backward()
-    got = (e.grad, c.grad)
-    e.grad = c.grad = None
-    head(e, c).backward()
-    assert torch.equal(got[0], e.grad)
-    assert torch.equal(got[1], c.grad)
+    check_checkpoint(head, e, c, use_reentrant=reentrant)
 
 
 @case(*PLAIN)
@@ -383,11 +357,6 @@ def reductions_of_releases(rank):
         grads = torch.autograd.grad(((hooked + other) * (rank + 1.0)).sum(), (e, other))
         assert torch.equal(grads[0], torch.full((2, 3), 10.0 if reduce else rank + 1.0))
         assert torch.equal(grads[1], torch.full((2, 3), rank + 1.0))
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return outcomes_of(CASES, WORLD, tmp_path_factory, "vocab_parallel")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,46 +12,37 @@ from cut_cross_entropy.heads import Head, LowRank
 V, D, DEPTHS, SHARE = 131, 32, 2, 0.3
 
 
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 1 + DEPTHS,
+    "num_attention_heads": 4,
+    "n_shared_experts": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+
 def deepseek():
     return transformers.DeepseekV3Config(
-        vocab_size=V,
-        hidden_size=D,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=1 + DEPTHS,
-        num_attention_heads=4,
+        **SIZES,
         num_key_value_heads=4,
-        n_shared_experts=1,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
         kv_lora_rank=8,
         q_lora_rank=8,
         qk_rope_head_dim=8,
         qk_nope_head_dim=8,
         v_head_dim=8,
-        first_k_dense_replace=1,
     ), transformers.DeepseekV3ForCausalLM
 
 
 def glm():
-    return transformers.Glm4MoeConfig(
-        vocab_size=V,
-        hidden_size=D,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=1 + DEPTHS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        n_shared_experts=1,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-    ), transformers.Glm4MoeForCausalLM
+    config = transformers.Glm4MoeConfig(**SIZES, num_key_value_heads=2, head_dim=8)
+    return config, transformers.Glm4MoeForCausalLM
 
 
 class MultiToken(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.conftest import ROUTES, take_route
-from tests.support import make_problem, run_ours
+from tests.support import make_problem, run_ours, strided
 from tests.test_needed_gradients import SUBSETS
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
@@ -136,16 +136,8 @@ def test_leading_shape(route, leading, reduction):
     ("what", "shift"), [("e", 1), ("c", 0), ("targets", 1), ("bias", 0), ("all", 0), ("all", 1)]
 )
 def test_non_contiguous_inputs(route, what, shift):
-    problem = make_problem((3, 5), 130, 24, bias=True)
-    strided = {
-        "e": problem.e.transpose(0, 1).contiguous().transpose(0, 1),
-        "c": problem.c.T.contiguous().T,
-        "targets": problem.targets.repeat_interleave(2, dim=-1)[..., ::2],
-        "bias": problem.bias.repeat_interleave(3)[::3],
-    }
-    assert not any(tensor.is_contiguous() for tensor in strided.values())
-    chosen = strided if what == "all" else {what: strided[what]}
-    route.check(replace(problem, **chosen), shift=shift, reduction="none")
+    problem = strided(make_problem((3, 5), 130, 24, bias=True), what)
+    route.check(problem, shift=shift, reduction="none")
 
 
 def test_expanded_inputs(route):

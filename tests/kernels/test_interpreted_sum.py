@@ -4,13 +4,19 @@ import math
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import budget, dispatch, linear_cross_entropy, record_filter
 from cut_cross_entropy.implementations import token_chunks
 from cut_cross_entropy.kernels import exact_sum, scale, step
 from cut_cross_entropy.kernels.powers import choose_segment_tiles
-from tests.support import check, make_problem, run_ours
+from tests.support import (
+    check,
+    check_checkpoint,
+    check_sure_token,
+    leaves_of,
+    make_problem,
+    run_ours,
+)
 from tests.test_sum import compare_with_reference, factors_in
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
@@ -34,10 +40,6 @@ def chunks(monkeypatch):
 def small_chunks(monkeypatch):
     """Let a chunk be one block of tokens."""
     monkeypatch.setattr(exact_sum, "powers_per_chunk", lambda problem, needed: 128)
-
-
-def leaves_of(problem):
-    return [x.detach().requires_grad_() for x in (problem.e, problem.c, problem.bias)]
 
 
 @pytest.mark.parametrize(("softcap", "bias"), [(None, True), (5.0, False), (5.0, True)])
@@ -217,16 +219,7 @@ def test_tokens_of_one_target(same, chunks):
 @pytest.mark.parametrize("miss", [1e-3, 1e-6, 1e-9])
 def test_gradients_of_sure_tokens(miss):
     """In float32, 1 - p has an error of 6 % at 1e-6."""
-    classes = 200
-    e = torch.zeros(1, classes)
-    e[0, 7] = math.log((classes - 1) * (1 - miss) / miss)
-    e.requires_grad_()
-    loss = linear_cross_entropy(e, torch.eye(classes), torch.tensor([7]), impl="cce_exact")
-    loss.backward()
-    expected = torch.full((classes,), miss / (classes - 1))
-    expected[7] = -miss
-    torch.testing.assert_close(e.grad[0], expected, rtol=1e-3, atol=0)
-    torch.testing.assert_close(loss.item(), -math.log1p(-miss), rtol=1e-3, atol=0)
+    check_sure_token("cce_exact", miss, rtol=1e-3)
 
 
 @pytest.mark.parametrize("value", [300, -1])
@@ -344,10 +337,8 @@ def test_a_checkpoint_computes_gradients_once(use_reentrant, chunks, monkeypatch
     def head(e, c, bias):
         return linear_cross_entropy(e * 2, c, problem.targets, bias, impl="cce_exact")
 
-    checkpoint(head, *inputs, use_reentrant=use_reentrant).backward()
-    assert (len(passes), len(chunks)) == (1, 1)
-    expected = torch.autograd.grad(head(*inputs), inputs)
-    assert all(torch.equal(x.grad, b) for x, b in zip(inputs, expected, strict=True))
+    check_checkpoint(head, *inputs, use_reentrant=use_reentrant)
+    assert (len(passes), len(chunks)) == (1, 2)
 
 
 def test_a_retained_graph_and_a_second_derivative(chunks):

@@ -1,5 +1,6 @@
 """Trainers without a seam: what they make of a patched model's logits, without the logits."""
 
+import copy
 import warnings
 
 import pytest
@@ -13,7 +14,7 @@ from cut_cross_entropy.lazy.notices import call_count
 from cut_cross_entropy.transformers import cce_patch, cce_unpatch
 from tests.lazy import trainers
 from tests.support import forget_warnings, is_computed
-from tests.transformers.models import SIZES, VOCAB, batch, llama, twin
+from tests.transformers.models import SIZES, VOCAB, batch, llama
 
 FALLS_BACK = pytest.mark.filterwarnings("ignore:.*computed in full because:UserWarning")
 RANDOM = torch.Generator().manual_seed(5)
@@ -173,7 +174,7 @@ def assert_same(actual, expected, atol=1e-10):
 def test_values_and_gradients_without_logits(name, build, operators):
     function, expected_operators = STEPS[name]
     plain = build().double()
-    patched = cce_patch(twin(plain), lazy_logits=True)
+    patched = cce_patch(copy.deepcopy(plain), lazy_logits=True)
     expected = step(plain, function)
     assert not operators
     with warnings.catch_warnings():
@@ -265,7 +266,7 @@ OTHER_STEPS = {  # what is not recognised, or must not be taken for what is
 def test_everything_else_has_the_numbers_of_the_logits(name, build):
     function = lambda model: OTHER_STEPS[name](logits_of(model)[:, 1:].clone())
     plain = build().double()
-    patched = cce_patch(twin(plain), lazy_logits=True)
+    patched = cce_patch(copy.deepcopy(plain), lazy_logits=True)
     expected, actual = step(plain, function), step(patched, function)
     assert_same(actual, expected)
     assert [x.dtype for x in actual[0]] == [x.dtype for x in expected[0]]
@@ -274,7 +275,7 @@ def test_everything_else_has_the_numbers_of_the_logits(name, build):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_nothing_is_kept(mode, operators):
     plain = llama().double().eval()
-    patched = cce_patch(twin(plain), lazy_logits=True)
+    patched = cce_patch(copy.deepcopy(plain), lazy_logits=True)
     with mode():
         expected, actual = actor(plain), actor(patched)
     for mine, other in zip(actual, expected, strict=True):
@@ -288,8 +289,8 @@ def test_without_gradients_nothing_is_kept(mode, operators):
 def test_half_precision_is_that_of_the_trainer(under_autocast):
     """The dtypes are those of full logits, the values closer to float64."""
     exact = llama().to(torch.bfloat16)
-    patched = cce_patch(twin(exact), lazy_logits=True)
-    plain = twin(exact)
+    patched = cce_patch(copy.deepcopy(exact), lazy_logits=True)
+    plain = copy.deepcopy(exact)
     if under_autocast:
         plain, patched = plain.float(), patched.float()
 
@@ -353,14 +354,14 @@ def test_sums_inside_a_checkpoint(use_reentrant):
         return lse, entropy
 
     plain = llama().double()
-    patched = cce_patch(twin(plain), lazy_logits=True)
+    patched = cce_patch(copy.deepcopy(plain), lazy_logits=True)
     assert_same(step(patched, function), step(plain, function))
 
 
 @FALLS_BACK
 def test_generation_is_the_same():
     plain = llama().eval()
-    patched = cce_patch(twin(plain), lazy_logits=True)
+    patched = cce_patch(copy.deepcopy(plain), lazy_logits=True)
     prompt = inputs()[0]
     results = [
         model.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=use_cache)

@@ -1,6 +1,5 @@
 """Small models and steps that several tests share."""
 
-import copy
 from typing import Any
 
 import torch
@@ -54,8 +53,3 @@ def assert_same_step(expected: Any, actual: Any, rtol: float = 1e-4, atol: float
     assert expected[1], "a step without gradients proves nothing"
     for name, grad in expected[1].items():
         torch.testing.assert_close(actual[1][name], grad, rtol=rtol, atol=atol, msg=name)
-
-
-def twin(model: Any) -> Any:
-    """A copy of the model with weights of its own."""
-    return copy.deepcopy(model)

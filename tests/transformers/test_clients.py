@@ -1,5 +1,6 @@
 """Calls of trainers and forks, written as they write them; axolotl's are those of its plugin."""
 
+import copy
 import importlib
 import sys
 import types
@@ -16,7 +17,7 @@ from cut_cross_entropy.transformers import PatchOptions, call_count, cce_unpatch
 from cut_cross_entropy.transformers import utils as transformers_utils
 from cut_cross_entropy.transformers.patch import PATCH_FNS, cce_patch
 from tests.support import forget_warnings
-from tests.transformers.models import assert_same_step, batch, llama, loss_and_grads, twin
+from tests.transformers.models import assert_same_step, batch, llama, loss_and_grads
 
 
 @pytest.fixture
@@ -250,7 +251,7 @@ def test_patched_models_call_a_replaced_apply_lce(replaced, everywhere, family):
         config = transformers.Gemma2Config(**SIZES, final_logit_softcapping=3.0)
         torch.manual_seed(0)
         model = transformers.Gemma2ForCausalLM(config).train()
-    patched = cce_patch(twin(model))
+    patched = cce_patch(copy.deepcopy(model))
     inputs = batch()
     labels = inputs.pop("labels")
     (weighted_loss(model(**inputs).logits, labels) / 7).backward()
@@ -272,7 +273,7 @@ def test_compiled_models_call_a_replaced_apply_lce(replaced, training):
 
     model = cce_patch(llama()).train(training)
     gradients = lambda of: {name: p.grad for name, p in of.named_parameters()}
-    eager = twin(model)
+    eager = copy.deepcopy(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     inputs = batch()

@@ -24,15 +24,7 @@ from cut_cross_entropy.transformers import (
 )
 from cut_cross_entropy.transformers.patch import AXOLOTL_CCE_FORK, PATCH_FNS
 from cut_cross_entropy.transformers.utils import TransformersModelT, apply_lce
-from tests.transformers.models import (
-    SIZES,
-    VOCAB,
-    assert_same_step,
-    batch,
-    llama,
-    loss_and_grads,
-    twin,
-)
+from tests.transformers.models import SIZES, VOCAB, assert_same_step, batch, llama, loss_and_grads
 
 
 @pytest.mark.parametrize(
@@ -52,7 +44,7 @@ def test_loss_and_gradients_equal_those_of_the_model(config_name, changes):
     config = getattr(transformers, config_name)(**SIZES | changes)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).train()
-    patched = cce_patch(twin(model))
+    patched = cce_patch(copy.deepcopy(model))
     assert_same_step(loss_and_grads(model), loss_and_grads(patched))
     assert call_count(patched) == 1
 
@@ -420,7 +412,7 @@ def test_warnings_are_of_one_class():
 def test_an_own_forward_that_hands_on_all_arguments(positional, bound):
     """Its signature does not name ``labels``."""
     model = llama()
-    plain = loss_and_grads(twin(model))
+    plain = loss_and_grads(copy.deepcopy(model))
     of_class = model.forward
     if bound:
         model.forward = types.MethodType(lambda self, *args, **kw: of_class(*args, **kw), model)

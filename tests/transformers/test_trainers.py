@@ -18,14 +18,7 @@ from cut_cross_entropy.transformers import (
     cce_patch,
     is_patched,
 )
-from tests.transformers.models import (
-    VOCAB,
-    assert_same_step,
-    batch,
-    llama,
-    loss_and_grads,
-    twin,
-)
+from tests.transformers.models import VOCAB, assert_same_step, batch, llama, loss_and_grads
 
 # What these packages warn about themselves.
 pytestmark = [
@@ -114,7 +107,9 @@ def test_trainer_in_bf16(tmp_path):
 @pytest.mark.parametrize("changes", [{}, {"bf16_full_eval": True}], ids=["float32", "bf16"])
 def test_trainer_evaluates_with_metrics(tmp_path, changes):
     model = llama()
-    plain = train(twin(model), tmp_path / "plain", max_steps=1, learning_rate=0.0, **changes)
+    plain = train(
+        copy.deepcopy(model), tmp_path / "plain", max_steps=1, learning_rate=0.0, **changes
+    )
     cce_patch(model)
     patched = train(model, tmp_path / "patched", max_steps=1, learning_rate=0.0, **changes)
     expected, actual = plain.evaluate(), patched.evaluate()
