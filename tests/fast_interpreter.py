@@ -1,18 +1,32 @@
-"""Less overhead in Triton's interpreter, which is most of the time of the tests that use it."""
+"""Less overhead in Triton's interpreter, which is most of the time of the tests that use it.
+
+Values are computed as before; what is saved is the work on types around them. Releases of Triton
+with other internals are left alone.
+"""
+
+import functools
 
 from triton import language as tl
+from triton.language import core
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
 def skip_repeated_work() -> None:
-    """Patch the interpreter to replace the functions of ``triton.language`` once per launch.
-
-    It looks for functions to replace in each call of one ``triton.jit`` function by another, and
-    finds none after the first. It also makes a table of dtypes for each array. Releases with other
-    internals are left alone.
-    """
-    if not hasattr(interpreter, "_LangPatchScope"):
+    """Patch the interpreter, once per process."""
+    if not hasattr(interpreter, "_LangPatchScope") or hasattr(core.tuple, "_type"):
         return
+    _replace_functions_once_per_launch()
+    _look_up_numpy_dtypes()
+    _share_shapes()
+    _skip_conversions_to_the_same_type()
+
+
+def _replace_functions_once_per_launch():
+    """The interpreter looks for functions to replace in each call of one jit function by another.
+
+    It finds none after the first.
+    """
     launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
     modules_of: dict[object, frozenset[str]] = {}
     patched: set[frozenset[str]] = set()
@@ -34,6 +48,9 @@ def skip_repeated_work() -> None:
     interpreter.GridExecutor.__call__ = launch_afresh
     interpreter._patch_lang = patch_once
 
+
+def _look_up_numpy_dtypes():
+    """The interpreter makes a table of dtypes for each array."""
     look_up, dtypes = interpreter._get_np_dtype, {}
 
     def numpy_dtype(dtype):
@@ -45,3 +62,78 @@ def skip_repeated_work() -> None:
         return dtypes[element]
 
     interpreter._get_np_dtype = numpy_dtype
+
+
+def _share_shapes():
+    """Check a shape once, and keep it for all blocks that have it; types of tuples when asked."""
+    make_block, make_tuple, equal = (
+        core.block_type.__init__,
+        core.tuple.__init__,
+        core.tuple.__eq__,
+    )
+    blocks: dict[tuple, dict] = {}
+    shapes: dict[int, tuple] = {}  # by the identity of a shape, which ``blocks`` keeps alive
+
+    def init_block(self, element_ty, shape):
+        values = tuple(shape.values if isinstance(shape, core.tuple) else shape)
+        key = (str(element_ty), *(x.value if isinstance(x, core.constexpr) else x for x in values))
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            fields = blocks[key] = dict(vars(self))
+            # One object for each shape, whatever its elements.
+            same = blocks.setdefault(key[1:], fields)
+            self.shape = fields["shape"] = same["shape"]
+            constants = core.tuple([core.constexpr(x) for x in self.shape])
+            shapes.setdefault(id(self.shape), (constants, core.constexpr(self.numel)))
+        vars(self).update(blocks[key])
+
+    no_shape = (core.tuple([]), core.constexpr(1))
+
+    def init_tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[id(type.shape)] if type.is_block() else no_shape
+
+    def init_tuple(self, args, type=None):
+        if type is None:
+            self.values = list(args)
+        else:
+            make_tuple(self, args, type)
+
+    def type_of_tuple(self):
+        if "_type" not in vars(self):
+            self._type = core._type_for_tuple_values(self.values)
+        return self._type
+
+    def same_values(self, other):
+        if isinstance(other, (list, tuple)):
+            return core.constexpr(self.values == list(other))
+        if isinstance(other, core.tuple):
+            return core.constexpr(self.values == other.values)
+        return equal(self, other)
+
+    core.block_type.__init__ = init_block
+    core.tensor.__init__ = init_tensor
+    core.tuple.__init__ = init_tuple
+    core.tuple.__eq__ = same_values
+    core.tuple._type = None
+    core.tuple.type = property(type_of_tuple, lambda self, type: setattr(self, "_type", type))
+
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_unless_alike(self, lhs, rhs):
+        of_lhs, of_rhs = (getattr(x.type, "shape", None) for x in (lhs, rhs))
+        return (lhs, rhs) if of_lhs is of_rhs else broadcast(self, lhs, rhs)
+
+    TritonSemantic.broadcast_impl_value = broadcast_unless_alike
+
+
+def _skip_conversions_to_the_same_type():
+    cast, equal = TritonSemantic.cast, core.dtype.__eq__
+
+    def cast_unless_alike(self, input, dst_ty, *options, **named):
+        if input.dtype is getattr(dst_ty, "scalar", None):
+            return input
+        return cast(self, input, dst_ty, *options, **named)
+
+    TritonSemantic.cast = functools.wraps(cast)(cast_unless_alike)
+    core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
