@@ -112,15 +112,13 @@ class Tokens:
 
 
 @triton.jit
-def copy_row(source_ptr, out_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D: tl.constexpr):
-    """Copy row ``origin`` of the source to a row of the result; write zeros if there is none."""
-    available = tl.where(origin < N, D, 0)
+def copy_row(source_row, step, out_row, is_token, D, BLOCK_D: tl.constexpr):
+    """Copy a row whose elements are ``step`` apart; write zeros for what is no token."""
+    available = tl.where(is_token, D, 0)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        value = tl.load(
-            source_ptr + origin * stride_n + d * stride_d, mask=d < available, other=0.0
-        )
-        tl.store(out_ptr + row * D + d, value.to(out_ptr.dtype.element_ty), mask=d < D)
+        value = tl.load(source_row + d * step, mask=d < available, other=0.0)
+        tl.store(out_row + d, value.to(out_row.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -160,8 +158,8 @@ def move_and_score(
     row = tl.program_id(0).to(tl.int64)
     origin = tl.load(origin_ptr + row)
     if COMPACT:
-        copy_row(source_ptr, e_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D)
         e_row, e_step = source_ptr + origin * stride_n, stride_d
+        copy_row(e_row, e_step, e_ptr + row * D, origin < N, D, BLOCK_D=BLOCK_D)
     else:
         e_row, e_step = e_ptr + row * D, 1
     lane = tl.zeros((1,), tl.int64)
@@ -332,7 +330,8 @@ def backward_tokens_kernel(
     """Move one token and its gradients to its row."""
     row = tl.program_id(0).to(tl.int64)
     origin = tl.load(origin_ptr + row)
-    copy_row(source_ptr, e_ptr, origin, row, N, D, stride_n, stride_d, BLOCK_D)
+    source_row = source_ptr + origin * stride_n
+    copy_row(source_row, stride_d, e_ptr + row * D, origin < N, D, BLOCK_D=BLOCK_D)
     lane = tl.zeros((1,), tl.int64)
     position = origin + lane
     present, usable, target = load_target(all_targets_ptr, position, N, V, first_class)
