@@ -11,15 +11,16 @@ number of tokens, since one of them spills otherwise: they have two variants.
 
 import contextlib
 import contextvars
-import functools
+import operator
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from cut_cross_entropy.device_support import triton_is_interpreted
@@ -81,7 +82,7 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     plan = _plan.get()
     if plan is not None:
         plan.launches.append(Launch(kernel, arguments))
-    elif _LAUNCHES_AGAIN and not triton_is_interpreted():
+    elif _LAUNCHES_AGAIN and isinstance(kernel, triton.JITFunction):  # not interpreted
         _launch_again(kernel, grid, arguments)
     else:
         kernel[grid](**arguments)
@@ -95,36 +96,55 @@ _launched: dict[tuple[Any, ...], Any] = {}
 
 def _launch_again(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Launch the machine code of an earlier launch of this kind; the first one is Triton's."""
-    parameters, plain = _parameters(kernel)
-    key: list[Any] = [kernel, torch.cuda.current_device()]
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            aligned = name in plain or value.data_ptr() % 16 == 0
-            key.append((name, value.dtype, aligned))
-        elif name not in parameters:  # a constant, or an option of the compiler
-            key.append((name, value))
+    layout = _layout(kernel, tuple(arguments))
+    key: list[Any] = [layout, torch.cuda.current_device()]
+    for role, value in zip(layout.roles, arguments.values(), strict=True):
+        if role is None:  # a constant, or an option of the compiler
+            key.append(value)
+        elif isinstance(value, Tensor):
+            key.append(value.dtype)
+            key.append(role == "plain" or value.data_ptr() % 16 == 0)
         elif type(value) is int:
-            wide = not -(2**31) <= value < 2**31
-            special = name not in plain and (value == 1, value % 16 == 0)
-            key.append((name, wide, special))
+            key.append(-(2**31) <= value < 2**31)
+            key.append(role == "plain" or (value == 1, value % 16 == 0))
         elif hasattr(value, "block_shape"):  # a tensor descriptor
-            key.append((name, value.base.dtype, *value.block_shape))
+            key.append((value.base.dtype, *value.block_shape))
         else:
-            key.append((name, type(value)))
+            key.append(type(value))
     compiled = _launched.get(tuple(key))
     if compiled is None:
         _launched[tuple(key)] = kernel[grid](**arguments)
     else:
-        values = (arguments.get(name) for name in kernel.arg_names)
-        compiled[(*grid, 1, 1)[:3]](*values)
+        compiled[(*grid, 1, 1)[:3]](*layout.values(arguments))
 
 
-@functools.cache
-def _parameters(kernel: Any) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the names of a kernel's parameters, without constants, and of the unspecialised."""
-    return frozenset(set(kernel.arg_names) - _constants(kernel)), frozenset(
-        kernel.do_not_specialize
-    )
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """The arguments that a kernel is launched with, in the caller's order.
+
+    Args:
+        kernel: the kernel.
+        roles: None for a constant or an option, "plain" for a parameter that is not specialised.
+        values: returns the values of all parameters of the kernel in its order.
+    """
+
+    kernel: Any
+    roles: tuple[str | None, ...]
+    values: Callable[[dict[str, Any]], tuple[Any, ...]]
+
+
+_layouts: dict[tuple[int, tuple[str, ...]], _Layout] = {}
+
+
+def _layout(kernel: Any, names: tuple[str, ...]) -> _Layout:
+    found = _layouts.get((id(kernel), names))  # Triton's hash of a kernel takes a lock
+    if found is None:
+        special = set(kernel.arg_names) - _constants(kernel)
+        plain = special & set(kernel.do_not_specialize)
+        roles = ("plain" if n in plain else "special" if n in special else None for n in names)
+        found = _Layout(kernel, tuple(roles), operator.itemgetter(*kernel.arg_names))
+        _layouts[id(kernel), names] = found
+    return found
 
 
 @contextlib.contextmanager
@@ -182,6 +202,16 @@ def kind_of(argument: Any, specialised: bool) -> Any:
     if isinstance(argument, int) and specialised:
         return (argument == 1, argument % 16 == 0)
     return type(argument).__name__
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up. Triton's own functions take ten times as long on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the lowest power of two that is at least ``n``, and at least 1."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 def aligned_rows(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cut_cross_entropy.distributed.collectives import gather_shards, maximum_over_group
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.launch import cdiv, launch
 from cut_cross_entropy.kernels.primitives import (
     FORCED,
     fold_rows,
@@ -290,10 +290,10 @@ def vocabulary_pass(
     """
     e, tiles = inputs.e, inputs.tiles
     num_tokens = e.shape[0]
-    num_blocks = triton.cdiv(num_tokens, BLOCK_T)
-    num_tiles = triton.cdiv(num_classes, tiles.block_v)
-    segment_tiles = triton.cdiv(num_tiles, MAX_SEGMENTS)
-    num_segments = triton.cdiv(num_tiles, segment_tiles)
+    num_blocks = cdiv(num_tokens, BLOCK_T)
+    num_tiles = cdiv(num_classes, tiles.block_v)
+    segment_tiles = cdiv(num_tiles, MAX_SEGMENTS)
+    num_segments = cdiv(num_tiles, segment_tiles)
     results = repair
     if results is None:
         shape = (num_segments, num_tokens)
@@ -435,7 +435,7 @@ def raise_bound(bound: Tensor, segments: Segments) -> None:
     num_segments, num_tokens = segments.lse.shape
     launch(
         bound_kernel,
-        (triton.cdiv(num_tokens, BLOCK_T),),
+        (cdiv(num_tokens, BLOCK_T),),
         lse_ptr=segments.lse,
         bound_ptr=bound,
         N=num_tokens,
@@ -462,7 +462,7 @@ def finish(
     support = nll.new_empty(0 if strips is None else num_tokens)
     launch(
         finish_kernel,
-        (triton.cdiv(num_tokens, BLOCK_T),),
+        (cdiv(num_tokens, BLOCK_T),),
         lse_parts_ptr=segments.lse,
         squares_parts_ptr=segments.squares,
         logits_ptr=logits,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
-from cut_cross_entropy.kernels.launch import aligned_rows, launch
+from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch
 
 FEATURES = 64
 STAGE = 3  # levels that use the principal directions of one node; two stages make 64 blocks
@@ -334,7 +334,7 @@ def order_by_content(
     The order depends on the embeddings alone. Tokens of equal features stay in their order.
     """
     num_tokens, dim = e.shape
-    num_blocks = triton.cdiv(num_tokens, BLOCK_T)
+    num_blocks = cdiv(num_tokens, BLOCK_T)
     if num_blocks < 2:
         return origin
     device = e.device
@@ -342,7 +342,7 @@ def order_by_content(
     rows = 32
     launch(
         features_kernel,
-        (triton.cdiv(num_tokens, rows),),
+        (cdiv(num_tokens, rows),),
         e_ptr=e,
         origin_ptr=origin,
         features_ptr=features,
@@ -361,7 +361,7 @@ def order_by_content(
     for level in (0, STAGE):  # nodes of small batches are empty: one variant serves all
         launch(
             split_nodes_kernel,
-            (triton.cdiv(num_blocks, SUPERBLOCK) << level,),
+            (cdiv(num_blocks, SUPERBLOCK) << level,),
             features_ptr=features,
             order_ptr=orders[0],
             count_ptr=count,

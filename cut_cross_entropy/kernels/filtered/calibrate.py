@@ -14,7 +14,6 @@ do: few strips are kept, and the tokens weigh the same. Shape legend: ``cut_cros
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
@@ -31,7 +30,7 @@ from cut_cross_entropy.kernels.filtered.calibrate_kernels import (
 )
 from cut_cross_entropy.kernels.filtered.measure import ROUNDING
 from cut_cross_entropy.kernels.filtered.selection import Threshold
-from cut_cross_entropy.kernels.launch import aligned_rows, launch
+from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch
 from cut_cross_entropy.kernels.tiles import rows_operand, tiles_on
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.problem import Filter, Problem, low_columns
@@ -159,7 +158,7 @@ def sampled_sums(
     left = e.new_empty((num_rows, dim))
     launch(
         left_factor_kernel,
-        (triton.cdiv(dim, 32),),
+        (cdiv(dim, 32),),
         e_ptr=e,
         rows_ptr=rows,
         wanted_ptr=wanted,
@@ -171,9 +170,9 @@ def sampled_sums(
     dtype = torch.bfloat16 if e.dtype == torch.bfloat16 else torch.float32
     fitting = min(CHUNK_BYTES, problem.memory_budget // 2) // (num_rows * dtype.itemsize)
     stride = max(1, fitting // block_v) * block_v
-    stride = min(stride, triton.cdiv(num_classes, block_v) * block_v)
+    stride = min(stride, cdiv(num_classes, block_v) * block_v)
     grads = e.new_empty((num_rows, stride), dtype=dtype)
-    num_chunks = triton.cdiv(num_classes, stride)
+    num_chunks = cdiv(num_classes, stride)
     size = (num_chunks * PROGRAMS, SUMS, num_samples, SKETCH.value)
     parts = e.new_empty(size, dtype=torch.float32)
     block_d = max(16, tiles.block_d * 2 // e.element_size())
@@ -183,7 +182,7 @@ def sampled_sums(
         first, stop = chunk * stride, min((chunk + 1) * stride, num_classes)
         launch(
             sampled_gradients_kernel,
-            (triton.cdiv(stop - first, block_v),),
+            (cdiv(stop - first, block_v),),
             e=left_rows,
             c=c_rows,
             rows_ptr=rows,

@@ -27,7 +27,7 @@ from cut_cross_entropy.kernels.filtered.tail import (
     load_dropped,
     tail_product,
 )
-from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2
 from cut_cross_entropy.kernels.primitives import byte_to_value, gather_rows, load_rows
 from cut_cross_entropy.kernels.tiles import rows_operand, tiles_on, two_per_sm
 from cut_cross_entropy.kernels.tokens import BackwardTokens
@@ -312,7 +312,7 @@ class ClassOrder:
         rows = slice(first, None if superblock is None else first + 1)
         order, masks = kept.order(*classes, rows), kept.masks[rows]
         num_superblocks, num_listed = order.shape
-        num_tiles = triton.cdiv(num_listed, BLOCK_C)
+        num_tiles = cdiv(num_listed, BLOCK_C)
         shape = (num_superblocks, num_tiles)
         unions = torch.empty((*shape, SUPERBLOCK), dtype=torch.int32, device=masks.device)
         sizes = torch.empty(shape, dtype=torch.int32, device=masks.device)
@@ -365,7 +365,7 @@ def write_grad_c(
     e, index, sums, tiles = tokens.e, stored.strips.index, rows.sums, tiles_on(tokens.e.device)
     row = part.superblock - order.first
     dim = e.shape[1]
-    block_n = min(tiles.block_n, max(32, triton.next_power_of_2(dim)))
+    block_n = min(tiles.block_n, max(32, next_power_of_2(dim)))
     block_k = min(BLOCK_K, tiles.block_d)
     e_operand, e_tma = rows_operand(e, block_k, block_n, tiles)
     active = order.classes[row, :num_active]
@@ -373,7 +373,7 @@ def write_grad_c(
         tile = i * LISTED // BLOCK_C
         launch(
             grad_c_kernel,
-            (triton.cdiv(dim, block_n), triton.cdiv(listed.shape[0], BLOCK_C)),
+            (cdiv(dim, block_n), cdiv(listed.shape[0], BLOCK_C)),
             grad_ptr=stored.grads,
             e=e_operand,
             order_ptr=listed,
@@ -420,7 +420,7 @@ def list_dropped(kept: Kept, classes: Tensor) -> Tensor:
     block_r = 64
     launch(
         list_dropped_kernel,
-        (triton.cdiv(classes.shape[0], block_r),),
+        (cdiv(classes.shape[0], block_r),),
         order_ptr=classes,
         strips_ptr=kept.strips,
         masks_ptr=kept.masks,
@@ -444,10 +444,10 @@ def write_tail_rows(
     """Write the rows of classes without a strip, or all rows of the sums with their tail."""
     out, sums = rows.out, rows.sums
     dim, num_rows = out.shape[1], classes[1] - classes[0]
-    block_r, block_d = 64, min(128, max(16, triton.next_power_of_2(dim)))
+    block_r, block_d = 64, min(128, max(16, next_power_of_2(dim)))
     launch(
         tail_rows_kernel,
-        (triton.cdiv(dim, block_d) if sums is not None else 1, triton.cdiv(num_rows, block_r)),
+        (cdiv(dim, block_d) if sums is not None else 1, cdiv(num_rows, block_r)),
         high_ptr=None if sums is None else sums.high,
         low_ptr=None if sums is None else sums.low,
         scale_ptr=tokens.scale,

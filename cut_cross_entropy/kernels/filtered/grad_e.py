@@ -10,7 +10,7 @@ from torch import Tensor
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.filtered.strips import StoredStrips
 from cut_cross_entropy.kernels.filtered.tail import TokenTails
-from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2
 from cut_cross_entropy.kernels.primitives import gather_rows
 from cut_cross_entropy.kernels.tiles import tiles_on, two_per_sm
 from cut_cross_entropy.kernels.tokens import BackwardTokens
@@ -80,10 +80,10 @@ def write_grad_e(
     """Write the rows of dE that belong to the blocks of the stored strips."""
     strips, c, tiles = stored.strips, problem.c, tiles_on(tokens.e.device)
     dim = c.shape[1]
-    block_n = min(tiles.block_n, max(32, triton.next_power_of_2(dim)))
+    block_n = min(tiles.block_n, max(32, next_power_of_2(dim)))
     launch(
         grad_e_kernel,
-        (triton.cdiv(dim, block_n), strips.num_blocks),
+        (cdiv(dim, block_n), strips.num_blocks),
         grad_ptr=stored.grads,
         c_ptr=c,
         classes_ptr=strips.classes,

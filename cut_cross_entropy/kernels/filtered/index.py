@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept
-from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, launch
+from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, launch, next_power_of_2
 from cut_cross_entropy.kernels.primitives import popcount
 
 TILE = 128  # strips whose logits are recomputed together
@@ -143,7 +143,7 @@ def index_strips(
         chunk_starts = torch.empty(shape, dtype=torch.int32, device=device)
     else:
         chunk_starts = whole.chunk_starts
-    columns = triton.next_power_of_2(num_chunks)
+    columns = next_power_of_2(num_chunks)
     launch(
         index_kernel,
         (1,),

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
-from cut_cross_entropy.kernels.launch import aligned_rows, launch
+from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch
 from cut_cross_entropy.kernels.primitives import (
     ABSENT,
     BYTE_STEPS,
@@ -387,8 +387,8 @@ def find_threshold(
     like their blocks.
     """
     num_blocks, num_classes = strips.shape
-    num_superblocks = triton.cdiv(num_blocks, SUPERBLOCK)
-    num_chunks = triton.cdiv(num_classes, CHUNK)
+    num_superblocks = cdiv(num_blocks, SUPERBLOCK)
+    num_chunks = cdiv(num_classes, CHUNK)
     device = strips.device
     size = (num_blocks + num_superblocks) * num_chunks + 2
     weights, value, most = aligned_rows(3, max(num_blocks, 1), torch.int32, device)
@@ -454,8 +454,8 @@ def keep_strips(threshold: Threshold) -> Kept:
     """Choose the strips to keep; nothing here waits for the device."""
     strips = threshold.strips
     num_blocks, num_classes = strips.shape
-    num_superblocks = triton.cdiv(num_blocks, SUPERBLOCK)
-    num_chunks = triton.cdiv(num_classes, CHUNK)
+    num_superblocks = cdiv(num_blocks, SUPERBLOCK)
+    num_chunks = cdiv(num_classes, CHUNK)
     device, statistics = strips.device, threshold.statistics
     kept = Kept(
         strips=strips,

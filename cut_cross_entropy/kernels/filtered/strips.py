@@ -15,7 +15,7 @@ from torch import Tensor
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.filtered.index import TILE, Range, StripList
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept
-from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.launch import cdiv, launch
 from cut_cross_entropy.kernels.primitives import (
     gather_rows,
     load_rows,
@@ -243,7 +243,7 @@ def add_bias_grads(
     first, stop = part.classes
     launch(
         sum_classes_kernel,
-        (triton.cdiv(stop - first, block),),
+        (cdiv(stop - first, block),),
         values_ptr=stored.bias_grads,
         masks_ptr=kept.masks[part.superblock],
         offsets_ptr=kept.offsets[part.superblock],

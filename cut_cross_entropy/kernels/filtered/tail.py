@@ -16,7 +16,7 @@ from torch import Tensor
 from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
 from cut_cross_entropy.kernels.filtered.selection import Kept
 from cut_cross_entropy.kernels.filtered.strips import StoredStrips
-from cut_cross_entropy.kernels.launch import aligned_rows, launch
+from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch, next_power_of_2
 from cut_cross_entropy.kernels.primitives import ABSENT, LOG2E, byte_to_value, gather_rows
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.problem import Problem
@@ -180,17 +180,17 @@ class Tail:
             shares_ptr=shares,
             num_blocks=num_blocks,
             num_chunks=num_chunks,
-            COLUMNS=triton.next_power_of_2(num_chunks),
+            COLUMNS=next_power_of_2(num_chunks),
         )
-        block_r, block_d = 64, min(128, max(16, triton.next_power_of_2(dim)))
+        block_r, block_d = 64, min(128, max(16, next_power_of_2(dim)))
         # Enough programs to fill a GPU.
-        wanted = min(MAX_SPLITS, triton.cdiv(1024, triton.cdiv(dim, block_d) * num_superblocks))
-        per_split = block_r * triton.cdiv(triton.cdiv(num_classes, block_r), wanted)
-        splits = triton.cdiv(num_classes, per_split)
+        wanted = min(MAX_SPLITS, cdiv(1024, cdiv(dim, block_d) * num_superblocks))
+        per_split = block_r * cdiv(cdiv(num_classes, block_r), wanted)
+        splits = cdiv(num_classes, per_split)
         parts = torch.empty((splits, padded, dim), dtype=torch.float32, device=c.device)
         launch(
             centers_kernel,
-            (triton.cdiv(dim, block_d), splits, num_superblocks),
+            (cdiv(dim, block_d), splits, num_superblocks),
             strips_ptr=kept.strips,
             masks_ptr=kept.masks,
             c_ptr=c,
@@ -209,7 +209,7 @@ class Tail:
         centers = torch.empty((padded, dim), dtype=torch.float32, device=c.device)
         launch(
             finish_centers_kernel,
-            (triton.cdiv(dim, block_d), padded),
+            (cdiv(dim, block_d), padded),
             parts_ptr=parts,
             shares_ptr=shares,
             out_ptr=centers,
@@ -379,10 +379,10 @@ class BlockSums:
         bf16 = tokens.e.dtype == torch.bfloat16
         rows = tail.centers.new_empty((padded, dim), dtype=tokens.e.dtype if bf16 else None)
         weights = tail.centers.new_empty(padded)
-        block_d = min(64, triton.next_power_of_2(dim))
+        block_d = min(64, next_power_of_2(dim))
         launch(
             block_sums_kernel,
-            (triton.cdiv(dim, block_d), padded),
+            (cdiv(dim, block_d), padded),
             tails_ptr=tails.weights,
             e_ptr=tokens.e,
             shares_ptr=tail.shares,
@@ -439,7 +439,7 @@ def write_bias(
     block = 64
     launch(
         tail_bias_kernel,
-        (triton.cdiv(classes[1] - classes[0], block),),
+        (cdiv(classes[1] - classes[0], block),),
         strips_ptr=kept.strips,
         masks_ptr=kept.masks,
         weights_ptr=sums.weights,
