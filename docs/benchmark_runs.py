@@ -127,8 +127,10 @@ def title(method: str) -> str:
     return METHODS[method].title if method in METHODS else f"`{method}`"
 
 
-REAL = {"smollm2": "SmolLM2, real text", "smol": "SmolLM2, real text",
-        **dict.fromkeys(("gemma3-270m", "gemma3-270m-t", "gemma"), "Gemma 3 270M, real text")}
+REAL = {
+    **dict.fromkeys(("smollm2", "smol"), "SmolLM2, real text"),
+    **dict.fromkeys(("gemma3-270m", "gemma3-270m-t", "gemma"), "Gemma 3 270M, real text"),
+}
 """Titles of hidden states and output layers of real models."""
 
 

@@ -20,6 +20,7 @@ if not __package__:  # started by its path: Python then puts this folder first, 
     sys.path[0] = str(ROOT)
 
 from docs import (  # noqa: E402
+    aims,
     benchmark_runs,
     distributed_runs,
     evidence_tables,
@@ -57,6 +58,7 @@ BLOCKS = {
     **benchmark_runs.BLOCKS,
     **post_training_runs.BLOCKS,
     **figures.BLOCKS,
+    "aims": aims.aims,
     "distributed": lambda kept: distributed_runs.page(kept.parts("distributed")),
     "training-processes": training_processes,
     "arguments": arguments,

@@ -10,8 +10,8 @@ from cut_cross_entropy.benchmark.kinds import KINDS
 from cut_cross_entropy.benchmark.runs import Task
 from cut_cross_entropy.benchmark.shapes import Shape
 from cut_cross_entropy.benchmark.suite import PARTS, lines_of, tasks_of
+from docs import aims, make, plots
 from docs import benchmark_runs as tables
-from docs import make, plots
 from docs.make import BLOCKS, ROOT
 from docs.page import fill
 from research import figures
@@ -134,6 +134,25 @@ def test_the_comparison_names_the_best_and_what_is_lost(found):
     assert text.count("| Phi") == 2, "no errors were measured there"
     assert text.count(f"- Gemma 2 2B, broad, quack: {reason}") == 1
     assert text.endswith("Other GPU, PyTorch 2.11, Triton 3.6, commit abc.")
+
+
+def test_aims_that_are_missed_are_named_with_by_how_much(found):
+    good = {
+        "tokens": 8192, "classes": 262144, "dim": 640, "time": 1.55, "forward": 1.1,
+        "strips_kept": 0.02, "error_e": 1.9, "error_c": 1.2, "rows": [0.9, 0.98, 0.996],
+        "norms": 0.85, "peak_mib": 1.1 * 2 * (8192 + 262144) * 640 / 2**20,
+    }  # fmt: skip
+    bad = {**good, "time": 2.4, "error_e": 2.11, "rows": [0.8, 0.95, 0.996], "norms": 0.71}
+    records = lambda *rows: {"part": "aims", "environment": ENVIRONMENT, "rows": list(rows)}
+    shown = lambda *rows: aims.aims(tables.collect({**found.files, "aims.json": records(*rows)}))
+    assert aims.aims(found) == ""
+    text = shown({**good, "test_data": "gemma3-270m"})
+    assert "| Gemma 3 270M, real text | 1.55 | 1.6 | 1.10 | 2.0% | 1.90 / 1.20 |" in text
+    assert "Every aim is reached." in text
+    text = shown({**good, "test_data": "gemma3-270m"}, {**bad, "test_data": "gemma2-broad"})
+    assert "- Gemma 2 2B, broad: loss and gradients by 0.80; dE by 0.11; " in text
+    assert "; rows by 0.080 / 0.020 / 0.000; norms by 9%\n" in text
+    assert "- Gemma 3" not in text
 
 
 def test_a_line_shows_one_run(found):
