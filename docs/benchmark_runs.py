@@ -309,9 +309,11 @@ def comparison(kept: Measurements) -> str:
         texts.append(table(lines, [(heading, "{data}"), *columns]))
     if lost:
         texts.append("Where another method is better than `cce`:\n\n" + "\n".join(lost) + "\n")
+    measured = set(rows[PROBLEM].itertuples(index=False, name=None))
     reasons = dict.fromkeys(
         f"- {data_title(failure['test_data'])}, {title(failure['method'])}: {failure['error']}"
         for failure in found[0].get("failures", [])
+        if (failure["test_data"], failure["method"]) not in measured
     )
     if reasons:
         texts.append("Not measured:\n\n" + "\n".join(reasons) + "\n")

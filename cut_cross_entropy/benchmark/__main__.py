@@ -206,8 +206,8 @@ def run(
             "failures": session.failures,
             "data": session.data,
         }
-        if arguments.warm_up and todo:
-            warm_up(todo[0], session)
+        if arguments.warm_up:
+            warm_up(todo, session)
         for task in todo:
             if clock.left() < 5:
                 session.fail(task, "all", "time", "not measured: the time limit was reached")

@@ -16,6 +16,7 @@ from .pool import Clock, Process, WorkerError
 from .shapes import Shape
 
 Row = dict[str, Any]
+WARM_UP = 110.0  # seconds that a call may take while others compile too
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,19 @@ class Session:
             return None
 
 
-def warm_up(task: Task, session: Session) -> None:
-    """Make the first calls of all methods at the same time, so that they compile together.
+def warm_up(tasks: Sequence[Task], session: Session) -> None:
+    """Make the first calls of all methods, which then compile at the same time.
 
     What is measured later is no cold start. Failures are kept in the session.
     """
 
     def first(name: str) -> None:
-        if session.ask(task, name, "load", 180.0, **task.data()):
-            session.ask(task, name, "first", 150.0, kinds=list(task.kinds))
+        for task in tasks:
+            if session.ask(task, name, "load", WARM_UP, **task.data()):
+                session.ask(task, name, "first", WARM_UP, kinds=list(task.kinds))
 
     names = list(session.pool)
-    session.progress(f"{task.name}: data and first calls of all methods at once")
+    session.progress("first calls of all methods at once")
     with ThreadPoolExecutor(len(names)) as threads:
         list(threads.map(first, names))
     session.started.update(names)

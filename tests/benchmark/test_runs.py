@@ -78,7 +78,7 @@ def test_making_data_and_first_calls_do_not_overlap(command):
 def test_warm_methods_make_no_cold_start():
     log = []
     session = session_of(["gemm", "cce", "apple"], log, {"apple": ("load",)})
-    warm_up(TASK, session)
+    warm_up([TASK], session)
     assert {entry for entry in log if entry[0] == "begin first"} == {
         ("begin first", "gemm"), ("begin first", "cce"),
     }  # fmt: skip
