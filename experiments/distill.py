@@ -84,7 +84,7 @@ class MeanDivergence(FullLogits):
         teacher, beta = self.experiment.teacher, self.experiment.arguments.weight
         if self.function is None:
             inputs = {"input_ids": input_ids, "labels": input_ids}
-            return self.token_divergences(model, teacher, inputs, beta).mean()
+            return self.divergences(model, teacher, inputs, beta, "mean")
         e = hidden_states(model, input_ids)[:, :-1]
         with torch.no_grad():
             e_teacher = hidden_states(teacher, input_ids)[:, :-1]

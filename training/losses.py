@@ -18,7 +18,7 @@ from cut_cross_entropy import linear_cross_entropy, linear_divergence
 from cut_cross_entropy.lazy.logits import LazyLogits
 from cut_cross_entropy.lazy.recipe import Recipe, _one_product, fold, is_foldable
 from cut_cross_entropy.lazy.value import LazyValue
-from cut_cross_entropy.options import ImplName
+from cut_cross_entropy.options import ImplName, Reduction
 from training.packing import IGNORED
 
 FULL = "full"
@@ -57,19 +57,30 @@ class FullLogits:
             logits.float().transpose(1, 2), inputs["labels"][:, 1:], reduction="none"
         )
 
-    def token_divergences(
-        self, model: Any, teacher: Any, inputs: Mapping[str, Tensor], beta: float
+    def divergences(
+        self,
+        model: Any,
+        teacher: Any,
+        inputs: Mapping[str, Tensor],
+        beta: float,
+        reduction: Reduction = "none",
+        num_items_in_batch: int | Tensor | None = None,
     ) -> Tensor:
         """Compute the divergence of ``model`` from ``teacher`` at each token but the last.
 
-        Returns (B, T - 1), as ``linear_divergence`` defines it, for ``inputs`` of a call of either.
+        Ignored are tokens whose next one has no label. Returns (B, T - 1), or a scalar by another
+        ``reduction``, as ``linear_divergence`` defines them, for ``inputs`` of a call of either.
         """
         others = _without_labels(inputs)
         p = model(**others, use_cache=False).logits[:, :-1].float().log_softmax(-1)
         with torch.no_grad():
             q = teacher(**others, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-
-        return divergence(p, q, beta)
+        kept = inputs["labels"][:, 1:] != IGNORED
+        values = divergence(p, q, beta).where(kept, 0.0)
+        if reduction == "none":
+            return values
+        count = kept.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return values.sum() / (1 if reduction == "sum" else count)
 
     def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
         """Compute the mean loss of a prepared ``model`` on ``input_ids`` (B, T), differentiable."""
@@ -145,8 +156,14 @@ class CutLogits(FullLogits):
             self.prepare(model)
         return losses
 
-    def token_divergences(
-        self, model: Any, teacher: Any, inputs: Mapping[str, Tensor], beta: float
+    def divergences(
+        self,
+        model: Any,
+        teacher: Any,
+        inputs: Mapping[str, Tensor],
+        beta: float,
+        reduction: Reduction = "none",
+        num_items_in_batch: int | Tensor | None = None,
     ) -> Tensor:
         """See :class:`FullLogits`."""
         others = _without_labels(inputs)
@@ -160,6 +177,8 @@ class CutLogits(FullLogits):
                 **_side("teacher", teachers.recipe),
                 beta=beta,
                 mask=inputs["labels"][:, 1:] != IGNORED,
+                reduction=reduction,
+                num_items_in_batch=num_items_in_batch,
                 impl=self.impl,
             ).divergence
 

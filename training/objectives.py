@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.losses import FullLogits
-from training.packing import Row
+from training.packing import IGNORED, Row
 
 CROSS_ENTROPY, DPO, DISTILLATION = "cross_entropy", "dpo", "distillation"
 OBJECTIVES = (CROSS_ENTROPY, DPO, DISTILLATION)
@@ -22,13 +22,37 @@ DEFAULT_BETA = {DPO: 0.1, DISTILLATION: 0.0}
 
 
 class NextToken:
-    """Cross-entropy of each token but the first."""
+    """Cross-entropy of each token but the first.
+
+    Attributes:
+        is_by_token: whether the loss of several batches is the mean over all of their tokens,
+            instead of the mean of their means.
+    """
+
+    is_by_token = True
 
     def __call__(
         self, loss: FullLogits, model: Any, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return losses, here (B, T - 1), and labels that are ignored where there is no loss."""
         return loss.token_losses(model, inputs), inputs["labels"][:, 1:].contiguous()
+
+    def mean(
+        self,
+        loss: FullLogits,
+        model: Any,
+        inputs: Mapping[str, Tensor],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return the mean of what a call returns, to train by; 0 if nothing is learned.
+
+        ``num_items_in_batch`` divides the sum in place of the batch's own number.
+        """
+        losses, labels = self(loss, model, inputs)
+        kept = losses[labels != IGNORED]
+        return kept.sum() / (
+            max(1, len(kept)) if num_items_in_batch is None else num_items_in_batch
+        )
 
 
 class Preferences(NextToken):
@@ -40,6 +64,8 @@ class Preferences(NextToken):
     Args:
         beta: weight of the divergence from the reference.
     """
+
+    is_by_token = False
 
     def __init__(self, beta: float) -> None:
         self.beta = beta
@@ -94,5 +120,15 @@ class Distillation(NextToken):
         self, loss: FullLogits, model: Any, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """See :class:`NextToken`."""
-        values = loss.token_divergences(model, self.teacher, inputs, self.beta)
+        values = loss.divergences(model, self.teacher, inputs, self.beta)
         return values, inputs["labels"][:, 1:].contiguous()
+
+    def mean(
+        self,
+        loss: FullLogits,
+        model: Any,
+        inputs: Mapping[str, Tensor],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """See :class:`NextToken`; the gradients are computed in the forward."""
+        return loss.divergences(model, self.teacher, inputs, self.beta, "mean", num_items_in_batch)

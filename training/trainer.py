@@ -49,8 +49,8 @@ class Trainer(transformers.Trainer):
         self.lines = Log(table, active=arguments.process_index == 0)
         ours = [self.interrupts, checkpoints, self.lines, *callbacks, self.pace]
         super().__init__(**options, callbacks=ours, compute_metrics=self._held_out_metrics)
-        # Means of batches are averaged; the model itself would divide by the tokens of all.
-        self.model_accepts_loss_kwargs &= self.predicts
+        # Without the number of tokens of all batches, the means of batches are averaged.
+        self.model_accepts_loss_kwargs &= objective.is_by_token
         self.remove_callback(transformers.PrinterCallback)
         transformers.utils.logging.disable_progress_bar()
 
@@ -101,9 +101,14 @@ class Trainer(transformers.Trainer):
         """
         self.pace.tokens += inputs["input_ids"].numel()
         if not self.predicts:
-            losses, labels = self.objective(self.loss, model, inputs)
-            kept = losses[labels != IGNORED]
-            return kept.sum() / max(1, len(kept))  # 0 if nothing is learned, as elsewhere
+            items = options.get("num_items_in_batch")
+            if items is not None:  # 0 if nothing is learned
+                items = torch.as_tensor(items).clamp(min=1)
+            loss = self.objective.mean(self.loss, model, inputs, items)
+            if items is None or not self.args.average_tokens_across_devices:
+                return loss
+            # These are the items of all processes, whose gradients are averaged.
+            return loss * self.accelerator.num_processes
         with self.loss.guard(model):
             return super().compute_loss(model, inputs, *arguments, **options)
 

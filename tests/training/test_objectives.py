@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+import training.losses
 from cut_cross_entropy import token_logprobs
 from tests.training.test_resume import logged_losses
 from tests.training.test_run import rows_of
@@ -162,8 +163,55 @@ def test_distillation_is_the_divergence(model, teacher_folder, loss, beta):
     learned = kept != IGNORED
     found, expected = values[learned].mean(), expected[learned].mean().float()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert_same_gradients(gradients(model, found), gradients(model, expected))
+    gradient = gradients(model, expected)
+    assert_same_gradients(gradients(model, found), gradient)
     assert all(p.grad is None for p in teacher.parameters())
+
+    inputs = {"input_ids": ids, "labels": labels}
+    for items, factor in ((None, 1.0), (3, int(learned.sum()) / 3)):
+        mean = Distillation(teacher, beta).mean(loss, model, inputs, items)
+        torch.testing.assert_close(mean, factor * expected, rtol=1e-5, atol=1e-6)
+        scaled = {name: factor * grad for name, grad in gradient.items()}
+        assert_same_gradients(gradients(model, mean), scaled)
+
+
+def test_gradients_of_distillation_are_computed_in_the_forward(
+    arguments, with_tokenizer, monkeypatch
+):
+    """Held-out divergences are of each token, those of training of the mean alone."""
+    seen, original = [], training.losses.linear_divergence
+
+    def counted(*args, **options):
+        seen.append(options["reduction"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(training.losses, "linear_divergence", counted)
+    words = ["--objective", "distillation", "--teacher", str(with_tokenizer), "--no-export"]
+    more = ["--eval-fraction", "0.1", "--steps", "3"]
+    assert main([*arguments, *words, *more, "--loss", "chunked"]) == 0
+    assert seen[:3] == ["mean"] * 3
+    assert set(seen[3:]) == {"none"}
+
+
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+def test_tokens_of_accumulated_batches_count_equally(
+    arguments, with_tokenizer, model_folder, tmp_path, loss
+):
+    """Two batches of one sequence are one of two, though their numbers of labels differ."""
+    path = tmp_path / "answers.jsonl"
+    rows = [{"prompt": "why?", "completion": " so" * (1 + 4 * (i % 2))} for i in range(8)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    # This student has no dropout, which depends on the batches.
+    words = ["--model", str(with_tokenizer), "--data", str(path)]
+    words += ["--objective", "distillation", "--teacher", str(model_folder)]
+    words += ["--loss", loss, "--no-packing", "--no-export", "--steps", "4"]
+    found = []
+    for way in (["--batch-size", "2"], ["--batch-size", "1", "--gradient-accumulation", "2"]):
+        output = tmp_path / f"out{len(found)}"
+        assert main([*arguments, *words, *way, "--output", str(output)]) == 0
+        found.append([float(row["loss"]) for row in rows_of(output)])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert len(set(found[0])) == 3  # the first step has no learning rate
 
 
 @pytest.mark.parametrize("loss", ["full", "chunked"])
@@ -186,7 +234,7 @@ def test_a_model_whose_logits_are_needed_is_refused(model, teacher_folder):
     inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.int64)}
     inputs["labels"] = inputs["input_ids"]
     with pytest.raises(IdlePatchError, match="patch of Gemma2ForCausalLM cannot do without"):
-        CutLogits("chunked").token_divergences(model, teacher, inputs, 0.0)
+        CutLogits("chunked").divergences(model, teacher, inputs, 0.0)
 
 
 class TestPairs:
