@@ -124,7 +124,14 @@ def add_sums_kernel(
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
         student = load_logits(
-            student_ptr, row, classes, num_classes, stride, bias_ptr, softcap, multiplier_ptr
+            student_ptr,
+            row,
+            classes,
+            num_classes,
+            stride,
+            bias_ptr=bias_ptr,
+            softcap=softcap,
+            multiplier_ptr=multiplier_ptr,
         )
         teacher = load_logits(
             teacher_ptr,
@@ -132,9 +139,9 @@ def add_sums_kernel(
             classes,
             num_classes,
             stride,
-            teacher_bias_ptr,
-            teacher_softcap,
-            teacher_multiplier_ptr,
+            bias_ptr=teacher_bias_ptr,
+            softcap=teacher_softcap,
+            multiplier_ptr=teacher_multiplier_ptr,
         )
         high, fall, shrink = rebase(high, student)
         teacher_high, teacher_fall, teacher_shrink = rebase(teacher_high, teacher)
@@ -200,7 +207,14 @@ def add_mixture_sums_kernel(
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
         student = load_logits(
-            student_ptr, row, classes, num_classes, stride, bias_ptr, softcap, multiplier_ptr
+            student_ptr,
+            row,
+            classes,
+            num_classes,
+            stride,
+            bias_ptr=bias_ptr,
+            softcap=softcap,
+            multiplier_ptr=multiplier_ptr,
         )
         teacher = load_logits(
             teacher_ptr,
@@ -208,9 +222,9 @@ def add_mixture_sums_kernel(
             classes,
             num_classes,
             stride,
-            teacher_bias_ptr,
-            teacher_softcap,
-            teacher_multiplier_ptr,
+            bias_ptr=teacher_bias_ptr,
+            softcap=teacher_softcap,
+            multiplier_ptr=teacher_multiplier_ptr,
         )
         log_p = student - lse
         log_q = teacher - teacher_lse
@@ -265,7 +279,14 @@ def logit_gradients_kernel(
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
         student = load_logits(
-            student_ptr, row, classes, num_classes, stride, bias_ptr, softcap, multiplier_ptr
+            student_ptr,
+            row,
+            classes,
+            num_classes,
+            stride,
+            bias_ptr=bias_ptr,
+            softcap=softcap,
+            multiplier_ptr=multiplier_ptr,
         )
         teacher = load_logits(
             teacher_ptr,
@@ -273,9 +294,9 @@ def logit_gradients_kernel(
             classes,
             num_classes,
             stride,
-            teacher_bias_ptr,
-            teacher_softcap,
-            teacher_multiplier_ptr,
+            bias_ptr=teacher_bias_ptr,
+            softcap=teacher_softcap,
+            multiplier_ptr=teacher_multiplier_ptr,
         )
         inside = (classes < num_classes)[None, :]
         log_p = student - lse
