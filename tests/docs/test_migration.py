@@ -10,6 +10,7 @@ import pytest
 
 import cut_cross_entropy
 from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from cut_cross_entropy.options import ALL_IMPLS
 from cut_cross_entropy.transformers import cce_patch
 
 PAGE = (Path(__file__).parents[2] / "docs/migration.md").read_text(encoding="utf-8")
@@ -74,8 +75,12 @@ def test_names_not_offered_are_not_there():
 def test_options_named_for_those_who_come_from_liger():
     rows = table_of("| Liger | here |", "## From full logits")
     named = {name for _, here in rows for name in quoted(here)}
-    options = {name.partition("=")[0] for name in named} - {"compute_z_loss", "cce_patch"}
-    assert options == {"shift", "return_lse", "label_smoothing", "class_weights"}
+    functions = {"compute_z_loss", "cce_patch", "linear_divergence"}
+    assert named >= functions
+    implementations = {"cce", "cce_exact", "chunked"}
+    assert implementations <= {*ALL_IMPLS}
+    options = {name.partition("=")[0] for name in named} - functions - implementations
+    assert options == {"shift", "return_lse", "label_smoothing", "class_weights", "token_weights"}
     assert options <= set(OURS)
     assert [*OURS][:2] == ["e", "c"]
     assert [*inspect.signature(LinearCrossEntropy(softcap=30.0).forward).parameters][:2] == [
