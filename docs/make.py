@@ -29,7 +29,7 @@ from docs import (  # noqa: E402
 )
 from docs.benchmark_runs import Measurements  # noqa: E402
 from docs.page import fill  # noqa: E402
-from research import figures  # noqa: E402
+from research import compare_processes, figures  # noqa: E402
 
 PAGES = tuple(
     Path(page)
@@ -41,8 +41,6 @@ PAGES = tuple(
 
 def training_processes(kept: Measurements) -> str:
     """One training in one process and in several."""
-    from training import compare_processes
-
     return "\n".join(map(compare_processes.table, kept.parts(compare_processes.PART)))
 
 

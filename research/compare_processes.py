@@ -1,6 +1,6 @@
 """Train the same model in one process and in several, and compare the losses of every step.
 
-    python training/compare_processes.py --json docs/measurements/DEVICE/training_processes.json
+    python -m research.compare_processes --json docs/measurements/DEVICE/training_processes.json
 
 Runs ``training/train.py`` on one GPU, and under FSDP2 and DeepSpeed ZeRO-3 on several; then both on
 one GPU, and one GPU with its batch in parts, which show what rounding and another order of the same
@@ -24,9 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
-
-if not __package__:  # started by its path: Python then puts this folder first, not the root
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from training.arguments import Parser, add_settings, config_from
 from training.config import UsageError, flag
@@ -194,7 +191,9 @@ def table(record: dict[str, Any]) -> str:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; settings of train.py have the same names."""
-    parser = Parser(prog="compare_processes.py", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(
+        prog="python -m research.compare_processes", description=(__doc__ or "").splitlines()[0]
+    )
     defaults = {"dtype": "autocast", "steps": 50, "sequence_length": 256, "warmup_steps": 5}
     add_settings(parser, SHARED, **defaults)
     add = parser.add_argument

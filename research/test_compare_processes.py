@@ -1,4 +1,4 @@
-"""``training/compare_processes.py``: what it starts, reads and says."""
+"""``research/compare_processes.py``: what it starts, reads and says."""
 
 import itertools
 import json
@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from training import compare_processes
-from training.compare_processes import (
+from research import compare_processes
+from research.compare_processes import (
     SETUPS,
     command,
     differences,
@@ -96,31 +96,6 @@ def test_a_run_without_losses_is_compared_with_nothing():
     rows = [row("one GPU", [1.0], ()), row("FSDP2", [])]
     assert list(differences(rows[1], rows)) == []
     assert "| FSDP2 | 2 |  |  |  |  |  |  |" in table(record(*rows))
-
-
-def test_one_process_and_two_have_the_same_losses(model_folder, text_file, tmp_path):
-    path = tmp_path / "record.json"
-    settings = (
-        f"--model {model_folder} --data {text_file} --loss chunked --device cpu --steps 3 "
-        "--batch-size 8 --sequence-length 16 --learning-rate 1e-2 --dtype float32 --commit abc "
-        f"--ways one fsdp2 fsdp2-one --json {path}"
-    )
-    # The model has dropout, whose numbers every process draws for itself: another one without.
-    still = tmp_path / "still"
-    still.mkdir()
-    for file in model_folder.iterdir():
-        (still / file.name).write_bytes(file.read_bytes())
-    config = json.loads((still / "config.json").read_text())
-    (still / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
-    assert main(settings.replace(str(model_folder), str(still)).split()) == 0
-    written = json.loads(path.read_text())
-    assert written["part"] == "training-processes"
-    assert written["environment"]["commit"] == "abc"
-    compared = dict(differences(written["rows"][1], written["rows"]))
-    assert list(compared) == ["one GPU", "FSDP2 on one GPU"]
-    for found in compared.values():
-        assert len(found) == 3
-        assert max(found) < 1e-5
 
 
 def test_runs_that_are_done_again_replace_their_own(tmp_path, capsys, monkeypatch):

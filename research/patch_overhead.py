@@ -1,6 +1,6 @@
 """Measure what ``cce_patch`` adds to a step, the operator that it calls excepted.
 
-    python -m benchmark.patch_overhead
+    python -m research.patch_overhead
 
 The same forward pass runs through the patch and, in turns, with the least that could do the same:
 the head hands its features on, and ``F.cross_entropy`` is a function that calls the operator with
@@ -52,7 +52,7 @@ def alternate(
 
 def main() -> None:
     """Print the median and the tenth percentile of each, and their differences."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.patch_overhead", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m research.patch_overhead", description=__doc__)
     parser.add_argument("--calls", type=int, default=2000, help="of each kind")
     args = parser.parse_args()
     torch.set_num_threads(1)
