@@ -14,10 +14,14 @@ from cut_cross_entropy.dispatch import choose_impl, gradients_needed
 from cut_cross_entropy.distributed.options import VocabParallelOptions
 from cut_cross_entropy.divergence_operators import run_divergence, run_divergence_sum
 from cut_cross_entropy.divergence_results import DivergenceState
+from cut_cross_entropy.heads.chunks import HeadProblem
+from cut_cross_entropy.heads.divergences import joined
+from cut_cross_entropy.heads.divergences import run_divergence as run_head_divergence
+from cut_cross_entropy.heads.head import Head
 from cut_cross_entropy.implementations import chunked_divergence, reference
 from cut_cross_entropy.implementations.chunked_divergence import log_mixture
 from cut_cross_entropy.options import ImplName, LinearCrossEntropyImpl, Reduction, impl_name
-from cut_cross_entropy.prepare import Prepared, prepare
+from cut_cross_entropy.prepare import Prepared, prepare, stand_in
 from cut_cross_entropy.problem import Needed, Problem
 from cut_cross_entropy.reductions import mean_of_sum
 from cut_cross_entropy.transforms import is_offloaded, is_traced, is_transformed, plain
@@ -59,9 +63,9 @@ class TokenDivergence:
 
 def linear_divergence(
     e_student: Tensor,
-    head_student: Tensor,
+    head_student: Tensor | Head,
     e_teacher: Tensor,
-    head_teacher: Tensor,
+    head_teacher: Tensor | Head,
     *,
     beta: float = 0.0,
     temperature: float | Tensor = 1.0,
@@ -105,10 +109,11 @@ def linear_divergence(
 
     Args:
         e_student: embeddings, (..., D), float32, bfloat16, float16 or float64.
-        head_student: classifier, (V, D), of the dtype of ``e_student`` (any under autocast).
+        head_student: classifier, (V, D), of the dtype of ``e_student`` (any under autocast); or a
+            :class:`~cut_cross_entropy.heads.Head`, which brings bias, softcap and scale with it.
         e_teacher: (..., D') of the same leading shape, any D' and dtype. Has no gradient.
-        head_teacher: (V, D'), of the dtype of ``e_teacher``. Where vocabularies were padded
-            differently, pass the rows of the classes that both have. Has no gradient.
+        head_teacher: (V, D'), of the dtype of ``e_teacher``, or a ``Head``. Has no gradient. Where
+            vocabularies were padded differently, pass the rows of the classes that both have.
         beta: from 0 to 1.
         temperature: above 0; a number, or a tensor that broadcasts against the leading shape. It
             divides the logits of both models, and has no gradient.
@@ -170,7 +175,7 @@ def linear_divergence(
         teacher = _prepare(
             "teacher",
             e_teacher.detach(),
-            head_teacher.detach(),
+            head_teacher if isinstance(head_teacher, Head) else head_teacher.detach(),
             marked,
             None if not isinstance(teacher_bias, Tensor) else teacher_bias.detach(),
             teacher_softcap, teacher_logit_scale, temperature, ignore_index, memory_budget,
@@ -187,18 +192,20 @@ def linear_divergence(
         weights = torch.where(kept, student.flatten(whole_weights, 0.0), 0)
     models = problem, teacher.problem, float(beta), has_targets
     with student.computing():
+        has_head = any(isinstance(x, HeadProblem) for x in (problem, teacher.problem))
         if chosen == "reference":
-            found = _reference(*models)
+            found = _reference(joined(problem), joined(teacher.problem), float(beta), has_targets)
         else:
             by_kernels = _by_kernels(chosen, problem, teacher.problem)
             needed = None
-            if reduction != "none":
+            if reduction != "none" and not has_head:
                 needed = _gradients_in_the_forward(student, teacher, weights, by_kernels)
             if needed is not None:
                 total, *of_tokens = run_divergence_sum(*models, weights, needed, by_kernels)[:-3]
                 found = DivergenceState(total, *of_tokens[1:])
             else:
-                found = run_divergence(*models, by_kernels)
+                run = run_head_divergence if has_head else run_divergence
+                found = run(*models, by_kernels)
     divergence = found.divergence
     if divergence.ndim and weights is not None:
         divergence = divergence * weights
@@ -268,7 +275,10 @@ def _check_beta(beta: float) -> None:
 
 
 def _check_models(
-    e_student: Tensor, head_student: Tensor, e_teacher: Tensor, head_teacher: Tensor
+    e_student: Tensor,
+    head_student: Tensor | Head,
+    e_teacher: Tensor,
+    head_teacher: Tensor | Head,
 ) -> None:
     """Check what the two models must have in common.
 
@@ -278,9 +288,9 @@ def _check_models(
     """
     named = {
         "e_student": e_student,
-        "head_student": head_student,
+        "head_student": stand_in(head_student),
         "e_teacher": e_teacher,
-        "head_teacher": head_teacher,
+        "head_teacher": stand_in(head_teacher),
     }
     for name, tensor in named.items():
         _check_device(name, tensor, "e_student", e_student)
@@ -289,10 +299,11 @@ def _check_models(
     _check_shape(
         "e_teacher", e_teacher.shape[:-1], "leading shape of e_student", e_student.shape[:-1]
     )
-    if head_teacher.shape[0] != head_student.shape[0]:
+    num_classes, others = (named[f"head_{name}"].shape[0] for name in ("student", "teacher"))
+    if others != num_classes:
         raise ValueError(
-            f"head_teacher must have the classes of head_student, V = {head_student.shape[0]}, "
-            f"got {head_teacher.shape[0]}: pass the rows of the classes that both have"
+            f"head_teacher must have the classes of head_student, V = {num_classes}, "
+            f"got {others}: pass the rows of the classes that both have"
         )
 
 
@@ -343,7 +354,7 @@ def _check_mask_dtype(mask: Tensor | None) -> None:
 def _prepare(
     role: str,
     e: Tensor,
-    head: Tensor,
+    head: Tensor | Head,
     targets: Tensor,
     bias: Tensor | None,
     softcap: float | None,

@@ -46,7 +46,7 @@ def _parts(flat: tuple[Any, ...]) -> tuple[Problem, Problem, float, bool, bool]:
 
 
 @contextlib.contextmanager
-def _implementation(by_kernels: bool, device: torch.device) -> Iterator[ModuleType]:
+def implementation(by_kernels: bool, device: torch.device) -> Iterator[ModuleType]:
     """Return the module that computes, under what its computations need."""
     with torch.autocast(device.type, enabled=False):
         if by_kernels:
@@ -65,7 +65,7 @@ def _implementation(by_kernels: bool, device: torch.device) -> Iterator[ModuleTy
 def divergence(*flat: Any) -> DivergenceState:
     """Divergence of a student from a teacher; see ``chunked_divergence.forward``."""
     student, teacher, beta, has_targets, by_kernels = _parts(flat)
-    with _implementation(by_kernels, student.e.device) as chosen:
+    with implementation(by_kernels, student.e.device) as chosen:
         found: DivergenceState = chosen.forward(student, teacher, beta, has_targets)
     return found
 
@@ -91,7 +91,7 @@ def divergence_backward(*flat: Any) -> Gradients:
     stop = _NUM_GRADS + _NUM_STATE
     grads, state = DivergenceGrads(*flat[:_NUM_GRADS]), DivergenceState(*flat[_NUM_GRADS:stop])
     student, teacher, beta, _, by_kernels = _parts(flat[stop:-3])
-    with _implementation(by_kernels, student.e.device) as chosen:
+    with implementation(by_kernels, student.e.device) as chosen:
         found: Gradients = chosen.backward(grads, state, student, teacher, beta, Needed(*flat[-3:]))
     return found
 
@@ -115,7 +115,7 @@ def divergence_sum(*flat: Any) -> DivergenceSum:
     """
     student, teacher, beta, has_targets, by_kernels = _parts(flat[:_NUM_INPUTS])
     weights, *needed, loss_only = flat[_NUM_INPUTS:]
-    with _implementation(by_kernels, student.e.device) as chosen:
+    with implementation(by_kernels, student.e.device) as chosen:
         if loss_only:
             state = chosen.forward(student, teacher, beta, has_targets)
             values = state.divergence if weights is None else state.divergence * weights

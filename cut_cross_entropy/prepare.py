@@ -102,9 +102,7 @@ def prepare(
         _refuse_beside_head(head, bias, softcap, logit_scale)
         _refuse_head(head, vocab_parallel_options, data_parallel_options)
         bias, softcap, logit_scale = head.bias, head.softcap, head.logit_scale
-        # Its shape, dtype and device: what the checks look at.
-        c = torch.empty((), dtype=head.weight.dtype, device=head.weight.device)
-        c = c.expand(tuple(head.weight.shape))
+        c = stand_in(head)
     check_options(
         ignore_index=ignore_index,
         softcap=softcap,
@@ -192,6 +190,14 @@ def prepare(
         problem = HeadProblem(**given, rows=rows, anchor=rows.anchor(), products=tuple(products))
     world_size = 1 if shard is None else shard.world_size
     return Prepared(problem, targets, shift, shards, world_size, wholes)
+
+
+def stand_in(head: Tensor | Head) -> Tensor:
+    """Return a tensor with the shape, dtype and device of a head's weight: what checks look at."""
+    if not isinstance(head, Head):
+        return head
+    place = torch.empty((), dtype=head.weight.dtype, device=head.weight.device)
+    return place.expand(tuple(head.weight.shape))
 
 
 def _flatten(

@@ -79,6 +79,23 @@ class Problem:
         return torch.promote_types(self.compute_dtype, torch.float32)
 
     @property
+    def most_classes(self) -> int:
+        """How many classes :meth:`class_rows` may be asked for."""
+        return self.c.shape[0]
+
+    def class_rows(self, classes: slice) -> Tensor:
+        """Return the rows of ``c`` of some classes."""
+        return self.c[classes]
+
+    def empty_grad_c(self) -> Tensor:
+        """Return memory for the gradient of ``c``, contiguous; 0 in the frozen columns."""
+        return (self.c.new_zeros if self.frozen_columns else self.c.new_empty)(self.c.shape)
+
+    def put_grad_c(self, out: Tensor, classes: slice, rows: Tensor) -> None:
+        """Write the gradient of some rows, less the frozen columns, into that memory."""
+        out[classes, self.frozen_columns :] = rows
+
+    @property
     def local_targets(self) -> Tensor:
         """Targets (N,) counted from the first row of ``c``."""
         return self.targets - self.first_class if self.first_class else self.targets

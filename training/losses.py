@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cut_cross_entropy import linear_cross_entropy, linear_divergence
 from cut_cross_entropy.lazy.logits import LazyLogits
-from cut_cross_entropy.lazy.recipe import Recipe, _one_product, fold, is_foldable
+from cut_cross_entropy.lazy.recipe import Recipe, fold, is_foldable
 from cut_cross_entropy.lazy.value import LazyValue
 from cut_cross_entropy.options import ImplName, Reduction
 from training.packing import IGNORED
@@ -219,14 +219,10 @@ class CutLogits(FullLogits):
 
 
 def _side(name: str, recipe: Recipe) -> dict[str, Any]:
-    """Return the arguments of ``linear_divergence`` for recorded logits, less the last token.
-
-    The classifier is one matrix: the columns of an adapter are joined to it.
-    """
-    joined = Recipe(((*_one_product(recipe.terms), False),), recipe.bias, recipe.steps)
-    folded = fold(joined, with_scale=True)
+    """Return the arguments of ``linear_divergence`` for recorded logits, less the last token."""
+    folded = fold(recipe.on_features(lambda e: e[:, :-1]), with_scale=True)
     return {
-        f"e_{name}": folded.e[:, :-1],
+        f"e_{name}": folded.e,
         f"head_{name}": folded.c,
         f"{name}_bias": folded.bias,
         f"{name}_softcap": folded.softcap,

@@ -4,7 +4,6 @@ The columns of all adapters are one narrow tensor (V, R), made by ordinary PyTor
 the kernels compute; the matrix is read where it is, and costs no gradient.
 """
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.autograd import Function
 from cut_cross_entropy.heads.chunks import HeadProblem
 from cut_cross_entropy.heads.head import rows_of
 from cut_cross_entropy.heads.rows import requires_grad
-from cut_cross_entropy.problem import AdaptedProblem, Filter, KernelState, Needed, PerToken, Problem
+from cut_cross_entropy.problem import AdaptedProblem, Filter, KernelState, Needed, PerToken
 
 RANK_STEP = 16  # columns that the kernels take at a time
 MOST_COLUMNS = 128
@@ -58,9 +57,8 @@ def token_losses(problem: HeadProblem, filter_: Filter) -> PerToken:
     low_e = torch.cat([x.features.flatten(0, -2).to(dtype) for x in others], 1)
     padding = -low_c.shape[1] % RANK_STEP
     low_c, low_e = F.pad(low_c, (0, padding)), F.pad(low_e, (0, padding))
-    given = {f.name: getattr(problem, f.name) for f in fields(Problem)}
     e = base.features.flatten(0, -2)
-    whole = AdaptedProblem(**given | {"e": e, "c": base.rows}, low_e=low_e, low_c=low_c)
+    whole = problem.as_problem(AdaptedProblem, e=e, c=base.rows, low_e=low_e, low_c=low_c)
     inputs = (e, low_e, low_c, problem.bias)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     nll, lse = _Losses.apply(*inputs, whole, filter_, training)

@@ -11,7 +11,7 @@ Shapes: N tokens, K features of all products together, V classes, n chunks.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ LOWEST = -1e30
 """Log-sum-exp that stands for -inf where it has a gradient."""
 
 T = TypeVar("T")
+P = TypeVar("P", bound=Problem)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,37 @@ class HeadProblem(Problem):
             return features[0]
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in features))
         return torch.cat([x.to(dtype) for x in features], dim=1)
+
+    def as_problem(self, kind: type[P] = Problem, **changes: Any) -> P:  # type: ignore[assignment]
+        """Return the problem without what belongs to the head, with some fields changed.
+
+        Args:
+            kind: its class.
+            **changes: fields of that class.
+        """
+        return kind(**{f.name: getattr(self, f.name) for f in fields(Problem)} | changes)
+
+    def without_graph(self) -> "HeadProblem":
+        """Return the problem without features of its own, for an autograd function to keep."""
+        frozen = self.rows.frozen_columns
+        return replace(self, products=(), anchor=None, frozen_columns=frozen)
+
+    @property
+    def most_classes(self) -> int:
+        """How many classes :meth:`class_rows` may be asked for: those of a chunk."""
+        return min(self.rows.num_classes, self.chunk_size())
+
+    def class_rows(self, classes: slice) -> Tensor:
+        """Make the rows of some classes."""
+        return self.rows.make(classes)
+
+    def empty_grad_c(self) -> Tensor:
+        """Return nothing: the gradient goes to the parts of the rows."""
+        return self.e.new_empty(0)
+
+    def put_grad_c(self, out: Tensor, classes: slice, rows: Tensor) -> None:
+        """Add the gradient of some rows, less the frozen columns, to those of their parts."""
+        self.rows.add_gradient(classes, rows)
 
     def chunk_size(self) -> int:
         """Classes of a chunk, so that its rows and what is made of them take half the budget."""

@@ -5,7 +5,7 @@ made once; otherwise they are made again in the backward. See
 ``cut_cross_entropy.kernels.made_rows``.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,8 +80,7 @@ class _Losses(Function):
         from cut_cross_entropy.kernels import made_rows
         from cut_cross_entropy.kernels.launch import current_device
 
-        whole = Problem(**{f.name: getattr(problem, f.name) for f in fields(Problem)})
-        whole = replace(whole, e=e, bias=bias)
+        whole: Problem = problem.as_problem(e=e, bias=bias)
         with torch.autocast(e.device.type, enabled=False), current_device(e.device):
             found = made_rows.token_losses(whole, problem.rows.make)
         ctx.save_for_backward(e, bias, anchor, whole.targets, whole.multiplier, *found)

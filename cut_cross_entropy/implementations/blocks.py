@@ -110,7 +110,7 @@ class Blocks:
 
     def classifier(self, classes: slice) -> Tensor:
         """Rows of c of a block of classes, as a factor."""
-        return self._operand(self.problem.c[classes])
+        return self._operand(self.problem.class_rows(classes))
 
     def _operand(self, tensor: Tensor) -> Tensor:
         tensor = tensor.to(self.problem.compute_dtype)  # the rounding that autocast asks for
@@ -185,7 +185,7 @@ class Blocks:
         grad_c, grad_bias = e.new_empty(0), e.new_empty(0)
         first = self.problem.frozen_columns
         if needed.c:
-            grad_c = c.new_zeros(c.shape) if first else c.new_empty(c.shape)
+            grad_c = self.problem.empty_grad_c()
         if needed.bias and bias is not None:
             grad_bias = bias.new_empty(bias.shape)
         for classes in self.class_blocks():
@@ -211,7 +211,7 @@ class Blocks:
             if needed.bias:
                 grad_bias[classes] = grad_bias_sum
             if needed.c:
-                grad_c[classes, first:] = grad_c_sum / scale
+                self.problem.put_grad_c(grad_c, classes, grad_c_sum / scale)
         grad_e = e.new_empty(0)
         if needed.e:
             grad_e = self.scatter(grad_e_sum.div_(scale)).to(e.dtype)

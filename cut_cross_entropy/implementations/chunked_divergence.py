@@ -167,7 +167,9 @@ def _blocks(student: Problem, teacher: Problem, with_gradients: bool) -> tuple[B
     )
     # Of many tokens and few classes or the reverse: elementwise operations are most of the time,
     # and each block starts all of them.
-    blocks.shape = others.shape = max(shapes, key=math.prod)
+    tokens, classes = max(shapes, key=math.prod)
+    classes = min(classes, student.most_classes, teacher.most_classes)
+    blocks.shape = others.shape = (tokens, classes)
     return blocks, others
 
 

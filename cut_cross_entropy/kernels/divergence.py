@@ -63,7 +63,8 @@ def _allocate(student: Problem, teacher: Problem, needed: Needed | None, kind: i
     left = budget - num_classes * widened
     of_all_classes = left // (num_classes * ELEMENT + widened) if num_classes else 0
     of_all_classes = min(of_all_classes, MAX_ELEMENTS // max(1, num_classes))
-    is_enough = of_all_classes >= min(tokens, MANY_TOKENS)
+    most_classes = min(student.most_classes, teacher.most_classes)
+    is_enough = of_all_classes >= min(tokens, MANY_TOKENS) and most_classes >= num_classes
     if kind == MIXTURE.value and needed is None and student.group is None and is_enough:
         classes = num_classes
         if of_all_classes < tokens:
@@ -79,7 +80,7 @@ def _allocate(student: Problem, teacher: Problem, needed: Needed | None, kind: i
                 break
             tokens = max(1, tokens // 2)
         multiple = EVEN_CLASSES if classes >= EVEN_CLASSES else MIN_CLASSES
-        classes = min(num_classes, max(MIN_CLASSES, classes // multiple * multiple))
+        classes = min(most_classes, max(MIN_CLASSES, classes // multiple * multiple))
     blocks.shape = others.shape = (tokens, classes)
     return StoredLogits.allocate(blocks, others, tokens, classes)
 
@@ -195,10 +196,11 @@ def backward(
     kind = kind_of_divergence(beta)
     logits = _allocate(student, teacher, needed, kind)
     blocks, e, c, bias = logits.student, student.e, student.c, student.bias
+    first = student.frozen_columns
     scale = scale_of(grads, blocks, logits.factor_type)
     per_token = TokenValues.of(grads, state, blocks, scale)
     grad_e_sum = e.new_zeros((blocks.num_kept if needed.e else 0, e.shape[1]), dtype=torch.float32)
-    grad_c = torch.empty_like(c, memory_format=torch.contiguous_format) if needed.c else None
+    grad_c = student.empty_grad_c() if needed.c else None
     grad_bias = None
     if needed.bias and bias is not None:
         grad_bias = bias.new_empty(bias.shape)
@@ -207,13 +209,15 @@ def backward(
     in_place = (
         is_single
         and grad_c is not None
+        and grad_c.shape == c.shape
         and grad_c.dtype == logits.factor_type
         and grad_c.dtype != torch.float16
     )
     for classes in blocks.class_blocks():
         num_rows = classes.stop - classes.start
         rows = e.new_zeros(
-            (num_rows if needed.c and not in_place else 0, c.shape[1]), dtype=torch.float32
+            (num_rows if needed.c and not in_place else 0, c.shape[1] - first),
+            dtype=torch.float32,
         )
         rows_of_bias = e.new_zeros(num_rows, dtype=torch.float32)
         for tokens, e_block, e_teacher in logits.token_blocks():
@@ -226,11 +230,11 @@ def backward(
                 if in_place:
                     torch.mm(factor.T, e_block, out=grad_c[classes])
                 else:
-                    blocks.add_product(factor.T, e_block, rows)
+                    blocks.add_product(factor.T, e_block[:, first:], rows)
             if grad_bias is not None:
                 rows_of_bias += factor.sum(0, dtype=torch.float32)
         if grad_c is not None and not in_place:
-            grad_c[classes] = rows.div_(scale)
+            student.put_grad_c(grad_c, classes, rows.div_(scale))
         if grad_bias is not None:
             grad_bias[classes] = rows_of_bias.div_(scale)
     nothing = e.new_empty(0)

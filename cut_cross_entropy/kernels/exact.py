@@ -233,9 +233,10 @@ def chunk_gradients(
     num_tiles = triton.cdiv(classes[1] - classes[0], tiles.block_v)
     segment_tiles = triton.cdiv(num_tiles, max(1, PROGRAMS_IN_FLIGHT // swizzle_width))
     num_segments = triton.cdiv(num_tiles, segment_tiles)
-    # Wider results need more shared memory.
-    num_stages = min(tiles.num_stages, 4 if out.dtype == e.dtype else 3)
+    # Wider results need more shared memory, and so do further columns.
     low_c = low_columns(problem)
+    is_narrow = out.dtype == e.dtype and low_c is None
+    num_stages = min(tiles.num_stages, 4 if is_narrow else 3)
     launch(
         chunk_gradients_kernel,
         (num_blocks * num_segments,),

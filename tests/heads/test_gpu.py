@@ -15,6 +15,7 @@ SHAPE = Shape("test", 32768, 1024)
 LARGE = Shape("large", 131072, 1024)
 TOKENS = 1000  # the last block of 128 is not full
 GROUP = 64  # numbers that share a scale
+PART = 4096  # of these groups that are dequantised at a time
 MIB = 2**20
 
 
@@ -24,17 +25,20 @@ class FourBits:
     def __init__(self, weight):
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
         self.code = torch.linspace(-1, 1, 16, device=weight.device).to(weight.dtype)
+        self.per_row = self.shape[1] // GROUP
         groups = weight.reshape(-1, GROUP)
         self.scale = groups.abs().amax(1, keepdim=True)
         ids = ((groups / self.scale + 1) * 7.5).round().to(torch.uint8)
         self.packed = ids[:, ::2] * 16 + ids[:, 1::2]
 
     def rows(self, start, stop):
-        per_row = self.shape[1] // GROUP
-        here = slice(start * per_row, stop * per_row)
-        pairs = torch.stack([self.packed[here] >> 4, self.packed[here] & 15], 2)
-        rows = self.code[pairs.flatten(1).long()] * self.scale[here]
-        return rows.view(stop - start, self.shape[1])
+        rows = torch.empty((stop - start, self.shape[1]), dtype=self.dtype, device=self.device)
+        here = slice(start * self.per_row, stop * self.per_row)
+        parts = [x.split(PART) for x in (rows.view(-1, GROUP), self.packed[here], self.scale[here])]
+        for groups, packed, scale in zip(*parts, strict=True):  # ids take 8 bytes each
+            ids = torch.stack([packed >> 4, packed & 15], 2).flatten(1).long()
+            torch.mul(self.code[ids], scale, out=groups)
+        return rows
 
 
 def rounded(values, dtype):
@@ -106,9 +110,12 @@ class Case:
 KINDS = ("lora", "two_adapters", "dora", "four_bits", "qlora")
 
 
-def assert_two_roundings(ours, exact):
-    for mine, truth in zip(ours, exact, strict=True):
-        assert relative_error(mine, truth) <= 2 * rounding_error(truth)
+def assert_few_roundings(ours, exact, most=2.0):
+    roundings = [
+        relative_error(mine, truth) / rounding_error(truth)
+        for mine, truth in zip(ours, exact, strict=True)
+    ]
+    assert max(roundings) <= most, roundings
 
 
 @pytest.mark.parametrize("impl", ["cce", "cce_exact"])
@@ -128,7 +135,9 @@ def test_mean(kind, impl):
     wide = case.wide_leaves()
     expected = F.cross_entropy(case.logits(*wide), case.targets)
     torch.testing.assert_close(loss.double(), expected, rtol=0, atol=1e-4)
-    assert_two_roundings(ours, torch.autograd.grad(expected, wide))
+    # Autograd adds what the weight and each adapter contribute to dE in bfloat16.
+    most = 2.5 if kind == "two_adapters" else 2.0
+    assert_few_roundings(ours, torch.autograd.grad(expected, wide), most)
 
 
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
@@ -156,7 +165,7 @@ def test_losses_of_tokens(kind):
     for mine, truth in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.double(), truth, rtol=4e-6, atol=2e-4)
     exact = torch.autograd.grad((upstream * torch.stack(expected)).sum(), wide)
-    assert_two_roundings(ours, exact)
+    assert_few_roundings(ours, exact)
 
 
 @pytest.mark.parametrize("kind", ["lora", "four_bits", "qlora"])

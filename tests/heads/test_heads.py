@@ -11,7 +11,6 @@ import torch.utils.checkpoint
 from cut_cross_entropy import (
     LinearCrossEntropy,
     linear_cross_entropy,
-    linear_divergence,
     prepare,
     token_logprobs,
 )
@@ -389,12 +388,6 @@ def test_features_that_do_not_fit():
     case = Case("plain", torch.float32)
     with pytest.raises(ValueError, match="e and c must agree in their last dimension"):
         linear_cross_entropy(case.e[..., :-1], case.head, case.targets)
-
-
-def test_divergences_take_matrices():
-    case = Case("lora", torch.float32)
-    with pytest.raises(TypeError, match=r"head_student must be a torch\.Tensor, got Head"):
-        linear_divergence(case.e, case.head, case.e, torch.zeros(V, D))
 
 
 def test_what_a_head_cannot_be_combined_with():

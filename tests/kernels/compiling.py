@@ -187,7 +187,7 @@ def variants(tiles: Tiles) -> list[Variant]:
                 {**products, **flags, **without(terms), "LOW_RANK": rank},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
-                num_stages=tiles.num_stages,
+                num_stages=few,
             )
             add(
                 f"adapted_strips-{label}-{rank}",

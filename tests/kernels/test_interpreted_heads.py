@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cut_cross_entropy import dispatch, linear_cross_entropy, record_filter
+from cut_cross_entropy import dispatch, linear_cross_entropy, linear_divergence, record_filter
 from cut_cross_entropy.heads import Head, LowRank
 from cut_cross_entropy.heads.quantised import ChosenRows
 from cut_cross_entropy.kernels import made_rows
@@ -14,6 +14,7 @@ from cut_cross_entropy.kernels import tiles as tiles_module
 from cut_cross_entropy.kernels.filtered import backward
 from tests.kernels.test_interpreted_filtered import sharp
 from tests.support import make_problem
+from training.losses import divergence as divergence_of_logprobs
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
 
@@ -365,5 +366,37 @@ def test_an_adapted_head_where_the_compiler_takes_no_second_product(monkeypatch)
     _, expected = gradients_in_float64(
         lambda *wide: F.cross_entropy(logits(*wide), made.targets), leaves
     )
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert (mine.double() - theirs).norm() < 2e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_divergences_of_heads(beta):
+    """The rows of both are made for a block of classes, and the gradient of theirs handed over."""
+    made, _, leaves, logits = adapted_case("one")
+    source = Stored(made.c)
+    e, bias, a, b = leaves
+    student = Head(source, bias, low_rank=(LowRank(a, b, 2.0),))
+    x, weight = torch.randn(150, 32), torch.randn(made.c.shape[0], 32)
+    down, up = torch.randn(4, 32), torch.randn(made.c.shape[0], 4)
+    teacher = Head(weight, low_rank=(LowRank(down, up),), softcap=5.0)
+    mask = made.targets != -100
+    found = linear_divergence(
+        e, student, x, teacher, beta=beta, mask=mask, impl="cce", memory_budget=2**19
+    )
+    divergence, entropy = found.divergence.sum(), found.student_entropy.sum()
+    ours = torch.autograd.grad(divergence + 0.3 * entropy, leaves)
+    assert source.made.min() == source.made.max()
+    log_q = 5 * torch.tanh(x.double() @ (weight + up @ down).double().T / 5)
+    log_q = log_q.log_softmax(1)[mask]
+
+    def truth(*wide):
+        log_p = logits(*wide).log_softmax(1)[mask]
+        entropy = -(log_p.exp() * log_p).sum()
+        return divergence_of_logprobs(log_p, log_q, beta).sum() + 0.3 * entropy
+
+    expected_value, expected = gradients_in_float64(truth, leaves)
+    torch.testing.assert_close((divergence + 0.3 * entropy).double(), expected_value, rtol=1e-5,
+                               atol=1e-5)  # fmt: skip
     for mine, theirs in zip(ours, expected, strict=True):
         assert (mine.double() - theirs).norm() < 2e-5 * theirs.norm()

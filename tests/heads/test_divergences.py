@@ -1,0 +1,128 @@
+"""Divergences of models whose heads are more than a matrix: the numbers of autograd in float64."""
+
+import pytest
+import torch
+
+from cut_cross_entropy import linear_divergence
+from cut_cross_entropy.heads import Head
+from tests.heads.test_heads import BUDGET, KINDS, Case, D, N, R, V
+from tests.largest import Largest
+from training.losses import divergence as divergence_of_logprobs
+
+IMPLS = ("reference", "chunked")
+
+
+def models(kind, teacher_kind):
+    """Return a student with targets for some tokens, and a teacher of the same tokens."""
+    student, teacher = Case(kind), Case(teacher_kind)
+    with torch.no_grad():
+        for leaf in teacher.leaves:
+            leaf.mul_(0.9)
+    return student, teacher
+
+
+def run(student, teacher, **options):
+    return linear_divergence(
+        student.e, student.head, teacher.e, teacher.head, targets=student.targets,
+        memory_budget=BUDGET, **options,
+    )  # fmt: skip
+
+
+def truth(student, teacher, beta, temperature=1.0):
+    """Divergences, entropies and log-probabilities, 0 where ignored."""
+    log_p = (student.logits() / temperature).log_softmax(-1)
+    log_q = (teacher.logits().detach() / temperature).log_softmax(-1)
+    kept, ids = student.targets != -100, student.targets.clamp_min(0)[..., None]
+    found = (
+        divergence_of_logprobs(log_p, log_q, beta),
+        -(log_p.exp() * log_p).sum(-1),
+        log_p.gather(-1, ids)[..., 0],
+    )
+    return [torch.where(kept, x, 0) for x in found]
+
+
+def assert_equal(student, found, expected):
+    results = found.divergence, found.student_entropy, found.student_logprobs
+    torch.testing.assert_close(list(results), expected, rtol=1e-10, atol=1e-11)
+    generator = torch.Generator().manual_seed(1)
+    factors = torch.randn(3, 2, N, generator=generator, dtype=torch.float64)
+    ours, theirs = (
+        student.gradients((torch.stack(list(x)) * factors).sum()) for x in (results, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("kind", "teacher_kind", "beta"),
+    [
+        ("lora", "plain", 0.0),
+        ("plain", "lora", 0.5),
+        ("frozen", "rows_on_demand", 1.0),
+        ("rows_on_demand", "dora", 0.3),
+        ("two_adapters", "frozen", 0.0),
+        ("class_scale", "class_scale", 1.0),
+        ("dora", "two_adapters", 0.5),
+    ],
+)
+def test_values_and_gradients(kind, teacher_kind, beta, impl):
+    """In blocks of tokens and classes, at a temperature."""
+    student, teacher = models(kind, teacher_kind)
+    found = run(student, teacher, beta=beta, impl=impl, temperature=0.8)
+    assert_equal(student, found, truth(student, teacher, beta, 0.8))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_mean_with_weights(impl):
+    student, teacher = models("frozen", "rows_on_demand")
+    weights = torch.linspace(0.5, 2, 2 * N, dtype=torch.float64).view(2, N).requires_grad_()
+    found = run(student, teacher, reduction="mean", token_weights=weights, impl=impl)
+    kept = student.targets != -100
+    each, *_ = truth(student, teacher, 0.0)
+    expected = (weights * each).sum() / torch.where(kept, weights, 0).sum()
+    leaves = [*student.leaves, weights]
+    ours, theirs = (torch.autograd.grad(x, leaves) for x in (found.divergence, expected))
+    torch.testing.assert_close(found.divergence, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+def test_every_kind_of_head_is_tried():
+    kinds = test_values_and_gradients.pytestmark[0].args[1]
+    assert {x for kind in kinds for x in kind[:2]} == set(KINDS)
+
+
+def test_no_tensor_of_the_size_of_a_weight():
+    student, teacher = models("rows_on_demand", "rows_on_demand")
+    with Largest() as largest:
+        run(student, teacher, beta=0.5).divergence.sum().backward()
+    assert largest.elements <= max(V * R, 128 * (D + R) + 2 * N * 128)
+    assert student.head.weight.largest <= 128
+    assert teacher.head.weight.largest <= 128
+
+
+def test_the_backward_may_run_twice_and_for_some_tensors_only():
+    student, teacher = models("frozen", "plain")
+    value = run(student, teacher, beta=1.0).divergence.sum()
+    expected = student.gradients(truth(student, teacher, 1.0)[0].sum())
+    first = torch.autograd.grad(value, student.leaves, retain_graph=True)
+    torch.testing.assert_close(first, expected, rtol=1e-8, atol=1e-11)
+    (of_e,) = torch.autograd.grad(value, student.leaves[:1])
+    torch.testing.assert_close(of_e, expected[0], rtol=1e-8, atol=1e-11)
+
+
+def test_a_part_that_changes_before_the_backward():
+    student, teacher = models("lora", "frozen")
+    value = run(student, teacher).divergence.sum()
+    with torch.no_grad():
+        teacher.head.low_rank[0].b.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_options_that_a_head_has_itself():
+    student, teacher = models("lora", "plain")
+    with pytest.raises(ValueError, match="student: softcap must not be given in addition to a He"):
+        run(student, teacher, student_softcap=3.0)
+    few = Head(torch.zeros(V - 1, D, dtype=torch.float64))
+    with pytest.raises(ValueError, match=f"classes of head_student, V = {V}, got {V - 1}"):
+        linear_divergence(student.e, student.head, teacher.e, few)
