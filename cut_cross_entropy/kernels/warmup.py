@@ -77,8 +77,9 @@ def compile_ahead(problem: Problem, filter_: Filter, training: bool) -> None:
     """Compile the kernels that steps of this kind launch, unless that has been done.
 
     Some kernels are compiled when they are first launched instead: three small ones of large
-    batches that take several passes within the budget, the gradients of shards of the vocabulary,
-    and those of a frozen bias with inputs that are trained.
+    batches that take several passes within the budget, the two that add a few flat tokens to dC,
+    the gradients of shards of the vocabulary, and those of a frozen bias with inputs that are
+    trained.
     """
     kind = kind_of_step(problem, filter_, training)
     _compile_once(problem, kind, lambda: plan_step(problem, filter_, training))

@@ -228,38 +228,44 @@ def variants(tiles: Tiles) -> list[Variant]:
         max_registers=128,
     )
     # The sums of dC end in registers; are stored in float32; are stored in 16 bits and some more.
-    for partial, low_bits in ((False, 0), (True, 0), (True, 4), (True, 8)):
+    for partial, low_bits, flat in (
+        (False, 0, False),
+        (False, 0, True),
+        (True, 0, False),
+        (True, 4, False),
+        (True, 4, True),
+        (True, 8, False),
+    ):
         of_sums = (("out_ptr", "*fp32"), ("high_ptr", "*fp32")) if partial else ()
         if low_bits:
             of_sums = (("out_ptr", "*i16"), ("high_ptr", "*i16"), ("low_ptr", "*u8"))
+        of_flat = without({"flat_grads_ptr", "flat_rows_ptr"}, flat)
+        of_rows = (("flat_grads_ptr", "*bf16"), ("flat_rows_ptr", "*bf16")) if flat else ()
+        name = f"{partial:d}{low_bits}{'-flat' * flat}"
+        if not (partial and flat):  # flat tokens are added once the sums are final
+            add(
+                f"grad_c-{name}",
+                grad_c.grad_c_kernel,
+                {"PARTIAL": partial, "LOW_BITS": low_bits, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C,
+                 "BLOCK_K": block_k, "BLOCK_T": BLOCK_T, "BLOCK_N": tiles.block_n,
+                 "SUPERBLOCK": 64, "CHUNK": 1024, "BF16": True, **of_flat},
+                boxes={"e": (block_k, tiles.block_n)},
+                num_warps=8,
+                num_stages=few,
+                max_registers=128,
+                types=(*of_sums, *of_rows),
+            )  # fmt: skip
         add(
-            f"grad_c-{partial:d}{low_bits}",
-            grad_c.grad_c_kernel,
-            {"PARTIAL": partial, "LOW_BITS": low_bits, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C,
-             "BLOCK_K": block_k, "BLOCK_T": BLOCK_T, "BLOCK_N": tiles.block_n, "SUPERBLOCK": 64,
-             "CHUNK": 1024, "BF16": True},
-            boxes={"e": (block_k, tiles.block_n)},
-            num_warps=8,
-            num_stages=few,
-            max_registers=128,
-            types=of_sums,
-        )  # fmt: skip
-        add(
-            f"tail_rows-{partial:d}{low_bits}",
+            f"tail_rows-{name}",
             grad_c.tail_rows_kernel,
-            {
-                "SUMS": partial,
-                "LOW_BITS": low_bits,
-                "BF16": True,
-                "SUPERBLOCK": 64,
-                "BLOCK_R": 64,
-                "BLOCK_D": 128,
-            },
+            {"SUMS": partial, "LOW_BITS": low_bits, "BF16": True, "SUPERBLOCK": 64, "BLOCK_R": 64,
+             "BLOCK_D": 128, **of_flat},
             types=(
                 ("block_sums_ptr", "*bf16"),
                 *((of_sums[1], ("low_ptr", "*u8")) if partial else ()),
+                *of_rows,
             ),
-        )
+        )  # fmt: skip
     add("list_dropped", grad_c.list_dropped_kernel, {"SUPERBLOCK": 64, "BLOCK_R": 64},
         types=(("out_ptr", "*u8"),))  # fmt: skip
     add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "SUPERBLOCK": 64})

@@ -48,6 +48,7 @@ STACK = {
     "adapted_strips-plain": 192,
     "adapted_strips-softcap-bias": 1024,
     "grad_c-0": 96,  # after its loop, where the tail is added
+    "grad_c-00-flat": 288,  # likewise, and a few flat tokens
     "powers-softcap-bias": 16,
     "powers-softcap-bias-01": 48,  # with a temperature
     "powers-softcap-bias-11": 48,

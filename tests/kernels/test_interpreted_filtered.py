@@ -8,6 +8,8 @@ import torch
 
 from cut_cross_entropy import dispatch
 from cut_cross_entropy.filter_report import record_filter
+from cut_cross_entropy.kernels.filtered import backward
+from cut_cross_entropy.kernels.filtered import flat as few_flat
 from cut_cross_entropy.kernels.filtered.index import Counts
 from cut_cross_entropy.kernels.filtered.tail import TokenTails
 from tests.support import Problem, full_logits, make_problem, run, run_ours
@@ -123,8 +125,6 @@ def test_flat_data_takes_the_dense_path():
 @pytest.mark.parametrize("flat", [(0,), (3, 17, 31)], ids=str)
 def test_flat_tokens_among_sharp_ones_are_exact(flat, monkeypatch):
     """A few flat tokens would spoil the tail of all, so they are treated alone."""
-    from cut_cross_entropy.kernels.filtered import backward
-
     monkeypatch.setattr(backward, "FLAT_SUPPORT", 100)
     # Among 1100 classes a flat token has 1e-3 in each: more than the default would drop.
     monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 0.02)
@@ -139,9 +139,32 @@ def test_flat_tokens_among_sharp_ones_are_exact(flat, monkeypatch):
     assert 1e-5 < max(errors(results, problem)) < 0.02
 
 
-def test_mostly_flat_tokens_take_the_dense_path(monkeypatch):
-    from cut_cross_entropy.kernels.filtered import backward
+@pytest.mark.parametrize("superblocks", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_few_flat_tokens_are_added_where_rows_are_written(superblocks, dtype, monkeypatch, request):
+    """Instead of reading dC again; both ways give the same gradients."""
+    if superblocks:
+        request.getfixturevalue("several_superblocks")
+    monkeypatch.setattr(backward, "FLAT_SUPPORT", 100)
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 0.02)
+    problem = sharp(150, flat=(3, 17, 131), dtype=dtype)
+    separate = []
+    original = backward.exact_gradients
+    spy = lambda *args, **options: separate.append(1) or original(*args, **options)
+    monkeypatch.setattr(backward, "exact_gradients", spy)
+    found = []
+    for most in (few_flat.MOST, 0):
+        monkeypatch.setattr(few_flat, "MOST", most)
+        results, (record,) = recorded(problem)
+        assert (record.path, record.flat_tokens) == ("filtered", 3)
+        assert len(separate) == len(found), "only the second way"
+        found.append(results)
+    for name in GRADIENTS:
+        few, many = (results.named()[name].double() for results in found)
+        assert (few - many).norm() < (1e-6 if dtype == torch.float32 else 1e-3) * many.norm()
 
+
+def test_mostly_flat_tokens_take_the_dense_path(monkeypatch):
     monkeypatch.setattr(backward, "FLAT_SUPPORT", 100)
     monkeypatch.setattr(backward, "DENSE_FRACTION", math.inf)
     _, (record,) = recorded(sharp(9, flat=range(6)))

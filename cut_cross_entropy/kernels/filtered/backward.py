@@ -17,6 +17,7 @@ from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.exact import Wanted, exact_gradients
 from cut_cross_entropy.kernels.filtered.calibrate import calibrate, calibrates
+from cut_cross_entropy.kernels.filtered.flat import FlatTokens, are_few
 from cut_cross_entropy.kernels.filtered.grad_c import (
     ClassOrder,
     ClassRows,
@@ -212,7 +213,13 @@ def _kept_and_flat(
     results: _Results,
 ) -> tuple[Tensor | None, Tensor]:
     """Write the gradients; return dE, if wanted, and the dropped mass of each token (N,)."""
-    peaked = tokens.without(tokens.is_flat) if counts.flat_tokens else tokens
+    peaked, all_flat, flat = tokens, None, None
+    if counts.flat_tokens:
+        peaked = tokens.without(tokens.is_flat)
+        flat_first = torch.sort(tokens.is_flat.float(), stable=True, descending=True).indices
+        all_flat = tokens.at(flat_first[: counts.flat_tokens])
+        if are_few(problem, counts.flat_tokens):
+            flat = FlatTokens.of(problem, all_flat, wanted)
     work = _Work(
         problem,
         peaked,
@@ -222,14 +229,17 @@ def _kept_and_flat(
         tails=results.tails,
         grad_e=results.grad_e,
         bias_sums=results.bias_sums,
+        flat=flat,
     )
+    if flat is not None and work.bias_sums is not None:
+        flat.add_bias_grads(work.bias_sums)
     _run(work)
-    if counts.flat_tokens:
-        flat_first = torch.sort(tokens.is_flat.float(), stable=True, descending=True).indices
-        flat = tokens.at(flat_first[: counts.flat_tokens])
-        grad_e = exact_gradients(problem, flat, wanted, accumulate=True)
+    if flat is not None:
+        flat.write_grad_e(problem, work.grad_e, wanted.low_e)
+    elif all_flat is not None:
+        grad_e = exact_gradients(problem, all_flat, wanted, accumulate=True)
         if grad_e is not None and work.grad_e is not None:
-            scatter_rows(grad_e, flat.origin, work.grad_e)
+            scatter_rows(grad_e, all_flat.origin, work.grad_e)
     return work.grad_e, work.tails.mass
 
 
@@ -243,6 +253,7 @@ class _Work:
         tails: tails of the tokens; final after the token passes.
         grad_e: (N, D) dE, if wanted.
         bias_sums: (V,) float32, if dbias is wanted.
+        flat: a few flat tokens that are not among the strips, if any.
     """
 
     problem: Problem
@@ -253,6 +264,7 @@ class _Work:
     tails: TokenTails
     grad_e: Tensor | None
     bias_sums: Tensor | None
+    flat: FlatTokens | None
 
     @functools.cached_property
     def block_sums(self) -> BlockSums:
@@ -331,7 +343,7 @@ def _write_classes(work: _Work, class_pass: ClassPass, stored_once: StoredStrips
         sums = None
         if kept.num_superblocks > 1:
             sums = PartialSums.zeros(wanted.c, kept.num_superblocks, classes)
-        rows = ClassRows(wanted.c, sums)
+        rows = ClassRows(wanted.c, sums, work.flat)
 
     for rectangle in class_pass.rectangles:
         stored = _store(work, rectangle) if stored_once is None else stored_once

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
+from cut_cross_entropy.kernels.filtered.flat import FlatTokens, add_flat, flat_arguments
 from cut_cross_entropy.kernels.filtered.index import Range
 from cut_cross_entropy.kernels.filtered.partial_sums import PartialSums, load_sums, store_sums
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept
@@ -74,7 +75,8 @@ _UNALIGNED = [
 
 @triton.jit(
     do_not_specialize=[
-        "num_listed", "N", "first_block", "first_slot", "first_class", "has_sums", *_UNALIGNED
+        "num_listed", "N", "first_block", "first_slot", "first_class", "has_sums", "num_flat",
+        *_UNALIGNED,
     ]
 )  # fmt: skip
 def grad_c_kernel(
@@ -89,6 +91,8 @@ def grad_c_kernel(
     scale_ptr,  # ()
     dropped_ptr,  # (classes, SUPERBLOCK) see list_dropped; unused if PARTIAL, like the next
     block_sums_ptr,  # (SUPERBLOCK, D) see BlockSums
+    flat_grads_ptr,  # see add_flat, like the next; None if PARTIAL or without flat tokens
+    flat_rows_ptr,
     out_ptr,  # (V, D), out; sums or their upper bits (int16), in and out, if PARTIAL
     low_ptr,  # the next bits of the sums, in and out, see load_sums; only if LOW_BITS
     num_listed,
@@ -100,6 +104,8 @@ def grad_c_kernel(
     first_class,
     stride_out,
     has_sums,
+    num_flat,
+    flat_stride,
     PARTIAL: tl.constexpr,
     LOW_BITS: tl.constexpr,
     BF16: tl.constexpr,
@@ -169,6 +175,17 @@ def grad_c_kernel(
         dropped = dropped_ptr + positions[:, None] * SUPERBLOCK + blocks[None, :]
         masses = byte_to_value(tl.load(dropped, mask=inside[:, None], other=0))
         block_sums = gather_rows(block_sums_ptr, blocks, blocks >= 0, columns, D)
+        total = add_flat(
+            total,
+            grads_ptr=flat_grads_ptr,
+            rows_ptr=flat_rows_ptr,
+            num_flat=num_flat,
+            stride=flat_stride,
+            classes=classes,
+            inside=inside,
+            columns=columns,
+            D=D,
+        )
         total = tail_product(masses, block_sums, total / tl.load(scale_ptr), BF16)
         here = inside[:, None] & (columns < D)[None, :]
         rows = classes.to(tl.int64)[:, None] * stride_out + columns[None, :]
@@ -203,14 +220,18 @@ def list_dropped_kernel(
     tl.store(out, dropped.to(tl.uint8), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["num_rows", "first_class", "num_superblocks", "num_blocks"])
+@triton.jit(
+    do_not_specialize=["num_rows", "first_class", "num_superblocks", "num_blocks", "num_flat"]
+)
 def tail_rows_kernel(
     high_ptr,  # (V, D) sums or their upper bits, in the memory of dC; only if SUMS
     low_ptr,  # the next bits of the sums, see load_sums; only if LOW_BITS
-    scale_ptr,  # (); only if SUMS
+    scale_ptr,  # (); only if SUMS or with flat tokens
     strips_ptr,  # (blocks, V)
     masks_ptr,  # (superblocks, V)
     block_sums_ptr,  # (blocks, D) see BlockSums
+    flat_grads_ptr,  # see add_flat, like the next; None without flat tokens
+    flat_rows_ptr,
     out_ptr,  # (V, D)
     num_rows,
     V,
@@ -219,6 +240,8 @@ def tail_rows_kernel(
     num_superblocks,
     num_blocks,
     stride_out,
+    num_flat,
+    flat_stride,
     SUMS: tl.constexpr,
     LOW_BITS: tl.constexpr,
     BF16: tl.constexpr,
@@ -251,7 +274,7 @@ def tail_rows_kernel(
             blocks = superblock * SUPERBLOCK + tl.arange(0, SUPERBLOCK)
             block_sums = gather_rows(block_sums_ptr, blocks, blocks >= 0, columns, D)
             values = tail_product(masses.T, block_sums, values, BF16)
-        values += load_sums(
+        sums = load_sums(
             high_ptr,
             low_ptr=low_ptr,
             classes=classes,
@@ -261,7 +284,19 @@ def tail_rows_kernel(
             D=D,
             stride=stride_out,
             LOW_BITS=LOW_BITS,
-        ) / tl.load(scale_ptr)
+        )
+        sums = add_flat(
+            sums,
+            grads_ptr=flat_grads_ptr,
+            rows_ptr=flat_rows_ptr,
+            num_flat=num_flat,
+            stride=flat_stride,
+            classes=classes,
+            inside=inside,
+            columns=columns,
+            D=D,
+        )
+        values += sums / tl.load(scale_ptr)
         here = inside[:, None] & (columns < D)[None, :]
         out = out_ptr + rows + columns[None, :]
         tl.store(out, values.to(out_ptr.dtype.element_ty), mask=here)
@@ -281,9 +316,20 @@ def tail_rows_kernel(
         for start in range(0, D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             block_sums = gather_rows(block_sums_ptr, blocks, blocks >= 0, columns, D)
-            values = tail_product(
-                masses, block_sums, tl.zeros((BLOCK_R, BLOCK_D), tl.float32), BF16
-            )
+            values = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+            if flat_grads_ptr is not None:
+                values = add_flat(
+                    values,
+                    grads_ptr=flat_grads_ptr,
+                    rows_ptr=flat_rows_ptr,
+                    num_flat=num_flat,
+                    stride=flat_stride,
+                    classes=classes,
+                    inside=idle,
+                    columns=columns,
+                    D=D,
+                ) / tl.load(scale_ptr)
+            values = tail_product(masses, block_sums, values, BF16)
             here = idle[:, None] & (columns < D)[None, :]
             out = out_ptr + rows + columns[None, :]
             tl.store(out, values.to(out_ptr.dtype.element_ty), mask=here)
@@ -339,10 +385,12 @@ class ClassRows:
     Args:
         out: (V, D) dC.
         sums: partial sums between superblocks; None with one superblock.
+        flat: flat tokens to add to the rows when they are final, if any.
     """
 
     out: Tensor
     sums: PartialSums | None
+    flat: FlatTokens | None
 
 
 def write_grad_c(
@@ -406,6 +454,7 @@ def write_grad_c(
             BLOCK_N=block_n,
             SUPERBLOCK=SUPERBLOCK,
             CHUNK=CHUNK,
+            **flat_arguments(rows.flat if sums is None else None),
             **two_per_sm(e.device, tiles),
         )
 
@@ -468,4 +517,5 @@ def write_tail_rows(
         SUPERBLOCK=SUPERBLOCK,
         BLOCK_R=block_r,
         BLOCK_D=block_d,
+        **flat_arguments(rows.flat),
     )

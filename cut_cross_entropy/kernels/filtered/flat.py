@@ -1,0 +1,105 @@
+"""A few tokens whose distribution is flat: all of their strips, as rows of their own.
+
+Their logit gradients are one small matrix over all classes. Where the rows of dC are written, its
+product with the tokens is added to what the strips and the tail give, so that dC is neither read
+again nor rounded twice. Shape legend: ``cut_cross_entropy.kernels``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cut_cross_entropy.kernels.exact import Wanted, add_product, chunk_gradients
+from cut_cross_entropy.kernels.launch import cdiv
+from cut_cross_entropy.kernels.primitives import gather_rows
+from cut_cross_entropy.kernels.tiles import tiles_on
+from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
+from cut_cross_entropy.problem import Problem, low_columns
+
+STEP = tl.constexpr(16)  # flat tokens per product of a tile of dC
+MOST = 512  # tokens: as many cost as much as to read and write dC once more
+BUDGET_SHARE = 4  # of the memory budget, at most a fourth for their logit gradients
+
+
+@dataclass(frozen=True)
+class FlatTokens:
+    """Flat tokens with their logit gradients.
+
+    Args:
+        tokens: the tokens, F of them.
+        grads: (F, stride) gradients of the compute dtype times ``tokens.scale``, by class.
+        rows: (F, D) features of the tokens that the rows of dC are sums of.
+    """
+
+    tokens: BackwardTokens
+    grads: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem, tokens: BackwardTokens, wanted: Wanted) -> "FlatTokens":
+        """Compute the logit gradients of all strips of some tokens."""
+        num_classes, block_v = problem.c.shape[0], tiles_on(tokens.e.device).block_v
+        stride = cdiv(num_classes, block_v) * block_v  # rows stay aligned
+        grads = tokens.e.new_empty((tokens.e.shape[0], stride))
+        chunk_gradients(problem, tokens, (0, num_classes), grads[:, :num_classes])
+        return cls(tokens, grads, wanted.features(tokens).contiguous())
+
+    def write_grad_e(self, problem: Problem, grad_e: Tensor | None, low_e: Tensor | None) -> None:
+        """Write the tokens' rows of dE, and of the gradient of an adapter's ``low_e``."""
+        grads = self.grads[:, : problem.c.shape[0]]
+        for columns, out in ((problem.c, grad_e), (low_columns(problem), low_e)):
+            if columns is not None and out is not None:
+                shape = (grads.shape[0], columns.shape[1])
+                total = torch.zeros(shape, dtype=torch.float32, device=grads.device)
+                add_product(total, grads, columns)
+                scatter_rows(total.div_(self.tokens.scale), self.tokens.origin, out)
+
+    def add_bias_grads(self, sums: Tensor) -> None:
+        """Add the tokens to the sums of dbias, (V,) float32."""
+        own = self.grads[:, : sums.shape[0]].sum(0, dtype=torch.float32)
+        sums += own.div_(self.tokens.scale)
+
+
+def are_few(problem: Problem, num_tokens: int) -> bool:
+    """Whether so many flat tokens are added where dC is written, by count and memory."""
+    size = num_tokens * problem.c.shape[0] * problem.c.element_size()
+    return num_tokens <= MOST and size <= problem.memory_budget // BUDGET_SHARE
+
+
+@triton.jit
+def add_flat(
+    total,  # (classes, columns) sums times the scale
+    grads_ptr,  # (F, stride) see FlatTokens; None: there are none
+    rows_ptr,  # (F, D)
+    num_flat,
+    stride,
+    classes,  # (classes,)
+    inside,  # (classes,)
+    columns,  # (columns,)
+    D,
+):
+    """Add the logit gradients of flat tokens times their features."""
+    if grads_ptr is not None:
+        for first in range(0, num_flat, STEP):
+            tokens = first + tl.arange(0, STEP)
+            grads = tl.load(
+                grads_ptr + tokens.to(tl.int64)[None, :] * stride + classes[:, None],
+                mask=inside[:, None] & (tokens < num_flat)[None, :],
+                other=0.0,
+            )
+            rows = gather_rows(rows_ptr, tokens, tokens < num_flat, columns, D)
+            total = tl.dot(grads, rows, total, input_precision="ieee")
+    return total
+
+
+def flat_arguments(flat: FlatTokens | None) -> dict[str, object]:
+    """Return the arguments of a kernel that calls :func:`add_flat`."""
+    return {
+        "flat_grads_ptr": None if flat is None else flat.grads,
+        "flat_rows_ptr": None if flat is None else flat.rows,
+        "num_flat": 0 if flat is None else flat.grads.shape[0],
+        "flat_stride": 16 if flat is None else flat.grads.stride(0),
+    }
