@@ -159,15 +159,29 @@ COMPARED = {
     "trl": "TRL {version}",
     "apple": "Apple's `cut_cross_entropy` {version}",
     "liger": "Liger {version}",
+    "quack": "quack {version}",
 }
 """Lines of the README's table."""
 
 
-def headline(kept: Measurements, names: Sequence[str] = ("gemma2-structured", "smollm2")) -> str:
+HEADLINE = {
+    "comparison": ("gemma3-270m", "gemma2-broad"),
+    "table": ("gemma2-structured", "smollm2"),
+}
+"""Problems of the README's table by the part of the suite that they are of, most wanted first."""
+
+
+def headline(kept: Measurements) -> str:
     """README: time, peak and error of every method, the problems next to each other."""
-    rows, measured = kept.of(kind=BOTH), kept.parts("table")
+    part = next((part for part in HEADLINE if kept.parts(part)), "")
+    if not part:
+        return ""
+    environment, names = kept.parts(part)[0]["environment"], HEADLINE[part]
+    # The table's rows may be of a later run of one method, as in all tables.
+    only = {"part": part} if part == "comparison" else {}
+    rows = kept.of(environment["device"], kind=BOTH, **only)
     rows = rows[rows["test_data"].isin(names)]
-    if not measured or rows.empty:
+    if rows.empty:
         return ""
     versions = (
         rows.drop_duplicates("method").set_index("method")["version"].astype(object).fillna("")
@@ -176,14 +190,14 @@ def headline(kept: Measurements, names: Sequence[str] = ("gemma2-structured", "s
              for m, text in COMPARED.items() if m in versions.index]  # fmt: skip
     columns: list[Column] = [("loss and both gradients", "{name}")]
     for name in (name for name in names if name in set(rows["test_data"])):
-        own = rows[rows["test_data"] == name].set_index("method").to_dict("index")
-        for heading, text in ((f"{data_title(name).split(',')[0]}, ms", "{runtime_ms:,.1f}"),
-                              ("peak, MiB", "{op_mem_mb:,.0f}"),
-                              ("error of dE / dC", MULTIPLES)):  # fmt: skip
+        some = rows[rows["test_data"] == name]
+        own = some.set_index("method").to_dict("index")
+        measures = [(f"{data_title(name).split(',')[0]}, ms", "{runtime_ms:,.1f}"),
+                    ("peak, MiB", "{op_mem_mb:,.0f}"), ("error of dE / dC", MULTIPLES)]  # fmt: skip
+        for heading, text in measures[: 3 if some["multiple_e"].notna().any() else 2]:
             columns.append(
                 (heading, lambda row, own=own, text=text: cell(own.get(row["method"], {}), text))
             )
-    environment = measured[0]["environment"]
     return f"{table(lines, columns)}\n{in_words(environment)}, commit {environment['commit']}."
 
 

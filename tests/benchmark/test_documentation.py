@@ -126,7 +126,8 @@ def test_the_comparison_names_the_best_and_what_is_lost(found):
     content = {
         "part": "comparison", "environment": environment, "rows": rows, "failures": failures * 2,
     }  # fmt: skip
-    text = tables.comparison(tables.collect({**found.files, "comparison.json": content}))
+    kept = tables.collect({**found.files, "comparison.json": content})
+    text = tables.comparison(kept)
     assert "| Gemma 3 270M, real text | **4.0 (2.00)** | 8.0 (4.00) |" in text
     assert "| Phi 3.5 Mini, broad | 5.0 (1.50) | **4.5 (1.50)** |" in text
     assert "- Phi 3.5 Mini, broad, time: 5.0 (1.50), quack 4.5 (1.50)\n" in text
@@ -135,6 +136,9 @@ def test_the_comparison_names_the_best_and_what_is_lost(found):
     assert text.count("| Phi") == 2, "no errors were measured there"
     assert text.count(f"- Gemma 2 2B, broad, quack: {reason}") == text.count(reason) == 1
     assert text.endswith("Other GPU, PyTorch 2.11, Triton 3.6, commit abc.")
+    headline = tables.headline(kept)
+    assert "| Gemma 3 270M, ms | peak, MiB | error of dE / dC |\n" in headline
+    assert "| **this package**, `cce` | 4.0 | 1,300 | 1.9 / 1.6 |\n" in headline
 
 
 def test_aims_that_are_missed_are_named_with_by_how_much(found):
