@@ -125,7 +125,7 @@ def loss_and_gradient(
         target=of_target[end],
         segment_tiles=1,
     )
-    finish_sums(chunk, _sum_of_powers(torch.stack(sums.others))[None])
+    finish_sums(chunk, _sum_of_powers(sums.others))
     launch(
         finish_rows_kernel,
         (end.stop,),
@@ -158,9 +158,9 @@ def token_losses(problem: Problem, make_rows: Callable[[slice], Tensor]) -> PerT
         inputs.flags.zero_()
         segments = vocabulary_pass(inputs, num_here, None)
         vocabulary_pass(inputs, num_here, None, online=True, repair=segments)
-        parts.append(_sum_of_powers(segments.lse))
+        parts.append(segments.lse)
         del inputs  # frees the rows before the next ones are made
-    lse = torch.stack(parts)
+    lse = _sum_of_powers(parts)
     state = finish(Segments(lse, lse.new_empty((0, num_tokens))), walk.logits, walk.tokens, None)
     return PerToken(state.nll, state.lse)
 
@@ -413,7 +413,7 @@ class _Sums:
 
     Args:
         products: (N, D) float32, powers times rows of c.
-        others: log-sum-exp of the classes of each chunk but for the target, (N,) each, log2.
+        others: of each chunk, (segments, N) log-sum-exps of its classes but for the target, log2.
         powers: (tokens at a time, classes of a chunk), memory.
         before: (N,), memory.
     """
@@ -443,10 +443,12 @@ class _Sums:
         """
         c, (num_tokens, dim) = inputs.c, self.products.shape
         num_tiles = triton.cdiv(c.shape[0], inputs.tiles.block_v)
-        others = torch.empty_like(self.before)
+        rows_at_once = self.powers.shape[0]
+        segment_tiles = choose_segment_tiles(triton.cdiv(rows_at_once, BLOCK_T), num_tiles)
+        others = []
         self.before.copy_(inputs.bound[:num_tokens])
-        for start in range(0, num_tokens, self.powers.shape[0]):
-            part = slice(start, min(start + self.powers.shape[0], num_tokens))
+        for start in range(0, num_tokens, rows_at_once):
+            part = slice(start, min(start + rows_at_once, num_tokens))
             num_rows = part.stop - part.start
             some = replace(
                 inputs,
@@ -455,8 +457,7 @@ class _Sums:
                 multiplier=None if inputs.multiplier is None else inputs.multiplier[part],
             )
             powers = self.powers[:num_rows, : c.shape[0]]
-            segment_tiles = choose_segment_tiles(triton.cdiv(num_rows, BLOCK_T), num_tiles)
-            others[part] = _sum_of_powers(sum_powers(some, targets[part], powers, segment_tiles))
+            others.append(sum_powers(some, targets[part], powers, segment_tiles))
             if self.others:
                 block_d = min(128, triton.next_power_of_2(dim))
                 launch(
@@ -473,10 +474,10 @@ class _Sums:
                 )
             for columns in _aligned(c.shape[0]):
                 add_product(self.products[part], powers[:, columns], c[columns])
-        self.others.append(others)
+        self.others.append(others[0] if len(others) == 1 else torch.cat(others, 1))
 
 
-def _sum_of_powers(parts: Tensor) -> Tensor:
-    """Return log2 of the sum of 2^x over the first axis: (parts, N) to (N,)."""
+def _sum_of_powers(parts: list[Tensor]) -> Tensor:
+    """Return log2 of the sum of 2^x over the first axes of all parts (segments, N): (1, N)."""
     ln2: float = LN2.value
-    return torch.logsumexp(parts * ln2, 0) / ln2
+    return torch.logsumexp(torch.cat(parts) * ln2, 0, keepdim=True) / ln2

@@ -342,9 +342,11 @@ def variants(tiles: Tiles) -> list[Variant]:
                ("few_strips", "fp32"), ("alike", "fp32")))  # fmt: skip
     add("left_factor", calibrate_kernels.left_factor_kernel, {"BLOCK_D": 32}, types=sampled)
     for some in (False, True):
+        adapted = some and tiles.adds_low_rank
         add(f"sampled_gradients-{some:d}", calibrate_kernels.sampled_gradients_kernel,
-            {**without({"bias_ptr", "softcap", "multiplier_ptr"}, some), "E_TMA": tma,
-             "C_TMA": tma, "BLOCK_V": tiles.block_v, "BLOCK_D": tiles.block_d},
+            {**without({"bias_ptr", "softcap", "multiplier_ptr"}, some),
+             **without({"low_e_ptr", "low_c_ptr"}, adapted), "LOW_RANK": 16 * adapted,
+             "E_TMA": tma, "C_TMA": tma, "BLOCK_V": tiles.block_v, "BLOCK_D": tiles.block_d},
             boxes={"e": e_box, "c": c_box}, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages, types=sampled)  # fmt: skip
     for kind in ("*bf16", "*fp32"):

@@ -10,7 +10,7 @@ from cut_cross_entropy.kernels.filtered import calibrate_kernels as kernels
 from cut_cross_entropy.kernels.filtered.selection import Threshold
 from cut_cross_entropy.kernels.primitives import FORCED
 from cut_cross_entropy.kernels.tokens import BackwardTokens
-from cut_cross_entropy.problem import Problem
+from cut_cross_entropy.problem import AdaptedProblem, Problem
 
 
 def sampled(num_tokens, weights):
@@ -56,12 +56,16 @@ def moved(holder, device):
     return replace(holder, **{k: x.to(device) for k, x in values.items() if torch.is_tensor(x)})
 
 
-def check_sums(device, dtype, softcap, tolerance):
-    """Compare sums of dropped gradients and masses with the same in float64."""
+def check_sums(device, dtype, softcap, tolerance, low_rank=0):
+    """Compare sums of dropped gradients and masses with the same in float64.
+
+    Logits have further terms from ``low_rank`` columns of an adapter, if there are any.
+    """
     tokens, support = sampled(200, torch.rand(200))
     multiplier = 0.5 + torch.rand(200)
     tokens = replace(tokens, e=tokens.e.to(dtype), multiplier=multiplier)
     c, bias = torch.randn(500, 24).to(dtype), torch.randn(500).to(dtype)
+    low_e, low_c = (torch.randn(n, low_rank).to(dtype) for n in (200, 500))
     energy = torch.randint(60, 200, (2, 500))
     energy[0, tokens.targets[:128]] = FORCED.value
     energy[1, tokens.targets[128:]] = FORCED.value
@@ -69,16 +73,21 @@ def check_sums(device, dtype, softcap, tolerance):
     weights = torch.tensor([0, 9], dtype=torch.int32)
     strips = (energy | (mass << 8)).to(torch.int16)
     threshold = moved(threshold_for(200, strips=strips, weights=weights), device)
+    kind, options = Problem, {}
+    if low_rank:
+        tokens = replace(tokens, low_e=low_e)
+        kind, options = AdaptedProblem, {"low_e": low_e.to(device), "low_c": low_c.to(device)}
     on_device = moved(tokens, device)
-    problem = Problem(
-        on_device.e, c.to(device), on_device.targets, bias.to(device), -100, softcap, dtype, 2**28
-    )
+    problem = kind(
+        on_device.e, c.to(device), on_device.targets, bias.to(device), -100, softcap, dtype, 2**28,
+        **options,
+    )  # fmt: skip
     rows, _, wanted = calibrate.draw_tokens(on_device, support.to(device), threshold)
     found = calibrate.sampled_sums(problem, on_device, rows, wanted, threshold).double().cpu()
     rows = rows[: kernels.SAMPLES.value].cpu()
 
     e, wide, scale = tokens.e[rows].double(), c.double(), multiplier[rows, None].double()
-    logits = e @ wide.T + bias.double()
+    logits = e @ wide.T + low_e[rows].double() @ low_c.double().T + bias.double()
     slope = torch.ones_like(logits)
     if softcap is not None:
         slope = 1 - (logits / softcap).tanh().square()

@@ -12,13 +12,13 @@ from tests.kernels.test_interpreted_filtered import sharp
 pytestmark = [pytest.mark.gpu, requires_kernels, pytest.mark.usefixtures("poison_empty")]
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("softcap", "low_rank"), [(None, 0), (3.0, 0), (None, 16)])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float32, 0.003), (torch.float16, 0.01), (torch.bfloat16, 0.02)],
 )
-def test_sums_of_dropped_gradients(dtype, tolerance, softcap):
-    check_sums(DEVICE, dtype, softcap, tolerance)
+def test_sums_of_dropped_gradients(dtype, tolerance, softcap, low_rank):
+    check_sums(DEVICE, dtype, softcap, tolerance, low_rank)
 
 
 def test_unequal_weights_keep_the_promise(always_filtered, monkeypatch):

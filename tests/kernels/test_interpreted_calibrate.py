@@ -194,9 +194,9 @@ def test_only_large_problems_are_calibrated():
     assert not calibrate.calibrates(problem(2048, 256000, 4096), filter_)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_sums_of_dropped_gradients(softcap, monkeypatch):
+@pytest.mark.parametrize(("softcap", "low_rank"), [(None, 0), (3.0, 0), (3.0, 16)])
+def test_sums_of_dropped_gradients(softcap, low_rank, monkeypatch):
     """In several chunks of classes."""
     monkeypatch.setattr(calibrate, "PROGRAMS", 2)
     monkeypatch.setattr(calibrate, "CHUNK_BYTES", 1)
-    check_sums("cpu", torch.float32, softcap, tolerance=1e-4)
+    check_sums("cpu", torch.float32, softcap, tolerance=1e-4, low_rank=low_rank)

@@ -11,7 +11,7 @@ from cut_cross_entropy.heads import Head, LowRank
 from cut_cross_entropy.heads.quantised import ChosenRows
 from cut_cross_entropy.kernels import made_rows
 from cut_cross_entropy.kernels import tiles as tiles_module
-from cut_cross_entropy.kernels.filtered import backward
+from cut_cross_entropy.kernels.filtered import backward, calibrate, measure
 from tests.kernels.test_interpreted_filtered import sharp
 from tests.support import make_problem
 from training.losses import divergence as divergence_of_logprobs
@@ -205,6 +205,27 @@ def test_the_filter_of_an_adapted_head(kind):
     for mine, truth in zip(ours, expected, strict=True):
         rounding = (truth.bfloat16().double() - truth).norm()
         assert (mine.double() - truth).norm() <= 2 * rounding
+
+
+def test_the_threshold_of_an_adapted_head_follows_the_error(always_filtered, monkeypatch):
+    """It is lowered where the tolerance is too large, as for the matrix of the same logits."""
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 8 * dispatch.FILTER_TOLERANCE)
+    monkeypatch.setattr(calibrate, "MIN_TOKENS", 0)
+    monkeypatch.setattr(calibrate, "FEW_STRIPS", -1.0)
+    made, head, (e, bias, a, b), logits = adapted_case("one")
+    _, (exact, *_) = gradients_in_float64(
+        lambda *wide: F.cross_entropy(logits(*wide), made.targets), (e, bias, a, b)
+    )
+
+    def error(c, bias=None):
+        loss = linear_cross_entropy(e, c, made.targets, bias, impl="cce")
+        (grad,) = torch.autograd.grad(loss, e)
+        return float((grad - exact).norm() / exact.norm()) / measure.ROUNDING
+
+    assert error(head) > 2
+    monkeypatch.setattr(calibrate, "MIN_WORK", 0)
+    assert error(head) == pytest.approx(error((made.c + 2 * b @ a).detach(), bias), rel=0.05)
+    assert error(head) < 1
 
 
 def test_losses_of_tokens_of_an_adapted_head():

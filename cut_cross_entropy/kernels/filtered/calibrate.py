@@ -55,12 +55,11 @@ SCAN = 4096  # tokens per step of the draw
 def calibrates(problem: Problem, filter_: Filter) -> bool:
     """Whether the threshold of a call may follow from a sample; the device decides if it does.
 
-    Shards would have to exchange projections of their errors; columns of an adapter are not read.
+    Shards would have to exchange projections of their errors.
     """
     (num_tokens, dim), num_classes = problem.e.shape, problem.c.shape[0]
     large = num_tokens >= MIN_TOKENS and num_tokens * dim * num_classes >= MIN_WORK
-    whole = problem.group is None and low_columns(problem) is None
-    return filter_.max_error > 0 and whole and large
+    return filter_.max_error > 0 and problem.group is None and large
 
 
 def calibrate(
@@ -153,6 +152,7 @@ def sampled_sums(
         projection is the constant 1. Nothing is written unless ``wanted``.
     """
     e, c, tiles = tokens.e, problem.c, tiles_on(tokens.e.device)
+    low_c = low_columns(problem)
     dim, num_classes, block_v = e.shape[1], c.shape[0], tiles.block_v
     num_rows, num_samples = ROWS.value, SAMPLES.value
     left = e.new_empty((num_rows, dim))
@@ -185,6 +185,8 @@ def sampled_sums(
             (cdiv(stop - first, block_v),),
             e=left_rows,
             c=c_rows,
+            low_e_ptr=tokens.low_e,
+            low_c_ptr=low_c,
             rows_ptr=rows,
             wanted_ptr=wanted,
             bias_ptr=problem.bias,
@@ -200,6 +202,7 @@ def sampled_sums(
             softcap=problem.softcap,
             first_class=first,
             stop_class=stop,
+            LOW_RANK=0 if low_c is None else low_c.shape[1],
             E_TMA=left_tma,
             C_TMA=c_tma,
             BLOCK_V=block_v,

@@ -14,6 +14,7 @@ from cut_cross_entropy.kernels.primitives import (
     gather_rows,
     load_rows,
     logit_gradient,
+    low_rank_product,
     transform_logits,
 )
 
@@ -183,6 +184,8 @@ def store_gradients(
 def sampled_gradients_kernel(
     e,  # (ROWS, D) embeddings of the sampled tokens, and random signs
     c,  # (V, D)
+    low_e_ptr,  # (N, LOW_RANK)
+    low_c_ptr,  # (V, LOW_RANK)
     rows_ptr,  # (ROWS,) int64
     wanted_ptr,  # ()
     bias_ptr,  # (V,), or None, like softcap and multiplier_ptr
@@ -198,6 +201,7 @@ def sampled_gradients_kernel(
     softcap,
     first_class,
     stop_class,
+    LOW_RANK: tl.constexpr,
     E_TMA: tl.constexpr,
     C_TMA: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -210,7 +214,19 @@ def sampled_gradients_kernel(
     if tl.load(wanted_ptr) == 0:
         return
     first_column = tl.program_id(0) * BLOCK_V
-    product = tl.zeros((ROWS, BLOCK_V), tl.float32)
+    classes = first_class + first_column + tl.arange(0, BLOCK_V)
+    row = tl.arange(0, ROWS)
+    is_sample = row < SAMPLES
+    product = low_rank_product(
+        low_e_ptr,
+        low_c_ptr=low_c_ptr,
+        tokens=tl.load(rows_ptr + row, mask=is_sample, other=0),
+        is_token=is_sample,
+        classes=classes,
+        inside=classes < V,
+        LOW_RANK=LOW_RANK,
+        TOKEN_AXIS=0,
+    )
     for d in range(0, D, BLOCK_D):
         e_tile = load_rows(
             e, row=0, num_rows=ROWS, column=d, D=D, USE_TMA=E_TMA, ROWS=ROWS, COLUMNS=BLOCK_D
