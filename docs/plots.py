@@ -251,6 +251,8 @@ def draw_curves(figure: Any, runs: pd.DataFrame) -> None:
     """Draw losses of training runs: one seed above, the methods nested by line width, and the
     differences from full logits of all seeds below; ``smooth`` steps of a running mean.
     """
+    spread = {"full_fsdp2": "#d9822b", "cce_fsdp2": "#5a8fc0", "cce_vocab_parallel": "#e377c2"}
+    colors = {**COLORS, **RUN_COLORS, **spread}
     smooth, by_method = int(runs["smooth"].iloc[0]), runs_in_order(runs)
     losses = {m: pd.DataFrame(own["losses"].tolist(), own.index) for m, own in by_method.items()}
 
@@ -267,11 +269,11 @@ def draw_curves(figure: Any, runs: pd.DataFrame) -> None:
     # Curves that coincide lie in each other, the widest below.
     for order, (method, own) in enumerate(shown.items()):
         above.plot(*running_mean(own.loc[seed]), linewidth=np.linspace(8, 1.2, len(shown))[order],
-                   color=RUN_COLORS.get(method, "#a05195"), zorder=order)  # fmt: skip
+                   color=colors.get(method, "#a05195"), zorder=order)  # fmt: skip
     handles = below.plot([], [], color=RUN_COLORS["full"], linewidth=6)
     names = [seeds("full", len(full))]
     for method, own in losses.items():
-        found, color = minus(own, full), RUN_COLORS.get(method, "#a05195")
+        found, color = minus(own, full), colors.get(method, "#a05195")
         for values in found.to_numpy():
             below.plot(*running_mean(values), color=color, linewidth=0.8, alpha=0.35)
         if len(found):
@@ -283,7 +285,8 @@ def draw_curves(figure: Any, runs: pd.DataFrame) -> None:
         ylabel="minus full logits of the same seed, nats\n(thick: mean of the seeds, thin: each)",
         xlabel="step" if smooth == 1 else f"step (running mean of {smooth} steps)",
     )
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
+    columns = 3 if max(map(len, names)) > 26 and len(names) > 4 else 4
+    figure.legend(handles, names, loc="outside lower center", ncols=min(columns, len(names)))
 
 
 def draw_rarity(figure: Any, runs: pd.DataFrame) -> None:
