@@ -19,6 +19,8 @@ from cut_cross_entropy.device_support import triton_version
 
 KERNELS = Path(__file__).parents[2] / "cut_cross_entropy" / "kernels"
 
+# Kernels whose few products wait for each other: a factor is made in registers, or is transposed.
+WAITING = ("centers", "split_nodes")
 # Bytes of stack per thread, where spills land, by the start of a variant's name; on sm_90, where
 # the kernels are tuned, and with this release of Triton or newer: older ones spill more. 0 in the
 # main loop of a plain loss; elsewhere the measured value, with a margin.
@@ -100,7 +102,11 @@ def test_kernels_compile_and_fit(target):
         if usage["shared"] > usage["limit"]
     ]
     assert not too_large, "\n".join(too_large)
-    serialised = [usage["name"] for usage in found if usage["serialised"]]
+    serialised = [
+        usage["name"]
+        for usage in found
+        if usage["serialised"] and not usage["name"].startswith(WAITING)
+    ]
     assert not serialised, f"products that wait for each other: {', '.join(serialised)}"
     if target == "sm_90" and triton_version() >= STACK_SINCE:
         spilled = [
