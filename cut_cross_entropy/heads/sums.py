@@ -44,11 +44,12 @@ class _Sum(Function):
 
     @staticmethod
     def forward(ctx: Any, e: Tensor, problem: HeadProblem, weights: Tensor | None) -> Tensor:
-        from cut_cross_entropy.kernels import made_rows
+        from cut_cross_entropy.kernels import made_rows, warmup
         from cut_cross_entropy.kernels.launch import current_device
 
         with torch.autocast(e.device.type, enabled=False), current_device(e.device):
-            whole = replace(problem, e=e)
+            whole: Problem = problem.as_problem(e=e)
+            warmup.compile_made_rows_ahead(whole, weights, None)
             found = made_rows.loss_and_gradient(whole, problem.rows.make, weights)
         ctx.dtype, ctx.ignore_index = e.dtype, problem.ignore_index
         ctx.save_for_backward(found.grad_e, problem.targets)
@@ -77,11 +78,14 @@ class _Losses(Function):
     def forward(
         ctx: Any, e: Tensor, bias: Tensor | None, anchor: Tensor | None, problem: HeadProblem
     ) -> tuple[Tensor, Tensor]:
-        from cut_cross_entropy.kernels import made_rows
+        from cut_cross_entropy.kernels import made_rows, warmup
         from cut_cross_entropy.kernels.launch import current_device
 
-        whole: Problem = problem.as_problem(e=e, bias=bias)
+        frozen = problem.rows.frozen_columns
+        whole: Problem = problem.as_problem(e=e, bias=bias, frozen_columns=frozen)
+        need_e, need_bias, need_rows, _ = ctx.needs_input_grad
         with torch.autocast(e.device.type, enabled=False), current_device(e.device):
+            warmup.compile_made_rows_ahead(whole, None, Needed(need_e, need_rows, need_bias))
             found = made_rows.token_losses(whole, problem.rows.make)
         ctx.save_for_backward(e, bias, anchor, whole.targets, whole.multiplier, *found)
         ctx.rows = problem.rows
@@ -104,7 +108,6 @@ class _Losses(Function):
             targets=targets,
             bias=bias,
             multiplier=multiplier,
-            frozen_columns=ctx.rows.frozen_columns,
         )
         with torch.autocast(e.device.type, enabled=False), current_device(e.device):
             found = made_rows.gradients(

@@ -301,7 +301,7 @@ class _Walk:
             problem,
             make_rows,
             tokens,
-            num_valid=None if is_captured(e) else HostCopy(count),
+            num_valid=None if e.is_meta or is_captured(e) else HostCopy(count),
             logits=logits,
             bound=bound,
             multiplier=None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cut_cross_entropy.device_support import triton_is_interpreted
 from cut_cross_entropy.filter_report import unrecorded
-from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK, exact_sum, scale, step
+from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK, exact_sum, made_rows, scale, step
 from cut_cross_entropy.kernels.filtered.calibrate import calibrates
 from cut_cross_entropy.kernels.filtered.partial_sums import FEW_SUPERBLOCKS
 from cut_cross_entropy.kernels.launch import (
@@ -103,6 +103,43 @@ def compile_sum_ahead(problem: Problem, needed: Needed, weights: Tensor | None) 
     step_kind = kind_of_step(problem, Filter(0.0), training=True)
     kind = ("sum", needed.flat(), weights is None, *step_kind)
     _compile_once(problem, kind, lambda: plan_sum(problem, needed, weights))
+
+
+def plan_made_rows(problem: Problem, weights: Tensor | None, needed: Needed | None) -> Plan:
+    """Record the launches of a walk over rows that are made.
+
+    Args:
+        problem: the call; of c only shape and device count.
+        weights: (N,), factors of the losses.
+        needed: gradients of the losses of all tokens; None for their sum, with its gradient by e.
+    """
+    device, dim, problem = problem.e.device, problem.c.shape[1], _without_values(problem)
+
+    def make_rows(classes: slice) -> Tensor:
+        return problem.e.new_empty((classes.stop - classes.start, dim), dtype=problem.compute_dtype)
+
+    with planning(device) as plan, unrecorded():
+        if needed is None:
+            weights = None if weights is None else _meta(weights)
+            loss, grad_e = made_rows.loss_and_gradient(problem, make_rows, weights)
+            scale.scale(grad_e, loss, torch.empty_like(grad_e, dtype=problem.e.dtype))
+            return plan
+        found = made_rows.token_losses(problem, make_rows)
+        if any(needed.flat()):
+            take_rows = lambda classes, rows: None
+            made_rows.gradients(found, found, problem, make_rows, needed, take_rows)
+    return plan
+
+
+def compile_made_rows_ahead(
+    problem: Problem, weights: Tensor | None, needed: Needed | None
+) -> None:
+    """Compile the kernels of :func:`plan_made_rows`, unless that has been done."""
+    step_kind = kind_of_step(problem, Filter(0.0), training=True)
+    gradients = None if needed is None else needed.flat()
+    sizes = (problem.memory_budget, problem.frozen_columns)
+    kind = ("made rows", gradients, weights is None, *sizes, *step_kind)
+    _compile_once(problem, kind, lambda: plan_made_rows(problem, weights, needed))
 
 
 def _compile_once(

@@ -9,8 +9,9 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from cut_cross_entropy import dispatch, record_filter
-from cut_cross_entropy.kernels import exact, exact_sum, lse, powers, tokens, warmup
+from cut_cross_entropy import dispatch, linear_cross_entropy, record_filter
+from cut_cross_entropy.heads import Head, LowRank
+from cut_cross_entropy.kernels import exact, exact_sum, lse, made_rows, powers, tokens, warmup
 from cut_cross_entropy.kernels.filtered import (
     calibrate,
     grad_c,
@@ -23,11 +24,12 @@ from cut_cross_entropy.kernels.filtered import (
 )
 from cut_cross_entropy.kernels.launch import Launch, launch, planning
 from cut_cross_entropy.problem import Filter, Needed, Problem
+from tests.kernels.test_interpreted_heads import Stored
 from tests.support import make_problem, run_ours
 
 pytestmark = pytest.mark.interpret
 
-MODULES = (exact, exact_sum, powers, lse, tokens)
+MODULES = (exact, exact_sum, made_rows, powers, lse, tokens)
 MODULES += (calibrate, grad_c, grad_e, index, selection, strips, tail)
 
 
@@ -256,3 +258,28 @@ def test_machine_code_is_loaded_by_one_thread_at_a_time(monkeypatch):
     module.compile_concurrently(plan)
     assert len(loaded) == 8
     assert overlaps == [False] * 8
+
+
+@pytest.mark.parametrize("kind", ["sum", "weighted", "trained"])
+def test_a_walk_over_made_rows_launches_what_was_planned(kind, launched):
+    """In chunks of classes, and in chunks of tokens for the gradients."""
+    problem = make_problem((300,), 1100, 16, bias=True)
+    e, bias = problem.e.requires_grad_(), problem.bias
+    weights = torch.rand(300) if kind == "weighted" else None
+    budget, low_rank, width, frozen, needed = 256 * 4 * (128 + 2 * 16), (), 16, 16, None
+    if kind == "trained":
+        low_rank = (LowRank(torch.randn(4, 16), torch.randn(1100, 4).requires_grad_()),)
+        width, needed = 20, Needed(e=True, c=True, bias=False)
+    call = Problem(
+        e.detach().new_empty(300, width), torch.empty(1100, width), problem.targets, bias, -100,
+        5.0, torch.float32, budget, frozen_columns=frozen,
+    )  # fmt: skip
+    plan = warmup.plan_made_rows(call, weights, needed)
+    assert not launched, "a plan launches nothing"
+    head = Head(Stored(problem.c), bias, low_rank=low_rank, softcap=5.0)
+    options = {"token_weights": weights, "memory_budget": budget, "impl": "cce_exact"}
+    linear_cross_entropy(e, head, problem.targets, **options).backward()
+    planned = {one.variant() for one in plan.launches}
+    missing = [variant for variant in launched if variant not in planned]
+    assert not missing, missing
+    assert {"score_chunk_kernel"} <= {kernel.__name__ for kernel in launched.values()}
