@@ -126,8 +126,9 @@ def plan_made_rows(problem: Problem, weights: Tensor | None, needed: Needed | No
             return plan
         found = made_rows.token_losses(problem, make_rows)
         if any(needed.flat()):
-            take_rows = lambda classes, rows: None
-            made_rows.gradients(found, found, problem, make_rows, needed, take_rows)
+            made_rows.gradients(
+                found, found, problem, make_rows, needed, take_rows=lambda classes, rows: None
+            )
     return plan
 
 
