@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cut_cross_entropy import linear_cross_entropy, record_filter
+from cut_cross_entropy import linear_cross_entropy, linear_divergence, record_filter
 from cut_cross_entropy.benchmark.data import Shape, make
 from cut_cross_entropy.heads import Head, LowRank
 from tests.kernels.gpu import DEVICE, relative_error, rounding_error
+from training.losses import divergence
 
 pytestmark = pytest.mark.gpu
 
@@ -189,3 +190,24 @@ def test_peak_memory(kind):
     gradients = sum(2 * x.numel() * x.element_size() for x in case.leaves)
     assert peak <= budget + gradients + 16 * MIB
     assert peak < LARGE.num_classes * LARGE.dim * 2 / 2
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_divergences(beta):
+    """Rows of both heads are made in blocks; a teacher that is close, as in training."""
+    student, teacher = Case("qlora"), Case("lora")
+    noise = torch.randn_like(teacher.leaves[0], dtype=torch.float32)
+    with torch.no_grad():
+        teacher.leaves[0] += 0.1 * teacher.leaves[0].float().std() * noise
+    mask = student.targets != -100
+    found = linear_divergence(
+        student.leaves[0], student.head, teacher.leaves[0], teacher.head, beta=beta, mask=mask,
+        memory_budget=32 * MIB,
+    ).divergence  # fmt: skip
+    ours = torch.autograd.grad(found.sum() / mask.sum(), student.leaves)
+    wide = student.wide_leaves()
+    log_p = student.logits(*wide).log_softmax(1)
+    log_q = teacher.logits(*teacher.wide_leaves()).detach().log_softmax(1)
+    expected = torch.where(mask, divergence(log_p, log_q, beta), 0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-4)
+    assert_few_roundings(ours, torch.autograd.grad(expected.sum() / mask.sum(), wide))
