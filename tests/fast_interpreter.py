@@ -4,6 +4,7 @@ Values are computed as before; what is saved is the work on types around them. R
 with other internals are left alone.
 """
 
+import dataclasses
 import functools
 
 from triton import language as tl
@@ -20,6 +21,8 @@ def skip_repeated_work() -> None:
     _look_up_numpy_dtypes()
     _share_shapes()
     _skip_conversions_to_the_same_type()
+    _compute_no_unused_overflow()
+    _look_up_types_of_computations()
 
 
 def _replace_functions_once_per_launch():
@@ -137,3 +140,22 @@ def _skip_conversions_to_the_same_type():
 
     TritonSemantic.cast = functools.wraps(cast)(cast_unless_alike)
     core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+
+
+def _compute_no_unused_overflow():
+    """Each sum of integers is computed again in 64 bits, for an assertion of debugging alone."""
+    builder = interpreter.interpreter_builder
+    asserted = builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=asserted)
+
+
+def _look_up_types_of_computations():
+    compute, types = TritonSemantic.computation_type_impl, {}
+
+    def type_of_computation(self, a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod):
+        key = (a_ty.name, a_is_scalar, b_ty.name, b_is_scalar, div_or_mod)
+        if key not in types:
+            types[key] = compute(self, a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod)
+        return types[key]
+
+    TritonSemantic.computation_type_impl = type_of_computation
