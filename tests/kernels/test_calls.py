@@ -1,6 +1,7 @@
 """Calls inside the kernels' package, read from its source: arguments are named."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST = 5  # positional arguments
 
 
+@functools.cache
 def calls(path: Path) -> list[ast.Call]:
     return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
 
 
+@functools.cache
 def own_functions() -> set[str]:
     """Return the names of the functions and classes that the package defines."""
     kinds = (ast.FunctionDef, ast.ClassDef)

@@ -81,12 +81,21 @@ def test_rank_of_ties():
     assert got.rank.tolist() == [2, 3, 4, 7, 297]
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("needed", [("e", "c", "bias"), ("e",), ("c",), ("bias",)])
-def test_candidates(settings, needed):
+@pytest.mark.parametrize(
+    ("name", "needed"),  # every setting, and every gradient alone
+    [
+        *((name, ("e", "c", "bias")) for name in SETTINGS),
+        ("plain", ("e",)),
+        ("softcap, scale and temperature", ("c",)),
+        ("temperature", ("bias",)),
+    ],
+)
+def test_candidates(name, needed):
     """More than one block of candidates, with repeated ids, absent ones and ignored tokens."""
-    problem = make_problem((133,), 300, 48, bias=True)
-    ids = torch.randint(-1, 300, (133, 19), generator=torch.Generator().manual_seed(3))
+    settings = dict(SETTINGS[name])
+    tokens = 133 if name == "temperature per token" else 20
+    problem = make_problem((tokens,), 300, 48, bias=True)
+    ids = torch.randint(-1, 300, (tokens, 19), generator=torch.Generator().manual_seed(3))
     ids[:, 4] = 7
     ids[5] = -1
     results = {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cut_cross_entropy import linear_cross_entropy
-from tests.kernels.conftest import take_route
+from tests.kernels.conftest import ROUTES, take_route
 from tests.support import full_logits, make_problem, run, run_ours
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
@@ -22,8 +22,7 @@ def truth_of(problem, **options):
     return run(full_logits, problem.to(torch.float64), **options)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize(("reduction", "shift"), [("mean", 0), ("none", 1)])
 def test_all_ignored(any_route, reduction, shift):
     problem = small((2, 5), ignored=1.0)
     results = run_ours(problem, any_route.impl, reduction=reduction, shift=shift, softcap=5.0)
@@ -53,17 +52,26 @@ def test_results_at_ignored_tokens_are_zero(any_route):
 
 
 @pytest.mark.parametrize(
-    ("value", "shift"), [(torch.nan, 0), (torch.nan, 1), (torch.inf, 1), (-torch.inf, 0)]
+    ("path", "value", "shift"),
+    [
+        *((path, torch.nan, 1) for path in ROUTES),
+        *(
+            (path, value, shift)
+            for path in ("exact", "filtered")
+            for value, shift in ((torch.nan, 0), (torch.inf, 1), (-torch.inf, 0))
+        ),
+    ],
 )
-def test_bad_embeddings_of_ignored_tokens_do_not_leak(any_route, value, shift):
+def test_bad_embeddings_of_ignored_tokens_do_not_leak(path, value, shift, request):
+    route = take_route(path, request)
     problem = small((3, 5), ignored=0.4)
-    clean = run_ours(problem, any_route.impl, shift=shift, softcap=5.0)
+    clean = run_ours(problem, route.impl, shift=shift, softcap=5.0)
     without_loss = problem.targets.roll(-shift, dims=-1) == -100
     if shift:
         without_loss[..., -shift:] = True  # the last tokens have no target
     assert without_loss.any()
     problem.e[without_loss] = value
-    dirty = run_ours(problem, any_route.impl, shift=shift, softcap=5.0)
+    dirty = run_ours(problem, route.impl, shift=shift, softcap=5.0)
     for name, expected in clean.named().items():
         assert torch.equal(dirty.named()[name], expected), name
 
@@ -78,17 +86,29 @@ def assert_never_plausible(results, truth):
 
 
 @pytest.mark.parametrize(  # 1100: the short pass over frequent classes sees them too
-    ("value", "classes"),
-    [(torch.nan, 130), (torch.nan, 1100), (torch.inf, 1100), (-torch.inf, 130)],
+    ("path", "value", "classes"),
+    [
+        ("exact", torch.nan, 1100),
+        ("exact", torch.inf, 130),
+        ("dense", torch.nan, 130),
+        ("dense", -torch.inf, 1100),
+        ("filtered", torch.nan, 130),
+        ("filtered", torch.nan, 1100),
+        ("filtered", torch.inf, 1100),
+        ("filtered", -torch.inf, 130),
+        ("full_c", torch.nan, 1100),
+        ("full_e", torch.nan, 130),
+    ],
 )
-def test_bad_embedding_is_never_plausible(any_route, value, classes):
+def test_bad_embedding_is_never_plausible(path, value, classes, request):
+    route = take_route(path, request)
     problem = small(classes=classes, ignored=0.0)
     problem.e[4, 3] = value
-    results = run_ours(problem, any_route.impl, reduction="none")
+    results = run_ours(problem, route.impl, reduction="none")
     truth = truth_of(problem, reduction="none")
     assert torch.isfinite(results.loss).sum() == 8, "it stays with its token in the forward"
     assert_never_plausible(results, truth)
-    assert torch.isnan(run_ours(problem, any_route.impl).loss)
+    assert torch.isnan(run_ours(problem, route.impl, needed=()).loss)
 
 
 @pytest.mark.parametrize("tokens", [9, 140])  # one block, which all goes bad; two, one of them good
