@@ -81,8 +81,12 @@ def without(pointers: set[str], given: bool | tuple[str, ...] = ()) -> dict[str,
     return dict.fromkeys(sorted(pointers - {f"{name}_ptr" for name in given or ()}))
 
 
-def variants(tiles: Tiles) -> list[Variant]:
-    """Return every kernel as it is specialised for a row of the table of block sizes."""
+def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
+    """Return every kernel as it is specialised for a row of the table of block sizes.
+
+    Without ``everything`` those with a softcap and a bias stand for those without, which have a
+    part of their code, and one of the unrolled levels of an order for all.
+    """
     tma = tiles.use_tma
     products = {"E_TMA": tma, "C_TMA": tma, "BLOCK_T": BLOCK_T, "BLOCK_V": tiles.block_v,
             "BLOCK_D": tiles.block_d}  # fmt: skip
@@ -93,7 +97,7 @@ def variants(tiles: Tiles) -> list[Variant]:
     def add(name: str, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
         result.append(Variant(name, kernel, constants, options.pop("boxes", {}), **options))
 
-    for softcap, bias in ((False, False), (True, True)):
+    for softcap, bias in ((False, False), (True, True)) if everything else ((True, True),):
         flags = {} if bias else {"bias_ptr": None}
         flags |= {} if softcap else {"softcap": None}
         sums = {"multiplier_ptr", "entropy_ptr", "p_squares_ptr", "rank_ptr", "highest_ptr"}
@@ -375,7 +379,8 @@ def variants(tiles: Tiles) -> list[Variant]:
     add("features", order.features_kernel, {"ROWS": 32, "BLOCK_D": 128, "FEATURES": 64})
     for first in (True, False):
         add(f"split_nodes-{first:d}", order.split_nodes_kernel,
-            {"LEVEL": 0 if first else 3, "KEYS": 3, "CAPACITY": 8192 if first else 1024,
+            {"LEVEL": 0 if first else 3, "KEYS": 3 if everything else 1,
+             "CAPACITY": 8192 if first else 1024,
              "SAMPLES": order.SAMPLES, "STEP": order.STEP,
              "ITERATIONS": order.ITERATIONS, "KEYS_AT_ONCE": order.KEYS_AT_ONCE,
              "KEY_BITS": order.KEY_BITS, "FIRST": first, "FEATURES": 64, "SUPERBLOCK": 64,

@@ -66,8 +66,9 @@ SCRIPT = """
 import json, sys
 from tests.kernels.compiling import TARGETS, compile_variant, tiles_of, variants
 
-target, shared = TARGETS[sys.argv[1]]
-for variant in variants(tiles_of(sys.argv[1])):
+name = sys.argv[1]
+target, shared = TARGETS[name]
+for variant in variants(tiles_of(name), everything=name in ("sm_80", "sm_90")):
     found = {"name": variant.name, "kernel": variant.kernel.__name__, "limit": shared}
     try:
         found.update(vars(compile_variant(variant, target)))
