@@ -21,10 +21,25 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-def launch(processes, arguments):
-    """Start ``training/train.py`` in so many processes; stderr comes with stdout."""
+SEVERAL = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+from cut_cross_entropy.benchmark.leave import leave
+from training.train import build_parser, run_all
+
+for arguments in map(json.loads, sys.argv[1:]):
+    code = run_all(build_parser().parse_args(arguments))
+    if code:
+        break
+leave(code)
+"""
+"""Runs several command lines: processes take longer to start than these runs take."""
+
+
+def launch(processes, script, arguments):
+    """Start a script in so many processes; stderr comes with stdout."""
     return subprocess.Popen(
-        [sys.executable, *TORCHRUN, str(processes), "training/train.py", *arguments],
+        [sys.executable, *TORCHRUN, str(processes), str(script), *arguments],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -33,10 +48,14 @@ def launch(processes, arguments):
     )
 
 
-def run(processes, arguments):
-    with launch(processes, arguments) as process:
-        output = process.communicate(timeout=200)[0]
-    return process.returncode, output
+def run(processes, folder, *command_lines):
+    """Train by each of the command lines; return what was printed."""
+    script = folder / "several.py"
+    script.write_text(SEVERAL)
+    with launch(processes, script, map(json.dumps, command_lines)) as process:
+        output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return output
 
 
 def free_port():
@@ -62,37 +81,39 @@ def still(model_folder, tmp_path):
     return ["--model", str(folder)]
 
 
-@pytest.mark.parametrize("objective", ["cross_entropy", "dpo", "distillation"])
-def test_two_processes_are_one_with_twice_the_batch(arguments, still, tmp_path, objective):
+def test_two_processes_are_one_with_twice_the_batch(arguments, still, tmp_path):
     # 62 sequences less 2 that are held out: no batch of the first five steps is short.
     common = [*arguments, *still, "--eval-fraction", "0.04", "--steps", "5", "--log-interval", "1"]
-    common += ["--objective", objective]
-    if objective == "dpo":
-        common += ["--data", "builtin"]
-    if objective == "distillation":
-        common += ["--teacher", still[1], "--from-scratch"]
-    code, output = run(
-        2, [*common, "--batch-size", "4", "--output", str(tmp_path / "two"), "--no-export"]
-    )
-    assert code == 0, output
-    assert output.count("step 5: loss") == 1  # one process writes
-    assert main([*common, "--output", str(tmp_path / "one"), "--no-export"]) == 0
-    one, two = (log(tmp_path / name, "loss", "eval_loss") for name in ("one", "two"))
-    assert len(one) == len(two) == 5
-    for a, b in zip(one, two, strict=True):
-        assert float(b[0]) == pytest.approx(float(a[0]), abs=1e-5)
-    assert float(two[-1][1]) == pytest.approx(float(one[-1][1]), abs=1e-4)
-    a, b = (
-        load_file(tmp_path / name / "checkpoints/checkpoint-5/model.safetensors")
-        for name in ("one", "two")
-    )
-    for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    objectives = {
+        "cross_entropy": [],
+        "dpo": ["--data", "builtin"],
+        "distillation": ["--teacher", still[1], "--from-scratch"],
+    }
+
+    def command_line(objective, name):
+        own = ["--objective", objective, *objectives[objective], "--no-export"]
+        return [*common, *own, "--output", str(tmp_path / name / objective)]
+
+    two = (command_line(objective, "two") for objective in objectives)
+    output = run(2, tmp_path, *([*words, "--batch-size", "4"] for words in two))
+    assert output.count("step 5: loss") == 3  # one process writes
+    for objective in objectives:
+        assert main(command_line(objective, "one")) == 0
+        folders = [tmp_path / name / objective for name in ("one", "two")]
+        one, two = (log(folder, "loss", "eval_loss") for folder in folders)
+        assert len(one) == len(two) == 5
+        for a, b in zip(one, two, strict=True):
+            assert float(b[0]) == pytest.approx(float(a[0]), abs=1e-5), objective
+        assert float(two[-1][1]) == pytest.approx(float(one[-1][1]), abs=1e-4), objective
+        a, b = (load_file(x / "checkpoints/checkpoint-5/model.safetensors") for x in folders)
+        for name, value in a.items():
+            torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_a_signal_stops_both_after_the_same_step_and_the_rest_is_bit_identical(arguments, tmp_path):
     common = [*arguments, "--no-export", "--batch-size", "4"]
-    with launch(2, [*common, "--steps", "100000", "--checkpoint-interval", "100000"]) as process:
+    endless = [*common, "--steps", "100000", "--checkpoint-interval", "100000"]
+    with launch(2, "training/train.py", endless) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("step 2:"):
@@ -103,10 +124,8 @@ def test_a_signal_stops_both_after_the_same_step_and_the_rest_is_bit_identical(a
     verify_checkpoint(saved)
     done = json.loads((saved / "trainer_state.json").read_text())["global_step"]
     steps = str(done + 3)
-    code, output = run(2, [*common, "--resume", "--steps", steps])
-    assert code == 0, output
-    code, output = run(2, [*common, "--steps", steps, "--output", str(tmp_path / "whole")])
-    assert code == 0, output
+    whole = [*common, "--steps", steps, "--output", str(tmp_path / "whole")]
+    run(2, tmp_path, [*common, "--resume", "--steps", steps], whole)
     parts, whole = (log(tmp_path / name, "loss", "grad_norm") for name in ("run", "whole"))
     assert len(whole) == done + 3
     assert parts == whole
@@ -136,9 +155,7 @@ def test_one_of_several_processes_leaves_without_the_end_of_the_interpreter(proc
 def test_fsdp2_is_one_process_and_resumes(arguments, still, tmp_path):
     common = [*arguments, *still, "--eval-fraction", "0.04"]
     two = [*common, "--fsdp", "--batch-size", "4", "--output", str(tmp_path / "two")]
-    for extra in (["--steps", "4"], ["--steps", "6", "--resume"]):
-        code, output = run(2, [*two, *extra])
-        assert code == 0, output
+    run(2, tmp_path, [*two, "--steps", "4"], [*two, "--steps", "6", "--resume"])
     assert main([*common, "--steps", "6", "--output", str(tmp_path / "one")]) == 0
     one, two = (log(tmp_path / name, "loss", "eval_loss") for name in ("one", "two"))
     assert len(one) == len(two) == 6
