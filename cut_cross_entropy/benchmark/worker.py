@@ -181,8 +181,8 @@ class Worker:
 
     def release(self) -> None:
         """Give back what the caching allocator keeps: the other processes need it."""
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
 
