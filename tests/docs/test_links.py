@@ -1,5 +1,8 @@
-"""Relative links of the pages that are read outside of the site lead to files and headings."""
+"""Relative links of the pages that are read outside of the site lead to files and headings; so do
+the names of files in the list for contributors.
+"""
 
+import fnmatch
 import re
 from pathlib import Path
 
@@ -38,3 +41,12 @@ def test_the_readme_has_links():
 
 def test_the_readme_is_one_screen_and_a_half():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def test_the_files_that_contributors_are_told_of_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Files")[1]
+    names = set(re.findall(r"[\w*]+(?:/[\w*]+)*\.py", text))
+    folders = ("cut_cross_entropy", "docs", "examples", "experiments", "research", "training")
+    files = [str(path) for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert len(names) > 25
+    assert not {name for name in names if not fnmatch.filter(files, f"*{name}")}
