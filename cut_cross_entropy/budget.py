@@ -13,6 +13,10 @@ MIN_TOKENS_WITHOUT_C = 256
 MIN_PAIRS = 384
 MIN_PAIRS_WITHOUT_C = 192
 
+FILTER_GROUPS = 64
+"""Groups of tokens of which the filter of a divergence stores the sums of all classes, at most."""
+FILTER_BYTES = 48  # of a class, for its energy and for the order of all
+
 
 def powers_per_chunk(problem: Problem, needed: Needed) -> int:
     """Return for how many tokens to store powers of all classes; 0 if too few to be worth it.
@@ -42,6 +46,7 @@ def divergence_tokens_per_chunk(student: Problem, teacher: Problem, needed: Need
     for side in sides:
         if side.compute_dtype.itemsize == 2 and not uses_half_products(side):
             num_bytes -= student.memory_budget // WIDENED_SHARE
+    num_bytes -= num_classes * (FILTER_GROUPS * student.compute_dtype.itemsize + FILTER_BYTES)
     per_token = 8 * num_classes + 4 * dim  # float32 logits, and a row of dE
     per_token += sum(side.compute_dtype.itemsize * side.e.shape[1] for side in sides)
     tokens = min(num_bytes // per_token, MAX_ELEMENTS // max(num_classes, 1))

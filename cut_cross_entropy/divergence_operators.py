@@ -34,8 +34,8 @@ _TEACHER = ", ".join(
 )
 _INPUTS = f"{Problem.SCHEMA}, {_TEACHER}, float beta, bool has_targets, bool by_kernels"
 _NUM_INPUTS = 2 * _NUM_FIELDS + 3
-_OF_SUM = f"Tensor? weights, {Needed.SCHEMA}, bool loss_only"
-_NUM_OF_SUM = 5
+_OF_SUM = f"Tensor? weights, float tolerance, {Needed.SCHEMA}, bool loss_only"
+_NUM_OF_SUM = 6
 _SUM = ", ".join(f"Tensor {name}" for name in DivergenceSum._fields)
 _refuse = refusal_of_both("linear_divergence")
 
@@ -114,24 +114,24 @@ def divergence_sum(*flat: Any) -> DivergenceSum:
     again before a backward pass.
     """
     student, teacher, beta, has_targets, by_kernels = _parts(flat[:_NUM_INPUTS])
-    weights, *needed, loss_only = flat[_NUM_INPUTS:]
+    weights, tolerance, *needed, loss_only = flat[_NUM_INPUTS:]
     with implementation(by_kernels, student.e.device) as chosen:
         if loss_only:
             state = chosen.forward(student, teacher, beta, has_targets)
             values = state.divergence if weights is None else state.divergence * weights
             return DivergenceSum(values.sum(), *state, *(values.new_empty(0) for _ in range(3)))
+        arguments = (student, teacher, beta, has_targets, weights, Needed(*needed))
         if by_kernels:
-            from cut_cross_entropy.kernels import divergence_sum as chosen
-        found: DivergenceSum = chosen.divergence_and_gradients(
-            student, teacher, beta, has_targets, weights, Needed(*needed)
-        )
-        return found
+            from cut_cross_entropy.kernels import divergence_sum as kernels
+
+            return kernels.divergence_and_gradients(*arguments, tolerance)
+        return chunked_divergence.divergence_and_gradients(*arguments)
 
 
 @divergence_sum.register_fake
 def _(*flat: Any) -> DivergenceSum:
     student, *_ = _parts(flat[:_NUM_INPUTS])
-    _, *needed, loss_only = flat[_NUM_INPUTS:]
+    _, _, *needed, loss_only = flat[_NUM_INPUTS:]
     state = _fake_state(*flat[:_NUM_INPUTS])
     make = lambda shape: student.e.new_empty(shape, dtype=student.wide)
     inputs = zip((student.e, student.c, student.bias), needed, strict=True)
@@ -162,7 +162,7 @@ def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.mark_non_differentiable(state[0], *state[_NUM_GRADS:], *sums)
     of_student = (inputs[0], inputs[1], inputs[3])
     ctx.dtypes = [None if x is None else x.dtype for x in of_student]
-    _, *needed, loss_only = inputs[_NUM_INPUTS:]
+    _, _, *needed, loss_only = inputs[_NUM_INPUTS:]
     if loss_only:
         # The checkpoint compares what the second forward saves with the first, by shape.
         sums = tuple(
@@ -263,6 +263,7 @@ def run_divergence_sum(
     weights: Tensor | None,
     needed: Needed,
     by_kernels: bool,
+    tolerance: float = 0.0,
 ) -> DivergenceSum:
     """Sum of divergences, with the results of each token.
 
@@ -275,9 +276,11 @@ def run_divergence_sum(
         weights: (N,), factors of the divergences, 0 for ignored tokens; None for 1. They have no
             gradient.
         needed: the gradients to compute.
+        tolerance: of the filter that the kernels have, see ``kernels.divergence_columns``; 0 turns
+            it off.
     """
     if not torch.compiler.is_compiling():
         register_flop_formulas()
     flat = (*student.flat(), *teacher.flat(), beta, has_targets, by_kernels)
-    found = divergence_sum(*flat, weights, *needed.flat(), is_computed_again())
+    found = divergence_sum(*flat, weights, tolerance, *needed.flat(), is_computed_again())
     return DivergenceSum(*found)

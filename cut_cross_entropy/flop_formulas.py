@@ -78,7 +78,7 @@ def _divergence(*flat: Any, out_val: Any = None) -> int:
 
 
 def _divergence_sum(*flat: Any, out_val: Any = None) -> int:
-    *inputs, _, need_e, need_c, _, loss_only = flat
+    *inputs, _, _, need_e, need_c, _, loss_only = flat
     student, both = _of_both(tuple(inputs))
     return both + (0 if loss_only else student * (int(need_e) + int(need_c)))
 

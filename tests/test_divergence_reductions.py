@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import budget, divergence, linear_divergence
 from cut_cross_entropy.implementations import chunked_divergence
-from cut_cross_entropy.kernels import divergence_logits, divergence_sum
+from cut_cross_entropy.kernels import divergence_columns, divergence_logits, divergence_sum
 from tests.test_divergence import BETAS, NAMES, leaves_of, problem, run, truth
 from tests.test_memory import peak_bytes
 
@@ -318,7 +318,7 @@ def test_operator(has_targets, by_kernels):
     for loss_only in (False, True):
         torch.library.opcheck(
             divergence_sum,
-            (*flat, 0.5, has_targets, by_kernels, torch.rand(5), True, True, True, loss_only),
+            (*flat, 0.5, has_targets, by_kernels, torch.rand(5), 1e-3, True, True, True, loss_only),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )
 
@@ -359,18 +359,34 @@ def test_too_few_tokens_for_a_chunk(frozen_head, least, monkeypatch, launched):
     assert "logit_gradients_kernel" in launched
 
 
-def test_memory_of_kernels(monkeypatch):
+@pytest.mark.parametrize("filter_eps", [None, 2.0**-12])
+def test_memory_of_kernels(filter_eps, monkeypatch):
     """Logits of both models fit the budget, and what the backward takes for dC in its dtype."""
-    monkeypatch.setattr(divergence_logits, "launch", lambda kernel, grid, **arguments: None)
+    for module in (divergence_logits, divergence_columns):
+        monkeypatch.setattr(module, "launch", lambda kernel, grid, **arguments: None)
+    monkeypatch.setattr(divergence_columns, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(divergence_columns, "LEAST_ROWS", 64)
+    chosen = []
+
+    def half(energies, tolerance):
+        chosen.append(len(choose(torch.rand_like(energies), 0.5)))
+        return torch.arange(0, len(energies), 2)
+
+    choose = divergence_columns.choose_classes
+    monkeypatch.setattr(divergence_columns, "choose_classes", half)
     tensors, targets = problem(tokens=512, classes=4096, dtype=torch.float32)
     budget_bytes = 2**21  # the logits of one model have 8 MiB
     leaves = leaves_of(tensors)
 
     def compute():
-        result = run(leaves, targets, 0.5, impl="cce", memory_budget=budget_bytes, reduction="mean")
+        result = run(
+            leaves, targets, 0.5, impl="cce", memory_budget=budget_bytes, reduction="mean",
+            filter_eps=filter_eps,
+        )  # fmt: skip
         torch.autograd.grad(result.divergence, [leaves[name] for name in NAMES[:3]])
 
     compute()
+    assert bool(chosen) == bool(filter_eps)
     peak, largest = peak_bytes(compute)
     results = sum(leaves[name].numel() for name in NAMES[:3]) * 4
     of_c = leaves["head_student"].numel() * 4

@@ -112,6 +112,14 @@ class Blocks:
         """Rows of c of a block of classes, as a factor."""
         return self._operand(self.problem.class_rows(classes))
 
+    def gather_classes(self, ids: Tensor, out: Tensor) -> None:
+        """Write rows of c of some classes, as a factor; ``out`` has its dtype."""
+        c = self.problem.c
+        if c.dtype == out.dtype:
+            torch.index_select(c, 0, ids, out=out)
+        else:
+            out.copy_(self._operand(c.index_select(0, ids)))
+
     def _operand(self, tensor: Tensor) -> Tensor:
         tensor = tensor.to(self.problem.compute_dtype)  # the rounding that autocast asks for
         return tensor if self.half_products else tensor.to(self.wide)

@@ -32,9 +32,9 @@ from cut_cross_entropy.implementations.blocks import (
 )
 from cut_cross_entropy.implementations.token_chunks import (
     WIDENED_SHARE,
+    GradientSums,
     even_chunk,
     slices_of_factors,
-    sum_gradients,
 )
 from cut_cross_entropy.problem import Gradients, Needed, Problem, gradient_scale
 
@@ -347,13 +347,12 @@ def divergence_and_gradients(
             grad.mul_(slope)
         return blocks.as_factor(grad, scale)
 
-    embeddings = (
-        (tokens, blocks.embeddings(tokens), others.embeddings(tokens))
-        for tokens in blocks.token_blocks()
-    )
-    gradients = sum_gradients(blocks, embeddings, logit_gradients, parts, needed)
-    for total in gradients:
+    gradients = GradientSums(blocks, parts, needed)
+    for tokens in blocks.token_blocks():
+        e = blocks.embeddings(tokens)
+        gradients.add(tokens, e, logit_gradients(tokens, e, others.embeddings(tokens)))
+    for total in gradients.flat():
         total.div_(scale)
     state = _state(sums, log_sums, blocks)
     total = (state.divergence * blocks.scatter(factors)).sum()
-    return DivergenceSum(total, *state, *gradients)
+    return DivergenceSum(total, *state, *gradients.flat())

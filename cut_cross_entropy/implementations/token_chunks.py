@@ -3,7 +3,7 @@
 Shape legend: ``cut_cross_entropy.implementations``; T is the number of tokens of a chunk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -65,53 +65,76 @@ def even_chunk(count: int, most: int, multiple: int = 1) -> int:
     return min(-(-rows // multiple) * multiple, max(count, 1))
 
 
-def sum_gradients(
-    blocks: Blocks,
-    embeddings: Iterator[tuple[slice, Tensor, Tensor]],
-    logit_gradients: Callable[[slice, Tensor, Tensor], Tensor],
-    classes: list[slice],
-    needed: Needed,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums of the gradients of e, c and bias in :attr:`Problem.wide`; empty if not needed.
+class GradientSums:
+    """Sums of the gradients of e, c and bias in :attr:`Problem.wide`; empty if not needed.
 
     Args:
         blocks: of the model that trains; its shape has all classes.
-        embeddings: of each chunk the tokens and the embeddings, its own and those of another model.
-        logit_gradients: takes these, and returns the gradients (T, V) by ``e @ c.T + bias`` as a
-            factor, in memory of its own.
         classes: slices for one product each.
         needed: the gradients to compute.
     """
-    problem = blocks.problem
-    num_classes, dim = problem.c.shape
-    make = lambda *shape: torch.zeros(shape, dtype=blocks.wide, device=problem.e.device)
-    grad_e = make(blocks.num_tokens, dim) if needed.e else make(0)
-    grad_c = make(0)
-    if needed.c:  # the first chunk overwrites them
-        grad_c = (
-            make(num_classes, dim)
-            if blocks.num_kept == 0
-            else torch.empty_like(
-                problem.c, dtype=blocks.wide, memory_format=torch.contiguous_format
+
+    def __init__(self, blocks: Blocks, classes: list[slice], needed: Needed) -> None:
+        problem = blocks.problem
+        num_classes, dim = problem.c.shape
+        make = lambda *shape: torch.zeros(shape, dtype=blocks.wide, device=problem.e.device)
+        self.blocks, self.classes, self.needed = blocks, classes, needed
+        self.grad_e = make(blocks.num_tokens, dim) if needed.e else make(0)
+        self.grad_c = make(0)
+        self.has_c = blocks.num_kept == 0  # the first chunk overwrites the sums of dC
+        if needed.c:
+            self.grad_c = (
+                make(num_classes, dim)
+                if self.has_c
+                else torch.empty_like(
+                    problem.c, dtype=blocks.wide, memory_format=torch.contiguous_format
+                )
             )
-        )
-    grad_bias = make(num_classes) if needed.bias else make(0)
-    product = None
-    if needed.e and blocks.rows is not None:
-        product = make(min(blocks.shape[0], blocks.num_kept), dim)
-    for tokens, e, others in embeddings:
-        factor = logit_gradients(tokens, e, others)
-        if needed.e:
-            out = grad_e[tokens] if product is None else product[: len(factor)]
-            for part in classes:
+        self.grad_bias = make(num_classes) if needed.bias else make(0)
+        self._product = None
+        if needed.e and blocks.rows is not None:
+            self._product = make(min(blocks.shape[0], blocks.num_kept), dim)
+
+    def add(self, tokens: slice, e: Tensor, factor: Tensor) -> None:
+        """Add the gradients of a chunk.
+
+        Args:
+            tokens: of the chunk.
+            e: (T, D) their embeddings, as a factor.
+            factor: (T, V) gradients by ``e @ c.T + bias``, as a factor.
+        """
+        blocks = self.blocks
+        if self.needed.e:
+            out = self.rows_of_e(tokens)
+            for part in self.classes:
                 multiply = blocks.add_product if part.start else blocks.store_product
                 multiply(factor[:, part], blocks.classifier(part), out)
-            if product is not None and blocks.rows is not None:
-                grad_e[blocks.rows[tokens]] = out
-        if needed.c:
-            multiply = blocks.add_product if tokens.start else blocks.store_product
-            for part in classes:
-                multiply(factor[:, part].T, e, grad_c[part])
-        if needed.bias:
-            grad_bias += factor.sum(0, dtype=blocks.wide)
-    return grad_e, grad_c, grad_bias
+            self.store_rows_of_e(tokens, out)
+        if self.needed.c:
+            multiply = blocks.add_product if self.has_c else blocks.store_product
+            for part in self.classes:
+                multiply(factor[:, part].T, e, self.grad_c[part])
+            self.has_c = True
+        self.add_bias(factor)
+
+    def rows_of_e(self, tokens: slice) -> Tensor:
+        """Return where to write the rows of dE of a chunk."""
+        return (
+            self.grad_e[tokens]
+            if self._product is None
+            else self._product[: tokens.stop - tokens.start]
+        )
+
+    def store_rows_of_e(self, tokens: slice, rows: Tensor) -> None:
+        """Move the rows of a chunk, of which none is ignored, to their places."""
+        if self.blocks.rows is not None:
+            self.grad_e[self.blocks.rows[tokens]] = rows
+
+    def add_bias(self, factor: Tensor) -> None:
+        """Add the sums of the classes of a chunk, if needed."""
+        if self.needed.bias:
+            self.grad_bias += factor.sum(0, dtype=self.blocks.wide)
+
+    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sums in the order of the gradients."""
+        return self.grad_e, self.grad_c, self.grad_bias

@@ -15,11 +15,12 @@ from cut_cross_entropy.budget import divergence_tokens_per_chunk
 from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceSum
 from cut_cross_entropy.implementations.blocks import Blocks
 from cut_cross_entropy.implementations.token_chunks import (
+    GradientSums,
     even_chunk,
     slices_of_factors,
-    sum_gradients,
 )
 from cut_cross_entropy.kernels.divergence import state_of
+from cut_cross_entropy.kernels.divergence_columns import FilteredSums
 from cut_cross_entropy.kernels.divergence_kernels import MIXTURE
 from cut_cross_entropy.kernels.divergence_logits import (
     StoredLogits,
@@ -45,11 +46,13 @@ def divergence_and_gradients(
     has_targets: bool,
     weights: Tensor | None,
     needed: Needed,
+    tolerance: float = 0.0,
 ) -> DivergenceSum:
     """Compute the sum of the divergences times their weights, and its gradients.
 
     As ``chunked_divergence.divergence_and_gradients``, for inputs other than float64 of which
-    :func:`divergence_tokens_per_chunk` is not 0.
+    :func:`divergence_tokens_per_chunk` is not 0; and gradients of e and c may come from the classes
+    that matter, see ``kernels.divergence_columns``, unless ``tolerance`` is 0.
     """
     most = divergence_tokens_per_chunk(student, teacher, needed)
     student, teacher = in_compute_dtype(student), in_compute_dtype(teacher)
@@ -66,8 +69,12 @@ def divergence_and_gradients(
     scale = scale_of(DivergenceGrads(weights, None, None), blocks, logits.factor_type)
     weights = blocks.gather(weights.float())
     parts = slices_of_factors(rows, blocks, others)
+    gradients = GradientSums(blocks, parts, needed)
+    filtered = None
+    if tolerance > 0 and FilteredSums.is_worth_it(blocks, needed):
+        filtered = FilteredSums(gradients, tolerance, logits.memory[1])
 
-    def logit_gradients(tokens: slice, e: Tensor, e_teacher: Tensor) -> Tensor:
+    for tokens, e, e_teacher in logits.token_blocks():
         for classes in parts:
             logits.multiply(e, e_teacher, tokens, classes, 0)
         of_tokens = results[:, tokens]
@@ -89,12 +96,19 @@ def divergence_and_gradients(
             relative=relative,
             entropy=entropy,
         )
-        return logits.write_gradients(tokens, every, values, kind, beta)
-
-    gradients = sum_gradients(blocks, logits.token_blocks(), logit_gradients, parts, needed)
+        row_sums = None
+        if filtered is not None and filtered.needs_row_sums:
+            row_sums = torch.empty_like(lse)
+        factor = logits.write_gradients(tokens, every, values, kind, beta, row_sums)
+        if filtered is None:
+            gradients.add(tokens, e, factor)
+        else:
+            filtered.add(tokens, e, factor, row_sums)
+    if filtered is not None:
+        filtered.finish()
     if logits.factor_type == torch.float16:
-        for total in gradients:
+        for total in gradients.flat():
             total.div_(scale)
     state = state_of(results, blocks, has_targets)
     total = (state.divergence * blocks.scatter(weights)).sum()
-    return DivergenceSum(total, *state, *gradients)
+    return DivergenceSum(total, *state, *gradients.flat())

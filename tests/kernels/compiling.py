@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from cut_cross_entropy.kernels import (
     BLOCK_T,
     class_logits,
+    divergence_columns,
     divergence_kernels,
     exact,
     exact_sum,
@@ -297,6 +298,14 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         further = without({"g_entropy_ptr", "g_logprob_ptr", "miss_ptr"}, options)
         add(f"divergence_gradients-{options:d}", divergence_kernels.logit_gradients_kernel,
             {**shared, **targets, **further, "KIND": 2}, types=_OF_PRODUCTS)  # fmt: skip
+    columns = divergence_columns
+    add("column_energies", columns.column_energies_kernel,
+        {"GROUP": columns.GROUP, "ROWS": columns.ROWS, "BLOCK": columns.BLOCK},
+        types=(("grad_ptr", "*bf16"), ("sums_ptr", "*bf16")))  # fmt: skip
+    add("gather_columns", columns.gather_columns_kernel, {"BLOCK": 1024},
+        types=(("grad_ptr", "*bf16"), ("columns_ptr", "*bf16"), ("ids_ptr", "*i64")))  # fmt: skip
+    add("add_rows", columns.add_rows_kernel, {"BLOCK": 1024},
+        types=(("rows_ptr", "*fp32"), ("ids_ptr", "*i64"), ("out_ptr", "*fp32")))  # fmt: skip
     add("scale", scale.scale_kernel, {"BLOCK": scale.BLOCK})
     add("repair_bound", powers.repair_bound_kernel,
         {"OVERFLOW": powers.OVERFLOW, "BLOCK_T": BLOCK_T})  # fmt: skip
