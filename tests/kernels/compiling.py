@@ -338,13 +338,15 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
     )
     add("scatter", tokens.scatter_rows_kernel, {"BLOCK_D": 1024}, types=(("rows_ptr", "*fp32"),))
     add("weigh_blocks", selection.weigh_blocks_kernel, {"BLOCK_T": BLOCK_T, "ROWS": 64},
-        num_warps=8, types=(("weights_ptr", "*i32"),))  # fmt: skip
+        num_warps=8,
+        types=(("weights_ptr", "*i32"), ("histogram_ptr", "*i64")))  # fmt: skip
     for name in ("histogram_kernel", "shares_histogram_kernel"):
         add(name, getattr(selection, name),
             {"CHUNK": selection.CHUNK, "ROWS": selection.ROWS_AT_ONCE}, num_warps=8,
             types=(("counts_ptr", "*i64"), ("weights_ptr", "*i32")))  # fmt: skip
     add("kept", selection.kept_strips_kernel,
-        {"IDLE": selection.IDLE, "SUPERBLOCK": 64, "CHUNK": 1024},
+        {"IDLE": selection.IDLE, "SUPERBLOCK": 64, "CHUNK": 1024,
+         "ROWS": selection.ROWS_AT_ONCE}, num_warps=8,
         types=(("counts_ptr", "*i32"), ("active_ptr", "*i32"), ("dropped_ptr", "*i64"),
                ("weights_ptr", "*i32"), ("num_kept_ptr", "*i64"),
                ("shares_ptr", "*i64")))  # fmt: skip
@@ -376,12 +378,11 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         num_warps=8, types=(("counts_ptr", "*i32"),))  # fmt: skip
     add("list", index.list_strips_kernel,
         {"BY_CLASS": True, "SUPERBLOCK": 64, "CHUNK": 1024, "TILE": index.TILE})  # fmt: skip
-    add("shares", tail.shares_kernel, {"COLUMNS": 256})
     for bf16 in (True, False):
         add(f"centers-{bf16:d}", tail.centers_kernel,
             {"BF16": bf16, "SUPERBLOCK": 64, "BLOCK_R": 64, "BLOCK_D": 128},
             types=(("out_ptr", "*fp32"), ("c_ptr", "*bf16" if bf16 else "*fp16")))  # fmt: skip
-    add("finish_centers", tail.finish_centers_kernel, {"BLOCK_D": 128}, num_warps=1,
+    add("finish_centers", tail.finish_centers_kernel, {"COLUMNS": 256, "BLOCK_D": 128}, num_warps=1,
         types=(("out_ptr", "*fp32"),))  # fmt: skip
     add("block_sums", tail.block_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 64})
     add("tail_bias", tail.tail_bias_kernel, {"SUPERBLOCK": 64, "BLOCK": 64})

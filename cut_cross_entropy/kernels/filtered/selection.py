@@ -52,12 +52,15 @@ def weigh_blocks_kernel(
     b_ptr,  # (N,)
     weights_ptr,  # (blocks,) int32 out: see Kept
     largest_ptr,  # () out: largest absolute value of a and b
+    histogram_ptr,  # (256 + SHARES,) int64 out: zeros
     N,
     num_blocks,
     BLOCK_T: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Compare the largest upstream gradient of each block with that of all, in one program."""
+    tl.store(histogram_ptr + tl.arange(0, 256), tl.zeros((256,), tl.int64))
+    tl.store(histogram_ptr + 256 + tl.arange(0, SHARES), tl.zeros((SHARES,), tl.int64))
     largest = 0.0
     for start in range(0, num_blocks, ROWS):
         own = largest_of(a_ptr, b_ptr=b_ptr, first_block=start, N=N, BLOCK_T=BLOCK_T, ROWS=ROWS)
@@ -221,19 +224,38 @@ def shares_histogram_kernel(
 
 
 @triton.jit
-def cluster_key(ranges8, ranges16, fold7):
-    """Return a sort key (int32) that clusters masks with similar blocks.
+def parts_used(mask, size, PARTS: tl.constexpr):
+    """Return which of PARTS about equal parts of ``size`` bits have one set, a bit for each."""
+    parts = tl.zeros_like(mask).to(tl.int32)
+    for part in tl.static_range(PARTS):
+        first = (part * size + (PARTS - 1)) // PARTS
+        stop = ((part + 1) * size + (PARTS - 1)) // PARTS
+        # The bits below stop, in two steps: at most 63 can be shifted by.
+        below = (tl.cast(1, tl.int64) << tl.maximum(stop - 1, 0).to(tl.int64)) * 2 - 1
+        used = ((mask & below) >> first.to(tl.int64)) != 0
+        parts |= (used & (stop > first)).to(tl.int32) << part
+    return parts
+
+
+@triton.jit
+def cluster_key(mask, size):
+    """Return a sort key (int32) that clusters masks of ``size`` bits with similar blocks.
 
     From the top: which eighths of the blocks, which sixteenths, and a fold of the blocks to tell
     the rest apart. A plain order by mask makes five to seven times the fewest possible pairs of
     tile and block, this one 3.5 to 4.5 (docs/engineering_log.md). The eighths are ranked as a Gray
     code, which is cyclic, starting from "all of them": tiles with most blocks then start first.
     """
-    rank = ranges8 ^ (ranges8 >> 1)
+    every7: tl.constexpr = 0x0102040810204081  # each seventh bit but the last, which is the sign
+    fold7 = (mask < 0).to(tl.int32)
+    for k in tl.static_range(7):
+        fold7 |= ((mask & (every7 << k)) != 0).to(tl.int32) << k
+    rank = parts_used(mask, size, PARTS=8)
+    rank = rank ^ (rank >> 1)
     rank = rank ^ (rank >> 2)
     rank = rank ^ (rank >> 4)
     rank = (rank - 0xAA) & 0xFF
-    return (rank << 23) | (ranges16 << 7) | fold7
+    return (rank << 23) | (parts_used(mask, size, PARTS=16) << 7) | fold7
 
 
 @triton.jit(do_not_specialize=["active_ptr", "num_blocks", "num_superblocks", "num_chunks"])
@@ -258,6 +280,7 @@ def kept_strips_kernel(
     IDLE: tl.constexpr,
     SUPERBLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Decide for a chunk of classes which blocks keep them."""
     chunk = tl.program_id(0)
@@ -269,41 +292,37 @@ def kept_strips_kernel(
     counts = tl.cumsum(tl.load(shares_ptr + tl.arange(0, SHARES)), 0).to(tl.float32)
     most = row_strips * tl.load(num_kept_ptr).to(tl.float32)
     decisive = tl.minimum(tl.sum((counts <= most).to(tl.int32), 0), SHARES - 1)
+    bits_at_once = tl.arange(0, ROWS)
     for superblock in range(num_superblocks):
         mask = tl.zeros((CHUNK,), tl.int64)
-        ranges8 = tl.zeros((CHUNK,), tl.int32)
-        ranges16 = tl.zeros((CHUNK,), tl.int32)
-        fold7 = tl.zeros((CHUNK,), tl.int32)
         size = min(SUPERBLOCK, num_blocks - superblock * SUPERBLOCK)
-        member = tl.cast(superblock, tl.int64) * V + classes
-        for bit in range(size):
-            block = superblock * SUPERBLOCK + bit
-            place = tl.cast(block, tl.int64) * V + classes
-            both = tl.load(strips_ptr + place, mask=inside, other=0).to(tl.int32)
+        for start in range(0, size, ROWS):
+            bits = start + bits_at_once
+            blocks = superblock * SUPERBLOCK + bits
+            is_block = bits < size
+            here = is_block[:, None] & inside[None, :]
+            place = blocks.to(tl.int64)[:, None] * V + classes[None, :]
+            both = tl.load(strips_ptr + place, mask=here, other=0).to(tl.int32)
             energy = both & 255
-            weight = tl.load(weights_ptr + block)
+            weight = tl.load(weights_ptr + blocks, mask=is_block, other=0)[:, None]
             own = weighted(energy, weight)
             kept = own >= threshold
-            kept |= (own > 0) & (share_steps(energy, own, weight, class_mass) < decisive)
-            kept &= inside
-            one = tl.full((CHUNK,), 1, tl.int64)
-            mask = tl.where(kept, mask | (one << bit), mask)
+            kept |= (own > 0) & (share_steps(energy, own, weight, class_mass[None, :]) < decisive)
+            kept &= here
+            mask += tl.sum(kept.to(tl.int64) << bits.to(tl.int64)[:, None], 0)
             dropped = tl.where(kept, 0, (both >> 8) & 255)
             mass = byte_to_value(dropped)
             log = byte_to_log(dropped)
-            row = block * num_chunks + chunk
+            row = blocks * num_chunks + chunk
             table = num_blocks * num_chunks
-            tl.store(sums_ptr + row, tl.sum(mass, 0))
-            tl.store(sums_ptr + table + row, tl.sum(mass * log, 0))
-            tl.store(sums_ptr + 2 * table + row, tl.sum(mass * log * log, 0))
-            tl.store(counts_ptr + row, tl.sum(kept.to(tl.int32), 0))
-            bit_set = kept.to(tl.int32)
-            ranges8 |= bit_set << (bit * 8 // size)
-            ranges16 |= bit_set << (bit * 16 // size)
-            fold7 |= bit_set << (bit % 7)
+            tl.store(sums_ptr + row, tl.sum(mass, 1), mask=is_block)
+            tl.store(sums_ptr + table + row, tl.sum(mass * log, 1), mask=is_block)
+            tl.store(sums_ptr + 2 * table + row, tl.sum(mass * log * log, 1), mask=is_block)
+            tl.store(counts_ptr + row, tl.sum(kept.to(tl.int32), 1), mask=is_block)
+        member = tl.cast(superblock, tl.int64) * V + classes
         tl.store(masks_ptr + member, mask, mask=inside)
         active = mask != 0
-        key = tl.where(active, cluster_key(ranges8, ranges16, fold7), IDLE)
+        key = tl.where(active, cluster_key(mask, size), IDLE)
         tl.store(keys_ptr + member, key, mask=inside)
         tl.store(active_ptr + superblock * num_chunks + chunk, tl.sum(active.to(tl.int32), 0))
         strips = popcount(mask)
@@ -398,7 +417,7 @@ def find_threshold(
         value=value[:1],
         most=most[:1],
         num_kept=torch.empty((), dtype=torch.int64, device=device),
-        histogram=torch.zeros(256 + SHARES.value, dtype=torch.int64, device=device),
+        histogram=torch.empty(256 + SHARES.value, dtype=torch.int64, device=device),
         class_mass=torch.empty(num_classes, dtype=torch.float32, device=device),
         statistics=torch.empty(size, dtype=torch.int32, device=device),
     )
@@ -412,6 +431,7 @@ def find_threshold(
         b_ptr=tokens.b,
         weights_ptr=weights,
         largest_ptr=largest,
+        histogram_ptr=threshold.histogram,
         N=num_tokens,
         num_blocks=num_blocks,
         BLOCK_T=BLOCK_T,
@@ -504,5 +524,6 @@ def keep_strips(threshold: Threshold) -> Kept:
         IDLE=IDLE,
         SUPERBLOCK=SUPERBLOCK,
         CHUNK=CHUNK,
+        ROWS=ROWS_AT_ONCE,
     )
     return kept

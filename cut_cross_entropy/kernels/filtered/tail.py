@@ -63,33 +63,6 @@ def load_dropped(
     return byte_to_value(dropped_mass(both, masks[None, :], bits[:, None]))
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_chunks"])
-def shares_kernel(
-    sums_ptr,  # (3, blocks, chunks) see Kept
-    shares_ptr,  # (blocks, 3) out, see Tail
-    num_blocks,
-    num_chunks,
-    COLUMNS: tl.constexpr,
-):
-    """Reduce the sums of one block over the chunks."""
-    block = tl.program_id(0)
-    chunks = tl.arange(0, COLUMNS)
-    wanted = chunks < tl.where(block < num_blocks, num_chunks, 0)  # blocks beyond are padding
-    row = sums_ptr + block * num_chunks + chunks
-    table = num_blocks * num_chunks
-    total = tl.sum(tl.load(row, mask=wanted, other=0.0), 0)
-    first = tl.sum(tl.load(row + table, mask=wanted, other=0.0), 0)
-    second = tl.sum(tl.load(row + 2 * table, mask=wanted, other=0.0), 0)
-    # Masses are not negative: where their sum is 0, so are they. A NaN propagates.
-    inverse = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
-    log_total = tl.log2(tl.where(total == 0, 1.0, total))
-    mean = first * inverse
-    tl.store(shares_ptr + block * 3, inverse)
-    tl.store(shares_ptr + block * 3 + 1, (mean - log_total) * LN2)
-    square = second * inverse - log_total * (2.0 * mean - log_total)
-    tl.store(shares_ptr + block * 3 + 2, square * LN2 * LN2)
-
-
 @triton.jit(do_not_specialize=["rows_per_split", "num_splits", "num_blocks"])
 def centers_kernel(
     strips_ptr,  # (blocks, V)
@@ -132,24 +105,43 @@ def centers_kernel(
     tl.store(out + columns[None, :], total, mask=(columns < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_blocks", "num_chunks", "num_splits"])
 def finish_centers_kernel(
+    sums_ptr,  # (3, num_blocks, chunks) see Kept
     parts_ptr,  # (splits, blocks, D)
-    shares_ptr,  # (blocks, 3)
+    shares_ptr,  # (blocks, 3) out, see Tail
     out_ptr,  # (blocks, D) out
     D,
+    num_blocks,
+    num_chunks,
     num_splits,
+    COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Reduce the splits of one block."""
+    """Reduce the splits of one block, and its sums over the chunks."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     block = tl.program_id(1)
+    chunks = tl.arange(0, COLUMNS)
+    wanted = chunks < tl.where(block < num_blocks, num_chunks, 0)  # blocks beyond are padding
+    row = sums_ptr + block * num_chunks + chunks
+    mass = tl.sum(tl.load(row, mask=wanted, other=0.0), 0)
+    # Masses are not negative: where their sum is 0, so are they. A NaN propagates.
+    inverse = tl.where(mass == 0, 0.0, 1.0 / tl.where(mass == 0, 1.0, mass))
+    if tl.program_id(0) == 0:
+        table = num_blocks * num_chunks
+        first = tl.sum(tl.load(row + table, mask=wanted, other=0.0), 0)
+        second = tl.sum(tl.load(row + 2 * table, mask=wanted, other=0.0), 0)
+        log_mass = tl.log2(tl.where(mass == 0, 1.0, mass))
+        mean = first * inverse
+        tl.store(shares_ptr + block * 3, inverse)
+        tl.store(shares_ptr + block * 3 + 1, (mean - log_mass) * LN2)
+        square = second * inverse - log_mass * (2.0 * mean - log_mass)
+        tl.store(shares_ptr + block * 3 + 2, square * LN2 * LN2)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for split in range(num_splits):
-        row = parts_ptr + (tl.cast(split, tl.int64) * tl.num_programs(1) + block) * D
-        total += tl.load(row + columns, mask=columns < D, other=0.0)
-    total *= tl.load(shares_ptr + block * 3)
-    tl.store(out_ptr + block * D + columns, total, mask=columns < D)
+        part = parts_ptr + (tl.cast(split, tl.int64) * tl.num_programs(1) + block) * D
+        total += tl.load(part + columns, mask=columns < D, other=0.0)
+    tl.store(out_ptr + block * D + columns, total * inverse, mask=columns < D)
 
 
 @dataclass(frozen=True)
@@ -172,16 +164,6 @@ class Tail:
         num_blocks, num_chunks = kept.shape
         num_superblocks = kept.num_superblocks
         padded = num_superblocks * SUPERBLOCK
-        shares = torch.empty((padded, 3), dtype=torch.float32, device=c.device)
-        launch(
-            shares_kernel,
-            (padded,),
-            sums_ptr=kept.sums,
-            shares_ptr=shares,
-            num_blocks=num_blocks,
-            num_chunks=num_chunks,
-            COLUMNS=next_power_of_2(num_chunks),
-        )
         block_r, block_d = 64, min(128, max(16, next_power_of_2(dim)))
         # Enough programs to fill a GPU.
         wanted = min(MAX_SPLITS, cdiv(1024, cdiv(dim, block_d) * num_superblocks))
@@ -206,15 +188,20 @@ class Tail:
             BLOCK_D=block_d,
             num_warps=4,
         )
+        shares = torch.empty((padded, 3), dtype=torch.float32, device=c.device)
         centers = torch.empty((padded, dim), dtype=torch.float32, device=c.device)
         launch(
             finish_centers_kernel,
             (cdiv(dim, block_d), padded),
+            sums_ptr=kept.sums,
             parts_ptr=parts,
             shares_ptr=shares,
             out_ptr=centers,
             D=dim,
+            num_blocks=num_blocks,
+            num_chunks=num_chunks,
             num_splits=splits,
+            COLUMNS=next_power_of_2(num_chunks),
             BLOCK_D=block_d,
             num_warps=1,
         )
