@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -57,20 +56,8 @@ def make_trainer(
     arguments: argparse.Namespace, model: Any, tokenizer: Any, seed: int
 ) -> DPOTrainer:
     """Make a trainer that prefers right sums; the reference is the model at the start."""
-    config = DPOConfig(
-        output_dir=str(arguments.out / "trainer"),
-        max_steps=arguments.steps,
-        per_device_train_batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        bf16=arguments.bf16,
-        seed=seed,
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
-    )
+    settings = trl_runs.shared_settings(arguments, seed)
+    config = DPOConfig(**settings, gradient_checkpointing=False)
     data = Dataset.from_dict(preferences(256, arguments.sums, seed))
     reference = copy.deepcopy(model)
     return DPOTrainer(model, reference, config, train_dataset=data, processing_class=tokenizer)

@@ -48,21 +48,11 @@ def make_trainer(
     prompts = [f"2 + 3 = 5\n7 + 6 = 13\n{a} + {b} =" for a, b in pairs]
     data = Dataset.from_dict({"prompt": prompts, "total": [a + b for a, b in pairs]})
     config = GRPOConfig(
-        output_dir=str(arguments.out / "trainer"),
-        max_steps=arguments.steps,
+        **trl_runs.shared_settings(arguments, seed),
         max_completion_length=arguments.tokens,
         num_generations=8,
-        per_device_train_batch_size=arguments.batch_size,
         num_iterations=2,
-        learning_rate=arguments.learning_rate,
         temperature=0.9,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        bf16=arguments.bf16,
-        seed=seed,
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
     )
     score: Any = reward
     return GRPOTrainer(model, score, config, data, processing_class=tokenizer)

@@ -161,6 +161,23 @@ def build_parser(name: str, description: str, **defaults: Any) -> argparse.Argum
     return parser
 
 
+def shared_settings(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Return the settings that the trainers of both experiments have."""
+    return {
+        "output_dir": str(arguments.out / "trainer"),
+        "max_steps": arguments.steps,
+        "per_device_train_batch_size": arguments.batch_size,
+        "learning_rate": arguments.learning_rate,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "bf16": arguments.bf16,
+        "seed": seed,
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
 def train(
     make: MakeTrainer,
     watch: Watch,

@@ -217,23 +217,28 @@ def test_a_checkpoint_of_weighted_losses(use_reentrant, passes):
     assert passes == ["loss_and_gradients", "forward", "loss_and_gradients"]
 
 
+def check_compiled(model, problem, **options):
+    """Gradients of three times a loss, compiled in one graph, are those without."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, **options)
+    ours, expected = leaves_of(problem), leaves_of(problem)
+    for function, (e, c, bias) in ((compiled, ours), (model, expected)):
+        (3 * function(e, c, problem.targets, bias)).backward()
+    for got, exact in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got.grad, exact.grad)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_weighted_losses_compiled(backend, passes):
-    torch._dynamo.reset()
     problem = make_problem((5, 13), bias=True)
 
     def model(e, c, targets, bias):
         options = factors_in(torch.float32, "all")
         return chunked_loss(torch.sin(e), c, targets, bias, shift=1, **options)
 
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    ours, expected = leaves_of(problem), leaves_of(problem)
-    for function, (e, c, bias) in ((compiled, ours), (model, expected)):
-        (3 * function(e, c, problem.targets, bias)).backward()
-    for got, exact in zip(ours, expected, strict=True):
-        torch.testing.assert_close(got.grad, exact.grad)
+    check_compiled(model, problem, backend=backend)
     assert passes == 2 * ["loss_and_gradients"]
-    torch._dynamo.reset()
 
 
 def test_a_second_derivative_of_weighted_losses_is_refused():
@@ -534,20 +539,11 @@ def test_same_bits_every_time():
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(backend, dynamic, passes):
-    torch._dynamo.reset()
-    problem = make_problem(bias=True)
-
     def model(e, c, targets, bias):
         return chunked_loss(torch.sin(e), c, targets, bias, shift=1)
 
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
-    ours, expected = leaves_of(problem), leaves_of(problem)
-    for function, (e, c, bias) in ((compiled, ours), (model, expected)):
-        (3 * function(e, c, problem.targets, bias)).backward()
-    for got, exact in zip(ours, expected, strict=True):
-        torch.testing.assert_close(got.grad, exact.grad)
+    check_compiled(model, make_problem(bias=True), backend=backend, dynamic=dynamic)
     assert passes == 2 * ["loss_and_gradients"]
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

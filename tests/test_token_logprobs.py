@@ -432,8 +432,8 @@ def test_a_class_of_no_probability(impl):
     assert not found["c"][7].any()
 
 
-def loss_of_everything(e, c, bias, targets, candidates, support, temperature, impl="chunked"):
-    got = token_logprobs(
+def ask_for_everything(e, c, bias, targets, candidates, support, temperature, **options):
+    return token_logprobs(
         e,
         c,
         targets,
@@ -442,10 +442,13 @@ def loss_of_everything(e, c, bias, targets, candidates, support, temperature, im
         support=support,
         temperature=temperature,
         bias=bias,
-        softcap=4.0,
         top_k=2,
-        impl=impl,
+        **options,
     )
+
+
+def loss_of_everything(*inputs, impl="chunked"):
+    got = ask_for_everything(*inputs, softcap=4.0, impl=impl)
     return objective(vars(got), DIFFERENTIABLE), got.rank, got.top_ids
 
 
@@ -461,22 +464,10 @@ def test_fullgraph(impl, softcap):
     """A model that ends in the function compiles in one graph, forward and backward."""
     torch._dynamo.reset()
     problem = make_problem(dtype=torch.float64, bias=True)
-    targets, candidates, support, temperature = everything(problem)
+    others = everything(problem)
 
     def model(e, c, bias):
-        got = token_logprobs(
-            torch.sin(e),
-            c,
-            targets,
-            outputs=OUTPUTS,
-            candidates=candidates,
-            support=support,
-            temperature=temperature,
-            bias=bias,
-            softcap=softcap,
-            top_k=2,
-            impl=impl,
-        )
+        got = ask_for_everything(torch.sin(e), c, bias, *others, softcap=softcap, impl=impl)
         return got.logprobs, got.lse, got.entropy, got.mean_logit, got.log_sum_sq, got.rank
 
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -254,8 +254,7 @@ def test_what_computes_the_logits_again(options, chunks):
     assert not chunks
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("softcap", "reduction"), [(None, "mean"), (5.0, "sum")])
 def test_float16(softcap, reduction, chunks, small_chunks):
     """In three products, although its range is small for powers relative to a bound."""
     problem = make_problem((5, 80), 603, 24, bias=True, ignored=0.1, dtype=torch.float16)
