@@ -6,7 +6,6 @@ As in ``cut_cross_entropy.operators`` for the divergence of each token, and as i
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
@@ -17,23 +16,27 @@ from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceStat
 from cut_cross_entropy.flop_formulas import register_flop_formulas
 from cut_cross_entropy.implementations import chunked_divergence
 from cut_cross_entropy.operators import fake_gradients
-from cut_cross_entropy.problem import Gradients, Needed, Problem
+from cut_cross_entropy.problem import (
+    GRADIENTS_SCHEMA,
+    MULTIPLIER,
+    NUM_FIELDS,
+    Gradients,
+    Needed,
+    Problem,
+)
 from cut_cross_entropy.sum_operators import multiplied_sums
 from cut_cross_entropy.transforms import is_computed_again, refusal_of_both, transformable
 
-_NUM_FIELDS = len(fields(Problem))
-_MULTIPLIER = _NUM_FIELDS - 1  # place of a problem's last tensor
 _NUM_TENSORS = 5  # of a problem
 _NUM_STATE, _NUM_GRADS = len(DivergenceState._fields), len(DivergenceGrads._fields)
 _STATE = ", ".join(f"Tensor {name}" for name in DivergenceState._fields)
-_GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
 _UPSTREAM = ", ".join(f"Tensor? grad_{name}" for name in DivergenceGrads._fields)
 _TEACHER = ", ".join(
     " ".join((kind, f"teacher_{name}"))
     for kind, name in (part.split(" ") for part in Problem.SCHEMA.split(", "))
 )
 _INPUTS = f"{Problem.SCHEMA}, {_TEACHER}, float beta, bool has_targets, bool by_kernels"
-_NUM_INPUTS = 2 * _NUM_FIELDS + 3
+_NUM_INPUTS = 2 * NUM_FIELDS + 3
 _OF_SUM = f"Tensor? weights, float tolerance, {Needed.SCHEMA}, bool loss_only"
 _NUM_OF_SUM = 6
 _SUM = ", ".join(f"Tensor {name}" for name in DivergenceSum._fields)
@@ -41,7 +44,7 @@ _refuse = refusal_of_both("linear_divergence")
 
 
 def _parts(flat: tuple[Any, ...]) -> tuple[Problem, Problem, float, bool, bool]:
-    student, teacher = Problem(*flat[:_NUM_FIELDS]), Problem(*flat[_NUM_FIELDS : 2 * _NUM_FIELDS])
+    student, teacher = Problem(*flat[:NUM_FIELDS]), Problem(*flat[NUM_FIELDS : 2 * NUM_FIELDS])
     return student, teacher, *flat[-3:]
 
 
@@ -84,7 +87,7 @@ def _fake_state(*flat: Any) -> DivergenceState:
 @torch.library.custom_op(
     "cut_cross_entropy::divergence_backward",
     mutates_args=(),
-    schema=f"({_UPSTREAM}, {_STATE}, {_INPUTS}, {Needed.SCHEMA}) -> ({_GRADIENTS})",
+    schema=f"({_UPSTREAM}, {_STATE}, {_INPUTS}, {Needed.SCHEMA}) -> ({GRADIENTS_SCHEMA})",
 )
 def divergence_backward(*flat: Any) -> Gradients:
     """Gradients of the student's inputs of :func:`divergence`; empty where not needed."""
@@ -146,10 +149,10 @@ def _(*flat: Any) -> DivergenceSum:
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...]) -> list[Any]:
     """Keep the options of a call; return its tensors."""
     ctx.set_materialize_grads(False)
-    student, teacher = inputs[:_NUM_FIELDS], inputs[_NUM_FIELDS : 2 * _NUM_FIELDS]
-    ctx.options = [side[4:_MULTIPLIER] for side in (student, teacher)]
-    ctx.beta, ctx.has_targets, ctx.by_kernels = inputs[2 * _NUM_FIELDS : _NUM_INPUTS]
-    return [x for side in (student, teacher) for x in (*side[:4], side[_MULTIPLIER])]
+    student, teacher = inputs[:NUM_FIELDS], inputs[NUM_FIELDS : 2 * NUM_FIELDS]
+    ctx.options = [side[4:MULTIPLIER] for side in (student, teacher)]
+    ctx.beta, ctx.has_targets, ctx.by_kernels = inputs[2 * NUM_FIELDS : _NUM_INPUTS]
+    return [x for side in (student, teacher) for x in (*side[:4], side[MULTIPLIER])]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -22,6 +22,9 @@ from cut_cross_entropy.constants import BLOCK_TOKENS
 from cut_cross_entropy.flop_formulas import register_flop_formulas
 from cut_cross_entropy.implementations import chunked
 from cut_cross_entropy.problem import (
+    GRADIENTS_SCHEMA,
+    MULTIPLIER,
+    NUM_FIELDS,
     Directions,
     Filter,
     Gradients,
@@ -32,9 +35,7 @@ from cut_cross_entropy.problem import (
 )
 from cut_cross_entropy.transforms import is_transformed, refuse_second_derivative, transformable
 
-# Of a problem: four tensors, plain values, and a tensor without a gradient.
-_NUM_FIELDS, _NUM_FILTER = len(fields(Problem)), len(fields(Filter))
-_MULTIPLIER = _NUM_FIELDS - 1
+_NUM_FILTER = len(fields(Filter))
 _NUM_STATE = len(KernelState._fields)
 
 
@@ -44,7 +45,6 @@ def _tensors(fields: tuple[str, ...], prefix: str = "") -> str:
 
 _RESULTS, _STATE = _tensors(PerToken._fields), _tensors(KernelState._fields)
 _UPSTREAM = _tensors(PerToken._fields, "grad_")
-_GRADIENTS = _tensors(Gradients._fields, "grad_")
 _TANGENTS = _tensors(PerToken._fields, "tangent_")
 
 
@@ -69,20 +69,22 @@ def _(*flat: Any) -> PerToken:
 @torch.library.custom_op(
     "cut_cross_entropy::chunked_backward",
     mutates_args=(),
-    schema=(f"({_UPSTREAM}, {_RESULTS}, {Problem.SCHEMA}, {Needed.SCHEMA}) -> ({_GRADIENTS})"),
+    schema=(
+        f"({_UPSTREAM}, {_RESULTS}, {Problem.SCHEMA}, {Needed.SCHEMA}) -> ({GRADIENTS_SCHEMA})"
+    ),
 )
 def chunked_gradients(
     grad_nll: Tensor, grad_lse: Tensor, nll: Tensor, lse: Tensor, *flat: Any
 ) -> Gradients:
     """Gradients of the inputs of :func:`chunked_losses`; empty where not needed."""
-    problem, needed = Problem(*flat[:_NUM_FIELDS]), Needed(*flat[_NUM_FIELDS:])
+    problem, needed = Problem(*flat[:NUM_FIELDS]), Needed(*flat[NUM_FIELDS:])
     with torch.autocast(problem.e.device.type, enabled=False):
         return chunked.backward(PerToken(grad_nll, grad_lse), PerToken(nll, lse), problem, needed)
 
 
 @chunked_gradients.register_fake
 def _(grad_nll: Tensor, grad_lse: Tensor, nll: Tensor, lse: Tensor, *flat: Any) -> Gradients:
-    return fake_gradients(Problem(*flat[:_NUM_FIELDS]), Needed(*flat[_NUM_FIELDS:]))
+    return fake_gradients(Problem(*flat[:NUM_FIELDS]), Needed(*flat[NUM_FIELDS:]))
 
 
 @torch.library.custom_op(
@@ -124,8 +126,8 @@ def cce_losses(*flat: Any) -> KernelState:
 
 
 def _kernel_options(flat: tuple[Any, ...]) -> tuple[Problem, Filter, bool]:
-    stop = _NUM_FIELDS + _NUM_FILTER
-    return Problem(*flat[:_NUM_FIELDS]), Filter(*flat[_NUM_FIELDS:stop]), flat[stop]
+    stop = NUM_FIELDS + _NUM_FILTER
+    return Problem(*flat[:NUM_FIELDS]), Filter(*flat[NUM_FIELDS:stop]), flat[stop]
 
 
 @cce_losses.register_fake
@@ -153,7 +155,7 @@ def fake_state(problem: Problem, filter_: Filter, training: bool) -> KernelState
     mutates_args=(),
     schema=(
         f"({_UPSTREAM}, {_STATE}, {Problem.SCHEMA}, {Filter.SCHEMA}, bool training, "
-        f"{Needed.SCHEMA}) -> ({_GRADIENTS})"
+        f"{Needed.SCHEMA}) -> ({GRADIENTS_SCHEMA})"
     ),
 )
 def cce_gradients(grad_nll: Tensor, grad_lse: Tensor, *flat: Any) -> Gradients:
@@ -196,8 +198,8 @@ def fake_gradients(problem: Problem, needed: Needed) -> Gradients:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = (*inputs[:4], inputs[_MULTIPLIER], *output)
-    ctx.options = (*inputs[4:_MULTIPLIER], *inputs[_NUM_FIELDS:])
+    tensors = (*inputs[:4], inputs[MULTIPLIER], *output)
+    ctx.options = (*inputs[4:MULTIPLIER], *inputs[NUM_FIELDS:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*tensors)
     # Gradients of zeros for all that is saved would cost launches, tangents a product.
@@ -209,7 +211,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
     """Inputs of a forward operator in the order of its schema, and its results."""
     saved = ctx.saved_tensors  # once: a checkpoint computes them again each time
-    values, rest = ctx.options[: _MULTIPLIER - 4], ctx.options[_MULTIPLIER - 4 :]
+    values, rest = ctx.options[: MULTIPLIER - 4], ctx.options[MULTIPLIER - 4 :]
     return (*saved[:4], *values, saved[4], *rest), saved[5:]
 
 
@@ -244,7 +246,7 @@ def _jvp(
 ) -> tuple[Tensor | None, ...]:
     """The tangents of loss and log-sum-exp, from those of the inputs."""
     inputs, (nll, lse, *others) = _saved(ctx)
-    of_nll, of_lse = _call_tangents(e, c, bias, nll, lse, *inputs[:_NUM_FIELDS])
+    of_nll, of_lse = _call_tangents(e, c, bias, nll, lse, *inputs[:NUM_FIELDS])
     return of_nll, of_lse, *(None for _ in others)
 
 

@@ -22,6 +22,9 @@ from cut_cross_entropy.outputs import (
     TokenOutputs,
 )
 from cut_cross_entropy.problem import (
+    GRADIENTS_SCHEMA,
+    MULTIPLIER,
+    NUM_FIELDS,
     Filter,
     Gradients,
     KernelState,
@@ -31,11 +34,9 @@ from cut_cross_entropy.problem import (
 )
 from cut_cross_entropy.transforms import refusal_of_both, transformable
 
-_NUM_FIELDS, _NUM_FILTER = len(fields(Problem)), len(fields(Filter))
-_MULTIPLIER = _NUM_FIELDS - 1  # place of a problem's last tensor
+_NUM_FILTER = len(fields(Filter))
 _SAVED = ", ".join(f"Tensor {name}" for name in SavedOutputs._fields)
 _RESULTS = ", ".join(f"Tensor {name}" for name in TokenOutputs._fields)
-_GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
 _UPSTREAM = ", ".join(f"Tensor? grad_{name}" for name in OutputGrads._fields)
 _NUM_SAVED = len(SavedOutputs._fields)
 _refuse = refusal_of_both("token_logprobs")
@@ -59,7 +60,7 @@ def token_outputs(*flat: Any) -> TokenOutputs:
 
 
 def _parts(flat: tuple[Any, ...]) -> tuple[Problem, Tensor | None, Asked]:
-    return Problem(*flat[:_NUM_FIELDS]), flat[_NUM_FIELDS], Asked(*flat[_NUM_FIELDS + 1 :])
+    return Problem(*flat[:NUM_FIELDS]), flat[NUM_FIELDS], Asked(*flat[NUM_FIELDS + 1 :])
 
 
 @token_outputs.register_fake
@@ -88,7 +89,7 @@ def _(*flat: Any) -> TokenOutputs:
     mutates_args=(),
     schema=(
         f"({_UPSTREAM}, {_SAVED}, {Problem.SCHEMA}, Tensor? weights, {Needed.SCHEMA}) "
-        f"-> ({_GRADIENTS})"
+        f"-> ({GRADIENTS_SCHEMA})"
     ),
 )
 def token_outputs_backward(*flat: Any) -> Gradients:
@@ -103,7 +104,7 @@ def _backward_parts(
 ) -> tuple[OutputGrads, SavedOutputs, Problem, Tensor | None, Needed]:
     first = NUM_DIFFERENTIABLE + _NUM_SAVED
     saved = SavedOutputs(*flat[NUM_DIFFERENTIABLE:first])
-    problem = Problem(*flat[first : first + _NUM_FIELDS])
+    problem = Problem(*flat[first : first + NUM_FIELDS])
     return OutputGrads(*flat[:NUM_DIFFERENTIABLE]), saved, problem, flat[-4], Needed(*flat[-3:])
 
 
@@ -115,8 +116,8 @@ def _(*flat: Any) -> Gradients:
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], *results: Tensor) -> None:
     """Save a problem, further inputs of which the first is a tensor, and results."""
-    tensors = (*inputs[:4], inputs[_MULTIPLIER], inputs[_NUM_FIELDS])
-    ctx.options, ctx.further = inputs[4:_MULTIPLIER], len(inputs)
+    tensors = (*inputs[:4], inputs[MULTIPLIER], inputs[NUM_FIELDS])
+    ctx.options, ctx.further = inputs[4:MULTIPLIER], len(inputs)
     ctx.save_for_backward(*tensors, *results)
     ctx.set_materialize_grads(False)
 
@@ -140,7 +141,7 @@ def _input_gradients(ctx: Any, found: tuple[Tensor, ...]) -> tuple[Any, ...]:
 
 def _save_outputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[NUM_DIFFERENTIABLE:])
-    asked = Asked(*inputs[_NUM_FIELDS + 1 :])
+    asked = Asked(*inputs[NUM_FIELDS + 1 :])
     ctx.asked = (True, True, asked.entropy, asked.log_sum_sq, asked.mean_logit)
     _save_inputs(ctx, inputs, *output[:_NUM_SAVED])
 
@@ -200,10 +201,10 @@ def kernel_outputs(*flat: Any) -> tuple[Tensor, ...]:
 
 def _kernel_parts(flat: tuple[Any, ...]) -> tuple[Problem, Asked, Filter]:
     """Return the parts of the arguments of :func:`kernel_outputs`."""
-    stop = _NUM_FIELDS + _NUM_ASKED
+    stop = NUM_FIELDS + _NUM_ASKED
     return (
-        Problem(*flat[:_NUM_FIELDS]),
-        Asked(*flat[_NUM_FIELDS:stop]),
+        Problem(*flat[:NUM_FIELDS]),
+        Asked(*flat[NUM_FIELDS:stop]),
         Filter(*flat[stop : stop + _NUM_FILTER]),
     )
 
@@ -227,7 +228,7 @@ def _(*flat: Any) -> tuple[Tensor, ...]:
     mutates_args=(),
     schema=(
         f"(Tensor grad_nll, Tensor grad_lse, Tensor? eta, Tensor? q, {_STATE}, {Problem.SCHEMA}, "
-        f"{Filter.SCHEMA}, {Needed.SCHEMA}) -> ({_GRADIENTS})"
+        f"{Filter.SCHEMA}, {Needed.SCHEMA}) -> ({GRADIENTS_SCHEMA})"
     ),
 )
 def kernel_outputs_backward(
@@ -238,7 +239,7 @@ def kernel_outputs_backward(
     from cut_cross_entropy.kernels.launch import current_device
 
     state = KernelState(*flat[:_NUM_STATE])
-    problem = Problem(*flat[_NUM_STATE : _NUM_STATE + _NUM_FIELDS])
+    problem = Problem(*flat[_NUM_STATE : _NUM_STATE + NUM_FIELDS])
     filter_, needed = Filter(*flat[-3 - _NUM_FILTER : -3]), Needed(*flat[-3:])
     upstream = PerToken(grad_nll, grad_lse)
     with torch.autocast(problem.e.device.type, enabled=False), current_device(problem.e.device):
@@ -249,16 +250,16 @@ def kernel_outputs_backward(
 def _(
     grad_nll: Tensor, grad_lse: Tensor, eta: Tensor | None, q: Tensor | None, *flat: Any
 ) -> Gradients:
-    problem = Problem(*flat[_NUM_STATE : _NUM_STATE + _NUM_FIELDS])
+    problem = Problem(*flat[_NUM_STATE : _NUM_STATE + NUM_FIELDS])
     return fake_gradients(problem, Needed(*flat[-3:]))
 
 
 def _save_kernel_outputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     # Gradients have the results nll, lse, entropy and log_sum_sq.
     ctx.mark_non_differentiable(*output[2:_NUM_STATE], *output[_NUM_STATE + 2 :])
-    tensors = (*inputs[:4], inputs[_MULTIPLIER])
-    ctx.options, ctx.further = inputs[4:_MULTIPLIER], len(inputs)
-    ctx.filter = inputs[_NUM_FIELDS + _NUM_ASKED : -1]
+    tensors = (*inputs[:4], inputs[MULTIPLIER])
+    ctx.options, ctx.further = inputs[4:MULTIPLIER], len(inputs)
+    ctx.filter = inputs[NUM_FIELDS + _NUM_ASKED : -1]
     ctx.save_for_backward(*tensors, *output[: _NUM_STATE + 2])
     ctx.set_materialize_grads(False)
 
@@ -327,32 +328,32 @@ def run_kernel_outputs(problem: Problem, asked: Asked, filter_: Filter) -> Token
 )
 def logits_of_classes(*flat: Any) -> Tensor:
     """Logits of a few classes of each token; see ``class_logits.forward``."""
-    problem = Problem(*flat[:_NUM_FIELDS])
+    problem = Problem(*flat[:NUM_FIELDS])
     with torch.autocast(problem.e.device.type, enabled=False):
-        return class_logits.forward(problem, flat[_NUM_FIELDS])
+        return class_logits.forward(problem, flat[NUM_FIELDS])
 
 
 @logits_of_classes.register_fake
 def _(*flat: Any) -> Tensor:
-    problem = Problem(*flat[:_NUM_FIELDS])
-    return problem.e.new_empty(flat[_NUM_FIELDS].shape, dtype=problem.wide)
+    problem = Problem(*flat[:NUM_FIELDS])
+    return problem.e.new_empty(flat[NUM_FIELDS].shape, dtype=problem.wide)
 
 
 @torch.library.custom_op(
     "cut_cross_entropy::class_logits_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {Problem.SCHEMA}, Tensor ids, {Needed.SCHEMA}) -> ({_GRADIENTS})",
+    schema=f"(Tensor grad, {Problem.SCHEMA}, Tensor ids, {Needed.SCHEMA}) -> ({GRADIENTS_SCHEMA})",
 )
 def class_logits_backward(grad: Tensor, *flat: Any) -> Gradients:
     """Gradients of the inputs of :func:`logits_of_classes`; empty where not needed."""
-    problem, ids, needed = Problem(*flat[:_NUM_FIELDS]), flat[_NUM_FIELDS], Needed(*flat[-3:])
+    problem, ids, needed = Problem(*flat[:NUM_FIELDS]), flat[NUM_FIELDS], Needed(*flat[-3:])
     with torch.autocast(problem.e.device.type, enabled=False):
         return class_logits.backward(grad, problem, ids, needed)
 
 
 @class_logits_backward.register_fake
 def _(grad: Tensor, *flat: Any) -> Gradients:
-    return fake_gradients(Problem(*flat[:_NUM_FIELDS]), Needed(*flat[-3:]))
+    return fake_gradients(Problem(*flat[:NUM_FIELDS]), Needed(*flat[-3:]))
 
 
 def _save_class_logits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

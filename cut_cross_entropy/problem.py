@@ -7,7 +7,7 @@ rebuilds the object from them. Named tuples are tuples of tensors, as operators 
 Shape legend: ``cut_cross_entropy.implementations``.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -99,6 +99,12 @@ class Problem:
     def local_targets(self) -> Tensor:
         """Targets (N,) counted from the first row of ``c``."""
         return self.targets - self.first_class if self.first_class else self.targets
+
+
+NUM_FIELDS = len(fields(Problem))
+"""Values of a problem in the schema of an operator."""
+MULTIPLIER = NUM_FIELDS - 1
+"""Position among them of the multiplier, the only tensor after the bias."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +227,9 @@ class Gradients(NamedTuple):
     e: Tensor
     c: Tensor
     bias: Tensor
+
+
+GRADIENTS_SCHEMA = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
 
 
 class SumGradients(NamedTuple):

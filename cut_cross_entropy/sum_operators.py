@@ -19,6 +19,8 @@ from cut_cross_entropy.device_support import kernels_unavailable
 from cut_cross_entropy.flop_formulas import register_flop_formulas
 from cut_cross_entropy.implementations import chunked, chunked_sum
 from cut_cross_entropy.problem import (
+    GRADIENTS_SCHEMA,
+    NUM_FIELDS,
     Filter,
     Gradients,
     Needed,
@@ -35,10 +37,8 @@ from cut_cross_entropy.transforms import (
 
 SCALED_BYTES = 16 * 2**20  # of a copy in float32 that PyTorch makes on a CPU to change the dtype
 
-_NUM_FIELDS = len(fields(Problem))
 _WEIGHTS = "Tensor? weights"  # (N,) of dtype Problem.wide, 0 for ignored tokens
 _SUMS = ", ".join(f"Tensor sum_{name}" for name in SumGradients._fields)
-_GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ _SCHEMA = f"({Problem.SCHEMA}, {_WEIGHTS}, {SumOptions.SCHEMA}) -> ({_SUMS})"
 
 def _arguments(flat: Sequence[Any]) -> tuple[Problem, Tensor | None, SumOptions]:
     """Return the problem, the weights of the losses and the options of a sum."""
-    return Problem(*flat[:_NUM_FIELDS]), flat[_NUM_FIELDS], SumOptions(*flat[_NUM_FIELDS + 1 :])
+    return Problem(*flat[:NUM_FIELDS]), flat[NUM_FIELDS], SumOptions(*flat[NUM_FIELDS + 1 :])
 
 
 @torch.library.custom_op("cut_cross_entropy::chunked_sum", mutates_args=(), schema=_SCHEMA)
@@ -133,7 +133,7 @@ def _fake_sums(*flat: Any) -> SumGradients:
     schema=(
         "(Tensor factor, Tensor? sum_e, Tensor? sum_c, Tensor? sum_bias, Tensor? e, Tensor? c, "
         "Tensor? bias, ScalarType? dtype_e, ScalarType? dtype_c, ScalarType? dtype_bias) "
-        f"-> ({_GRADIENTS})"
+        f"-> ({GRADIENTS_SCHEMA})"
     ),
 )
 def scaled_gradients(factor: Tensor, *flat: Any) -> Gradients:
@@ -213,7 +213,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *nothing: Any) -> tuple[Any, ...]:
     sums = [total if need else None for total, need in zip(saved, needed, strict=True)]
     grads = multiplied_sums(grad_loss, sums, (e, c, bias), ctx.dtypes)
     grad_e, grad_c, grad_bias = grads
-    nothing_else = (None,) * (_NUM_FIELDS - 4 + 1 + len(fields(SumOptions)))
+    nothing_else = (None,) * (NUM_FIELDS - 4 + 1 + len(fields(SumOptions)))
     return grad_e, grad_c, None, grad_bias, *nothing_else
 
 

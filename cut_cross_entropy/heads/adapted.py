@@ -26,7 +26,7 @@ def is_adapted(problem: HeadProblem) -> bool:
 
     It is for devices that can run the kernels; on some their compiler lacks what this needs.
     """
-    from cut_cross_entropy.kernels.tiles import tiles_on
+    from cut_cross_entropy.kernels.block_sizes import tiles_on
 
     base, *others = problem.products  # the frozen ones are the first
     return (

@@ -20,9 +20,9 @@ tensors' device the current one first (``launch.current_device``).
 
 A stage is a function of a ``Problem`` (the call) and, in the backward, ``BackwardTokens``; its
 kernels are in the same file. Another implementation of a stage takes the same arguments, and
-``tiles`` is where a device chooses. Facts that stages share are in ``primitives``: how rows of c
-are read (``load_rows``, ``gather_rows``), logits (``transform_logits``) and their gradient
-(``logit_gradient``). A further sum per token belongs in ``lse`` and ``further_sums``, a further
+``block_sizes`` is where a device chooses. Facts that stages share are in ``primitives``: how rows
+of c are read (``load_rows``, ``gather_rows``), logits (``transform_logits``) and their gradient
+(``logit_gradient``). A further sum per token belongs in ``lse`` and ``entropy_and_rank``, a further
 term of the gradient in ``logit_gradient``.
 """
 

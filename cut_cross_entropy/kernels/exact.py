@@ -18,15 +18,16 @@ from torch import Tensor
 from cut_cross_entropy.constants import MAX_ELEMENTS
 from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.block_sizes import product_arguments, tiles_on
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.primitives import (
-    load_rows,
+    halves,
     logit_gradient,
     low_rank_product,
+    multiply_step,
     swizzle_program,
     transform_logits,
 )
-from cut_cross_entropy.kernels.tiles import product_arguments, tiles_on
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
 from cut_cross_entropy.problem import Problem, low_columns
 
@@ -159,8 +160,8 @@ def chunk_gradients_kernel(
     tiles = min(segment_tiles, tl.cdiv(stop_class - start, BLOCK_V))
     steps = tl.cdiv(D, BLOCK_D)
     # A wide tile ends in two halves, which need fewer registers at a time.
-    HALVES: tl.constexpr = BLOCK_V > BLOCK_T
-    half: tl.constexpr = BLOCK_V // 2 if HALVES else BLOCK_V
+    NUM_PARTS: tl.constexpr = 2 if BLOCK_V > BLOCK_T else 1
+    PART: tl.constexpr = BLOCK_V // NUM_PARTS
     classes = start + tl.arange(0, BLOCK_V)
     product = low_rank_product(
         low_e_ptr,
@@ -172,26 +173,33 @@ def chunk_gradients_kernel(
         LOW_RANK=LOW_RANK,
         TOKEN_AXIS=0,
     )
-    # One loop over tiles and features, so that loads of the next tile overlap a tile's end.
     for i in tl.range(0, tiles * steps, flatten=True):
-        step = i % steps
-        v = start + (i // steps) * BLOCK_V
-        e_tile = load_rows(
-            e, block * BLOCK_T, N, step * BLOCK_D, D, USE_TMA=E_TMA, ROWS=BLOCK_T, COLUMNS=BLOCK_D
+        product = multiply_step(
+            product,
+            e,
+            c,
+            i,
+            steps=steps,
+            first_token=block * BLOCK_T,
+            first_class=start,
+            N=N,
+            V=V,
+            D=D,
+            E_TMA=E_TMA,
+            C_TMA=C_TMA,
+            BLOCK_T=BLOCK_T,
+            BLOCK_V=BLOCK_V,
+            BLOCK_D=BLOCK_D,
         )
-        c_tile = load_rows(c, v, V, step * BLOCK_D, D, USE_TMA=C_TMA, ROWS=BLOCK_V, COLUMNS=BLOCK_D)
-        product = tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
-        if step == steps - 1:
-            if HALVES:
-                pairs = tl.permute(tl.reshape(product, (BLOCK_T, 2, half)), (0, 2, 1))
-                left, right = tl.split(pairs)
-            for part in tl.static_range(2 if HALVES else 1):
-                tile = (left if part == 0 else right) if HALVES else product
+        if i % steps == steps - 1:
+            v = start + (i // steps) * BLOCK_V
+            left, right = halves(product, BLOCK_T=BLOCK_T, BLOCK_V=BLOCK_V)
+            for part in tl.static_range(NUM_PARTS):
                 store_gradients(
-                    tile,
+                    left if part == 0 else right,
                     grad_ptr=grad_ptr,
                     bias_ptr=bias_ptr,
-                    classes=v + part * half + tl.arange(0, half),
+                    classes=v + part * PART + tl.arange(0, PART),
                     tokens=tokens,
                     targets=targets,
                     lse=lse,

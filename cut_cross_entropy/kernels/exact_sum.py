@@ -21,12 +21,12 @@ from cut_cross_entropy.budget import powers_per_chunk
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.implementations.token_chunks import ALIGNED, class_slices
 from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.exact import add_product, store_product
 from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, is_captured, launch
 from cut_cross_entropy.kernels.lse import PassInputs
 from cut_cross_entropy.kernels.powers import Chunk, choose_segment_tiles, store_powers
 from cut_cross_entropy.kernels.step import in_compute_dtype, raise_bound_by_frequent
-from cut_cross_entropy.kernels.tiles import tiles_on
 from cut_cross_entropy.kernels.tokens import Tokens, multiplied_logits, score_targets
 from cut_cross_entropy.problem import Needed, Problem, SumGradients, gradient_scale
 from cut_cross_entropy.validation import check_target_range

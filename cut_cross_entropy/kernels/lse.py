@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cut_cross_entropy.distributed.collectives import gather_shards, maximum_over_group
 from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.block_sizes import Tiles, product_arguments, swizzle_width, tiles_on
 from cut_cross_entropy.kernels.launch import cdiv, launch
 from cut_cross_entropy.kernels.primitives import (
     FORCED,
@@ -32,7 +33,6 @@ from cut_cross_entropy.kernels.primitives import (
     swizzle_program,
     transform_logits,
 )
-from cut_cross_entropy.kernels.tiles import Tiles, product_arguments, swizzle_width, tiles_on
 from cut_cross_entropy.kernels.tokens import Tokens
 from cut_cross_entropy.outputs import Asked
 from cut_cross_entropy.problem import KernelState

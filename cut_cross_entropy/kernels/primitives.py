@@ -57,6 +57,49 @@ def load_rows(
 
 
 @triton.jit
+def multiply_step(
+    product,  # (BLOCK_T, BLOCK_V) of the tile so far
+    e,  # (N, D), a tensor descriptor or a pointer, like the one that follows
+    c,  # (V, D)
+    i,  # index of the step
+    steps,  # of a tile: D in parts of BLOCK_D
+    first_token,
+    first_class,  # of the first tile
+    N,
+    V,
+    D,
+    E_TMA: tl.constexpr,
+    C_TMA: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Take a step of one loop over tiles of classes and features; return the product.
+
+    With one loop, loads of the next tile overlap a tile's end.
+    """
+    column = i % steps * BLOCK_D
+    v = first_class + (i // steps) * BLOCK_V
+    e_tile = load_rows(e, first_token, N, column, D, USE_TMA=E_TMA, ROWS=BLOCK_T, COLUMNS=BLOCK_D)
+    c_tile = load_rows(c, v, V, column, D, USE_TMA=C_TMA, ROWS=BLOCK_V, COLUMNS=BLOCK_D)
+    return tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
+
+
+@triton.jit
+def halves(product, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Return the left and the right half of a wide tile (BLOCK_T, BLOCK_V); else the tile twice.
+
+    A wide tile ends in two halves, which need fewer registers at a time.
+    """
+    if BLOCK_V > BLOCK_T:
+        pairs = tl.permute(tl.reshape(product, (BLOCK_T, 2, BLOCK_V // 2)), (0, 2, 1))
+        left, right = tl.split(pairs)
+    else:
+        left, right = product, product
+    return left, right
+
+
+@triton.jit
 def gather_rows(
     source_ptr,  # (V, D)
     rows,  # (R,)

@@ -13,9 +13,10 @@ from torch import Tensor
 from cut_cross_entropy.distributed.collectives import world_size
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.block_sizes import tiles_on
+from cut_cross_entropy.kernels.entropy_and_rank import FurtherSums, further_sums, no_further_sums
 from cut_cross_entropy.kernels.exact import Wanted, exact_gradients
 from cut_cross_entropy.kernels.filtered import backward as filtered
-from cut_cross_entropy.kernels.further_sums import FurtherSums, further_sums, no_further_sums
 from cut_cross_entropy.kernels.lse import (
     NOTHING,
     PassInputs,
@@ -26,7 +27,6 @@ from cut_cross_entropy.kernels.lse import (
     segments_without_classes,
     vocabulary_pass,
 )
-from cut_cross_entropy.kernels.tiles import tiles_on
 from cut_cross_entropy.kernels.tokens import (
     BackwardTokens,
     compact_for_backward,

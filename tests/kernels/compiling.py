@@ -17,9 +17,9 @@ from cut_cross_entropy.kernels import (
     class_logits,
     divergence_columns,
     divergence_kernels,
+    entropy_and_rank,
     exact,
     exact_sum,
-    further_sums,
     lse,
     made_rows_kernels,
     order,
@@ -27,6 +27,7 @@ from cut_cross_entropy.kernels import (
     scale,
     tokens,
 )
+from cut_cross_entropy.kernels.block_sizes import Tiles, tiles_for
 from cut_cross_entropy.kernels.filtered import (
     calibrate,
     calibrate_kernels,
@@ -37,7 +38,6 @@ from cut_cross_entropy.kernels.filtered import (
     strips,
     tail,
 )
-from cut_cross_entropy.kernels.tiles import Tiles, tiles_for
 
 TARGETS = {
     # name: (target, shared memory of a block in bytes, Triton's register limit applies)
@@ -325,7 +325,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 1024},
         types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip
     add("bound", lse.bound_kernel, {"BLOCK_T": BLOCK_T})
-    add("further_sums", further_sums.further_sums_kernel, {"BLOCK_T": BLOCK_T},
+    add("further_sums", entropy_and_rank.further_sums_kernel, {"BLOCK_T": BLOCK_T},
         types=(("rank_parts_ptr", "*i32"),))  # fmt: skip
     add("finish", lse.finish_kernel, {"BLOCK_T": BLOCK_T}, types=(("strips_ptr", "*u8"),))
     add("threshold", selection.threshold_kernel, {"BLOCK_T": BLOCK_T, "BLOCK": 4096},

@@ -5,7 +5,7 @@ import torch
 
 from cut_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.kernels import exact
-from cut_cross_entropy.kernels.tiles import Tiles
+from cut_cross_entropy.kernels.block_sizes import Tiles
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.problem import Problem
 from tests.kernels.conftest import ROUTES, take_route

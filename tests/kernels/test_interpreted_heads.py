@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from cut_cross_entropy import dispatch, linear_cross_entropy, linear_divergence, record_filter
 from cut_cross_entropy.heads import Head, LowRank
 from cut_cross_entropy.heads.quantised import ChosenRows
+from cut_cross_entropy.kernels import block_sizes as tiles_module
 from cut_cross_entropy.kernels import made_rows
-from cut_cross_entropy.kernels import tiles as tiles_module
 from cut_cross_entropy.kernels.filtered import backward, calibrate, measure
 from tests.kernels.test_interpreted_filtered import sharp
 from tests.support import make_problem

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.block_sizes import rows_operand, tiles_on
 from cut_cross_entropy.kernels.filtered.calibrate_kernels import (
     ROWS,
     SAMPLES,
@@ -31,7 +32,6 @@ from cut_cross_entropy.kernels.filtered.calibrate_kernels import (
 from cut_cross_entropy.kernels.filtered.measure import ROUNDING
 from cut_cross_entropy.kernels.filtered.selection import Threshold
 from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch
-from cut_cross_entropy.kernels.tiles import rows_operand, tiles_on
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.problem import Filter, Problem, low_columns
 

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.exact import Wanted, add_product, chunk_gradients
 from cut_cross_entropy.kernels.launch import cdiv
 from cut_cross_entropy.kernels.primitives import gather_rows
-from cut_cross_entropy.kernels.tiles import tiles_on
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
 from cut_cross_entropy.problem import Problem, low_columns
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
+from cut_cross_entropy.kernels.block_sizes import rows_operand, tiles_on, two_per_sm
 from cut_cross_entropy.kernels.filtered.flat import FlatTokens, add_flat, flat_arguments
 from cut_cross_entropy.kernels.filtered.index import Range
 from cut_cross_entropy.kernels.filtered.partial_sums import PartialSums, load_sums, store_sums
@@ -30,7 +31,6 @@ from cut_cross_entropy.kernels.filtered.tail import (
 )
 from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2
 from cut_cross_entropy.kernels.primitives import byte_to_value, gather_rows, load_rows
-from cut_cross_entropy.kernels.tiles import rows_operand, tiles_on, two_per_sm
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 
 BLOCK_C = 128  # classes per tile

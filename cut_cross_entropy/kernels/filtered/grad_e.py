@@ -8,11 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.block_sizes import tiles_on, two_per_sm
 from cut_cross_entropy.kernels.filtered.strips import StoredStrips
 from cut_cross_entropy.kernels.filtered.tail import TokenTails
 from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2
 from cut_cross_entropy.kernels.primitives import gather_rows
-from cut_cross_entropy.kernels.tiles import tiles_on, two_per_sm
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.problem import Problem
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels.block_sizes import rows_operand, tiles_on, two_per_sm
 from cut_cross_entropy.kernels.filtered.index import TILE, Range, StripList
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept
 from cut_cross_entropy.kernels.launch import cdiv, launch
@@ -24,7 +25,6 @@ from cut_cross_entropy.kernels.primitives import (
     popcount,
     transform_logits,
 )
-from cut_cross_entropy.kernels.tiles import rows_operand, tiles_on, two_per_sm
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.problem import Problem, low_columns
 
