@@ -26,7 +26,7 @@ from cut_cross_entropy.output_operators import (
     sum_shards,
 )
 from cut_cross_entropy.outputs import Asked, TokenOutputs
-from cut_cross_entropy.problem import Filter, Needed, PerToken, Problem
+from cut_cross_entropy.problem import NO_FILTER, Filter, Needed, PerToken, Problem
 from cut_cross_entropy.sum_operators import run_chunked_sum, run_kernel_sum
 from cut_cross_entropy.transforms import is_offloaded, is_traced, is_transformed, plain
 from cut_cross_entropy.validation import check_target_range
@@ -201,13 +201,11 @@ def sum_of_losses(
             return run_chunked_sum(problem, needed, weights, keep_inputs=keep_inputs)
         if chosen in KERNEL_IMPLS:
             filter_ = _filter(chosen, kernel_options, filter_mass, world_size)
-            # One exact gradient and one filtered take longer than both from one pass.
-            filtered_e, filtered_c = (filter_.is_on and x for x in (filter_.e, filter_.c))
-            exact_e = needed.e and not filtered_e
-            exact_c = (needed.c or needed.bias) and not filtered_c
-            small = impl == "auto" and is_small(problem)
-            if (exact_e or exact_c or small) and powers_per_chunk(problem, needed):
-                return run_kernel_sum(problem, needed, weights, keep_inputs=keep_inputs)
+            if impl == "auto" and is_small(problem):
+                filter_ = NO_FILTER
+            exact = filter_.split(needed)[0]
+            if any(exact.flat()) and powers_per_chunk(problem, needed):
+                return run_kernel_sum(problem, needed, weights, filter_, keep_inputs=keep_inputs)
     results = token_losses(
         impl, problem, kernel_options, filter_mass=filter_mass, world_size=world_size
     )

@@ -131,6 +131,21 @@ def low_columns(problem: Problem) -> Tensor | None:
 
 
 @dataclass(frozen=True)
+class Needed:
+    """The gradients that a backward pass has to compute."""
+
+    e: bool
+    c: bool
+    bias: bool
+
+    SCHEMA: ClassVar[str] = "bool need_e, bool need_c, bool need_bias"
+
+    def flat(self) -> tuple[bool, bool, bool]:
+        """All fields in the order of the schema."""
+        return self.e, self.c, self.bias
+
+
+@dataclass(frozen=True)
 class Filter:
     """Which part of the gradient the kernels may skip.
 
@@ -164,20 +179,16 @@ class Filter:
         """Whether any gradient is filtered."""
         return self.tolerance > 0 and (self.e or self.c)
 
+    def split(self, needed: Needed) -> tuple[Needed, Needed]:
+        """Return the gradients that are exact, and those that are filtered."""
+        e, c = self.is_on and self.e, self.is_on and self.c
+        return (
+            Needed(needed.e and not e, needed.c and not c, needed.bias and not c),
+            Needed(needed.e and e, needed.c and c, needed.bias and c),
+        )
 
-@dataclass(frozen=True)
-class Needed:
-    """The gradients that a backward pass has to compute."""
 
-    e: bool
-    c: bool
-    bias: bool
-
-    SCHEMA: ClassVar[str] = "bool need_e, bool need_c, bool need_bias"
-
-    def flat(self) -> tuple[bool, bool, bool]:
-        """All fields in the order of the schema."""
-        return self.e, self.c, self.bias
+NO_FILTER = Filter(0.0)
 
 
 class PerToken(NamedTuple):

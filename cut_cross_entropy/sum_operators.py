@@ -9,7 +9,7 @@ As in ``cut_cross_entropy.operators`` the operators are opaque to the compiler.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from cut_cross_entropy.flop_formulas import register_flop_formulas
 from cut_cross_entropy.implementations import chunked, chunked_sum
 from cut_cross_entropy.problem import (
     GRADIENTS_SCHEMA,
+    NO_FILTER,
     NUM_FIELDS,
     Filter,
     Gradients,
@@ -46,36 +47,38 @@ class SumOptions:
     """What the operators of a sum have to compute and keep.
 
     Args:
-        need_e, need_c, need_bias: the gradients that a backward pass may ask for.
+        filter: which of the gradients the kernels filter; off for other implementations.
+        needed: the gradients that a backward pass may ask for.
         keep_inputs: whether to save the inputs as well. Nothing reads them, but PyTorch then
             notices that they were modified, and what they depend on when it differentiates twice.
         loss_only: compute no gradient, because this forward will run again before a backward pass.
     """
 
-    need_e: bool
-    need_c: bool
-    need_bias: bool
+    filter: Filter
+    needed: Needed
     keep_inputs: bool
     loss_only: bool
 
-    SCHEMA: ClassVar[str] = f"{Needed.SCHEMA}, bool keep_inputs, bool loss_only"
+    SCHEMA: ClassVar[str] = f"{Filter.SCHEMA}, {Needed.SCHEMA}, bool keep_inputs, bool loss_only"
 
-    @property
-    def needed(self) -> Needed:
-        """The gradients to compute."""
-        return Needed(self.need_e, self.need_c, self.need_bias)
-
-    def flat(self) -> tuple[bool, ...]:
+    def flat(self) -> tuple[Any, ...]:
         """All fields in the order of the schema; PyTorch 2.7 cannot trace ``astuple``."""
-        return *self.needed.flat(), self.keep_inputs, self.loss_only
+        return *self.filter.flat(), *self.needed.flat(), self.keep_inputs, self.loss_only
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> "SumOptions":
+        """Return the options from all values of the schema."""
+        *of_filter, need_e, need_c, need_bias, keep_inputs, loss_only = flat
+        return cls(Filter(*of_filter), Needed(need_e, need_c, need_bias), keep_inputs, loss_only)
 
 
+_NUM_OPTIONS = len(SumOptions.SCHEMA.split(", "))
 _SCHEMA = f"({Problem.SCHEMA}, {_WEIGHTS}, {SumOptions.SCHEMA}) -> ({_SUMS})"
 
 
 def _arguments(flat: Sequence[Any]) -> tuple[Problem, Tensor | None, SumOptions]:
     """Return the problem, the weights of the losses and the options of a sum."""
-    return Problem(*flat[:NUM_FIELDS]), flat[NUM_FIELDS], SumOptions(*flat[NUM_FIELDS + 1 :])
+    return Problem(*flat[:NUM_FIELDS]), flat[NUM_FIELDS], SumOptions.of(flat[NUM_FIELDS + 1 :])
 
 
 @torch.library.custom_op("cut_cross_entropy::chunked_sum", mutates_args=(), schema=_SCHEMA)
@@ -90,19 +93,19 @@ def chunked_sums(*flat: Any) -> SumGradients:
 
 @torch.library.custom_op("cut_cross_entropy::cce_sum", mutates_args=(), schema=_SCHEMA)
 def cce_sums(*flat: Any) -> SumGradients:
-    """Sum of the losses with its exact gradients by the kernels."""
+    """Sum of the losses with its gradients, at least one of them exact, by the kernels."""
     from cut_cross_entropy.kernels import exact_sum, step, warmup
     from cut_cross_entropy.kernels.launch import current_device
 
     problem, weights, options = _arguments(flat)
     with torch.autocast(problem.e.device.type, enabled=False), current_device(problem.e.device):
         if options.loss_only:
-            no_filter = Filter(0.0)
-            warmup.compile_ahead(problem, no_filter, training=False)
-            state = step.forward(problem, no_filter, training=True)
+            warmup.compile_ahead(problem, NO_FILTER, training=False)
+            state = step.forward(problem, NO_FILTER, training=True)
             return _without_gradients(PerToken(state.nll, state.lse), weights)
-        warmup.compile_sum_ahead(problem, options.needed, weights)
-        return exact_sum.loss_and_gradients(problem, options.needed, weights)
+        arguments = (problem, options.needed, weights, options.filter)
+        warmup.compile_sum_ahead(*arguments)
+        return exact_sum.loss_and_gradients(*arguments)
 
 
 def _without_gradients(results: PerToken, weights: Tensor | None) -> SumGradients:
@@ -213,7 +216,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *nothing: Any) -> tuple[Any, ...]:
     sums = [total if need else None for total, need in zip(saved, needed, strict=True)]
     grads = multiplied_sums(grad_loss, sums, (e, c, bias), ctx.dtypes)
     grad_e, grad_c, grad_bias = grads
-    nothing_else = (None,) * (NUM_FIELDS - 4 + 1 + len(fields(SumOptions)))
+    nothing_else = (None,) * (NUM_FIELDS - 4 + 1 + _NUM_OPTIONS)
     return grad_e, grad_c, None, grad_bias, *nothing_else
 
 
@@ -276,26 +279,37 @@ def run_chunked_sum(
             None for 1. They have no gradient.
         keep_inputs: see :class:`SumOptions`.
     """
-    return _run(chunked_sums, problem, needed, weights, keep_inputs)
+    return _run(chunked_sums, problem, needed, weights, NO_FILTER, keep_inputs)
 
 
 def run_kernel_sum(
-    problem: Problem, needed: Needed, weights: Tensor | None, *, keep_inputs: bool
+    problem: Problem,
+    needed: Needed,
+    weights: Tensor | None,
+    filter_: Filter,
+    *,
+    keep_inputs: bool,
 ) -> Tensor:
-    """Sum of all losses by the kernels without a filter; as :func:`run_chunked_sum`.
+    """Sum of all losses by the kernels; as :func:`run_chunked_sum`.
 
     Args:
         problem: one for which :func:`powers_per_chunk` is not 0.
         needed, weights, keep_inputs: as there.
+        filter_: which of the gradients are filtered, not all that are needed.
     """
-    return _run(cce_sums, problem, needed, weights, keep_inputs)
+    return _run(cce_sums, problem, needed, weights, filter_, keep_inputs)
 
 
 def _run(
-    operator: Any, problem: Problem, needed: Needed, weights: Tensor | None, keep_inputs: bool
+    operator: Any,
+    problem: Problem,
+    needed: Needed,
+    weights: Tensor | None,
+    filter_: Filter,
+    keep_inputs: bool,
 ) -> Tensor:
     if not torch.compiler.is_compiling():
         register_flop_formulas()
-    options = SumOptions(*needed.flat(), keep_inputs, loss_only=is_computed_again())
+    options = SumOptions(filter_, needed, keep_inputs, loss_only=is_computed_again())
     sums: tuple[Tensor, ...] = operator(*problem.flat(), weights, *options.flat())
     return sums[0]

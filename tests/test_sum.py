@@ -609,7 +609,8 @@ def test_batched_gradients_in_the_last_backward():
 def test_options_of_a_sum_in_the_order_of_the_schema():
     """``torch.compile`` of PyTorch 2.4 and 2.7 cannot trace ``dataclasses.astuple`` itself."""
     names = [part.split()[1] for part in SumOptions.SCHEMA.split(", ")]
-    for name in names:
-        options = SumOptions(**{other: other == name for other in names})
-        assert options.flat() == dataclasses.astuple(options)
-        assert options.flat().index(True) == names.index(name)
+    for place, name in enumerate(names):
+        options = SumOptions.of([other == name for other in names])
+        assert options.flat().index(True) == place
+        of_filter, needed, *others = dataclasses.astuple(options)
+        assert options.flat() == (*of_filter, *needed, *others)

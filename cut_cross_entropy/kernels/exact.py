@@ -29,7 +29,7 @@ from cut_cross_entropy.kernels.primitives import (
     transform_logits,
 )
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
-from cut_cross_entropy.problem import Problem, low_columns
+from cut_cross_entropy.problem import Filter, Problem, low_columns
 
 # The sums of dE are read and written once per chunk, so chunks are not made smaller than this; nor,
 # for more than MAX_TOKENS tokens, than half of these sums, if the budget allows it.
@@ -286,6 +286,7 @@ class Wanted:
         first_column: the column of the classifier whose gradient is the first of ``c``.
         low_e: (N, R) receives the gradient of ``AdaptedProblem.low_e`` in the caller's order;
             0 before. ``c`` is then (V, R), that of ``low_c``.
+        dtype_e: dtype of dE; None for that of the embeddings.
     """
 
     e: bool
@@ -293,6 +294,7 @@ class Wanted:
     bias: Tensor | None
     first_column: int = 0
     low_e: Tensor | None = None
+    dtype_e: torch.dtype | None = None
 
     def features(self, tokens: BackwardTokens) -> Tensor:
         """Return the features of the tokens that the rows of ``c`` are sums of."""
@@ -306,17 +308,18 @@ class Wanted:
     def __bool__(self) -> bool:
         return self.e or self.low_e is not None or self.classes
 
-    def split(self, e: bool, c: bool) -> tuple["Wanted", "Wanted"]:
-        """Return the gradients selected by ``e`` and by ``c`` (dC, dbias), and all others."""
-        by_class, others = (self.c, self.bias), (None, None)
+    def split(self, filter_: Filter) -> tuple["Wanted", "Wanted"]:
+        """Return the filtered gradients, and the exact ones; dbias is as dC."""
+        filtered_e, filtered_c = (filter_.is_on and x for x in (filter_.e, filter_.c))
         return tuple(  # type: ignore[return-value]
-            Wanted(
-                self.e and with_e,
-                *(by_class if with_c else others),
-                self.first_column,
-                self.low_e if with_e else None,
+            replace(
+                self,
+                e=self.e and with_e,
+                c=self.c if with_c else None,
+                bias=self.bias if with_c else None,
+                low_e=self.low_e if with_e else None,
             )
-            for with_e, with_c in ((e, c), (not e, not c))
+            for with_e, with_c in ((filtered_e, filtered_c), (not filtered_e, not filtered_c))
         )
 
 

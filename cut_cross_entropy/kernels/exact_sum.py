@@ -7,9 +7,15 @@ the backward take four.
 
 What a target adds is left out of these products and added in float32 afterwards: it is the largest
 gradient of most tokens, and the only one that is a difference (p - 1, computed as the sum of all
-other probabilities). Shape legend: ``cut_cross_entropy.kernels``.
+other probabilities).
+
+If the filter is for one gradient only, its product is left out: the pass leaves what the filter
+needs of the strips as well, and the filtered stage follows. Shape legend:
+``cut_cross_entropy.kernels``.
 """
 
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,13 +28,31 @@ from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.implementations.token_chunks import ALIGNED, class_slices
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.block_sizes import tiles_on
-from cut_cross_entropy.kernels.exact import add_product, store_product
+from cut_cross_entropy.kernels.exact import Wanted, add_product, store_product
+from cut_cross_entropy.kernels.filtered.backward import FLAT_SUPPORT
 from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, is_captured, launch
 from cut_cross_entropy.kernels.lse import PassInputs
-from cut_cross_entropy.kernels.powers import Chunk, choose_segment_tiles, store_powers
-from cut_cross_entropy.kernels.step import in_compute_dtype, raise_bound_by_frequent
-from cut_cross_entropy.kernels.tokens import Tokens, multiplied_logits, score_targets
-from cut_cross_entropy.problem import Needed, Problem, SumGradients, gradient_scale
+from cut_cross_entropy.kernels.powers import Chunk, StripSums, choose_segment_tiles, store_powers
+from cut_cross_entropy.kernels.step import (
+    gradients_of_tokens,
+    in_compute_dtype,
+    raise_bound_by_frequent,
+)
+from cut_cross_entropy.kernels.tokens import (
+    BackwardTokens,
+    Tokens,
+    multiplied_logits,
+    score_targets,
+)
+from cut_cross_entropy.problem import (
+    NO_FILTER,
+    Filter,
+    KernelState,
+    Needed,
+    Problem,
+    SumGradients,
+    gradient_scale,
+)
 from cut_cross_entropy.validation import check_target_range
 
 RUN = 4  # tokens of one target that are added together
@@ -130,8 +154,49 @@ def add_targets_kernel(
             tl.store(grad_bias_ptr + target, tl.load(grad_bias_ptr + target) - weights)
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """Values of the tokens that the filtered stage takes from the pass over the logits.
+
+    Args:
+        tokens: compacted, in order of content.
+        sums: of the strips.
+        weights, multiplier: (N,) in the order of the tokens; None for 1.
+    """
+
+    tokens: Tokens
+    sums: StripSums
+    weights: Tensor | None
+    multiplier: Tensor | None
+
+    def backward_tokens(self) -> BackwardTokens:
+        """Return the tokens with the gradients of their losses."""
+        sums, tokens = self.sums, self.tokens
+        a = (sums.lse != torch.inf).float()
+        for factor in (self.weights, self.multiplier):
+            if factor is not None:
+                a = a * factor
+        a = torch.where(sums.lse.isnan(), torch.nan, a)
+        return BackwardTokens(
+            tokens.e,
+            tokens.targets,
+            tokens.origin,
+            lse=sums.lse,
+            a=a,
+            b=a,
+            target_grad=sums.target_grad,
+            scale=gradient_scale(a, a) if tokens.e.dtype == torch.float16 else a.new_ones(()),
+            shard_mass=None,
+            num_valid=None,
+            multiplier=self.multiplier,
+        )
+
+
 def loss_and_gradients(
-    problem: Problem, needed: Needed, weights: Tensor | None = None
+    problem: Problem,
+    needed: Needed,
+    weights: Tensor | None = None,
+    filter_: Filter = NO_FILTER,
 ) -> SumGradients:
     """Compute the sum of all losses, and its gradients in float32.
 
@@ -142,7 +207,45 @@ def loss_and_gradients(
         problem: without a group; :func:`powers_per_chunk` is not 0.
         needed: the gradients to compute.
         weights: (N,), factors of the losses; None for 1.
+        filter_: for one of the gradients. Both are exact where the filter has no tail (a multiplied
+            softcap), and while a CUDA graph is captured, since the filter reads its counts.
     """
+    is_capped = problem.softcap is not None and problem.multiplier is not None
+    if not filter_.is_on or is_capped or is_captured(problem.e):
+        filter_ = NO_FILTER
+    exact, filtered = filter_.split(needed)
+    if not any(filtered.flat()) or problem.e.shape[0] == 0:
+        return _one_pass(problem, needed, weights)[0]
+    results, found = _one_pass(problem, exact, weights, with_strips=True)
+    assert found is not None
+    (num_classes, dim), make = problem.c.shape, results.loss.new_empty
+    wanted = Wanted(
+        filtered.e,
+        make((num_classes, dim)) if filtered.c else None,
+        make(num_classes) if filtered.bias else None,
+        dtype_e=torch.float32,
+    )
+    nothing = make(0)
+    state = KernelState(
+        nothing,
+        nothing,
+        strips=found.sums.strips,
+        origin=found.tokens.origin,
+        support=found.sums.support,
+        shard_mass=nothing,
+    )
+    grad_e = gradients_of_tokens(
+        in_compute_dtype(problem), found.backward_tokens(), state, filter_, wanted
+    )
+    grads = (grad_e, wanted.c, wanted.bias)
+    kept = (x if grad is None else grad for x, grad in zip(results[1:], grads, strict=True))
+    return SumGradients(results.loss, *kept)
+
+
+def _one_pass(
+    problem: Problem, needed: Needed, weights: Tensor | None, *, with_strips: bool = False
+) -> tuple[SumGradients, _Pass | None]:
+    """Compute the sum of all losses and exact gradients, and what a filter needs if asked to."""
     e, (num_tokens, dim), num_classes = problem.e, problem.e.shape, problem.c.shape[0]
     check_target_range(problem.targets, num_classes, problem.ignore_index)
     make = e.new_empty
@@ -150,11 +253,11 @@ def loss_and_gradients(
     grad_c = make((num_classes, dim) if needed.c else 0, dtype=torch.float32)
     grad_bias = e.new_zeros(num_classes if needed.bias else 0, dtype=torch.float32)
     if num_tokens == 0:
-        return SumGradients(grad_e.new_zeros(()), grad_e, grad_c.zero_(), grad_bias)
+        return SumGradients(grad_e.new_zeros(()), grad_e, grad_c.zero_(), grad_bias), None
 
     most = powers_per_chunk(problem, needed)
     problem = in_compute_dtype(problem)
-    tokens, logits, bound = score_targets(problem, compact=True)
+    tokens, logits, bound = score_targets(problem, compact=True, by_content=with_strips)
     num_valid = None
     if not (e.is_meta or is_captured(e)):
         num_valid = HostCopy((tokens.origin < num_tokens).sum())
@@ -170,6 +273,13 @@ def loss_and_gradients(
     raise_bound_by_frequent(inputs, problem)
     unit = None if problem.c.dtype != torch.float16 else _units(tokens, weights, multiplier)
     nll, factor, target = aligned_rows(3, num_tokens, torch.float32, e.device, zeros=True)
+
+    sums = None
+    if with_strips:
+        # Blocks without a token are skipped, so their strips are never written.
+        strips = torch.zeros((num_blocks, num_classes), dtype=torch.int16, device=e.device)
+        support, lse, target_grad = aligned_rows(3, num_tokens, torch.float32, e.device)
+        sums = StripSums(strips, support, lse, target_grad, math.log2(FLAT_SUPPORT))
 
     rows = _chunk_size(num_tokens, most)
     num_tiles = triton.cdiv(num_classes, tiles_on(e.device).block_v)
@@ -199,6 +309,7 @@ def loss_and_gradients(
             factor=factor[part],
             target=target[part],
             segment_tiles=choose_segment_tiles(triton.cdiv(num_rows, BLOCK_T), num_tiles),
+            of_strips=None if sums is None else sums.at(part),
         )
         store_powers(chunk, buffer[:num_rows, :num_classes])
         return chunk
@@ -229,7 +340,7 @@ def loss_and_gradients(
 
     first = store(slice(0, rows))  # keeps the device busy until the host has read the count
     count = num_tokens if num_valid is None else int(num_valid.wait())
-    if recording() and num_valid is not None:
+    if recording() and num_valid is not None and not with_strips:
         report(FilterRecord("exact", 1.0, 0.0, 0, count))
     end = min(-(-count // BLOCK_T) * BLOCK_T, num_tokens)
     if end > 0:
@@ -244,7 +355,8 @@ def loss_and_gradients(
         grad_c.div_(unit.e)
     if needed.c or needed.bias:
         _add_targets(tokens, target, grad_c, grad_bias, needed)
-    return SumGradients(nll.sum(), grad_e, grad_c, grad_bias)
+    found = None if sums is None else _Pass(tokens, sums, weights, multiplier)
+    return SumGradients(nll.sum(), grad_e, grad_c, grad_bias), found
 
 
 def _chunk_size(num_tokens: int, most: int) -> int:

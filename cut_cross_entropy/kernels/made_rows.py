@@ -125,7 +125,8 @@ def loss_and_gradient(
         target=of_target[end],
         segment_tiles=1,
     )
-    finish_sums(chunk, _sum_of_powers(sums.others))
+    of_others = _sum_of_powers(sums.others)
+    finish_sums(chunk, Segments(of_others, of_others[:0]))
     launch(
         finish_rows_kernel,
         (end.stop,),
@@ -457,7 +458,7 @@ class _Sums:
                 multiplier=None if inputs.multiplier is None else inputs.multiplier[part],
             )
             powers = self.powers[:num_rows, : c.shape[0]]
-            others.append(sum_powers(some, targets[part], powers, segment_tiles))
+            others.append(sum_powers(some, targets[part], powers, segment_tiles).lse)
             if self.others:
                 block_d = min(128, triton.next_power_of_2(dim))
                 launch(

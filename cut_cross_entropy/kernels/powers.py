@@ -3,7 +3,8 @@
 A kernel stores ``2^(logit - bound)`` of all classes but the target, with a bound known beforehand,
 and sums it in float32. The powers are probabilities times one number per token, which the last
 kernel here computes with the loss. A bound so low that a sum overflows is found on the device, and
-the block is computed again. Shape legend: ``cut_cross_entropy.kernels``.
+the block is computed again. Energies and masses of the strips are stored as well where one gradient
+is filtered. Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 from dataclasses import dataclass
@@ -25,11 +26,18 @@ from cut_cross_entropy.kernels.lse import (
     logsumexp2,
     vocabulary_pass,
 )
+from cut_cross_entropy.kernels.lse import (
+    OVERFLOW as OVERFLOW_OF_SQUARES,
+)
 from cut_cross_entropy.kernels.primitives import (
+    ABSENT,
+    FLAT,
+    FORCED,
     LOG2E,
     halves,
     logit_slope,
     multiply_step,
+    strip_bytes,
     swizzle_program,
     transform_logits,
 )
@@ -41,9 +49,16 @@ SEGMENTS = range(16, 49)  # of the classes, each of which takes a program for a 
 
 
 @triton.jit
+def add_pairs(left_a, left_b, right_a, right_b):
+    """Add two pairs: two sums in one reduction take fewer registers."""
+    return left_a + right_a, left_b + right_b
+
+
+@triton.jit
 def store_tile(
     product,  # (BLOCK_T, classes) rows of e times rows of c
     powers_ptr,  # (N, V) out
+    strips_ptr,  # (V,) int16 out, those of the block, see strip_bytes; or None
     bias_ptr,  # (V,)
     classes,  # (classes,) class ids
     tokens,  # (BLOCK_T,)
@@ -55,7 +70,10 @@ def store_tile(
     softcap,  # or None
     stride_out,
 ):
-    """Store powers of a tile, 0 for targets, times the slope of a softcap; return their sums."""
+    """Store powers of a tile, 0 for targets, times the slope of a softcap.
+
+    Return the sums of the powers, and those of their squares.
+    """
     inside = classes < V
     logits = transform_logits(
         product, classes, inside, bias_ptr, softcap, multiplier=multiplier, TOKEN_AXIS=0
@@ -71,7 +89,14 @@ def store_tile(
     out = tokens[:, None] * stride_out + classes[None, :]
     stored = stored.to(powers_ptr.dtype.element_ty)
     tl.store(powers_ptr + out, stored, mask=(tokens < N)[:, None] & inside[None, :])
-    return tl.sum(powers, 1)
+    sums = tl.sum(powers, 1)
+    squares = bound
+    if strips_ptr is not None:
+        square = powers * powers
+        squares = tl.sum(square, 1)
+        energy, mass = tl.reduce((square, powers), 0, add_pairs)
+        tl.store(strips_ptr + classes, strip_bytes(energy, mass), mask=inside)
+    return sums, squares
 
 
 @triton.jit(do_not_specialize=["N", "segment_tiles", "num_segments", "num_blocks", "swizzle_width"])
@@ -84,6 +109,8 @@ def powers_kernel(
     multiplier_ptr,  # (N,), or None
     powers_ptr,  # (N, V) out
     lse_ptr,  # (segments, N) out, log2, of all classes but the target
+    squares_ptr,  # (segments, N) out, log2 of the sum of their squares, or None, like the next
+    strips_ptr,  # (blocks, V) int16 out, see strip_bytes
     flag_ptr,  # (blocks,) out, or in if ONLY_FLAGGED
     N,
     V,
@@ -119,6 +146,10 @@ def powers_kernel(
     if multiplier_ptr is not None:
         multiplier = tl.load(multiplier_ptr + tokens, mask=tokens < N, other=1.0)
     sums = tl.zeros((BLOCK_T,), tl.float32)
+    strips = None
+    if strips_ptr is not None:
+        squares = tl.zeros((BLOCK_T,), tl.float32)
+        strips = strips_ptr + block.to(tl.int64) * V
     start = segment * segment_tiles * BLOCK_V
     tiles = min(segment_tiles, tl.cdiv(V - start, BLOCK_V))
     steps = tl.cdiv(D, BLOCK_D)
@@ -148,9 +179,10 @@ def powers_kernel(
             v = start + (i // steps) * BLOCK_V
             left, right = halves(product, BLOCK_T=BLOCK_T, BLOCK_V=BLOCK_V)
             for part in tl.static_range(NUM_PARTS):
-                sums += store_tile(
+                some, some_squares = store_tile(
                     left if part == 0 else right,
                     powers_ptr=powers_ptr,
+                    strips_ptr=strips,
                     bias_ptr=bias_ptr,
                     classes=v + part * PART + tl.arange(0, PART),
                     tokens=tokens,
@@ -162,11 +194,17 @@ def powers_kernel(
                     softcap=softcap,
                     stride_out=stride_out,
                 )
+                sums += some
+                if strips_ptr is not None:
+                    squares += some_squares
             product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
 
     is_token = bound != float("inf")
     lse = tl.where(is_token, bound, 0.0) + tl.log2(sums)
-    tl.store(lse_ptr + segment.to(tl.int64) * N + tokens, lse, mask=is_token)
+    out = segment.to(tl.int64) * N + tokens
+    tl.store(lse_ptr + out, lse, mask=is_token)
+    if strips_ptr is not None:
+        tl.store(squares_ptr + out, 2.0 * bound + tl.log2(squares), mask=is_token)
     if not ONLY_FLAGGED:
         overflown = tl.sum((is_token & ~(lse - bound < OVERFLOW)).to(tl.int32), 0)
         if overflown > 0:
@@ -198,7 +236,8 @@ def repair_bound_kernel(
 
 @triton.jit(do_not_specialize=["N", "num_segments"])
 def chunk_sums_kernel(
-    lse_ptr,  # (segments, N) log2, of all classes but the target
+    lse_parts_ptr,  # (segments, N) log2, of all classes but the target
+    squares_parts_ptr,  # (segments, N) log2 of the sum of their squares; or None
     logits_ptr,  # (N,) of the targets, log2
     bound_ptr,  # (N,) log2; +inf: no token
     weights_ptr,  # (N,), or None, like the one that follows
@@ -206,18 +245,28 @@ def chunk_sums_kernel(
     nll_ptr,  # (N,) out, like the two that follow times the weight
     factor_ptr,  # (N,) out: probability over power, times the multiplier
     target_ptr,  # (N,) out: 1 - p of the target, times multiplier and slope of a softcap
+    targets_ptr,  # (N,) like all that follow used only with squares
+    strips_ptr,  # (blocks, 2 V) in, out: low and high bytes in turns
+    lse_ptr,  # (N,) out, log2; +inf: no token
+    support_ptr,  # (N,) out, log2 of the effective support
+    target_grad_ptr,  # (N,) out, see BackwardTokens
     N,
+    V,
     num_segments,
     softcap,  # or None
+    num_groups,  # of classes: the support is that of groups
+    flat_support,
     BLOCK_T: tl.constexpr,
 ):
     """Reduce the sums of a block of tokens to their losses and factors; 0 without a token."""
-    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    block = tl.program_id(0)
+    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < N
     bound = tl.load(bound_ptr + tokens, mask=inside, other=float("inf"))
     present = inside & (bound != float("inf"))
-    others = logsumexp2(lse_ptr, tokens, present, N, num_segments, BLOCK_T=BLOCK_T)
+    others = logsumexp2(lse_parts_ptr, tokens, present, N, num_segments, BLOCK_T=BLOCK_T)
     logit = tl.load(logits_ptr + tokens, mask=present, other=0.0)
+    target_logit = logit
     excess = others - logit
     x = tl.exp2(-tl.abs(excess))
     # log(1 + x), also of an x that 1 + x does not show
@@ -235,6 +284,7 @@ def chunk_sums_kernel(
         factor *= multiplier
         target *= multiplier
         logit = logit / multiplier
+    target_grad = target
     if softcap is not None:
         target *= logit_slope(logit, softcap)
     if weights_ptr is not None:
@@ -242,9 +292,52 @@ def chunk_sums_kernel(
         nll *= weight
         factor *= weight
         target *= weight
+        target_grad *= weight
     tl.store(nll_ptr + tokens, tl.where(present, nll, 0.0), mask=inside)
     tl.store(factor_ptr + tokens, tl.where(present, factor, 0.0), mask=inside)
     tl.store(target_ptr + tokens, tl.where(present, target, 0.0), mask=inside)
+    if squares_parts_ptr is not None:
+        squares = logsumexp2(squares_parts_ptr, tokens, present, N, num_segments, BLOCK_T=BLOCK_T)
+        p_squares = tl.exp2(squares - 2 * lse) + tl.exp2(2 * (target_logit - lse))
+        # Classes that are spread over the groups meet by chance.
+        support = 0.0 - tl.log2(p_squares + (1.0 - p_squares) / num_groups)
+        target_grad = tl.where(support > flat_support, FLAT, tl.abs(target_grad))
+        tl.store(lse_ptr + tokens, tl.where(present, lse, float("inf")), mask=inside)
+        tl.store(support_ptr + tokens, tl.where(present, support, 0.0), mask=inside)
+        tl.store(target_grad_ptr + tokens, tl.where(present, target_grad, ABSENT), mask=inside)
+        row = tl.load(targets_ptr + tokens, mask=present, other=-1)
+        marks = tl.full((BLOCK_T,), FORCED, tl.uint8)  # programs that meet write the same byte
+        tl.store(strips_ptr + 2 * (block.to(tl.int64) * V + row), marks, mask=row >= 0)
+
+
+@dataclass(frozen=True)
+class StripSums:
+    """Values that a filter needs besides, which a pass over the logits leaves.
+
+    Args:
+        strips: (blocks, V) int16, zeros before; see ``KernelState``.
+        support: (N,) float32, likewise.
+        lse: (N,) float32 log2; +inf where absent.
+        target_grad: (N,) float32, see ``BackwardTokens``.
+        flat_support: log2 of the support above which a token counts as flat.
+    """
+
+    strips: Tensor
+    support: Tensor
+    lse: Tensor
+    target_grad: Tensor
+    flat_support: float
+
+    def at(self, part: slice) -> "StripSums":
+        """Return those of some tokens, which begin with a block."""
+        blocks = slice(part.start // BLOCK_T, triton.cdiv(part.stop, BLOCK_T))
+        return StripSums(
+            self.strips[blocks],
+            support=self.support[part],
+            lse=self.lse[part],
+            target_grad=self.target_grad[part],
+            flat_support=self.flat_support,
+        )
 
 
 @dataclass(frozen=True)
@@ -259,6 +352,7 @@ class Chunk:
     factor: Tensor  # (N,)
     target: Tensor  # (N,)
     segment_tiles: int
+    of_strips: StripSums | None = None
 
 
 def choose_segment_tiles(num_blocks: int, num_tiles: int) -> int:
@@ -274,8 +368,11 @@ def choose_segment_tiles(num_blocks: int, num_tiles: int) -> int:
 
 def store_powers(chunk: Chunk, powers: Tensor) -> None:
     """Store the powers (N, V) of a chunk and compute its losses and factors."""
-    parts = sum_powers(chunk.inputs, chunk.tokens.targets, powers, chunk.segment_tiles)
-    finish_sums(chunk, parts)
+    strips = None if chunk.of_strips is None else chunk.of_strips.strips
+    segments = sum_powers(
+        chunk.inputs, chunk.tokens.targets, powers, chunk.segment_tiles, strips=strips
+    )
+    finish_sums(chunk, segments)
 
 
 def sum_powers(
@@ -283,13 +380,12 @@ def sum_powers(
     targets: Tensor,  # (N,) row of c; -1 for none
     powers: Tensor,  # (N, V) out
     segment_tiles: int,
-) -> Tensor:
+    *,
+    strips: Tensor | None = None,  # (blocks, V) int16, out
+) -> Segments:
     """Store the powers of all classes but the targets, and return their sums.
 
-    Bounds that were too low are raised.
-
-    Returns:
-        (segments, N) log2.
+    Bounds that were too low are raised. Each class is a group of which the squares are summed.
     """
     e, tiles = inputs.e, inputs.tiles
     num_tokens, num_classes = e.shape[0], inputs.c.shape[0]
@@ -297,8 +393,11 @@ def sum_powers(
     num_tiles = triton.cdiv(num_classes, tiles.block_v)
     num_segments = triton.cdiv(num_tiles, segment_tiles)
     parts = torch.empty((num_segments, num_tokens), dtype=torch.float32, device=e.device)
+    squares = torch.empty_like(parts) if strips is not None else parts[:0]
     inputs.flags.zero_()
     overflow = OVERFLOW_FLOAT16 if powers.dtype == torch.float16 else OVERFLOW
+    if strips is not None:
+        overflow = min(overflow, OVERFLOW_OF_SQUARES.value)
 
     def store(only_flagged: bool) -> None:
         launch(
@@ -310,6 +409,8 @@ def sum_powers(
             multiplier_ptr=inputs.multiplier,
             powers_ptr=powers,
             lse_ptr=parts,
+            squares_ptr=squares if strips is not None else None,
+            strips_ptr=strips,
             flag_ptr=inputs.flags,
             N=num_tokens,
             V=num_classes,
@@ -342,16 +443,21 @@ def sum_powers(
         BLOCK_T=BLOCK_T,
     )
     store(only_flagged=True)
-    return parts
+    return Segments(parts, squares)
 
 
-def finish_sums(chunk: Chunk, parts: Tensor) -> None:
-    """Reduce the sums (segments, N) of all classes but the targets to losses and factors."""
-    inputs, (num_segments, num_tokens) = chunk.inputs, parts.shape
+def finish_sums(chunk: Chunk, segments: Segments) -> None:
+    """Reduce the sums of all classes but the targets to losses and factors."""
+    inputs, (num_segments, num_tokens) = chunk.inputs, segments.lse.shape
+    num_classes, found = inputs.c.shape[0], chunk.of_strips
+    # As many groups as a pass of the filter's forward has.
+    num_tiles = triton.cdiv(num_classes, inputs.tiles.block_v)
+    num_groups = 64 * triton.cdiv(num_tiles, triton.cdiv(num_tiles, MAX_SEGMENTS))
     launch(
         chunk_sums_kernel,
         (triton.cdiv(num_tokens, BLOCK_T),),
-        lse_ptr=parts,
+        lse_parts_ptr=segments.lse,
+        squares_parts_ptr=None if found is None else segments.squares,
         logits_ptr=chunk.logits,
         bound_ptr=inputs.bound,
         weights_ptr=chunk.weights,
@@ -359,8 +465,16 @@ def finish_sums(chunk: Chunk, parts: Tensor) -> None:
         nll_ptr=chunk.nll,
         factor_ptr=chunk.factor,
         target_ptr=chunk.target,
+        targets_ptr=None if found is None else chunk.tokens.targets,
+        strips_ptr=None if found is None else found.strips.view(torch.uint8),
+        lse_ptr=None if found is None else found.lse,
+        support_ptr=None if found is None else found.support,
+        target_grad_ptr=None if found is None else found.target_grad,
         N=num_tokens,
+        V=num_classes,
         num_segments=num_segments,
         softcap=inputs.softcap,
+        num_groups=float(num_groups),
+        flat_support=0.0 if found is None else found.flat_support,
         BLOCK_T=BLOCK_T,
     )

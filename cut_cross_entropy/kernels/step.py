@@ -36,6 +36,7 @@ from cut_cross_entropy.kernels.tokens import (
 )
 from cut_cross_entropy.outputs import Asked
 from cut_cross_entropy.problem import (
+    NO_FILTER,
     Filter,
     Gradients,
     KernelState,
@@ -187,7 +188,7 @@ def _compute(
     eta: Tensor | None,
     q: Tensor | None,
 ) -> Tensor | None:
-    """Write dC and dbias, return dE: each by the filtered stage or by the exact one."""
+    """Compact the tokens; write dC and dbias, return dE."""
     use_filter = filter_.tolerance > 0 and saved.strips.numel() > 0
     # The filter knows neither the energies of q, nor the tail of a multiplied softcap.
     is_capped = problem.softcap is not None and problem.multiplier is not None
@@ -196,9 +197,10 @@ def _compute(
         factor = problem.multiplier.float()
         upstream = PerToken(*(grad * factor for grad in upstream))
         eta, q = (None if x is None else x * factor for x in (eta, q))
-    by_filter, exactly = wanted.split(e=use_filter and filter_.e, c=use_filter and filter_.c)
+    filter_ = filter_ if use_filter else NO_FILTER
     flat_support = math.log2(filtered.FLAT_SUPPORT)
-    tokens = compact_for_backward(upstream, saved, problem, flat_support, count_valid=not by_filter)
+    count_valid = not wanted.split(filter_)[0]
+    tokens = compact_for_backward(upstream, saved, problem, flat_support, count_valid=count_valid)
     tokens = replace(
         tokens,
         multiplier=None if problem.multiplier is None else tokens.gather(problem.multiplier, 1.0),
@@ -207,8 +209,26 @@ def _compute(
     )
     if tokens.eta is not None:
         tokens = replace(tokens, target_grad=_target_grad(tokens, tokens.eta, saved))
-    problem = in_compute_dtype(problem)
+    return gradients_of_tokens(in_compute_dtype(problem), tokens, saved, filter_, wanted)
 
+
+def gradients_of_tokens(
+    problem: Problem,
+    tokens: BackwardTokens,
+    saved: KernelState,
+    filter_: Filter,
+    wanted: Wanted,
+) -> Tensor | None:
+    """Write dC and dbias of compacted tokens, return dE: by the filtered stage or the exact one.
+
+    Args:
+        problem: as :func:`in_compute_dtype` returns it.
+        tokens: their embeddings may be overwritten.
+        saved: with the strips, if the filter is on.
+        filter_: if the data are too flat for it, all gradients are exact.
+        wanted: the gradients to compute.
+    """
+    by_filter, exactly = wanted.split(filter_)
     grad_e: Tensor | None = None
     num_valid: int | None
     if by_filter:
@@ -226,7 +246,7 @@ def _compute(
         rows = tokens.at(slice(0, num_rows))
         sums = exact_gradients(problem, rows, exactly)
         if sums is not None:
-            grad_e = _embedding_gradient(tokens, problem.e.dtype)
+            grad_e = _embedding_gradient(tokens, exactly.dtype_e or problem.e.dtype)
             scatter_rows(sums, rows.origin, grad_e)
     return grad_e
 

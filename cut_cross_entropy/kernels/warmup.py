@@ -25,6 +25,7 @@ from cut_cross_entropy.kernels.launch import (
     planning,
 )
 from cut_cross_entropy.problem import (
+    NO_FILTER,
     AdaptedProblem,
     Filter,
     Needed,
@@ -85,24 +86,39 @@ def compile_ahead(problem: Problem, filter_: Filter, training: bool) -> None:
     _compile_once(problem, kind, lambda: plan_step(problem, filter_, training))
 
 
-def plan_sum(problem: Problem, needed: Needed, weights: Tensor | None = None) -> Plan:
+def plan_sum(
+    problem: Problem,
+    needed: Needed,
+    weights: Tensor | None = None,
+    filter_: Filter = NO_FILTER,
+) -> Plan:
     """Record the launches of a sum of losses, weighted if ``weights``, with its gradients."""
+    filtered = filter_.split(needed)[1]
     inputs = (problem.e, problem.c, problem.bias)
     if weights is not None:
         weights = _meta(weights)
     with planning(problem.e.device) as plan, unrecorded():
-        loss, *sums = exact_sum.loss_and_gradients(_without_values(problem), needed, weights)
+        loss, *sums = exact_sum.loss_and_gradients(
+            _without_values(problem), needed, weights, filter_
+        )
         for total, x, need in zip(sums, inputs, needed.flat(), strict=True):
             if x is not None and need:
                 scale.scale(total, loss, torch.empty_like(total, dtype=x.dtype))
+        if any(filtered.flat()):  # the data may be too flat for the filter
+            call = _without_values(problem)
+            saved = step.forward(call, NO_FILTER, training=True)
+            step.backward(PerToken(saved.nll, saved.lse), saved, call, NO_FILTER, filtered)
     return plan
 
 
-def compile_sum_ahead(problem: Problem, needed: Needed, weights: Tensor | None) -> None:
+def compile_sum_ahead(
+    problem: Problem, needed: Needed, weights: Tensor | None, filter_: Filter
+) -> None:
     """Compile the kernels of a sum of losses with its gradients, unless that has been done."""
-    step_kind = kind_of_step(problem, Filter(0.0), training=True)
-    kind = ("sum", needed.flat(), weights is None, *step_kind)
-    _compile_once(problem, kind, lambda: plan_sum(problem, needed, weights))
+    step_kind = kind_of_step(problem, filter_, training=True)
+    filtered = filter_.split(needed)[1]
+    kind = ("sum", needed.flat(), filtered.flat(), weights is None, *step_kind)
+    _compile_once(problem, kind, lambda: plan_sum(problem, needed, weights, filter_))
 
 
 def plan_made_rows(problem: Problem, weights: Tensor | None, needed: Needed | None) -> Plan:

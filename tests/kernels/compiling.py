@@ -137,19 +137,24 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             num_stages=min(tiles.num_stages, 3),
             types=(("grad_ptr", "*fp32"),),
         )
-        for flagged, multiplied in itertools.product((False, True), repeat=2):
+        for flagged, multiplied, with_strips in itertools.product((False, True), repeat=3):
+            suffix = f"{label}-{flagged:d}{multiplied:d}{with_strips:d}"
+            of_strips = without({"strips_ptr", "squares_ptr"}, with_strips)
             add(
-                f"powers-{label}-{flagged:d}{multiplied:d}",
+                f"powers-{suffix}",
                 powers.powers_kernel,
-                {**products, **flags, **without({"multiplier_ptr"}, multiplied),
+                {**products, **flags, **without({"multiplier_ptr"}, multiplied), **of_strips,
                  "ONLY_FLAGGED": flagged, "OVERFLOW": powers.OVERFLOW},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
             )  # fmt: skip
-            add(f"chunk_sums-{label}-{flagged:d}{multiplied:d}", powers.chunk_sums_kernel,
+            of_strips = without({"squares_parts_ptr", "targets_ptr", "strips_ptr", "lse_ptr",
+                                 "support_ptr", "target_grad_ptr"}, with_strips)  # fmt: skip
+            add(f"chunk_sums-{suffix}", powers.chunk_sums_kernel,
                 {**without({"softcap"}, softcap), **without({"weights_ptr"}, flagged),
-                 **without({"multiplier_ptr"}, multiplied), "BLOCK_T": BLOCK_T})  # fmt: skip
+                 **without({"multiplier_ptr"}, multiplied), **of_strips, "BLOCK_T": BLOCK_T},
+                types=(("strips_ptr", "*u8"),))  # fmt: skip
         # Further sums and a temperature.
         for names, energy in (
             (("multiplier",), True),

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from cut_cross_entropy import dispatch, linear_cross_entropy, linear_divergence, record_filter
 from cut_cross_entropy.heads import Head, LowRank
 from cut_cross_entropy.heads.quantised import ChosenRows
-from cut_cross_entropy.kernels import block_sizes as tiles_module
-from cut_cross_entropy.kernels import made_rows
+from cut_cross_entropy.kernels import block_sizes, made_rows
 from cut_cross_entropy.kernels.filtered import backward, calibrate, measure
 from tests.kernels.test_interpreted_filtered import sharp
 from tests.support import make_problem
@@ -379,8 +378,8 @@ def test_a_head_with_trained_parts_in_half_precision():
 
 def test_an_adapted_head_where_the_compiler_takes_no_second_product(monkeypatch):
     """The rows of weight and adapter are joined chunk by chunk there."""
-    tiles = dataclasses.replace(tiles_module.tiles_on(torch.device("cpu")), adds_low_rank=False)
-    monkeypatch.setattr(tiles_module, "tiles_on", lambda device: tiles)
+    tiles = dataclasses.replace(block_sizes.tiles_on(torch.device("cpu")), adds_low_rank=False)
+    monkeypatch.setattr(block_sizes, "tiles_on", lambda device: tiles)
     made, head, leaves, logits = adapted_case("one")
     loss = linear_cross_entropy(leaves[0], head, made.targets, impl="cce", memory_budget=2**18)
     ours = torch.autograd.grad(loss, leaves)

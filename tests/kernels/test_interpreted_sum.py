@@ -9,6 +9,7 @@ from cut_cross_entropy import budget, dispatch, linear_cross_entropy, record_fil
 from cut_cross_entropy.implementations import token_chunks
 from cut_cross_entropy.kernels import exact_sum, scale, step
 from cut_cross_entropy.kernels.powers import choose_segment_tiles
+from tests.kernels.test_interpreted_filtered import sharp
 from tests.support import (
     check,
     check_checkpoint,
@@ -308,20 +309,99 @@ def test_a_filter_needs_the_logits_again(chunks):
     "options",
     [
         {"impl": "cce", "filter_eps": None},
-        {"impl": "cce_kahan_full_c"},
         {"impl": "cce_kahan_full_c", "needed": ("bias",)},
         {"impl": "cce_kahan_full_e", "needed": ("e",)},
-        {"impl": "cce", "filter_e_grad": False},
+        {"impl": "auto", "filter_e_grad": False},
+        {"impl": "cce_kahan_full_c", "softcap": 5.0, "temperature": 0.5},
     ],
 )
-def test_one_exact_gradient_makes_both_exact(options, chunks):
-    """Both from one pass take less time than a filter for the other one."""
+def test_nothing_is_filtered(options, chunks, monkeypatch):
+    """Not what is not needed, nor of small problems or with a tail that nobody knows."""
+    monkeypatch.setattr(dispatch, "choose_impl", lambda impl, *others: "cce")
+    monkeypatch.setattr(dispatch, "relative_throughput", lambda device: 1.0)
     problem = make_problem(bias=True)
     ours = run_ours(problem, return_lse=False, **options)
     assert len(chunks) == 1
-    exact = run_ours(problem, "reference", return_lse=False)
+    options = {**options, "impl": "reference"}
+    monkeypatch.undo()
+    exact = run_ours(problem, return_lse=False, **options)
     for name, value in ours.named().items():
         torch.testing.assert_close(value, exact.named()[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def two_products(monkeypatch):
+    """Count the products that the exact gradients of a sum take, all chunks together."""
+    made = []
+    for name in ("store_product", "add_product"):
+        multiply = getattr(exact_sum, name)
+        monkeypatch.setattr(
+            exact_sum,
+            name,
+            lambda total, *others, multiply=multiply: (
+                made.append(tuple(total.shape)),
+                multiply(total, *others),
+            ),
+        )
+    return made
+
+
+SCALES = {"mean": {}, "weights": {"token_weights": torch.linspace(0.5, 1, 300)}}
+
+
+@pytest.mark.parametrize(
+    ("impl", "exact", "filtered", "rows"),
+    [
+        ("cce_kahan_full_c", ("grad_c", "grad_bias"), "grad_e", 1100),
+        ("cce_kahan_full_e", ("grad_e",), "grad_c", None),
+    ],
+)
+@pytest.mark.parametrize("options", SCALES.values(), ids=SCALES)
+def test_one_exact_gradient_and_one_filtered(
+    impl, exact, filtered, rows, options, chunks, small_chunks, two_products, monkeypatch
+):
+    """The pass over the logits serves both: no more is dropped, nor kept, than without it."""
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 0.02)
+    problem = sharp(300)
+    with record_filter() as records:
+        ours = run_ours(problem, impl, return_lse=False, **options).named()
+    assert [rows for rows, _ in chunks] == [128, 128, 128]
+    dim = problem.e.shape[1]
+    of_gradients = [shape for shape in two_products if shape[1] == dim]
+    assert all((shape[0] == 1100) == (rows == 1100) for shape in of_gradients)
+    assert len(of_gradients) == 3
+    with record_filter() as usual:
+        both = run_ours(problem, "cce", return_lse=False, **options).named()
+    truth = run_ours(problem, "reference", return_lse=False, **options).named()
+
+    def error(results, name):
+        return float((results[name] - truth[name]).norm() / truth[name].norm())
+
+    assert all(error(ours, name) < 1e-5 for name in exact)
+    assert error(ours, filtered) > 1e-4
+    assert error(ours, filtered) == pytest.approx(error(both, filtered), rel=0.05)
+    (record,), (other,) = records, usual
+    assert record.path == other.path == "filtered"
+    assert record.tokens == other.tokens
+    assert record.strips_kept == pytest.approx(other.strips_kept, rel=0.05)
+
+
+@pytest.mark.parametrize("impl", ["cce_kahan_full_c", "cce_kahan_full_e"])
+def test_one_gradient_filtered_of_data_too_flat_for_it(impl, chunks):
+    problem = make_problem((150,), 1100, 16, bias=True, ignored=0.1)
+    with record_filter() as records:
+        check(problem, impl, return_lse=False, softcap=5.0)
+    assert [record.path for record in records] == ["dense"]
+    assert len(chunks) == 1
+
+
+def test_a_graph_is_captured_without_the_filter(chunks, monkeypatch):
+    """The filter reads its counts, which a graph cannot."""
+    monkeypatch.setattr(exact_sum, "is_captured", lambda tensor: True)
+    with record_filter() as records:
+        check(sharp(40), "cce_kahan_full_c", return_lse=False)
+    assert not records
+    assert len(chunks) == 1
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -24,6 +24,7 @@ from cut_cross_entropy.kernels.filtered import (
 )
 from cut_cross_entropy.kernels.launch import Launch, launch, planning
 from cut_cross_entropy.problem import Filter, Needed, Problem
+from tests.kernels.test_interpreted_filtered import sharp
 from tests.kernels.test_interpreted_heads import Stored
 from tests.support import make_problem, run_ours
 
@@ -125,6 +126,22 @@ def test_a_sum_launches_what_was_planned(needed, tokens, weighted, launched, mon
     missing = [variant for variant in launched if variant not in planned]
     assert not missing, missing
     assert len(launched) > 3
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_sum_with_one_gradient_filtered_launches_what_was_planned(flat, launched):
+    problem = sharp(138)
+    if flat:
+        problem.e.mul_(0.01)
+    call = Problem(
+        problem.e, problem.c, problem.targets, problem.bias, -100, None, torch.float32, 2**28
+    )
+    filter_ = Filter(8e-4, e=True, c=False)
+    plan = warmup.plan_sum(call, Needed(e=True, c=True, bias=True), None, filter_)
+    run_ours(problem, "cce_kahan_full_c", return_lse=False)
+    planned = {one.variant() for one in plan.launches}
+    missing = [variant for variant in launched if variant not in planned]
+    assert not missing, missing
 
 
 def test_kinds_of_steps_differ_where_their_launches_do():

@@ -199,7 +199,7 @@ class _Results(NamedTuple):
         e, bias = problem.e, wanted.bias
         return cls(
             tails=TokenTails.zeros(e.shape[0], e.device),
-            grad_e=e.new_zeros(e.shape) if wanted.e else None,
+            grad_e=e.new_zeros(e.shape, dtype=wanted.dtype_e or e.dtype) if wanted.e else None,
             bias_sums=None if bias is None else bias.new_zeros(bias.shape, dtype=torch.float32),
         )
 
