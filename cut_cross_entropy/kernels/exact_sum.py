@@ -29,10 +29,12 @@ from cut_cross_entropy.implementations.token_chunks import ALIGNED, class_slices
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.exact import Wanted, add_product, store_product
-from cut_cross_entropy.kernels.filtered.backward import FLAT_SUPPORT
+from cut_cross_entropy.kernels.filtered.backward import FLAT_SUPPORT, too_flat
+from cut_cross_entropy.kernels.filtered.selection import find_threshold
 from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, is_captured, launch
 from cut_cross_entropy.kernels.lse import PassInputs
 from cut_cross_entropy.kernels.powers import Chunk, StripSums, choose_segment_tiles, store_powers
+from cut_cross_entropy.kernels.primitives import ABSENT
 from cut_cross_entropy.kernels.step import (
     gradients_of_tokens,
     in_compute_dtype,
@@ -47,6 +49,7 @@ from cut_cross_entropy.kernels.tokens import (
 from cut_cross_entropy.problem import (
     NO_FILTER,
     Filter,
+    Gradients,
     KernelState,
     Needed,
     Problem,
@@ -191,6 +194,12 @@ class _Pass:
             multiplier=self.multiplier,
         )
 
+    def shares(self, part: slice, filter_: Filter) -> HostCopy:
+        """Return (3,) numbers of kept strips, flat and all tokens of a chunk, for the host."""
+        tokens, strips = self.backward_tokens().at(part), self.sums.at(part).strips
+        threshold = find_threshold(strips, tokens, filter_)
+        return HostCopy(torch.cat([threshold.num_kept[None], threshold.statistics[-2:]]))
+
 
 def loss_and_gradients(
     problem: Problem,
@@ -213,11 +222,10 @@ def loss_and_gradients(
     is_capped = problem.softcap is not None and problem.multiplier is not None
     if not filter_.is_on or is_capped or is_captured(problem.e):
         filter_ = NO_FILTER
-    exact, filtered = filter_.split(needed)
-    if not any(filtered.flat()) or problem.e.shape[0] == 0:
-        return _one_pass(problem, needed, weights)[0]
-    results, found = _one_pass(problem, exact, weights, with_strips=True)
-    assert found is not None
+    results, found = _one_pass(problem, needed, weights, filter_)
+    if found is None:
+        return results
+    filtered = filter_.split(needed)[1]
     (num_classes, dim), make = problem.c.shape, results.loss.new_empty
     wanted = Wanted(
         filtered.e,
@@ -243,17 +251,30 @@ def loss_and_gradients(
 
 
 def _one_pass(
-    problem: Problem, needed: Needed, weights: Tensor | None, *, with_strips: bool = False
+    problem: Problem, needed: Needed, weights: Tensor | None, filter_: Filter
 ) -> tuple[SumGradients, _Pass | None]:
-    """Compute the sum of all losses and exact gradients, and what a filter needs if asked to."""
+    """Compute the sum of all losses with its exact gradients, and what the filter of others needs.
+
+    If the first chunk shows that the data are too flat for a filter, all gradients are exact.
+    """
     e, (num_tokens, dim), num_classes = problem.e, problem.e.shape, problem.c.shape[0]
     check_target_range(problem.targets, num_classes, problem.ignore_index)
     make = e.new_empty
-    grad_e = e.new_zeros((num_tokens, dim) if needed.e else 0, dtype=torch.float32)
-    grad_c = make((num_classes, dim) if needed.c else 0, dtype=torch.float32)
-    grad_bias = e.new_zeros(num_classes if needed.bias else 0, dtype=torch.float32)
+    exact, filtered = filter_.split(needed)
+    with_strips = any(filtered.flat()) and num_tokens > 0
+
+    def allocate(needed: Needed) -> Gradients:
+        shape_e, shape_c = (num_tokens, dim), (num_classes, dim)
+        return Gradients(
+            e.new_zeros(shape_e if needed.e else 0, dtype=torch.float32),
+            make(shape_c if needed.c else 0, dtype=torch.float32),
+            e.new_zeros(num_classes if needed.bias else 0, dtype=torch.float32),
+        )
+
+    grads = allocate(exact)
     if num_tokens == 0:
-        return SumGradients(grad_e.new_zeros(()), grad_e, grad_c.zero_(), grad_bias), None
+        grads.c.zero_()
+        return SumGradients(grads.e.new_zeros(()), *grads), None
 
     most = powers_per_chunk(problem, needed)
     problem = in_compute_dtype(problem)
@@ -278,7 +299,9 @@ def _one_pass(
     if with_strips:
         # Blocks without a token are skipped, so their strips are never written.
         strips = torch.zeros((num_blocks, num_classes), dtype=torch.int16, device=e.device)
-        support, lse, target_grad = aligned_rows(3, num_tokens, torch.float32, e.device)
+        support, lse, target_grad = aligned_rows(3, num_tokens, torch.float32, e.device, zeros=True)
+        lse.fill_(torch.inf)
+        target_grad.fill_(ABSENT.value)
         sums = StripSums(strips, support, lse, target_grad, math.log2(FLAT_SUPPORT))
 
     rows = _chunk_size(num_tokens, most)
@@ -314,7 +337,9 @@ def _one_pass(
         store_powers(chunk, buffer[:num_rows, :num_classes])
         return chunk
 
-    def multiply(chunk: Chunk, num_rows: int, is_first: bool) -> None:
+    def multiply(
+        chunk: Chunk, num_rows: int, is_first: bool, needed: Needed, grads: Gradients
+    ) -> None:
         powers = buffer[:num_rows, :num_classes]
         if needed.e:
             _multiply(powers, problem.c, product[:num_rows])
@@ -326,37 +351,50 @@ def _one_pass(
                 c=problem.c,
                 unit=None if unit is None else unit.e,
                 product=product,
-                grad_e=grad_e,
+                grad_e=grads.e,
                 scaled=scaled,
             )
         if needed.c:
             add = store_product if is_first else add_product
             for classes in class_slices(num_classes, max(dim, rows)):
-                add(grad_c[classes], powers[:, classes].T, scaled[:num_rows])
+                add(grads.c[classes], powers[:, classes].T, scaled[:num_rows])
         if needed.bias:
-            grad_bias.add_(
+            grads.bias.add_(
                 _weighted_sum(powers, chunk.factor[:num_rows], None if unit is None else unit.bias)
             )
 
     first = store(slice(0, rows))  # keeps the device busy until the host has read the count
+    found = shares = None
+    if sums is not None:
+        found = _Pass(tokens, sums, weights, multiplier)
+        shares = None if e.is_meta else found.shares(slice(0, rows), filter_)
     count = num_tokens if num_valid is None else int(num_valid.wait())
-    if recording() and num_valid is not None and not with_strips:
-        report(FilterRecord("exact", 1.0, 0.0, 0, count))
     end = min(-(-count // BLOCK_T) * BLOCK_T, num_tokens)
     if end > 0:
-        multiply(first, min(rows, end), is_first=True)
+        multiply(first, min(rows, end), True, exact, grads)
     else:
-        grad_c.zero_()
+        grads.c.zero_()
+    path, flat_tokens = "exact", 0
+    if shares is not None:
+        num_strips, flat_tokens, num_tokens_there = (int(x) for x in shares.wait())
+        if too_flat(num_strips, flat_tokens, num_tokens_there, problem.c.shape):
+            others = allocate(filtered)
+            multiply(first, min(rows, end), True, filtered, others)
+            kept = (x if x.numel() else y for x, y in zip(grads, others, strict=True))
+            grads, exact = Gradients(*kept), needed
+            sums = found = None
+            path = "dense"
+    if recording() and num_valid is not None and found is None:
+        report(FilterRecord(path, 1.0, 0.0, flat_tokens, count))
     step = _chunk_size(end - rows, rows) if end > rows else 1
     for start in range(rows, end, step):
         part = slice(start, min(start + step, end))
-        multiply(store(part), part.stop - part.start, is_first=False)
-    if needed.c and unit is not None:
-        grad_c.div_(unit.e)
-    if needed.c or needed.bias:
-        _add_targets(tokens, target, grad_c, grad_bias, needed)
-    found = None if sums is None else _Pass(tokens, sums, weights, multiplier)
-    return SumGradients(nll.sum(), grad_e, grad_c, grad_bias), found
+        multiply(store(part), part.stop - part.start, False, exact, grads)
+    if exact.c and unit is not None:
+        grads.c.div_(unit.e)
+    if exact.c or exact.bias:
+        _add_targets(tokens, target, grads.c, grads.bias, exact)
+    return SumGradients(nll.sum(), *grads), found
 
 
 def _chunk_size(num_tokens: int, most: int) -> int:

@@ -105,13 +105,9 @@ def filtered_gradients(
     results = _Results.zeros(problem, wanted)
     num_strips = sum(counts.by_block)  # waits for the device, which is computing the selection
 
-    possible = -(-counts.tokens // BLOCK_T) * strips.shape[1]
-    too_flat = (
-        counts.flat_tokens > FLAT_FRACTION * counts.tokens
-        or num_strips > dense_fraction(problem.c.shape[1]) * possible
-    )
+    is_dense = too_flat(num_strips, counts.flat_tokens, counts.tokens, problem.c.shape)
     grad_e = mass = None
-    if not too_flat:
+    if not is_dense:
         grad_e, mass = _kept_and_flat(
             problem, tokens, wanted, selection=selection, counts=counts, results=results
         )
@@ -132,12 +128,32 @@ def filtered_gradients(
                         has_c=whole_c is not None,
                     ),
                     path="filtered",
-                    strips_kept=num_strips / max(1, possible),
+                    strips_kept=num_strips / max(1, _possible(counts.tokens, strips.shape[1])),
                     flat_tokens=counts.flat_tokens,
                     tokens=counts.tokens,
                 )
             )
-    return Outcome(grad_e, counts.tokens, too_flat)
+    return Outcome(grad_e, counts.tokens, is_dense)
+
+
+def too_flat(num_strips: int, flat_tokens: int, num_tokens: int, shape: tuple[int, ...]) -> bool:
+    """Return whether the exact path is faster for some tokens than the filter.
+
+    Args:
+        num_strips: kept strips.
+        flat_tokens, num_tokens: tokens whose distribution is flat, and all of them.
+        shape: (V, D) of the classifier.
+    """
+    num_classes, dim = shape
+    share = dense_fraction(dim)
+    return flat_tokens > FLAT_FRACTION * num_tokens or num_strips > share * _possible(
+        num_tokens, num_classes
+    )
+
+
+def _possible(num_tokens: int, num_classes: int) -> int:
+    """Return the number of all strips."""
+    return -(-num_tokens // BLOCK_T) * num_classes
 
 
 def dense_fraction(dim: int) -> float:
