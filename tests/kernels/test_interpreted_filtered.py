@@ -8,7 +8,7 @@ import torch
 
 from cut_cross_entropy import dispatch
 from cut_cross_entropy.filter_report import record_filter
-from cut_cross_entropy.kernels.filtered import backward
+from cut_cross_entropy.kernels.filtered import backward, index
 from cut_cross_entropy.kernels.filtered import flat as few_flat
 from cut_cross_entropy.kernels.filtered.index import Counts
 from cut_cross_entropy.kernels.filtered.tail import TokenTails
@@ -88,16 +88,40 @@ def test_tail_stands_for_what_is_dropped(always_filtered):
     assert (results.grad_bias.sum() - truth.grad_bias.sum()).abs() < 1e-5 * total
 
 
-def test_results_are_allocated_before_the_host_waits(monkeypatch):
-    """For the counts, since the device idles afterwards until the next kernel is launched."""
+@pytest.fixture
+def order(monkeypatch):
+    """Record when sums are allocated, strips are listed, and the host waits for their counts."""
     order = []
-    zeros, parts = TokenTails.zeros, Counts._parts.func
-    monkeypatch.setattr(TokenTails, "zeros", lambda *a: (order.append("zeros"), zeros(*a))[1])
+
+    def record(owner, name, label):
+        original = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, **k: (order.append(label), original(*a, **k))[1]
+        )
+
+    record(TokenTails, "zeros", "zeros")
+    record(index, "_list", "list")
+    parts = Counts._parts.func
     counts = functools.cached_property(lambda self: (order.append("wait"), parts(self))[1])
     counts.__set_name__(Counts, "_parts")
     monkeypatch.setattr(Counts, "_parts", counts)
+    return order
+
+
+def test_strips_are_listed_and_sums_allocated_before_the_host_waits(order):
+    """For the counts, since the device idles afterwards until the next kernel is launched."""
     run_ours(sharp(), "cce")
-    assert order == ["zeros", "wait"]
+    assert order == ["list", "zeros", "wait"]
+
+
+def test_a_list_that_was_too_short_is_made_again(order, monkeypatch):
+    problem = sharp(300)
+    results = run_ours(problem, "cce")
+    monkeypatch.setattr(backward, "STRIP_BYTES", 2**28 // 40)
+    again = run_ours(problem, "cce")
+    assert order == ["list", "zeros", "wait", "list", "zeros", "wait", "list"]
+    for name, value in results.named().items():
+        assert torch.equal(value, again.named()[name])
 
 
 def test_no_filter_reports_the_exact_path():

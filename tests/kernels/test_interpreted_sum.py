@@ -317,7 +317,8 @@ def test_a_filter_needs_the_logits_again(chunks):
 )
 def test_nothing_is_filtered(options, chunks, monkeypatch):
     """Not what is not needed, nor of small problems or with a tail that nobody knows."""
-    monkeypatch.setattr(dispatch, "choose_impl", lambda impl, *others: "cce")
+    choose = lambda impl, *others: "cce" if impl == "auto" else impl
+    monkeypatch.setattr(dispatch, "choose_impl", choose)
     monkeypatch.setattr(dispatch, "relative_throughput", lambda device: 1.0)
     problem = make_problem(bias=True)
     ours = run_ours(problem, return_lse=False, **options)

@@ -30,12 +30,19 @@ from cut_cross_entropy.kernels.filtered.index import (
     Range,
     Rectangle,
     StripIndex,
+    StripList,
     index_strips,
+    list_ahead,
     list_strips,
 )
 from cut_cross_entropy.kernels.filtered.measure import measure
 from cut_cross_entropy.kernels.filtered.partial_sums import PartialSums, bytes_per_row
-from cut_cross_entropy.kernels.filtered.schedule import ClassPass, make_schedule
+from cut_cross_entropy.kernels.filtered.schedule import (
+    MAX_BUDGET,
+    STRIP_BYTES,
+    ClassPass,
+    make_schedule,
+)
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept, find_threshold, keep_strips
 from cut_cross_entropy.kernels.filtered.strips import (
     Part,
@@ -182,6 +189,7 @@ class _Selection:
         tail: what replaces the others.
         order: order of all classes.
         low_centers: :attr:`Tail.centers` of the columns of ``AdaptedProblem.low_c``.
+        listed: list of all kept strips, if they fit the budget.
     """
 
     kept: Kept
@@ -189,6 +197,7 @@ class _Selection:
     tail: Tail
     order: ClassOrder
     low_centers: Tensor | None
+    listed: StripList
 
     @classmethod
     def of(cls, kept: Kept, problem: Problem) -> "_Selection":
@@ -196,7 +205,13 @@ class _Selection:
         index = index_strips(kept)
         order = ClassOrder.of(kept, (0, c.shape[0]))
         low_centers = None if low_c is None else Tail.of(kept, low_c).centers
-        return cls(kept, index, Tail.of(kept, c), order, low_centers)
+        # The lists of the dense path, or of strips that are not stored together, are not read.
+        most_strips = min(
+            min(problem.memory_budget, MAX_BUDGET) // STRIP_BYTES,
+            int(dense_fraction(c.shape[1]) * kept.strips.numel()),
+        )
+        tail, listed = Tail.of(kept, c), list_ahead(kept, index, most_strips)
+        return cls(kept, index, tail, order, low_centers, listed)
 
 
 class _Results(NamedTuple):
@@ -318,7 +333,7 @@ def _run(work: _Work) -> None:
 def _store(work: _Work, rectangle: Rectangle) -> StoredStrips:
     """Compute the strips of a rectangle."""
     selection = work.selection
-    strips = list_strips(selection.kept, work.counts, selection.index, rectangle)
+    strips = list_strips(selection.kept, work.counts, selection.index, rectangle, selection.listed)
     return strip_gradients(work.problem, work.tokens, strips, work.bias_sums is not None)
 
 

@@ -7,7 +7,7 @@ legend: ``cut_cross_entropy.kernels``.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -253,7 +253,11 @@ def _serial_parts(table: Tensor) -> tuple[Tensor, ...]:
     return tuple(table.split(max(1, SERIAL // max(1, table.shape[1]))))
 
 
-@triton.jit(do_not_specialize=["first_block", "first_chunk", "num_chunks", "all_chunks"])
+@triton.jit(
+    do_not_specialize=[
+        "first_block", "first_chunk", "num_chunks", "all_chunks", "most_strips", "most_tiles"
+    ]
+)  # fmt: skip
 def list_strips_kernel(
     masks_ptr,  # (superblocks, V)
     offsets_ptr,  # (superblocks, V) see Kept; only if BY_CLASS
@@ -270,6 +274,8 @@ def list_strips_kernel(
     first_chunk,
     num_chunks,
     all_chunks,
+    most_strips,  # strips beyond are left out, like tiles
+    most_tiles,
     BY_CLASS: tl.constexpr,
     SUPERBLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -287,6 +293,7 @@ def list_strips_kernel(
     kept = ((mask >> bit) & 1) != 0
     position = tl.load(starts_ptr + block * num_chunks + chunk)
     position += tl.cumsum(kept.to(tl.int32), 0) - 1
+    kept = kept & (position < most_strips)
     tl.store(classes_ptr + position, classes, mask=kept)
     if BY_CLASS:
         one = tl.full((CHUNK,), 1, tl.int64)
@@ -301,7 +308,7 @@ def list_strips_kernel(
     tl.store(slots_ptr + position, slot, mask=kept)
     if chunk == 0:
         first = tl.load(first_tile_ptr + block)
-        count = tl.load(first_tile_ptr + block + 1) - first
+        count = min(tl.load(first_tile_ptr + block + 1), most_tiles) - first
         start = tl.load(block_starts_ptr + block)
         for i in range(0, count, CHUNK):
             tile = i + tl.arange(0, CHUNK)
@@ -340,19 +347,53 @@ class StripList:
         return self.rectangle.blocks[1] - self.rectangle.blocks[0]
 
 
-def list_strips(kept: Kept, counts: Counts, whole: StripIndex, rectangle: Rectangle) -> StripList:
+def list_ahead(kept: Kept, whole: StripIndex, most_strips: int) -> StripList:
+    """List all strips by class before the host knows how many they are.
+
+    ``whole`` is their index. Of more than ``most_strips`` the list is not complete.
+    """
+    num_blocks, num_chunks = kept.shape
+    everything = Rectangle((0, num_blocks), (0, num_chunks), by_class=True)
+    most_strips = min(most_strips, num_blocks * kept.masks.shape[1])
+    return _list(kept, whole, everything, most_strips, num_blocks + most_strips // TILE)
+
+
+def list_strips(
+    kept: Kept,
+    counts: Counts,
+    whole: StripIndex,
+    rectangle: Rectangle,
+    ahead: StripList | None = None,
+) -> StripList:
     """List the strips of a rectangle; ``whole`` is the index of all strips.
 
-    Slots count from 0, in the order that the rectangle asks for.
+    Slots count from 0, in the order that the rectangle asks for. ``ahead``, from
+    :func:`list_ahead`, is taken if it is complete and the rectangle is that of all strips.
     """
+    sizes = counts.within(rectangle)
+    num_strips, num_tiles = sum(sizes), sum(-(-size // TILE) for size in sizes)
+    if ahead is not None and rectangle == ahead.rectangle and num_strips <= len(ahead.classes):
+        return replace(
+            ahead,
+            classes=ahead.classes[:num_strips],
+            slots=ahead.slots[:num_strips],
+            tile_block=ahead.tile_block[:num_tiles],
+            tile_start=ahead.tile_start[:num_tiles],
+        )
+    blocks, chunks = rectangle.blocks, rectangle.chunks
+    index = whole
+    if (blocks[1] - blocks[0], chunks[1] - chunks[0]) != kept.shape:
+        index = index_strips(kept, rectangle, whole)
+    return _list(kept, index, rectangle, num_strips, num_tiles)
+
+
+def _list(
+    kept: Kept, index: StripIndex, rectangle: Rectangle, num_strips: int, num_tiles: int
+) -> StripList:
+    """List at most so many strips and tiles of a rectangle, whose index is given."""
     device = kept.masks.device
     blocks, chunks = rectangle.blocks, rectangle.chunks
     num_blocks, num_chunks = blocks[1] - blocks[0], chunks[1] - chunks[0]
-    index = whole
-    if (num_blocks, num_chunks) != kept.shape:
-        index = index_strips(kept, rectangle, whole)
-    sizes = counts.within(rectangle)
-    num_strips, num_tiles = sum(sizes), sum(-(-size // TILE) for size in sizes)
     classes, slots = aligned_rows(2, num_strips, torch.int32, device)
     tile_block, tile_start = aligned_rows(2, num_tiles, torch.int32, device)
     if num_strips:
@@ -374,6 +415,8 @@ def list_strips(kept: Kept, counts: Counts, whole: StripIndex, rectangle: Rectan
             first_chunk=chunks[0],
             num_chunks=num_chunks,
             all_chunks=kept.shape[1],
+            most_strips=num_strips,
+            most_tiles=num_tiles,
             BY_CLASS=rectangle.by_class,
             SUPERBLOCK=SUPERBLOCK,
             CHUNK=CHUNK,
