@@ -45,20 +45,14 @@ from cut_cross_entropy.kernels.tokens import Tokens
 
 # log2 of a sum over its bound: e over it has to stay normal, and in float16 a power has to fit.
 OVERFLOW, OVERFLOW_FLOAT16 = 100.0, 14.0
+STRIPS, ROWS = 256, 16  # classes of a program that sums strips, and tokens at a time
 SEGMENTS = range(16, 49)  # of the classes, each of which takes a program for a block of tokens
-
-
-@triton.jit
-def add_pairs(left_a, left_b, right_a, right_b):
-    """Add two pairs: two sums in one reduction take fewer registers."""
-    return left_a + right_a, left_b + right_b
 
 
 @triton.jit
 def store_tile(
     product,  # (BLOCK_T, classes) rows of e times rows of c
     powers_ptr,  # (N, V) out
-    strips_ptr,  # (V,) int16 out, those of the block, see strip_bytes; or None
     bias_ptr,  # (V,)
     classes,  # (classes,) class ids
     tokens,  # (BLOCK_T,)
@@ -70,10 +64,7 @@ def store_tile(
     softcap,  # or None
     stride_out,
 ):
-    """Store powers of a tile, 0 for targets, times the slope of a softcap.
-
-    Return the sums of the powers, and those of their squares.
-    """
+    """Store powers of a tile, 0 for targets, times the slope of a softcap; return them without."""
     inside = classes < V
     logits = transform_logits(
         product, classes, inside, bias_ptr, softcap, multiplier=multiplier, TOKEN_AXIS=0
@@ -89,14 +80,7 @@ def store_tile(
     out = tokens[:, None] * stride_out + classes[None, :]
     stored = stored.to(powers_ptr.dtype.element_ty)
     tl.store(powers_ptr + out, stored, mask=(tokens < N)[:, None] & inside[None, :])
-    sums = tl.sum(powers, 1)
-    squares = bound
-    if strips_ptr is not None:
-        square = powers * powers
-        squares = tl.sum(square, 1)
-        energy, mass = tl.reduce((square, powers), 0, add_pairs)
-        tl.store(strips_ptr + classes, strip_bytes(energy, mass), mask=inside)
-    return sums, squares
+    return powers
 
 
 @triton.jit(do_not_specialize=["N", "segment_tiles", "num_segments", "num_blocks", "swizzle_width"])
@@ -109,8 +93,7 @@ def powers_kernel(
     multiplier_ptr,  # (N,), or None
     powers_ptr,  # (N, V) out
     lse_ptr,  # (segments, N) out, log2, of all classes but the target
-    squares_ptr,  # (segments, N) out, log2 of the sum of their squares, or None, like the next
-    strips_ptr,  # (blocks, V) int16 out, see strip_bytes
+    squares_ptr,  # (segments, N) out, log2 of the sum of their squares; or None
     flag_ptr,  # (blocks,) out, or in if ONLY_FLAGGED
     N,
     V,
@@ -146,10 +129,7 @@ def powers_kernel(
     if multiplier_ptr is not None:
         multiplier = tl.load(multiplier_ptr + tokens, mask=tokens < N, other=1.0)
     sums = tl.zeros((BLOCK_T,), tl.float32)
-    strips = None
-    if strips_ptr is not None:
-        squares = tl.zeros((BLOCK_T,), tl.float32)
-        strips = strips_ptr + block.to(tl.int64) * V
+    squares = tl.zeros((BLOCK_T,), tl.float32)
     start = segment * segment_tiles * BLOCK_V
     tiles = min(segment_tiles, tl.cdiv(V - start, BLOCK_V))
     steps = tl.cdiv(D, BLOCK_D)
@@ -179,10 +159,9 @@ def powers_kernel(
             v = start + (i // steps) * BLOCK_V
             left, right = halves(product, BLOCK_T=BLOCK_T, BLOCK_V=BLOCK_V)
             for part in tl.static_range(NUM_PARTS):
-                some, some_squares = store_tile(
+                some = store_tile(
                     left if part == 0 else right,
                     powers_ptr=powers_ptr,
-                    strips_ptr=strips,
                     bias_ptr=bias_ptr,
                     classes=v + part * PART + tl.arange(0, PART),
                     tokens=tokens,
@@ -194,21 +173,66 @@ def powers_kernel(
                     softcap=softcap,
                     stride_out=stride_out,
                 )
-                sums += some
-                if strips_ptr is not None:
-                    squares += some_squares
+                sums += tl.sum(some, 1)
+                if squares_ptr is not None:
+                    squares += tl.sum(some * some, 1)
             product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
 
     is_token = bound != float("inf")
     lse = tl.where(is_token, bound, 0.0) + tl.log2(sums)
     out = segment.to(tl.int64) * N + tokens
     tl.store(lse_ptr + out, lse, mask=is_token)
-    if strips_ptr is not None:
+    if squares_ptr is not None:
         tl.store(squares_ptr + out, 2.0 * bound + tl.log2(squares), mask=is_token)
     if not ONLY_FLAGGED:
         overflown = tl.sum((is_token & ~(lse - bound < OVERFLOW)).to(tl.int32), 0)
         if overflown > 0:
             tl.store(flag_ptr + block, 1)
+
+
+@triton.jit(do_not_specialize=["N"])
+def strip_sums_kernel(
+    powers_ptr,  # (N, V) times the slope of a softcap
+    bound_ptr,  # (N,) log2; +inf: no token
+    strips_ptr,  # (blocks, V) int16 out, see strip_bytes
+    N,
+    V,
+    softcap,  # or None
+    stride,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sum the powers of a block of tokens, and their squares, for each class.
+
+    A kernel of its own, since the one that stores them has the tokens in many threads.
+    """
+    block = tl.program_id(0)
+    classes = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = classes < V
+    mass = tl.zeros((ROWS, BLOCK_V), tl.float32)
+    energy = tl.zeros((ROWS, BLOCK_V), tl.float32)
+    present = 0
+    for start in range(0, BLOCK_T, ROWS):
+        tokens = block * BLOCK_T + start + tl.arange(0, ROWS)
+        bound = tl.load(bound_ptr + tokens, mask=tokens < N, other=float("inf"))
+        is_token = bound != float("inf")
+        present += tl.sum(is_token.to(tl.int32), 0)
+        # 32 bits reach: a chunk is bounded in elements
+        powers = tl.load(
+            powers_ptr + tokens[:, None] * stride + classes[None, :],
+            mask=is_token[:, None] & inside[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if softcap is not None:  # the slope of nearly the same logit; bytes are coarser
+            reference = tl.where(is_token, bound, 0.0)
+            logits = tl.log2(tl.where(powers > 0, powers, 1.0)) + reference[:, None]
+            powers = powers / tl.maximum(logit_slope(logits, softcap), 0.0625)
+        mass += powers
+        energy += powers * powers
+    if present > 0:
+        both = strip_bytes(tl.sum(energy, 0), tl.sum(mass, 0))
+        tl.store(strips_ptr + block.to(tl.int64) * V + classes, both, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "num_segments"])
@@ -368,10 +392,30 @@ def choose_segment_tiles(num_blocks: int, num_tiles: int) -> int:
 
 def store_powers(chunk: Chunk, powers: Tensor) -> None:
     """Store the powers (N, V) of a chunk and compute its losses and factors."""
-    strips = None if chunk.of_strips is None else chunk.of_strips.strips
+    inputs, of_strips = chunk.inputs, chunk.of_strips
     segments = sum_powers(
-        chunk.inputs, chunk.tokens.targets, powers, chunk.segment_tiles, strips=strips
+        inputs,
+        chunk.tokens.targets,
+        powers,
+        chunk.segment_tiles,
+        squared=of_strips is not None,
     )
+    if of_strips is not None:
+        num_tokens, num_classes = powers.shape
+        launch(
+            strip_sums_kernel,
+            (triton.cdiv(num_tokens, BLOCK_T), triton.cdiv(num_classes, STRIPS)),
+            powers_ptr=powers,
+            bound_ptr=inputs.bound,
+            strips_ptr=of_strips.strips,
+            N=num_tokens,
+            V=num_classes,
+            softcap=inputs.softcap,
+            stride=powers.stride(0),
+            BLOCK_T=BLOCK_T,
+            BLOCK_V=STRIPS,
+            ROWS=ROWS,
+        )
     finish_sums(chunk, segments)
 
 
@@ -381,11 +425,11 @@ def sum_powers(
     powers: Tensor,  # (N, V) out
     segment_tiles: int,
     *,
-    strips: Tensor | None = None,  # (blocks, V) int16, out
+    squared: bool = False,
 ) -> Segments:
     """Store the powers of all classes but the targets, and return their sums.
 
-    Bounds that were too low are raised. Each class is a group of which the squares are summed.
+    Bounds that were too low are raised. If ``squared``, squares are summed too, each class a group.
     """
     e, tiles = inputs.e, inputs.tiles
     num_tokens, num_classes = e.shape[0], inputs.c.shape[0]
@@ -393,10 +437,10 @@ def sum_powers(
     num_tiles = triton.cdiv(num_classes, tiles.block_v)
     num_segments = triton.cdiv(num_tiles, segment_tiles)
     parts = torch.empty((num_segments, num_tokens), dtype=torch.float32, device=e.device)
-    squares = torch.empty_like(parts) if strips is not None else parts[:0]
+    squares = torch.empty_like(parts) if squared else parts[:0]
     inputs.flags.zero_()
     overflow = OVERFLOW_FLOAT16 if powers.dtype == torch.float16 else OVERFLOW
-    if strips is not None:
+    if squared:
         overflow = min(overflow, OVERFLOW_OF_SQUARES.value)
 
     def store(only_flagged: bool) -> None:
@@ -409,8 +453,7 @@ def sum_powers(
             multiplier_ptr=inputs.multiplier,
             powers_ptr=powers,
             lse_ptr=parts,
-            squares_ptr=squares if strips is not None else None,
-            strips_ptr=strips,
+            squares_ptr=squares if squared else None,
             flag_ptr=inputs.flags,
             N=num_tokens,
             V=num_classes,

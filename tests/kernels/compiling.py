@@ -139,7 +139,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         )
         for flagged, multiplied, with_strips in itertools.product((False, True), repeat=3):
             suffix = f"{label}-{flagged:d}{multiplied:d}{with_strips:d}"
-            of_strips = without({"strips_ptr", "squares_ptr"}, with_strips)
+            of_strips = without({"squares_ptr"}, with_strips)
             add(
                 f"powers-{suffix}",
                 powers.powers_kernel,
@@ -155,6 +155,9 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
                 {**without({"softcap"}, softcap), **without({"weights_ptr"}, flagged),
                  **without({"multiplier_ptr"}, multiplied), **of_strips, "BLOCK_T": BLOCK_T},
                 types=(("strips_ptr", "*u8"),))  # fmt: skip
+        add(f"strip_sums-{label}", powers.strip_sums_kernel,
+            {**without({"softcap"}, softcap), "BLOCK_T": BLOCK_T, "BLOCK_V": powers.STRIPS,
+             "ROWS": powers.ROWS})  # fmt: skip
         # Further sums and a temperature.
         for names, energy in (
             (("multiplier",), True),

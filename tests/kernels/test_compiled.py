@@ -54,12 +54,6 @@ STACK = {
     "powers-softcap-bias": 16,
     "powers-softcap-bias-01": 48,  # with a temperature
     "powers-softcap-bias-11": 48,
-    # With energies and masses: at the end of a tile.
-    "powers-plain-011": 96,
-    "powers-softcap-bias-001": 384,
-    "powers-softcap-bias-011": 448,
-    "powers-softcap-bias-101": 384,
-    "powers-softcap-bias-111": 448,
     "centers-0": 192,  # float16 by float32 products
     "kept": 48,  # its two-dimensional tiles, eight warps
     "split_nodes-1": 256,  # one program for 8,192 tokens
