@@ -31,7 +31,14 @@ from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.exact import Wanted, add_product, store_product
 from cut_cross_entropy.kernels.filtered.backward import FLAT_SUPPORT, too_flat
 from cut_cross_entropy.kernels.filtered.selection import find_threshold
-from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, is_captured, launch
+from cut_cross_entropy.kernels.launch import (
+    HostCopy,
+    aligned_rows,
+    cdiv,
+    is_captured,
+    launch,
+    next_power_of_2,
+)
 from cut_cross_entropy.kernels.lse import PassInputs
 from cut_cross_entropy.kernels.powers import Chunk, StripSums, choose_segment_tiles, store_powers
 from cut_cross_entropy.kernels.primitives import ABSENT
@@ -305,7 +312,7 @@ def _one_pass(
         sums = StripSums(strips, support, lse, target_grad, math.log2(FLAT_SUPPORT))
 
     rows = _chunk_size(num_tokens, most)
-    num_tiles = triton.cdiv(num_classes, tiles_on(e.device).block_v)
+    num_tiles = cdiv(num_classes, tiles_on(e.device).block_v)
     stride = -(-num_classes // ALIGNED) * ALIGNED  # rows stay aligned
     buffer = make((rows, stride), dtype=problem.c.dtype)
     if num_valid is None:  # all rows are multiplied, those without a token by 0
@@ -331,7 +338,7 @@ def _one_pass(
             nll=nll[part],
             factor=factor[part],
             target=target[part],
-            segment_tiles=choose_segment_tiles(triton.cdiv(num_rows, BLOCK_T), num_tiles),
+            segment_tiles=choose_segment_tiles(cdiv(num_rows, BLOCK_T), num_tiles),
             of_strips=None if sums is None else sums.at(part),
         )
         store_powers(chunk, buffer[:num_rows, :num_classes])
@@ -399,8 +406,8 @@ def _one_pass(
 
 def _chunk_size(num_tokens: int, most: int) -> int:
     """Return the rows of chunks of about equal size: whole blocks, or all tokens."""
-    rows = triton.cdiv(num_tokens, triton.cdiv(num_tokens, most))
-    return int(min(triton.cdiv(rows, BLOCK_T) * BLOCK_T, num_tokens))
+    rows = cdiv(num_tokens, cdiv(num_tokens, most))
+    return int(min(cdiv(rows, BLOCK_T) * BLOCK_T, num_tokens))
 
 
 def _multiply(powers: Tensor, c: Tensor, out: Tensor) -> None:
@@ -441,7 +448,7 @@ def _scale_rows(
         NEED_E=needed.e,
         NEED_C=needed.c,
         HAS_UNIT=unit is not None,
-        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+        BLOCK_D=min(1024, next_power_of_2(dim)),
     )
 
 
@@ -495,10 +502,10 @@ def _add_targets(
     """Add what the targets contribute to dC and to the gradient of the bias."""
     num_tokens, dim = tokens.e.shape
     ordered, order = torch.sort(tokens.targets, stable=True)
-    block_d = min(1024, triton.next_power_of_2(dim))
+    block_d = min(1024, next_power_of_2(dim))
     launch(
         add_targets_kernel,
-        (num_tokens, triton.cdiv(dim, block_d) if needed.c else 1),
+        (num_tokens, cdiv(dim, block_d) if needed.c else 1),
         sorted_ptr=ordered,
         order_ptr=order,
         e_ptr=tokens.e,

@@ -17,7 +17,7 @@ from torch import Tensor
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.block_sizes import swizzle_width
 from cut_cross_entropy.kernels.exact import PROGRAMS_IN_FLIGHT
-from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.launch import cdiv, launch
 from cut_cross_entropy.kernels.lse import (
     LN2,
     MAX_SEGMENTS,
@@ -45,7 +45,7 @@ from cut_cross_entropy.kernels.tokens import Tokens
 
 # log2 of a sum over its bound: e over it has to stay normal, and in float16 a power has to fit.
 OVERFLOW, OVERFLOW_FLOAT16 = 100.0, 14.0
-STRIPS, ROWS = 256, 16  # classes of a program that sums strips, and tokens at a time
+STRIPS, ROWS = 512, 8  # classes of a program that sums strips, and tokens at a time
 SEGMENTS = range(16, 49)  # of the classes, each of which takes a program for a block of tokens
 
 
@@ -207,8 +207,8 @@ def strip_sums_kernel(
 
     A kernel of its own, since the one that stores them has the tokens in many threads.
     """
-    block = tl.program_id(0)
-    classes = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    classes = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)  # neighbours read on in the rows
+    block = tl.program_id(1)
     inside = classes < V
     mass = tl.zeros((ROWS, BLOCK_V), tl.float32)
     energy = tl.zeros((ROWS, BLOCK_V), tl.float32)
@@ -354,7 +354,7 @@ class StripSums:
 
     def at(self, part: slice) -> "StripSums":
         """Return those of some tokens, which begin with a block."""
-        blocks = slice(part.start // BLOCK_T, triton.cdiv(part.stop, BLOCK_T))
+        blocks = slice(part.start // BLOCK_T, cdiv(part.stop, BLOCK_T))
         return StripSums(
             self.strips[blocks],
             support=self.support[part],
@@ -381,11 +381,11 @@ class Chunk:
 
 def choose_segment_tiles(num_blocks: int, num_tiles: int) -> int:
     """Return how many tiles of classes a program takes, so that a GPU is busy to the end."""
-    sizes = {triton.cdiv(num_tiles, segments) for segments in SEGMENTS}
+    sizes = {cdiv(num_tiles, segments) for segments in SEGMENTS}
 
     def duration(tiles: int) -> int:
-        programs = num_blocks * triton.cdiv(num_tiles, tiles)
-        return int(triton.cdiv(programs, PROGRAMS_IN_FLIGHT)) * tiles
+        programs = num_blocks * cdiv(num_tiles, tiles)
+        return int(cdiv(programs, PROGRAMS_IN_FLIGHT)) * tiles
 
     return int(min(sorted(sizes, reverse=True), key=duration))
 
@@ -404,7 +404,7 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
         num_tokens, num_classes = powers.shape
         launch(
             strip_sums_kernel,
-            (triton.cdiv(num_tokens, BLOCK_T), triton.cdiv(num_classes, STRIPS)),
+            (cdiv(num_classes, STRIPS), cdiv(num_tokens, BLOCK_T)),
             powers_ptr=powers,
             bound_ptr=inputs.bound,
             strips_ptr=of_strips.strips,
@@ -433,9 +433,9 @@ def sum_powers(
     """
     e, tiles = inputs.e, inputs.tiles
     num_tokens, num_classes = e.shape[0], inputs.c.shape[0]
-    num_blocks = triton.cdiv(num_tokens, BLOCK_T)
-    num_tiles = triton.cdiv(num_classes, tiles.block_v)
-    num_segments = triton.cdiv(num_tiles, segment_tiles)
+    num_blocks = cdiv(num_tokens, BLOCK_T)
+    num_tiles = cdiv(num_classes, tiles.block_v)
+    num_segments = cdiv(num_tiles, segment_tiles)
     parts = torch.empty((num_segments, num_tokens), dtype=torch.float32, device=e.device)
     squares = torch.empty_like(parts) if squared else parts[:0]
     inputs.flags.zero_()
@@ -470,8 +470,8 @@ def sum_powers(
 
     store(only_flagged=False)
     # Blocks with a bound that was too low, if any: better bounds, and the same again.
-    tiles_of_pass = triton.cdiv(num_tiles, MAX_SEGMENTS)
-    better = parts.new_full((triton.cdiv(num_tiles, tiles_of_pass), num_tokens), torch.inf)
+    tiles_of_pass = cdiv(num_tiles, MAX_SEGMENTS)
+    better = parts.new_full((cdiv(num_tiles, tiles_of_pass), num_tokens), torch.inf)
     repaired = Segments(better, parts.new_empty((0, num_tokens)))
     vocabulary_pass(inputs, num_classes, None, online=True, repair=repaired)
     launch(
@@ -494,11 +494,11 @@ def finish_sums(chunk: Chunk, segments: Segments) -> None:
     inputs, (num_segments, num_tokens) = chunk.inputs, segments.lse.shape
     num_classes, found = inputs.c.shape[0], chunk.of_strips
     # As many groups as a pass of the filter's forward has.
-    num_tiles = triton.cdiv(num_classes, inputs.tiles.block_v)
-    num_groups = 64 * triton.cdiv(num_tiles, triton.cdiv(num_tiles, MAX_SEGMENTS))
+    num_tiles = cdiv(num_classes, inputs.tiles.block_v)
+    num_groups = 64 * cdiv(num_tiles, cdiv(num_tiles, MAX_SEGMENTS))
     launch(
         chunk_sums_kernel,
-        (triton.cdiv(num_tokens, BLOCK_T),),
+        (cdiv(num_tokens, BLOCK_T),),
         lse_parts_ptr=segments.lse,
         squares_parts_ptr=None if found is None else segments.squares,
         logits_ptr=chunk.logits,
