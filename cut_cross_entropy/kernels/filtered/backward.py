@@ -208,7 +208,7 @@ class _Selection:
         # The lists of the dense path, or of strips that are not stored together, are not read.
         most_strips = min(
             min(problem.memory_budget, MAX_BUDGET) // STRIP_BYTES,
-            int(dense_fraction(c.shape[1]) * kept.strips.numel()),
+            int(min(1.0, dense_fraction(c.shape[1])) * kept.strips.numel()),
         )
         tail, listed = Tail.of(kept, c), list_ahead(kept, index, most_strips)
         return cls(kept, index, tail, order, low_centers, listed)
