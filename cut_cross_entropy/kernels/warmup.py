@@ -105,9 +105,8 @@ def plan_sum(
             if x is not None and need:
                 scale.scale(total, loss, torch.empty_like(total, dtype=x.dtype))
         if any(filtered.flat()):  # the data may be too flat for the filter
-            call = _without_values(problem)
-            saved = step.forward(call, NO_FILTER, training=True)
-            step.backward(PerToken(saved.nll, saved.lse), saved, call, NO_FILTER, filtered)
+            for exact in (filtered, needed):
+                exact_sum.loss_and_gradients(_without_values(problem), exact, weights)
     return plan
 
 

@@ -211,7 +211,7 @@ class _Selection:
             int(min(1.0, dense_fraction(c.shape[1])) * kept.strips.numel()),
         )
         tail, listed = Tail.of(kept, c), list_ahead(kept, index, most_strips)
-        return cls(kept, index, tail, order, low_centers, listed)
+        return cls(kept, index, tail, order, low_centers=low_centers, listed=listed)
 
 
 class _Results(NamedTuple):
