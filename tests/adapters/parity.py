@@ -1,8 +1,21 @@
 """Problems for an adapter and a trainer's own function, and a comparison of the two."""
 
+import pytest
 import torch
 
 TOKENS, CLASSES, DIM = 12, 150, 16
+
+of_axolotl_options = pytest.mark.parametrize(
+    ("beta", "temperature", "hard", "soft", "bias"),
+    [
+        (0.0, 1.0, 0.3, 0.7, True),
+        (0.4, 1.0, 0.3, 0.7, False),
+        (1.0, 1.0, 0.0, 1.0, False),
+        (0.0, 1.7, 0.3, 0.7, False),
+        (0.4, 1.7, 0.0, 1.0, True),
+        (1.0, 1.7, 1.0, 0.0, False),
+    ],
+)
 
 
 def problem(tokens=TOKENS, classes=CLASSES, dim=DIM, dtype=torch.float32, seed=0):

@@ -13,6 +13,7 @@ from tests.adapters.parity import (
     CLASSES,
     DIM,
     assert_same,
+    of_axolotl_options,
     plain,
     problem,
     step,
@@ -86,17 +87,7 @@ def test_prime_rl_with_a_sampling_mask(case):
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize(
-    ("beta", "temperature", "hard", "soft", "bias"),
-    [
-        (0.0, 1.0, 0.3, 0.7, True),
-        (0.4, 1.0, 0.3, 0.7, False),
-        (1.0, 1.0, 0.0, 1.0, False),
-        (0.0, 1.7, 0.3, 0.7, False),
-        (0.4, 1.7, 0.0, 1.0, True),
-        (1.0, 1.7, 1.0, 0.0, False),
-    ],
-)
+@of_axolotl_options
 def test_axolotl(normalised, beta, temperature, hard, soft, bias):
     student, (ids, logprobs, mask, labels) = topk_problem(bias)
     options = (hard, soft, -100, temperature, beta, False, 4, hard > 0, normalised)

@@ -37,7 +37,15 @@ from cut_cross_entropy import adapters
 from cut_cross_entropy.lazy.logits import LazyLogits
 from cut_cross_entropy.transformers import call_count, cce_patch
 from tests.adapters import stand_ins
-from tests.adapters.parity import CLASSES, DIM, assert_same, problem, step, topk_problem
+from tests.adapters.parity import (
+    CLASSES,
+    DIM,
+    assert_same,
+    of_axolotl_options,
+    problem,
+    step,
+    topk_problem,
+)
 from tests.support import is_computed
 from tests.transformers.models import batch, llama
 
@@ -185,17 +193,7 @@ def test_nemo_rl(one_process):
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize(
-    ("beta", "temperature", "hard", "soft", "bias"),
-    [
-        (0.0, 1.0, 0.3, 0.7, True),
-        (0.4, 1.0, 0.3, 0.7, False),
-        (1.0, 1.0, 0.0, 1.0, False),
-        (0.0, 1.7, 0.3, 0.7, False),
-        (0.4, 1.7, 0.0, 1.0, True),
-        (1.0, 1.7, 1.0, 0.0, False),
-    ],
-)
+@of_axolotl_options
 def test_axolotl(normalised, beta, temperature, hard, soft, bias, monkeypatch):
     pytest.importorskip("liger_kernel")
     packages = ("axolotl", "axolotl.integrations", "axolotl.integrations.kd")
