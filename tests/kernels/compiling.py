@@ -138,6 +138,8 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             types=(("grad_ptr", "*fp32"),),
         )
         for flagged, multiplied, with_strips in itertools.product((False, True), repeat=3):
+            if flagged and with_strips:
+                continue  # rare, and larger by as much as without strips
             suffix = f"{label}-{flagged:d}{multiplied:d}{with_strips:d}"
             of_strips = without({"squares_ptr"}, with_strips)
             add(
