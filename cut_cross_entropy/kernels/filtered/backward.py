@@ -206,9 +206,9 @@ class _Selection:
         order = ClassOrder.of(kept, (0, c.shape[0]))
         low_centers = None if low_c is None else Tail.of(kept, low_c).centers
         # The lists of the dense path, or of strips that are not stored together, are not read.
+        share = min(max(0.0, dense_fraction(c.shape[1])), 1.0)
         most_strips = min(
-            min(problem.memory_budget, MAX_BUDGET) // STRIP_BYTES,
-            int(min(1.0, dense_fraction(c.shape[1])) * kept.strips.numel()),
+            min(problem.memory_budget, MAX_BUDGET) // STRIP_BYTES, int(share * kept.strips.numel())
         )
         tail, listed = Tail.of(kept, c), list_ahead(kept, index, most_strips)
         return cls(kept, index, tail, order, low_centers=low_centers, listed=listed)
