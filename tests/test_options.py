@@ -12,9 +12,19 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("softcap", [None, 5.0])  # 5: about 2 deviations, so tanh does bend
+@pytest.mark.parametrize(
+    ("dtype", "bias", "softcap"),  # each pair of values; 5: about 2 deviations, so tanh does bend
+    [
+        (torch.float32, False, None),
+        (torch.float32, True, 5.0),
+        (torch.bfloat16, False, 5.0),
+        (torch.bfloat16, True, None),
+        (torch.float16, False, None),
+        (torch.float16, True, 5.0),
+        (torch.float64, False, 5.0),
+        (torch.float64, True, None),
+    ],
+)
 def test_dtype_bias_softcap(impl, dtype, bias, softcap):
     check(make_problem(dtype=dtype, bias=bias), impl, softcap=softcap)
 
