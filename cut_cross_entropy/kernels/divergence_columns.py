@@ -223,7 +223,9 @@ class FilteredSums:
         )
         parts = [slice(k, min(k + at_once, len(ids))) for k in range(0, len(ids), at_once)]
         if self.sums.needed.e:
-            self._add_e(tokens, columns, ids, parts, free, row_sums[:, None], energies)
+            self._add_e(
+                tokens, columns, ids, parts, free, dropped=row_sums[:, None], energies=energies
+            )
         if self.sums.needed.c:
             self._add_c(e, columns, ids, parts, free)
             class_sums.index_fill_(1, ids, 0)

@@ -99,7 +99,7 @@ def divergence_and_gradients(
         row_sums = None
         if filtered is not None and filtered.needs_row_sums:
             row_sums = torch.empty_like(lse)
-        factor = logits.write_gradients(tokens, every, values, kind, beta, row_sums)
+        factor = logits.write_gradients(tokens, every, values, kind, beta, row_sums=row_sums)
         if filtered is None:
             gradients.add(tokens, e, factor)
         else:
