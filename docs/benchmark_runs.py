@@ -92,7 +92,9 @@ def collect(files: dict[str, dict[str, Any]]) -> Measurements:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{source} must name environment.device") from error
         found = [row for row in content.get("rows", []) if row.get("kind") in KINDS]
-        count[device] = count.get(device, 0) + len(found)
+        # A comparison has tables of its own, which show any device.
+        own = content.get("part") == "comparison"
+        count[device] = count.get(device, 0) + len(found) * (not own)
         where = {"device": device, "source": source, "part": content.get("part", "benchmark")}
         rows += [{**row, **where} for row in found]
     frame = pd.DataFrame(rows, columns=MEASURED)

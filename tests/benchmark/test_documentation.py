@@ -127,6 +127,7 @@ def test_the_comparison_names_the_best_and_what_is_lost(found):
         "part": "comparison", "environment": environment, "rows": rows, "failures": failures * 2,
     }  # fmt: skip
     kept = tables.collect({**found.files, "comparison.json": content})
+    assert kept.devices[0] == "Some GPU", "whose other tables are shown, although it has fewer rows"
     text = tables.comparison(kept)
     assert "| Gemma 3 270M, real text | **4.0 (2.00)** | 8.0 (4.00) |" in text
     assert "| Phi 3.5 Mini, broad | 5.0 (1.50) | **4.5 (1.50)** |" in text
