@@ -45,6 +45,12 @@ H200 or H100.
 Both are limited by the host's launches there, and the exact sum of few tokens has fewer. Measured:
 0.68 to 0.78 of the filter's time at 1.3e11 to 1.6e11, 1.08 at 2.3e11 (docs/engineering_log.md)."""
 
+FEW_PRODUCTS_BY_HALF = 2.5e12
+"""Products of ``e @ c.T`` (N V D) up to which a sum whose one gradient is exact has both exact.
+
+Measured on an H200, 1 GiB, time by that of the exact sum: 1.18 at 8e11, 1.17 at 1.3e12, 1.14 to
+1.19 at 1.4e12, 0.82 at 4.3e12, 0.88 to 0.94 at 4.8e12 (docs/engineering_log.md)."""
+
 MAX_ERROR: dict[object, float] = {"auto": 1.0, "high": 0.5}
 """Error of dE that the tail may make by ``filter_eps``, in multiples of bfloat16's rounding error.
 
@@ -203,8 +209,10 @@ def sum_of_losses(
             filter_ = _filter(chosen, kernel_options, filter_mass, world_size)
             if impl == "auto" and is_small(problem):
                 filter_ = NO_FILTER
-            exact = filter_.split(needed)[0]
-            if any(exact.flat()) and powers_per_chunk(problem, needed):
+            exact, filtered = (any(part.flat()) for part in filter_.split(needed))
+            if exact and powers_per_chunk(problem, needed):
+                if filtered and has_at_most(FEW_PRODUCTS_BY_HALF, problem):
+                    filter_ = NO_FILTER
                 return run_kernel_sum(problem, needed, weights, filter_, keep_inputs=keep_inputs)
     results = token_losses(
         impl, problem, kernel_options, filter_mass=filter_mass, world_size=world_size
@@ -218,10 +226,16 @@ def is_small(problem: Problem) -> bool:
     Known from the shapes and the device. The sums of the gradients, which are in float32 and kept
     until the backward, have to fit the budget.
     """
+    num_rows, dim = problem.e.shape[0] + problem.c.shape[0], problem.e.shape[1]
+    fitting = num_rows * dim * 4 <= problem.memory_budget
+    return fitting and has_at_most(FEW_PRODUCTS, problem)
+
+
+def has_at_most(products: float, problem: Problem) -> bool:
+    """Whether ``e @ c.T`` has at most so many products, in proportion to the device's speed."""
     (num_tokens, dim), num_classes = problem.e.shape, problem.c.shape[0]
-    products = num_tokens * num_classes * dim
-    fitting = (num_tokens + num_classes) * dim * 4 <= problem.memory_budget
-    return fitting and products <= FEW_PRODUCTS * relative_throughput(problem.e.device)
+    most = products * relative_throughput(problem.e.device)
+    return num_tokens * num_classes * dim <= most
 
 
 def gradients_needed(problem: Problem) -> Needed:

@@ -313,6 +313,8 @@ def test_a_filter_needs_the_logits_again(chunks):
         {"impl": "cce_kahan_full_e", "needed": ("e",)},
         {"impl": "auto", "filter_e_grad": False},
         {"impl": "cce_kahan_full_c", "softcap": 5.0, "temperature": 0.5},
+        {"impl": "cce_kahan_full_c"},
+        {"impl": "cce", "filter_e_grad": False},
     ],
 )
 def test_nothing_is_filtered(options, chunks, monkeypatch):
