@@ -242,7 +242,7 @@ def _section(name: str, record: Record) -> str:
     if content["skipped"]:
         missing = pd.DataFrame(content["skipped"]).groupby("method", sort=False)["seed"].agg(list)
         names = ", ".join(f"`{m}` seed {', '.join(map(str, x))}" for m, x in missing.items())
-        parts.append(f"Not run, for lack of time: {names}.")
+        parts.append(f"Not run: {names}.")
     return "\n\n".join(part.strip("\n") for part in parts if part)
 
 

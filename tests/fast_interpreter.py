@@ -8,14 +8,14 @@ import dataclasses
 import functools
 
 from triton import language as tl
-from triton.language import core
-from triton.language.semantic import TritonSemantic
+from triton.language import core, semantic
 from triton.runtime import interpreter
 
 
 def skip_repeated_work() -> None:
     """Patch the interpreter, once per process."""
-    if not hasattr(interpreter, "_LangPatchScope") or hasattr(core.tuple, "_type"):
+    others = not (hasattr(interpreter, "_LangPatchScope") and hasattr(semantic, "TritonSemantic"))
+    if others or hasattr(core.tuple, "_type"):
         return
     _replace_functions_once_per_launch()
     _look_up_numpy_dtypes()
@@ -121,24 +121,24 @@ def _share_shapes():
     core.tuple._type = None
     core.tuple.type = property(type_of_tuple, lambda self, type: setattr(self, "_type", type))
 
-    broadcast = TritonSemantic.broadcast_impl_value
+    broadcast = semantic.TritonSemantic.broadcast_impl_value
 
     def broadcast_unless_alike(self, lhs, rhs):
         of_lhs, of_rhs = (getattr(x.type, "shape", None) for x in (lhs, rhs))
         return (lhs, rhs) if of_lhs is of_rhs else broadcast(self, lhs, rhs)
 
-    TritonSemantic.broadcast_impl_value = broadcast_unless_alike
+    semantic.TritonSemantic.broadcast_impl_value = broadcast_unless_alike
 
 
 def _skip_conversions_to_the_same_type():
-    cast, equal = TritonSemantic.cast, core.dtype.__eq__
+    cast, equal = semantic.TritonSemantic.cast, core.dtype.__eq__
 
     def cast_unless_alike(self, input, dst_ty, *options, **named):
         if input.dtype is getattr(dst_ty, "scalar", None):
             return input
         return cast(self, input, dst_ty, *options, **named)
 
-    TritonSemantic.cast = functools.wraps(cast)(cast_unless_alike)
+    semantic.TritonSemantic.cast = functools.wraps(cast)(cast_unless_alike)
     core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
 
 
@@ -150,7 +150,7 @@ def _compute_no_unused_overflow():
 
 
 def _look_up_types_of_computations():
-    compute, types = TritonSemantic.computation_type_impl, {}
+    compute, types = semantic.TritonSemantic.computation_type_impl, {}
 
     def type_of_computation(self, a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod):
         key = (a_ty.name, a_is_scalar, b_ty.name, b_is_scalar, div_or_mod)
@@ -158,4 +158,4 @@ def _look_up_types_of_computations():
             types[key] = compute(self, a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod)
         return types[key]
 
-    TritonSemantic.computation_type_impl = type_of_computation
+    semantic.TritonSemantic.computation_type_impl = type_of_computation

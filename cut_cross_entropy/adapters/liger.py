@@ -74,7 +74,7 @@ def liger(**options: Any) -> Adapter:
     It replaces both functions of the name ``LigerFusedLinearJSDFunction``, behind
     ``liger_kernel.transformers.LigerFusedLinearJSD`` and
     ``liger_kernel.chunked_loss.LigerFusedLinearJSDLoss``, by :func:`linear_divergence`, where of
-    the options ``impl`` and ``memory_budget`` count. As there, classes that only the teacher has
+    the options all but ``filter_mass`` count. As there, classes that only the teacher has
     get the student's logit 0 in the latter; they cost a copy of the student's head.
 
     Sizes of tiles and chunks, dtypes of accumulators and ``compiled`` are ignored.

@@ -160,7 +160,7 @@ class Adapter:
     ) -> TokenDivergence:
         """Call :func:`linear_divergence` with those of the options it has, and count the call."""
         self._count()
-        options = {x: y for x, y in self.options.items() if x in ("impl", "memory_budget")}
+        options = {x: y for x, y in self.options.items() if x != "filter_mass"}
         return linear_divergence(
             e_student, head_student, e_teacher, head_teacher, **arguments, **options
         )

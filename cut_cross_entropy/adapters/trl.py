@@ -86,7 +86,7 @@ def trl(**options: Any) -> Adapter:
     It replaces ``trl.trainer.utils._ChunkedLogProbFunction``, the function between the last hidden
     states and the numbers of each token, and the distillation trainer's
     ``_chunked_divergence_loss`` and ``ChunkedDivergenceFunction`` by :func:`linear_divergence`,
-    where of the options ``impl`` and ``memory_budget`` count. Masks, sharded heads and other losses
+    where of the options all but ``filter_mass`` count. Masks, sharded heads and other losses
     stay TRL's. A divergence of heads that DeepSpeed's ZeRO-3 has partitioned is refused.
 
     Args:

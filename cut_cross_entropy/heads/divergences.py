@@ -101,6 +101,8 @@ class _Divergence(Function):
         of_divergence, of_entropy, of_logprobs = grads[:NUM_RESULTS]
         upstream = DivergenceGrads(of_divergence, of_entropy, of_logprobs if has_targets else None)
         need_e, need_c, need_bias, *_ = ctx.needs_input_grad
+        if isinstance(student, HeadProblem):
+            student.rows.forget_gradients()
         with implementation(by_kernels, student.e.device) as chosen:
             found = chosen.backward(
                 upstream,

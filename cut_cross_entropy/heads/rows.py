@@ -113,6 +113,13 @@ class ClassRows:
         assert self._grads is not None
         return next(g for x, g in zip(self._leaves, self._grads, strict=True) if x is leaf)
 
+    def forget_gradients(self) -> None:
+        """Drop what an earlier backward pass left that did not ask for the parts' gradients.
+
+        For a function that computes the gradients of all rows, at the start of its backward.
+        """
+        self._grads = None
+
     def hand_over(self) -> list[Tensor | None]:
         """Return the gradients of all chunks, in the order of the leaves."""
         grads, self._grads = self._grads, None

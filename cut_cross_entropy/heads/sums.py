@@ -102,6 +102,7 @@ class _Losses(Function):
 
         e, bias, anchor, targets, multiplier, *saved = ctx.saved_tensors
         need_e, need_bias, need_rows, _ = ctx.needs_input_grad
+        ctx.rows.forget_gradients()
         problem = replace(
             ctx.problem,
             e=e,

@@ -7,6 +7,7 @@ import types
 import pytest
 
 from cut_cross_entropy import adapters
+from cut_cross_entropy.adapters import seam as seam_module
 from cut_cross_entropy.adapters.seam import Adapter, Seam
 
 
@@ -146,6 +147,16 @@ def test_unknown_options():
         TypeError, match=r"unknown option 'filter'; an adapter takes impl, filter_eps"
     ):
         adapters.trl(filter=3)
+
+
+def test_a_divergence_takes_the_options_it_has(monkeypatch):
+    taken = {}
+    monkeypatch.setattr(
+        seam_module, "linear_divergence", lambda *inputs, **arguments: taken.update(arguments)
+    )
+    options = {"impl": "chunked", "filter_eps": None, "memory_budget": 2**20}
+    Adapter({**options, "filter_mass": 0.9}).compute_divergence(*"ehEH", beta=0.5)
+    assert taken == {**options, "beta": 0.5}
 
 
 def test_the_package_imports_no_trainer():

@@ -110,6 +110,16 @@ def test_the_backward_may_run_twice_and_for_some_tensors_only():
     torch.testing.assert_close(of_e, expected[0], rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_backward_for_some_tensors_leaves_nothing_for_the_next(kind):
+    student, teacher = models(kind, "plain")
+    value = run(student, teacher, beta=0.5, impl="chunked").divergence.sum()
+    expected = student.gradients(truth(student, teacher, 0.5)[0].sum())
+    torch.autograd.grad(value, student.leaves[:1], retain_graph=True)
+    found = torch.autograd.grad(value, student.leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
+
+
 def test_a_part_that_changes_before_the_backward():
     student, teacher = models("lora", "frozen")
     value = run(student, teacher).divergence.sum()

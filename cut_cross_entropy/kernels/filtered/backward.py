@@ -319,6 +319,8 @@ def _run(work: _Work) -> None:
     if wanted.c is not None and num_superblocks > 1:
         row_bytes = bytes_per_row(wanted.c, num_superblocks)
     budget = work.problem.memory_budget
+    if work.flat is not None:  # its gradients exist until the last pass
+        budget = max(1, budget - work.flat.grads.nbytes)
     schedule = make_schedule(work.counts, budget, row_bytes, wanted.classes)
     stored = None
     for rectangle in schedule.token_passes:

@@ -293,7 +293,8 @@ def list_strips_kernel(
     kept = ((mask >> bit) & 1) != 0
     position = tl.load(starts_ptr + block * num_chunks + chunk)
     position += tl.cumsum(kept.to(tl.int32), 0) - 1
-    kept = kept & (position < most_strips)
+    # Counts beyond 2^31 wrap around: the host refuses so many strips after the lists are made.
+    kept = kept & (position >= 0) & (position < most_strips)
     tl.store(classes_ptr + position, classes, mask=kept)
     if BY_CLASS:
         one = tl.full((CHUNK,), 1, tl.int64)
