@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
-NOTHING = "Not measured yet."
+NOTHING = "Not measured yet: there is no record."
 
 Row: TypeAlias = Mapping[str, Any]
 Column: TypeAlias = tuple[str, str | Callable[[Row], str]]

@@ -242,7 +242,7 @@ def test_blocks_are_replaced_and_the_rest_is_not(found):
     assert "old" not in made
     assert fill(made, blocks) == made
     page = "<!-- begin tails -->\n<!-- end tails -->\n"
-    assert "Not measured yet." in fill(page, blocks)
+    assert "Not measured yet: there is no record." in fill(page, blocks)
 
 
 def test_problems_without_errors_are_not_counted_as_problems_with_small_ones(found):
