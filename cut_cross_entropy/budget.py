@@ -1,4 +1,4 @@
-"""How much the kernels store at a time, which decides how a loss is computed."""
+"""Memory that the kernels store at a time, which decides how a loss is computed."""
 
 from cut_cross_entropy.constants import BLOCK_TOKENS, MAX_ELEMENTS
 from cut_cross_entropy.implementations.blocks import uses_half_products
@@ -22,7 +22,7 @@ def powers_per_chunk(problem: Problem, needed: Needed) -> int:
     """Return for how many tokens to store powers of all classes; 0 if too few to be worth it.
 
     See ``cut_cross_entropy.kernels.exact_sum``. They take the budget, and as much memory as the
-    gradient of c in its dtype: beside the sums in float32, the backward allocates that, and the
+    gradient of c in its dtype: beyond the sums in float32, the backward allocates that, and the
     forward does not.
     """
     (num_classes, dim), itemsize = problem.c.shape, problem.compute_dtype.itemsize

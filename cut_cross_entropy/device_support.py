@@ -1,4 +1,4 @@
-"""What can run on this machine; nothing here imports Triton unless it has to.
+"""Abilities of this machine; nothing here imports Triton unless it has to.
 
 Triton is probed by importing it, not by package metadata: distributions of it carry other names.
 """

@@ -1,4 +1,4 @@
-"""What a walk over the classes of two models computes, and the gradients of its results.
+"""Results of a walk over the classes of two models, and their gradients.
 
 Shape legend: ``cut_cross_entropy.implementations``.
 """

@@ -80,7 +80,7 @@ class Problem:
 
     @property
     def most_classes(self) -> int:
-        """How many classes :meth:`class_rows` may be asked for."""
+        """Number of classes that :meth:`class_rows` may be asked for."""
         return self.c.shape[0]
 
     def class_rows(self, classes: slice) -> Tensor:

@@ -44,7 +44,7 @@ _SUMS = ", ".join(f"Tensor sum_{name}" for name in SumGradients._fields)
 
 @dataclass(frozen=True)
 class SumOptions:
-    """What the operators of a sum have to compute and keep.
+    """Values that the operators of a sum have to compute and keep.
 
     Args:
         filter: which of the gradients the kernels filter; off for other implementations.

@@ -1,4 +1,4 @@
-"""What the filter should reach on real and broad heads, and what was measured."""
+"""Aims of the filter on real and broad heads, and what was measured."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -338,7 +338,7 @@ def comparison(kept: Measurements) -> str:
 
 
 def filter_table(kept: Measurements, device: str | None = None) -> str:
-    """What the filter kept and dropped."""
+    """Return the table of what the filter kept and dropped."""
     rows = kept.of(device, method="cce", kind=BOTH, ignored=0.0, frozen=None)
     found = [{"data": data, **records[0]} for data, records in zip(rows["data"], rows["filter"],
              strict=True) if isinstance(records, list) and records]  # fmt: skip
@@ -408,7 +408,7 @@ def errors_sentence(kept: Measurements) -> str:
 
 
 def spread(kept: Measurements) -> str:
-    """How far repetitions lie apart."""
+    """Return the table of how far repetitions lie apart."""
     rows = kept.on()
     rows = rows[rows["repetitions"] > 3]
     shares = (rows["q3_ms"] - rows["q1_ms"]) / rows["runtime_ms"]
@@ -420,7 +420,7 @@ def spread(kept: Measurements) -> str:
 
 
 def failures(kept: Measurements) -> str:
-    """What could not be measured, and why; a method that ran out of time is named once."""
+    """Name what could not be measured, and why; a method that ran out of time is named once."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for file, content in kept.files.items():
         if content["environment"]["device"] != kept.devices[0]:
@@ -463,7 +463,7 @@ def other_devices(kept: Measurements) -> str:
 
 
 RECORDS = ("rows", "curves", "problems")
-"""What files call the records that they hold."""
+"""Names that files have for the records in them."""
 
 
 def raw_files(kept: Measurements) -> str:

@@ -56,13 +56,13 @@ COSTS = (("time, ms", "runtime_ms", ".1f"), ("peak, MiB", "op_mem_mb", ",.0f"),
          ("largest error of a log-probability", "error_logprobs", ".1e"),
          ("largest error of an entropy", "error_entropy", ".1e"),
          ("largest error of a divergence", "error_divergence", ".1e"))  # fmt: skip
-"""What one method of a benchmark may do worse than another: title, column, format."""
+"""Figures in which one method of a benchmark may be worse than another: title, column, format."""
 
 TRAINERS = {"grpo": "GRPO", "grpo_bf16": "GRPO, bf16", "dpo": "DPO", "dpo_bf16": "DPO, bf16"}
 """Experiments with TRL's trainers, by the names of their records."""
 
 FIGURES = ("loss", "reward", "rewards/margins")
-"""What the trainers log that the page compares."""
+"""Logged values of the trainers that the page compares."""
 
 
 def link(path: str, commit: str) -> str:
@@ -435,7 +435,7 @@ WANTED: Mapping[str, tuple[str, str]] = {
     "LoRA on the head, frozen head, QLoRA": (
         "experiments/finetune_*-lora*.json", "python -m experiments.finetune --lora 16"),
 }  # fmt: skip
-"""What belongs on the page: a pattern of its records, and the command that measures it."""
+"""Contents of the page: a pattern of its records, and the command that measures it."""
 
 
 def missing(_: Measurements, __: Records, folder: Path) -> str:

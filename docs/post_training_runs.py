@@ -119,7 +119,7 @@ def logprobs(kept: Measurements) -> str:
 
 
 def additions(kept: Measurements) -> str:
-    """What temperature, ranks, candidates and entropies cost, in products."""
+    """Return what temperature, ranks, candidates and entropies cost, in products."""
     rows = rows_of(kept, "logprobs")
     if rows.empty:
         return ""

@@ -28,7 +28,7 @@ SMOKE = {
 """Settings of ``--smoke``: all of the code, in seconds on a CPU."""
 
 BUCKETS = (1, 10, 100, 1000)
-"""Where the groups of tokens begin, by how often training saw them; the first is never."""
+"""First counts of the groups of tokens, by how often training saw them; the first is never."""
 
 END = "<|end|>"
 

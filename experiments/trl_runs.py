@@ -215,7 +215,7 @@ def train(
 
 
 def distances(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """How far each run is from TRL's of the same seed.
+    """Measure how far each run is from TRL's of the same seed.
 
     Args:
         runs: of the record.

@@ -1,4 +1,4 @@
-"""What a run minimises: the loss of the next token, or an objective of post-training.
+"""Objectives that a run minimises: the loss of the next token, or an objective of post-training.
 
 An objective asks a loss of ``training/losses.py`` for what it needs, so that it never knows whether
 there are logits. Legend: B sequences, T tokens each.

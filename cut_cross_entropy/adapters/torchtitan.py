@@ -41,7 +41,7 @@ CROSS_ENTROPY_SEAM = Seam(
 
 
 class _Scores(NamedTuple):
-    """What the inner loss gets instead of logits."""
+    """Input of the inner loss in the place of logits."""
 
     logprobs: Tensor  # (B, T)
     entropy: Tensor  # (B, T)

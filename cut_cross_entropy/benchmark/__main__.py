@@ -32,7 +32,7 @@ SWEEP_CLASSES = [65536, 98304, 131072, 196608, 262144]
 CPU_SWEEP_TOKENS = [128, 256, 512, 1024]
 CPU_SWEEP_CLASSES = [4096, 8192, 16384, 32768]
 HEADS = Path("out/heads")
-"""Where saved hidden states are looked for, relative to the working directory."""
+"""Folder of saved hidden states, relative to the working directory."""
 
 
 def kind(name: str) -> str:

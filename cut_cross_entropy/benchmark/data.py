@@ -254,7 +254,7 @@ def _broad(
 
 
 def describe(problem: Problem, tokens: int = 512) -> dict[str, float]:
-    """What the distribution of the first tokens looks like, averaged."""
+    """Statistics of the distribution of the first tokens, averaged."""
     p = problem.logits(problem.e[:tokens], problem.c).softmax(1)
     ordered = p.sort(dim=1, descending=True).values
     running = ordered.cumsum(1)

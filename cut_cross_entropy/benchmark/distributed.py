@@ -65,7 +65,7 @@ NO_MEMORY = "out of memory"
 
 @dataclass(frozen=True)
 class Job:
-    """What one row measures; names as on the command line."""
+    """Settings of one row; names as on the command line."""
 
     data: str
     tokens: int

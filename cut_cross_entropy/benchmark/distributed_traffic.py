@@ -1,4 +1,4 @@
-"""What the processes of a set-up send in a step: counted by arithmetic, and run by itself.
+"""Traffic of the processes of a set-up in a step: counted by arithmetic, and run by itself.
 
 The sizes are those of the table in docs/distributed.md; a test holds them against the collectives
 that a step really runs. Legend: R processes, N tokens of each, V classes, D features.

@@ -1,4 +1,4 @@
-"""Where figures come from: device, versions, commit."""
+"""Origin of figures: device, versions, commit."""
 
 import os
 import platform
@@ -40,7 +40,7 @@ def processor() -> str:
 
 
 def environment(commit: str | None = None) -> dict[str, str]:
-    """What every file of measurements begins with."""
+    """Opening of every file of measurements."""
     on_gpu = torch.cuda.is_available()
     where = {
         "device": torch.cuda.get_device_name() if on_gpu else processor(),

@@ -1,4 +1,4 @@
-"""How a program ends that may be one of several processes."""
+"""End of a program that may be one of several processes."""
 
 import os
 import sys

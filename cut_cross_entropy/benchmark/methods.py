@@ -1,4 +1,4 @@
-"""What can be measured: this package's implementations, PyTorch's own, and other packages.
+"""Methods to measure: this package's implementations, PyTorch's own, and other packages.
 
 A method is built inside a process of its own, so nothing here imports a package before it is
 asked for. ``build`` gets a problem and gives a function without arguments that computes its mean

@@ -149,5 +149,5 @@ class Clock:
         self.end = time.monotonic() + limit
 
     def left(self, most: float = float("inf")) -> float:
-        """What is left, at most ``most``."""
+        """Return what is left, at most ``most``."""
         return min(most, self.end - time.monotonic())

@@ -22,7 +22,7 @@ SEQUENCE = 512  # tokens that share an advantage
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a method; its inputs are those of the problem.
+    """Question to a method; its inputs are those of the problem.
 
     Args:
         problem: of the model that is trained.

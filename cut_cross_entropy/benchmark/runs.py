@@ -1,4 +1,4 @@
-"""What is asked of the processes, problem by problem, and the rows that come of it."""
+"""Questions to the processes, problem by problem, and the rows of their answers."""
 
 import dataclasses
 import time
@@ -21,7 +21,7 @@ WARM_UP = 110.0  # seconds that a call may take while others compile too
 
 @dataclass(frozen=True)
 class Task:
-    """What to measure on one problem.
+    """Measurements of one problem.
 
     Args:
         name: of the data, as the tables show it.

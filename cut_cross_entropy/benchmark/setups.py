@@ -185,7 +185,7 @@ ALONE: dict[str, Callable[[Problem, ImplName], Step]] = {
     "one GPU": one_gpu,
     "one GPU, full logits": partial(one_gpu, logits=True),
 }
-"""What one GPU does without the others; needs no process group."""
+"""Set-ups of one GPU without the others; they need no process group."""
 
 LOGITS = ("tensor-parallel full logits", "one GPU, full logits")
 """Those that have no implementation to choose."""

@@ -34,4 +34,4 @@ SHAPES = {
 }
 
 SMALL = Shape("small", 16384, 256, title="small, for CPUs")
-"""What is measured where there is no GPU."""
+"""Shape that is measured without a GPU."""

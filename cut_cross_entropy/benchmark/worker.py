@@ -79,7 +79,7 @@ class Worker:
         return {name: tensor for name, tensor in both.items() if tensor.requires_grad}
 
     def _pass(self, kind: str) -> tuple[Callable[[Any], object], Callable[[], Any]]:
-        """What one repetition runs, and what it needs that is not measured: a backward's graph.
+        """Return what one repetition runs, and what it needs unmeasured: a backward's graph.
 
         Every backward gets a graph of its own: compiled ones cannot run twice, and some methods
         change what they have saved.
@@ -100,7 +100,7 @@ class Worker:
         return lambda _: torch.autograd.grad(loss(), inputs), nothing
 
     def _token_pass(self, kind: Kind) -> Callable[[Any], object]:
-        """What one repetition of a kind with results for each token runs."""
+        """Return what one repetition of a kind with results for each token runs."""
         build = getattr(self.method, kind.subject)
         if build is None:
             raise NotImplementedError(f"{self.name} does not have {kind.subject}")

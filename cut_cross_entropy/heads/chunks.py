@@ -1,4 +1,4 @@
-"""What the public functions return, for a head, by chunks of its classes.
+"""Results of the public functions for a head, by chunks of its classes.
 
 Each chunk of classes is a problem of its own, which the implementations for matrices solve: a
 target in another chunk is replaced by one that is here, and its loss left out. Log-sum-exps of the
@@ -73,7 +73,7 @@ class HeadProblem(Problem):
 
     @property
     def most_classes(self) -> int:
-        """How many classes :meth:`class_rows` may be asked for: those of a chunk."""
+        """Number of classes that :meth:`class_rows` may be asked for: those of a chunk."""
         return min(self.rows.num_classes, self.chunk_size())
 
     def class_rows(self, classes: slice) -> Tensor:

@@ -81,7 +81,7 @@ class _Divergence(Function):
         beta, has_targets, by_kernels = options
         with implementation(by_kernels, e.device) as chosen:
             found = chosen.forward(student, teacher, beta, has_targets)
-        tensors = [getattr(side, name) for side in (student, teacher) for name in TENSORS]
+        tensors = [getattr(side, x) for side in (student, teacher) for x in _saved_of(side)]
         ctx.save_for_backward(e, c, bias, *tensors, *found)
         ctx.sides, ctx.options = (_without_tensors(student), _without_tensors(teacher)), options
         ctx.mark_non_differentiable(*found[NUM_RESULTS:])
@@ -94,8 +94,9 @@ class _Divergence(Function):
         _, c, _, *saved = ctx.saved_tensors
         sides = []
         for side in ctx.sides:
-            own, saved = saved[: len(TENSORS)], saved[len(TENSORS) :]
-            sides.append(replace(side, **dict(zip(TENSORS, own, strict=True))))
+            names = _saved_of(side)
+            own, saved = saved[: len(names)], saved[len(names) :]
+            sides.append(replace(side, **dict(zip(names, own, strict=True))))
         student, teacher = sides
         beta, has_targets, by_kernels = ctx.options
         of_divergence, of_entropy, of_logprobs = grads[:NUM_RESULTS]
@@ -117,6 +118,15 @@ class _Divergence(Function):
         return grad_e, grad_c if need_c else None, grad_bias, None, None, None
 
 
+def _saved_of(problem: Problem) -> list[str]:
+    """Name the tensors to save: not a head's ``c``, which has a shape, but no memory.
+
+    Hooks of saved tensors, such as offloading, would copy all of its elements.
+    """
+    return [x for x in TENSORS if x != "c" or not isinstance(problem, HeadProblem)]
+
+
 def _without_tensors(problem: Problem) -> Problem:
     nothing = problem.e.new_empty(0)
-    return replace(problem, e=nothing, c=nothing, targets=nothing, bias=None, multiplier=None)
+    c = problem.c if isinstance(problem, HeadProblem) else nothing
+    return replace(problem, e=nothing, c=c, targets=nothing, bias=None, multiplier=None)

@@ -1,4 +1,4 @@
-"""What a head consists of, and the products that its logits are the sum of.
+"""Parts of a head, and the products that its logits are the sum of.
 
 Shapes: ... leading (batch, time), D features, V classes, r rank.
 """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """What all row sources have in common.
+    """Common part of all row sources.
 
     Args:
         shape, dtype, device: see :class:`~cut_cross_entropy.heads.RowSource`.

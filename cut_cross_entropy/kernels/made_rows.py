@@ -67,7 +67,7 @@ class LossAndGradient(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """How many classes make a chunk, and for how many tokens its logits are stored at a time."""
+    """Numbers of classes of a chunk, and of tokens whose logits of it are stored at a time."""
 
     classes: int
     tokens: int

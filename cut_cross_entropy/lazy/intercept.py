@@ -134,7 +134,7 @@ class HeadForward:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """What ``request`` makes of the recipe, while the weight is there."""
+        """Return what ``request`` makes of the recipe, while the weight is there."""
         suspended, record.suspended = record.suspended, 0
         try:
             known = len(record.calls)

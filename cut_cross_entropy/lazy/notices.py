@@ -63,7 +63,7 @@ def count_traced_loss() -> None:
 
 
 def call_count(model: nn.Module | None = None) -> int:
-    """How many losses the patch has computed in this process.
+    """Return how many losses the patch has computed in this process.
 
     A compiled model adds 1 to the total each time it is traced, not each step.
 

@@ -499,4 +499,4 @@ OPERATORS = {
 KEPT_AFTERWARDS = frozenset(
     {"float", "double", "half", "bfloat16", "to", "type", "detach", "clone", "contiguous", "cpu"}
 )
-"""What stays unevaluated after the forward: handing logits on. Whoever takes a part uses it."""
+"""Operations that hand logits on and stay unevaluated after the forward; a part is a use."""

@@ -24,7 +24,7 @@ class LossOptions(Protocol):
 
 
 class Uses:
-    """How the logits of one call of a head were used."""
+    """Use of the logits of one call of a head."""
 
     losses = 0  # computed without logits
     read = False  # in full, and the gradient of the result is theirs

@@ -120,6 +120,19 @@ def test_a_backward_for_some_tensors_leaves_nothing_for_the_next(kind):
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
 
 
+def test_no_saved_tensor_has_the_shape_of_a_head():
+    """Hooks that move what is saved, as ``save_on_cpu``, would fill it."""
+    student, teacher = models("lora", "two_adapters")
+    sizes = []
+    pack = lambda tensor: (sizes.append(tensor.numel()), tensor)[1]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = run(student, teacher, beta=0.5, impl="chunked").divergence.sum()
+    assert 0 < max(sizes) <= max(student.e.numel(), V * R)
+    found = torch.autograd.grad(value, student.leaves)
+    expected = student.gradients(truth(student, teacher, 0.5)[0].sum())
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
+
+
 def test_a_part_that_changes_before_the_backward():
     student, teacher = models("lora", "frozen")
     value = run(student, teacher).divergence.sum()
