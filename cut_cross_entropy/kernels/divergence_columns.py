@@ -287,7 +287,8 @@ class FilteredSums:
             class_sums, means = self._class_sums[: self._first], self._means[: self._first]
             if not blocks.half_products:
                 class_sums, means = class_sums.to(blocks.wide), means.to(blocks.wide)
-            blocks.add_product(class_sums.T, means, self.sums.grad_c)
+            for part in self.sums.classes:
+                blocks.add_product(class_sums[:, part].T, means, self.sums.grad_c[part])
             self._first = 0
 
 

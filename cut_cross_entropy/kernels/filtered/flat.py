@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cut_cross_entropy.implementations.token_chunks import class_slices
 from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.exact import Wanted, add_product, chunk_gradients
 from cut_cross_entropy.kernels.launch import cdiv
@@ -54,7 +55,8 @@ class FlatTokens:
             if columns is not None and out is not None:
                 shape = (grads.shape[0], columns.shape[1])
                 total = torch.zeros(shape, dtype=torch.float32, device=grads.device)
-                add_product(total, grads, columns)
+                for part in class_slices(columns.shape[0], max(shape)):
+                    add_product(total, grads[:, part], columns[part])
                 scatter_rows(total.div_(self.tokens.scale), self.tokens.origin, out)
 
     def add_bias_grads(self, sums: Tensor) -> None:
