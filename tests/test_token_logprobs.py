@@ -447,8 +447,8 @@ def ask_for_everything(e, c, bias, targets, candidates, support, temperature, **
     )
 
 
-def loss_of_everything(*inputs, impl="chunked"):
-    got = ask_for_everything(*inputs, softcap=4.0, impl=impl)
+def loss_of_everything(*inputs):
+    got = ask_for_everything(*inputs, softcap=4.0, impl="chunked")
     return objective(vars(got), DIFFERENTIABLE), got.rank, got.top_ids
 
 
@@ -490,7 +490,7 @@ def test_transforms():
     def example(e, targets, candidates, support, temperature):
         def of(c):
             return loss_of_everything(
-                e, c, problem.bias, targets, candidates, support, temperature, "chunked"
+                e, c, problem.bias, targets, candidates, support, temperature
             )[0]
 
         return torch.func.grad(of)(problem.c)
