@@ -22,7 +22,7 @@ from torch import Tensor
 from cut_cross_entropy.budget import FILTER_GROUPS
 from cut_cross_entropy.implementations.blocks import Blocks
 from cut_cross_entropy.implementations.token_chunks import GradientSums
-from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2
 from cut_cross_entropy.problem import Needed
 
 MOST_KEPT = 0.6
@@ -146,9 +146,9 @@ class FilteredSums:
         self.sums, self.tolerance = sums, tolerance
         self._memory = memory.view(-1).view(torch.uint8)
         blocks = sums.blocks
-        num_groups = triton.cdiv(blocks.shape[0], GROUP)
+        num_groups = cdiv(blocks.shape[0], GROUP)
         if sums.needed.c:  # of as many chunks as fit
-            of_all = triton.cdiv(blocks.num_kept, blocks.shape[0]) * num_groups
+            of_all = cdiv(blocks.num_kept, blocks.shape[0]) * num_groups
             num_groups = max(num_groups, min(of_all, FILTER_GROUPS))
         num_classes, dim = blocks.problem.c.shape
         make, dtype = blocks.problem.c.new_empty, blocks.problem.compute_dtype
@@ -181,13 +181,13 @@ class FilteredSums:
             return
         (num_tokens, num_classes), (_, dim) = factor.shape, e.shape
         energies = torch.empty(num_classes, dtype=torch.float32, device=e.device)
-        num_groups = triton.cdiv(num_tokens, GROUP)
+        num_groups = cdiv(num_tokens, GROUP)
         if self._first + num_groups > len(self._means):
             self.finish()
         class_sums = self._class_sums[self._first : self._first + num_groups]
         launch(
             column_energies_kernel,
-            (triton.cdiv(num_classes, BLOCK),),
+            (cdiv(num_classes, BLOCK),),
             grad_ptr=factor,
             energies_ptr=energies,
             sums_ptr=class_sums,
@@ -269,10 +269,10 @@ class FilteredSums:
         for part in parts:
             rows = free[: (part.stop - part.start) * dim * 4].view(torch.float32).view(-1, dim)
             sums.blocks.store_product(columns[:, part].T, e, rows)
-            block = min(1024, triton.next_power_of_2(dim))
+            block = min(1024, next_power_of_2(dim))
             launch(
                 add_rows_kernel,
-                (part.stop - part.start, triton.cdiv(dim, block)),
+                (part.stop - part.start, cdiv(dim, block)),
                 rows_ptr=rows,
                 ids_ptr=ids[part],
                 out_ptr=sums.grad_c,

@@ -36,7 +36,7 @@ from cut_cross_entropy.kernels.step import in_compute_dtype
 from cut_cross_entropy.problem import Needed, Problem
 
 MANY_TOKENS, EVEN_TOKENS = 512, (128, 64)
-"""Multiples of the first, or of the second in chunks of fewer tokens, are whole tiles."""
+"""A chunk has a multiple of 128 tokens, whole tiles; of 64 where fewer than 512 fit."""
 
 
 def divergence_and_gradients(
