@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2
 
 BLOCK_K = 16
 ROWS = 8  # pairs that the gradient of c reads at a time
@@ -118,7 +118,7 @@ def class_products(e: Tensor, c: Tensor, ids: Tensor) -> Tensor:
     out = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
     launch(
         class_products_kernel,
-        (num_tokens, triton.cdiv(count, BLOCK_K)),
+        (num_tokens, cdiv(count, BLOCK_K)),
         e_ptr=e,
         c_ptr=c,
         ids_ptr=ids.contiguous(),
@@ -126,7 +126,7 @@ def class_products(e: Tensor, c: Tensor, ids: Tensor) -> Tensor:
         K=count,
         D=e.shape[1],
         BLOCK_K=BLOCK_K,
-        BLOCK_D=min(256, triton.next_power_of_2(e.shape[1])),
+        BLOCK_D=min(256, next_power_of_2(e.shape[1])),
     )
     return out
 
@@ -134,10 +134,10 @@ def class_products(e: Tensor, c: Tensor, ids: Tensor) -> Tensor:
 def class_grad_e(c: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
     """Write the sums of ``weights[i, k] * c[ids[i, k]]`` to ``out`` (N, D), rounded once."""
     dim = c.shape[1]
-    block_d = min(256, triton.next_power_of_2(dim))
+    block_d = min(256, next_power_of_2(dim))
     launch(
         class_grad_e_kernel,
-        (ids.shape[0], triton.cdiv(dim, block_d)),
+        (ids.shape[0], cdiv(dim, block_d)),
         c_ptr=c,
         ids_ptr=ids.contiguous(),
         weights_ptr=weights.contiguous(),
@@ -165,10 +165,10 @@ def class_grad_c(
     in_order, pairs = torch.sort(ids.flatten(), stable=True)
     bounds = torch.arange(num_classes + 1, device=ids.device)
     starts = torch.searchsorted(in_order, bounds)
-    block_d = min(512, triton.next_power_of_2(dim))
+    block_d = min(512, next_power_of_2(dim))
     launch(
         class_grad_c_kernel,
-        (num_classes, 1 if out is None else triton.cdiv(dim, block_d)),
+        (num_classes, 1 if out is None else cdiv(dim, block_d)),
         e_ptr=e,
         pairs_ptr=pairs,
         starts_ptr=starts,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.launch import cdiv, launch
 from cut_cross_entropy.kernels.lse import LN2, Segments, highest_of_segments, logsumexp2
 from cut_cross_entropy.kernels.tokens import Tokens
 from cut_cross_entropy.outputs import Asked
@@ -109,7 +109,7 @@ def further_sums(
     if asked and num_tokens:
         launch(
             further_sums_kernel,
-            (triton.cdiv(num_tokens, BLOCK_T),),
+            (cdiv(num_tokens, BLOCK_T),),
             lse_parts_ptr=segments.lse,
             entropy_parts_ptr=segments.entropy,
             p_squares_parts_ptr=segments.p_squares,

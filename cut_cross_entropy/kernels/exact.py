@@ -19,7 +19,7 @@ from cut_cross_entropy.constants import MAX_ELEMENTS
 from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.block_sizes import product_arguments, tiles_on
-from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.launch import cdiv, launch
 from cut_cross_entropy.kernels.primitives import (
     halves,
     logit_gradient,
@@ -236,11 +236,11 @@ def chunk_gradients(
 ) -> None:
     """Write the logit gradients of a range of classes, times ``tokens.scale``."""
     e, c, tiles = tokens.e, problem.c, tiles_on(tokens.e.device)
-    num_blocks = triton.cdiv(e.shape[0], BLOCK_T)
+    num_blocks = cdiv(e.shape[0], BLOCK_T)
     swizzle_width = min(num_blocks, SWIZZLE_WIDTH)
-    num_tiles = triton.cdiv(classes[1] - classes[0], tiles.block_v)
-    segment_tiles = triton.cdiv(num_tiles, max(1, PROGRAMS_IN_FLIGHT // swizzle_width))
-    num_segments = triton.cdiv(num_tiles, segment_tiles)
+    num_tiles = cdiv(classes[1] - classes[0], tiles.block_v)
+    segment_tiles = cdiv(num_tiles, max(1, PROGRAMS_IN_FLIGHT // swizzle_width))
+    num_segments = cdiv(num_tiles, segment_tiles)
     # Wider results need more shared memory, and so do further columns.
     low_c = low_columns(problem)
     is_narrow = out.dtype == e.dtype and low_c is None

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from cut_cross_entropy.constants import MAX_ELEMENTS
@@ -24,7 +23,14 @@ from cut_cross_entropy.kernels.exact import (
     add_product,
     chunk_gradients,
 )
-from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, is_captured, launch
+from cut_cross_entropy.kernels.launch import (
+    HostCopy,
+    aligned_rows,
+    cdiv,
+    is_captured,
+    launch,
+    next_power_of_2,
+)
 from cut_cross_entropy.kernels.lse import (
     LN2,
     PassInputs,
@@ -137,7 +143,7 @@ def loss_and_gradient(
         out_ptr=grad_e,
         num_tokens=num_tokens,
         D=dim,
-        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+        BLOCK_D=min(1024, next_power_of_2(dim)),
     )
     return LossAndGradient(nll.sum(), grad_e)
 
@@ -213,7 +219,7 @@ def gradients(
         slice(start, min(start + sizes.tokens, num_rows))
         for start in range(0, num_rows, sizes.tokens)
     ]
-    width = triton.cdiv(sizes.classes, ALIGNED) * ALIGNED  # rows stay aligned
+    width = cdiv(sizes.classes, ALIGNED) * ALIGNED  # rows stay aligned
     buffer = tokens.e.new_empty((min(num_rows, sizes.tokens), width))
     sums_e = e.new_zeros((num_rows if needed.e else 0, dim), dtype=torch.float32)
     for classes in sizes.chunks(num_classes):
@@ -361,8 +367,8 @@ def _choose_sizes(problem: Problem, num_tokens: int, columns: int = 0) -> _Sizes
             break
         tokens = -(-tokens // (2 * BLOCK_T)) * BLOCK_T
     most = max(1, min(classes, MAX_ELEMENTS // max(tokens, dim)) // ALIGNED) * ALIGNED
-    at_once = triton.cdiv(num_classes, triton.cdiv(num_classes, most))  # of about equal size
-    return _Sizes(min(num_classes, triton.cdiv(at_once, ALIGNED) * ALIGNED), tokens)
+    at_once = cdiv(num_classes, cdiv(num_classes, most))  # of about equal size
+    return _Sizes(min(num_classes, cdiv(at_once, ALIGNED) * ALIGNED), tokens)
 
 
 def _score(
@@ -396,7 +402,7 @@ def _score(
         softcap=problem.softcap,
         first_class=first_class,
         COMPACT=first_class == 0,
-        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+        BLOCK_D=min(1024, next_power_of_2(dim)),
     )
 
 
@@ -427,7 +433,7 @@ class _Sums:
     @classmethod
     def zeros(cls, problem: Problem, num_tokens: int, sizes: _Sizes) -> "_Sums":
         e, rows = problem.e, min(num_tokens, sizes.tokens)
-        width = triton.cdiv(sizes.classes, ALIGNED) * ALIGNED  # rows stay aligned
+        width = cdiv(sizes.classes, ALIGNED) * ALIGNED  # rows stay aligned
         return cls(
             e.new_zeros((num_tokens, e.shape[1]), dtype=torch.float32),
             [],
@@ -443,9 +449,9 @@ class _Sums:
             targets: (N,) row of c; -1 for none.
         """
         c, (num_tokens, dim) = inputs.c, self.products.shape
-        num_tiles = triton.cdiv(c.shape[0], inputs.tiles.block_v)
+        num_tiles = cdiv(c.shape[0], inputs.tiles.block_v)
         rows_at_once = self.powers.shape[0]
-        segment_tiles = choose_segment_tiles(triton.cdiv(rows_at_once, BLOCK_T), num_tiles)
+        segment_tiles = choose_segment_tiles(cdiv(rows_at_once, BLOCK_T), num_tiles)
         others = []
         self.before.copy_(inputs.bound[:num_tokens])
         for start in range(0, num_tokens, rows_at_once):
@@ -460,10 +466,10 @@ class _Sums:
             powers = self.powers[:num_rows, : c.shape[0]]
             others.append(sum_powers(some, targets[part], powers, segment_tiles).lse)
             if self.others:
-                block_d = min(128, triton.next_power_of_2(dim))
+                block_d = min(128, next_power_of_2(dim))
                 launch(
                     scale_sums_kernel,
-                    (triton.cdiv(num_rows, BLOCK_T), triton.cdiv(dim, block_d)),
+                    (cdiv(num_rows, BLOCK_T), cdiv(dim, block_d)),
                     flag_ptr=inputs.flags,
                     before_ptr=self.before[part],
                     bound_ptr=some.bound,

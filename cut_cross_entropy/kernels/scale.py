@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.launch import cdiv, launch
 
 BLOCK = 4096
 
@@ -33,7 +33,7 @@ def scale(total: Tensor, factor: Tensor, out: Tensor) -> None:
     """Write ``total`` times ``factor`` (), both float32, to ``out``; all contiguous."""
     launch(
         scale_kernel,
-        (triton.cdiv(total.numel(), BLOCK),),
+        (cdiv(total.numel(), BLOCK),),
         total_ptr=total,
         factor_ptr=factor,
         out_ptr=out,

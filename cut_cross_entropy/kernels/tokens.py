@@ -14,7 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, is_captured, launch
+from cut_cross_entropy.kernels.launch import (
+    HostCopy,
+    aligned_rows,
+    is_captured,
+    launch,
+    next_power_of_2,
+)
 from cut_cross_entropy.kernels.order import order_by_content
 from cut_cross_entropy.kernels.primitives import (
     ABSENT,
@@ -279,7 +285,7 @@ def score_targets(
         COMPACT=compact,
         SHARDED=problem.group is not None,
         LOW_RANK=0 if low_c is None else low_c.shape[1],
-        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+        BLOCK_D=min(1024, next_power_of_2(dim)),
     )
     return Tokens(rows, targets, origin, low_e=_low_rows(problem, origin)), logits, bound
 
@@ -463,7 +469,7 @@ def compact_for_backward(
         flat_support=flat_support,
         first_class=problem.first_class,
         HAS_SUPPORT=saved.support.numel() > 0,
-        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+        BLOCK_D=min(1024, next_power_of_2(dim)),
     )
     half = problem.compute_dtype == torch.float16
     return BackwardTokens(
@@ -514,5 +520,5 @@ def scatter_rows(rows: Tensor, origin: Tensor, out: Tensor) -> None:
         out_ptr=out,
         out_rows=out.shape[0],
         D=dim,
-        BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+        BLOCK_D=min(1024, next_power_of_2(dim)),
     )
