@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from docs.training_runs import (
     TUNED,
     Record,
     Records,
+    costs,
     differences,
     mean_and_error,
 )
@@ -128,7 +129,7 @@ def _gpus_in_short(kept: Measurements) -> Iterator[dict[str, Any]]:
 
 def _training_in_short(name: str, record: Record) -> Iterator[dict[str, Any]]:
     known = set(record.runs["method"])
-    costs = record.runs.groupby("method")[["ms_per_step", "peak_mib"]].median()
+    cost = costs(record.runs)
     title = f"{TUNED[name]} {record.model}" if name in TUNED else "Pretraining from scratch"
     found = {m: differences(record.runs, m) for m in known & {*SUMMARISED, REORDERED}}
     for method, (way, rival) in SUMMARISED.items():
@@ -142,8 +143,8 @@ def _training_in_short(name: str, record: Record) -> Iterator[dict[str, Any]]:
                 "job": f"{title}{way}{what}; {short(record.device)}",
                 "loss": of_seeds(found[method][figure]),
                 "noise": of_seeds(found[REORDERED][figure]) if REORDERED in found else "",
-                "ms": costs.loc[method, "ms_per_step"], "full_ms": costs.loc[full, "ms_per_step"],
-                "mib": costs.loc[method, "peak_mib"], "full_mib": costs.loc[full, "peak_mib"],
+                "ms": cost.loc[method, "ms_per_step"], "full_ms": cost.loc[full, "ms_per_step"],
+                "mib": cost.loc[method, "peak_mib"], "full_mib": cost.loc[full, "peak_mib"],
                 "record": link_run(record),
             }  # fmt: skip
 
@@ -193,39 +194,60 @@ def layer(kept: Measurements, _: Records, __: Path) -> str:
 
 def finetune(_: Measurements, runs: Records, __: Path) -> str:
     """Held-out loss minus that of full logits, speed and memory of fine-tuned models."""
-    return _trained(runs["finetune"])
+    return _trained([*_all_of(runs["finetune"]), *_missing_from(runs)])
+
+
+def _all_of(records: Iterable[Record]) -> Iterator[tuple[Record, set[str]]]:
+    """Yield records with all of their methods."""
+    for record in records:
+        yield record, set(record.runs["method"])
+
+
+def _missing_from(runs: Records) -> Iterator[tuple[Record, set[str]]]:
+    """Yield earlier records of fine-tuning with the methods that the newer of the model lacks."""
+    known = {one.model: methods for one, methods in _all_of(runs["finetune"])}
+    for record, methods in _all_of(runs[f"{EARLIER}/finetune"]):
+        if methods := methods - known.get(record.model, set()):
+            yield record, methods
 
 
 def distill(_: Measurements, runs: Records, __: Path) -> str:
     """Held-out divergence minus that of full logits, speed and memory of distillation."""
-    return _trained(runs["distill"])
+    return _trained(_all_of(runs["distill"]))
 
 
-def _trained(records: Sequence[Record]) -> str:
-    lines = []
-    for record in records:
-        largest = {  # with the commit, where that is another than the record's
-            row["method"]: f"{row['tokens']:,}" + (f" ({row['commit']})" if "commit" in row else "")
-            for row in record.content.get("largest", [])
-        }
-        for method in dict.fromkeys(record.runs["method"]):
+def _trained(records: Iterable[tuple[Record, set[str]]]) -> str:
+    """Return the table of some methods of some records."""
+    lines, records, largest = [], list(records), dict[tuple[str, str], tuple[int, str]]()
+    for record, _ in records:
+        for row in record.content.get("largest", []):
+            where = row.get("commit", record.content["machine"]["commit"])
+            largest.setdefault((record.model, row["method"]), (row["tokens"], where))
+    for record, methods in records:
+        cost, commit = costs(record.runs), record.content["machine"]["commit"]
+        for method in (name for name in cost.index if name in methods):
             own = record.runs[record.runs["method"] == method]
             found = differences(record.runs, method)[HELD_OUT]
+            tokens, measured = largest.get((record.model, method), (None, commit))
+            where = {record.name: record}
+            if record.lender is not None and method in set(record.runs[-record.lent :]["method"]):
+                where[record.lender.name] = record.lender
             lines.append(
                 {"model": f"{record.model}, {record.device}", "method": method, "seeds": len(own),
                  "difference": "" if method == FULL else mean_and_error(found),
                  "most": None if method == FULL else found.abs().max(),
-                 "speed": 1e3 * record.tokens / own["ms_per_step"].median(),
-                 "mib": own["peak_mib"].max(), "largest": largest.get(method),
-                 "record": link_run(record)}
+                 "speed": 1e3 * record.tokens / cost.loc[method, "ms_per_step"],
+                 "mib": cost.loc[method, "peak_mib"], "tokens": tokens,
+                 "other": "" if measured == commit else f" ({measured})",
+                 "record": " and ".join(map(link_run, where.values()))}
             )  # fmt: skip
     columns: list[Column] = [
         ("model", "{model}"), ("method", "`{method}`"), ("seeds", "{seeds}"),
         ("held-out loss minus full logits", "{difference}"), ("largest of a seed", "{most:.4f}"),
         ("tokens/s, whole step", "{speed:,.0f}"), ("peak, MiB", "{mib:,.0f}"),
-        ("largest batch, tokens", "{largest}"), ("record", "{record}"),
+        ("largest batch, tokens", "{tokens:,}{other}"), ("record", "{record}"),
     ]  # fmt: skip
-    return table(lines, columns) + _commands(records)
+    return table(lines, columns) + _commands(record for record, _ in records)
 
 
 def _commands(records: Iterable[Record]) -> str:
@@ -239,7 +261,7 @@ def _commands(records: Iterable[Record]) -> str:
 
 def several_gpus(_: Measurements, runs: Records, __: Path) -> str:
     """Held-out loss, speed and memory of training on several GPUs and on one."""
-    return _trained(runs["several_gpus"])
+    return _trained(_all_of(runs["several_gpus"]))
 
 
 def pretrain(_: Measurements, runs: Records, __: Path) -> str:
@@ -247,11 +269,16 @@ def pretrain(_: Measurements, runs: Records, __: Path) -> str:
     lines = []
     records = [*runs["pretrain"], *runs[f"{EARLIER}/pretrain"]]
     for record in records:
-        for method in dict.fromkeys(record.runs["method"]):
-            found = differences(record.runs, method)
-            if method != FULL and len(found):
+        known = dict.fromkeys(record.runs["method"])
+        pairs = [(f"`{method}`", method, FULL) for method in known if method != FULL]
+        if {"cce", "cce_exact"} <= set(known):  # the filter alone
+            pairs.append(("`cce` minus `cce_exact`", "cce", "cce_exact"))
+        for title, *pair in pairs:
+            found = differences(record.runs, *pair)
+            if len(found):
                 lines.append(
-                    {"device": record.device, "method": method, "seeds": len(found),
+                    {"device": record.device, "title": title, "seeds": len(found),
+                     "steps": record.content["settings"]["steps"],
                      **{name: mean_and_error(found[name]) for name in found},
                      "record": link_run(record)}
                 )  # fmt: skip
@@ -260,9 +287,9 @@ def pretrain(_: Measurements, runs: Records, __: Path) -> str:
     rare = [name for name in lines[0] if name.startswith("seen ")]
     return table(
         lines,
-        [("device", "{device}"), ("method", "`{method}`"), ("seeds", "{seeds}"),
-         (HELD_OUT, f"{{{HELD_OUT}}}"), *((name, f"{{{name}}}") for name in rare[:2]),
-         (RAREST, f"{{{RAREST}}}"), ("record", "{record}")],
+        [("device", "{device}"), ("steps", "{steps:,}"), ("method", "{title}"),
+         ("seeds", "{seeds}"), *((name, f"{{{name}}}") for name in (HELD_OUT, *rare[:2], RAREST)),
+         ("record", "{record}")],
     ) + _commands(records)  # fmt: skip
 
 
@@ -350,8 +377,9 @@ def against(kept: Measurements, runs: Records, folder: Path) -> str:
             )
             others = dict(zip(own["method"], own["title"], strict=True))
             lines += _worse_layers(kept, own, f"{data_title(name)}, `{kind}`, {device}", others)
-    for record in (*(one for name in TUNED for one in runs[name]), *runs["pretrain"]):
-        lines += _worse_runs(record)
+    tuned = [one for name in TUNED for one in runs[name]]
+    for record, methods in (*_all_of(tuned), *_missing_from(runs), *_all_of(runs["pretrain"])):
+        lines += _worse_runs(record, methods)
     for title, path, record in _trl_records(folder):
         ms = {run["method"]: sum(run["ms_per_step"].values()) for run in record["runs"]}
         ours, theirs = ms.get("token_logprobs", 0.0), ms.get("trl", math.inf)
@@ -390,27 +418,27 @@ def _worse_layers(
     return lines
 
 
-def _worse_runs(record: Record) -> list[dict[str, Any]]:
-    """Return lines of a training record: slower than full logits, or a loss that is higher by more
-    than two standard errors of the seeds.
+def _worse_runs(record: Record, methods: set[str]) -> list[dict[str, Any]]:
+    """Return lines of a training record: costs above those of one of ``methods``, or a loss that
+    is higher than with full logits by more than two standard errors of the seeds.
     """
     runs, lines = record.runs, []
     if not {FULL, "cce"} <= set(runs["method"]):
         return []
-    experiment = record.name.partition("_")[0]
-    where = f"{TUNED[experiment]} {record.model}" if experiment in TUNED else "Pretraining"
+    tuned = [title for name, title in TUNED.items() if Path(record.name).name.startswith(name)]
+    where = f"{tuned[0]} {record.model}" if tuned else "Pretraining"
     shared = {"where": f"{where}, {record.device}", "title": "full logits",
               "record": link_run(record)}  # fmt: skip
-    costs = runs.groupby("method", sort=False)[["ms_per_step", "peak_mib"]].median()
-    for method in (name for name in costs.index if name in RIVALS):
+    cost = costs(runs)
+    for method in (name for name in cost.index if name in RIVALS and name in methods):
         for what, column, form in (("ms a step", "ms_per_step", ".1f"),
                                    ("peak, MiB", "peak_mib", ",.0f")):  # fmt: skip
-            ours, theirs = costs.loc["cce", column], costs.loc[method, column]
+            ours, theirs = cost.loc["cce", column], cost.loc[method, column]
             if ours > NOISE * theirs:
                 lines.append({**shared, "what": what, "ours": f"{ours:{form}}",
                               "theirs": f"{theirs:{form}}", "title": RIVALS[method]})  # fmt: skip
     found = differences(runs, "cce")
-    for name in found:
+    for name in found if "cce" in methods else ():
         values = found[name].dropna()
         worse = -values if name.startswith("probability") else values
         if len(values) > 1 and worse.mean() > 2 * worse.sem():

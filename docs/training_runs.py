@@ -15,13 +15,13 @@ EARLIER = "earlier"
 """Folder of records of kernels that have changed since in what their gradients skip."""
 TUNED = {"finetune": "Fine-tuning", "distill": "Distillation of", "several_gpus": "Fine-tuning"}
 """Experiments with models that are trained already, as their titles begin."""
-NAMES = (*TUNED, "pretrain", f"{EARLIER}/pretrain")
+NAMES = (*TUNED, "pretrain", f"{EARLIER}/finetune", f"{EARLIER}/pretrain")
 FULL, REORDERED = "full", "full_reordered"
 INDEPENDENT = (FULL, REORDERED)
 """Methods that use nothing of this package: their runs hold for every commit of it."""
 MODELS = {"smollm2": "SmolLM2 135M", "smollm2-135m": "SmolLM2 135M", "gemma3-270m": "Gemma 3 270M"}
 """Names of models by those of their files without the ending."""
-DIVERGENCES = {0: "KL(teacher || student)", 1: "KL(student || teacher)", 0.5: "JSD"}
+DIVERGENCES = {0: "forward KL", 1: "reverse KL", 0.5: "JSD"}
 """Names of divergences by their beta."""
 LAST_STEPS = 20
 """Steps whose training losses are averaged at the end of a run."""
@@ -37,14 +37,14 @@ class Record:
         name: of the file below the folder of records, without ``.json``.
         content: all of it.
         runs: a row for each method and seed, with the figures of the last look at held-out text.
-        lender: commit of the record from which the last runs are, "" where all are its own.
+        lender: record from which the last runs are, None where all are its own.
         lent: how many runs are.
     """
 
     name: str
     content: dict[str, Any]
     runs: pd.DataFrame
-    lender: str = ""
+    lender: "Record | None" = None
     lent: int = 0
 
     @property
@@ -98,6 +98,8 @@ def read(folder: Path) -> Records:
     """
     found = {name: [load(path, folder) for path in sorted(folder.glob(f"{name}_*.json"))]
              for name in NAMES}  # fmt: skip
+    for records in found.values():  # adapters last
+        records.sort(key=lambda record: "lora" in record.content["settings"])
     everything = [record for records in found.values() for record in records]
     return {name: [borrow(one, everything) for one in records] for name, records in found.items()}
 
@@ -120,8 +122,7 @@ def borrow(record: Record, others: Sequence[Record]) -> Record:
         wanted = [key[0] in INDEPENDENT and key not in known for key in keys]
         if any(wanted):
             runs = pd.concat([record.runs, other.own[wanted]], ignore_index=True)
-            lender = other.content["machine"]["commit"]
-            return replace(record, runs=runs, lender=lender, lent=sum(wanted))
+            return replace(record, runs=runs, lender=other, lent=sum(wanted))
     return record
 
 
@@ -203,12 +204,12 @@ def section(name: str, records: Records) -> str:
 
 
 def _section(name: str, record: Record) -> str:
-    content, runs = record.content, record.runs
+    content, runs, kind = record.content, record.runs, Path(name).name
     losses = runs[runs["method"] == FULL][HELD_OUT]
     spread = ("Between the seeds the held-out loss of full logits spreads over "
               f"{losses.max() - losses.min():.4f}.") * (len(losses) > 1)  # fmt: skip
     curves_link = f"![Loss curves and their differences](images/{record.image}.png)"
-    if name in TUNED:
+    if kind in TUNED:
         parts = [
             f"### {record.model}",
             _heading(content),
@@ -234,10 +235,11 @@ def _section(name: str, record: Record) -> str:
             curves_link,
             f"![Loss by rarity of the token](images/{record.image}_rare.png)",
         ]
-    if record.lent:
+    if record.lender is not None:
         lent = runs[-record.lent :].groupby("method")["seed"].agg(list)
         names = "; ".join(f"`{m}` of seeds {', '.join(map(str, x))}" for m, x in lent.items())
-        parts.append(f"From the record of commit {record.lender}, since they use nothing of this "
+        commit = record.lender.content["machine"]["commit"]
+        parts.append(f"From the record of commit {commit}, since they use nothing of this "
                      f"package, on the same kind of machine and data: {names}.")  # fmt: skip
     if content["skipped"]:
         missing = pd.DataFrame(content["skipped"]).groupby("method", sort=False)["seed"].agg(list)
@@ -270,9 +272,14 @@ def _heading(content: Mapping[str, Any]) -> str:
     )
 
 
+def costs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return what a step of each method costs, a row for each: median time, largest peak."""
+    return runs.groupby("method", sort=False).agg({"ms_per_step": "median", "peak_mib": "max"})
+
+
 def by_method(record: Record) -> list[dict[str, Any]]:
     """Return a row for each method: means over the shared seeds, and differences by seed."""
-    rows, runs = [], record.runs
+    rows, runs, cost = [], record.runs, costs(record.runs)
     full = runs[runs["method"] == FULL].set_index("seed")["losses"]
     for method, own in runs.groupby("method", sort=False):
         shared, compared = comparable(runs, method), differences(runs, method)
@@ -288,7 +295,7 @@ def by_method(record: Record) -> list[dict[str, Any]]:
                      for seed, x in zip(pairs["seed"], pairs["losses"], strict=True)]  # fmt: skip
             if steps:
                 row["largest"], row["mean"] = pd.concat(steps).max(), pd.concat(steps).mean()
-        row |= {"ms": own["ms_per_step"].median(), "mib": own["peak_mib"].max()}
+        row["ms"], row["mib"] = cost.loc[method]
         row["speed"] = 1e3 * record.tokens / row["ms"]
         rows.append(row)
     return rows
@@ -379,15 +386,18 @@ def mean_and_error(values: pd.Series) -> str:
     if values.empty:
         return ""
     mean = values.mean()
-    digits = ".1e" if 0 < abs(mean) < 1e-3 and values.abs().max() < 1e-2 else ".4f"
+    error = 0.0 if len(values) == 1 else values.sem()
+    digits = ".1e" if 0 < abs(mean) < 1e-3 and error < 1e-3 else ".4f"
     text = f"{mean:+{digits}}"
-    return text if len(values) == 1 else f"{text} ± {values.sem():{digits}}"
+    return text if len(values) == 1 else f"{text} ± {error:{digits}}"
 
 
 def plots_of(records: Records) -> list[Plot]:
     """Return the plots of all records."""
     found = []
-    for verb, record in ((TUNED[x], one) for x in TUNED for one in records[x]):
+    tuned = [(verb, one) for x, verb in TUNED.items() for one in records[x]]
+    tuned += [(TUNED["finetune"], one) for one in records[f"{EARLIER}/finetune"]]
+    for verb, record in tuned:
         settings = record.content["settings"]
         title = (f"{verb} {record.model}, batches of {settings['batch_size']} x "
                  f"{settings['length']:,} tokens, {short(record.device)}")  # fmt: skip

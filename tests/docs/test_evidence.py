@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,8 @@ from docs.make import ROOT
 from docs.training_runs import Record
 from tests.benchmark.test_documentation import ENVIRONMENT, row
 
-NONE = {"distill": [], "several_gpus": [], "pretrain": [], "earlier/pretrain": []}
+NONE = {"distill": [], "several_gpus": [], "pretrain": [], "earlier/finetune": [],
+        "earlier/pretrain": []}  # fmt: skip
 DOCS = ROOT / "docs"
 PAGE = (DOCS / "evidence.md").read_text(encoding="utf-8")
 
@@ -79,10 +81,33 @@ def test_finetuning(nothing):
     assert "From `python -m experiments.finetune --steps 3`." in text
 
 
+def test_earlier_record_shows_what_the_newer_lacks(nothing):
+    """Its own full logits are the other half of the pairs; peaks are the largest of the seeds."""
+    ms = {"full": 20.0, "cce": 10.0, "liger": 9.0}
+    new = record("finetune", {"full": [2.0, 3.0], "cce": [2.5, 3.5]}, ms)
+    new.runs["peak_mib"] = [20.0, 20.0, 5.0, 15.0]
+    old = record("finetune", {"full": [4.0, 5.0], "cce": [4.0, 5.0], "liger": [4.25, 5.25]}, ms)
+    old.runs["peak_mib"] = [20.0, 20.0, 15.0, 15.0, 9.0, 10.0]
+    old = replace(old, name="earlier/finetune_x_h200")
+    runs = {**NONE, "finetune": [new], "earlier/finetune": [old]}
+    lines = evidence_tables.finetune(nothing, runs, Path()).splitlines()[2:5]
+    assert [line.split(" | ")[1] for line in lines] == ["`full`", "`cce`", "`liger`"]
+    assert re.search(r"\| 100,000 \| 15 \|.*\(measurements/experiments/finetune_x", lines[1])
+    assert re.search(r"\| \+0.2500 ± 0.0000 \| 0.2500 \|.*/earlier/finetune_x", lines[2])
+    against = evidence_tables.against(nothing, runs, Path()).splitlines()[2:]
+    figures = [line.split(" | ")[1:4] for line in against]
+    assert all(line.startswith("| Fine-tuning some, NVIDIA H200 |") for line in against)
+    assert figures == [
+        ["held-out loss, difference of 2 seeds", "+0.5000 ± 0.0000", "0"],
+        ["ms a step", "10.0", "9.0"],
+        ["peak, MiB", "15", "10"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        ({"beta": 0.0}, "some, KL(teacher || student)"),
+        ({"beta": 0.0}, "some, forward KL"),
         ({"beta": 0.5}, "some, JSD"),
         ({"beta": 0.3}, "some, generalised JSD, beta 0.3"),
         ({"lora": 4}, "some, LoRA of rank 4 under a frozen head"),
