@@ -173,18 +173,24 @@ HEADLINE = {
 """Problems of the README's table by the part of the suite that they are of, most wanted first."""
 
 
-def headline(kept: Measurements) -> str:
-    """README: time, peak and error of every method, the problems next to each other."""
+def headline_rows(kept: Measurements) -> pd.DataFrame:
+    """Return the rows of loss and gradients of the problems of :data:`HEADLINE`."""
     part = next((part for part in HEADLINE if kept.parts(part)), "")
     if not part:
-        return ""
-    environment, names = kept.parts(part)[0]["environment"], HEADLINE[part]
+        return kept.rows[:0]
     # The table's rows may be of a later run of one method, as in all tables.
     only = {"part": part} if part == "comparison" else {}
-    rows = kept.of(environment["device"], kind=BOTH, **only)
-    rows = rows[rows["test_data"].isin(names)]
+    rows = kept.of(kept.parts(part)[0]["environment"]["device"], kind=BOTH, **only)
+    return rows[rows["test_data"].isin(HEADLINE[part])]
+
+
+def headline(kept: Measurements) -> str:
+    """README: time, peak and error of every method, the problems next to each other."""
+    rows = headline_rows(kept)
     if rows.empty:
         return ""
+    part = next(part for part in HEADLINE if kept.parts(part))
+    environment, names = kept.parts(part)[0]["environment"], HEADLINE[part]
     versions = (
         rows.drop_duplicates("method").set_index("method")["version"].astype(object).fillna("")
     )
@@ -326,13 +332,19 @@ def comparison(kept: Measurements) -> str:
     if lost:
         texts.append("Where another method is better than `cce`:\n\n" + "\n".join(lost) + "\n")
     measured = set(rows[PROBLEM].itertuples(index=False, name=None))
-    reasons = dict.fromkeys(
-        f"- {data_title(failure['test_data'])}, {title(failure['method'])}: {failure['error']}"
-        for failure in found[0].get("failures", [])
-        if (failure["test_data"], failure["method"]) not in measured
-    )
-    if reasons:
-        texts.append("Not measured:\n\n" + "\n".join(reasons) + "\n")
+    everything = set(rows["method"])
+    reasons: dict[tuple[str, str], dict[str, None]] = {}
+    for failure in found[0].get("failures", []):
+        if (failure["test_data"], failure["method"]) not in measured:
+            key = data_title(failure["test_data"]), failure["error"].removeprefix("not measured: ")
+            some = everything if failure["method"] == "all" else [failure["method"]]
+            reasons.setdefault(key, {}).update(dict.fromkeys(some))
+    lacking = [
+        f"- {data}, {'all' if everything <= {*methods} else ', '.join(map(title, methods))}: {why}"
+        for (data, why), methods in reasons.items()
+    ]
+    if lacking:
+        texts.append("Not measured:\n\n" + "\n".join(lacking) + "\n")
     where_from = found[0]["environment"]
     return "\n".join([*texts, f"{in_words(where_from)}, commit {where_from['commit']}."])
 

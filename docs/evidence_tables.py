@@ -10,7 +10,7 @@ import pandas as pd
 
 from cut_cross_entropy.benchmark.shapes import SHAPES
 from docs import post_training_runs
-from docs.benchmark_runs import BOTH, COMPARED, MULTIPLES, Measurements, data_title
+from docs.benchmark_runs import BOTH, COMPARED, MULTIPLES, Measurements, data_title, headline_rows
 from docs.page import Column, table, without_paths
 from docs.plots import short
 from docs.training_runs import (
@@ -26,9 +26,6 @@ from docs.training_runs import (
     differences,
     mean_and_error,
 )
-
-HEADS = ("gemma2-structured", "smollm2")
-"""Problems of the table of the output layer."""
 
 RIVALS = {FULL: "full logits", "torch_compile": "full logits, `torch.compile`",
           "apple": "Apple's package", "liger": "Liger", "trl": "TRL's function"}  # fmt: skip
@@ -101,15 +98,15 @@ def summary(kept: Measurements, runs: Records, folder: Path) -> str:
 
 
 def _layers_in_short(kept: Measurements) -> Iterator[dict[str, Any]]:
-    rows = kept.of(kind=BOTH)
-    for head in HEADS:
-        found = rows[rows["test_data"] == head].set_index("method")
+    for head, rows in headline_rows(kept).groupby("test_data", sort=False):
+        found = rows.set_index("method")
         if {"cce", "torch_compile"} <= set(found.index):
             ours, full = found.loc["cce"], found.loc["torch_compile"]
             where = kept.files[ours["source"]]["environment"]
+            errors = f"dE {ours['multiple_e']:.1f} × rounding, theirs {full['multiple_e']:.1f}"
             yield {
                 "job": f"output layer of {data_title(head)}; {short(where['device'])}",
-                "loss": f"dE {ours['multiple_e']:.1f} × rounding, theirs {full['multiple_e']:.1f}",
+                "loss": "" if math.isnan(ours["multiple_e"]) else errors,
                 "noise": "", "ms": ours["runtime_ms"], "full_ms": full["runtime_ms"],
                 "mib": ours["op_mem_mb"], "full_mib": full["op_mem_mb"],
                 "record": link(ours["source"], where["commit"]),
@@ -175,13 +172,14 @@ def _trainer_in_short(title: str, path: Path, record: dict[str, Any]) -> Iterato
 
 def layer(kept: Measurements, _: Records, __: Path) -> str:
     """Time, memory and error of loss and gradients by each method."""
-    rows = kept.of(kind=BOTH)
-    rows = rows[rows["test_data"].isin(HEADS) & rows["method"].isin(list(COMPARED))]
+    rows = headline_rows(kept)
+    rows = rows[rows["method"].isin(list(COMPARED))]
     lines = [
         {**row, "name": COMPARED[row["method"]].format(version=row["version"]),
          "head": data_title(row["test_data"]),
          "record": link(row["source"], kept.files[row["source"]]["environment"]["commit"])}
-        for row in rows.sort_values(["test_data", "runtime_ms"]).to_dict("records")
+        for row in rows.sort_values("runtime_ms").sort_values(
+            "test_data", kind="stable", ascending=False).to_dict("records")
     ]  # fmt: skip
     text = table(
         lines,
@@ -365,9 +363,14 @@ def against(kept: Measurements, runs: Records, folder: Path) -> str:
     """Lines of everything in the records in which full logits or another package is better."""
     lines = []
     rows = kept.of(kind=BOTH)
-    for name, own in rows.groupby("test_data", sort=False):
-        where = f"{data_title(name)}, {kept.devices[0]}"
-        lines += _worse_layers(kept, own, where, COMPARED)
+    measured = [rows[rows["part"] != "comparison"]]
+    measured += [
+        kept.of(one["environment"]["device"], part="comparison", kind=BOTH)
+        for one in kept.parts("comparison")
+    ]
+    for rows in measured:
+        for (name, device), own in rows.groupby(["test_data", "device"], sort=False):
+            lines += _worse_layers(kept, own, f"{data_title(name)}, {device}", COMPARED)
     for subject in ("logprobs", "divergence"):
         rows = post_training_runs.rows_of(kept, subject)
         groups = () if rows.empty else rows.groupby(["test_data", "kind", "device"], sort=False)

@@ -122,6 +122,9 @@ def test_the_comparison_names_the_best_and_what_is_lost(found):
     reason = "ValueError: quack has no softcap"
     failures = [{"test_data": "gemma2-broad", "method": "quack", "what": "load", "error": reason}]
     failures.append({**failures[0], "test_data": "phi3.5-broad"})  # and then it was measured
+    late = {"what": "loss-fw-bw", "error": "not measured: no time was left"}
+    failures += [{**late, "test_data": "llama3-8b-broad", "method": m} for m in ("cce", "quack")]
+    failures.append({**late, "test_data": "qwen3-0.6b-broad", "method": "all"})
     environment = {**ENVIRONMENT, "device": "Other GPU"}
     content = {
         "part": "comparison", "environment": environment, "rows": rows, "failures": failures * 2,
@@ -136,6 +139,7 @@ def test_the_comparison_names_the_best_and_what_is_lost(found):
     assert "| Gemma 3 270M, real text | **1.9 / 1.6** | 3.8 / 1.6 |" in text
     assert text.count("| Phi") == 2, "no errors were measured there"
     assert text.count(f"- Gemma 2 2B, broad, quack: {reason}") == text.count(reason) == 1
+    assert "- Llama 3 8B, broad, all: no time was left\n- Qwen3 0.6B, broad, all: no time" in text
     assert text.endswith("Other GPU, PyTorch 2.11, Triton 3.6, commit abc.")
     headline = tables.headline(kept)
     assert "| Gemma 3 270M, ms | peak, MiB | error of dE / dC |\n" in headline

@@ -156,6 +156,33 @@ def test_against(nothing, cce, ms, figures):
     assert [line.split(" | ")[1] for line in lines] == figures
 
 
+def test_output_layer_of_the_comparison(nothing):
+    """It is on the page in place of the table of another device, with what is better than it."""
+    no_errors = {"error_e": None, "error_c": None}
+    rows = [
+        row("cce", "gemma3-270m", runtime_ms=4.0),
+        row("torch_compile", "gemma3-270m", runtime_ms=8.0, error_e=0.006),
+        row("cce", "gemma2-broad", runtime_ms=5.0, **no_errors),
+        row("torch_compile", "gemma2-broad", runtime_ms=4.0, **no_errors),
+        row("cce_exact", "gemma2-broad", runtime_ms=3.0, **no_errors),
+    ]
+    where = {**ENVIRONMENT, "device": "NVIDIA H200"}
+    part = {"part": "comparison", "environment": where, "rows": rows, "command": "suite"}
+    kept = benchmark_runs.collect({**nothing.files, "comparison.json": part})
+    lines = evidence_tables.summary(kept, {"finetune": [], **NONE}, Path()).splitlines()[2:]
+    assert [line.split(" | ")[:4] for line in lines] == [
+        ["| output layer of Gemma 3 270M, real text; H200",
+         "dE 1.9 × rounding, theirs 3.8", "", "4.0 / 8.0"],
+        ["| output layer of Gemma 2 2B, broad; H200", "", "", "5.0 / 4.0"],
+    ]  # fmt: skip
+    lines = evidence_tables.layer(kept, NONE, Path()).splitlines()[2:7]
+    assert [line.split(" | ")[2] for line in lines] == ["4.0", "8.0", "3.0", "4.0", "5.0"]
+    lines = evidence_tables.against(kept, {"finetune": [], **NONE}, Path()).splitlines()[2:]
+    assert [line.split(" | ")[:4] for line in lines] == [
+        ["| Gemma 2 2B, broad, NVIDIA H200", "time, ms", "5.0", "4.0"]
+    ]
+
+
 @pytest.mark.parametrize(
     ("kind", "ours", "theirs", "figures"),
     [
