@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ DIVIDED = ("Gemma 2 2B", 8192, 2)
 """Head, tokens and GPUs of a divided output layer in the summary."""
 
 FOLDER = "measurements"
+POOLED = "pooled"
+APART = 1000
+"""What seeds of another record differ by where records are pooled."""
+
 NOISE = 1.02
 """Times, peaks and errors that are above another by less than this factor are not worse."""
 
@@ -69,8 +74,32 @@ def link(path: str, commit: str) -> str:
 
 
 def link_run(record: Record) -> str:
-    """Return a link to the record of a training experiment."""
-    return link(f"experiments/{record.name}.json", record.content["machine"]["commit"])
+    """Return a link to the record of a training experiment, or to those that were pooled."""
+    return " and ".join(
+        link(f"experiments/{name}.json", commit)
+        for name, commit in record.content.get(
+            POOLED, [(record.name, record.content["machine"]["commit"])]
+        )
+    )
+
+
+def pooled(records: Iterable[Record]) -> list[Record]:
+    """Put records of one kind of device with the same settings together, of several texts too.
+
+    Seeds of another record count as others: its runs are compared with its own full logits.
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        key = record.device + json.dumps(record.content["settings"], sort_keys=True)
+        groups.setdefault(key, []).append(record)
+    found = []
+    for group in groups.values():
+        runs = [one.runs.assign(seed=one.runs["seed"] + i * APART) for i, one in enumerate(group)]
+        names = [(one.name, one.content["machine"]["commit"]) for one in group]
+        content = {**group[0].content, POOLED: names}
+        whole = replace(group[0], content=content, runs=pd.concat(runs, ignore_index=True))
+        found.append(whole if len(group) > 1 else group[0])
+    return found
 
 
 def commands(found: Iterable[str]) -> str:
@@ -83,7 +112,7 @@ def summary(kept: Measurements, runs: Records, folder: Path) -> str:
     """A line for each job: `cce` next to full logits, and what another order of sums does."""
     lines = [*_layers_in_short(kept), *_gpus_in_short(kept)]
     for name in (*TUNED, "pretrain"):
-        for record in runs[name]:
+        for record in pooled(runs[name]):
             lines += _training_in_short(name, record)
     for title, path, record in _trl_records(folder):
         lines += _trainer_in_short(title, path, record)
@@ -266,7 +295,7 @@ def pretrain(_: Measurements, runs: Records, __: Path) -> str:
     """Held-out loss by rarity of the token, minus that of full logits."""
     lines = []
     records = [*runs["pretrain"], *runs[f"{EARLIER}/pretrain"]]
-    for record in records:
+    for record in (*pooled(runs["pretrain"]), *runs[f"{EARLIER}/pretrain"]):
         known = dict.fromkeys(record.runs["method"])
         pairs = [(f"`{method}`", method, FULL) for method in known if method != FULL]
         if {"cce", "cce_exact"} <= set(known):  # the filter alone
@@ -381,7 +410,11 @@ def against(kept: Measurements, runs: Records, folder: Path) -> str:
             others = dict(zip(own["method"], own["title"], strict=True))
             lines += _worse_layers(kept, own, f"{data_title(name)}, `{kind}`, {device}", others)
     tuned = [one for name in TUNED for one in runs[name]]
-    for record, methods in (*_all_of(tuned), *_missing_from(runs), *_all_of(runs["pretrain"])):
+    for record, methods in (
+        *_all_of(tuned),
+        *_missing_from(runs),
+        *_all_of(pooled(runs["pretrain"])),
+    ):
         lines += _worse_runs(record, methods)
     for title, path, record in _trl_records(folder):
         ms = {run["method"]: sum(run["ms_per_step"].values()) for run in record["runs"]}

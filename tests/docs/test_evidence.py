@@ -104,6 +104,35 @@ def test_earlier_record_shows_what_the_newer_lacks(nothing):
     ]
 
 
+def test_records_of_two_texts_are_pooled(nothing):
+    """Each run is compared with full logits of its own record, although seeds come twice."""
+    ms = {"full": 20.0, "cce": 10.0}
+    made = [
+        record("pretrain", {"full": [2.0, 3.0], "cce": [2.5, 3.5]}, ms),
+        record("pretrain", {"full": [5.0], "cce": [5.2]}, ms),
+    ]
+    made[1] = replace(made[1], name="pretrain_y_h200")
+    for one in made:
+        one.runs["seen never"] = one.runs["seen 1 to 9 times"] = one.runs["held-out loss"]
+        one.runs["rarest tenth"] = one.runs["held-out loss"]
+        one.content["settings"]["steps"] = 3
+    made[1].runs["peak_mib"] = 30.0
+    runs = {**NONE, "finetune": [], "pretrain": made}
+    (line,) = evidence_tables.pretrain(nothing, runs, Path()).splitlines()[2:3]
+    assert line.split(" | ")[:5] == ["| NVIDIA H200", "3", "`cce`", "3", "+0.4000 ± 0.1000"]
+    assert "pretrain_x_h200.json), abcdef1 and [" in line
+    assert line.endswith("pretrain_y_h200.json), abcdef1 |")
+    lines = evidence_tables.summary(nothing, runs, Path()).splitlines()[2:]
+    assert [line.split(" | ")[1] for line in lines] == [
+        "+0.4000 ± 0.1000, at most 0.5000 (3 seeds)"
+    ] * 2
+    assert lines[0].split(" | ")[4] == "30 / 30"
+    against = evidence_tables.against(nothing, runs, Path()).splitlines()[2:]
+    assert against[0].split(" | ")[1] == "held-out loss, difference of 3 seeds"
+    made[1].content["settings"]["steps"] = 4
+    assert len(evidence_tables.summary(nothing, runs, Path()).splitlines()[2:]) == 4
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
