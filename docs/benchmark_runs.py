@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -189,8 +189,7 @@ def headline(kept: Measurements) -> str:
     rows = headline_rows(kept)
     if rows.empty:
         return ""
-    part = next(part for part in HEADLINE if kept.parts(part))
-    environment, names = kept.parts(part)[0]["environment"], HEADLINE[part]
+    names = next(names for part, names in HEADLINE.items() if kept.parts(part))
     versions = (
         rows.drop_duplicates("method").set_index("method")["version"].astype(object).fillna("")
     )
@@ -206,7 +205,7 @@ def headline(kept: Measurements) -> str:
             columns.append(
                 (heading, lambda row, own=own, text=text: cell(own.get(row["method"], {}), text))
             )
-    return f"{table(lines, columns)}\n{in_words(environment)}, commit {environment['commit']}."
+    return f"{table(lines, columns)}\n{where_from(kept, rows)}"
 
 
 def models(kept: Measurements) -> str:
@@ -345,8 +344,7 @@ def comparison(kept: Measurements) -> str:
     ]
     if lacking:
         texts.append("Not measured:\n\n" + "\n".join(lacking) + "\n")
-    where_from = found[0]["environment"]
-    return "\n".join([*texts, f"{in_words(where_from)}, commit {where_from['commit']}."])
+    return "\n".join([*texts, where_from(kept, rows)])
 
 
 def filter_table(kept: Measurements, device: str | None = None) -> str:
@@ -452,12 +450,25 @@ def failures(kept: Measurements) -> str:
 
 def where(kept: Measurements, device: str | None = None) -> str:
     """Name the device, the versions and the commits of the benchmark's rows."""
+    device = device or kept.devices[0]
+    apart = ("distributed", "training-processes")
+    found = [
+        content["environment"]
+        for content in kept.files.values()
+        if content.get("part") not in apart
+    ]
+    return _in_words(one for one in found if one["device"] == device)
+
+
+def where_from(kept: Measurements, rows: pd.DataFrame) -> str:
+    """Name the device, the versions and the commits of some rows."""
+    return _in_words(kept.files[source]["environment"] for source in rows["source"].unique())
+
+
+def _in_words(environments: Iterable[dict[str, Any]]) -> str:
     commits: dict[str, dict[str, None]] = {}
-    for content in kept.files.values():
-        found = content["environment"]
-        apart = content.get("part") in ("distributed", "training-processes")
-        if found["device"] == (device or kept.devices[0]) and not apart:
-            commits.setdefault(in_words(found), {})[found["commit"]] = None
+    for found in environments:
+        commits.setdefault(in_words(found), {})[found["commit"]] = None
     texts = (f"{text}, commit{'s' * (len(names) > 1)} {' and '.join(names)}"
              for text, names in commits.items())  # fmt: skip
     return "; ".join(texts) + "."

@@ -141,6 +141,13 @@ def test_the_comparison_names_the_best_and_what_is_lost(found):
     assert text.count(f"- Gemma 2 2B, broad, quack: {reason}") == text.count(reason) == 1
     assert "- Llama 3 8B, broad, all: no time was left\n- Qwen3 0.6B, broad, all: no time" in text
     assert text.endswith("Other GPU, PyTorch 2.11, Triton 3.6, commit abc.")
+    newer = {
+        "part": "comparison", "environment": {**environment, "commit": "def"},
+        "rows": [row("cce", "phi3.5-broad", runtime_ms=4.0, **no_errors)],
+    }  # fmt: skip
+    both = tables.comparison(tables.collect({**kept.files, "comparison_ours.json": newer}))
+    assert "| Phi 3.5 Mini, broad | **4.0 (1.50)** | 4.5 (1.50) |" in both
+    assert both.endswith("Other GPU, PyTorch 2.11, Triton 3.6, commits abc and def.")
     headline = tables.headline(kept)
     assert "| Gemma 3 270M, ms | peak, MiB | error of dE / dC |\n" in headline
     assert "| **this package**, `cce` | 4.0 | 1,300 | 1.9 / 1.6 |\n" in headline
