@@ -40,9 +40,10 @@ GROUP, ROWS = 128, 32  # tokens of a group of the tail of dC, and those that are
 BLOCK = 128  # classes of a program
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_classes"])
+@triton.jit(do_not_specialize=["sums_ptr", "num_tokens", "num_classes"])
 def column_energies_kernel(
     grad_ptr,  # (T, stride) logit gradients
+    unit_ptr,  # () what they are multiplied by before they are squared
     energies_ptr,  # (V,) out: sums of their squares
     sums_ptr,  # (G, V) out: sums over groups of tokens
     num_tokens,
@@ -55,6 +56,7 @@ def column_energies_kernel(
     """Sum the logit gradients of a block of classes, and their squares."""
     classes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = classes < num_classes
+    unit = tl.load(unit_ptr)
     energy = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(0, num_tokens, GROUP):
         total = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -65,7 +67,7 @@ def column_energies_kernel(
                 mask=(tokens < num_tokens)[:, None] & inside[None, :],
                 other=0.0,
             ).to(tl.float32)
-            energy += grad * grad
+            energy += (grad * unit) * (grad * unit)
             total += grad
         out = sums_ptr + tl.cast(first // GROUP, tl.int64) * num_classes + classes
         tl.store(out, tl.sum(total, 0).to(sums_ptr.dtype.element_ty), mask=inside)
@@ -140,10 +142,11 @@ class FilteredSums:
         sums: of all chunks, without one so far.
         tolerance: see :func:`choose_classes`, of each chunk.
         memory: float32, contiguous, for the kept columns of a chunk and some rows of c and of dC.
+        unit: () power of two that brings logit gradients near 1, whose squares could underflow.
     """
 
-    def __init__(self, sums: GradientSums, tolerance: float, memory: Tensor) -> None:
-        self.sums, self.tolerance = sums, tolerance
+    def __init__(self, sums: GradientSums, tolerance: float, memory: Tensor, unit: Tensor) -> None:
+        self.sums, self.tolerance, self._unit = sums, tolerance, unit
         self._memory = memory.view(-1).view(torch.uint8)
         blocks = sums.blocks
         num_groups = cdiv(blocks.shape[0], GROUP)
@@ -189,6 +192,7 @@ class FilteredSums:
             column_energies_kernel,
             (cdiv(num_classes, BLOCK),),
             grad_ptr=factor,
+            unit_ptr=self._unit,
             energies_ptr=energies,
             sums_ptr=class_sums,
             num_tokens=num_tokens,

@@ -33,7 +33,7 @@ from cut_cross_entropy.kernels.divergence_logits import (
 )
 from cut_cross_entropy.kernels.primitives import LN2
 from cut_cross_entropy.kernels.step import in_compute_dtype
-from cut_cross_entropy.problem import Needed, Problem
+from cut_cross_entropy.problem import Needed, Problem, gradient_scale
 
 MANY_TOKENS, EVEN_TOKENS = 512, (128, 64)
 """A chunk has a multiple of 128 tokens, whole tiles; of 64 where fewer than 512 fit."""
@@ -72,7 +72,9 @@ def divergence_and_gradients(
     gradients = GradientSums(blocks, parts, needed)
     filtered = None
     if tolerance > 0 and FilteredSums.is_worth_it(blocks, needed):
-        filtered = FilteredSums(gradients, tolerance, logits.memory[1])
+        largest = (weights * scale).abs()
+        unit = gradient_scale(largest, largest)
+        filtered = FilteredSums(gradients, tolerance, logits.memory[1], unit)
 
     for tokens, e, e_teacher in logits.token_blocks():
         for classes in parts:

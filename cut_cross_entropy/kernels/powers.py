@@ -190,7 +190,7 @@ def powers_kernel(
             tl.store(flag_ptr + block, 1)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["strips_ptr", "N"])  # rows of a table, aligned for some V only
 def strip_sums_kernel(
     powers_ptr,  # (N, V) times the slope of a softcap
     bound_ptr,  # (N,) log2; +inf: no token
@@ -258,7 +258,7 @@ def repair_bound_kernel(
     tl.store(bound_ptr + tokens, lse, mask=too_low)
 
 
-@triton.jit(do_not_specialize=["N", "num_segments"])
+@triton.jit(do_not_specialize=["strips_ptr", "N", "num_segments"])
 def chunk_sums_kernel(
     lse_parts_ptr,  # (segments, N) log2, of all classes but the target
     squares_parts_ptr,  # (segments, N) log2 of the sum of their squares; or None

@@ -151,6 +151,16 @@ def test_weights_of_zero_drop_every_class(kept):
         assert not mine.any()
 
 
+def test_tiny_weights_keep_the_same_classes(kept):
+    """The squares of their logit gradients are below the range of float32."""
+    tensors, tiny = problem(), torch.full((TOKENS,), 2.0**-80)
+    _, found = gradients(tensors, 0.0, EPS)
+    _, scaled = gradients(tensors, 0.0, EPS, token_weights=tiny)
+    assert kept[0] == kept[1] > 0
+    for mine, other in zip(scaled, found, strict=True):
+        assert relative(mine.double() * 2.0**80, other) < 1e-6
+
+
 @pytest.mark.parametrize("tolerance", [1e-3, 0.03, 0.5])
 def test_least_energies_are_dropped(tolerance):
     generator = torch.Generator().manual_seed(0)
