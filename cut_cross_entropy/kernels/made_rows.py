@@ -168,7 +168,8 @@ def token_losses(problem: Problem, make_rows: Callable[[slice], Tensor]) -> PerT
         parts.append(segments.lse)
         del inputs  # frees the rows before the next ones are made
     lse = _sum_of_powers(parts)
-    state = finish(Segments(lse, lse.new_empty((0, num_tokens))), walk.logits, walk.tokens, None)
+    segments = Segments(lse, lse.new_empty((0, num_tokens)))
+    state = finish(segments, walk.logits, walk.tokens, None, walk.bound)
     return PerToken(state.nll, state.lse)
 
 

@@ -111,7 +111,7 @@ def forward_outputs(
         low_c=low_columns(problem),
     )
 
-    raise_bound_by_frequent(inputs, problem)
+    raise_bound_by_frequent(inputs, problem, extrapolate=True)
     if group is not None and with_strips:
         exchange_bound(bound, group)  # the strips of all shards are relative to the same bound
 
@@ -122,9 +122,9 @@ def forward_outputs(
     else:
         segments = segments_without_classes(bound)
     if group is None:
-        state = finish(segments, target_logits, tokens, out)
+        state = finish(segments, target_logits, tokens, out, bound)
         return state, further_sums(segments, target_logits, tokens, asked)
-    state = finish_shards(segments, target_logits, tokens, out, group)
+    state = finish_shards(segments, target_logits, tokens, out, bound, group=group)
     return state, no_further_sums(state.lse)
 
 
@@ -265,11 +265,21 @@ def in_compute_dtype(problem: Problem) -> Problem:
     return replace(problem, c=problem.c.to(problem.compute_dtype).contiguous(), bias=bias)
 
 
-def raise_bound_by_frequent(inputs: PassInputs, problem: Problem) -> None:
-    """Raise the bounds to the log-sum-exp of the frequent classes, by a short pass over these."""
+def raise_bound_by_frequent(
+    inputs: PassInputs, problem: Problem, extrapolate: bool = False
+) -> None:
+    """Raise the bounds to the log-sum-exp of the frequent classes, by a short pass over these.
+
+    With ``extrapolate``, those of tokens that are spread over many classes by an estimate of all.
+    """
     num_frequent, num_classes = _num_frequent(problem), problem.c.shape[0]
     if 0 < num_frequent < num_classes or (problem.group is not None and num_frequent > 0):
-        raise_bound(inputs.bound, vocabulary_pass(inputs, num_frequent, None, online=True))
+        asked = Asked(log_sum_sq=extrapolate)
+        segments = vocabulary_pass(inputs, num_frequent, None, asked=asked, online=True)
+        all_classes = num_classes
+        if problem.group is not None:
+            all_classes *= world_size(problem.group)
+        raise_bound(inputs.bound, segments, num_frequent, all_classes)
 
 
 def _num_frequent(problem: Problem) -> int:

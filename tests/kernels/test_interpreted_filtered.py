@@ -8,6 +8,7 @@ import torch
 
 from cut_cross_entropy import dispatch
 from cut_cross_entropy.filter_report import record_filter
+from cut_cross_entropy.kernels import step
 from cut_cross_entropy.kernels.filtered import backward, index
 from cut_cross_entropy.kernels.filtered import flat as few_flat
 from cut_cross_entropy.kernels.filtered.index import Counts
@@ -186,6 +187,31 @@ def test_few_flat_tokens_are_added_where_rows_are_written(superblocks, dtype, mo
     for name in GRADIENTS:
         few, many = (results.named()[name].double() for results in found)
         assert (few - many).norm() < (1e-6 if dtype == torch.float32 else 1e-3) * many.norm()
+
+
+def test_the_strips_of_flat_tokens_are_not_overstated(monkeypatch):
+    """Their bound would be that of the frequent classes alone, and all strips of a block kept."""
+    monkeypatch.setattr(backward, "FLAT_SUPPORT", 100)
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 0.02)
+    monkeypatch.setattr(step, "_num_frequent", lambda problem: 128)
+    few, none = (sharp(classes=4096, flat=flat) for flat in ((3, 17, 31), ()))
+    results, (record,) = recorded(few)
+    _, (without,) = recorded(none)
+    assert (record.path, record.flat_tokens) == ("filtered", 3)
+    assert record.strips_kept < 1.5 * without.strips_kept
+    assert max(errors(results, few)) < 0.02
+
+
+def test_tokens_spread_over_the_frequent_classes_alone(monkeypatch):
+    """Their bound is above the log-sum-exp, so their strips are understated: all are computed."""
+    monkeypatch.setattr(backward, "DENSE_FRACTION", math.inf)
+    monkeypatch.setattr(backward, "FLAT_FRACTION", 1.0)
+    monkeypatch.setattr(step, "_num_frequent", lambda problem: 128)
+    problem = sharp(classes=4096, flat=range(0, 40, 3))
+    problem.bias[128:] = -30
+    results, (record,) = recorded(problem)
+    assert record.flat_tokens >= 12
+    assert max(errors(results, problem)) < 2 * 0.00166
 
 
 def test_mostly_flat_tokens_take_the_dense_path(monkeypatch):
