@@ -350,13 +350,16 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
     add("weigh_blocks", selection.weigh_blocks_kernel, {"BLOCK_T": BLOCK_T, "ROWS": 64},
         num_warps=8,
         types=(("weights_ptr", "*i32"), ("histogram_ptr", "*i64")))  # fmt: skip
-    for name in ("histogram_kernel", "shares_histogram_kernel"):
-        add(name, getattr(selection, name),
-            {"CHUNK": selection.CHUNK, "ROWS": selection.ROWS_AT_ONCE}, num_warps=8,
+    for kernel, options in (
+        (selection.histogram_kernel, selection.HISTOGRAM),
+        (selection.shares_histogram_kernel, selection.SHARES_HISTOGRAM),
+    ):
+        add(kernel.__name__, kernel, {key: options[key] for key in ("CHUNK", "ROWS")},
+            num_warps=options["num_warps"],
             types=(("counts_ptr", "*i64"), ("weights_ptr", "*i32")))  # fmt: skip
     add("kept", selection.kept_strips_kernel,
         {"IDLE": selection.IDLE, "SUPERBLOCK": 64, "CHUNK": 1024,
-         "ROWS": selection.ROWS_AT_ONCE}, num_warps=8,
+         "ROWS": selection.ROWS_AT_ONCE}, num_warps=4,
         types=(("counts_ptr", "*i32"), ("active_ptr", "*i32"), ("dropped_ptr", "*i64"),
                ("weights_ptr", "*i32"), ("num_kept_ptr", "*i64"),
                ("shares_ptr", "*i64")))  # fmt: skip

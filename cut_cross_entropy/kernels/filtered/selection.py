@@ -35,7 +35,10 @@ from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.problem import Filter
 
 CHUNK = 1024  # classes per program of the selection
-ROWS_AT_ONCE = 4  # blocks per step of a histogram
+ROWS_AT_ONCE = 4  # blocks per step of it
+# The same for each histogram, and its warps: measured, docs/engineering_log.md.
+HISTOGRAM = {"CHUNK": 128, "ROWS": 16, "num_warps": 4}
+SHARES_HISTOGRAM = {"CHUNK": 256, "ROWS": 8, "num_warps": 4}
 SHARES = tl.constexpr(16)  # shares of a class's mass, each 2^(1/4) times the next, from 1 down
 ROW_STRIPS = (
     0.08  # strips kept for the rows of dC, at most: relative to those kept for their energy
@@ -440,16 +443,14 @@ def find_threshold(
     )
     launch(
         histogram_kernel,
-        (num_chunks,),
+        (cdiv(num_classes, HISTOGRAM["CHUNK"]),),
         strips_ptr=strips,
         weights_ptr=weights,
         counts_ptr=threshold.histogram,
         class_mass_ptr=threshold.class_mass,
         V=num_classes,
         num_blocks=num_blocks,
-        CHUNK=CHUNK,
-        ROWS=ROWS_AT_ONCE,
-        num_warps=8,
+        **HISTOGRAM,
     )
     launch(
         threshold_kernel,
@@ -488,7 +489,7 @@ def keep_strips(threshold: Threshold) -> Kept:
     )
     launch(
         shares_histogram_kernel,
-        (num_chunks,),
+        (cdiv(num_classes, SHARES_HISTOGRAM["CHUNK"]),),
         strips_ptr=strips,
         weights_ptr=threshold.weights,
         class_mass_ptr=threshold.class_mass,
@@ -496,9 +497,7 @@ def keep_strips(threshold: Threshold) -> Kept:
         counts_ptr=threshold.histogram[256:],
         V=num_classes,
         num_blocks=num_blocks,
-        CHUNK=CHUNK,
-        ROWS=ROWS_AT_ONCE,
-        num_warps=8,
+        **SHARES_HISTOGRAM,
     )
     launch(
         kept_strips_kernel,
@@ -520,7 +519,7 @@ def keep_strips(threshold: Threshold) -> Kept:
         num_superblocks=num_superblocks,
         num_chunks=num_chunks,
         row_strips=ROW_STRIPS,
-        num_warps=8,
+        num_warps=4,
         IDLE=IDLE,
         SUPERBLOCK=SUPERBLOCK,
         CHUNK=CHUNK,
