@@ -62,6 +62,7 @@ def vocabulary_pass_kernel(
     lse_ptr,  # (segments, N) out, log2
     squares_ptr,  # (segments, N) out, log2 of the sum over groups of classes of p squared
     strips_ptr,  # (blocks, V) int16 out, see strip_bytes; or None: not computed
+    energy_bound_ptr,  # (N,) bound to which the strips are relative; None without strips
     multiplier_ptr,  # (N,), or None
     limits_ptr,  # (N,) logits of the targets, log2
     targets_ptr,  # (N,)
@@ -164,7 +165,10 @@ def vocabulary_pass_kernel(
                     p_squares = p_squares * scale * scale
                 sums = sums * scale[None, :]
                 bound = higher
-            reference = tl.where(bound == float("-inf"), 0.0, bound) if ONLINE else bound
+            if ONLINE:
+                reference = tl.where(bound == float("-inf"), 0.0, bound)
+            else:
+                reference = tl.load(bound_ptr + tokens, mask=tokens < N, other=float("inf"))
             p = tl.exp2(logits - reference[None, :])
             sums += fold_rows(p, BLOCK_V, BLOCK_T)
             if entropy_ptr is not None:
@@ -174,6 +178,9 @@ def vocabulary_pass_kernel(
             if p_squares_ptr is not None:
                 p_squares += tl.sum(p * p, 0)
             if strips_ptr is not None:
+                # Loaded for each tile, like the limits.
+                tighter = tl.load(energy_bound_ptr + tokens, mask=is_token, other=0.0)
+                p *= tl.exp2(tl.minimum(reference - tighter, 0.0))[None, :]
                 both = strip_bytes(tl.sum(p * p, axis=1), tl.sum(p, axis=1))
                 tl.store(strips_ptr + block.to(tl.int64) * V + classes, both, mask=inside)
             product = low_rank_product(
@@ -226,6 +233,9 @@ class PassInputs:
         softcap: as in the problem.
         bound: (N,) float32 lower bound of the log-sum-exp, log2; +inf: no token.
         flags: (blocks,) int32, set for blocks whose sums overflowed.
+        energy_bound: (N,) float32 lower bound of the log-sum-exp, log2, at least ``bound``, which
+            may depend on the other tokens: energies and masses of strips are relative to it. None
+            without strips.
         multiplier: (N,) float32 of the logits of each token; None for 1.
         limits: (N,) float32 logits of the targets, log2; for the rank.
         targets: (N,) int64 row of c; for the rank.
@@ -238,11 +248,17 @@ class PassInputs:
     softcap: float | None
     bound: Tensor
     flags: Tensor
+    energy_bound: Tensor | None = None
     multiplier: Tensor | None = None
     limits: Tensor | None = None
     targets: Tensor | None = None
     low_e: Tensor | None = None
     low_c: Tensor | None = None
+
+    @property
+    def strip_bound(self) -> Tensor:
+        """The bound to which strips are relative."""
+        return self.bound if self.energy_bound is None else self.energy_bound
 
     @functools.cached_property
     def tiles(self) -> Tiles:
@@ -323,6 +339,7 @@ def vocabulary_pass(
         lse_ptr=results.lse,
         squares_ptr=results.squares,
         strips_ptr=strips,
+        energy_bound_ptr=None if strips is None else inputs.strip_bound,
         multiplier_ptr=inputs.multiplier,
         limits_ptr=inputs.limits,
         targets_ptr=inputs.targets,

@@ -17,6 +17,7 @@ from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.entropy_and_rank import FurtherSums, further_sums, no_further_sums
 from cut_cross_entropy.kernels.exact import Wanted, exact_gradients
 from cut_cross_entropy.kernels.filtered import backward as filtered
+from cut_cross_entropy.kernels.likely_classes import bound_by_likely
 from cut_cross_entropy.kernels.lse import (
     NOTHING,
     PassInputs,
@@ -46,6 +47,8 @@ from cut_cross_entropy.problem import (
     low_columns,
 )
 from cut_cross_entropy.validation import check_target_range
+
+FEW_FREQUENT = 1024  # frequent classes whose sum bounds those of a pass that stores none
 
 
 def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
@@ -104,6 +107,7 @@ def forward_outputs(
         softcap=problem.softcap,
         bound=bound,
         flags=flags,
+        energy_bound=torch.empty_like(bound) if with_strips else None,
         multiplier=multiplier,
         limits=target_logits if asked.rank else None,
         targets=tokens.targets if asked.rank else None,
@@ -111,9 +115,11 @@ def forward_outputs(
         low_c=low_columns(problem),
     )
 
-    raise_bound_by_frequent(inputs, problem, extrapolate=True)
-    if group is not None and with_strips:
-        exchange_bound(bound, group)  # the strips of all shards are relative to the same bound
+    raise_bound_by_frequent(inputs, problem, FEW_FREQUENT, extrapolate=True)
+    if inputs.energy_bound is not None:
+        bound_by_likely(inputs, tokens.targets, inputs.energy_bound)
+        if group is not None:  # the strips of all shards are relative to the same bound
+            exchange_bound(inputs.energy_bound, group)
 
     out = strips if with_strips else None
     if num_classes > 0:
@@ -122,9 +128,9 @@ def forward_outputs(
     else:
         segments = segments_without_classes(bound)
     if group is None:
-        state = finish(segments, target_logits, tokens, out, bound)
+        state = finish(segments, target_logits, tokens, out, inputs.strip_bound)
         return state, further_sums(segments, target_logits, tokens, asked)
-    state = finish_shards(segments, target_logits, tokens, out, bound, group=group)
+    state = finish_shards(segments, target_logits, tokens, out, inputs.strip_bound, group=group)
     return state, no_further_sums(state.lse)
 
 
@@ -266,13 +272,17 @@ def in_compute_dtype(problem: Problem) -> Problem:
 
 
 def raise_bound_by_frequent(
-    inputs: PassInputs, problem: Problem, extrapolate: bool = False
+    inputs: PassInputs, problem: Problem, most: int = 8192, *, extrapolate: bool = False
 ) -> None:
     """Raise the bounds to the log-sum-exp of the frequent classes, by a short pass over these.
 
+    ``most`` of them are enough to keep sums from an overflow. Stored powers want a closer bound.
     With ``extrapolate``, those of tokens that are spread over many classes by an estimate of all.
     """
-    num_frequent, num_classes = _num_frequent(problem), problem.c.shape[0]
+    num_frequent = _num_frequent(problem)
+    if problem.group is None:
+        num_frequent = min(num_frequent, most)
+    num_classes = problem.c.shape[0]
     if 0 < num_frequent < num_classes or (problem.group is not None and num_frequent > 0):
         asked = Asked(log_sum_sq=extrapolate)
         segments = vocabulary_pass(inputs, num_frequent, None, asked=asked, online=True)

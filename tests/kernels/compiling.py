@@ -20,6 +20,7 @@ from cut_cross_entropy.kernels import (
     entropy_and_rank,
     exact,
     exact_sum,
+    likely_classes,
     lse,
     made_rows_kernels,
     order,
@@ -102,6 +103,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         flags = {} if bias else {"bias_ptr": None}
         flags |= {} if softcap else {"softcap": None}
         sums = {"multiplier_ptr", "entropy_ptr", "p_squares_ptr", "rank_ptr", "highest_ptr"}
+        energies = {"strips_ptr", "energy_bound_ptr"}
         terms = {"multiplier_ptr", "eta_ptr", "q_ptr"}
         no_rank = {"low_e_ptr": None, "low_c_ptr": None, "LOW_RANK": 0}
         label = "softcap-bias" if softcap else "plain"
@@ -114,7 +116,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             add(
                 f"lse-{label}-{online:d}{flagged:d}{strips_too:d}",
                 lse.vocabulary_pass_kernel,
-                {**products, **flags, **without(sums), **without({"strips_ptr"}, strips_too),
+                {**products, **flags, **without(sums), **without(energies, strips_too),
                  **no_rank, "ONLINE": online, "ONLY_FLAGGED": flagged},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
@@ -171,7 +173,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             add(
                 f"sums-{label}-{'-'.join(names)}-{energy:d}",
                 lse.vocabulary_pass_kernel,
-                {**products, **flags, **without(sums, names), **without({"strips_ptr"}, energy),
+                {**products, **flags, **without(sums, names), **without(energies, energy),
                  **no_rank, "ONLINE": False, "ONLY_FLAGGED": False},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
@@ -363,11 +365,12 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         types=(("counts_ptr", "*i32"), ("active_ptr", "*i32"), ("dropped_ptr", "*i64"),
                ("weights_ptr", "*i32"), ("num_kept_ptr", "*i64"),
                ("shares_ptr", "*i64")))  # fmt: skip
-    sampled = (("rows_ptr", "*i64"), ("wanted_ptr", "*i32"))
+    add("list_likely", likely_classes.list_likely_kernel,
+        {"SIZE": likely_classes.MOST, "BLOCK": likely_classes.SCAN}, num_warps=8,
+        types=(("counts_ptr", "*i32"), ("classes_ptr", "*i64")))  # fmt: skip
+    sampled = (("rows_ptr", "*i64"),)
     add("draw_tokens", calibrate_kernels.draw_tokens_kernel,
-        {"BLOCK_T": BLOCK_T, "SCAN": calibrate.SCAN}, num_warps=8,
-        types=(*sampled, ("num_kept_ptr", "*i64"), ("num_tokens_ptr", "*i32"),
-               ("few_strips", "fp32"), ("alike", "fp32")))  # fmt: skip
+        {"SCAN": calibrate.SCAN}, num_warps=8, types=sampled)  # fmt: skip
     add("left_factor", calibrate_kernels.left_factor_kernel, {"BLOCK_D": 32}, types=sampled)
     for some in (False, True):
         adapted = some and tiles.adds_low_rank

@@ -82,8 +82,8 @@ def check_sums(device, dtype, softcap, tolerance, low_rank=0):
         on_device.e, c.to(device), on_device.targets, bias.to(device), -100, softcap, dtype, 2**28,
         **options,
     )  # fmt: skip
-    rows, _, wanted = calibrate.draw_tokens(on_device, support.to(device), threshold)
-    found = calibrate.sampled_sums(problem, on_device, rows, wanted, threshold).double().cpu()
+    rows, _ = calibrate.draw_tokens(on_device, support.to(device))
+    found = calibrate.sampled_sums(problem, on_device, rows, threshold).double().cpu()
     rows = rows[: kernels.SAMPLES.value].cpu()
 
     e, wide, scale = tokens.e[rows].double(), c.double(), multiplier[rows, None].double()
@@ -121,7 +121,6 @@ def random_signs_of(dim, device):
         (1,),
         e_ptr=torch.zeros(1, dim, device=device),
         rows_ptr=torch.zeros(kernels.ROWS.value, dtype=torch.int64, device=device),
-        wanted_ptr=torch.ones((), dtype=torch.int32, device=device),
         out_ptr=left,
         D=dim,
         BLOCK_D=32,

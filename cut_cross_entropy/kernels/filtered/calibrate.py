@@ -7,8 +7,7 @@ whose squared errors are divided by it. The rows of dE are not needed for that, 
 and random projections of the rows of c keep these. Everything stays on the device, and is a
 function of the inputs.
 
-A pass over c costs 0.04 matmul, so the kernels return at once where the fixed tolerance is known to
-do: few strips are kept, and the tokens weigh the same. Shape legend: ``cut_cross_entropy.kernels``.
+Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 import math
@@ -39,21 +38,17 @@ MOST_BELOW = 32.0  # bytes by which a threshold may be lower than the lower one
 # Growth of the error's logarithm (base 2) per byte, where it is extrapolated: on two real heads it
 # was 0.08 to 0.12.
 SLOPES = (0.05, 0.125)
-# The tolerance is taken as it is where at most this share of the strips is kept and the mean weight
-# of a token is at least that share of the largest (docs/engineering_log.md).
-FEW_STRIPS = 0.08
-ALIKE = 0.9
 MIN_TOKENS = 4096  # the pass over c costs the more matmuls the fewer the tokens
 MIN_WORK = 4e11  # multiplications in a matmul below which the launches cost more than it does
 CHUNK_BYTES = 128 * 2**20  # of logit gradients at a time
-PROGRAMS = 64  # that share the sums over classes, for every TILE of the samples
+PROGRAMS = 192  # that share the sums over classes, for every TILE of the samples
 TILE = 32
 BLOCK = 64  # classes at once
 SCAN = 4096  # tokens per step of the draw
 
 
 def calibrates(problem: Problem, filter_: Filter) -> bool:
-    """Whether the threshold of a call may follow from a sample; the device decides if it does.
+    """Whether the threshold of a call follows from a sample.
 
     Shards would have to exchange projections of their errors.
     """
@@ -76,18 +71,16 @@ def calibrate(
         tokens: without ``eta`` and ``q``.
         support: see above.
         threshold: the threshold by energy. It is raised by STEP bytes at most, and not beyond what
-            the dropped mass allows. It stays as it is where few strips are kept and the upstream
-            gradients of the tokens are about the same.
+            the dropped mass allows.
         max_error: relative error (Frobenius norm) to reach, of the tail alone, in multiples of the
             rounding error of bfloat16.
     """
-    rows, factors, wanted = draw_tokens(tokens, support, threshold)
+    rows, factors = draw_tokens(tokens, support)
     launch(
         choose_threshold_kernel,
         (1,),
-        sums_ptr=sampled_sums(problem, tokens, rows, wanted, threshold),
+        sums_ptr=sampled_sums(problem, tokens, rows, threshold),
         factors_ptr=factors,
-        wanted_ptr=wanted,
         histogram_ptr=threshold.histogram,
         most_ptr=threshold.most,
         threshold_ptr=threshold.value,
@@ -100,20 +93,16 @@ def calibrate(
     )
 
 
-def draw_tokens(
-    tokens: BackwardTokens, support: Tensor, threshold: Threshold
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Decide whether to calibrate, and draw tokens for that.
+def draw_tokens(tokens: BackwardTokens, support: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw tokens by their risk.
 
     Returns:
-        rows (ROWS,) int64, of which the first SAMPLES count, in order; factors of their squared
-        errors (ROWS,) float32; and whether to calibrate, () int32. Without, the others are not
-        written.
+        rows (ROWS,) int64, of which the first SAMPLES count, in order; and factors of their squared
+        errors (ROWS,) float32.
     """
     num_tokens, device = tokens.a.shape[0], tokens.a.device
     num_rows = ROWS.value
     rows = torch.empty(num_rows, dtype=torch.int64, device=device)
-    wanted = torch.empty((), dtype=torch.int32, device=device)
     sums, factors = aligned_rows(2, max(num_tokens, num_rows), torch.float32, device)
     launch(
         draw_tokens_kernel,
@@ -122,26 +111,19 @@ def draw_tokens(
         b_ptr=tokens.b,
         target_grad_ptr=tokens.target_grad,
         support_ptr=support,
-        num_kept_ptr=threshold.num_kept,
-        num_tokens_ptr=threshold.statistics[-1:],
-        wanted_ptr=wanted,
         sums_ptr=sums,
         rows_ptr=rows,
         factors_ptr=factors,
         N=num_tokens,
-        V=threshold.strips.shape[1],
         search_steps=num_tokens.bit_length(),
-        few_strips=FEW_STRIPS,
-        alike=ALIKE,
-        BLOCK_T=BLOCK_T,
         SCAN=SCAN,
         num_warps=8,
     )
-    return rows, factors[:num_rows], wanted
+    return rows, factors[:num_rows]
 
 
 def sampled_sums(
-    problem: Problem, tokens: BackwardTokens, rows: Tensor, wanted: Tensor, threshold: Threshold
+    problem: Problem, tokens: BackwardTokens, rows: Tensor, threshold: Threshold
 ) -> Tensor:
     """Return what two thresholds drop of the sampled tokens, times projections of the rows of c.
 
@@ -149,7 +131,7 @@ def sampled_sums(
         (SUMS, SAMPLES, SKETCH) float32. The first three are sums of the token's logit gradients:
         of those dropped by the threshold less STEP, by the threshold, and of all, targets too. The
         other two are sums of the masses of its block that the two thresholds drop. The last
-        projection is the constant 1. Nothing is written unless ``wanted``.
+        projection is the constant 1.
     """
     e, c, tiles = tokens.e, problem.c, tiles_on(tokens.e.device)
     low_c = low_columns(problem)
@@ -161,7 +143,6 @@ def sampled_sums(
         (cdiv(dim, 32),),
         e_ptr=e,
         rows_ptr=rows,
-        wanted_ptr=wanted,
         out_ptr=left,
         D=dim,
         BLOCK_D=32,
@@ -188,7 +169,6 @@ def sampled_sums(
             low_e_ptr=tokens.low_e,
             low_c_ptr=low_c,
             rows_ptr=rows,
-            wanted_ptr=wanted,
             bias_ptr=problem.bias,
             lse_ptr=tokens.lse,
             a_ptr=tokens.a,
@@ -215,7 +195,6 @@ def sampled_sums(
             (PROGRAMS, num_samples // TILE),
             grads_ptr=grads,
             rows_ptr=rows,
-            wanted_ptr=wanted,
             strips_ptr=threshold.strips,
             weights_ptr=threshold.weights,
             threshold_ptr=threshold.value,

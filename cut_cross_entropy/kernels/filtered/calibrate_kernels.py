@@ -1,7 +1,6 @@
 """Kernels that estimate the error of a tail from sampled tokens, for two thresholds at once.
 
-``calibrate`` launches them. All but the first return at once unless that one writes that they are
-wanted. Shape legend: ``cut_cross_entropy.kernels``.
+``calibrate`` launches them. Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 import triton
@@ -26,24 +25,17 @@ STEP = tl.constexpr(8)  # bytes from the lower threshold to the other: a factor 
 SUMS = 5  # of logit gradients: dropped by the lower threshold, by the other, all; of masses: two
 
 
-@triton.jit(do_not_specialize=["num_tokens_ptr", "N", "V", "search_steps"])
+@triton.jit(do_not_specialize=["N", "search_steps"])
 def draw_tokens_kernel(
     a_ptr,  # (N,)
     b_ptr,  # (N,)
     target_grad_ptr,  # (N,) negative for tokens without a filtered gradient
     support_ptr,  # (N,) log2 of the effective support
-    num_kept_ptr,  # () int64 strips at or above the threshold
-    num_tokens_ptr,  # () valid tokens
-    wanted_ptr,  # () out: whether to calibrate; without, nothing that follows is written
     sums_ptr,  # (N,) scratch: inclusive sums of the risks
     rows_ptr,  # (ROWS,) int64 out, of which SAMPLES count
     factors_ptr,  # (ROWS,) out: inverse of the expected number of draws of the token, then 0
     N,
-    V,
     search_steps,  # N < 2 ** search_steps
-    few_strips,
-    alike,
-    BLOCK_T: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     """Draw a systematic sample of tokens by their risk, in one program.
@@ -53,8 +45,6 @@ def draw_tokens_kernel(
     """
     by_spread = 0.0
     evenly = 0.0
-    largest = 0.0
-    num_filtered = 0.0
     for start in range(0, N, SCAN):
         tokens = start + tl.arange(0, SCAN)
         filtered = tl.load(target_grad_ptr + tokens, mask=tokens < N, other=-1.0) >= 0
@@ -62,41 +52,33 @@ def draw_tokens_kernel(
         support = tl.load(support_ptr + tokens, mask=tokens < N, other=0.0)
         by_spread += tl.sum(weight * tl.maximum(support, 0.0), 0)
         evenly += tl.sum(weight, 0)
-        largest = tl.maximum(largest, tl.max(weight, 0))
-        num_filtered += tl.sum(filtered.to(tl.float32), 0)
-    blocks = (tl.load(num_tokens_ptr) + (BLOCK_T - 1)) // BLOCK_T
-    most = few_strips * blocks.to(tl.float32) * V
-    wanted = tl.load(num_kept_ptr).to(tl.float32) > most
-    wanted = wanted | (evenly < alike * largest * num_filtered)
-    tl.store(wanted_ptr, wanted.to(tl.int32))
-    if wanted:
-        by_spread = 1.0 / tl.maximum(by_spread, 1e-37)
-        evenly = EVENLY / tl.maximum(evenly, 1e-37)
-        total = 0.0
-        for start in range(0, N, SCAN):
-            tokens = start + tl.arange(0, SCAN)
-            filtered = tl.load(target_grad_ptr + tokens, mask=tokens < N, other=-1.0) >= 0
-            weight = upstream(a_ptr, b_ptr=b_ptr, filtered=filtered, tokens=tokens, N=N)
-            support = tl.load(support_ptr + tokens, mask=tokens < N, other=0.0)
-            risk = weight * (by_spread * tl.maximum(support, 0.0) + evenly)
-            tl.store(sums_ptr + tokens, total + tl.cumsum(risk, 0), mask=tokens < N)
-            total += tl.sum(risk, 0)
-        tl.debug_barrier()  # other threads have written the sums that this one reads
-        total = tl.load(sums_ptr + N - 1)
-        draws = tl.arange(0, ROWS)
-        place = (draws + 0.5) * (total / SAMPLES)
-        low = tl.zeros((ROWS,), tl.int32)
-        high = low + (N - 1)
-        for _ in range(search_steps):  # the first token whose sum is larger
-            middle = (low + high) // 2
-            beyond = tl.load(sums_ptr + middle) > place
-            high = tl.where(beyond, middle, high)
-            low = tl.where(beyond, low, tl.minimum(middle + 1, high))
-        before = tl.load(sums_ptr + high - 1, mask=high > 0, other=0.0)
-        risk = tl.load(sums_ptr + high) - before
-        tl.store(rows_ptr + draws, high.to(tl.int64))
-        factor = total / (SAMPLES * tl.maximum(risk, 1e-37))
-        tl.store(factors_ptr + draws, tl.where((risk > 0) & (draws < SAMPLES), factor, 0.0))
+    by_spread = 1.0 / tl.maximum(by_spread, 1e-37)
+    evenly = EVENLY / tl.maximum(evenly, 1e-37)
+    total = 0.0
+    for start in range(0, N, SCAN):
+        tokens = start + tl.arange(0, SCAN)
+        filtered = tl.load(target_grad_ptr + tokens, mask=tokens < N, other=-1.0) >= 0
+        weight = upstream(a_ptr, b_ptr=b_ptr, filtered=filtered, tokens=tokens, N=N)
+        support = tl.load(support_ptr + tokens, mask=tokens < N, other=0.0)
+        risk = weight * (by_spread * tl.maximum(support, 0.0) + evenly)
+        tl.store(sums_ptr + tokens, total + tl.cumsum(risk, 0), mask=tokens < N)
+        total += tl.sum(risk, 0)
+    tl.debug_barrier()  # other threads have written the sums that this one reads
+    total = tl.load(sums_ptr + N - 1)
+    draws = tl.arange(0, ROWS)
+    place = (draws + 0.5) * (total / SAMPLES)
+    low = tl.zeros((ROWS,), tl.int32)
+    high = low + (N - 1)
+    for _ in range(search_steps):  # the first token whose sum is larger
+        middle = (low + high) // 2
+        beyond = tl.load(sums_ptr + middle) > place
+        high = tl.where(beyond, middle, high)
+        low = tl.where(beyond, low, tl.minimum(middle + 1, high))
+    before = tl.load(sums_ptr + high - 1, mask=high > 0, other=0.0)
+    risk = tl.load(sums_ptr + high) - before
+    tl.store(rows_ptr + draws, high.to(tl.int64))
+    factor = total / (SAMPLES * tl.maximum(risk, 1e-37))
+    tl.store(factors_ptr + draws, tl.where((risk > 0) & (draws < SAMPLES), factor, 0.0))
 
 
 @triton.jit
@@ -112,14 +94,11 @@ def upstream(a_ptr, b_ptr, filtered, tokens, N):
 def left_factor_kernel(
     e_ptr,  # (N, D)
     rows_ptr,  # (ROWS,) int64
-    wanted_ptr,  # ()
     out_ptr,  # (ROWS, D) out
     D,
     BLOCK_D: tl.constexpr,
 ):
     """Write the embeddings of sampled tokens, and random signs that project rows of c."""
-    if tl.load(wanted_ptr) == 0:
-        return
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     samples, lanes = tl.arange(0, ROWS), tl.arange(0, SKETCH)
     rows = tl.load(rows_ptr + samples)
@@ -187,7 +166,6 @@ def sampled_gradients_kernel(
     low_e_ptr,  # (N, LOW_RANK)
     low_c_ptr,  # (V, LOW_RANK)
     rows_ptr,  # (ROWS,) int64
-    wanted_ptr,  # ()
     bias_ptr,  # (V,), or None, like softcap and multiplier_ptr
     lse_ptr,  # (N,) log2, like all that follow
     a_ptr,
@@ -211,8 +189,6 @@ def sampled_gradients_kernel(
 
     The last projection is the constant 1, so its sums are those of the factors.
     """
-    if tl.load(wanted_ptr) == 0:
-        return
     first_column = tl.program_id(0) * BLOCK_V
     classes = first_class + first_column + tl.arange(0, BLOCK_V)
     row = tl.arange(0, ROWS)
@@ -271,7 +247,6 @@ def sampled_gradients_kernel(
 def sampled_sums_kernel(
     grads_ptr,  # (ROWS, stride) of the classes from first_class on
     rows_ptr,  # (ROWS,) int64
-    wanted_ptr,  # ()
     strips_ptr,  # (blocks, V) int16
     weights_ptr,  # (blocks,) see Kept
     threshold_ptr,  # ()
@@ -287,8 +262,6 @@ def sampled_sums_kernel(
     BLOCK: tl.constexpr,
 ):
     """Project dropped logit gradients times c, and dropped masses times c, for some classes."""
-    if tl.load(wanted_ptr) == 0:
-        return
     program = tl.program_id(0)
     samples = tl.program_id(1) * TILE + tl.arange(0, TILE)
     lanes = tl.arange(0, SKETCH)
@@ -354,7 +327,6 @@ def squared_error(sums_ptr, factors, which: tl.constexpr):
 def choose_threshold_kernel(
     sums_ptr,  # (SUMS, SAMPLES, SKETCH)
     factors_ptr,  # (ROWS,) 0 from SAMPLES on
-    wanted_ptr,  # ()
     histogram_ptr,  # (256,) int64
     most_ptr,  # () highest threshold that the mass allows
     threshold_ptr,  # () in, out
@@ -369,8 +341,6 @@ def choose_threshold_kernel(
     The logarithm of the error is interpolated between the two thresholds and extrapolated outside,
     at most a STEP above them.
     """
-    if tl.load(wanted_ptr) == 0:
-        return
     factors = tl.load(factors_ptr + tl.arange(0, ROWS))
     whole = squared_error(sums_ptr, factors, 2)
     first = 0.5 * tl.log2(squared_error(sums_ptr, factors, 0) / whole + 1e-30)

@@ -1,0 +1,126 @@
+"""Bounds the log-sum-exp of every token by the classes that are likely in its batch.
+
+The energies of the strips are relative to a bound that is known before the pass over the
+vocabulary, so a loose bound overstates them, and the filter keeps too much. What a token finds
+likely, other tokens of the batch have as their targets: with these classes the bound is within 0.1
+nats for half of the tokens of two real heads, where the first classes of the vocabulary leave 0.2
+to 0.3 nats, and far more where ids do not follow the frequency (docs/engineering_log.md). Shape
+legend: ``cut_cross_entropy.kernels``.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.lse import PassInputs, raise_bound, vocabulary_pass
+
+SCAN = 2048  # tokens or classes per step of the list
+SHARE = 32  # the list has one class of so many, within these limits:
+FEWEST, MOST = 1024, 2048
+
+
+@triton.jit(do_not_specialize=["N"])
+def list_likely_kernel(
+    targets_ptr,  # (N,) row of c, or -1
+    counts_ptr,  # (2, V) int32, in: zeros; changed
+    classes_ptr,  # (SIZE,) int64 out
+    N,
+    V,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """List SIZE different classes, in one program: frequent targets first, first ids last."""
+    latest_ptr = counts_ptr + V
+    for start in range(0, N, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        targets = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1)
+        tl.atomic_add(counts_ptr + targets, 1, mask=targets >= 0, sem="relaxed")
+        # One token stands for a class: its first one.
+        tl.atomic_max(latest_ptr + targets, N - tokens, mask=targets >= 0, sem="relaxed")
+    tl.debug_barrier()
+    found = 0
+    least, most = 8, N
+    while least > 0:  # 8 targets or more, then 4, 2 and 1
+        for start in range(0, N, BLOCK):
+            tokens = start + tl.arange(0, BLOCK)
+            targets = tl.load(targets_ptr + tokens, mask=tokens < N, other=-1)
+            given = targets >= 0
+            # Past the first-level cache, which atomic operations leave as it is.
+            count = tl.load(counts_ptr + targets, mask=given, other=0, cache_modifier=".cg")
+            latest = tl.load(latest_ptr + targets, mask=given, other=0, cache_modifier=".cg")
+            listed = given & (latest == N - tokens) & (count >= least) & (count <= most)
+            place = found + tl.cumsum(listed.to(tl.int32), 0) - 1
+            tl.store(classes_ptr + place, targets, mask=listed & (place < SIZE))
+            found += tl.sum(listed.to(tl.int32), 0)
+        least, most = least // 2, least - 1
+    # Of the first 2 SIZE ids at least SIZE are not listed yet, or all classes are among them.
+    for start in range(0, min(V, 2 * SIZE), BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        count = tl.load(counts_ptr + ids, mask=ids < V, other=1, cache_modifier=".cg")
+        listed = count == 0
+        place = found + tl.cumsum(listed.to(tl.int32), 0) - 1
+        tl.store(classes_ptr + place, ids.to(tl.int64), mask=listed & (place < SIZE))
+        found += tl.sum(listed.to(tl.int32), 0)
+
+
+def list_likely(targets: Tensor, num_classes: int, size: int) -> Tensor:
+    """Return the ids of ``size`` different classes that are likely for some of the tokens.
+
+    Args:
+        targets: (N,) int64 rows of c, -1 for none.
+        num_classes: V.
+        size: at most V. Where there are fewer targets the first ids fill the list; where there are
+            more, those that fewer tokens have are left out.
+
+    Returns:
+        (size,) int64.
+    """
+    counts = torch.zeros((2, num_classes), dtype=torch.int32, device=targets.device)
+    classes = torch.empty(size, dtype=torch.int64, device=targets.device)
+    launch(
+        list_likely_kernel,
+        (1,),
+        targets_ptr=targets,
+        counts_ptr=counts,
+        classes_ptr=classes,
+        N=targets.shape[0],
+        V=num_classes,
+        SIZE=size,
+        BLOCK=SCAN,
+        num_warps=8,
+    )
+    return classes
+
+
+def list_size(num_classes: int, block_v: int) -> int:
+    """Return how many classes to list, in whole tiles of ``block_v`` classes."""
+    return min(max(FEWEST, num_classes // SHARE), MOST, num_classes) // block_v * block_v
+
+
+def bound_by_likely(inputs: PassInputs, targets: Tensor, out: Tensor) -> None:
+    """Write a lower bound of each token's log-sum-exp, log2; at least ``inputs.bound``.
+
+    It depends on the targets of all tokens.
+
+    Args:
+        inputs: those of the passes over all classes.
+        targets: (N,) int64 rows of c, -1 for none.
+        out: (N,) float32.
+    """
+    out.copy_(inputs.bound)
+    num_classes = inputs.c.shape[0]
+    size = list_size(num_classes, inputs.tiles.block_v)
+    if 0 < size < num_classes:
+        classes = list_likely(targets, num_classes, size)
+        some = replace(
+            inputs,
+            c=inputs.c[classes],
+            bias=None if inputs.bias is None else inputs.bias[classes],
+            low_c=None if inputs.low_c is None else inputs.low_c[classes],
+            bound=out,
+        )
+        raise_bound(out, vocabulary_pass(some, size, None, online=True))
