@@ -165,9 +165,10 @@ def vocabulary_pass_kernel(
                     p_squares = p_squares * scale * scale
                 sums = sums * scale[None, :]
                 bound = higher
+            reference = bound
             if ONLINE:
                 reference = tl.where(bound == float("-inf"), 0.0, bound)
-            else:
+            elif strips_ptr is not None:  # not kept between tiles: registers are for the product
                 reference = tl.load(bound_ptr + tokens, mask=tokens < N, other=float("inf"))
             p = tl.exp2(logits - reference[None, :])
             sums += fold_rows(p, BLOCK_V, BLOCK_T)
