@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from cut_cross_entropy.transforms import constant_in_traces
+from cut_cross_entropy.call_context import constant_in_traces
 
 TRITON_FLOOR = (3, 3)
 """Oldest Triton release that the kernels support."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.budget import powers_per_chunk
+from cut_cross_entropy.call_context import is_offloaded, is_traced, is_transformed, plain
 from cut_cross_entropy.device_support import (
     kernels_unavailable,
     relative_throughput,
@@ -16,19 +17,18 @@ from cut_cross_entropy.distributed.collectives import combine_shards
 from cut_cross_entropy.heads import adapted, chunks, sums
 from cut_cross_entropy.heads.chunks import HeadProblem
 from cut_cross_entropy.implementations import chunked_sum, full_logits, reference
-from cut_cross_entropy.operators import run_chunked, run_kernels
-from cut_cross_entropy.options import KERNEL_IMPLS, CCEPreset, CCEPresets, FilterEps
-from cut_cross_entropy.output_operators import (
+from cut_cross_entropy.operators.losses import run_chunked, run_kernels
+from cut_cross_entropy.operators.sums import run_sum
+from cut_cross_entropy.operators.token_outputs import (
     mean_logits_of_rank_one,
     run_class_logits,
     run_kernel_outputs,
     run_outputs,
     sum_shards,
 )
+from cut_cross_entropy.options import KERNEL_IMPLS, CCEPreset, CCEPresets, FilterEps
 from cut_cross_entropy.outputs import Asked, TokenOutputs
 from cut_cross_entropy.problem import NO_FILTER, Filter, Needed, PerToken, Problem
-from cut_cross_entropy.sum_operators import run_chunked_sum, run_kernel_sum
-from cut_cross_entropy.transforms import is_offloaded, is_traced, is_transformed, plain
 from cut_cross_entropy.validation import check_target_range
 
 FILTER_TOLERANCE = 4e-4
@@ -187,7 +187,7 @@ def sum_of_losses(
             None for 1.
         recompute: compute no gradient in the forward.
         keep_inputs: whether autograd may save ``problem.e``, ``.c`` and ``.bias`` where they are
-            not needed; see :class:`cut_cross_entropy.sum_operators.SumOptions`.
+            not needed; see :func:`cut_cross_entropy.operators.sums.run_sum`.
     """
     needed = gradients_needed(problem)
     # Gradients that are saved would be copied to the host and back where activations are.
@@ -203,7 +203,7 @@ def sum_of_losses(
     if any(needed.flat()) and is_plain and not recompute:
         chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
         if chosen == "chunked" and chunked_sum.tokens_per_chunk(problem, needed):
-            return run_chunked_sum(problem, needed, weights, keep_inputs=keep_inputs)
+            return run_sum(problem, needed, weights, None, keep_inputs=keep_inputs)
         if chosen in KERNEL_IMPLS:
             filter_ = _filter(chosen, kernel_options, filter_mass, world_size)
             if impl == "auto" and is_small(problem):
@@ -212,7 +212,7 @@ def sum_of_losses(
             if exact and powers_per_chunk(problem, needed):
                 if filtered and has_at_most(FEW_PRODUCTS_BY_HALF, problem):
                     filter_ = NO_FILTER
-                return run_kernel_sum(problem, needed, weights, filter_, keep_inputs=keep_inputs)
+                return run_sum(problem, needed, weights, filter_, keep_inputs=keep_inputs)
     results = token_losses(
         impl, problem, kernel_options, filter_mass=filter_mass, world_size=world_size
     )

@@ -7,12 +7,13 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.arguments import Prepared, prepare, stand_in
 from cut_cross_entropy.budget import divergence_tokens_per_chunk
+from cut_cross_entropy.call_context import is_offloaded, is_traced, is_transformed, plain
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.device_support import kernels_unavailable
 from cut_cross_entropy.dispatch import choose_impl, filter_tolerance, gradients_needed
 from cut_cross_entropy.distributed.options import VocabParallelOptions
-from cut_cross_entropy.divergence_operators import run_divergence, run_divergence_sum
 from cut_cross_entropy.divergence_results import DivergenceState
 from cut_cross_entropy.heads.chunks import HeadProblem
 from cut_cross_entropy.heads.divergences import joined
@@ -20,6 +21,7 @@ from cut_cross_entropy.heads.divergences import run_divergence as run_head_diver
 from cut_cross_entropy.heads.head import Head
 from cut_cross_entropy.implementations import chunked_divergence, reference
 from cut_cross_entropy.implementations.chunked_divergence import log_mixture
+from cut_cross_entropy.operators.divergences import run_divergence, run_divergence_sum
 from cut_cross_entropy.options import (
     FilterEps,
     ImplName,
@@ -28,10 +30,8 @@ from cut_cross_entropy.options import (
     check_filter_eps,
     impl_name,
 )
-from cut_cross_entropy.prepare import Prepared, prepare, stand_in
 from cut_cross_entropy.problem import Needed, Problem
 from cut_cross_entropy.reductions import mean_of_sum
-from cut_cross_entropy.transforms import is_offloaded, is_traced, is_transformed, plain
 from cut_cross_entropy.validation import (
     check_num_items,
     check_per_token,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 import torch
 from torch import Tensor, nn
 
+from cut_cross_entropy.arguments import prepare
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.dispatch import equal_weights, mean_logits, sum_of_losses, token_losses
 from cut_cross_entropy.distributed.dtensor import check_parallel_options, refuse_dtensors
@@ -23,7 +24,6 @@ from cut_cross_entropy.options import (
     Reduction,
     impl_name,
 )
-from cut_cross_entropy.prepare import prepare
 from cut_cross_entropy.problem import Problem
 from cut_cross_entropy.reductions import mean_of_sum
 from cut_cross_entropy.validation import (

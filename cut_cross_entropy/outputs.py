@@ -1,15 +1,15 @@
 """Sums over the classes of each token, other than its loss: what a call asks for and gets.
 
-As in ``cut_cross_entropy.problem``, each class has the text of its part of an operator's schema.
-
 Shape legend: ``cut_cross_entropy.implementations``.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor
+
+from cut_cross_entropy.problem import Flat
 
 OutputName: TypeAlias = Literal["lse", "entropy", "mean_logit", "log_sum_sq", "rank", "max_logit"]
 """Values of ``outputs=``."""
@@ -18,7 +18,7 @@ OUTPUT_NAMES: tuple[str, ...] = get_args(OutputName)
 
 
 @dataclass(frozen=True)
-class Asked:
+class Asked(Flat):
     """The sums that a forward pass has to compute in addition to loss and log-sum-exp.
 
     Args:
@@ -33,32 +33,11 @@ class Asked:
     max_logit: bool = False
     top_k: int = 0
 
-    SCHEMA: ClassVar[str] = (
-        "bool entropy, bool log_sum_sq, bool mean_logit, bool rank, bool max_logit, int top_k"
-    )
-
     @classmethod
     def of(cls, outputs: Collection[str], top_k: int = 0) -> "Asked":
         """Return the sums that outputs of these names need."""
-        return cls(
-            "entropy" in outputs,
-            "log_sum_sq" in outputs,
-            "mean_logit" in outputs,
-            "rank" in outputs,
-            "max_logit" in outputs,
-            top_k,
-        )
-
-    def flat(self) -> tuple[bool | int, ...]:
-        """All fields in the order of the schema."""
-        return (
-            self.entropy,
-            self.log_sum_sq,
-            self.mean_logit,
-            self.rank,
-            self.max_logit,
-            self.top_k,
-        )
+        *sums, _ = cls.__match_args__
+        return cls(*[name in outputs for name in sums], top_k)  # type: ignore[call-arg]
 
     def __bool__(self) -> bool:
         return any(self.flat())

@@ -1,21 +1,31 @@
-"""One call of the loss as the implementations see it, with the schemas of its operators.
+"""One call of the loss as the implementations see it.
 
-Operators take tensors and plain values only, so each dataclass here has a ``SCHEMA``, the text of
-its part of an operator's schema, and ``flat()``, the values in that order; the body of an operator
-rebuilds the object from them. Named tuples are tuples of tensors, as operators return them.
+Operators take tensors and plain values only: :class:`Flat` dataclasses turn into these, and
+``cut_cross_entropy.operators.declaration`` makes the schema of their fields. Named tuples are
+tuples of tensors, as operators return them.
 
 Shape legend: ``cut_cross_entropy.implementations``.
 """
 
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Flat:
+    """A dataclass whose fields are arguments of operators."""
+
+    __match_args__: tuple[str, ...]
+
+    def flat(self) -> tuple[Any, ...]:
+        """All fields but those of subclasses, in order; PyTorch 2.7 cannot trace ``astuple``."""
+        return tuple([getattr(self, name) for name in self.__match_args__])
+
+
 @dataclass(frozen=True)
-class Problem:
+class Problem(Flat):
     """The inputs of a loss and the options that every implementation shares.
 
     Args:
@@ -50,29 +60,6 @@ class Problem:
     frozen_columns: int = 0
     multiplier: Tensor | None = None
 
-    SCHEMA: ClassVar[str] = (
-        "Tensor e, Tensor c, Tensor targets, Tensor? bias, int ignore_index, float? softcap, "
-        "ScalarType compute_dtype, int memory_budget, int first_class, str? group, "
-        "int frozen_columns, Tensor? multiplier"
-    )
-
-    def flat(self) -> tuple[Any, ...]:
-        """All fields in the order of the schema."""
-        return (
-            self.e,
-            self.c,
-            self.targets,
-            self.bias,
-            self.ignore_index,
-            self.softcap,
-            self.compute_dtype,
-            self.memory_budget,
-            self.first_class,
-            self.group,
-            self.frozen_columns,
-            self.multiplier,
-        )
-
     @property
     def wide(self) -> torch.dtype:
         """Dtype of the results and accumulators: float32, or float64 for float64 inputs."""
@@ -101,12 +88,6 @@ class Problem:
         return self.targets - self.first_class if self.first_class else self.targets
 
 
-NUM_FIELDS = len(fields(Problem))
-"""Values of a problem in the schema of an operator."""
-MULTIPLIER = NUM_FIELDS - 1
-"""Position among them of the multiplier, the only tensor after the bias."""
-
-
 @dataclass(frozen=True)
 class AdaptedProblem(Problem):
     """A problem with the logits ``e @ c.T + low_e @ low_c.T``, which is that of an adapter.
@@ -131,22 +112,16 @@ def low_columns(problem: Problem) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Needed:
+class Needed(Flat):
     """The gradients that a backward pass has to compute."""
 
     e: bool
     c: bool
     bias: bool
 
-    SCHEMA: ClassVar[str] = "bool need_e, bool need_c, bool need_bias"
-
-    def flat(self) -> tuple[bool, bool, bool]:
-        """All fields in the order of the schema."""
-        return self.e, self.c, self.bias
-
 
 @dataclass(frozen=True)
-class Filter:
+class Filter(Flat):
     """Which part of the gradient the kernels may skip.
 
     Args:
@@ -165,14 +140,6 @@ class Filter:
     e: bool = True
     c: bool = True
     max_error: float = 0.0
-
-    SCHEMA: ClassVar[str] = (
-        "float tolerance, float max_mass, bool filter_e, bool filter_c, float max_error"
-    )
-
-    def flat(self) -> tuple[float, float, bool, bool, float]:
-        """All fields in the order of the schema."""
-        return self.tolerance, self.max_mass, self.e, self.c, self.max_error
 
     @property
     def is_on(self) -> bool:
@@ -238,9 +205,6 @@ class Gradients(NamedTuple):
     e: Tensor
     c: Tensor
     bias: Tensor
-
-
-GRADIENTS_SCHEMA = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
 
 
 class SumGradients(NamedTuple):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.arguments import Prepared, prepare
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.dispatch import class_logits, mean_logits, token_outputs
 from cut_cross_entropy.distributed.dtensor import refuse_dtensors
@@ -18,7 +19,6 @@ from cut_cross_entropy.options import (
     impl_name,
 )
 from cut_cross_entropy.outputs import OUTPUT_NAMES, Asked, OutputName
-from cut_cross_entropy.prepare import Prepared, prepare
 from cut_cross_entropy.problem import Problem
 from cut_cross_entropy.validation import (
     check_class_id_range,

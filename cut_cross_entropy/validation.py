@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from cut_cross_entropy.call_context import is_traced, is_transformed
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.options import (
     FilterEps,
@@ -26,7 +27,6 @@ from cut_cross_entropy.options import (
     check_flag,
     did_you_mean,
 )
-from cut_cross_entropy.transforms import is_traced, is_transformed
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cut_cross_entropy import LinearCrossEntropy, device_support, linear_cross_entropy, transforms
+from cut_cross_entropy import LinearCrossEntropy, call_context, device_support, linear_cross_entropy
 from cut_cross_entropy.adapters import seam
 from cut_cross_entropy.implementations import full_logits
 from cut_cross_entropy.lazy import notices
@@ -162,7 +162,7 @@ def test_second_derivative_of_torch_compile_is_refused():
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (transforms, "_within_functorch"),
+        (call_context, "_within_functorch"),
         (device_support, "_why_unavailable"),
         (notices, "warn_once"),
         (notices, "count_traced_loss"),

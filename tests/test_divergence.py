@@ -255,7 +255,7 @@ def test_compiled(beta):
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_operators(beta):
-    from cut_cross_entropy.divergence_operators import divergence
+    from cut_cross_entropy.operators.divergences import divergence
 
     tensors, targets = problem(tokens=5, classes=20)
     flat = []

@@ -306,7 +306,7 @@ def test_compiled(impl, beta):
 @pytest.mark.parametrize("by_kernels", [False, True])
 @pytest.mark.parametrize("has_targets", [False, True])
 def test_operator(has_targets, by_kernels):
-    from cut_cross_entropy.divergence_operators import divergence_sum
+    from cut_cross_entropy.operators.divergences import divergence_sum
 
     tensors, targets = problem(tokens=5, classes=20, dtype=torch.float32)
     flat = []

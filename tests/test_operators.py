@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cut_cross_entropy import linear_cross_entropy
-from cut_cross_entropy.operators import chunked_gradients, chunked_losses
+from cut_cross_entropy.operators.losses import chunked_gradients, chunked_losses
 from tests.support import IMPLS, check_checkpoint, make_problem, run_ours
 
 SETTINGS = (-100, None, torch.float32, 2**20, 0, None, 0, None)

@@ -1,6 +1,5 @@
 """Losses that are summed: their gradients come from the forward, and three products are enough."""
 
-import dataclasses
 import functools
 import math
 from itertools import pairwise
@@ -9,11 +8,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy, sum_operators
+from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from cut_cross_entropy.implementations import blocks, chunked, chunked_sum
 from cut_cross_entropy.implementations.blocks import Blocks
+from cut_cross_entropy.operators import sums
 from cut_cross_entropy.problem import Needed, Problem
-from cut_cross_entropy.sum_operators import SumOptions
 from tests.support import (
     check,
     check_checkpoint,
@@ -548,7 +547,7 @@ def test_compiled(backend, dynamic, passes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_backward_allocates_the_gradients_and_nothing_else(dtype, monkeypatch):
-    monkeypatch.setattr(sum_operators, "SCALED_BYTES", 2**12)
+    monkeypatch.setattr(sums, "SCALED_BYTES", 2**12)
     problem = make_problem((600,), 2048, 32, bias=True, ignored=0.0, dtype=dtype)
     inputs = leaves_of(problem)
     loss = chunked_loss(*inputs[:2], problem.targets, inputs[2])
@@ -604,13 +603,3 @@ def test_batched_gradients_in_the_last_backward():
     for grad, wanted in zip(batched, expected, strict=True):
         for one, factor in zip(grad, factors, strict=True):
             torch.testing.assert_close(one, factor * wanted, rtol=1e-4, atol=1e-6)
-
-
-def test_options_of_a_sum_in_the_order_of_the_schema():
-    """``torch.compile`` of PyTorch 2.4 and 2.7 cannot trace ``dataclasses.astuple`` itself."""
-    names = [part.split()[1] for part in SumOptions.SCHEMA.split(", ")]
-    for place, name in enumerate(names):
-        options = SumOptions.of([other == name for other in names])
-        assert options.flat().index(True) == place
-        of_filter, needed, *others = dataclasses.astuple(options)
-        assert options.flat() == (*of_filter, *needed, *others)

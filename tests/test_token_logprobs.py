@@ -520,7 +520,7 @@ def test_derivatives_that_do_not_exist_are_refused():
 
 def test_operators():
     """Schema, fake and autograd of each operator, as PyTorch checks them."""
-    from cut_cross_entropy import output_operators as ops
+    from cut_cross_entropy.operators import token_outputs as ops
     from cut_cross_entropy.outputs import Asked
     from cut_cross_entropy.problem import Problem as Call
 

@@ -8,7 +8,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
 from cut_cross_entropy import linear_cross_entropy
-from cut_cross_entropy.operators import chunked_losses, tangents
+from cut_cross_entropy.operators.losses import chunked_losses, tangents
 from cut_cross_entropy.problem import Problem
 from tests.support import IMPLS, make_problem
 

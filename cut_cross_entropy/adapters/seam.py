@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.call_context import constant_in_traces
 from cut_cross_entropy.divergence import TokenDivergence, linear_divergence
 from cut_cross_entropy.token_logprobs import TokenLogprobs, token_logprobs
-from cut_cross_entropy.transforms import constant_in_traces
 
 _OPTIONS = ("impl", "filter_eps", "filter_mass", "memory_budget")
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cut_cross_entropy.divergence_operators import implementation
 from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState
 from cut_cross_entropy.heads.chunks import HeadProblem
+from cut_cross_entropy.operators.divergences import implementation
 from cut_cross_entropy.problem import Needed, Problem
 
 TENSORS = ("e", "c", "targets", "bias", "multiplier")
@@ -27,7 +27,7 @@ def run_divergence(
 
     Args:
         student, teacher, beta, has_targets, by_kernels: as in
-            ``divergence_operators.run_divergence``; one of the problems is that of a head.
+            ``operators.divergences.run_divergence``; one of the problems is that of a head.
     """
     with torch.no_grad():
         teacher = _half_budget(teacher, _features(teacher))

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from cut_cross_entropy.heads.chunks import HeadProblem
+from cut_cross_entropy.operators.sums import scaled_gradients
 from cut_cross_entropy.problem import Needed, PerToken, Problem
-from cut_cross_entropy.sum_operators import scaled_gradients
 
 _NOTHING = torch.empty(0)
 

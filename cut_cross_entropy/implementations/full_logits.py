@@ -16,9 +16,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 
+from cut_cross_entropy.call_context import is_transformed
 from cut_cross_entropy.device_support import has_triton
 from cut_cross_entropy.problem import Problem
-from cut_cross_entropy.transforms import is_transformed, refuse_to_differentiate
+from cut_cross_entropy.refusals import refuse_to_differentiate
 
 MAX_VARIANTS = 128
 """Compilations of one function: dtypes, bias, softcap, needed gradients and layouts multiply."""

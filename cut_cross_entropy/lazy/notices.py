@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from cut_cross_entropy.transforms import constant_in_traces
+from cut_cross_entropy.call_context import constant_in_traces
 
 
 class CutCrossEntropyWarning(UserWarning):

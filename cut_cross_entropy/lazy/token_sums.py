@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.arguments import Prepared, prepare
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET
 from cut_cross_entropy.device_support import current_autocast
 from cut_cross_entropy.dispatch import class_logits, mean_logits
@@ -35,7 +36,6 @@ from cut_cross_entropy.lazy.recipe import (
 from cut_cross_entropy.lazy.record import saved_tensors_hooks
 from cut_cross_entropy.lazy.value import LazyValue, View
 from cut_cross_entropy.outputs import OutputName
-from cut_cross_entropy.prepare import Prepared, prepare
 from cut_cross_entropy.token_logprobs import token_logprobs
 
 _LOGITS, _MEAN_LOGIT, _MINUS_ENTROPY = "logits", "mean logit", "minus entropy"

@@ -10,8 +10,8 @@ import torch.utils.checkpoint
 
 from cut_cross_entropy import (
     LinearCrossEntropy,
+    arguments,
     linear_cross_entropy,
-    prepare,
     token_logprobs,
 )
 from cut_cross_entropy.heads import Head, LowRank, RowSource
@@ -109,7 +109,7 @@ def test_loss(kind, impl):
 
 def test_a_head_that_is_a_matrix_takes_no_chunks(monkeypatch):
     """Loss and gradients have the same bits as without a head, and the same route."""
-    monkeypatch.setattr(prepare, "ClassRows", None)
+    monkeypatch.setattr(arguments, "ClassRows", None)
     case = Case("plain", torch.float32)
     head = Head(case.head.weight, case.bias, softcap=9.0)
     leaves = [case.e, case.head.weight, case.bias]

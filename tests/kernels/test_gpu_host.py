@@ -43,7 +43,7 @@ def flat_settings(softcap, tolerance):
 
 def operators(problem, tolerance):
     """Forward and backward as functions on this thread, not autograd's."""
-    from cut_cross_entropy.operators import cce_gradients, cce_losses
+    from cut_cross_entropy.operators.losses import cce_gradients, cce_losses
 
     inputs = (problem.e, problem.c, problem.targets, problem.bias)
     settings = flat_settings(None, tolerance)
@@ -215,7 +215,7 @@ def test_modification_between_forward_and_backward_is_caught(impl, which):
 
 
 def test_opcheck():
-    from cut_cross_entropy.operators import cce_gradients, cce_losses
+    from cut_cross_entropy.operators.losses import cce_gradients, cce_losses
 
     problem = make_problem((300,), 1100, 72, bias=True, dtype=torch.bfloat16).on(DEVICE)
     inputs = (problem.e, problem.c, problem.targets, problem.bias)

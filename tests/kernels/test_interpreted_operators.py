@@ -21,7 +21,7 @@ def settings(tolerance=TOLERANCE, *, filter_e=True, filter_c=True, training=True
 
 @pytest.fixture
 def operators():
-    from cut_cross_entropy.operators import cce_gradients, cce_losses
+    from cut_cross_entropy.operators.losses import cce_gradients, cce_losses
 
     return cce_losses, cce_gradients
 

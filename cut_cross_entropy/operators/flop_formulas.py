@@ -16,8 +16,13 @@ from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceStat
 
 
 def register_flop_formulas() -> None:
-    """Register the formulas, also with counters that are active, unless that has been done."""
+    """Register the formulas, also with counters that are active, unless that has been done.
+
+    A compiler that traces the call leaves them to the next one.
+    """
     global _registered
+    if torch.compiler.is_compiling():
+        return
     registry = getattr(sys.modules.get("torch.utils.flop_counter"), "flop_registry", None)
     if _registered or not registry:  # empty while the module is being imported
         return

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cut_cross_entropy.call_context import is_transformed, refuse_transforms
 from cut_cross_entropy.device_support import current_autocast
 from cut_cross_entropy.distributed.collectives import group_name
 from cut_cross_entropy.distributed.data_parallel import Like, gather, gathered_again
@@ -23,7 +24,6 @@ from cut_cross_entropy.heads.chunks import HeadProblem
 from cut_cross_entropy.heads.head import Head, Product
 from cut_cross_entropy.heads.rows import ClassRows, requires_grad
 from cut_cross_entropy.problem import Problem
-from cut_cross_entropy.transforms import is_transformed, refuse_transforms
 from cut_cross_entropy.validation import (
     check_compute_dtypes,
     check_options,
