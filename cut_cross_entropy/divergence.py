@@ -14,7 +14,7 @@ from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.device_support import kernels_unavailable
 from cut_cross_entropy.dispatch import choose_impl, filter_tolerance, gradients_needed
 from cut_cross_entropy.distributed.options import VocabParallelOptions
-from cut_cross_entropy.divergence_results import DivergenceState
+from cut_cross_entropy.divergence_problem import DivergenceProblem, DivergenceState
 from cut_cross_entropy.heads.chunks import HeadProblem
 from cut_cross_entropy.heads.divergences import joined
 from cut_cross_entropy.heads.divergences import run_divergence as run_head_divergence
@@ -211,11 +211,12 @@ def linear_divergence(
         # A token that is left out has no divergence, whatever its weight.
         kept = problem.targets != ignore_index
         weights = torch.where(kept, student.flatten(whole_weights, 0.0), 0)
-    models = problem, teacher.problem, float(beta), has_targets
+    compared = DivergenceProblem(problem, teacher.problem, float(beta), has_targets)
     with student.computing():
         has_head = any(isinstance(x, HeadProblem) for x in (problem, teacher.problem))
         if chosen == "reference":
-            found = _reference(joined(problem), joined(teacher.problem), float(beta), has_targets)
+            both = joined(problem), joined(teacher.problem)
+            found = _reference(DivergenceProblem(*both, *compared[2:]))
         else:
             by_kernels = _by_kernels(chosen, problem, teacher.problem)
             needed = None
@@ -223,13 +224,11 @@ def linear_divergence(
                 needed = _gradients_in_the_forward(student, teacher, weights, by_kernels)
             if needed is not None:
                 tolerance = _tolerance(filter_eps, problem.compute_dtype)
-                total, *of_tokens = run_divergence_sum(
-                    *models, weights, needed, by_kernels, tolerance
-                )[:-3]
-                found = DivergenceState(total, *of_tokens[1:])
+                total, found = run_divergence_sum(compared, weights, needed, by_kernels, tolerance)
+                found = DivergenceState(total, *found[1:])
             else:
                 run = run_head_divergence if has_head else run_divergence
-                found = run(*models, by_kernels)
+                found = run(compared, by_kernels)
     divergence = found.divergence
     if divergence.ndim and weights is not None:
         divergence = divergence * weights
@@ -436,10 +435,9 @@ def _check_shards(student: Problem, teacher: Problem, impl: str) -> None:
         )
 
 
-def _reference(
-    student: Problem, teacher: Problem, beta: float, has_targets: bool
-) -> DivergenceState:
+def _reference(problem: DivergenceProblem) -> DivergenceState:
     """Compute the results from the logits of both models."""
+    student, teacher, beta, has_targets = problem
     if not (torch.compiler.is_compiling() or is_traced()):
         check_target_range(plain(student.targets), student.c.shape[0], student.ignore_index)
     with torch.autocast(student.e.device.type, enabled=False):

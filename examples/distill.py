@@ -4,24 +4,20 @@ The student keeps every second layer and learns the teacher's distributions with
 ``linear_divergence``. ``--plain`` computes the logits of both: the losses are the same.
 """
 
-import argparse
 import copy
 
 import torch
 import torch.nn.functional as F
 
 from cut_cross_entropy import linear_divergence
+from examples import ADDITIONS, build_parser
 from training.losses import plain_head
 from training.models import load_model
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train, and return the mean divergence KL(teacher || student) of each step."""
-    parser = argparse.ArgumentParser(prog="python -m examples.distill", description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="'smollm2', a folder or a name")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--plain", action="store_true", help="with logits")
-    chosen = parser.parse_args(arguments)
+    chosen = build_parser("distill", __doc__, "with logits").parse_args(arguments)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher, tokenizer = load_model(chosen.model, torch.float32, device)
@@ -31,10 +27,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     student.model.layers = student.model.layers[::2]
     head = student.lm_head.weight
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    lines = [f"{a} + {b} = {a + b}" for a in range(10) for b in range(10)]
     losses = []
     for step in range(chosen.steps):
-        text = " , ".join(lines[step % 10 :: 10])
+        text = " , ".join(ADDITIONS[step % 10 :: 10])
         ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)
         e_teacher = teacher.model(ids, use_cache=False).last_hidden_state  # (1, T, D)
         e = student.model(ids, use_cache=False).last_hidden_state

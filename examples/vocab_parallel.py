@@ -4,31 +4,24 @@ All processes see the same tokens and split the classes. ``--plain`` keeps the w
 process and computes the logits: the losses are the same.
 """
 
-import argparse
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy
+from examples import ADDITIONS, build_parser, start_processes
 from training.losses import plain_head
 from training.models import load_model
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train, and return the loss of each step."""
-    parser = argparse.ArgumentParser(prog="examples.vocab_parallel", description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="'smollm2', a folder or a name")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--plain", action="store_true", help="the whole head, with logits")
-    chosen = parser.parse_args(arguments)
+    chosen = build_parser("vocab_parallel", __doc__, "the whole head, with logits").parse_args(
+        arguments
+    )
 
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    device = start_processes()
     rank = dist.get_rank()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
     model, tokenizer = load_model(chosen.model, torch.float32, device)
     head = plain_head(model).detach().clone()  # (V, D), untied from the embeddings
     options = VocabParallelOptions.from_vocab(len(head))
@@ -36,10 +29,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
         head = head[options.start : options.stop].clone()  # (V / processes, D)
     head.requires_grad_()
     optimizer = torch.optim.AdamW([*model.model.parameters(), head], lr=1e-4)
-    lines = [f"{a} + {b} = {a + b}" for a in range(10) for b in range(10)]
     losses = []
     for step in range(chosen.steps):
-        text = " , ".join(lines[step % 10 :: 10])
+        text = " , ".join(ADDITIONS[step % 10 :: 10])
         ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)
         e = model.model(ids).last_hidden_state  # (1, T, D)
         if chosen.plain:

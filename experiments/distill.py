@@ -22,7 +22,7 @@ from experiments import comparison, finetune
 from experiments.comparison import JUDGED_TOKENS, REORDERED, mean
 from experiments.finetune import Finetune
 from training.arguments import Parser
-from training.losses import FULL, FullLogits, divergence, hidden_states, make_loss
+from training.losses import FULL, Divergence, FullLogits, divergence, hidden_states, make_loss
 
 TRL = "trl"
 """Method that is the function of TRL's distillation trainer."""
@@ -84,7 +84,7 @@ class MeanDivergence(FullLogits):
         teacher, beta = self.experiment.teacher, self.experiment.arguments.weight
         if self.function is None:
             inputs = {"input_ids": input_ids, "labels": input_ids}
-            return self.divergences(model, teacher, inputs, beta, "mean")
+            return self.divergences(model, teacher, inputs, Divergence(beta, "mean"))
         e = hidden_states(model, input_ids)[:, :-1]
         with torch.no_grad():
             e_teacher = hidden_states(teacher, input_ids)[:, :-1]

@@ -25,13 +25,7 @@ LOGGED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logp
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = trl_runs.build_parser(
-        "dpo",
-        "DPO with TRL's output layer and with token_logprobs.",
-        steps=40,
-        batch_size=32,
-        learning_rate=3e-6,
-    )
+    parser = trl_runs.build_parser("dpo", steps=40, batch_size=32)
     parser.add_argument("--sums", type=int, default=16, help="sums a completion")
     return parser
 

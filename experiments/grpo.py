@@ -25,13 +25,7 @@ LOGGED = ("loss", "reward", "reward_std", "entropy", "grad_norm", "completions/m
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    parser = trl_runs.build_parser(
-        "grpo",
-        "GRPO with TRL's output layer and with token_logprobs.",
-        steps=24,
-        batch_size=64,
-        learning_rate=3e-6,
-    )
+    parser = trl_runs.build_parser("grpo", steps=24, batch_size=64)
     parser.add_argument("--tokens", type=int, default=16, help="longest completion")
     return parser
 

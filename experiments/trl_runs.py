@@ -143,14 +143,15 @@ Watch = Callable[[Any, Sections], None]
 """Names the sections of a trainer."""
 
 
-def build_parser(name: str, description: str, **defaults: Any) -> argparse.ArgumentParser:
+def build_parser(name: str, **defaults: Any) -> argparse.ArgumentParser:
     """Build the options that both experiments have; ``defaults`` are those that differ."""
-    parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}", description=description)
+    what = f"{name.upper()} with TRL's output layer and with token_logprobs."
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}", description=what)
     add = parser.add_argument
     add("--model", default="smollm2", help="'smollm2', a folder, a GGUF file or a name")
     add("--steps", type=int, help="steps of each run")
     add("--batch-size", type=int, help="sequences a step")
-    add("--learning-rate", type=float)
+    add("--learning-rate", type=float, default=3e-6)
     add("--bf16", action="store_true", help="bfloat16 autocast; TRL's logits are rounded to it")
     add("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="in this order")
     add("--seeds", type=int, default=1)

@@ -8,6 +8,7 @@ Legend: B sequences, T tokens each, D features.
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,15 @@ TRIAL_FACTOR = 1000.0
 
 class IdlePatchError(RuntimeError):
     """A loss was to be computed without logits and was not."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which divergence to compute, by the arguments of ``linear_divergence``."""
+
+    beta: float
+    reduction: Reduction = "none"
+    num_items_in_batch: int | Tensor | None = None
 
 
 class FullLogits:
@@ -58,29 +68,24 @@ class FullLogits:
         )
 
     def divergences(
-        self,
-        model: Any,
-        teacher: Any,
-        inputs: Mapping[str, Tensor],
-        beta: float,
-        reduction: Reduction = "none",
-        num_items_in_batch: int | Tensor | None = None,
+        self, model: Any, teacher: Any, inputs: Mapping[str, Tensor], wanted: "Divergence"
     ) -> Tensor:
         """Compute the divergence of ``model`` from ``teacher`` at each token but the last.
 
         Ignored are tokens whose next one has no label. Returns (B, T - 1), or a scalar by another
-        ``reduction``, as ``linear_divergence`` defines them, for ``inputs`` of a call of either.
+        reduction, for ``inputs`` of a call of either.
         """
         others = _without_labels(inputs)
         p = model(**others, use_cache=False).logits[:, :-1].float().log_softmax(-1)
         with torch.no_grad():
             q = teacher(**others, use_cache=False).logits[:, :-1].float().log_softmax(-1)
         kept = inputs["labels"][:, 1:] != IGNORED
-        values = divergence(p, q, beta).where(kept, 0.0)
-        if reduction == "none":
+        values = divergence(p, q, wanted.beta).where(kept, 0.0)
+        if wanted.reduction == "none":
             return values
-        count = kept.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return values.sum() / (1 if reduction == "sum" else count)
+        count = wanted.num_items_in_batch
+        count = kept.sum().clamp(min=1) if count is None else count
+        return values.sum() / (1 if wanted.reduction == "sum" else count)
 
     def __call__(self, model: Any, input_ids: Tensor) -> Tensor:
         """Compute the mean loss of a prepared ``model`` on ``input_ids`` (B, T), differentiable."""
@@ -157,13 +162,7 @@ class CutLogits(FullLogits):
         return losses
 
     def divergences(
-        self,
-        model: Any,
-        teacher: Any,
-        inputs: Mapping[str, Tensor],
-        beta: float,
-        reduction: Reduction = "none",
-        num_items_in_batch: int | Tensor | None = None,
+        self, model: Any, teacher: Any, inputs: Mapping[str, Tensor], wanted: "Divergence"
     ) -> Tensor:
         """See :class:`FullLogits`."""
         others = _without_labels(inputs)
@@ -175,10 +174,8 @@ class CutLogits(FullLogits):
             return linear_divergence(
                 **_side("student", recipe),
                 **_side("teacher", teachers.recipe),
-                beta=beta,
+                **vars(wanted),
                 mask=inputs["labels"][:, 1:] != IGNORED,
-                reduction=reduction,
-                num_items_in_batch=num_items_in_batch,
                 impl=self.impl,
             ).divergence
 

@@ -5,18 +5,20 @@ there are logits. Legend: B sequences, T tokens each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.losses import FullLogits
+from training.losses import Divergence, FullLogits
 from training.packing import IGNORED, Row
 
 CROSS_ENTROPY, DPO, DISTILLATION = "cross_entropy", "dpo", "distillation"
 OBJECTIVES = (CROSS_ENTROPY, DPO, DISTILLATION)
 """Names on the command line."""
+
+Count: TypeAlias = Tensor | int | None
 
 DEFAULT_BETA = {DPO: 0.1, DISTILLATION: 0.0}
 
@@ -38,21 +40,15 @@ class NextToken:
         return loss.token_losses(model, inputs), inputs["labels"][:, 1:].contiguous()
 
     def mean(
-        self,
-        loss: FullLogits,
-        model: Any,
-        inputs: Mapping[str, Tensor],
-        num_items_in_batch: Tensor | int | None = None,
+        self, loss: FullLogits, model: Any, inputs: Mapping[str, Tensor], count: Count = None
     ) -> Tensor:
         """Return the mean of what a call returns, to train by; 0 if nothing is learned.
 
-        ``num_items_in_batch`` divides the sum in place of the batch's own number.
+        ``count`` divides the sum in place of the batch's own number of tokens.
         """
         losses, labels = self(loss, model, inputs)
         kept = losses[labels != IGNORED]
-        return kept.sum() / (
-            max(1, len(kept)) if num_items_in_batch is None else num_items_in_batch
-        )
+        return kept.sum() / (max(1, len(kept)) if count is None else count)
 
 
 class Preferences(NextToken):
@@ -120,15 +116,11 @@ class Distillation(NextToken):
         self, loss: FullLogits, model: Any, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """See :class:`NextToken`."""
-        values = loss.divergences(model, self.teacher, inputs, self.beta)
+        values = loss.divergences(model, self.teacher, inputs, Divergence(self.beta))
         return values, inputs["labels"][:, 1:].contiguous()
 
     def mean(
-        self,
-        loss: FullLogits,
-        model: Any,
-        inputs: Mapping[str, Tensor],
-        num_items_in_batch: Tensor | int | None = None,
+        self, loss: FullLogits, model: Any, inputs: Mapping[str, Tensor], count: Count = None
     ) -> Tensor:
         """See :class:`NextToken`; the gradients are computed in the forward."""
-        return loss.divergences(model, self.teacher, inputs, self.beta, "mean", num_items_in_batch)
+        return loss.divergences(model, self.teacher, inputs, Divergence(self.beta, "mean", count))

@@ -48,18 +48,7 @@ def axolotl(**options: Any) -> Adapter:
     where axolotl rounds it to the dtype of the hidden states. The size of chunks and ``compiled``
     are ignored.
 
-    Args:
-        **options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
-            :func:`token_logprobs`.
-
-    Returns:
-        The active adapter. Its ``remove()`` or the end of a ``with`` block puts axolotl's function
-        back; ``calls`` counts the calls.
-
-    Raises:
-        ImportError: axolotl is not installed.
-        RuntimeError: its function has moved or takes other arguments, or is replaced already.
-        TypeError: an unknown option.
+    Options, the result and errors: see :class:`~cut_cross_entropy.adapters.seam.Adapter`.
     """
     adapter = Adapter(options)
 

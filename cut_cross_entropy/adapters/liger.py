@@ -3,6 +3,7 @@
 verl's ``liger`` backend calls the former too.
 """
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +20,12 @@ _NAME = "LigerFusedLinearScaledCrossEntropyFunction"
 _TP_NAME = "LigerFusedLinearScaledCrossEntropyTPFunction"
 _FILE = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
 
-SEAM = Seam(
-    package="liger-kernel",
-    version="0.8.5",
-    module="liger_kernel.ops",
+_seam = functools.partial(
+    Seam, package="liger-kernel", version="0.8.5", module="liger_kernel.ops", method="apply"
+)
+
+SEAM = _seam(
     name=_NAME,
-    method="apply",
     parameters=(
         "_input",
         "weight",
@@ -44,12 +45,8 @@ SEAM = Seam(
     ),
 )
 
-TENSOR_PARALLEL_SEAM = Seam(
-    package="liger-kernel",
-    version="0.8.5",
-    module="liger_kernel.ops",
+TENSOR_PARALLEL_SEAM = _seam(
     name=_TP_NAME,
-    method="apply",
     parameters=(
         "_input",
         "weight",
@@ -79,18 +76,7 @@ def liger(**options: Any) -> Adapter:
 
     Sizes of tiles and chunks, dtypes of accumulators and ``compiled`` are ignored.
 
-    Args:
-        **options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
-            :func:`token_logprobs`.
-
-    Returns:
-        The active adapter. Its ``remove()`` or the end of a ``with`` block puts Liger's functions
-        back; ``calls`` counts the calls.
-
-    Raises:
-        ImportError: Liger is not installed.
-        RuntimeError: Liger's functions have moved or take other arguments, or are replaced already.
-        TypeError: an unknown option.
+    Options, the result and errors: see :class:`~cut_cross_entropy.adapters.seam.Adapter`.
     """
     adapter = Adapter(options)
 

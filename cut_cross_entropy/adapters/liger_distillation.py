@@ -1,5 +1,6 @@
 """Liger's distillation losses: its fused linear JSD by kernels, and the chunked one."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,22 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cut_cross_entropy.adapters.seam import Adapter, Seam, in_dtype_of
+from cut_cross_entropy.adapters.seam import Adapter, OutputLayer, Seam, in_dtype_of
 from cut_cross_entropy.token_logprobs import token_logprobs
 
 _NAME = "LigerFusedLinearJSDFunction"
+_OUTPUT_LAYERS = ("student_input", "student_weight", "teacher_input", "teacher_weight")
+_seam = functools.partial(
+    Seam, package="liger-kernel", version="0.8.5", name=_NAME, method="forward"
+)
 
-JSD_SEAM = Seam(
-    package="liger-kernel",
-    version="0.8.5",
+JSD_SEAM = _seam(
     module="liger_kernel.ops",
-    name=_NAME,
-    method="forward",
     parameters=(
-        "student_input",
-        "student_weight",
-        "teacher_input",
-        "teacher_weight",
+        *_OUTPUT_LAYERS,
         "shift_labels",
         "jsd_beta",
         "ignore_index",
@@ -39,17 +37,10 @@ JSD_SEAM = Seam(
     ),
 )
 
-CHUNKED_JSD_SEAM = Seam(
-    package="liger-kernel",
-    version="0.8.5",
+CHUNKED_JSD_SEAM = _seam(
     module="liger_kernel.chunked_loss.jsd_loss",
-    name=_NAME,
-    method="forward",
     parameters=(
-        "student_input",
-        "student_weight",
-        "teacher_input",
-        "teacher_weight",
+        *_OUTPUT_LAYERS,
         "true_labels",
         "student_bias",
         "teacher_bias",
@@ -90,10 +81,8 @@ def distillation(adapter: Adapter) -> list[tuple[Seam, Callable[..., Any]]]:
         jsd_mode: Any = None,
     ) -> Tensor:
         result = adapter.compute_divergence(
-            student_input,
-            in_dtype_of(student_input, student_weight),
-            teacher_input,
-            in_dtype_of(teacher_input, teacher_weight),
+            OutputLayer(student_input, student_weight),
+            OutputLayer(teacher_input, teacher_weight),
             beta=jsd_beta,
             temperature=temperature,
             mask=None if shift_labels is None else shift_labels != ignore_index,
@@ -128,12 +117,8 @@ def distillation(adapter: Adapter) -> list[tuple[Seam, Callable[..., Any]]]:
         with_hard_loss = weight_hard_loss != 0 or return_soft_hard_loss
         in_one_walk = with_hard_loss and temperature == 1 and missing <= 0
         result = adapter.compute_divergence(
-            student_input,
-            padded,
-            teacher_input,
-            in_dtype_of(teacher_input, teacher_weight),
-            student_bias=padded_bias,
-            teacher_bias=in_dtype_of(teacher_input, teacher_bias),
+            OutputLayer(student_input, padded, padded_bias),
+            OutputLayer(teacher_input, teacher_weight, teacher_bias),
             beta=beta,
             temperature=temperature,
             targets=true_labels if in_one_walk else None,

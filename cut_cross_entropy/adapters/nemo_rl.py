@@ -1,5 +1,6 @@
 """NeMo-RL: the function behind ``use_fused_linear_logprobs`` of its Megatron workers."""
 
+import functools
 import inspect
 from contextvars import ContextVar
 from dataclasses import replace
@@ -16,9 +17,9 @@ from cut_cross_entropy.distributed.options import VocabParallelOptions
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-SEAM = Seam(
-    package="nemo-rl",
-    version="at commit 7ea279a",
+_seam = functools.partial(Seam, package="nemo-rl", version="at commit 7ea279a")
+
+SEAM = _seam(
     module="nemo_rl.distributed.model_utils",
     name="ChunkedDistributedHiddenStatesToLogprobs",
     method="forward",
@@ -34,9 +35,7 @@ SEAM = Seam(
     ),
 )
 
-STEP_SEAM = Seam(
-    package="nemo-rl",
-    version="at commit 7ea279a",
+STEP_SEAM = _seam(
     module="nemo_rl.models.megatron.train",
     name="forward_with_post_processing_fn",
     parameters=(
@@ -67,18 +66,8 @@ def nemo_rl(**options: Any) -> Adapter:
     logits. Here the temperature divides the logits: ``forward_with_post_processing_fn`` is replaced
     for that, by a function that calls it with a temperature of 1 and keeps the real one.
 
-    Args:
-        **options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
-            :func:`token_logprobs`.
-
-    Returns:
-        The active adapter. Its ``remove()`` or the end of a ``with`` block puts NeMo-RL's functions
-        back; ``calls`` counts the calls. Each worker process needs its own.
-
-    Raises:
-        ImportError: NeMo-RL is not installed.
-        RuntimeError: its functions have moved or take other arguments, or are replaced already.
-        TypeError: an unknown option.
+    Options, the result and errors: see :class:`~cut_cross_entropy.adapters.seam.Adapter`.
+    Each worker process needs its own.
     """
     adapter = Adapter(options)
     original_step = STEP_SEAM.original()

@@ -1,5 +1,6 @@
 """prime-rl: its fused output layers, of Gemma and of the other models."""
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -8,22 +9,18 @@ from cut_cross_entropy.adapters.seam import Adapter, Seam, in_dtype_of
 
 _PARAMETERS = ("hidden", "weight", "labels", "inv_temperature", "chunk_size")
 
-SEAM = Seam(
-    package="prime-rl",
-    version="at commit 559b447",
+_seam = functools.partial(Seam, package="prime-rl", version="at commit 559b447", method="forward")
+
+SEAM = _seam(
     module="prime_rl.trainer.models.layers.lm_head",
     name="_SequenceChunkedLogProbEntropyFn",
-    method="forward",
     parameters=_PARAMETERS,
     newer_parameters=("sampling_mask", "return_mask_logprobs"),
 )
 
-GEMMA_SEAM = Seam(
-    package="prime-rl",
-    version="at commit 559b447",
+GEMMA_SEAM = _seam(
     module="prime_rl.trainer.models.layers.lm_head_gemma",
     name="_GemmaChunkedLogProbEntropyFn",
-    method="forward",
     parameters=(*_PARAMETERS, "softcap"),
 )
 
@@ -36,18 +33,7 @@ def prime_rl(**options: Any) -> Adapter:
     prime-rl they have none. Where prime-rl passes a ``sampling_mask``, probabilities are normalised
     over its classes.
 
-    Args:
-        **options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
-            :func:`token_logprobs`.
-
-    Returns:
-        The active adapter. Its ``remove()`` or the end of a ``with`` block puts prime-rl's
-        functions back; ``calls`` counts the calls.
-
-    Raises:
-        ImportError: prime-rl is not installed.
-        RuntimeError: its functions have moved or take other arguments, or are replaced already.
-        TypeError: an unknown option.
+    Options, the result and errors: see :class:`~cut_cross_entropy.adapters.seam.Adapter`.
     """
     adapter = Adapter(options)
 

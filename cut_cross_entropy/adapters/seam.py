@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,14 @@ class Seam:
         )
 
 
+class OutputLayer(NamedTuple):
+    """Input and parameters of an output layer."""
+
+    hidden: Tensor  # (..., D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+
+
 class _Replacement:
     """A function of ours, called as the original is: directly, or by ``apply``."""
 
@@ -108,17 +116,21 @@ class _Replacement:
 class Adapter:
     """Functions of ours in the place of a trainer's, until :meth:`remove` is called.
 
-    As a context manager it removes itself at the end of the block.
+    Each function of ``cut_cross_entropy.adapters`` that is named after a trainer returns an active
+    one. As a context manager it removes itself at the end of the block.
 
     Args:
-        options: those of :func:`token_logprobs` that are the user's to choose, not the trainer's.
+        options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
+            :func:`token_logprobs`, keyword arguments of the functions; the rest is the trainer's.
 
     Attributes:
         calls: how often the trainer has called ours. Compiled code counts when it is traced.
         options: those of the user.
 
     Raises:
-        TypeError: another option.
+        ImportError: the trainer is not installed.
+        RuntimeError: its functions have moved or take other arguments, or are replaced already.
+        TypeError: an unknown option.
     """
 
     def __init__(self, options: dict[str, Any]):
@@ -151,18 +163,20 @@ class Adapter:
         return token_logprobs(e, head, targets, **arguments, **self.options)
 
     def compute_divergence(
-        self,
-        e_student: Tensor,
-        head_student: Tensor,
-        e_teacher: Tensor,
-        head_teacher: Tensor,
-        **arguments: Any,
+        self, student: "OutputLayer", teacher: "OutputLayer", **arguments: Any
     ) -> TokenDivergence:
         """Call :func:`linear_divergence` with those of the options it has, and count the call."""
         self._count()
         options = {x: y for x, y in self.options.items() if x != "filter_mass"}
         return linear_divergence(
-            e_student, head_student, e_teacher, head_teacher, **arguments, **options
+            student.hidden,
+            in_dtype_of(student.hidden, student.weight),
+            teacher.hidden,
+            in_dtype_of(teacher.hidden, teacher.weight),
+            student_bias=in_dtype_of(student.hidden, student.bias),
+            teacher_bias=in_dtype_of(teacher.hidden, teacher.bias),
+            **arguments,
+            **options,
         )
 
     def _count(self) -> None:

@@ -1,5 +1,6 @@
 """torchtitan: a loss that stands for its ``ChunkedLossWrapper``."""
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,27 +14,20 @@ from cut_cross_entropy.distributed.options import is_dtensor
 
 _MODULE = "torchtitan.components.loss"
 
-WRAPPER_SEAM = Seam(
-    package="torchtitan",
-    version="0.3.0",
-    module=_MODULE,
+_seam = functools.partial(Seam, package="torchtitan", version="0.3.0", module=_MODULE)
+
+WRAPPER_SEAM = _seam(
     name="ChunkedLossWrapper",
     method="__call__",
     parameters=("self", "pred", "labels", "global_valid_tokens", "loss_inputs"),
 )
 
-LOGPROBS_SEAM = Seam(
-    package="torchtitan",
-    version="0.3.0",
-    module=_MODULE,
+LOGPROBS_SEAM = _seam(
     name="compute_logprobs",
     parameters=("logits", "labels", "return_entropy"),
 )
 
-CROSS_ENTROPY_SEAM = Seam(
-    package="torchtitan",
-    version="0.3.0",
-    module=_MODULE,
+CROSS_ENTROPY_SEAM = _seam(
     name="CrossEntropyLoss",
     method="__call__",
     parameters=("self", "pred", "labels", "global_valid_tokens", "kwargs"),

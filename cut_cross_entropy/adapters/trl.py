@@ -1,15 +1,16 @@
 """TRL: the fused output layer of its trainers, and the divergence of its distillation trainer."""
 
+import functools
 from typing import Any
 
 from torch import Tensor
 
-from cut_cross_entropy.adapters.seam import Adapter, Seam, in_dtype_of
+from cut_cross_entropy.adapters.seam import Adapter, OutputLayer, Seam, in_dtype_of
 from cut_cross_entropy.distributed.options import is_dtensor
 
-SEAM = Seam(
-    package="trl",
-    version="1.16.0",
+_seam = functools.partial(Seam, package="trl", version="1.16.0")
+
+SEAM = _seam(
     module="trl.trainer.utils",
     name="_ChunkedLogProbFunction",
     method="forward",
@@ -26,9 +27,7 @@ SEAM = Seam(
     ),
 )
 
-DIVERGENCE_SEAM = Seam(
-    package="trl",
-    version="1.16.0",
+DIVERGENCE_SEAM = _seam(
     module="trl.trainer.distillation_trainer",
     name="ChunkedDivergenceFunction",
     method="forward",
@@ -48,9 +47,7 @@ DIVERGENCE_SEAM = Seam(
     ),
 )
 
-DIVERGENCE_LOSS_SEAM = Seam(
-    package="trl",
-    version="1.16.0",
+DIVERGENCE_LOSS_SEAM = _seam(
     module="trl.trainer.distillation_trainer",
     name="_chunked_divergence_loss",
     parameters=(
@@ -89,18 +86,7 @@ def trl(**options: Any) -> Adapter:
     where of the options all but ``filter_mass`` count. Masks, sharded heads and other losses
     stay TRL's. A divergence of heads that DeepSpeed's ZeRO-3 has partitioned is refused.
 
-    Args:
-        **options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
-            :func:`token_logprobs`.
-
-    Returns:
-        The active adapter. Its ``remove()`` or the end of a ``with`` block puts TRL's function
-        back; ``calls`` counts the calls.
-
-    Raises:
-        ImportError: TRL is not installed.
-        RuntimeError: TRL's function has moved or takes other arguments, or is replaced already.
-        TypeError: an unknown option.
+    Options, the result and errors: see :class:`~cut_cross_entropy.adapters.seam.Adapter`.
     """
     adapter = Adapter(options)
 
@@ -150,14 +136,10 @@ def trl(**options: Any) -> Adapter:
     ) -> tuple[Tensor, Tensor]:
         _refuse_partitioned(student_weight, teacher_weight)
         result = adapter.compute_divergence(
-            student_hidden,
-            in_dtype_of(student_hidden, student_weight),
-            teacher_hidden,
-            in_dtype_of(teacher_hidden, teacher_weight),
+            OutputLayer(student_hidden, student_weight, student_bias),
+            OutputLayer(teacher_hidden, teacher_weight, teacher_bias),
             beta=beta,
             temperature=temperature,
-            student_bias=in_dtype_of(student_hidden, student_bias),
-            teacher_bias=in_dtype_of(teacher_hidden, teacher_bias),
             student_softcap=student_final_logit_softcapping,
             teacher_softcap=teacher_final_logit_softcapping,
             student_logit_scale=student_logit_scale,
@@ -184,17 +166,14 @@ def trl(**options: Any) -> Adapter:
         _refuse_partitioned(student_lm_head_weight, teacher_lm_head_weight)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(student_hidden_states.device)
-        part = lambda hidden, parameter: in_dtype_of(hidden, _whole(parameter))
+        student = map(_whole, (student_lm_head_weight, student_lm_head_bias))
+        teacher = map(_whole, (teacher_lm_head_weight, teacher_lm_head_bias))
         result = adapter.compute_divergence(
-            student_hidden_states,
-            part(student_hidden_states, student_lm_head_weight),
-            teacher_hidden_states,
-            part(teacher_hidden_states, teacher_lm_head_weight),
+            OutputLayer(student_hidden_states, *student),
+            OutputLayer(teacher_hidden_states, *teacher),
+            mask=completion_mask != 0,
             beta=beta,
             temperature=temperature,
-            mask=completion_mask != 0,
-            student_bias=part(student_hidden_states, student_lm_head_bias),
-            teacher_bias=part(teacher_hidden_states, teacher_lm_head_bias),
             student_softcap=student_final_logit_softcapping,
             teacher_softcap=teacher_final_logit_softcapping,
             student_logit_scale=student_logit_scale,

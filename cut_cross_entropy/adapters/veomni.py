@@ -1,5 +1,6 @@
 """VeOmni: its chunked log-probabilities and top-k distillation, which verl's engine calls."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,24 +8,21 @@ from torch import Tensor
 
 from cut_cross_entropy.adapters.seam import Adapter, Seam, in_dtype_of
 from cut_cross_entropy.divergence import topk_divergence
+from cut_cross_entropy.token_logprobs import TokenLogprobs
 
 _FOLDER = "veomni.ops.kernels.cross_entropy"
 
-SEAM = Seam(
-    package="veomni",
-    version="0.1.12",
+_seam = functools.partial(Seam, package="veomni", version="0.1.12", method="forward")
+
+SEAM = _seam(
     module=f"{_FOLDER}.chunk_logprobs",
     name="_ChunkedLinearLogProbs",
-    method="forward",
     parameters=("hidden_states", "weight", "labels", "temperature", "chunk_size", "ignore_index"),
 )
 
-DISTILLATION_SEAM = Seam(
-    package="veomni",
-    version="0.1.12",
+DISTILLATION_SEAM = _seam(
     module=f"{_FOLDER}.chunk_topk_distill",
     name="_ChunkedLinearTopkDistill",
-    method="forward",
     parameters=(
         "hidden_states",
         "weight",
@@ -46,37 +44,32 @@ def veomni(**options: Any) -> Adapter:
     ``return_log_probs=True`` of VeOmni's models, which verl's engine ``veomni`` calls with
     ``use_fused_kernels=True``. The size of chunks is ignored.
 
-    Args:
-        **options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
-            :func:`token_logprobs`.
-
-    Returns:
-        The active adapter. Its ``remove()`` or the end of a ``with`` block puts VeOmni's functions
-        back; ``calls`` counts the calls. Each worker process needs its own.
-
-    Raises:
-        ImportError: VeOmni is not installed.
-        RuntimeError: its functions have moved or take other arguments, or are replaced already.
-        TypeError: an unknown option.
+    Options, the result and errors: see :class:`~cut_cross_entropy.adapters.seam.Adapter`.
+    Each worker process needs its own.
     """
     adapter = Adapter(options)
 
-    def logprobs_and_entropy(
+    def compute(
         hidden_states: Tensor,  # (..., D)
         weight: Tensor,  # (V, D)
         labels: Tensor,  # (...)
         temperature: float,
         chunk_size: int,
         ignore_index: int,
-    ) -> tuple[Any, ...]:
-        result = adapter.compute(
+        candidates: Tensor | None = None,  # (..., K)
+    ) -> TokenLogprobs:
+        return adapter.compute(
             hidden_states,
             in_dtype_of(hidden_states, weight),
             labels,
             temperature=temperature,
             ignore_index=ignore_index,
             outputs=["entropy"],
+            candidates=candidates,
         )
+
+    def logprobs_and_entropy(*arguments: Any) -> tuple[Any, ...]:
+        result = compute(*arguments)
         return result.logprobs, result.entropy
 
     def with_distillation(
@@ -90,15 +83,8 @@ def veomni(**options: Any) -> Adapter:
         ignore_index: int,
         log_prob_min_clamp: float | None,
     ) -> tuple[Any, ...]:
-        result = adapter.compute(
-            hidden_states,
-            in_dtype_of(hidden_states, weight),
-            labels,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            outputs=["entropy"],
-            candidates=teacher_topk_ids,
-        )
+        call = (hidden_states, weight, labels, temperature, chunk_size, ignore_index)
+        result = compute(*call, candidates=teacher_topk_ids)
         student, teacher = result.candidate_logprobs, teacher_topk_log_probs.float()
         assert student is not None
         masses = [torch.where(result.mask, x.exp().sum(-1), 0).detach() for x in (student, teacher)]

@@ -35,18 +35,8 @@ def verl(**options: Any) -> Adapter:
     Megatron workers with ``use_fused_kernels=True``. For ``impl_backend=liger`` see
     :func:`cut_cross_entropy.adapters.liger.liger`. Sizes of D need not be multiples of 128.
 
-    Args:
-        **options: ``impl``, ``filter_eps``, ``filter_mass`` and ``memory_budget`` of
-            :func:`token_logprobs`.
-
-    Returns:
-        The active adapter. Its ``remove()`` or the end of a ``with`` block puts verl's function
-        back; ``calls`` counts the calls. Each worker process needs its own.
-
-    Raises:
-        ImportError: verl is not installed.
-        RuntimeError: verl's function has moved or takes other arguments, or is replaced already.
-        TypeError: an unknown option.
+    Options, the result and errors: see :class:`~cut_cross_entropy.adapters.seam.Adapter`.
+    Each worker process needs its own.
     """
     adapter = Adapter(options)
 

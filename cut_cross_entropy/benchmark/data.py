@@ -46,6 +46,24 @@ class Problem:
         return dataclasses.replace(self, e=self.e[tokens], targets=self.targets[tokens])
 
 
+@dataclass(frozen=True)
+class _Numbers:
+    """Random numbers, reproducible on one device; ``dtype`` is that of the problem."""
+
+    dtype: torch.dtype
+    device: str | torch.device
+    generator: torch.Generator
+
+    def normal(self, *size: int) -> Tensor:
+        return torch.randn(*size, device=self.device, generator=self.generator)
+
+    def uniform(self, *size: int) -> Tensor:
+        return torch.rand(*size, device=self.device, generator=self.generator)
+
+    def below(self, stop: int, *size: int) -> Tensor:
+        return torch.randint(stop, size, device=self.device, generator=self.generator)
+
+
 def make(
     kind: str,
     num_tokens: int,
@@ -61,15 +79,15 @@ def make(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    generator = torch.Generator(device=device).manual_seed(seed)
+    draw = _Numbers(dtype, device, torch.Generator(device=device).manual_seed(seed))
     if kind == "broad":
-        return _broad(num_tokens, shape, dtype, device, generator)
+        return _broad(num_tokens, shape, draw)
     if kind in ("structured", "diffuse"):
-        return _trained_like(kind, num_tokens, shape, dtype, device, generator)
+        return _trained_like(kind, num_tokens, shape, draw)
     scale = 1.0 if kind == "randn" else 0.02
-    e = torch.randn(num_tokens, shape.dim, device=device, generator=generator).to(dtype)
-    c = torch.randn(shape.num_classes, shape.dim, device=device, generator=generator)
-    targets = torch.randint(shape.num_classes, (num_tokens,), device=device, generator=generator)
+    e = draw.normal(num_tokens, shape.dim).to(dtype)
+    c = draw.normal(shape.num_classes, shape.dim)
+    targets = draw.below(shape.num_classes, num_tokens)
     return Problem(e, c.mul_(scale).to(dtype), targets, shape.softcap)
 
 
@@ -107,28 +125,17 @@ def ignore(problem: Problem, fraction: float, seed: int = 0) -> Problem:
     return dataclasses.replace(problem, targets=targets)
 
 
-def _trained_like(
-    kind: str,
-    num_tokens: int,
-    shape: Shape,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    generator: torch.Generator,
-) -> Problem:
+def _trained_like(kind: str, num_tokens: int, shape: Shape, draw: _Numbers) -> Problem:
     num_classes, dim = shape.num_classes, shape.dim
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, device=device, generator=generator)
-
-    def rand(*size: int) -> Tensor:
-        return torch.rand(*size, device=device, generator=generator)
+    dtype, device = draw.dtype, draw.device
+    randn, rand = draw.normal, draw.uniform
 
     # Every class has a direction of its own, one of its cluster, and one for its frequency.
     cluster_size = 256
     num_clusters = -(-num_classes // cluster_size)
     own = randn(num_classes, dim).div_(math.sqrt(dim))
     center = randn(num_clusters, dim).div_(math.sqrt(dim))
-    member = torch.randint(num_clusters, (num_classes,), device=device, generator=generator)
+    member = draw.below(num_clusters, num_classes)
     common = randn(dim).div_(math.sqrt(dim))
     cluster_share, run = 0.6, 256  # weight of the cluster; tokens that share topics
     log_frequency = -torch.log(torch.arange(num_classes, device=device) + 2.7)
@@ -165,7 +172,7 @@ def _trained_like(
         e += heights[:, i : i + 1] * own[likely[:, i]]
     if topics:
         runs = -(-num_tokens // run)
-        shared = torch.randint(num_clusters, (runs, topics), device=device, generator=generator)
+        shared = draw.below(num_clusters, runs, topics)
         topic = (center[shared] * (topic_heights / cluster_share)[None, :, None]).sum(1)
         e += topic.repeat_interleave(run, 0)[:num_tokens]
     c = own  # in place: the largest tensor here, and its directions have been used
@@ -174,11 +181,11 @@ def _trained_like(
     problem = Problem(e.to(dtype), c.to(dtype), torch.empty_like(likely[:, 0]), shape.softcap)
 
     # Targets are drawn from the model's own distribution, so that its loss is its entropy.
-    problem.targets.copy_(_draw(problem, generator))
+    problem.targets.copy_(_draw_targets(problem, draw.generator))
     return problem
 
 
-def _draw(problem: Problem, generator: torch.Generator) -> Tensor:
+def _draw_targets(problem: Problem, generator: torch.Generator) -> Tensor:
     """Draw a class for every token from its distribution, (N,)."""
     drawn = []
     for e in problem.e.split(512):
@@ -195,13 +202,7 @@ BROAD_GROUP = 2048  # classes in a group
 BROAD_SURE = (0.42, 9.0)  # share of tokens that are sure of a class; what they add at most
 
 
-def _broad(
-    num_tokens: int,
-    shape: Shape,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    generator: torch.Generator,
-) -> Problem:
+def _broad(num_tokens: int, shape: Shape, draw: _Numbers) -> Problem:
     """Make data whose probabilities fall as slowly as those of a large real vocabulary.
 
     Logits of trained models are about normal over the classes, with a deviation of 4: the tail is
@@ -211,17 +212,13 @@ def _broad(
     neighbours; and what distinguishes it, a group of related classes and, for some, one class.
     """
     num_classes, dim = shape.num_classes, shape.dim
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, device=device, generator=generator)
-
-    def rand(*size: int) -> Tensor:
-        return torch.rand(*size, device=device, generator=generator)
+    dtype, device = draw.dtype, draw.device
+    randn, rand = draw.normal, draw.uniform
 
     root = math.sqrt(dim)
     groups = -(-num_classes // BROAD_GROUP)
     center = randn(groups, dim).div_(root)
-    member = torch.randint(groups, (num_classes,), device=device, generator=generator)
+    member = draw.below(groups, num_classes)
     c = randn(num_classes, dim).mul_(math.sqrt(0.75) / root)
     c.add_(center[member], alpha=0.5)
     # Column 0 is the frequency, column 1 what all rows have in common.
@@ -237,7 +234,7 @@ def _broad(
     content *= spectrum * (BROAD_CONTENT * root / spectrum.norm())
 
     least, most = BROAD_SLOT
-    slot = center[torch.randint(groups, (num_tokens,), device=device, generator=generator)]
+    slot = center[draw.below(groups, num_tokens)]
     e = slot * (2 * (least + (most - least) * rand(num_tokens, 1)))
     e[:, 2 : 2 + directions] += content
     e[:, 0] = BROAD_FREQUENCY * root
@@ -246,11 +243,11 @@ def _broad(
 
     share, height = BROAD_SURE
     sure = rand(num_tokens, 1)
-    own = c[_draw(problem, generator)]
+    own = c[_draw_targets(problem, draw.generator)]
     own[:, :2] = 0
     e += torch.where(sure < share, sure * (height / share), 0) * own
     problem = dataclasses.replace(problem, e=e.to(dtype))
-    return dataclasses.replace(problem, targets=_draw(problem, generator))
+    return dataclasses.replace(problem, targets=_draw_targets(problem, draw.generator))
 
 
 def describe(problem: Problem, tokens: int = 512) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState
+from cut_cross_entropy.divergence_problem import DivergenceGrads, DivergenceProblem, DivergenceState
 from cut_cross_entropy.heads.chunks import HeadProblem
 from cut_cross_entropy.operators.divergences import implementation
 from cut_cross_entropy.problem import Needed, Problem
@@ -20,23 +20,21 @@ TENSORS = ("e", "c", "targets", "bias", "multiplier")
 NUM_RESULTS = len(DivergenceGrads._fields)
 
 
-def run_divergence(
-    student: Problem, teacher: Problem, beta: float, has_targets: bool, by_kernels: bool
-) -> DivergenceState:
+def run_divergence(problem: DivergenceProblem, by_kernels: bool) -> DivergenceState:
     """Divergence in bounded memory, differentiable in the student and the parts of its head.
 
     Args:
-        student, teacher, beta, has_targets, by_kernels: as in
-            ``operators.divergences.run_divergence``; one of the problems is that of a head.
+        problem: of two models of which one or both have a head.
+        by_kernels: as in ``operators.divergences.run_divergence``.
     """
+    student, teacher, *options = problem
     with torch.no_grad():
         teacher = _half_budget(teacher, _features(teacher))
     e = _features(student)
     c = student.anchor if isinstance(student, HeadProblem) else student.c
     with torch.no_grad():
         walked = _half_budget(student, e)
-    options = (beta, has_targets, by_kernels)
-    found = _Divergence.apply(e, c, student.bias, walked, teacher, options)
+    found = _Divergence.apply(e, c, student.bias, walked, teacher, (*options, by_kernels))
     return DivergenceState(*found)
 
 
@@ -80,7 +78,7 @@ class _Divergence(Function):
     ) -> tuple[Tensor, ...]:
         beta, has_targets, by_kernels = options
         with implementation(by_kernels, e.device) as chosen:
-            found = chosen.forward(student, teacher, beta, has_targets)
+            found = chosen.forward(DivergenceProblem(student, teacher, beta, has_targets))
         tensors = [getattr(side, x) for side in (student, teacher) for x in _saved_of(side)]
         ctx.save_for_backward(e, c, bias, *tensors, *found)
         ctx.sides, ctx.options = (_without_tensors(student), _without_tensors(teacher)), options
@@ -105,14 +103,9 @@ class _Divergence(Function):
         if isinstance(student, HeadProblem):
             student.rows.forget_gradients()
         with implementation(by_kernels, student.e.device) as chosen:
-            found = chosen.backward(
-                upstream,
-                DivergenceState(*saved),
-                student,
-                teacher,
-                beta,
-                Needed(need_e, need_c, need_bias),
-            )
+            problem = DivergenceProblem(student, teacher, beta, has_targets)
+            needed = Needed(need_e, need_c, need_bias)
+            found = chosen.backward(upstream, DivergenceState(*saved), problem, needed)
         grad_c = torch.zeros_like(c) if isinstance(student, HeadProblem) and need_c else found.c
         grad_e, grad_bias = found.e if need_e else None, found.bias if need_bias else None
         return grad_e, grad_c if need_c else None, grad_bias, None, None, None

@@ -23,7 +23,12 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.distributed.collectives import gather_shards
-from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState, DivergenceSum
+from cut_cross_entropy.divergence_problem import (
+    DivergenceGrads,
+    DivergenceProblem,
+    DivergenceState,
+    DivergenceSum,
+)
 from cut_cross_entropy.implementations.blocks import (
     Blocks,
     choose_blocks,
@@ -50,15 +55,9 @@ BUDGET_SHARE = 2
 """A block has the size for this part of the budget: two models, and more temporaries."""
 
 
-def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) -> DivergenceState:
-    """Compute divergence, entropy, log-probabilities and what the backward needs.
-
-    Args:
-        student: the inputs; its targets name the tokens that both models have.
-        teacher: the same tokens and classes, of another number of features.
-        beta: from 0 to 1.
-        has_targets: whether to compute the log-probabilities of the targets.
-    """
+def forward(problem: DivergenceProblem) -> DivergenceState:
+    """Compute divergence, entropy, log-probabilities and what the backward needs."""
+    student, teacher, beta, has_targets = problem
     blocks, others = _blocks(student, teacher, with_gradients=False)
     group = student.group
     zero = blocks.targets.new_zeros(blocks.num_kept, dtype=blocks.wide)
@@ -224,21 +223,17 @@ def _by_logits(
 
 
 def backward(
-    grads: DivergenceGrads,
-    state: DivergenceState,
-    student: Problem,
-    teacher: Problem,
-    beta: float,
-    needed: Needed,
+    grads: DivergenceGrads, state: DivergenceState, problem: DivergenceProblem, needed: Needed
 ) -> Gradients:
     """Compute the gradients of the student's e, c and bias; an empty tensor for each not needed.
 
     Args:
         grads: gradients of divergence, entropy and log-probabilities, (N,) or None each.
         state: results of the forward.
-        student, teacher, beta: as in the forward.
+        problem: that of the forward.
         needed: the gradients to compute.
     """
+    student, teacher, beta, _ = problem
     blocks, others = _blocks(student, teacher, with_gradients=True)
     g_divergence, g_entropy, g_logprobs = (
         None if x is None else blocks.gather(x.to(blocks.wide)) for x in grads
@@ -293,21 +288,16 @@ def tokens_per_chunk(student: Problem, teacher: Problem, needed: Needed) -> int:
 
 
 def divergence_and_gradients(
-    student: Problem,
-    teacher: Problem,
-    beta: float,
-    has_targets: bool,
-    weights: Tensor | None,
-    needed: Needed,
+    problem: DivergenceProblem, weights: Tensor | None, needed: Needed
 ) -> DivergenceSum:
     """Compute the sum of the divergences times their weights, and its gradients.
 
     Args:
-        student, teacher, beta, has_targets: as in :func:`forward`; without a group, and
-            :func:`tokens_per_chunk` is not 0.
+        problem: without a group, and :func:`tokens_per_chunk` is not 0.
         weights: (N,), factors of the divergences; None for 1.
         needed: the gradients to compute.
     """
+    student, teacher, beta, has_targets = problem
     blocks, others = Blocks(student), Blocks(teacher)
     count, num_classes = blocks.num_kept, student.c.shape[0]
     rows = even_chunk(count, tokens_per_chunk(student, teacher, needed))
@@ -355,4 +345,4 @@ def divergence_and_gradients(
         total.div_(scale)
     state = _state(sums, log_sums, blocks)
     total = (state.divergence * blocks.scatter(factors)).sum()
-    return DivergenceSum(total, *state, *gradients.flat())
+    return DivergenceSum(total, state, Gradients(*gradients.flat()))

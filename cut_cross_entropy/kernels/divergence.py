@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cut_cross_entropy.constants import MAX_ELEMENTS
 from cut_cross_entropy.distributed.collectives import gather_shards
-from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState
+from cut_cross_entropy.divergence_problem import DivergenceGrads, DivergenceProblem, DivergenceState
 from cut_cross_entropy.implementations.blocks import MAX_TOKENS, MIN_CLASSES, Blocks
 from cut_cross_entropy.implementations.chunked_divergence import in_any_shard
 from cut_cross_entropy.kernels.divergence_kernels import (
@@ -85,11 +85,12 @@ def _allocate(student: Problem, teacher: Problem, needed: Needed | None, kind: i
     return StoredLogits.allocate(blocks, others, tokens, classes)
 
 
-def forward(student: Problem, teacher: Problem, beta: float, has_targets: bool) -> DivergenceState:
+def forward(problem: DivergenceProblem) -> DivergenceState:
     """Compute divergence, entropy, log-probabilities and what the backward needs.
 
     As ``chunked_divergence.forward``, for inputs other than float64.
     """
+    student, teacher, beta, has_targets = problem
     kind, group = kind_of_divergence(beta), student.group
     logits = _allocate(student, teacher, None, kind)
     blocks = logits.student
@@ -182,17 +183,13 @@ def _sum_shards(sums: Tensor, kind: int, group: str) -> Tensor:
 
 
 def backward(
-    grads: DivergenceGrads,
-    state: DivergenceState,
-    student: Problem,
-    teacher: Problem,
-    beta: float,
-    needed: Needed,
+    grads: DivergenceGrads, state: DivergenceState, problem: DivergenceProblem, needed: Needed
 ) -> Gradients:
     """Compute the gradients of the student's e, c and bias; an empty tensor for each not needed.
 
     As ``chunked_divergence.backward``, for inputs other than float64.
     """
+    student, teacher, beta, _ = problem
     kind = kind_of_divergence(beta)
     logits = _allocate(student, teacher, needed, kind)
     blocks, e, c, bias = logits.student, student.e, student.c, student.bias

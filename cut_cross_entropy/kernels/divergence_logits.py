@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState
+from cut_cross_entropy.divergence_problem import DivergenceGrads, DivergenceState
 from cut_cross_entropy.implementations.blocks import MIN_CLASSES, Blocks
 from cut_cross_entropy.kernels.divergence_kernels import (
     BLOCK,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.budget import divergence_tokens_per_chunk
-from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceSum
+from cut_cross_entropy.divergence_problem import DivergenceGrads, DivergenceProblem, DivergenceSum
 from cut_cross_entropy.implementations.blocks import Blocks
 from cut_cross_entropy.implementations.token_chunks import (
     GradientSums,
@@ -33,20 +33,14 @@ from cut_cross_entropy.kernels.divergence_logits import (
 )
 from cut_cross_entropy.kernels.primitives import LN2
 from cut_cross_entropy.kernels.step import in_compute_dtype
-from cut_cross_entropy.problem import Needed, Problem, gradient_scale
+from cut_cross_entropy.problem import Gradients, Needed, gradient_scale
 
 MANY_TOKENS, EVEN_TOKENS = 512, (128, 64)
 """A chunk has a multiple of 128 tokens, whole tiles; of 64 where fewer than 512 fit."""
 
 
 def divergence_and_gradients(
-    student: Problem,
-    teacher: Problem,
-    beta: float,
-    has_targets: bool,
-    weights: Tensor | None,
-    needed: Needed,
-    tolerance: float = 0.0,
+    problem: DivergenceProblem, weights: Tensor | None, needed: Needed, tolerance: float = 0.0
 ) -> DivergenceSum:
     """Compute the sum of the divergences times their weights, and its gradients.
 
@@ -54,6 +48,7 @@ def divergence_and_gradients(
     :func:`divergence_tokens_per_chunk` is not 0; and gradients of e and c may come from the classes
     that matter, see ``kernels.divergence_columns``, unless ``tolerance`` is 0.
     """
+    student, teacher, beta, has_targets = problem
     most = divergence_tokens_per_chunk(student, teacher, needed)
     student, teacher = in_compute_dtype(student), in_compute_dtype(teacher)
     blocks, others = Blocks(student), Blocks(teacher)
@@ -113,4 +108,4 @@ def divergence_and_gradients(
             total.div_(scale)
     state = state_of(results, blocks, has_targets)
     total = (state.divergence * blocks.scatter(weights)).sum()
-    return DivergenceSum(total, *state, *gradients.flat())
+    return DivergenceSum(total, state, Gradients(*gradients.flat()))

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.call_context import is_computed_again
-from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState, DivergenceSum
+from cut_cross_entropy.divergence_problem import (
+    DivergenceGrads,
+    DivergenceProblem,
+    DivergenceState,
+)
 from cut_cross_entropy.implementations import chunked_divergence
 from cut_cross_entropy.operators.declaration import (
     Arguments,
@@ -22,6 +26,7 @@ from cut_cross_entropy.operators.declaration import (
     differentiable,
     needed_gradients,
     operator,
+    schema,
 )
 from cut_cross_entropy.operators.flop_formulas import register_flop_formulas
 from cut_cross_entropy.operators.losses import GRADIENTS, NEEDED, fake_gradients
@@ -34,21 +39,18 @@ _refuse = refusal_of_both("linear_divergence")
 
 
 @dataclass(frozen=True)
-class DivergenceOptions(Flat):
-    """Options of a divergence.
-
-    Args:
-        beta: from 0 to 1.
-        has_targets: whether to compute the log-probabilities of the targets.
-        by_kernels: whether kernels do what lies between the products, or PyTorch.
-    """
+class _Options(Flat):
+    """Options of a divergence, of which ``by_kernels`` names the implementation."""
 
     beta: float
     has_targets: bool
     by_kernels: bool
 
+    def of(self, student: Problem, teacher: Problem) -> DivergenceProblem:
+        return DivergenceProblem(student, teacher, self.beta, self.has_targets)
 
-_INPUTS = (Problem, ("teacher_", Problem), DivergenceOptions)
+
+_INPUTS = (Problem, ("teacher_", Problem), _Options)
 _ARGUMENTS = Arguments(*_INPUTS)
 
 
@@ -66,7 +68,7 @@ def implementation(by_kernels: bool, device: torch.device) -> Iterator[ModuleTyp
             yield chunked_divergence
 
 
-def _fake_state(student: Problem, teacher: Problem, options: DivergenceOptions) -> DivergenceState:
+def _fake_state(student: Problem, teacher: Problem, options: _Options) -> DivergenceState:
     num_tokens = student.targets.shape[0]
 
     def empty(wanted: bool = True) -> Tensor:
@@ -76,10 +78,10 @@ def _fake_state(student: Problem, teacher: Problem, options: DivergenceOptions) 
 
 
 @operator("divergence", _ARGUMENTS, DivergenceState, _fake_state)
-def divergence(student: Problem, teacher: Problem, options: DivergenceOptions) -> DivergenceState:
+def divergence(student: Problem, teacher: Problem, options: _Options) -> DivergenceState:
     """Divergence of a student from a teacher; see ``chunked_divergence.forward``."""
     with implementation(options.by_kernels, student.e.device) as chosen:
-        found: DivergenceState = chosen.forward(student, teacher, options.beta, options.has_targets)
+        found: DivergenceState = chosen.forward(options.of(student, teacher))
     return found
 
 
@@ -94,25 +96,30 @@ def divergence_backward(
     state: DivergenceState,
     student: Problem,
     teacher: Problem,
-    options: DivergenceOptions,
+    options: _Options,
     needed: Needed,
 ) -> Gradients:
     """Gradients of the student's inputs of :func:`divergence`; empty where not needed."""
     with implementation(options.by_kernels, student.e.device) as chosen:
-        found: Gradients = chosen.backward(grads, state, student, teacher, options.beta, needed)
+        found: Gradients = chosen.backward(grads, state, options.of(student, teacher), needed)
     return found
 
 
+_RESULTS = (
+    "Tensor total",
+    *schema(DivergenceState),
+    *schema(Gradients, "grad_"),
+)
 _SUM = Arguments(*_INPUTS, "Tensor? weights", "float tolerance", NEEDED, "bool loss_only")
 
 
 def _fake_sum(
-    student: Problem, teacher: Problem, options: DivergenceOptions, *further: Any
-) -> DivergenceSum:
+    student: Problem, teacher: Problem, options: _Options, *further: Any
+) -> tuple[Tensor, ...]:
     *_, needed, loss_only = further
     make = lambda shape: student.e.new_empty(shape, dtype=student.wide)
     inputs = zip((student.e, student.c, student.bias), needed.flat(), strict=True)
-    return DivergenceSum(
+    return (
         make(()),
         *_fake_state(student, teacher, options),
         *(make(x.shape) if x is not None and need and not loss_only else make(0)
@@ -120,27 +127,29 @@ def _fake_sum(
     )  # fmt: skip
 
 
-@operator("divergence_sum", _SUM, DivergenceSum, _fake_sum)
+@operator("divergence_sum", _SUM, f"({', '.join(_RESULTS)})", _fake_sum)
 def divergence_sum(
-    student: Problem, teacher: Problem, options: DivergenceOptions, *further: Any
-) -> DivergenceSum:
+    student: Problem, teacher: Problem, options: _Options, *further: Any
+) -> tuple[Tensor, ...]:
     """Sum of divergences; see ``chunked_divergence.divergence_and_gradients``.
 
     Without gradients, as :func:`divergence` computes it, if ``loss_only``: this forward will run
     again before a backward pass.
     """
     weights, tolerance, needed, loss_only = further
-    models = (student, teacher, options.beta, options.has_targets)
+    problem = options.of(student, teacher)
     with implementation(options.by_kernels, student.e.device) as chosen:
         if loss_only:
-            state = chosen.forward(*models)
+            state = chosen.forward(problem)
             values = state.divergence if weights is None else state.divergence * weights
-            return DivergenceSum(values.sum(), *state, *(values.new_empty(0) for _ in range(3)))
+            return (values.sum(), *state, *(values.new_empty(0) for _ in range(3)))
         if options.by_kernels:
             from cut_cross_entropy.kernels import divergence_sum as kernels
 
-            return kernels.divergence_and_gradients(*models, weights, needed, tolerance)
-        return chunked_divergence.divergence_and_gradients(*models, weights, needed)
+            found = kernels.divergence_and_gradients(problem, weights, needed, tolerance)
+        else:
+            found = chunked_divergence.divergence_and_gradients(problem, weights, needed)
+    return (found.total, *found.state, *found.gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -162,7 +171,7 @@ def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 def _walk_again(
     ctx: Any,
     upstream: tuple[Tensor | None, ...],
-    inputs: tuple[Problem, Problem, DivergenceOptions],
+    inputs: tuple[Problem, Problem, _Options],
     state: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     """Gradients of the student's e, c and bias by a walk of the backward.
@@ -208,40 +217,37 @@ _call_backward = constant(divergence_backward, _refuse)
 _call = differentiable(divergence, save=_save, backward=_autograd, jvp=_refuse)
 
 
-def run_divergence(
-    student: Problem, teacher: Problem, beta: float, has_targets: bool, by_kernels: bool
-) -> DivergenceState:
+def run_divergence(problem: DivergenceProblem, by_kernels: bool) -> DivergenceState:
     """Divergence in bounded memory, differentiable in the student.
 
     Args:
-        student, teacher: the inputs, with the same classes in this process.
-        beta: from 0 to 1.
-        has_targets: whether to compute the log-probabilities of the targets.
+        problem: of two models with the same classes in this process.
         by_kernels: whether kernels do what lies between the products, or PyTorch.
     """
     register_flop_formulas()
-    flat = (*student.flat(), *teacher.flat(), beta, has_targets, by_kernels)
-    return DivergenceState(*_call(*flat))
+    return DivergenceState(*_call(*_flat(problem), by_kernels))
+
+
+def _flat(problem: DivergenceProblem) -> tuple[Any, ...]:
+    student, teacher, beta, has_targets = problem
+    return (*student.flat(), *teacher.flat(), beta, has_targets)
 
 
 def run_divergence_sum(
-    student: Problem,
-    teacher: Problem,
-    beta: float,
-    has_targets: bool,
+    problem: DivergenceProblem,
     weights: Tensor | None,
     needed: Needed,
     by_kernels: bool,
     tolerance: float = 0.0,
-) -> DivergenceSum:
-    """Sum of divergences, with the results of each token.
+) -> tuple[Tensor, DivergenceState]:
+    """Sum of divergences, and the results of each token.
 
     Differentiable in the student: the sum, whose gradients this forward computes, the entropies and
     the log-probabilities.
 
     Args:
-        student, teacher, beta, has_targets, by_kernels: as in :func:`run_divergence`; the budget
-            holds the logits of enough tokens.
+        problem, by_kernels: as in :func:`run_divergence`; the budget holds the logits of enough
+            tokens.
         weights: (N,), factors of the divergences, 0 for ignored tokens; None for 1. They have no
             gradient.
         needed: the gradients to compute.
@@ -249,6 +255,6 @@ def run_divergence_sum(
             it off.
     """
     register_flop_formulas()
-    flat = (*student.flat(), *teacher.flat(), beta, has_targets, by_kernels)
-    found = divergence_sum(*flat, weights, tolerance, *needed.flat(), is_computed_again())
-    return DivergenceSum(*found)
+    options = (weights, tolerance, *needed.flat(), is_computed_again())
+    total, *found = divergence_sum(*_flat(problem), by_kernels, *options)
+    return total, DivergenceState(*found[:_NUM_STATE])

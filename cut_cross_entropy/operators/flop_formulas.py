@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cut_cross_entropy.divergence_results import DivergenceGrads, DivergenceState
+from cut_cross_entropy.divergence_problem import DivergenceGrads, DivergenceState
 
 
 def register_flop_formulas() -> None:

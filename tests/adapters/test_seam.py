@@ -5,10 +5,11 @@ import sys
 import types
 
 import pytest
+import torch
 
 from cut_cross_entropy import adapters
 from cut_cross_entropy.adapters import seam as seam_module
-from cut_cross_entropy.adapters.seam import Adapter, Seam
+from cut_cross_entropy.adapters.seam import Adapter, OutputLayer, Seam
 
 
 @pytest.fixture
@@ -155,8 +156,10 @@ def test_a_divergence_takes_the_options_it_has(monkeypatch):
         seam_module, "linear_divergence", lambda *inputs, **arguments: taken.update(arguments)
     )
     options = {"impl": "chunked", "filter_eps": None, "memory_budget": 2**20}
-    Adapter({**options, "filter_mass": 0.9}).compute_divergence(*"ehEH", beta=0.5)
-    assert taken == {**options, "beta": 0.5}
+    layer = OutputLayer(torch.zeros(2, 3), torch.zeros(4, 3))
+    Adapter({**options, "filter_mass": 0.9}).compute_divergence(layer, layer, beta=0.5)
+    biases = {"student_bias": None, "teacher_bias": None}
+    assert taken == {**options, **biases, "beta": 0.5}
 
 
 def test_the_package_imports_no_trainer():

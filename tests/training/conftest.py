@@ -1,5 +1,7 @@
 """A tiny model with its tokenizer and a text, made here: nothing comes from outside."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "text.txt"
     path.write_text(("All work and no play makes a dull test. " * 25), encoding="utf-8")
     return path
+
+
+def copy_model(folder: Path, parent: Path, **settings: Any) -> Path:
+    """Return a copy of a model's folder with other settings."""
+    copied = Path(shutil.copytree(folder, parent / "copied"))
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, **settings}))
+    return copied
 
 
 def load(config: TrainConfig) -> tuple[Any, torch.Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from tests.training.conftest import copy_model
 from training.train import main
 
 
@@ -26,13 +27,7 @@ def learned_positions(model_folder, tmp_path):
 @pytest.fixture
 def few_positions(model_folder, tmp_path):
     """A model with rotary positions that was made for 8 of them."""
-    folder = tmp_path / "few"
-    folder.mkdir()
-    for path in model_folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8}))
-    return ["--model", str(folder)]
+    return ["--model", str(copy_model(model_folder, tmp_path, max_position_embeddings=8))]
 
 
 @pytest.mark.parametrize(

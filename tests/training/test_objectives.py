@@ -15,7 +15,7 @@ from tests.training.test_resume import logged_losses
 from tests.training.test_run import rows_of
 from training.config import UsageError
 from training.data import documents
-from training.losses import CutLogits, FullLogits, IdlePatchError, hidden_states
+from training.losses import CutLogits, Divergence, FullLogits, IdlePatchError, hidden_states
 from training.objectives import Distillation, Preferences
 from training.packing import IGNORED, collate_pairs, make_pairs
 from training.train import main, make_objective
@@ -234,7 +234,7 @@ def test_a_model_whose_logits_are_needed_is_refused(model, teacher_folder):
     inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.int64)}
     inputs["labels"] = inputs["input_ids"]
     with pytest.raises(IdlePatchError, match="patch of Gemma2ForCausalLM cannot do without"):
-        CutLogits("chunked").divergences(model, teacher, inputs, 0.0)
+        CutLogits("chunked").divergences(model, teacher, inputs, Divergence(0.0))
 
 
 class TestPairs:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.training.conftest import copy_model
 from training.checkpoint import list_checkpoints, verify_checkpoint
 from training.train import main
 
@@ -26,6 +27,7 @@ import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 from cut_cross_entropy.benchmark.leave import leave
 from training.train import build_parser, run_all
+from tests.training.conftest import copy_model
 
 for arguments in map(json.loads, sys.argv[1:]):
     code = run_all(build_parser().parse_args(arguments))
@@ -45,6 +47,19 @@ def launch(processes, script, arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+    )
+
+
+def python(*arguments, environment=ENVIRONMENT):
+    """Run Python in the root of the checkout; return what it printed, apart."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
 
 
@@ -72,13 +87,7 @@ def log(output: Path, *names):
 @pytest.fixture
 def still(model_folder, tmp_path):
     """The arguments that take the dropout out: processes draw their own numbers."""
-    folder = tmp_path / "still"
-    folder.mkdir()
-    for path in model_folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
-    return ["--model", str(folder)]
+    return ["--model", str(copy_model(model_folder, tmp_path, attention_dropout=0.0))]
 
 
 def test_two_processes_are_one_with_twice_the_batch(arguments, still, tmp_path):
@@ -140,14 +149,7 @@ def test_one_of_several_processes_leaves_without_the_end_of_the_interpreter(proc
     environment = {k: v for k, v in ENVIRONMENT.items() if k not in unset}
     if processes is not None:
         environment["WORLD_SIZE"] = processes
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", program, environment=environment)
     assert done.returncode == (-signal.SIGABRT if processes is None else 3), done.stderr
     assert done.stdout == ("" if processes is None else "all said\n")
 
@@ -193,15 +195,7 @@ def test_fsdp2_spreads_the_weights(arguments, tmp_path):
         "leave(main(sys.argv[1:]))\n"
     )
     options = [*arguments, "--fsdp", "--steps", "1", "--no-export", "--dtype", "autocast"]
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, "2", str(start), *options],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = python(*TORCHRUN, "2", str(start), *options)
     assert done.returncode == 0, done.stdout + done.stderr
     for line in ("own 32 32 torch.float32", "inside 64 32 torch.bfloat16", "loss torch.float32"):
         assert done.stdout.count(line) == 2, done.stdout
@@ -251,15 +245,7 @@ def test_zero3_trains_resumes_and_needs_no_logits(arguments, still, tmp_path):
     common = [*arguments, *still, "--eval-fraction", "0.04", "--dtype", "autocast"]
     zero3 = ["training/train.py", *common, "--deepspeed", "training/zero3.json"]
     for extra in (["--steps", "4"], ["--steps", "6", "--resume"]):
-        done = subprocess.run(
-            [sys.executable, "-c", start, *zero3, *extra],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
+        done = python("-c", start, *zero3, *extra, environment=environment)
         assert done.returncode == 0, done.stdout + done.stderr
     # --loss chunked: a loss that took the model's own logits would have ended the run.
     assert main([*common, "--steps", "6", "--output", str(tmp_path / "plain")]) == 0

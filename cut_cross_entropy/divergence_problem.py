@@ -1,4 +1,4 @@
-"""Results of a walk over the classes of two models, and their gradients.
+"""A divergence of two models as the implementations see it, its results, and their gradients.
 
 Shape legend: ``cut_cross_entropy.implementations``.
 """
@@ -6,6 +6,24 @@ Shape legend: ``cut_cross_entropy.implementations``.
 from typing import NamedTuple
 
 from torch import Tensor
+
+from cut_cross_entropy.problem import Gradients, Problem
+
+
+class DivergenceProblem(NamedTuple):
+    """The inputs of a divergence and the options that every implementation shares.
+
+    Args:
+        student: the inputs; its targets name the tokens that both models have.
+        teacher: the same tokens and classes, of another number of features.
+        beta: from 0 to 1.
+        has_targets: whether to compute the log-probabilities of the targets.
+    """
+
+    student: Problem
+    teacher: Problem
+    beta: float
+    has_targets: bool
 
 
 class DivergenceState(NamedTuple):
@@ -42,19 +60,10 @@ class DivergenceSum(NamedTuple):
 
     Args:
         total: ().
-        divergence, entropy, logprobs, lse, teacher_lse, relative: see :class:`DivergenceState`.
-        grad_e: (N, D) by the student's e, float32; empty if not needed, like those that follow.
-        grad_c: (V, D).
-        grad_bias: (V,).
+        state: of each token.
+        gradients: by the student's e, c and bias, float32 or wider; empty if not needed.
     """
 
     total: Tensor
-    divergence: Tensor
-    entropy: Tensor
-    logprobs: Tensor
-    lse: Tensor
-    teacher_lse: Tensor
-    relative: Tensor
-    grad_e: Tensor
-    grad_c: Tensor
-    grad_bias: Tensor
+    state: DivergenceState
+    gradients: Gradients
