@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from cut_cross_entropy.benchmark.environment import commit_of_checkout, processor
 from cut_cross_entropy.benchmark.measure import synchronize
-from cut_cross_entropy.benchmark.output import write_json
+from cut_cross_entropy.benchmark.output import command_line, write_json
 from cut_cross_entropy.options import ALL_IMPLS
 from experiments.corpus import installed_roots
 from experiments.largest import largest_batch
@@ -363,7 +363,7 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
         "versions": {package: installed.get(package) for package in PACKAGES},
         "cuda": torch.version.cuda,
         "commit": commit or commit_of_checkout(),
-        "command": " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": command_line(Path(sys.argv[0]).stem, sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 

@@ -29,7 +29,7 @@ def largest(kept: Measurements) -> str:
 
 
 def parts(kept: Measurements) -> str:
-    """What each part of the filter buys, simulated, with the times of what exists."""
+    """Simulated gain of each part of the filter, with the times of those that exist."""
     exists = {"no filter": "cce_exact", "strips and tail, classes by mask": "cce",
               "tiles, classes by mean logit": "apple"}  # fmt: skip
     timed = kept.of(kind=BOTH).set_index(PROBLEM)["runtime_ms"]

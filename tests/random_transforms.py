@@ -220,7 +220,7 @@ class Call:
     ignored: float
 
     def run(self, impl: str) -> Any:
-        """What the transform returns, with an implementation."""
+        """Return the results of the transform with an implementation."""
         generator = torch.Generator().manual_seed(1)
         make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
         e, c = make(*self.lead, self.dim), make(self.classes, self.dim)

@@ -41,7 +41,7 @@ def is_computed(logits: Tensor) -> bool:
 
 
 def budget_factor(impl: str, dtype: torch.dtype) -> float:
-    """How many times plain's error is allowed.
+    """Return how many times the error of plain PyTorch is allowed.
 
     With half precision inputs, implementations that compute in float32 are never worse than plain.
     Otherwise the sums have the same precision in another order, and 2 covers the luck of it.
@@ -70,7 +70,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Results:
-    """What one call returned and its gradients; None for a gradient that was not asked for."""
+    """Results of one call and its gradients; None for a gradient that was not asked for."""
 
     loss: Tensor
     lse: Tensor

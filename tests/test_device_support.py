@@ -1,4 +1,4 @@
-"""What the machine can run: Triton's version, and why kernels cannot be used."""
+"""Abilities of the machine: Triton's version, and why kernels cannot be used."""
 
 import importlib
 import sys

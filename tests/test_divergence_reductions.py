@@ -174,7 +174,7 @@ def test_some_gradients(impl, needed, ignored, monkeypatch, launched):
 @pytest.mark.parametrize("impl", ["chunked", pytest.param("cce", marks=pytest.mark.interpret)])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_close_teacher(impl, beta, monkeypatch):
-    """Where the models nearly agree, the error is relative to their small difference."""
+    """If the models nearly agree, the error is relative to their small difference."""
     limit_chunks(monkeypatch, 4)
     tensors, targets = problem(teacher_dim=8, dtype=torch.float32)
     for name in NAMES[:3]:

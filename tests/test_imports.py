@@ -1,4 +1,4 @@
-"""What importing the package costs, and that it works where Triton does not exist."""
+"""The import of the package is cheap, and works without Triton."""
 
 import ast
 import graphlib

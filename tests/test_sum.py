@@ -72,7 +72,7 @@ def test_several_chunks(dtype, softcap, ignored, reduction, passes, small_chunks
 
 
 def test_a_chunk_takes_the_memory_of_the_gradient_of_c_on_a_gpu():
-    """Which stands unused until the backward. On a CPU larger chunks are not faster."""
+    """The rest is unused until the backward. On a CPU larger chunks are not faster."""
     sizes = {}
     for device in ("cpu", "meta"):
         e, c = (torch.empty(n, 512, device=device) for n in (1, 2**16))

@@ -35,7 +35,7 @@ class IdlePatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Divergence:
-    """Which divergence to compute, by the arguments of ``linear_divergence``."""
+    """The divergence to compute, by arguments of ``linear_divergence``."""
 
     beta: float
     reduction: Reduction = "none"

@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif not parsed.file:
         print(f"No hidden states of a real model in {HEADS}: `python -m research.hidden --help` "
               "in a checkout says how to get some.")  # fmt: skip
-    command = " ".join(["python -m benchmark", *sys.argv[1:]])
+    command = output.command_line("python -m benchmark", sys.argv[1:])
     results = run(parsed, tasks(parsed, on_gpu), "benchmark", command)
     if parsed.csv:
         output.write_csv(parsed.csv, results)

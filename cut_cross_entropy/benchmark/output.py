@@ -67,6 +67,30 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
+WRITTEN = ("--json", "--csv", "--out")
+"""Options that name a file or folder to write, of the benchmark and the experiments."""
+
+
+def command_line(program: str, arguments: Sequence[str]) -> str:
+    """Return a command as records keep it: without the files it writes, names in place of paths."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in WRITTEN:
+            next(words, None)
+        elif word.partition("=")[0] not in WRITTEN:
+            option, equals, value = word.rpartition("=")
+            kept.append(f"{option}{equals}{_name(value)}")
+    return " ".join([program, *kept])
+
+
+def _name(text: str) -> str:
+    """Return the last part of a path; a model's name on a hub has a slash and is none."""
+    path = Path(text)
+    is_path = text.startswith((".", "~")) or path.is_absolute() or path.exists()
+    return path.name if is_path and path.name else text
+
+
 def write_json(path: Path, results: dict[str, Any]) -> None:
     """Write all at once: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

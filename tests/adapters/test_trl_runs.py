@@ -29,7 +29,7 @@ def model(tmp_path_factory):
 
 
 def check(path, sections, figure):
-    """What every record has; returns its runs by method."""
+    """Check what every record has, and return its runs by method."""
     record = json.loads(path.read_text())
     runs = {run["method"]: run for run in record["runs"]}
     assert tuple(runs) == METHODS

@@ -1,4 +1,4 @@
-"""What the coordinator asks of the processes, and in which order."""
+"""Requests of the coordinator to the processes, and their order."""
 
 import json
 

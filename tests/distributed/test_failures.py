@@ -1,4 +1,4 @@
-"""What goes wrong on one process ends in an error on every process, and within the time-out."""
+"""An error on one process becomes an error on every process, within the time-out."""
 
 import datetime
 import time
@@ -92,7 +92,7 @@ def the_next_call_is_unharmed(rank):
 
 @CASES.add()
 def rows_of_one_process(rank):
-    """What a process sees alone it says at once; the others wait for it, but not for ever."""
+    """An error that one process sees is raised at once; the others wait, but not for ever."""
     problem = make_problem()
     own = VocabParallelOptions.from_vocab(300, impatient([0, 1]))
     part = rows(problem, own)

@@ -1,4 +1,4 @@
-"""What ``benchmark.distributed_traffic`` says that a step sends is what it sends."""
+"""A step sends as much as ``benchmark.distributed_traffic`` says."""
 
 from functools import partial
 

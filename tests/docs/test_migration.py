@@ -1,4 +1,4 @@
-"""What the migration page says of names is so in this version; its snippets run in another test."""
+"""Names on the migration page are those of this version; its snippets run in another test."""
 
 import importlib
 import importlib.util

@@ -18,7 +18,7 @@ CODE = torch.tensor(
 
 
 def four_bits(packed, absmax, block):
-    """What the fake package stores: two codes a byte, the first in the high half."""
+    """Pack codes as the fake package stores them: two a byte, the first in the high half."""
     codes = torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], 1).flatten()
     flat = CODE[codes.int()]
     return flat * absmax.repeat_interleave(block)[: flat.numel()]

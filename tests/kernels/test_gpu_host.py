@@ -36,7 +36,7 @@ def sharp(tokens=300, classes=4096, dim=64, seed=0) -> Problem:
 
 
 def flat_settings(softcap, tolerance):
-    """What the operators take after their tensors, of a training step."""
+    """Return the values after the tensors of the operators in a training step."""
     of_problem = (-100, softcap, torch.bfloat16, 2**28, 0, None, 0, None)
     return (*of_problem, *Filter(tolerance).flat(), True)
 

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
     ],
 )
 def test_gradients_of_an_adapted_head(impl, filter_eps, trains, softcap):
-    """Where the weight is frozen, the kernels read it and the columns of the adapter."""
+    """If the weight is frozen, the kernels read it and the columns of the adapter."""
     made = make_problem((140,), classes=400, dim=32, bias=True)
     e, weight, bias = (x.requires_grad_() for x in (made.e, made.c, made.bias))
     weight.requires_grad_(trains)

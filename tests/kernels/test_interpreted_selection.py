@@ -1,4 +1,4 @@
-"""Which strips the filter keeps: thresholds, upstream gradients, and rows of rare classes."""
+"""The strips that the filter keeps: thresholds, upstream gradients, and rows of rare classes."""
 
 from types import SimpleNamespace
 

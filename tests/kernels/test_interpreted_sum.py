@@ -124,7 +124,7 @@ def test_ignored_tokens_are_not_multiplied(tokens, valid, rows, multiplied):
 def test_the_first_powers_are_stored_before_the_host_knows_the_tokens(
     valid, rows, chunks, multiplied, monkeypatch
 ):
-    """Which tokens are ignored decides only what is multiplied."""
+    """Ignored tokens change what is multiplied, and nothing else."""
     known = []
     wait = exact_sum.HostCopy.wait
     monkeypatch.setattr(exact_sum, "powers_per_chunk", lambda problem, needed: 256)

@@ -1,4 +1,4 @@
-"""What trainers compute from logits, with the calls of PyTorch that they make.
+"""Functions that trainers compute from logits, with the calls of PyTorch that they make.
 
 The shapes are those of a causal model: logits (B, T, V), labels or ids (B, T).
 """

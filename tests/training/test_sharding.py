@@ -1,4 +1,4 @@
-"""What DeepSpeed is told about the precision of a run."""
+"""Settings of DeepSpeed for the precision of a run."""
 
 import importlib.metadata
 import json

@@ -45,7 +45,7 @@ class Program:
 
     @property
     def logits_at(self) -> str:
-        """Where the logits are in the output; nothing else may be replaced by None."""
+        """Place of the logits in the output; nothing else may be replaced by None."""
         return OUTPUTS[self.output][1]
 
     def without(self, position: int) -> "Program":
@@ -528,11 +528,11 @@ OUTPUTS: dict[str, tuple[float, str]] = {
     "return (loss,) + CausalLMOutput(logits=x, hidden_states=(h,)).to_tuple()": (0.5, "[1]"),
     "return loss, None, (h, (x,))": (0.3, "[2][1]"),
 }
-"""What a program returns, with how often, and where the logits are in it."""
+"""Outputs of a program: each with its frequency and the place of the logits."""
 
 
 PARTS = ("embed", "mix", "lm_head", "class_bias", "scale", "temperature", "second", "gate")
-"""What may be frozen."""
+"""Parts that may be frozen."""
 
 
 def draw(seed: int, index: int) -> Program:

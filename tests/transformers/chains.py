@@ -66,7 +66,7 @@ FAULTS = ("different", "crash", "silent", "unclear")
 
 @dataclass
 class Outcome:
-    """What one step of one model gave."""
+    """Results of one step of one model."""
 
     leaves: list[tuple[str, Any]]
     loss: Tensor
@@ -76,7 +76,7 @@ class Outcome:
 
 @dataclass
 class Verdict:
-    """How the patched model compares; ``reason`` says what differs."""
+    """Verdict on the patched model; ``reason`` says what differs."""
 
     kind: str
     reason: str = ""
@@ -180,7 +180,7 @@ def step(model: Any, program: Program) -> Outcome:
 
 
 LOSSES = ("", "[0]", ".loss", "['loss']", "[0].loss")
-"""Where the outputs of programs have it."""
+"""Its place in the outputs of programs."""
 
 
 def flatten(output: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -403,7 +403,7 @@ def _smaller(program: Program) -> Iterator[Program]:
 
 
 def _key(verdict: Verdict) -> tuple[str, str]:
-    """What two occurrences of one fault have in common."""
+    """Return a key that two occurrences of one fault share."""
     reason = re.sub(r"[-\d.e]*\d+", "#", verdict.reason.split("; warned")[0])
     if verdict.kind != "different":
         return verdict.kind, reason

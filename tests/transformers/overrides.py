@@ -1,4 +1,4 @@
-"""What a tiny configuration of a class needs that its default configuration does not tell.
+"""Settings that a tiny configuration of a class needs in addition to its defaults.
 
 Per class: ``build`` are arguments of the default configuration; ``config`` is merged into the
 shrunk configuration; ``set`` are attributes of the result; ``inputs`` takes the model and the usual

@@ -43,7 +43,7 @@ def own_batch(rank, step=0):
 
 
 def reference(steps=1, mean_of_steps=False, **changes):
-    """What the processes have to arrive at together, from one process with all data.
+    """Compute in one process with all data the results that the processes must reach together.
 
     Losses by step and rank, and the gradients of the sum over steps (or their mean) of the mean
     over ranks.

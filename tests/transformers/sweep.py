@@ -35,7 +35,7 @@ GRAD_TOLERANCE = 2e-4  # of the norm of the difference, relative to the norm
 
 @dataclass
 class Result:
-    """What came of one class."""
+    """Verdict on one class."""
 
     name: str
     model_type: str

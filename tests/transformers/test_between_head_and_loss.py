@@ -155,7 +155,7 @@ def operations_without_grad(model, hidden, labels):
 
 
 def changed_afterwards(model, hidden, labels):
-    """What was added to logits is theirs: a later change of it is not."""
+    """A later change of a tensor that was added to logits does not change them."""
     added = model.vector * 1
     logits = model.lm_head(hidden) + added
     other = model.lm_head(hidden)
@@ -539,7 +539,7 @@ CONTAINERS = {
 
 
 def logits_of(output):
-    """What stands in the place of the logits."""
+    """Return the object in the place of the logits."""
     if isinstance(output, (tuple, deque)) or hasattr(output, "keys"):
         output = list(output.values()) if hasattr(output, "keys") else list(output)
         found = output[1]

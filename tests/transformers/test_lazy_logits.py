@@ -1,4 +1,4 @@
-"""What lazy logits record, and what makes them real."""
+"""Operations that lazy logits record, and those that make them real."""
 
 import copy
 import warnings

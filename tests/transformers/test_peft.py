@@ -200,7 +200,7 @@ def test_a_replaced_apply_lce_gets_a_matrix(monkeypatch):
 
 
 def test_another_tuner_on_the_head():
-    """What the logits of other adapters consist of is not known: they are computed in full."""
+    """Logits of other adapters have unknown parts: they are computed in full."""
     config = IA3Config(target_modules=["lm_head"], feedforward_modules=[], task_type="CAUSAL_LM")
 
     def model():

@@ -121,7 +121,7 @@ EXACT = {
 
 
 def gathers(rank):
-    """How often a parameter was gathered in a forward and a step, with and without the patch."""
+    """Count the gathers of a parameter in a forward and a step, with and without the patch."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import (
         PartitionedParameterCoordinator as Coordinator,
     )

@@ -173,7 +173,7 @@ def _is_layers(key: Any) -> bool:
 
 
 def _picked_layers(values: dict[str, Any], layers_before: set[int]) -> list[int]:
-    """Which layers to keep: two, or one of each kind."""
+    """Return the layers to keep: two, or one of each kind."""
     kinds: dict[Any, int] = {}
     for key in ("layer_types", "layers_block_type", "block_types", "hybrid_override_pattern"):
         listed = values.get(key)
