@@ -33,11 +33,18 @@ def powers_per_chunk(problem: Problem, needed: Needed) -> int:
     return tokens // BLOCK_TOKENS * BLOCK_TOKENS if tokens >= least else 0
 
 
-def divergence_tokens_per_chunk(student: Problem, teacher: Problem, needed: Needed) -> int:
+def filters_divergence(student: Problem, tolerance: float) -> bool:
+    """Return whether the kernels may filter a divergence: rows of factors are not copied wider."""
+    return tolerance > 0 and (student.compute_dtype.itemsize > 2 or uses_half_products(student))
+
+
+def divergence_tokens_per_chunk(
+    student: Problem, teacher: Problem, needed: Needed, is_filtered: bool = False
+) -> int:
     """Return for how many tokens to store the logits of both models; 0 if too few to be worth it.
 
     See ``cut_cross_entropy.kernels.divergence_sum``. They may take what :func:`powers_per_chunk`
-    may.
+    may, less what the filter stores if ``is_filtered``.
     """
     num_classes, dim = student.c.shape
     sides, num_bytes = (student, teacher), _with_that_of_the_backward(student, needed)
@@ -46,7 +53,8 @@ def divergence_tokens_per_chunk(student: Problem, teacher: Problem, needed: Need
     for side in sides:
         if side.compute_dtype.itemsize == 2 and not uses_half_products(side):
             num_bytes -= student.memory_budget // WIDENED_SHARE
-    num_bytes -= num_classes * (FILTER_GROUPS * student.compute_dtype.itemsize + FILTER_BYTES)
+    if is_filtered:
+        num_bytes -= num_classes * (FILTER_GROUPS * student.compute_dtype.itemsize + FILTER_BYTES)
     per_token = 8 * num_classes + 4 * dim  # float32 logits, and a row of dE
     per_token += sum(side.compute_dtype.itemsize * side.e.shape[1] for side in sides)
     tokens = min(num_bytes // per_token, MAX_ELEMENTS // max(num_classes, 1))

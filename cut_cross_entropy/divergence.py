@@ -44,7 +44,7 @@ Tail: TypeAlias = Literal["drop", "renormalise", "bucket"]
 
 TAILS: tuple[str, ...] = get_args(Tail)
 _IMPLS = ("auto", "cce", "chunked", "reference")
-FILTER_SHARE = 0.5
+FILTER_SHARE = 1.0
 """Tolerance of a divergence's filter, relative to that of a cross-entropy.
 
 A class is dropped for all tokens of a chunk, and one mean row stands for all that are: on hidden

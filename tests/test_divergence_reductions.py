@@ -394,6 +394,50 @@ def test_memory_of_kernels(filter_eps, monkeypatch):
     assert largest <= (budget_bytes + of_c) // 2
 
 
+@pytest.mark.interpret
+def test_no_filter_takes_no_memory(monkeypatch):
+    """A budget that the filter's memory would exceed: one chunk without it, and with the option."""
+    tensors, targets = problem(tokens=8, classes=4096, dtype=torch.float32)
+    leaves = leaves_of(tensors)
+    chunks = []
+    choose = budget.divergence_tokens_per_chunk
+
+    def record(*arguments):
+        chunks.append(choose(*arguments))
+        return chunks[-1]
+
+    monkeypatch.setattr(divergence_sum, "divergence_tokens_per_chunk", record)
+    monkeypatch.setattr(budget, "MIN_PAIRS_WITHOUT_C", 1)
+    leaves["head_student"] = tensors["head_student"]
+    leaves["student_bias"] = tensors["student_bias"]
+    found = {}
+    for filter_eps in (None, 2.0**-12):
+        chunks.clear()
+        run(
+            leaves, targets, 0.0, impl="cce", memory_budget=2**20, reduction="mean",
+            filter_eps=filter_eps,
+        )  # fmt: skip
+        found[filter_eps] = list(chunks)
+    # 8 bytes a class for the logits of both models; the filter's are those of some 70 tokens.
+    assert found[None][0] > 28
+    assert found[2.0**-12] == [0, *found[None]]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_no_filter_where_factors_are_copied(dtype, monkeypatch):
+    """Without products of half precision into float32, columns would be copied in float32."""
+    called = []
+    monkeypatch.setattr(divergence_columns, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(divergence_columns, "choose_classes", lambda *_: called.append(1))
+    tensors, targets = problem(dtype=torch.float32)
+    for used in (dtype, torch.float32):
+        leaves = leaves_of({name: x.to(used) for name, x in tensors.items()})
+        called.clear()
+        run(leaves, targets, 0.0, impl="cce", reduction="sum", filter_eps=2.0**-10)
+        assert bool(called) == (used == torch.float32)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_memory_without_kernels(beta, softcap):

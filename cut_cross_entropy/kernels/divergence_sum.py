@@ -11,7 +11,7 @@ six, or eight for a mixture. Formulas: ``implementations.chunked_divergence``. S
 import torch
 from torch import Tensor
 
-from cut_cross_entropy.budget import divergence_tokens_per_chunk
+from cut_cross_entropy.budget import divergence_tokens_per_chunk, filters_divergence
 from cut_cross_entropy.divergence_problem import DivergenceGrads, DivergenceProblem, DivergenceSum
 from cut_cross_entropy.implementations.blocks import Blocks
 from cut_cross_entropy.implementations.token_chunks import (
@@ -49,7 +49,12 @@ def divergence_and_gradients(
     that matter, see ``kernels.divergence_columns``, unless ``tolerance`` is 0.
     """
     student, teacher, beta, has_targets = problem
-    most = divergence_tokens_per_chunk(student, teacher, needed)
+    most = 0
+    if is_filtered := filters_divergence(student, tolerance):
+        most = divergence_tokens_per_chunk(student, teacher, needed, is_filtered)
+    if not most:  # the budget holds chunks, but not what the filter stores too
+        is_filtered = False
+        most = divergence_tokens_per_chunk(student, teacher, needed)
     student, teacher = in_compute_dtype(student), in_compute_dtype(teacher)
     blocks, others = Blocks(student), Blocks(teacher)
     num_classes, count = student.c.shape[0], blocks.num_kept
@@ -66,7 +71,7 @@ def divergence_and_gradients(
     parts = slices_of_factors(rows, blocks, others)
     gradients = GradientSums(blocks, parts, needed)
     filtered = None
-    if tolerance > 0 and FilteredSums.is_worth_it(blocks, needed):
+    if is_filtered and FilteredSums.is_worth_it(blocks, needed):
         largest = (weights * scale).abs()
         unit = gradient_scale(largest, largest)
         filtered = FilteredSums(gradients, tolerance, logits.memory[1], unit)
