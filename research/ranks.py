@@ -4,9 +4,7 @@ The likeliest class of a token has rank 1. The curve falls so fast that most of 
 below what the gradient's number format resolves; that is what every filter here lives on.
 """
 
-import argparse
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from cut_cross_entropy.benchmark.data import Problem, make, read
 from cut_cross_entropy.benchmark.environment import environment
 from cut_cross_entropy.benchmark.output import write_json
 from cut_cross_entropy.benchmark.shapes import SHAPES, SMALL
+from research.command import parse_arguments
 
 CUTOFF = 2.0**-12  # Apple's threshold for bfloat16
 POINTS = 120
@@ -57,13 +56,7 @@ def curve(problem: Problem, block: int = 256) -> dict[str, Any]:
 
 def main() -> None:
     """Write the curves."""
-    parser = argparse.ArgumentParser(prog="python -m research.ranks", description=__doc__)
-    parser.add_argument("--file", type=Path, help="hidden states of `python -m research.hidden`")
-    parser.add_argument("--data", nargs="*", choices=[*SHAPES, SMALL.name], default=[])
-    parser.add_argument("--tokens", type=int, default=4096, help="at most that many")
-    parser.add_argument("--commit", help="commit to name where there is no history (or COMMIT)")
-    parser.add_argument("--json", type=Path, required=True, help="file to write")
-    arguments = parser.parse_args()
+    arguments = parse_arguments("ranks", choices=[*SHAPES, SMALL.name], default=[])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: dict[str, Any] = {
         "part": "ranks",

@@ -6,12 +6,10 @@ it, and the error of the gradients is what remains. The fraction of the work tha
 in for time; where a part exists as an implementation, the benchmark times it.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from cut_cross_entropy.benchmark.environment import environment
 from cut_cross_entropy.benchmark.output import write_json
 from cut_cross_entropy.benchmark.shapes import SHAPES, SMALL
 from cut_cross_entropy.dispatch import FILTER_TOLERANCE
+from research.command import parse_arguments
 
 BLOCK = 128  # tokens of a strip or a tile, classes of a tile
 TILE_THRESHOLD = 2.0**-12  # of Apple's releases for bfloat16
@@ -185,13 +184,7 @@ def simulate(problem: Problem, tolerance: float = FILTER_TOLERANCE) -> list[dict
 
 def main() -> None:
     """Simulate on made data and on saved hidden states."""
-    parser = argparse.ArgumentParser(prog="python -m research.simulate", description=__doc__)
-    parser.add_argument("--file", type=Path, help="hidden states of `python -m research.hidden`")
-    parser.add_argument("--data", nargs="*", choices=list(SHAPES), default=["gemma2"])
-    parser.add_argument("--tokens", type=int, default=4096, help="at most that many")
-    parser.add_argument("--commit", help="commit to name where there is no history (or COMMIT)")
-    parser.add_argument("--json", type=Path, required=True, help="file to write")
-    arguments = parser.parse_args()
+    arguments = parse_arguments("simulate", choices=list(SHAPES), default=["gemma2"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: dict[str, Any] = {
         "part": "simulate",

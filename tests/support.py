@@ -270,3 +270,26 @@ def check_checkpoint(head: Callable[..., Tensor], *inputs: Tensor, use_reentrant
     loss.backward()
     torch.testing.assert_close(loss, expected_loss)
     assert all(torch.equal(x.grad, y) for x, y in zip(inputs, expected, strict=True))
+
+
+def names_of_launches(module, monkeypatch):
+    """Record the names of the kernels that a module launches, in a list that is returned."""
+    names, launch = [], module.launch
+
+    def record(kernel, grid, **arguments):
+        names.append(kernel.__name__)
+        launch(kernel, grid, **arguments)
+
+    monkeypatch.setattr(module, "launch", record)
+    return names
+
+
+def check_repeated_backward(impl, problem):
+    """Check that a graph that is kept gives the same gradient again; return e and the loss."""
+    e = problem.e.requires_grad_()
+    loss = linear_cross_entropy(e, problem.c, problem.targets, impl=impl)
+    loss.backward(retain_graph=True)
+    once = e.grad.clone()
+    loss.backward()
+    assert torch.equal(e.grad, 2 * once)
+    return e, loss

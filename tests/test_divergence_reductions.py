@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from cut_cross_entropy import budget, divergence, linear_divergence
 from cut_cross_entropy.implementations import chunked_divergence
 from cut_cross_entropy.kernels import divergence_columns, divergence_logits, divergence_sum
+from tests.support import names_of_launches
 from tests.test_divergence import BETAS, NAMES, leaves_of, problem, run, truth
 from tests.test_memory import peak_bytes
 
@@ -24,15 +25,7 @@ def small_chunks(monkeypatch):
 @pytest.fixture
 def launched(monkeypatch):
     """Names of the kernels that were launched."""
-    names = []
-    launch = divergence_logits.launch
-
-    def record(kernel, grid, **arguments):
-        names.append(kernel.__name__)
-        launch(kernel, grid, **arguments)
-
-    monkeypatch.setattr(divergence_logits, "launch", record)
-    return names
+    return names_of_launches(divergence_logits, monkeypatch)
 
 
 def token_weights(dtype=torch.float64):

@@ -90,15 +90,9 @@ def token_outputs(problem: Problem, weights: Tensor | None, asked: Asked) -> Tok
     GRADIENTS,
     lambda grads, saved, problem, weights, needed: fake_gradients(problem, needed),
 )
-def token_outputs_backward(
-    grads: OutputGrads,
-    saved: SavedOutputs,
-    problem: Problem,
-    weights: Tensor | None,
-    needed: Needed,
-) -> Gradients:
+def token_outputs_backward(grads: OutputGrads, saved: SavedOutputs, *inputs: Any) -> Gradients:
     """Gradients of the inputs of :func:`token_outputs`; empty where not needed."""
-    return chunked_outputs.backward(grads, saved, problem, weights, needed)
+    return chunked_outputs.backward(grads, saved, *inputs)
 
 
 def _save_outputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

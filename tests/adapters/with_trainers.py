@@ -192,6 +192,17 @@ def test_nemo_rl(one_process):
 # --- axolotl
 
 
+def check_step(make, call, student):
+    """Check that a step under an adapter, and one after it, are those of the trainer."""
+    theirs = step(call, *student)
+    with make() as adapter:
+        ours = step(call, *student)
+    assert adapter.calls == 1
+    assert_same(ours, theirs)
+    assert_same(step(call, *student), theirs)
+    assert adapter.calls == 1
+
+
 @pytest.mark.parametrize("normalised", [False, True])
 @of_axolotl_options
 def test_axolotl(normalised, beta, temperature, hard, soft, bias, monkeypatch):
@@ -206,13 +217,7 @@ def test_axolotl(normalised, beta, temperature, hard, soft, bias, monkeypatch):
     call = lambda hidden, weight, bias=None: module(
         weight, hidden, ids, logprobs, mask, labels, bias
     )
-    theirs = step(call, *student)
-    with adapters.axolotl() as adapter:
-        ours = step(call, *student)
-    assert adapter.calls == 1
-    assert_same(ours, theirs)
-    assert_same(step(call, *student), theirs)
-    assert adapter.calls == 1
+    check_step(adapters.axolotl, call, student)
 
 
 # --- VeOmni
@@ -241,13 +246,7 @@ def test_veomni(distilled, aligned, temperature, clamp, monkeypatch):
             hidden, weight, labels, ids, logprobs, log_prob_min_clamp=clamp, **options
         )
 
-    theirs = step(call, *student)
-    with adapters.veomni() as adapter:
-        ours = step(call, *student)
-    assert adapter.calls == 1
-    assert_same(ours, theirs)
-    assert_same(step(call, *student), theirs)
-    assert adapter.calls == 1
+    check_step(adapters.veomni, call, student)
 
 
 # --- torchtitan

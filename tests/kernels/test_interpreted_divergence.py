@@ -6,6 +6,7 @@ import torch
 from cut_cross_entropy import linear_divergence
 from cut_cross_entropy.kernels import divergence as walks
 from cut_cross_entropy.kernels import divergence_logits as kernels
+from tests.support import names_of_launches
 from tests.test_divergence import (
     BETAS,
     NAMES,
@@ -24,15 +25,7 @@ pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
 @pytest.fixture
 def launched(monkeypatch):
     """Names of the kernels that were launched."""
-    names = []
-    launch = kernels.launch
-
-    def record(kernel, grid, **arguments):
-        names.append(kernel.__name__)
-        launch(kernel, grid, **arguments)
-
-    monkeypatch.setattr(kernels, "launch", record)
-    return names
+    return names_of_launches(kernels, monkeypatch)
 
 
 @pytest.mark.parametrize("beta", BETAS)

@@ -57,6 +57,16 @@ def test_a_loss_of_its_own_gets_the_gradient_of_the_logits():
         assert patched(**batch()).loss.ndim == 0
 
 
+def check_loud_step(loss, name):
+    """Check that a patched step is right and warns of an operation; return the patched model."""
+    model, patched = pair(loss)
+    expected = loss_and_grads(model)
+    with pytest.warns(CutCrossEntropyWarning, match=f"because of '{name}'"):
+        actual = loss_and_grads(patched)
+    assert_same_step(expected, actual)
+    return patched
+
+
 def test_an_accuracy_without_grad_before_the_loss_does_not_change_it():
     def loss(logits, labels, **kwargs):
         with torch.no_grad():
@@ -64,12 +74,7 @@ def test_an_accuracy_without_grad_before_the_loss_does_not_change_it():
         assert not accuracy.requires_grad
         return F.cross_entropy(*shifted(logits, labels))
 
-    model, patched = pair(loss)
-    expected = loss_and_grads(model)
-    with pytest.warns(CutCrossEntropyWarning, match="because of 'argmax'"):
-        actual = loss_and_grads(patched)
-    assert_same_step(expected, actual)
-    assert call_count(patched) == 1
+    assert call_count(check_loud_step(loss, "argmax")) == 1
 
 
 def test_a_z_loss_after_the_loss_says_so_once():
@@ -77,12 +82,7 @@ def test_a_z_loss_after_the_loss_says_so_once():
         ce = F.cross_entropy(*shifted(logits, labels))
         return ce + 0.1 * logits.logsumexp(-1).square().mean()
 
-    model, patched = pair(loss)
-    expected = loss_and_grads(model)
-    with pytest.warns(CutCrossEntropyWarning, match="because of 'logsumexp'"):
-        actual = loss_and_grads(patched)
-    loss_and_grads(patched)  # no second warning
-    assert_same_step(expected, actual)
+    loss_and_grads(check_loud_step(loss, "logsumexp"))  # no second warning
 
 
 def test_a_loss_of_other_operations_is_right_and_loud():
@@ -91,12 +91,7 @@ def test_a_loss_of_other_operations_is_right_and_loud():
         picked = log_probs.gather(2, labels[:, 1:, None].clamp_min(0)).squeeze(2)
         return -(picked * (labels[:, 1:] != -100)).mean()
 
-    model, patched = pair(loss)
-    expected = loss_and_grads(model)
-    with pytest.warns(CutCrossEntropyWarning, match="because of 'log_softmax'"):
-        actual = loss_and_grads(patched)
-    assert_same_step(expected, actual)
-    assert call_count(patched) == 0
+    assert call_count(check_loud_step(loss, "log_softmax")) == 0
 
 
 SMOOTHED = [
