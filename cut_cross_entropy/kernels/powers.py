@@ -194,6 +194,8 @@ def powers_kernel(
 def strip_sums_kernel(
     powers_ptr,  # (N, V) times the slope of a softcap
     bound_ptr,  # (N,) log2; +inf: no token
+    lse_ptr,  # (N,) log2
+    targets_ptr,  # (N,) row of c; -1 for none
     strips_ptr,  # (blocks, V) int16 out, see strip_bytes
     N,
     V,
@@ -203,20 +205,25 @@ def strip_sums_kernel(
     BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sum the powers of a block of tokens, and their squares, for each class.
+    """Sum the probabilities of a block of tokens, and their squares, for each class.
 
-    A kernel of its own, since the one that stores them has the tokens in many threads.
+    Strips that hold a target are marked. A kernel of its own, since the one that stores powers has
+    the tokens in many threads.
     """
     classes = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)  # neighbours read on in the rows
     block = tl.program_id(1)
     inside = classes < V
     mass = tl.zeros((ROWS, BLOCK_V), tl.float32)
     energy = tl.zeros((ROWS, BLOCK_V), tl.float32)
+    forced = tl.zeros((BLOCK_V,), tl.int32)
     present = 0
     for start in range(0, BLOCK_T, ROWS):
         tokens = block * BLOCK_T + start + tl.arange(0, ROWS)
         bound = tl.load(bound_ptr + tokens, mask=tokens < N, other=float("inf"))
         is_token = bound != float("inf")
+        lse = tl.load(lse_ptr + tokens, mask=is_token, other=0.0)
+        targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1).to(tl.int32)
+        forced |= tl.max((classes[None, :] == targets[:, None]).to(tl.int32), 0)
         present += tl.sum(is_token.to(tl.int32), 0)
         # 32 bits reach: a chunk is bounded in elements
         powers = tl.load(
@@ -228,10 +235,12 @@ def strip_sums_kernel(
             reference = tl.where(is_token, bound, 0.0)
             logits = tl.log2(tl.where(powers > 0, powers, 1.0)) + reference[:, None]
             powers = powers / tl.maximum(logit_slope(logits, softcap), 0.0625)
+        powers *= tl.exp2(tl.where(is_token, bound - lse, 0.0))[:, None]
         mass += powers
         energy += powers * powers
     if present > 0:
         both = strip_bytes(tl.sum(energy, 0), tl.sum(mass, 0))
+        both = tl.where(forced != 0, both | FORCED, both).to(tl.int16)
         tl.store(strips_ptr + block.to(tl.int64) * V + classes, both, mask=inside)
 
 
@@ -258,7 +267,7 @@ def repair_bound_kernel(
     tl.store(bound_ptr + tokens, lse, mask=too_low)
 
 
-@triton.jit(do_not_specialize=["strips_ptr", "N", "num_segments"])
+@triton.jit(do_not_specialize=["N", "num_segments"])
 def chunk_sums_kernel(
     lse_parts_ptr,  # (segments, N) log2, of all classes but the target
     squares_parts_ptr,  # (segments, N) log2 of the sum of their squares; or None
@@ -269,13 +278,10 @@ def chunk_sums_kernel(
     nll_ptr,  # (N,) out, like the two that follow times the weight
     factor_ptr,  # (N,) out: probability over power, times the multiplier
     target_ptr,  # (N,) out: 1 - p of the target, times multiplier and slope of a softcap
-    targets_ptr,  # (N,) like all that follow used only with squares
-    strips_ptr,  # (blocks, 2 V) in, out: low and high bytes in turns
-    lse_ptr,  # (N,) out, log2; +inf: no token
+    lse_ptr,  # (N,) out, log2; +inf: no token; like all that follow used only with squares
     support_ptr,  # (N,) out, log2 of the effective support
     target_grad_ptr,  # (N,) out, see BackwardTokens
     N,
-    V,
     num_segments,
     softcap,  # or None
     num_groups,  # of classes: the support is that of groups
@@ -329,9 +335,6 @@ def chunk_sums_kernel(
         tl.store(lse_ptr + tokens, tl.where(present, lse, float("inf")), mask=inside)
         tl.store(support_ptr + tokens, tl.where(present, support, 0.0), mask=inside)
         tl.store(target_grad_ptr + tokens, tl.where(present, target_grad, ABSENT), mask=inside)
-        row = tl.load(targets_ptr + tokens, mask=present, other=-1)
-        marks = tl.full((BLOCK_T,), FORCED, tl.uint8)  # programs that meet write the same byte
-        tl.store(strips_ptr + 2 * (block.to(tl.int64) * V + row), marks, mask=row >= 0)
 
 
 @dataclass(frozen=True)
@@ -400,6 +403,7 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
         chunk.segment_tiles,
         squared=of_strips is not None,
     )
+    finish_sums(chunk, segments)
     if of_strips is not None:
         num_tokens, num_classes = powers.shape
         launch(
@@ -407,6 +411,8 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
             (cdiv(num_classes, STRIPS), cdiv(num_tokens, BLOCK_T)),
             powers_ptr=powers,
             bound_ptr=inputs.bound,
+            lse_ptr=of_strips.lse,
+            targets_ptr=chunk.tokens.targets,
             strips_ptr=of_strips.strips,
             N=num_tokens,
             V=num_classes,
@@ -416,7 +422,6 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
             BLOCK_V=STRIPS,
             ROWS=ROWS,
         )
-    finish_sums(chunk, segments)
 
 
 def sum_powers(
@@ -508,13 +513,10 @@ def finish_sums(chunk: Chunk, segments: Segments) -> None:
         nll_ptr=chunk.nll,
         factor_ptr=chunk.factor,
         target_ptr=chunk.target,
-        targets_ptr=None if found is None else chunk.tokens.targets,
-        strips_ptr=None if found is None else found.strips.view(torch.uint8),
         lse_ptr=None if found is None else found.lse,
         support_ptr=None if found is None else found.support,
         target_grad_ptr=None if found is None else found.target_grad,
         N=num_tokens,
-        V=num_classes,
         num_segments=num_segments,
         softcap=inputs.softcap,
         num_groups=float(num_groups),

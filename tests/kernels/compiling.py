@@ -153,12 +153,12 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
             )  # fmt: skip
-            of_strips = without({"squares_parts_ptr", "targets_ptr", "strips_ptr", "lse_ptr",
-                                 "support_ptr", "target_grad_ptr"}, with_strips)  # fmt: skip
+            of_strips = without({"squares_parts_ptr", "lse_ptr", "support_ptr", "target_grad_ptr"},
+                               with_strips)  # fmt: skip
             add(f"chunk_sums-{suffix}", powers.chunk_sums_kernel,
                 {**without({"softcap"}, softcap), **without({"weights_ptr"}, flagged),
-                 **without({"multiplier_ptr"}, multiplied), **of_strips, "BLOCK_T": BLOCK_T},
-                types=(("strips_ptr", "*u8"),))  # fmt: skip
+                 **without({"multiplier_ptr"}, multiplied), **of_strips,
+                 "BLOCK_T": BLOCK_T})  # fmt: skip
         add(f"strip_sums-{label}", powers.strip_sums_kernel,
             {**without({"softcap"}, softcap), "BLOCK_T": BLOCK_T, "BLOCK_V": powers.STRIPS,
              "ROWS": powers.ROWS})  # fmt: skip

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cut_cross_entropy import linear_cross_entropy
+from cut_cross_entropy import dispatch, linear_cross_entropy, record_filter
 from cut_cross_entropy.kernels import BLOCK_T, step
 from cut_cross_entropy.kernels.likely_classes import list_likely
 from cut_cross_entropy.kernels.primitives import BYTE_FLOOR, BYTE_STEPS, FORCED
@@ -78,3 +78,24 @@ def test_the_loss_of_a_token_does_not_depend_on_other_targets():
         loss = linear_cross_entropy(e, problem.c, targets, reduction="none", impl="cce")
         losses.append(loss.detach()[:BLOCK_T])
     assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("exact", ["filter_e_grad", "filter_c_grad"])
+def test_energies_of_stored_powers_are_those_of_probabilities(exact, always_filtered, monkeypatch):
+    """As many strips are kept whichever ids the likely classes have."""
+    monkeypatch.setattr(dispatch, "FEW_PRODUCTS_BY_HALF", 0.0)
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 1e-2)
+    problem, kept = rare_ids(2 * BLOCK_T), []
+    for c, targets in (
+        (problem.c, problem.targets),
+        (problem.c.flip(0), len(problem.c) - 1 - problem.targets),
+    ):
+        e = problem.e.clone().requires_grad_()
+        with record_filter() as records:
+            loss = linear_cross_entropy(
+                e, c.clone().requires_grad_(), targets, impl="cce", **{exact: False}
+            )
+            loss.backward()
+        assert records[0].path == "filtered"
+        kept.append(records[0].strips_kept)
+    assert kept[0] == pytest.approx(kept[1], rel=0.02)
