@@ -129,10 +129,10 @@ def token_losses(
     """
     impl = choose_impl(impl, problem.e.device, problem.compute_dtype)
     if isinstance(problem, HeadProblem):
-        if impl in KERNEL_IMPLS and adapted.is_adapted(problem):
-            filter_ = _filter(impl, kernel_options, filter_mass, world_size)
-            return adapted.token_losses(problem, filter_)
         if impl in KERNEL_IMPLS:
+            filter_ = _filter(impl, kernel_options, filter_mass, world_size)
+            if adapted.is_adapted(problem) or adapted.is_made(problem, filter_):
+                return adapted.token_losses(problem, filter_)
             return sums.token_losses(problem)
         shares = len(problem.chunks())  # of what the filter may drop
         return chunks.token_losses(
@@ -194,9 +194,11 @@ def sum_of_losses(
     recompute = recompute or is_transformed() or is_offloaded()
     if isinstance(problem, HeadProblem) and not recompute:
         chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
-        by_kernels = chosen in KERNEL_IMPLS and not adapted.is_adapted(problem)
-        if by_kernels and sums.takes_one_pass(problem, weights):
-            return sums.sum_of_losses(problem, weights)
+        if chosen in KERNEL_IMPLS and not adapted.is_adapted(problem):
+            filter_ = _filter(chosen, kernel_options, filter_mass, world_size)
+            is_exact = not adapted.is_made(problem, filter_)
+            if is_exact and sums.takes_one_pass(problem, weights):
+                return sums.sum_of_losses(problem, weights)
     # The gradient of a weight is the loss of its token, which a sum does not return.
     is_plain = problem.group is None and not isinstance(problem, HeadProblem)
     is_plain = is_plain and not (weights is not None and weights.requires_grad)

@@ -7,6 +7,7 @@ tuples of tensors, as operators return them.
 Shape legend: ``cut_cross_entropy.implementations``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -106,9 +107,39 @@ class AdaptedProblem(Problem):
         assert self.low_c.shape == (self.c.shape[0], self.low_e.shape[1])
 
 
+@dataclass(frozen=True)
+class MadeProblem(AdaptedProblem):
+    """An adapted problem whose rows are made on demand; R may be 0.
+
+    ``c`` has the shape and device of the rows, and no values.
+
+    Args:
+        make_rows: returns the rows of some classes, contiguous and of the compute dtype.
+    """
+
+    make_rows: Callable[[slice], Tensor] = field(kw_only=True)
+
+    def of_classes(self, classes: slice) -> AdaptedProblem:
+        """Make the rows of some classes, and return their problem; the targets stay as they are."""
+        return AdaptedProblem(
+            self.e,
+            self.make_rows(classes),
+            self.targets,
+            None if self.bias is None else self.bias[classes].contiguous(),
+            ignore_index=self.ignore_index,
+            softcap=self.softcap,
+            compute_dtype=self.compute_dtype,
+            memory_budget=self.memory_budget,
+            multiplier=self.multiplier,
+            low_e=self.low_e,
+            low_c=self.low_c[classes],
+        )
+
+
 def low_columns(problem: Problem) -> Tensor | None:
     """Return the columns (V, R) of c that are a tensor of their own; None if there are none."""
-    return problem.low_c if isinstance(problem, AdaptedProblem) else None
+    has_columns = isinstance(problem, AdaptedProblem) and problem.low_c.shape[1] > 0
+    return problem.low_c if has_columns else None  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -566,15 +566,21 @@ def finish_shards(
     result = finish(Segments(lse_parts, squares_parts), least, tokens, strips, bound)
     if strips is None:
         return result
-    support = result.support
-    # Shards have more and finer groups than one process has. If a token's classes were spread over
-    # CLASS_GROUPS of them, so many of these would meet in one; correcting for it keeps the same
-    # tokens flat.
-    num_groups = 64 * segments.lse.shape[0] * gathered.shape[0]
-    if num_groups > CLASS_GROUPS:
-        support = -torch.log2(torch.exp2(-support) + (1 / CLASS_GROUPS - 1 / num_groups))
+    support = coarser_support(result.support, segments.lse.shape[0] * gathered.shape[0])
     shard_mass = torch.exp2(own - _sum_of_powers(lse_parts))
     return result._replace(support=support, shard_mass=shard_mass)
+
+
+def coarser_support(support: Tensor, num_segments: int) -> Tensor:
+    """Return the support of tokens, log2, as if it were that of the groups of a single pass.
+
+    Several passes have more and finer groups. If a token's classes were spread over CLASS_GROUPS of
+    them, so many of these would meet in one; correcting for it keeps the same tokens flat.
+    """
+    num_groups = 64 * num_segments
+    if num_groups <= CLASS_GROUPS:
+        return support
+    return -torch.log2(torch.exp2(-support) + (1 / CLASS_GROUPS - 1 / num_groups))
 
 
 def _sum_of_powers(parts: Tensor) -> Tensor:

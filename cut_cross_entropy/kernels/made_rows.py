@@ -8,18 +8,22 @@ chunk raises it, the sum so far is scaled. What the target adds is left out of t
 log-sum-exps and for the gradients. Shape legend: ``cut_cross_entropy.kernels``.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cut_cross_entropy.constants import MAX_ELEMENTS
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
-from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels import BLOCK_T, exact
+from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.exact import (
     MAX_TOKENS,
+    Wanted,
     add_product,
     chunk_gradients,
 )
@@ -31,10 +35,12 @@ from cut_cross_entropy.kernels.launch import (
     launch,
     next_power_of_2,
 )
+from cut_cross_entropy.kernels.likely_classes import list_likely, list_size
 from cut_cross_entropy.kernels.lse import (
     LN2,
     PassInputs,
     Segments,
+    coarser_support,
     finish,
     raise_bound,
     vocabulary_pass,
@@ -44,6 +50,7 @@ from cut_cross_entropy.kernels.made_rows_kernels import (
     scale_sums_kernel,
     score_chunk_kernel,
 )
+from cut_cross_entropy.kernels.order import order_by_content
 from cut_cross_entropy.kernels.powers import (
     Chunk,
     choose_segment_tiles,
@@ -51,18 +58,31 @@ from cut_cross_entropy.kernels.powers import (
     sum_powers,
 )
 from cut_cross_entropy.kernels.tokens import (
+    BackwardTokens,
     Tokens,
     compact_for_backward,
     list_valid,
+    low_rows,
     scatter_rows,
 )
-from cut_cross_entropy.problem import Gradients, KernelState, Needed, PerToken, Problem
+from cut_cross_entropy.outputs import Asked
+from cut_cross_entropy.problem import (
+    AdaptedProblem,
+    Gradients,
+    KernelState,
+    MadeProblem,
+    Needed,
+    PerToken,
+    Problem,
+    low_columns,
+)
 from cut_cross_entropy.validation import check_target_range
 
 ALIGNED = 256  # classes of a library product, but for the last few
 FEWEST = 1024  # classes of a chunk, if fewer tokens at a time allow it
 LOWEST = -1e30  # bound of a token of which nothing is known
 COPIES = 2  # of the rows: themselves, and what they are made of
+SHARE = 4  # of the budget, a fourth is for strips where these are stored, and the rest for rows
 
 
 class LossAndGradient(NamedTuple):
@@ -105,6 +125,7 @@ def loss_and_gradient(
     sums: _Sums | None = None
     for classes in sizes.chunks(num_classes):
         inputs = walk.inputs(classes)
+        walk.score(inputs, classes.start)
         if sums is None:
             sums = _Sums.zeros(problem, walk.num_rows(), sizes)
         sums.add(inputs, walk.tokens.targets)
@@ -154,23 +175,117 @@ def token_losses(problem: Problem, make_rows: Callable[[slice], Tensor]) -> PerT
     Args:
         problem, make_rows: see :func:`loss_and_gradient`.
     """
+    state = forward(problem, make_rows, with_strips=False)
+    return PerToken(state.nll, state.lse)
+
+
+def forward(
+    problem: Problem, make_rows: Callable[[slice], Tensor], with_strips: bool
+) -> KernelState:
+    """Compute loss and log-sum-exp of every token, and what a filtered backward needs again.
+
+    With strips the rows are made twice: the logits of the targets have to be known before the
+    energies of the strips, which are relative to one bound in all chunks.
+
+    Args:
+        problem, make_rows: see :func:`loss_and_gradient`; an adapted problem has columns of its
+            own, which ``make_rows`` leaves out.
+        with_strips: order the tokens by content, and compute energy and mass of every strip.
+    """
     e, num_tokens, num_classes = problem.e, problem.e.shape[0], problem.c.shape[0]
     check_target_range(problem.targets, num_classes, problem.ignore_index)
+    num_blocks = cdiv(num_tokens, BLOCK_T)
+    strips = e.new_zeros((num_blocks, num_classes) if with_strips else 0, dtype=torch.int16)
     if num_tokens == 0:
-        return PerToken(*(e.new_zeros(0, dtype=torch.float32) for _ in range(2)))
-    walk, parts = _Walk.of(problem, make_rows, None), []
-    for classes in _choose_sizes(problem, 0).chunks(num_classes):
-        inputs = walk.inputs(classes)
-        num_here = inputs.c.shape[0]
+        nothing = [e.new_zeros(0, dtype=torch.float32) for _ in range(4)]
+        origin = e.new_zeros(0, dtype=torch.int64)
+        nll, lse, support, mass = nothing
+        return KernelState(nll, lse, strips, origin=origin, support=support, shard_mass=mass)
+    walk = _Walk.of(problem, make_rows, None, by_content=with_strips)
+    chunks = _choose_sizes(problem, 0).chunks(num_classes)
+    targets = energy_bound = None
+    if with_strips:
+        targets = F.pad(problem.targets, (0, 1), value=-1)[walk.tokens.origin]
+        targets = torch.where((targets >= 0) & (targets < num_classes), targets, -1).long()
+        energy_bound = walk.score_all(chunks, targets)
+    parts, squares = [], []
+    for classes in chunks:
+        inputs = replace(walk.inputs(classes), energy_bound=energy_bound)
+        if not with_strips:
+            walk.score(inputs, classes.start)
+        count = inputs.c.shape[0]
         inputs.flags.zero_()
-        segments = vocabulary_pass(inputs, num_here, None)
-        vocabulary_pass(inputs, num_here, None, online=True, repair=segments)
+        own = None
+        if with_strips:  # blocks without a token are skipped
+            own = strips.new_zeros((num_blocks, count))
+        segments = vocabulary_pass(inputs, count, own)
+        vocabulary_pass(inputs, count, own, online=True, repair=segments)
         parts.append(segments.lse)
+        squares.append(segments.squares)
+        if own is not None:
+            strips[:, classes] = own
         del inputs  # frees the rows before the next ones are made
-    lse = _sum_of_powers(parts)
-    segments = Segments(lse, lse.new_empty((0, num_tokens)))
-    state = finish(segments, walk.logits, walk.tokens, None, walk.bound)
-    return PerToken(state.nll, state.lse)
+    whole = Segments(torch.cat(parts), torch.cat(squares))
+    if targets is None or energy_bound is None:
+        lse = _sum_of_powers([whole.lse])
+        return finish(Segments(lse, whole.squares), walk.logits, walk.tokens, None, walk.bound)
+    tokens = replace(walk.tokens, targets=targets)
+    state = finish(whole, walk.logits, tokens, strips, energy_bound)
+    return state._replace(support=coarser_support(state.support, whole.lse.shape[0]))
+
+
+def chunks_of_rows(problem: Problem, multiple: int) -> list[slice]:
+    """Return chunks of classes for a filtered backward, which stores strips besides the rows.
+
+    Args:
+        problem: see :func:`loss_and_gradient`.
+        multiple: number of classes that starts of chunks are multiples of.
+    """
+    num_classes, dim = problem.c.shape
+    row_bytes = COPIES * problem.compute_dtype.itemsize * dim
+    most = problem.memory_budget // SHARE * (SHARE - 1) // row_bytes
+    most = max(1, most // multiple) * multiple
+    at_once = cdiv(num_classes, cdiv(num_classes, most))
+    return _Sizes(cdiv(at_once, multiple) * multiple, 0).chunks(num_classes)
+
+
+def exact_gradients(
+    problem: MadeProblem, tokens: BackwardTokens, wanted: Wanted, *, accumulate: bool = False
+) -> Tensor | None:
+    """Compute gradients of some tokens from all classes, chunk by chunk.
+
+    Args:
+        problem, tokens, wanted, accumulate: as in ``exact.exact_gradients``.
+
+    Returns:
+        dE in float32, (N, D), if wanted.
+    """
+    total = total_low = None
+    zeros = functools.partial(problem.e.new_zeros, dtype=torch.float32)
+    if wanted.e:
+        total = zeros(tokens.e.shape)
+    if wanted.low_e is not None:
+        total_low = zeros(wanted.low_e.shape)
+    problem = replace(problem, memory_budget=max(1, problem.memory_budget // 2))
+    for classes in _choose_sizes(problem, 0).chunks(problem.c.shape[0]):
+        low_e = None if total_low is None else torch.zeros_like(total_low)
+        of_chunk = replace(
+            wanted,
+            c=None if wanted.c is None else wanted.c[classes],
+            bias=None if wanted.bias is None else wanted.bias[classes],
+            low_e=low_e,
+        )
+        part = problem.of_classes(classes)
+        local = replace(tokens, targets=tokens.targets - classes.start)
+        own = exact.exact_gradients(part, local, of_chunk, accumulate=accumulate)
+        if total is not None and own is not None:
+            total += own
+        if total_low is not None and low_e is not None:
+            total_low += low_e
+        del part  # frees the rows before the next ones are made
+    if total_low is not None and wanted.low_e is not None:
+        wanted.low_e.add_(total_low)
+    return total
 
 
 def gradients(
@@ -293,14 +408,21 @@ class _Walk:
 
     @classmethod
     def of(
-        cls, problem: Problem, make_rows: Callable[[slice], Tensor], target_rows: Tensor | None
+        cls,
+        problem: Problem,
+        make_rows: Callable[[slice], Tensor],
+        target_rows: Tensor | None,
+        by_content: bool = False,
     ) -> "_Walk":
         e, num_tokens = problem.e, problem.e.shape[0]
         origin, count = list_valid(problem.targets, problem.ignore_index)
+        if by_content:
+            origin = order_by_content(e, origin, count)
         tokens = Tokens(
             torch.empty(e.shape, dtype=problem.compute_dtype, device=e.device),
             torch.empty(num_tokens, dtype=torch.int64, device=e.device),
             origin,
+            low_e=low_rows(problem, origin),
         )
         logits, bound = aligned_rows(2, num_tokens, torch.float32, e.device)
         logits.fill_(torch.nan)  # of a target out of range: nothing plausible
@@ -320,9 +442,9 @@ class _Walk:
         )
 
     def inputs(self, classes: slice) -> PassInputs:
-        """Make the rows of the next chunk, and score the targets that are in it."""
-        problem = self.problem
-        inputs = PassInputs(
+        """Make the rows of a chunk."""
+        problem, low_c = self.problem, low_columns(self.problem)
+        return PassInputs(
             self.tokens.e,
             self.make_rows(classes),
             bias=None if problem.bias is None else problem.bias[classes].contiguous(),
@@ -330,18 +452,64 @@ class _Walk:
             bound=self.bound,
             flags=self.flags,
             multiplier=self.multiplier,
+            low_e=self.tokens.low_e,
+            low_c=None if low_c is None else low_c[classes],
         )
+
+    def score_all(self, chunks: list[slice], targets: Tensor) -> Tensor:
+        """Score all targets, and raise the bounds to their logits.
+
+        Args:
+            chunks: of all classes.
+            targets: (N,) class of each token, -1 for none.
+
+        Returns:
+            (N,) the bounds of energies, which the likely classes of the batch raise further.
+        """
+        problem, num_classes = self.problem, self.problem.c.shape[0]
+        size = list_size(num_classes, tiles_on(targets.device).block_v)
+        likely = list_likely(targets, num_classes, size)
+        rows = self.tokens.e.new_empty((size, problem.c.shape[1]))
+        for classes in chunks:
+            inputs = self.inputs(classes)
+            self.score(inputs, classes.start, extrapolate=True)
+            count = inputs.c.shape[0]
+            here = ((likely >= classes.start) & (likely < classes.stop))[:, None]
+            own = inputs.c[(likely - classes.start).clamp(0, count - 1)]
+            rows = torch.where(here, own, rows)
+            del inputs, own  # frees the rows before the next ones are made
+        known = self.logits < torch.inf  # the pass finds NaN and +inf again
+        raised = torch.maximum(self.bound, self.logits)
+        self.bound.copy_(torch.where(known, raised, self.bound))
+        energy_bound = self.bound.clone()
+        if size > 0:
+            low_c = low_columns(problem)
+            some = PassInputs(
+                self.tokens.e,
+                rows,
+                bias=None if problem.bias is None else problem.bias[likely],
+                softcap=problem.softcap,
+                bound=energy_bound,
+                flags=self.flags,
+                multiplier=self.multiplier,
+                low_e=self.tokens.low_e,
+                low_c=None if low_c is None else low_c[likely],
+            )
+            raise_bound(energy_bound, vocabulary_pass(some, size, None, online=True))
+        return energy_bound
+
+    def score(self, inputs: PassInputs, first_class: int, extrapolate: bool = False) -> None:
+        """Score the targets that are in the next chunk; the first one raises the bounds."""
         _score(
-            problem,
+            self.problem,
             self.tokens,
             inputs,
             self.logits,
             rows=self.target_rows,
-            first_class=classes.start,
+            first_class=first_class,
         )
-        if classes.start == 0:
-            _raise_bound(inputs, problem.c.shape[0])
-        return inputs
+        if first_class == 0:
+            _raise_bound(inputs, self.problem.c.shape[0], extrapolate)
 
     def num_rows(self) -> int:
         """Return how many rows have tokens, in whole blocks; waits for the device."""
@@ -388,6 +556,8 @@ def _score(
         source_ptr=e,
         c_ptr=inputs.c,
         bias_ptr=inputs.bias,
+        low_e_ptr=problem.low_e if isinstance(problem, AdaptedProblem) else None,
+        low_c_ptr=inputs.low_c,
         all_targets_ptr=problem.targets.contiguous(),
         origin_ptr=tokens.origin,
         multiplier_ptr=inputs.multiplier,
@@ -403,16 +573,24 @@ def _score(
         softcap=problem.softcap,
         first_class=first_class,
         COMPACT=first_class == 0,
+        LOW_RANK=0 if inputs.low_c is None else inputs.low_c.shape[1],
         BLOCK_D=min(1024, next_power_of_2(dim)),
     )
 
 
-def _raise_bound(inputs: PassInputs, num_classes: int) -> None:
-    """Raise the bounds to the log-sum-exp of the frequent classes, which are the first."""
+def _raise_bound(inputs: PassInputs, num_classes: int, extrapolate: bool) -> None:
+    """Raise the bounds to the log-sum-exp of the frequent classes, which are the first.
+
+    With ``extrapolate``, those of tokens that are spread over many classes by an estimate of all.
+    """
     block_v = inputs.tiles.block_v
     frequent = min(max(1024, num_classes // 64), 8192) // block_v * block_v
     frequent = min(frequent, inputs.c.shape[0])
-    raise_bound(inputs.bound, vocabulary_pass(inputs, frequent, None, online=True))
+    if frequent == 0:
+        return
+    asked = Asked(log_sum_sq=extrapolate)
+    segments = vocabulary_pass(inputs, frequent, None, asked=asked, online=True)
+    raise_bound(inputs.bound, segments, frequent, num_classes)
 
 
 @dataclass(frozen=True)

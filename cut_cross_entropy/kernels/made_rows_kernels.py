@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from cut_cross_entropy.kernels.primitives import transform_logits
-from cut_cross_entropy.kernels.tokens import move_and_score
+from cut_cross_entropy.kernels.tokens import add_low_rank, move_and_score
 
 
 @triton.jit(do_not_specialize=["N", "V", "stride_n", "first_class"])
@@ -15,6 +15,8 @@ def score_chunk_kernel(
     source_ptr,  # (N, D) embeddings of the caller
     c_ptr,  # (V, D) rows of the chunk
     bias_ptr,  # (V,) of the chunk, or None
+    low_e_ptr,  # (N, LOW_RANK) of the caller
+    low_c_ptr,  # (V, LOW_RANK) of the chunk
     all_targets_ptr,  # (N,) of the caller
     origin_ptr,  # (N,)
     multiplier_ptr,  # (N,) in the order of the rows, or None
@@ -30,10 +32,11 @@ def score_chunk_kernel(
     softcap,  # or None
     first_class,
     COMPACT: tl.constexpr,
+    LOW_RANK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Compute the logit of one token's target, and keep its row, if it is in this chunk."""
-    row, _, target, usable, product = move_and_score(
+    row, position, target, usable, product = move_and_score(
         source_ptr,
         c_ptr=c_ptr,
         all_targets_ptr=all_targets_ptr,
@@ -48,6 +51,15 @@ def score_chunk_kernel(
         COMPACT=COMPACT,
         BLOCK_D=BLOCK_D,
         rows_ptr=rows_ptr,
+    )
+    product = add_low_rank(
+        product,
+        low_e_ptr=low_e_ptr,
+        low_c_ptr=low_c_ptr,
+        position=position,
+        target=target,
+        usable=usable,
+        LOW_RANK=LOW_RANK,
     )
     multiplier = None
     if multiplier_ptr is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cut_cross_entropy.distributed.collectives import world_size
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
-from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels import BLOCK_T, made_rows
 from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.entropy_and_rank import FurtherSums, further_sums, no_further_sums
 from cut_cross_entropy.kernels.exact import Wanted, exact_gradients
@@ -41,6 +41,7 @@ from cut_cross_entropy.problem import (
     Filter,
     Gradients,
     KernelState,
+    MadeProblem,
     Needed,
     PerToken,
     Problem,
@@ -56,6 +57,8 @@ def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
 
     As :func:`forward_outputs` without further sums.
     """
+    if isinstance(problem, MadeProblem):
+        return made_rows.forward(problem, problem.make_rows, training and filter_.is_on)
     return forward_outputs(problem, filter_, training, NOTHING)[0]
 
 
@@ -250,7 +253,10 @@ def gradients_of_tokens(
     if exactly:
         num_rows = _rows_to_compute(num_valid, tokens.e.shape[0])
         rows = tokens.at(slice(0, num_rows))
-        sums = exact_gradients(problem, rows, exactly)
+        if isinstance(problem, MadeProblem):
+            sums = made_rows.exact_gradients(problem, rows, exactly)
+        else:
+            sums = exact_gradients(problem, rows, exactly)
         if sums is not None:
             grad_e = _embedding_gradient(tokens, exactly.dtype_e or problem.e.dtype)
             scatter_rows(sums, rows.origin, grad_e)
@@ -268,6 +274,8 @@ def _target_grad(tokens: BackwardTokens, eta: Tensor, saved: KernelState) -> Ten
 def in_compute_dtype(problem: Problem) -> Problem:
     """Return the problem as the stages take it: c and bias contiguous, c of the compute dtype."""
     bias = None if problem.bias is None else problem.bias.contiguous()
+    if isinstance(problem, MadeProblem):
+        return replace(problem, bias=bias)
     return replace(problem, c=problem.c.to(problem.compute_dtype).contiguous(), bias=bias)
 
 

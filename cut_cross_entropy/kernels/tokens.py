@@ -183,6 +183,25 @@ def move_and_score(
     return row + lane, position, target, usable, tl.sum(total, 1)[:, None]
 
 
+@triton.jit
+def add_low_rank(
+    product,  # (1, 1)
+    low_e_ptr,  # (N, LOW_RANK) of the caller
+    low_c_ptr,  # (V, LOW_RANK)
+    position,  # (1,)
+    target,  # (1,) row of low_c
+    usable,  # (1,) whether there is one
+    LOW_RANK: tl.constexpr,
+):
+    """Add the product of a token's further columns with those of its target."""
+    for first in tl.static_range(0, LOW_RANK, RANK_STEP):
+        columns = first + tl.arange(0, RANK_STEP)
+        low_e = gather_rows(low_e_ptr, position, usable, columns, LOW_RANK).to(tl.float32)
+        low_c = gather_rows(low_c_ptr, target, usable, columns, LOW_RANK).to(tl.float32)
+        product += tl.sum(low_e * low_c, 1)[:, None]
+    return product
+
+
 @triton.jit(do_not_specialize=["N", "stride_n", "first_class"])
 def score_targets_kernel(
     source_ptr,  # (N, D) embeddings of the caller
@@ -224,11 +243,15 @@ def score_targets_kernel(
         COMPACT=COMPACT,
         BLOCK_D=BLOCK_D,
     )
-    for first in tl.static_range(0, LOW_RANK, RANK_STEP):
-        columns = first + tl.arange(0, RANK_STEP)
-        low_e = gather_rows(low_e_ptr, position, usable, columns, LOW_RANK).to(tl.float32)
-        low_c = gather_rows(low_c_ptr, target, usable, columns, LOW_RANK).to(tl.float32)
-        product += tl.sum(low_e * low_c, 1)[:, None]
+    product = add_low_rank(
+        product,
+        low_e_ptr=low_e_ptr,
+        low_c_ptr=low_c_ptr,
+        position=position,
+        target=target,
+        usable=usable,
+        LOW_RANK=LOW_RANK,
+    )
     logit = tl.reshape(transform_logits(product, target, usable, bias_ptr, softcap), (1,))
     bound = tl.where(logit < float("inf"), logit, 0.0)  # the pass finds NaN and +inf again
     tl.store(targets_ptr + row, target)
@@ -287,12 +310,12 @@ def score_targets(
         LOW_RANK=0 if low_c is None else low_c.shape[1],
         BLOCK_D=min(1024, next_power_of_2(dim)),
     )
-    return Tokens(rows, targets, origin, low_e=_low_rows(problem, origin)), logits, bound
+    return Tokens(rows, targets, origin, low_e=low_rows(problem, origin)), logits, bound
 
 
-def _low_rows(problem: Problem, origin: Tensor) -> Tensor | None:
+def low_rows(problem: Problem, origin: Tensor) -> Tensor | None:
     """Return the rows of ``low_e`` in the order of the tokens, 0 where absent."""
-    if not isinstance(problem, AdaptedProblem):
+    if not isinstance(problem, AdaptedProblem) or low_columns(problem) is None:
         return None
     return F.pad(problem.low_e, (0, 0, 0, 1))[origin]
 
@@ -483,7 +506,7 @@ def compact_for_backward(
         scale=gradient_scale(a, b) if half else a.new_ones(()),
         shard_mass=saved.shard_mass if saved.shard_mass.numel() > 0 else None,
         num_valid=num_valid,
-        low_e=_low_rows(problem, origin),
+        low_e=low_rows(problem, origin),
     )
 
 

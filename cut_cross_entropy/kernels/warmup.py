@@ -28,6 +28,7 @@ from cut_cross_entropy.problem import (
     NO_FILTER,
     AdaptedProblem,
     Filter,
+    MadeProblem,
     Needed,
     PerToken,
     Problem,
@@ -50,6 +51,7 @@ def kind_of_step(problem: Problem, filter_: Filter, training: bool) -> tuple[obj
         problem.compute_dtype,
         problem.softcap is None,
         problem.multiplier is None,
+        problem.memory_budget if isinstance(problem, MadeProblem) else None,  # sizes of chunks
         training and filter_.is_on and calibrates(problem, filter_) + 1,
         training,
         # Sums of dC end in registers, or are stored between superblocks, in fewer bits or in more.
@@ -181,6 +183,9 @@ def _compile_once(
 
 def _without_values(problem: Problem) -> Problem:
     """Return the problem of one process on the meta device."""
+    if isinstance(problem, MadeProblem):
+        rows = torch.empty(problem.c.shape, dtype=problem.compute_dtype, device="meta")
+        problem = replace(problem, make_rows=lambda classes: rows[classes])
     if isinstance(problem, AdaptedProblem):
         problem = replace(problem, low_e=_meta(problem.low_e), low_c=_meta(problem.low_c))
     return replace(

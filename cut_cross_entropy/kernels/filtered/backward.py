@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
-from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK, made_rows
 from cut_cross_entropy.kernels.exact import Wanted, exact_gradients
 from cut_cross_entropy.kernels.filtered.calibrate import calibrate, calibrates
 from cut_cross_entropy.kernels.filtered.flat import FlatTokens, are_few
@@ -24,7 +24,7 @@ from cut_cross_entropy.kernels.filtered.grad_c import (
     write_grad_c,
     write_tail_rows,
 )
-from cut_cross_entropy.kernels.filtered.grad_e import write_grad_e
+from cut_cross_entropy.kernels.filtered.grad_e import add_grad_e, finish_grad_e, write_grad_e
 from cut_cross_entropy.kernels.filtered.index import (
     Counts,
     Range,
@@ -42,6 +42,7 @@ from cut_cross_entropy.kernels.filtered.schedule import (
     STRIP_BYTES,
     ClassPass,
     make_schedule,
+    rectangles,
 )
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept, find_threshold, keep_strips
 from cut_cross_entropy.kernels.filtered.strips import (
@@ -54,12 +55,20 @@ from cut_cross_entropy.kernels.filtered.tail import (
     BlockSums,
     Tail,
     TokenTails,
+    sum_rows,
     update_tails,
     write_bias,
 )
 from cut_cross_entropy.kernels.launch import HostCopy, is_captured
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
-from cut_cross_entropy.problem import Filter, KernelState, Problem, low_columns
+from cut_cross_entropy.problem import (
+    AdaptedProblem,
+    Filter,
+    KernelState,
+    MadeProblem,
+    Problem,
+    low_columns,
+)
 
 # Share of the strips from which on the exact path is faster, of many features: a kept strip costs
 # more than one of all, and the more so the fewer the features. Measured on an H200 for 8,192
@@ -122,16 +131,18 @@ def filtered_gradients(
         if mass is None:
             report(FilterRecord("dense", 1.0, 0.0, counts.flat_tokens, counts.tokens))
         else:
-            is_part = wanted.first_column or low_columns(problem) is not None
+            is_part = wanted.first_column or isinstance(problem, AdaptedProblem)
             whole_c = None if is_part else wanted.c
-            measured = measure(problem, tokens, kept, grad_e=grad_e, grad_c=whole_c, mass=mass)
+            # Of rows that are made, those of the sampled classes are not at hand.
+            whole_e = None if isinstance(problem, MadeProblem) else grad_e
+            measured = measure(problem, tokens, kept, grad_e=whole_e, grad_c=whole_c, mass=mass)
             dropped = mass.double().sum()[None] / max(1, counts.tokens)
             report(
                 FilterRecord.pending(
                     functools.partial(
                         _read,
                         HostCopy(torch.cat([dropped, measured])),
-                        has_e=grad_e is not None,
+                        has_e=whole_e is not None,
                         has_c=whole_c is not None,
                     ),
                     path="filtered",
@@ -186,7 +197,7 @@ class _Selection:
     Args:
         kept: the kept strips.
         index: index of all of them.
-        tail: what replaces the others.
+        tail: what replaces the others; without centres while rows are still to be made.
         order: order of all classes.
         low_centers: :attr:`Tail.centers` of the columns of ``AdaptedProblem.low_c``.
         listed: list of all kept strips, if they fit the budget.
@@ -210,7 +221,13 @@ class _Selection:
         most_strips = min(
             min(problem.memory_budget, MAX_BUDGET) // STRIP_BYTES, int(share * kept.strips.numel())
         )
-        tail, listed = Tail.of(kept, c), list_ahead(kept, index, most_strips)
+        if isinstance(problem, MadeProblem):
+            blocks = kept.num_superblocks * SUPERBLOCK
+            nothing = problem.e.new_zeros((1, blocks, c.shape[1]), dtype=torch.float32)
+            tail, most_strips = Tail.of_sums(kept, nothing), 0
+        else:
+            tail = Tail.of(kept, c)
+        listed = list_ahead(kept, index, most_strips)
         return cls(kept, index, tail, order, low_centers=low_centers, listed=listed)
 
 
@@ -244,12 +261,12 @@ def _kept_and_flat(
     results: _Results,
 ) -> tuple[Tensor | None, Tensor]:
     """Write the gradients; return dE, if wanted, and the dropped mass of each token (N,)."""
-    peaked, all_flat, flat = tokens, None, None
+    peaked, all_flat, flat, is_made = tokens, None, None, isinstance(problem, MadeProblem)
     if counts.flat_tokens:
         peaked = tokens.without(tokens.is_flat)
         flat_first = torch.sort(tokens.is_flat.float(), stable=True, descending=True).indices
         all_flat = tokens.at(flat_first[: counts.flat_tokens])
-        if are_few(problem, counts.flat_tokens):
+        if not is_made and are_few(problem, counts.flat_tokens):
             flat = FlatTokens.of(problem, all_flat, wanted)
     work = _Work(
         problem,
@@ -264,11 +281,17 @@ def _kept_and_flat(
     )
     if flat is not None and work.bias_sums is not None:
         flat.add_bias_grads(work.bias_sums)
-    _run(work)
+    if is_made:
+        _run_made(work)
+    else:
+        _run(work)
     if flat is not None:
         flat.write_grad_e(problem, work.grad_e, wanted.low_e)
     elif all_flat is not None:
-        grad_e = exact_gradients(problem, all_flat, wanted, accumulate=True)
+        if isinstance(problem, MadeProblem):
+            grad_e = made_rows.exact_gradients(problem, all_flat, wanted, accumulate=True)
+        else:
+            grad_e = exact_gradients(problem, all_flat, wanted, accumulate=True)
         if grad_e is not None and work.grad_e is not None:
             scatter_rows(grad_e, all_flat.origin, work.grad_e)
     return work.grad_e, work.tails.mass
@@ -332,6 +355,57 @@ def _run(work: _Work) -> None:
         _write_classes(work, class_pass, stored)
 
 
+def _run_made(work: _Work) -> None:
+    """Compute the kept strips while the rows of their classes are there, chunk by chunk.
+
+    Sums of dE, and of the gradients of an adapter's columns, are in float32 until all classes are
+    added; then come the tails, whose centres are sums over the chunks as well.
+    """
+    problem, wanted, selection = work.problem, work.wanted, work.selection
+    assert isinstance(problem, MadeProblem)
+    kept, counts = selection.kept, work.counts
+    num_rows = kept.shape[0] * BLOCK_T
+    low_c, rows = low_columns(problem), None
+    zeros = functools.partial(problem.e.new_zeros, dtype=torch.float32)
+    sums_e = zeros((num_rows, problem.e.shape[1])) if work.grad_e is not None else None
+    sums_low = None
+    if low_c is not None and wanted.low_e is not None:
+        sums_low = zeros((num_rows, low_c.shape[1]))
+    centers = zeros((1, *selection.tail.centers.shape))
+    if wanted.c is not None:
+        everything = (0, problem.c.shape[0])
+        sums_c = PartialSums.zeros(wanted.c, kept.num_superblocks, everything)
+        rows = ClassRows(wanted.c, sums_c, None)
+    for classes in made_rows.chunks_of_rows(problem, CHUNK):
+        part = problem.of_classes(classes)
+        first = classes.start
+        if sums_e is not None:
+            centers += sum_rows(kept, part.c, first).sum(0)
+        some = replace(work.tokens, targets=work.tokens.targets - first)
+        chunks = (first // CHUNK, -(-classes.stop // CHUNK))
+        capacity = problem.memory_budget // made_rows.SHARE // STRIP_BYTES
+        for rectangle in rectangles(counts, chunks, capacity):
+            strips = list_strips(kept, counts, selection.index, rectangle)
+            local = replace(strips, classes=strips.classes - first)
+            stored = strip_gradients(part, some, local, work.bias_sums is not None)
+            update_tails(problem, work.tokens, stored, selection.tail, work.tails)
+            if sums_e is not None:
+                add_grad_e(part.c, work.tokens, stored, sums_e)
+            if sums_low is not None:
+                add_grad_e(part.low_c, work.tokens, stored, sums_low)
+            if wanted.classes:
+                _add_classes(work, stored, rectangle, rectangle.chunks, None, rows)
+            del strips, local, stored  # frees the strips before the next ones are computed
+        del part  # and the rows
+    for sums, means, out in (
+        (sums_e, Tail.of_sums(kept, centers).centers, work.grad_e),
+        (sums_low, selection.low_centers, wanted.low_e),
+    ):
+        if sums is not None and means is not None and out is not None:
+            finish_grad_e(sums, work.tokens, work.tails, means, out)
+    _finish_classes(work, (0, problem.c.shape[0]), rows)
+
+
 def _store(work: _Work, rectangle: Rectangle) -> StoredStrips:
     """Compute the strips of a rectangle."""
     selection = work.selection
@@ -344,7 +418,7 @@ def _finish_tokens(work: _Work, stored: StoredStrips) -> None:
     update_tails(work.problem, work.tokens, stored, work.selection.tail, work.tails)
     if work.grad_e is not None:
         write_grad_e(
-            work.problem,
+            work.problem.c,
             work.tokens,
             stored,
             work.tails,
@@ -357,8 +431,7 @@ def _finish_tokens(work: _Work, stored: StoredStrips) -> None:
         work.wanted.low_e,
     )
     if low_c is not None and centers is not None and low_e is not None:
-        of_columns = replace(work.problem, c=low_c)
-        write_grad_e(of_columns, work.tokens, stored, work.tails, centers=centers, out=low_e)
+        write_grad_e(low_c, work.tokens, stored, work.tails, centers=centers, out=low_e)
 
 
 def _write_classes(work: _Work, class_pass: ClassPass, stored_once: StoredStrips | None) -> None:
@@ -384,27 +457,52 @@ def _write_classes(work: _Work, class_pass: ClassPass, stored_once: StoredStrips
             _finish_tokens(work, stored)
         first, stop = class_pass.chunks
         chunks = (max(first, rectangle.chunks[0]), min(stop, rectangle.chunks[1]))
-        for superblock in range(*rectangle.superblocks):
-            first_slot = work.counts.first_slot(superblock, rectangle)
-            part = Part(superblock, first_slot, chunks, work.classes(chunks))
-            if work.bias_sums is not None:
-                add_bias_grads(stored, kept, part, work.bias_sums)
-            if rows is not None and order is not None:
-                _add_superblock(work, stored, part, order, rows)
+        _add_classes(work, stored, rectangle, chunks, order, rows)
         del stored  # frees the strips before the next ones are computed
+    _finish_classes(work, classes, rows)
 
+
+def _add_classes(
+    work: _Work,
+    stored: StoredStrips,
+    rectangle: Rectangle,
+    chunks: Range,
+    order: ClassOrder | None,
+    rows: ClassRows | None,
+) -> None:
+    """Add stored strips of a range of chunks of classes to the rows of dC and dbias.
+
+    Args:
+        work: the backward.
+        stored: strips of ``rectangle``.
+        rectangle, chunks: see above.
+        order: of these classes or more; None: not known yet.
+        rows: of dC, if wanted.
+    """
+    for superblock in range(*rectangle.superblocks):
+        first_slot = work.counts.first_slot(superblock, rectangle)
+        part = Part(superblock, first_slot, chunks, work.classes(chunks))
+        if work.bias_sums is not None:
+            add_bias_grads(stored, work.selection.kept, part, work.bias_sums)
+        if rows is not None:
+            _add_superblock(work, stored, part, order, rows)
+
+
+def _finish_classes(work: _Work, classes: Range, rows: ClassRows | None) -> None:
+    """Write the rows of dC that are sums, and dbias, of a range of classes, with their tails."""
+    kept, bias = work.selection.kept, work.wanted.bias
     if rows is not None and rows.sums is not None:
         write_tail_rows(work.tokens, kept, work.block_sums, rows, classes)
-    if work.bias_sums is not None and wanted.bias is not None:
-        write_bias(kept, work.block_sums, work.bias_sums, classes, wanted.bias)
+    if work.bias_sums is not None and bias is not None:
+        write_bias(kept, work.block_sums, work.bias_sums, classes, bias)
 
 
 def _add_superblock(
-    work: _Work, stored: StoredStrips, part: Part, order: ClassOrder, rows: ClassRows
+    work: _Work, stored: StoredStrips, part: Part, order: ClassOrder | None, rows: ClassRows
 ) -> None:
     """Write, or add to the partial sums, the strips of one superblock for some classes."""
     kept = work.selection.kept
-    if order.classes.shape[1] != part.classes[1] - part.classes[0]:
+    if order is None or order.classes.shape[1] != part.classes[1] - part.classes[0]:
         order = ClassOrder.of(kept, part.classes, part.superblock)
     num_active = work.counts.active(part.superblock, part.chunks)
     final = rows.sums is None

@@ -3,6 +3,7 @@
 Shape legend: ``cut_cross_entropy.kernels``.
 """
 
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,8 +14,7 @@ from cut_cross_entropy.kernels.filtered.strips import StoredStrips
 from cut_cross_entropy.kernels.filtered.tail import TokenTails
 from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2
 from cut_cross_entropy.kernels.primitives import gather_rows
-from cut_cross_entropy.kernels.tokens import BackwardTokens
-from cut_cross_entropy.problem import Problem
+from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
 
 BLOCK_K = 64  # strips per step
 
@@ -27,10 +27,10 @@ def grad_e_kernel(
     slots_ptr,  # (K,)
     starts_ptr,  # (blocks + 1,)
     scale_ptr,  # ()
-    tail_ptr,  # (N,) weight of the tail
+    tail_ptr,  # (N,) weight of the tail; None: sums of other strips are in ``out_ptr``
     centers_ptr,  # (blocks, D) mean row of c over the dropped strips of each block
     origin_ptr,  # (N,)
-    out_ptr,  # (N, D) in the caller's order
+    out_ptr,  # (N, D) in the caller's order, or in, out: in that of the tokens without a tail
     N,
     D,
     first_block,
@@ -39,7 +39,7 @@ def grad_e_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write BLOCK_N features of dE for one block of tokens."""
+    """Write BLOCK_N features of dE for one block of tokens, or add to them."""
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     block = tl.program_id(1)
     start = tl.load(starts_ptr + block)
@@ -57,19 +57,25 @@ def grad_e_kernel(
         rows = gather_rows(c_ptr, classes, inside, column, D)
         total = tl.dot(grads.T, rows, total, input_precision="ieee")
     tokens = (first_block + block) * BLOCK_T + lanes
-    origin = tl.load(origin_ptr + tokens, mask=tokens < N, other=N)
-    tail = tl.load(tail_ptr + tokens, mask=tokens < N, other=0.0)
-    center = tl.load(centers_ptr + (first_block + block) * D + column, mask=column < D, other=0.0)
-    total = total / tl.load(scale_ptr) + tail[:, None] * center[None, :]
-    tl.store(
-        out_ptr + origin.to(tl.int64)[:, None] * stride_out + column[None, :],
-        total.to(out_ptr.dtype.element_ty),
-        mask=(origin < N)[:, None] & (column < D)[None, :],
-    )
+    row = tokens
+    if tail_ptr is not None:
+        row = tl.load(origin_ptr + tokens, mask=tokens < N, other=N)
+    place = out_ptr + row.to(tl.int64)[:, None] * stride_out + column[None, :]
+    mask = (row < N)[:, None] & (column < D)[None, :]
+    total = total / tl.load(scale_ptr)
+    if tail_ptr is not None:
+        tail = tl.load(tail_ptr + tokens, mask=tokens < N, other=0.0)
+        center = tl.load(
+            centers_ptr + (first_block + block) * D + column, mask=column < D, other=0.0
+        )
+        total += tail[:, None] * center[None, :]
+    else:
+        total += tl.load(place, mask=mask, other=0.0)
+    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def write_grad_e(
-    problem: Problem,
+    c: Tensor,
     tokens: BackwardTokens,
     stored: StoredStrips,  # all kept strips of their blocks
     tails: TokenTails,
@@ -78,8 +84,43 @@ def write_grad_e(
     out: Tensor,  # (N, D) in the caller's order
 ) -> None:
     """Write the rows of dE that belong to the blocks of the stored strips."""
-    strips, c, tiles = stored.strips, problem.c, tiles_on(tokens.e.device)
-    dim = c.shape[1]
+    _launch(c, tokens, stored, out, tails.weights, centers)
+
+
+def add_grad_e(
+    c: Tensor,  # (classes, D) rows of the classes that the stored strips name
+    tokens: BackwardTokens,
+    stored: StoredStrips,  # some kept strips of their blocks
+    out: Tensor,  # (whole blocks of tokens, D) float32, in, out: in the order of the tokens
+) -> None:
+    """Add stored strips to the sums of dE, without the tail."""
+    _launch(c, tokens, stored, out, None, None)
+
+
+def finish_grad_e(
+    sums: Tensor,  # from add_grad_e; is overwritten
+    tokens: BackwardTokens,
+    tails: TokenTails,
+    centers: Tensor,  # (blocks, D) float32
+    out: Tensor,  # (N, D) in the caller's order
+) -> None:
+    """Write dE from the sums of all strips and the tail."""
+    num_tokens, (num_rows, dim) = tails.weights.shape[0], sums.shape
+    weights = F.pad(tails.weights, (0, num_rows - num_tokens))
+    blocks = sums.view(-1, BLOCK_T, dim)
+    blocks.addcmul_(weights.view(-1, BLOCK_T, 1), centers[: blocks.shape[0], None])
+    scatter_rows(sums[:num_tokens], tokens.origin, out)
+
+
+def _launch(
+    c: Tensor,
+    tokens: BackwardTokens,
+    stored: StoredStrips,
+    out: Tensor,
+    weights: Tensor | None,
+    centers: Tensor | None,
+) -> None:
+    strips, tiles, dim = stored.strips, tiles_on(tokens.e.device), c.shape[1]
     block_n = min(tiles.block_n, max(32, next_power_of_2(dim)))
     launch(
         grad_e_kernel,
@@ -90,7 +131,7 @@ def write_grad_e(
         slots_ptr=strips.slots,
         starts_ptr=strips.index.block_starts,
         scale_ptr=tokens.scale,
-        tail_ptr=tails.weights,
+        tail_ptr=weights,
         centers_ptr=centers,
         origin_ptr=tokens.origin,
         out_ptr=out,

@@ -76,14 +76,14 @@ def make_schedule(counts: Counts, budget: int, row_bytes: int, need_classes: boo
     capacity = left // STRIP_BYTES
     # Strips of all classes serve their tokens as well: those of the first range are computed for
     # all classes, if they fit.
-    whole = _rectangles(counts, all_chunks, capacity)
+    whole = rectangles(counts, all_chunks, capacity)
     shared = need_classes and several_superblocks and all(x.chunks == all_chunks for x in whole)
     passes = ()
     if need_classes:
         passes = tuple(
             ClassPass(chunks, whole, finishes_tokens=True)
             if shared and chunks == ranges[0]
-            else ClassPass(chunks, _rectangles(counts, chunks, capacity))
+            else ClassPass(chunks, rectangles(counts, chunks, capacity))
             for chunks in ranges
         )
     blocks = [] if shared else _ranges(counts.by_block, budget // STRIP_BYTES)
@@ -104,7 +104,7 @@ def _ranges(counts: list[int], capacity: int, within: Range | None = None) -> li
     return ranges
 
 
-def _rectangles(counts: Counts, chunks: Range, capacity: int) -> tuple[Rectangle, ...]:
+def rectangles(counts: Counts, chunks: Range, capacity: int) -> tuple[Rectangle, ...]:
     """Split a range of chunks into rectangles of ``capacity`` strips at most, or of one chunk.
 
     A rectangle takes as many superblocks as fit, with all the chunks; of a superblock that does not

@@ -63,16 +63,17 @@ def load_dropped(
     return byte_to_value(dropped_mass(both, masks[None, :], bits[:, None]))
 
 
-@triton.jit(do_not_specialize=["rows_per_split", "num_splits", "num_blocks"])
+@triton.jit(do_not_specialize=["first_class", "stop_class", "rows_per_split", "num_blocks"])
 def centers_kernel(
     strips_ptr,  # (blocks, V)
     masks_ptr,  # (superblocks, V)
-    c_ptr,  # (V, D)
+    c_ptr,  # (classes, D) rows from the first class on
     out_ptr,  # (splits, blocks, D) out
     V,
     D,
+    first_class,
+    stop_class,
     rows_per_split,
-    num_splits,
     num_blocks,
     BF16: tl.constexpr,
     SUPERBLOCK: tl.constexpr,
@@ -84,8 +85,9 @@ def centers_kernel(
     split = tl.program_id(1)
     superblock = tl.program_id(2)
     total = tl.zeros((SUPERBLOCK, BLOCK_D), tl.float32)
-    stop = min(V, (split + 1) * rows_per_split)
-    for start in tl.range(split * rows_per_split, stop, BLOCK_R, num_stages=3):
+    first = first_class + split * rows_per_split
+    stop = min(stop_class, first + rows_per_split)
+    for start in tl.range(first, stop, BLOCK_R, num_stages=3):
         classes = start + tl.arange(0, BLOCK_R)
         inside = classes < stop
         masses = load_dropped(
@@ -98,7 +100,7 @@ def centers_kernel(
             num_blocks=num_blocks,
             SUPERBLOCK=SUPERBLOCK,
         )
-        rows = gather_rows(c_ptr, classes, inside, columns, D)
+        rows = gather_rows(c_ptr, classes - first_class, inside, columns, D)
         total = tail_product(masses, rows, total, BF16)
     blocks = superblock * SUPERBLOCK + tl.arange(0, SUPERBLOCK)
     out = out_ptr + (split * tl.num_programs(2) * SUPERBLOCK + blocks).to(tl.int64)[:, None] * D
@@ -160,36 +162,15 @@ class Tail:
     @classmethod
     def of(cls, kept: Kept, c: Tensor) -> "Tail":
         """Compute the tail of dropped strips; ``c`` is contiguous and of the compute dtype."""
-        num_classes, dim = c.shape
-        num_blocks, num_chunks = kept.shape
-        num_superblocks = kept.num_superblocks
-        padded = num_superblocks * SUPERBLOCK
-        block_r, block_d = 64, min(128, max(16, next_power_of_2(dim)))
-        # Enough programs to fill a GPU.
-        wanted = min(MAX_SPLITS, cdiv(1024, cdiv(dim, block_d) * num_superblocks))
-        per_split = block_r * cdiv(cdiv(num_classes, block_r), wanted)
-        splits = cdiv(num_classes, per_split)
-        parts = torch.empty((splits, padded, dim), dtype=torch.float32, device=c.device)
-        launch(
-            centers_kernel,
-            (cdiv(dim, block_d), splits, num_superblocks),
-            strips_ptr=kept.strips,
-            masks_ptr=kept.masks,
-            c_ptr=c,
-            out_ptr=parts,
-            V=num_classes,
-            D=dim,
-            rows_per_split=per_split,
-            num_splits=splits,
-            num_blocks=num_blocks,
-            BF16=c.dtype == torch.bfloat16,
-            SUPERBLOCK=SUPERBLOCK,
-            BLOCK_R=block_r,
-            BLOCK_D=block_d,
-            num_warps=4,
-        )
-        shares = torch.empty((padded, 3), dtype=torch.float32, device=c.device)
-        centers = torch.empty((padded, dim), dtype=torch.float32, device=c.device)
+        return cls.of_sums(kept, sum_rows(kept, c, 0))
+
+    @classmethod
+    def of_sums(cls, kept: Kept, parts: Tensor) -> "Tail":
+        """Compute the tail from sums over parts of the classes, see :func:`sum_rows`."""
+        (splits, padded, dim), (num_blocks, num_chunks) = parts.shape, kept.shape
+        block_d = _block_d(dim)
+        shares = torch.empty((padded, 3), dtype=torch.float32, device=parts.device)
+        centers = torch.empty((padded, dim), dtype=torch.float32, device=parts.device)
         launch(
             finish_centers_kernel,
             (cdiv(dim, block_d), padded),
@@ -206,6 +187,53 @@ class Tail:
             num_warps=1,
         )
         return cls(shares, centers)
+
+
+def sum_rows(kept: Kept, rows: Tensor, first_class: int) -> Tensor:
+    """Sum dropped masses times rows over parts of some consecutive classes.
+
+    Args:
+        kept: the kept strips.
+        rows: (classes, D) contiguous, of the compute dtype: those from ``first_class`` on.
+        first_class: see above.
+
+    Returns:
+        (parts, blocks, D) float32, blocks padded to whole superblocks.
+    """
+    num_classes, dim = rows.shape
+    num_superblocks = kept.num_superblocks
+    padded = num_superblocks * SUPERBLOCK
+    block_r, block_d = 64, _block_d(dim)
+    # Enough programs to fill a GPU.
+    wanted = min(MAX_SPLITS, cdiv(1024, cdiv(dim, block_d) * num_superblocks))
+    per_split = block_r * cdiv(cdiv(num_classes, block_r), wanted)
+    splits = cdiv(num_classes, per_split)
+    parts = torch.empty((splits, padded, dim), dtype=torch.float32, device=rows.device)
+    launch(
+        centers_kernel,
+        (cdiv(dim, block_d), splits, num_superblocks),
+        strips_ptr=kept.strips,
+        masks_ptr=kept.masks,
+        c_ptr=rows,
+        out_ptr=parts,
+        V=kept.masks.shape[1],
+        D=dim,
+        first_class=first_class,
+        stop_class=first_class + num_classes,
+        rows_per_split=per_split,
+        num_blocks=kept.shape[0],
+        BF16=rows.dtype == torch.bfloat16,
+        SUPERBLOCK=SUPERBLOCK,
+        BLOCK_R=block_r,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
+    return parts
+
+
+def _block_d(dim: int) -> int:
+    """Return how many features a program sums."""
+    return min(128, max(16, next_power_of_2(dim)))
 
 
 @triton.jit(do_not_specialize=["N", "first_block"])
