@@ -236,14 +236,14 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             types=(("logits_ptr", "*fp32"),),
         )
     block_k = min(64, tiles.block_d)
-    add(
-        "grad_e",
-        grad_e.grad_e_kernel,
-        {"BLOCK_T": BLOCK_T, "BLOCK_K": block_k, "BLOCK_N": tiles.block_n},
-        num_warps=8,
-        num_stages=few,
-        max_registers=128,
-    )
+    for name, absent, kind in (
+        ("grad_e", {}, "*bf16"),
+        ("added_grad_e", {"tail_ptr": None}, "*fp32"),
+    ):
+        add(name, grad_e.grad_e_kernel,
+            {"BLOCK_T": BLOCK_T, "BLOCK_K": block_k, "BLOCK_N": tiles.block_n,
+             **absent, **(dict.fromkeys(("centers_ptr", "origin_ptr")) if absent else {})},
+            num_warps=8, num_stages=few, max_registers=128, types=(("out_ptr", kind),))  # fmt: skip
     # The sums of dC end in registers; are stored in float32; are stored in 16 bits and some more.
     for partial, low_bits, flat in (
         (False, 0, False),
@@ -326,8 +326,10 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             {"NEED_E": True, "NEED_C": True, "HAS_UNIT": unit, "BLOCK_D": 1024},
             types=(("out_ptr", "*fp32"),))  # fmt: skip
     for options in (False, True):
+        columns = without({"low_e_ptr", "low_c_ptr"}, options)
         add(f"score_chunk-{options:d}", made_rows_kernels.score_chunk_kernel,
             {"COMPACT": options, "BLOCK_D": 1024, **({} if options else {"softcap": None}),
+             "LOW_RANK": 16 * options, **columns,
              **without({"bias_ptr", "multiplier_ptr", "rows_ptr"}, options)},
             types=(("rows_ptr", "*fp32"),))  # fmt: skip
     add("scale_sums", made_rows_kernels.scale_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 128})

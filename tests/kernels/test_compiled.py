@@ -51,6 +51,7 @@ STACK = {
     "adapted_exact": 320,
     "adapted_strips-plain": 192,
     "adapted_strips-softcap-bias": 1024,
+    "added_grad_e": 32,  # around its loop, where the sums of earlier strips are loaded and stored
     "grad_c-0": 96,  # after its loop, where the tail is added
     "grad_c-00-flat": 288,  # likewise, and a few flat tokens
     "powers-softcap-bias": 16,

@@ -29,7 +29,7 @@ def grad_e_kernel(
     scale_ptr,  # ()
     tail_ptr,  # (N,) weight of the tail; None: sums of other strips are in ``out_ptr``
     centers_ptr,  # (blocks, D) mean row of c over the dropped strips of each block
-    origin_ptr,  # (N,)
+    origin_ptr,  # (N,); None, like the centres, without a tail
     out_ptr,  # (N, D) in the caller's order, or in, out: in that of the tokens without a tail
     N,
     D,
@@ -45,7 +45,14 @@ def grad_e_kernel(
     start = tl.load(starts_ptr + block)
     stop = tl.load(starts_ptr + block + 1)
     lanes = tl.arange(0, BLOCK_T)
-    total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    tokens = (first_block + block) * BLOCK_T + lanes
+    scale = tl.load(scale_ptr)
+    if tail_ptr is None:  # the sum goes on, as long as it is in registers
+        place = out_ptr + tokens.to(tl.int64)[:, None] * stride_out + column[None, :]
+        mask = (tokens < N)[:, None] & (column < D)[None, :]
+        total = tl.load(place, mask=mask, other=0.0) * scale
+    else:
+        total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for i in range(tl.cdiv(stop - start, BLOCK_K)):
         strips = start + i * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = strips < stop
@@ -56,22 +63,20 @@ def grad_e_kernel(
         )
         rows = gather_rows(c_ptr, classes, inside, column, D)
         total = tl.dot(grads.T, rows, total, input_precision="ieee")
-    tokens = (first_block + block) * BLOCK_T + lanes
     row = tokens
+    total /= scale
     if tail_ptr is not None:
         row = tl.load(origin_ptr + tokens, mask=tokens < N, other=N)
-    place = out_ptr + row.to(tl.int64)[:, None] * stride_out + column[None, :]
-    mask = (row < N)[:, None] & (column < D)[None, :]
-    total = total / tl.load(scale_ptr)
-    if tail_ptr is not None:
         tail = tl.load(tail_ptr + tokens, mask=tokens < N, other=0.0)
         center = tl.load(
             centers_ptr + (first_block + block) * D + column, mask=column < D, other=0.0
         )
         total += tail[:, None] * center[None, :]
-    else:
-        total += tl.load(place, mask=mask, other=0.0)
-    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + row.to(tl.int64)[:, None] * stride_out + column[None, :],
+        total.to(out_ptr.dtype.element_ty),
+        mask=(row < N)[:, None] & (column < D)[None, :],
+    )
 
 
 def write_grad_e(
@@ -133,7 +138,7 @@ def _launch(
         scale_ptr=tokens.scale,
         tail_ptr=weights,
         centers_ptr=centers,
-        origin_ptr=tokens.origin,
+        origin_ptr=None if weights is None else tokens.origin,
         out_ptr=out,
         N=out.shape[0],
         D=dim,
