@@ -4,12 +4,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch.func import jvp
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from cut_cross_entropy import budget, linear_cross_entropy, linear_divergence
+from cut_cross_entropy.heads import Head, LowRank
 from cut_cross_entropy.implementations import chunked_divergence
 from tests.support import make_problem
 
@@ -120,6 +122,46 @@ def test_mean_of_divergences(impl, needed, beta, monkeypatch):
         ).divergence.backward()
 
     assert count(step) == PRODUCT * (1 + len(needed)) + PRODUCT * 12 // 8
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("on_demand", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_heads(impl, on_demand, trained):
+    """Whether a kernel is within an operator or not; a frozen weight has no gradient."""
+    problem, rank = make_problem((5,), 130, 8), 16
+    a, b = torch.randn(rank, 8), torch.randn(130, rank)
+    weight = problem.c
+    if on_demand:
+        weight = Rows(problem.c, with_product=impl != "chunked")
+    head = Head(weight, low_rank=(LowRank(a, b),) if trained else ())
+
+    def step():
+        e = problem.e.clone().requires_grad_()
+        for x in (a, b):
+            x.requires_grad_(trained)
+        linear_cross_entropy(e, head, problem.targets, impl=impl).backward()
+
+    products = 3  # that of the forward again, and that of dE
+    in_forward = impl == "cce_exact" or (impl == "chunked" and not on_demand)
+    if in_forward and not trained:
+        products = 2
+    expected = PRODUCT * products
+    if trained:  # two more for the adapter's columns, and three narrow ones
+        expected += PRODUCT * rank // 8 * 4 + 3 * 2 * 5 * 8 * rank
+    assert count(step) == expected
+
+
+class Rows:
+    """Rows on demand, also with a product of their own, which kernels do not count."""
+
+    def __init__(self, weight, with_product):
+        self.weight, self.with_product = weight, with_product
+        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
+
+    def rows(self, start, stop):
+        rows = self.weight[start:stop]
+        return rows @ torch.eye(rows.shape[1]) if self.with_product else rows.clone()
 
 
 @pytest.mark.parametrize("called_before", [False, True])

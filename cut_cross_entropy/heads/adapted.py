@@ -16,6 +16,7 @@ from torch.autograd import Function
 from cut_cross_entropy.heads.chunks import HeadProblem
 from cut_cross_entropy.heads.head import rows_of
 from cut_cross_entropy.heads.rows import ClassRows, requires_grad
+from cut_cross_entropy.operators.flop_formulas import counted
 from cut_cross_entropy.problem import (
     AdaptedProblem,
     Filter,
@@ -116,7 +117,12 @@ class _Losses(Function):
         from cut_cross_entropy.kernels import step, warmup
         from cut_cross_entropy.kernels.launch import current_device
 
-        with torch.autocast(e.device.type, enabled=False), current_device(e.device):
+        columns = e.shape[1] + low_e.shape[1]
+        with (
+            torch.autocast(e.device.type, enabled=False),
+            current_device(e.device),
+            counted(e, problem.c.shape[0], columns),
+        ):
             warmup.compile_ahead(problem, filter_, training)
             state = step.forward(problem, filter_, training)
         # The rows of a made problem are made again, and its c has no values to save.
@@ -149,7 +155,12 @@ class _Losses(Function):
         problem = ctx.kind(**tensors, **ctx.options)
         need_e, need_low_e, need_low_c, need_bias = ctx.needs_input_grad[:4]
         grad_low_e = torch.zeros_like(low_e) if need_low_e else None
-        with torch.autocast(e.device.type, enabled=False), current_device(e.device):
+        columns = (1 + need_e) * e.shape[1] + (1 + need_low_e + need_low_c) * low_e.shape[1]
+        with (
+            torch.autocast(e.device.type, enabled=False),
+            current_device(e.device),
+            counted(e, problem.c.shape[0], columns),
+        ):
             found = step.backward(
                 PerToken(grad_nll, grad_lse),
                 KernelState(*state),

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from cut_cross_entropy.heads.chunks import HeadProblem
+from cut_cross_entropy.operators.flop_formulas import counted
 from cut_cross_entropy.operators.sums import scaled_gradients
 from cut_cross_entropy.problem import Needed, PerToken, Problem
 
@@ -47,7 +48,11 @@ class _Sum(Function):
         from cut_cross_entropy.kernels import made_rows, warmup
         from cut_cross_entropy.kernels.launch import current_device
 
-        with torch.autocast(e.device.type, enabled=False), current_device(e.device):
+        with (
+            torch.autocast(e.device.type, enabled=False),
+            current_device(e.device),
+            counted(e, problem.c.shape[0], 2 * e.shape[1]),
+        ):
             whole: Problem = problem.as_problem(e=e)
             warmup.compile_made_rows_ahead(whole, weights, None)
             found = made_rows.loss_and_gradient(whole, problem.rows.make, weights)
@@ -84,7 +89,11 @@ class _Losses(Function):
         frozen = problem.rows.frozen_columns
         whole: Problem = problem.as_problem(e=e, bias=bias, frozen_columns=frozen)
         need_e, need_bias, need_rows, _ = ctx.needs_input_grad
-        with torch.autocast(e.device.type, enabled=False), current_device(e.device):
+        with (
+            torch.autocast(e.device.type, enabled=False),
+            current_device(e.device),
+            counted(e, problem.c.shape[0], e.shape[1]),
+        ):
             warmup.compile_made_rows_ahead(whole, None, Needed(need_e, need_rows, need_bias))
             found = made_rows.token_losses(whole, problem.rows.make)
         ctx.save_for_backward(e, bias, anchor, whole.targets, whole.multiplier, *found)
@@ -110,7 +119,13 @@ class _Losses(Function):
             bias=bias,
             multiplier=multiplier,
         )
-        with torch.autocast(e.device.type, enabled=False), current_device(e.device):
+        trained = e.shape[1] - problem.frozen_columns
+        columns = (1 + need_e) * e.shape[1] + need_rows * trained
+        with (
+            torch.autocast(e.device.type, enabled=False),
+            current_device(e.device),
+            counted(e, problem.c.shape[0], columns),
+        ):
             found = made_rows.gradients(
                 PerToken(grad_nll, grad_lse),
                 PerToken(*saved),

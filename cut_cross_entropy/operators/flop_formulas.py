@@ -6,13 +6,17 @@ count, and what depends on values does not: a filter skips, and ignored tokens c
 Nor does what depends on the memory budget: kernels may walk twice for a divergence from a mixture.
 """
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cut_cross_entropy.divergence_problem import DivergenceGrads, DivergenceState
+from cut_cross_entropy.problem import Problem
 
 
 def register_flop_formulas() -> None:
@@ -29,15 +33,55 @@ def register_flop_formulas() -> None:
     formulas = {getattr(torch.ops.cut_cross_entropy, name): f for name, f in _FORMULAS.items()}
     # The decorator of PyTorch 2.4 registers overloads, which its counter does not look up.
     registry.update(formulas)
-    for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
-        # A counter copies the registry when it is made; newer releases hold it in their mode.
-        counter = getattr(mode, "counter", mode)
-        if hasattr(counter, "flop_registry"):
-            counter.flop_registry.update(formulas)
+    for counter in _active_counters():  # a counter copies the registry when it is made
+        counter.flop_registry.update(formulas)
     _registered = True
 
 
 _registered = False
+
+
+def _active_counters() -> list[Any]:
+    stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    counters = [getattr(mode, "counter", mode) for mode in stack]  # of newer releases, or older
+    return [counter for counter in counters if hasattr(counter, "flop_registry")]
+
+
+@torch.library.custom_op(
+    "cut_cross_entropy::counted", mutates_args=(), schema="(Tensor e, int flops) -> ()"
+)
+def _counted(e: Tensor, flops: int) -> None:
+    """Do nothing: a counter looks at the arguments."""
+
+
+@contextlib.contextmanager
+def counted(e: Tensor, num_classes: int, columns: int) -> Iterator[None]:
+    """Count products that kernels compute in the block, which is not within an operator.
+
+    What else runs in the block is not counted, as in the body of an operator.
+
+    Args:
+        e: (N, D) features of the tokens.
+        num_classes: V.
+        columns: features of all products of N tokens and V classes together.
+    """
+    counters = _active_counters()
+    if not counters:
+        yield
+        return
+    register_flop_formulas()
+    _counted(e, 2 * e.shape[0] * num_classes * columns)
+    registries = [counter.flop_registry for counter in counters]
+    for counter in counters:
+        counter.flop_registry = {}
+    try:
+        yield
+    finally:
+        for counter, registry in zip(counters, registries, strict=True):
+            counter.flop_registry = registry
+
+
+_FROZEN_COLUMNS = [x.name for x in fields(Problem)].index("frozen_columns")
 
 
 def _product(e: Any, c: Any) -> int:
@@ -59,7 +103,9 @@ def _backward(num_state: int) -> Callable[..., int]:
     def formula(*flat: Any, out_val: Any = None) -> int:
         e, c = flat[num_state : num_state + 2]
         need_e, need_c, _ = flat[-3:]
-        return _product(e, c) * sum((1, need_e, need_c))
+        frozen = flat[num_state + _FROZEN_COLUMNS]
+        trained = 2 * e.shape[0] * c.shape[0] * (c.shape[1] - frozen)
+        return _product(e, c) * (1 + need_e) + int(trained * need_c)
 
     return formula
 
@@ -96,6 +142,7 @@ def _divergence_backward(*flat: Any, out_val: Any = None) -> int:
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {
+    "counted": lambda e, flops, out_val=None: flops,
     "chunked": _forward,
     "chunked_backward": _backward(4),
     "chunked_sum": _sum,
