@@ -337,21 +337,23 @@ def test_rows_on_demand_of_flat_data(kind):
         assert (mine.double() - truth).norm() < 1e-5 * truth.norm()
 
 
-def test_rows_on_demand_of_several_superblocks(monkeypatch):
+def test_rows_on_demand_of_several_superblocks(several_superblocks, monkeypatch):
     """With upstream gradients, a temperature, and strips that are stored in several parts."""
-    monkeypatch.setattr(made_rows, "SHARE", 2**9)
+    stored, store = [], backward.strip_gradients
+
+    def recorded(problem, tokens, strips, bias_grad):
+        stored.append(strips.rectangle.blocks)
+        return store(problem, tokens, strips, bias_grad)
+
+    monkeypatch.setattr(backward, "strip_gradients", recorded)
+    monkeypatch.setattr(backward, "STRIP_BYTES", 2**12)
     made, head, leaves, logits = adapted_case("one", on_demand=True)
-    repeated = 8400 // 150 + 1
-    with torch.no_grad():
-        leaves[0].set_(leaves[0].repeat(repeated, 1))
-    targets = made.targets.repeat(repeated)
-    upstream = torch.linspace(0.5, 1, len(targets))
-    temperature = torch.linspace(0.9, 1.1, len(targets))
+    targets, upstream = made.targets, torch.linspace(0.5, 1, 150)
+    temperature, kept = torch.linspace(0.9, 1.1, 150), made.targets != -100
 
     def value(loss, lse, kept):
         return (upstream * (torch.where(kept, loss, 0) + 0.1 * lse)).sum()
 
-    kept = targets != -100
     with record_filter() as records:
         found = linear_cross_entropy(
             leaves[0],
@@ -361,10 +363,11 @@ def test_rows_on_demand_of_several_superblocks(monkeypatch):
             reduction="none",
             return_lse=True,
             temperature=temperature,
-            memory_budget=2**23,
+            memory_budget=CHUNKS,
         )
         ours = torch.autograd.grad(value(*found, kept), leaves)
     assert [record.path for record in records] == ["filtered"]
+    assert stored == [(0, 1), (1, 2)] * 2
 
     def truth(*wide):
         scaled = logits(*wide) / temperature[:, None]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
-from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK, made_rows
+from cut_cross_entropy.kernels import BLOCK_T, made_rows
 from cut_cross_entropy.kernels.exact import Wanted, exact_gradients
 from cut_cross_entropy.kernels.filtered.calibrate import calibrate, calibrates
 from cut_cross_entropy.kernels.filtered.flat import FlatTokens, are_few
@@ -222,9 +222,7 @@ class _Selection:
             min(problem.memory_budget, MAX_BUDGET) // STRIP_BYTES, int(share * kept.strips.numel())
         )
         if isinstance(problem, MadeProblem):
-            blocks = kept.num_superblocks * SUPERBLOCK
-            nothing = problem.e.new_zeros((1, blocks, c.shape[1]), dtype=torch.float32)
-            tail, most_strips = Tail.of_sums(kept, nothing), 0
+            tail, most_strips = Tail.without_centers(kept, c.shape[1]), 0
         else:
             tail = Tail.of(kept, c)
         listed = list_ahead(kept, index, most_strips)

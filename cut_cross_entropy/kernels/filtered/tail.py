@@ -165,6 +165,12 @@ class Tail:
         return cls.of_sums(kept, sum_rows(kept, c, 0))
 
     @classmethod
+    def without_centers(cls, kept: Kept, dim: int) -> "Tail":
+        """Compute the shares alone; the centres are 0."""
+        shape = (1, kept.num_superblocks * SUPERBLOCK, dim)
+        return cls.of_sums(kept, kept.sums.new_zeros(shape))
+
+    @classmethod
     def of_sums(cls, kept: Kept, parts: Tensor) -> "Tail":
         """Compute the tail from sums over parts of the classes, see :func:`sum_rows`."""
         (splits, padded, dim), (num_blocks, num_chunks) = parts.shape, kept.shape
