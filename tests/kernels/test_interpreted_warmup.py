@@ -25,7 +25,7 @@ from cut_cross_entropy.kernels.filtered import (
 from cut_cross_entropy.kernels.launch import Launch, launch, planning
 from cut_cross_entropy.problem import Filter, Needed, Problem
 from tests.kernels.test_interpreted_filtered import sharp
-from tests.kernels.test_interpreted_heads import Stored
+from tests.kernels.test_interpreted_heads import CHUNKS, Stored, adapted_case
 from tests.support import make_problem, run_ours
 
 pytestmark = pytest.mark.interpret
@@ -300,3 +300,28 @@ def test_a_walk_over_made_rows_launches_what_was_planned(kind, launched):
     missing = [variant for variant in launched if variant not in planned]
     assert not missing, missing
     assert {"score_chunk_kernel"} <= {kernel.__name__ for kernel in launched.values()}
+
+
+@pytest.mark.parametrize("kind", ["none", "one"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_filtered_head_of_made_rows_launches_what_was_planned(
+    kind, dense, launched, request, monkeypatch
+):
+    made, head, leaves, _ = adapted_case(kind, on_demand=True)
+    plans = []
+
+    def plan_ahead(problem, filter_, training):
+        plans.extend(warmup.plan_step(problem, filter_, training).launches)
+        assert not launched, "a plan launches nothing"
+
+    monkeypatch.setattr(warmup, "compile_ahead", plan_ahead)
+    if dense:
+        request.getfixturevalue("never_filtered")
+    loss = linear_cross_entropy(leaves[0], head, made.targets, impl="cce", memory_budget=CHUNKS)
+    loss.backward()
+    planned = {one.variant() for one in plans}
+    missing = [variant for variant in launched if variant not in planned]
+    assert not missing, missing
+    names = {kernel.__name__ for kernel in launched.values()}
+    assert {"score_chunk_kernel", "kept_strips_kernel"} <= names
+    assert ("chunk_gradients_kernel" if dense else "grad_e_kernel") in names
