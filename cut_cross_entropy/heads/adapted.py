@@ -26,6 +26,8 @@ from cut_cross_entropy.problem import (
     PerToken,
 )
 
+UNMEASURED = 0.75
+"""Factor of the tolerance where nothing measures the error (docs/engineering_log.md)."""
 RANK_STEP = 16  # columns that the kernels take at a time
 MOST_COLUMNS = 128
 """More take the route by chunks of classes: each 16 cost a product that is not overlapped."""
@@ -93,7 +95,8 @@ def token_losses(problem: HeadProblem, filter_: Filter) -> PerToken:
             low_c=low_c,
             make_rows=ClassRows([base], dtype).make,
         )
-        filter_ = replace(filter_, max_error=0.0)  # the sample would read all rows once more
+        # To estimate the error on a sample would make all rows once more.
+        filter_ = replace(filter_, tolerance=filter_.tolerance * UNMEASURED, max_error=0.0)
     inputs = (e, low_e, low_c, problem.bias)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     nll, lse = _Losses.apply(*inputs, whole, filter_, training)

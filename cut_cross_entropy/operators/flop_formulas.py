@@ -105,7 +105,7 @@ def _backward(num_state: int) -> Callable[..., int]:
         need_e, need_c, _ = flat[-3:]
         frozen = flat[num_state + _FROZEN_COLUMNS]
         trained = 2 * e.shape[0] * c.shape[0] * (c.shape[1] - frozen)
-        return _product(e, c) * (1 + need_e) + int(trained * need_c)
+        return int(_product(e, c) * (1 + need_e) + trained * need_c)
 
     return formula
 
