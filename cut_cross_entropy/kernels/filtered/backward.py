@@ -392,7 +392,7 @@ def _run_made(work: _Work) -> None:
             if sums_low is not None:
                 add_grad_e(part.low_c, work.tokens, stored, sums_low)
             if wanted.classes:
-                _add_classes(work, stored, rectangle, rectangle.chunks, None, rows)
+                _add_classes(work, stored, rectangle, rectangle.chunks, rows)
             del strips, local, stored  # frees the strips before the next ones are computed
         del part  # and the rows
     for sums, means, out in (
@@ -455,7 +455,7 @@ def _write_classes(work: _Work, class_pass: ClassPass, stored_once: StoredStrips
             _finish_tokens(work, stored)
         first, stop = class_pass.chunks
         chunks = (max(first, rectangle.chunks[0]), min(stop, rectangle.chunks[1]))
-        _add_classes(work, stored, rectangle, chunks, order, rows)
+        _add_classes(work, stored, rectangle, chunks, rows, order=order)
         del stored  # frees the strips before the next ones are computed
     _finish_classes(work, classes, rows)
 
@@ -465,8 +465,9 @@ def _add_classes(
     stored: StoredStrips,
     rectangle: Rectangle,
     chunks: Range,
-    order: ClassOrder | None,
     rows: ClassRows | None,
+    *,
+    order: ClassOrder | None = None,
 ) -> None:
     """Add stored strips of a range of chunks of classes to the rows of dC and dbias.
 
@@ -474,8 +475,8 @@ def _add_classes(
         work: the backward.
         stored: strips of ``rectangle``.
         rectangle, chunks: see above.
-        order: of these classes or more; None: not known yet.
         rows: of dC, if wanted.
+        order: of these classes or more; None: not known yet.
     """
     for superblock in range(*rectangle.superblocks):
         first_slot = work.counts.first_slot(superblock, rectangle)

@@ -89,7 +89,7 @@ def write_grad_e(
     out: Tensor,  # (N, D) in the caller's order
 ) -> None:
     """Write the rows of dE that belong to the blocks of the stored strips."""
-    _launch(c, tokens, stored, out, tails.weights, centers)
+    _launch(c, tokens, stored, out, weights=tails.weights, centers=centers)
 
 
 def add_grad_e(
@@ -99,7 +99,7 @@ def add_grad_e(
     out: Tensor,  # (whole blocks of tokens, D) float32, in, out: in the order of the tokens
 ) -> None:
     """Add stored strips to the sums of dE, without the tail."""
-    _launch(c, tokens, stored, out, None, None)
+    _launch(c, tokens, stored, out)
 
 
 def finish_grad_e(
@@ -122,8 +122,8 @@ def _launch(
     tokens: BackwardTokens,
     stored: StoredStrips,
     out: Tensor,
-    weights: Tensor | None,
-    centers: Tensor | None,
+    weights: Tensor | None = None,
+    centers: Tensor | None = None,
 ) -> None:
     strips, tiles, dim = stored.strips, tiles_on(tokens.e.device), c.shape[1]
     block_n = min(tiles.block_n, max(32, next_power_of_2(dim)))
