@@ -28,7 +28,7 @@ def powers_per_chunk(problem: Problem, needed: Needed) -> int:
     (num_classes, dim), itemsize = problem.c.shape, problem.compute_dtype.itemsize
     num_bytes = _with_that_of_the_backward(problem, needed)
     per_token = itemsize * num_classes + dim * (itemsize + 4)  # e scaled, and a row of dE
-    tokens = min(num_bytes // per_token, MAX_ELEMENTS // num_classes)
+    tokens = min(num_bytes // per_token, MAX_ELEMENTS // max(num_classes, 1))
     least = MIN_TOKENS if needed.c else MIN_TOKENS_WITHOUT_C
     return tokens // BLOCK_TOKENS * BLOCK_TOKENS if tokens >= least else 0
 

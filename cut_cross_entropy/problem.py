@@ -75,9 +75,10 @@ class Problem(Flat):
         """Return the rows of ``c`` of some classes."""
         return self.c[classes]
 
-    def empty_grad_c(self) -> Tensor:
+    def empty_grad_c(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return memory for the gradient of ``c``, contiguous; 0 in the frozen columns."""
-        return (self.c.new_zeros if self.frozen_columns else self.c.new_empty)(self.c.shape)
+        make = self.c.new_zeros if self.frozen_columns else self.c.new_empty
+        return make(self.c.shape, dtype=dtype)
 
     def put_grad_c(self, out: Tensor, classes: slice, rows: Tensor) -> None:
         """Write the gradient of some rows, less the frozen columns, into that memory."""

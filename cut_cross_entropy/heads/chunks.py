@@ -80,9 +80,9 @@ class HeadProblem(Problem):
         """Make the rows of some classes."""
         return self.rows.make(classes)
 
-    def empty_grad_c(self) -> Tensor:
+    def empty_grad_c(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return nothing: the gradient goes to the parts of the rows."""
-        return self.e.new_empty(0)
+        return self.e.new_empty(0, dtype=dtype)
 
     def put_grad_c(self, out: Tensor, classes: slice, rows: Tensor) -> None:
         """Add the gradient of some rows, less the frozen columns, to those of their parts."""

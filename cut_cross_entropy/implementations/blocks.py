@@ -175,7 +175,11 @@ class Blocks:
         return grad.mul_(scale).to(self.problem.compute_dtype) if self.half_products else grad
 
     def gradients(
-        self, by_logits: Callable[[Tensor, slice, slice], Tensor], scale: Tensor, needed: Needed
+        self,
+        by_logits: Callable[[Tensor, slice, slice], Tensor],
+        scale: Tensor,
+        needed: Needed,
+        dtype: torch.dtype | None = None,
     ) -> Gradients:
         """Compute the gradients of e, c and bias; an empty tensor for each not needed.
 
@@ -185,17 +189,18 @@ class Blocks:
             scale: scalar, power of two that brings these gradients near 1 where they are factors
                 in half precision; 1 elsewhere.
             needed: the gradients to compute.
+            dtype: of the gradients; None for those of the inputs.
         """
         e, c, bias = self.problem.e, self.problem.c, self.problem.bias
         shape = (self.num_kept if needed.e else 0, e.shape[1])
         grad_e_sum = e.new_zeros(shape, dtype=self.wide)
         # Contiguous whatever the layout of the input, as the operator's fake promises.
-        grad_c, grad_bias = e.new_empty(0), e.new_empty(0)
+        grad_c, grad_bias = (e.new_empty(0, dtype=dtype) for _ in range(2))
         first = self.problem.frozen_columns
         if needed.c:
-            grad_c = self.problem.empty_grad_c()
+            grad_c = self.problem.empty_grad_c(dtype)
         if needed.bias and bias is not None:
-            grad_bias = bias.new_empty(bias.shape)
+            grad_bias = bias.new_empty(bias.shape, dtype=dtype)
         for classes in self.class_blocks():
             rows_of_c = classes.stop - classes.start
             shape = (rows_of_c if needed.c else 0, c.shape[1] - first)
@@ -220,9 +225,9 @@ class Blocks:
                 grad_bias[classes] = grad_bias_sum
             if needed.c:
                 self.problem.put_grad_c(grad_c, classes, grad_c_sum / scale)
-        grad_e = e.new_empty(0)
+        grad_e = e.new_empty(0, dtype=dtype)
         if needed.e:
-            grad_e = self.scatter(grad_e_sum.div_(scale)).to(e.dtype)
+            grad_e = self.scatter(grad_e_sum.div_(scale)).to(dtype or e.dtype)
         return Gradients(grad_e, grad_c, grad_bias)
 
 

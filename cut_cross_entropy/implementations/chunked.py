@@ -55,7 +55,13 @@ def forward(problem: Problem) -> PerToken:
     return PerToken(blocks.scatter(nll), blocks.scatter(lse))
 
 
-def backward(grads: PerToken, saved: PerToken, problem: Problem, needed: Needed) -> Gradients:
+def backward(
+    grads: PerToken,
+    saved: PerToken,
+    problem: Problem,
+    needed: Needed,
+    dtype: torch.dtype | None = None,
+) -> Gradients:
     """Gradients of e, c and bias; an empty tensor for each not needed.
 
     The gradient of the logits is ``a * p - b * onehot`` with ``a`` the gradient of loss plus lse
@@ -67,6 +73,7 @@ def backward(grads: PerToken, saved: PerToken, problem: Problem, needed: Needed)
         saved: results of the forward.
         problem: the inputs.
         needed: the gradients to compute.
+        dtype: of the gradients; None for those of the inputs.
     """
     blocks = Blocks(problem)
     wide, grad_nll = problem.wide, grads.nll
@@ -89,7 +96,7 @@ def backward(grads: PerToken, saved: PerToken, problem: Problem, needed: Needed)
         at_target -= torch.where(here, b[tokens], 0)[:, None]
         return grad.scatter_(1, columns[:, None], at_target)
 
-    return blocks.gradients(by_logits, scale, needed)
+    return blocks.gradients(by_logits, scale, needed, dtype)
 
 
 def tangents(directions: Directions, saved: PerToken, problem: Problem) -> PerToken:

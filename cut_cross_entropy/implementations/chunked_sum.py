@@ -3,7 +3,8 @@
 The gradient of a sum is known up to one factor, that of the sum itself, so it can be computed while
 the logits are at hand. Tokens are taken in chunks whose logits of all classes fit the budget; three
 products are enough, as for full logits. The gradients wait for their factor in float32 (float64
-for float64 inputs), so that they are rounded to the dtype of the inputs once.
+for float64 inputs), so that they are rounded to the dtype of the inputs once. Processes that hold
+the classes together agree on the size of a chunk, and exchange the sums of its tokens.
 
 Shape legend: ``cut_cross_entropy.implementations``.
 """
@@ -15,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cut_cross_entropy.distributed.collectives import gather_shards, maximum_over_group
+from cut_cross_entropy.implementations import chunked
 from cut_cross_entropy.implementations.blocks import Blocks, slices, uses_half_products
-from cut_cross_entropy.problem import Needed, Problem, SumGradients, gradient_scale
+from cut_cross_entropy.problem import Needed, PerToken, Problem, SumGradients, gradient_scale
 
 # The sums of dC are read and written once per chunk: with fewer tokens in a chunk that takes longer
 # than to compute the logits again.
@@ -99,11 +102,17 @@ def loss_and_gradients(
     """Compute the sum of all losses, and its gradients in :attr:`Problem.wide`.
 
     Args:
-        problem: without a group; :func:`tokens_per_chunk` is not 0.
+        problem: :func:`tokens_per_chunk` is not 0, unless it has a group; the gradient of e is then
+            the part of this process's classes.
         needed: the gradients to compute.
         weights: (N,) of dtype :attr:`Problem.wide`, factors of the losses; None for 1.
     """
-    most, class_slices = tokens_per_chunk(problem, needed), _class_slices(problem, needed)
+    most, num_parts = tokens_per_chunk(problem, needed), _num_parts(problem)
+    if problem.group is not None:
+        most, num_parts = _agree(most, num_parts, problem)
+        if most == 0:
+            return _in_two_passes(problem, needed, weights)
+    class_slices = _class_slices(problem, needed)
     if _copies_classifier(problem, needed):
         problem = replace(problem, c=problem.c.to(problem.compute_dtype))
     blocks, width = Blocks(problem), _width(problem)
@@ -114,19 +123,23 @@ def loss_and_gradients(
     num_chunks = -(-num_kept // max(1, most))
     rows = -(-num_kept // max(1, num_chunks))  # chunks of about equal size
     if blocks.half_products:
-        whole = ROWS_OF_TILES * _num_parts(problem)
+        whole = ROWS_OF_TILES * num_parts
         rows = -(-rows // whole) * whole
     make = functools.partial(torch.empty, dtype=problem.wide, device=problem.e.device)
     others, logit = make(num_kept), make(num_kept)  # of the targets, relative to a bound
     residual = make(num_kept if blocks.half_products else 0)  # gradient of the target's logit
-    column = blocks.targets.clamp(0, num_classes - 1)[:, None]
+    column, of_shard = blocks.targets.clamp(0, num_classes - 1)[:, None], None
+    if problem.group is not None:
+        of_shard = (blocks.targets >= 0) & (blocks.targets < num_classes)
     grad_e = make((num_kept, dim) if needed.e else 0)
     grad_c = make((num_classes, dim) if needed.c else 0)
     grad_bias = make(num_classes if needed.bias else 0)
     if num_kept == 0:  # otherwise the first chunk overwrites them
         grad_c.zero_()
         grad_bias.zero_()
-    part_rows = -(-rows // _num_parts(problem))
+    if num_classes == 0:
+        grad_e.zero_()
+    part_rows = -(-rows // num_parts)
     factors = None
     if blocks.half_products:
         factors = make((rows, width), dtype=problem.compute_dtype)
@@ -152,7 +165,15 @@ def loss_and_gradients(
             _transform(values, tangent, blocks, some)
             if width > num_classes:
                 all_columns[:, num_classes:].fill_(-torch.inf)
-            _subtract_targets(all_columns, column[some], logit[some], others[some], blocks)
+            is_here = None if of_shard is None else of_shard[some]
+            if is_here is None:
+                _subtract_targets(all_columns, column[some], logit[some], others[some], blocks)
+            else:
+                logit[some], others[some] = _subtract_targets_of_shard(
+                    all_columns, column[some], is_here, blocks
+                )
+            if num_classes == 0:
+                continue
             if tangent is not None:
                 torch.ops.aten.tanh_backward.grad_input(values, tangent, grad_input=values)
             if needed.bias:
@@ -165,10 +186,17 @@ def loss_and_gradients(
                 if row_factors is not None:
                     all_columns.mul_(row_factors[some, None])
                 # The largest gradient of most tokens, which is not rounded to half precision.
-                residual[some] = values.gather(1, column[some])[:, 0]
-                values.scatter_(1, column[some], 0)
+                at_target = values.gather(1, column[some])
+                rest = torch.zeros_like(at_target)
+                if is_here is not None:
+                    rest = at_target.masked_fill(is_here[:, None], 0)
+                    at_target -= rest
+                residual[some] = at_target[:, 0]
+                values.scatter_(1, column[some], rest)
                 factors[part].copy_(all_columns)
 
+        if num_classes == 0:
+            continue
         # Probabilities are these values over their sum, which in full precision goes into the
         # smaller factors. In half precision these would be rounded a second time; the sums are 1
         # there but for rounding.
@@ -239,6 +267,69 @@ def _subtract_targets(
     # The target apart: 1 - p of a sure token is a sum of small numbers, not a difference.
     torch.sum(logits, 1, out=others)
     logits.scatter_(1, column, -others[:, None])  # p - 1, in units of the others
+
+
+def _subtract_targets_of_shard(
+    logits: Tensor,  # (n, at least V) in; out: p - onehot
+    column: Tensor,  # (n, 1) of the target, or any
+    is_here: Tensor,  # (n,) whether the target is a class of this process
+    blocks: Blocks,
+) -> tuple[Tensor, Tensor]:
+    """Turn the logits of a shard into gradients, by an exchange of two numbers per token.
+
+    Returns:
+        log p of the target and 1 - p, (n,) each, the same on every process; NaN if no process
+        holds the target.
+    """
+    problem = blocks.problem
+    others, logit, bound = logits.new_full((3, len(column)), -torch.inf).unbind()
+    if logits.shape[1] > 0:
+        bound = logits.amax(1)
+        # All classes may be impossible; the bound is then finite, and their powers are 0.
+        bound.masked_fill_(bound == -torch.inf, torch.finfo(logits.dtype).min)
+        logits.sub_(bound[:, None])
+        logit = bound + logits.gather(1, column)[:, 0]
+        if not logits.is_cuda:  # see _subtract_bound
+            F.threshold(logits, blocks.floor, -torch.inf, inplace=True)
+        logits.exp_()
+        at_target = logits.gather(1, column)
+        logits.scatter_(1, column, at_target.masked_fill(is_here[:, None], 0))
+        others = logits.sum(1).log_().add_(bound)
+    logit = torch.where(is_here, logit, torch.inf)
+    gathered = gather_shards(torch.stack([others, logit]), str(problem.group))
+    others, logit = torch.logsumexp(gathered[:, 0], 0), gathered[:, 1].amin(0)
+    logit.masked_fill_(logit == torch.inf, torch.nan)
+    lse = torch.logaddexp(others, logit)
+    others.sub_(lse).exp_()
+    if logits.shape[1] > 0:
+        logits.mul_(bound.sub_(lse).exp_()[:, None])
+        rest = logits.gather(1, column)[:, 0]
+        logits.scatter_(1, column, torch.where(is_here, -others, rest)[:, None])
+    return logit.sub_(lse), others
+
+
+def _agree(most: int, num_parts: int, problem: Problem) -> tuple[int, int]:
+    """Return how many tokens a chunk has at most, and how many parts, on every process.
+
+    Args:
+        most: tokens that fit the memory of this process; 0 if too few to be worth it.
+        num_parts: parts in which it would take them.
+        problem: with a group.
+    """
+    numbers = torch.tensor([-most, num_parts], device=problem.e.device)
+    maximum_over_group(numbers, str(problem.group))
+    negative, num_parts = (int(x) for x in numbers.tolist())
+    whole = ROWS_OF_TILES * num_parts if uses_half_products(problem) else 1
+    return -negative // whole * whole, num_parts
+
+
+def _in_two_passes(problem: Problem, needed: Needed, weights: Tensor | None) -> SumGradients:
+    """Do the same by computing the logits twice: four products, and less memory."""
+    found = chunked.forward(problem)
+    factors = torch.ones_like(found.nll) if weights is None else weights
+    upstream = PerToken(factors, torch.zeros_like(factors))
+    grads = chunked.backward(upstream, found, problem, needed, problem.wide)
+    return SumGradients((found.nll * factors).sum(), *grads)
 
 
 def _inverse_sums(others: Tensor, logit: Tensor, in_range: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ gradient of most tokens, and the only one that is a difference (p - 1, computed 
 other probabilities).
 
 If the filter is for one gradient only, its product is left out: the pass leaves what the filter
-needs of the strips as well, and the filtered stage follows. Shape legend:
-``cut_cross_entropy.kernels``.
+needs of the strips as well, and the filtered stage follows.
+
+Processes that hold the classes together agree on the size of a chunk, and exchange the sums of each
+chunk before its powers are multiplied. Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 import math
@@ -24,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.budget import powers_per_chunk
+from cut_cross_entropy.distributed.collectives import maximum_over_group
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.implementations.token_chunks import ALIGNED, class_slices
 from cut_cross_entropy.kernels import BLOCK_T
@@ -43,6 +46,8 @@ from cut_cross_entropy.kernels.lse import PassInputs
 from cut_cross_entropy.kernels.powers import Chunk, StripSums, choose_segment_tiles, store_powers
 from cut_cross_entropy.kernels.primitives import ABSENT
 from cut_cross_entropy.kernels.step import (
+    backward,
+    forward,
     gradients_of_tokens,
     in_compute_dtype,
     raise_bound_by_frequent,
@@ -59,6 +64,7 @@ from cut_cross_entropy.problem import (
     Gradients,
     KernelState,
     Needed,
+    PerToken,
     Problem,
     SumGradients,
     gradient_scale,
@@ -219,13 +225,21 @@ def loss_and_gradients(
     The number of valid tokens is read from the device while it computes the first powers: these
     end early in blocks without a token, and products are computed of rows with one.
 
+    Processes that hold the classes together agree on that number as well, and on the size of a
+    chunk. Where one of them has too little memory for it, and while a CUDA graph is captured, they
+    compute the logits again.
+
     Args:
-        problem: without a group; :func:`powers_per_chunk` is not 0.
+        problem: :func:`powers_per_chunk` is not 0, unless it has a group; the gradient of e is then
+            the part of this process's classes.
         needed: the gradients to compute.
         weights: (N,), factors of the losses; None for 1.
-        filter_: for one of the gradients. Both are exact where the filter has no tail (a multiplied
-            softcap), and while a CUDA graph is captured, since the filter reads its counts.
+        filter_: for one of the gradients; off with a group. Both are exact where the filter has no
+            tail (a multiplied softcap), and while a CUDA graph is captured, since the filter reads
+            its counts.
     """
+    if problem.group is not None and is_captured(problem.e):
+        return _in_two_passes(problem, needed, weights)
     is_capped = problem.softcap is not None and problem.multiplier is not None
     if not filter_.is_on or is_capped or is_captured(problem.e):
         filter_ = NO_FILTER
@@ -257,6 +271,15 @@ def loss_and_gradients(
     return SumGradients(results.loss, *kept)
 
 
+def _in_two_passes(problem: Problem, needed: Needed, weights: Tensor | None) -> SumGradients:
+    """Do the same by computing the logits twice: four products, and less memory."""
+    state = forward(problem, NO_FILTER, training=True)
+    factors = torch.ones_like(state.nll) if weights is None else weights.float()
+    upstream = PerToken(factors, torch.zeros_like(factors))
+    grads = backward(upstream, state, problem, NO_FILTER, needed, dtype=torch.float32)
+    return SumGradients((state.nll * factors).sum(), *grads)
+
+
 def _one_pass(
     problem: Problem, needed: Needed, weights: Tensor | None, filter_: Filter
 ) -> tuple[SumGradients, _Pass | None]:
@@ -265,7 +288,9 @@ def _one_pass(
     If the first chunk shows that the data are too flat for a filter, all gradients are exact.
     """
     e, (num_tokens, dim), num_classes = problem.e, problem.e.shape, problem.c.shape[0]
-    check_target_range(problem.targets, num_classes, problem.ignore_index)
+    group = problem.group
+    if group is None:
+        check_target_range(problem.targets, num_classes, problem.ignore_index)
     make = e.new_empty
     exact, filtered = filter_.split(needed)
     with_strips = any(filtered.flat()) and num_tokens > 0
@@ -283,22 +308,33 @@ def _one_pass(
         grads.c.zero_()
         return SumGradients(grads.e.new_zeros(()), *grads), None
 
-    most = powers_per_chunk(problem, needed)
+    most, given = powers_per_chunk(problem, needed), problem
     problem = in_compute_dtype(problem)
     tokens, logits, bound = score_targets(problem, compact=True, by_content=with_strips)
-    num_valid = None
+    numbers = None
     if not (e.is_meta or is_captured(e)):
-        num_valid = HostCopy((tokens.origin < num_tokens).sum())
+        num_valid = (tokens.origin < num_tokens).sum()
+        if group is not None:
+            num_valid = torch.stack([num_valid, torch.full_like(num_valid, -most)])
+            maximum_over_group(num_valid, group)
+        numbers = HostCopy(num_valid)
     num_blocks = -(-num_tokens // BLOCK_T)
     flags = torch.zeros(num_blocks, dtype=torch.int32, device=e.device)
     shared = (problem.c, problem.bias, problem.softcap)
     multiplier = None
     if problem.multiplier is not None:
         multiplier, logits, bound = multiplied_logits(tokens, problem.multiplier, logits, bound)
+    inputs = PassInputs(tokens.e, *shared, bound, flags, multiplier)
+    raise_bound_by_frequent(inputs, problem)  # keeps the device busy while the host waits
+    count, rows = num_tokens, 0
+    if group is not None and numbers is not None:
+        count, rows = (abs(int(x)) for x in numbers.wait())
+        if rows == 0:
+            return _in_two_passes(given, needed, weights), None
+    end = min(cdiv(count, BLOCK_T) * BLOCK_T, num_tokens)
+    rows = _chunk_size(end or num_tokens, rows or most)
     if weights is not None:
         weights = tokens.gather(weights, 0.0)
-    inputs = PassInputs(tokens.e, *shared, bound, flags, multiplier)
-    raise_bound_by_frequent(inputs, problem)
     unit = None if problem.c.dtype != torch.float16 else _units(tokens, weights, multiplier)
     nll, factor, target = aligned_rows(3, num_tokens, torch.float32, e.device, zeros=True)
 
@@ -311,11 +347,10 @@ def _one_pass(
         target_grad.fill_(ABSENT.value)
         sums = StripSums(strips, support, lse, target_grad, math.log2(FLAT_SUPPORT))
 
-    rows = _chunk_size(num_tokens, most)
-    num_tiles = cdiv(num_classes, tiles_on(e.device).block_v)
+    num_tiles = max(1, cdiv(num_classes, tiles_on(e.device).block_v))
     stride = -(-num_classes // ALIGNED) * ALIGNED  # rows stay aligned
     buffer = make((rows, stride), dtype=problem.c.dtype)
-    if num_valid is None:  # all rows are multiplied, those without a token by 0
+    if numbers is None:  # all rows are multiplied, those without a token by 0
         buffer.zero_()
     product = make((rows, dim) if needed.e else 0, dtype=torch.float32)
     scaled = make((rows, dim) if needed.c else 0, dtype=problem.c.dtype)
@@ -340,6 +375,7 @@ def _one_pass(
             target=target[part],
             segment_tiles=choose_segment_tiles(cdiv(num_rows, BLOCK_T), num_tiles),
             of_strips=None if sums is None else sums.at(part),
+            group=group,
         )
         store_powers(chunk, buffer[:num_rows, :num_classes])
         return chunk
@@ -375,9 +411,10 @@ def _one_pass(
     if sums is not None:
         found = _Pass(tokens, sums, weights, multiplier)
         shares = None if e.is_meta else found.shares(slice(0, rows), filter_)
-    count = num_tokens if num_valid is None else int(num_valid.wait())
-    end = min(-(-count // BLOCK_T) * BLOCK_T, num_tokens)
-    if end > 0:
+    if group is None and numbers is not None:
+        count = int(numbers.wait())
+        end = min(cdiv(count, BLOCK_T) * BLOCK_T, num_tokens)
+    if end > 0 and num_classes > 0:
         multiply(first, min(rows, end), True, exact, grads)
     else:
         grads.c.zero_()
@@ -391,12 +428,14 @@ def _one_pass(
             grads, exact = Gradients(*kept), needed
             sums = found = None
             path = "dense"
-    if recording() and num_valid is not None and found is None:
+    if recording() and numbers is not None and found is None:
         report(FilterRecord(path, 1.0, 0.0, flat_tokens, count))
     step = _chunk_size(end - rows, rows) if end > rows else 1
     for start in range(rows, end, step):
         part = slice(start, min(start + step, end))
-        multiply(store(part), part.stop - part.start, False, exact, grads)
+        chunk = store(part)
+        if num_classes > 0:
+            multiply(chunk, part.stop - part.start, False, exact, grads)
     if exact.c and unit is not None:
         grads.c.div_(unit.e)
     if exact.c or exact.bias:

@@ -557,17 +557,13 @@ def finish_shards(
     Every process finishes from the same gathered numbers, so all have the same bits. With energies
     the squares are exchanged as well as the pairs of lse and logit.
     """
-    own = _sum_of_powers(segments.lse)
-    numbers = [own, logits, *([] if strips is None else [_sum_of_powers(segments.squares)])]
-    gathered = gather_shards(torch.stack(numbers), group)  # (shards, 2 or 3, N)
-    lse_parts, squares_parts = (gathered[:, i].contiguous() for i in (0, -1))
-    least = gathered[:, 1].amin(0)
-    least = torch.where(least == torch.inf, torch.nan, least)  # no shard holds the target
-    result = finish(Segments(lse_parts, squares_parts), least, tokens, strips, bound)
+    own = sum_of_powers(segments.lse)
+    shards, logits = gather_sums(segments, logits, group, squared=strips is not None)
+    result = finish(shards, logits, tokens, strips, bound)
     if strips is None:
         return result
-    support = coarser_support(result.support, segments.lse.shape[0] * gathered.shape[0])
-    shard_mass = torch.exp2(own - _sum_of_powers(lse_parts))
+    support = coarser_support(result.support, segments.lse.shape[0] * shards.lse.shape[0])
+    shard_mass = torch.exp2(own - sum_of_powers(shards.lse))
     return result._replace(support=support, shard_mass=shard_mass)
 
 
@@ -583,7 +579,28 @@ def coarser_support(support: Tensor, num_segments: int) -> Tensor:
     return -torch.log2(torch.exp2(-support) + (1 / CLASS_GROUPS - 1 / num_groups))
 
 
-def _sum_of_powers(parts: Tensor) -> Tensor:
+def gather_sums(
+    segments: Segments, logits: Tensor, group: str, *, squared: bool = False
+) -> tuple[Segments, Tensor]:
+    """Exchange the sums of all shards: a segment for each, and the logits of the targets.
+
+    Args:
+        segments: of this shard.
+        logits: (N,) of the targets, log2; +inf where the target is in another shard. In the result
+            NaN where no shard holds it.
+        group: of the shards.
+        squared: whether the sums of squares are exchanged as well.
+    """
+    numbers = [sum_of_powers(segments.lse), logits]
+    if squared:
+        numbers.append(sum_of_powers(segments.squares))
+    gathered = gather_shards(torch.stack(numbers), group)  # (shards, 2 or 3, N)
+    lse, squares = (gathered[:, i].contiguous() for i in (0, -1))
+    least = gathered[:, 1].amin(0)
+    return Segments(lse, squares), torch.where(least == torch.inf, torch.nan, least)
+
+
+def sum_of_powers(parts: Tensor) -> Tensor:
     """Return log2 of the sum of 2^x over the first axis: (parts, N) to (N,)."""
     ln2: float = LN2.value
     return torch.logsumexp(parts * ln2, 0) / ln2

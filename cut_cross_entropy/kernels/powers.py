@@ -23,7 +23,9 @@ from cut_cross_entropy.kernels.lse import (
     MAX_SEGMENTS,
     PassInputs,
     Segments,
+    gather_sums,
     logsumexp2,
+    segments_without_classes,
     vocabulary_pass,
 )
 from cut_cross_entropy.kernels.lse import (
@@ -46,6 +48,7 @@ from cut_cross_entropy.kernels.tokens import Tokens
 # log2 of a sum over its bound: e over it has to stay normal, and in float16 a power has to fit.
 OVERFLOW, OVERFLOW_FLOAT16 = 100.0, 14.0
 STRIPS, ROWS = 512, 8  # classes of a program that sums strips, and tokens at a time
+NOTHING = tl.constexpr(-3.0e38)  # a finite bound of which nothing is a multiple
 SEGMENTS = range(16, 49)  # of the classes, each of which takes a program for a block of tokens
 
 
@@ -254,7 +257,10 @@ def repair_bound_kernel(
     OVERFLOW: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Raise the bounds that were too low."""
+    """Raise the bounds that were too low.
+
+    Without a class of any probability, which a shard of the vocabulary may lack, powers are 0.
+    """
     block = tl.program_id(0)
     if tl.load(flag_ptr + block) == 0:
         return
@@ -264,6 +270,7 @@ def repair_bound_kernel(
     present = inside & (bound != float("inf"))
     lse = logsumexp2(lse_ptr, tokens, present, N, num_segments, BLOCK_T=BLOCK_T)
     too_low = present & ~(lse - bound < OVERFLOW) & (lse < float("inf"))
+    lse = tl.where(lse == float("-inf"), NOTHING, lse)
     tl.store(bound_ptr + tokens, lse, mask=too_low)
 
 
@@ -380,6 +387,7 @@ class Chunk:
     target: Tensor  # (N,)
     segment_tiles: int
     of_strips: StripSums | None = None
+    group: str | None = None  # of the processes that hold the classes together
 
 
 def choose_segment_tiles(num_blocks: int, num_tiles: int) -> int:
@@ -394,8 +402,14 @@ def choose_segment_tiles(num_blocks: int, num_tiles: int) -> int:
 
 
 def store_powers(chunk: Chunk, powers: Tensor) -> None:
-    """Store the powers (N, V) of a chunk and compute its losses and factors."""
+    """Store the powers (N, V) of a chunk and compute its losses and factors.
+
+    With a group the sums of its processes are exchanged, two floats a token.
+    """
     inputs, of_strips = chunk.inputs, chunk.of_strips
+    if powers.shape[1] == 0:
+        finish_sums(chunk, segments_without_classes(inputs.bound))
+        return
     segments = sum_powers(
         inputs,
         chunk.tokens.targets,
@@ -495,18 +509,21 @@ def sum_powers(
 
 
 def finish_sums(chunk: Chunk, segments: Segments) -> None:
-    """Reduce the sums of all classes but the targets to losses and factors."""
-    inputs, (num_segments, num_tokens) = chunk.inputs, segments.lse.shape
-    num_classes, found = inputs.c.shape[0], chunk.of_strips
-    # As many groups as a pass of the filter's forward has.
-    num_tiles = cdiv(num_classes, inputs.tiles.block_v)
-    num_groups = 64 * cdiv(num_tiles, cdiv(num_tiles, MAX_SEGMENTS))
+    """Reduce the sums of all classes but the targets, of all shards, to losses and factors."""
+    inputs, logits = chunk.inputs, chunk.logits
+    if chunk.group is not None:
+        segments, logits = gather_sums(segments, logits, chunk.group)
+    num_segments, num_tokens = segments.lse.shape
+    num_classes, found, num_groups = inputs.c.shape[0], chunk.of_strips, 0
+    if found is not None:  # as many groups as a pass of the filter's forward has
+        num_tiles = cdiv(num_classes, inputs.tiles.block_v)
+        num_groups = 64 * cdiv(num_tiles, cdiv(num_tiles, MAX_SEGMENTS))
     launch(
         chunk_sums_kernel,
         (cdiv(num_tokens, BLOCK_T),),
         lse_parts_ptr=segments.lse,
         squares_parts_ptr=None if found is None else segments.squares,
-        logits_ptr=chunk.logits,
+        logits_ptr=logits,
         bound_ptr=inputs.bound,
         weights_ptr=chunk.weights,
         multiplier_ptr=inputs.multiplier,

@@ -147,8 +147,9 @@ def backward(
     q: Tensor | None = None,
     *,
     grad_low_e: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Gradients:
-    """Compute the gradients of e, c and bias in their own dtypes; empty tensors if not needed.
+    """Compute the gradients of e, c and bias, contiguous; empty tensors if not needed.
 
     With a group the gradient of e is the part of this shard's classes; nothing is exchanged. The
     number of kept strips, or without a filter that of valid tokens, is read from the device: the
@@ -163,25 +164,27 @@ def backward(
         eta, q: (N,) further factors of the logit gradient, see ``logit_gradient``; None for 0.
         grad_low_e: (N, R) zeros, receives the gradient of ``AdaptedProblem.low_e``; None if it is
             not needed. The gradient of c is that of ``low_c`` then.
+        dtype: of the gradients; None for those of the inputs.
     """
     e, bias, first = problem.e, problem.bias, problem.frozen_columns
     low_c = low_columns(problem)
     c = problem.c if low_c is None else low_c
     wanted = Wanted(
         needed.e,
-        c.new_empty((c.shape[0], c.shape[1] - first)) if needed.c else None,
-        bias.new_empty(bias.shape) if bias is not None and needed.bias else None,
+        c.new_empty((c.shape[0], c.shape[1] - first), dtype=dtype) if needed.c else None,
+        bias.new_empty(bias.shape, dtype=dtype) if bias is not None and needed.bias else None,
         first,
         grad_low_e,
+        dtype_e=dtype,
     )
     if e.shape[0] == 0 or c.shape[0] == 0:
-        grad_e = torch.zeros_like(e, memory_format=torch.contiguous_format) if needed.e else None
+        grad_e = e.new_zeros(e.shape, dtype=dtype) if needed.e else None
         for grad in (wanted.c, wanted.bias):
             if grad is not None:
                 grad.zero_()
     else:
         grad_e = _compute(upstream, saved, problem, filter_, wanted, eta=eta, q=q)
-    none, grad_c = e.new_empty(0), wanted.c
+    none, grad_c = e.new_empty(0, dtype=dtype), wanted.c
     if grad_c is not None and first:
         grad_c = F.pad(grad_c, (first, 0))
     grads = (grad_e, grad_c, wanted.bias)

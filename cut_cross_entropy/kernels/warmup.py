@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.budget import powers_per_chunk
 from cut_cross_entropy.device_support import triton_is_interpreted
 from cut_cross_entropy.filter_report import unrecorded
 from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK, exact_sum, made_rows, scale, step
@@ -116,6 +117,8 @@ def compile_sum_ahead(
     problem: Problem, needed: Needed, weights: Tensor | None, filter_: Filter
 ) -> None:
     """Compile the kernels of a sum of losses with its gradients, unless that has been done."""
+    if powers_per_chunk(problem, needed) == 0:  # a shard of the vocabulary
+        return
     step_kind = kind_of_step(problem, filter_, training=True)
     filtered = filter_.split(needed)[1]
     kind = ("sum", needed.flat(), filtered.flat(), weights is None, *step_kind)

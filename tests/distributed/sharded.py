@@ -1,5 +1,7 @@
 """A vocabulary-parallel call held against one process with all classes, in float64."""
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
@@ -46,7 +48,10 @@ def check(problem, impl, vocab_parallel=None, kernel_floor=KERNEL_FLOOR, **optio
     """Every process's part within the error budget; what all have, the same bits everywhere."""
     dtype = problem.e.dtype
     vocab_parallel = vocab_parallel or VocabParallelOptions.from_vocab(problem.c.shape[0])
-    own = {key: options.pop(key) for key in ("memory_budget", "filter_eps") if key in options}
+    names = ("memory_budget", "filter_eps", "return_lse", "recompute")
+    own = {key: options.pop(key) for key in names if key in options}
+    if own.get("return_lse") is False:
+        options["lse_weight"] = 0.0
     truth, errors = truth_and_errors(problem, **options)
     part = rows(problem, vocab_parallel)
     ours = run_ours(part, impl, vocab_parallel_options=vocab_parallel, **own, **options)
@@ -65,6 +70,8 @@ def check(problem, impl, vocab_parallel=None, kernel_floor=KERNEL_FLOOR, **optio
         errors["grad_e"] = max(errors.get("grad_e", 0.0), sum_error(truth.grad_e, dtype))
     floor = kernel_floor if impl in KERNEL_IMPLS else None
     expected = rows_of(truth, vocab_parallel)
+    if own.get("return_lse") is False:
+        ours = replace(ours, lse=truth.lse)
     assert_within_budget(ours, expected, errors, dtype, factor, gradient_floor=floor)
     return ours
 
