@@ -81,6 +81,8 @@ def collectives(
     seen = everyone if own else tokens  # by the kernels of a process
     filtered = impl in FILTERED
     result = []
+    if impl in IN_FORWARD:  # the size of a chunk; the sums of several are gathered one by one
+        result.append(Collective("all_reduce", 2, torch.int64))
     if own:
         result.append(Collective("all_gather", everyone, torch.int64))
         result.append(Collective("all_gather", everyone * dim, dtype))

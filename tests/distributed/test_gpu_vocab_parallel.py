@@ -58,6 +58,79 @@ def filtered(rank, own_tokens, softcap):
     assert found < max(relative_error(alone_c[here], exact_c[here]), 2 * rounding) * 1.5, found
 
 
+UNEVEN = (0, 9000, 9000, 21000, 32768)  # of four processes, one without a class
+
+
+def exact_sum(rank, impl, softcap, factors):
+    """Three products with exact gradients, in one chunk or in several, within the budget."""
+    from cut_cross_entropy.benchmark.data import make
+    from cut_cross_entropy.benchmark.shapes import Shape
+    from cut_cross_entropy.kernels import exact_sum
+
+    shape, tokens, budget = Shape("shards", 32768, 1024, softcap), 2048, 2**24
+    problem = make("structured", tokens, shape, torch.bfloat16, "cuda")
+    problem.targets[::7] = -100
+    options = {}
+    if factors:
+        options["token_weights"] = torch.linspace(0.5, 2, tokens, device="cuda")
+        options["temperature"] = torch.linspace(0.8, 1.25, tokens, device="cuda")
+    own = VocabParallelOptions(UNEVEN[rank], UNEVEN[rank + 1], reduce_e_grad=False)
+    here = slice(own.start, own.stop)
+
+    def gradients(e, c, impl, **further):
+        e, c = (x.detach().clone().requires_grad_() for x in (e, c))
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = linear_cross_entropy(
+            e, c, problem.targets, softcap=softcap, impl=impl, **options, **further
+        )
+        loss.backward()
+        torch.cuda.synchronize()
+        return loss.item(), e.grad, c.grad, torch.cuda.max_memory_allocated() - before
+
+    exact_loss, exact_e, exact_c, _ = gradients(problem.e.float(), problem.c.float(), "chunked")
+    chunks, store = [], exact_sum.store_powers
+    exact_sum.store_powers = lambda *inputs: (chunks.append(len(inputs[1])), store(*inputs))
+    try:
+        results = [
+            gradients(
+                problem.e,
+                problem.c[here],
+                impl,
+                vocab_parallel_options=own,
+                memory_budget=budget,
+            )
+            for _ in range(2)
+        ]
+    finally:
+        exact_sum.store_powers = store
+    (loss, grad_e, grad_c, _), (_, again_e, again_c, peak) = results
+    assert torch.equal(grad_e, again_e)
+    assert torch.equal(grad_c, again_c)
+    if impl == "cce_exact":
+        assert len(chunks) == 4, chunks  # of two calls; a process with fewer classes has room for 1
+    assert abs(loss - exact_loss) <= 1e-4 * exact_loss
+    grads, sums = (size * (problem.e.numel() + grad_c.numel()) for size in (2, 4))
+    assert peak <= grads + sums + 1.1 * budget, peak
+    total = grad_e.float()
+    torch.distributed.all_reduce(total)
+    pairs = [(total, exact_e)] if rank == 1 else [(total, exact_e), (grad_c, exact_c[here])]
+    for got, exact in pairs:
+        # The parts of dE are rounded one by one.
+        found, rounding = relative_error(got, exact), relative_error(exact.bfloat16(), exact)
+        assert found <= (1.7 if got is total else 1.4) * rounding, found / rounding
+
+
+EXACT_SUM = {
+    f"exact_sum-{impl}-{softcap}-{factors}": functools.partial(
+        exact_sum, impl=impl, softcap=softcap, factors=factors
+    )
+    for impl in ("cce_exact", "chunked")
+    for softcap, factors in ((None, False), (30.0, True))
+}
+
+
 FILTERED = {
     f"{'own' if own else 'shared'}-{softcap}": functools.partial(
         filtered, own_tokens=own, softcap=softcap
@@ -90,7 +163,7 @@ def unseen(rank):
     assert e.grad[:7].isfinite().all()
 
 
-CASES = {**TRAINING, **FILTERED, "unseen": unseen}
+CASES = {**TRAINING, **FILTERED, **EXACT_SUM, "unseen": unseen}
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def chunks_of(impl, tokens):
         "cce_exact": (exact_sum, "powers_per_chunk"),
         "chunked": (chunked_sum, "tokens_per_chunk"),
     }[impl]
-    with mock.patch.object(module, name, lambda *_: most):
+    with mock.patch.object(module, name, return_value=most):
         yield
 
 
@@ -265,7 +265,7 @@ def a_target_that_no_process_has(rank, impl):
     problem = make_problem((5,), ignored=0.0, bias=True)
     problem.targets[3] = 300
     own = VocabParallelOptions.from_vocab(300)
-    with mock.patch.object(collectives, "check_target_range", lambda *_: None):
+    with mock.patch.object(collectives, "check_target_range"):
         loss, grad_e, grad_c, _ = factors_of(problem, impl, own)
     assert loss.isnan()
     assert grad_e.isnan().all(1).tolist() == [False, False, False, True, False]
@@ -296,9 +296,9 @@ def twice_through_one_graph(rank, impl):
     first = e.grad.clone(), c.grad.clone()
     loss.backward()
     torch.testing.assert_close((e.grad, c.grad), tuple(2 * x for x in first))
-    with pytest.raises((NotImplementedError, RuntimeError)):
-        loss = linear_cross_entropy(e, c, part.targets, impl=impl, vocab_parallel_options=own)
-        torch.autograd.grad(loss, (e, c), create_graph=True)[0].sum().backward()
+    loss = linear_cross_entropy(e, c, part.targets, impl=impl, vocab_parallel_options=own)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(loss, (e, c), create_graph=True)
 
 
 @case(*IMPLS)

@@ -124,11 +124,12 @@ def test_bytes_of_the_table_in_the_documentation():
     assert sent("DDP") == 2 * 2 * v * d
     assert sent("FSDP2") == sent("FSDP2, DTensor", "cce") == 3 * 2 * v * d
     assert sent("FSDP2, DTensor") == 2 * 2 * v * d
-    assert sent("vocabulary-parallel") == 8 * r * n + 2 * 2 * n * d
+    chunk = 2 * 16  # on how many tokens exact losses agree
+    assert sent("vocabulary-parallel") == 8 * r * n + 2 * 2 * n * d + chunk
     assert sent("vocabulary-parallel", "cce") == 12 * r * n + 2 * 4 * n + 2 * 2 * n * d
     everyone = r * n
     own = 8 * r * everyone + 2 * 2 * everyone * d + 8 * everyone
-    assert sent("vocabulary-parallel, own tokens") == own
+    assert sent("vocabulary-parallel, own tokens") == own + chunk
     assert sent("vocabulary-parallel, own tokens", "cce") == own + 4 * r * everyone + 8 * everyone
     assert sent("tensor-parallel DTensor", "cce") == sent("vocabulary-parallel", "cce")
 
