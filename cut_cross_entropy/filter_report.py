@@ -30,7 +30,7 @@ class FilterRecord:
         flat_tokens: tokens treated without the filter because their distribution is flat.
         tokens: tokens that are not ignored.
         error_e: relative error (Frobenius norm) of the gradient of the embeddings, in multiples of
-            0.166 %, the error of rounding it to bfloat16.
+            0.166 %, the error of rounding it to bfloat16. None for heads of rows on demand.
         error_c: the same of the gradient of the classifier.
         cosines_c: cosines between rows of the classifier's gradient and the exact rows, percentiles
             1, 10 and 50 over 256 classes spaced evenly.

@@ -2,10 +2,11 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 
 from cut_cross_entropy.heads import head
 from cut_cross_entropy.transformers import (
@@ -199,14 +200,65 @@ def test_a_replaced_apply_lce_gets_a_matrix(monkeypatch):
         assert given.pop() == ((2, 11, width), (131, width))
 
 
-def test_another_tuner_on_the_head():
-    """Logits of other adapters have unknown parts: they are computed in full."""
-    config = IA3Config(target_modules=["lm_head"], feedforward_modules=[], task_type="CAUSAL_LM")
+ON_HEAD = {"target_modules": ["lm_head"], "task_type": "CAUSAL_LM"}
+OTHER_TUNERS = {
+    "ia3": peft.IA3Config(feedforward_modules=[], **ON_HEAD),
+    "loha": peft.LoHaConfig(r=4, **ON_HEAD),
+    "vera": peft.VeraConfig(r=4, **ON_HEAD),
+    "oft": peft.OFTConfig(oft_block_size=4, r=0, **ON_HEAD),
+    "adalora": peft.AdaLoraConfig(total_step=10, init_r=4, **ON_HEAD),
+    "c3a": peft.C3AConfig(block_size=1, **ON_HEAD),
+    "miss": peft.MissConfig(r=4, **ON_HEAD),
+    "road": peft.RoadConfig(group_size=2, **ON_HEAD),
+}
+IN_FULL = ("adalora", "c3a", "miss", "road")
+"""Tuners that change logits in ways that nothing but logits allows."""
+
+
+@pytest.mark.parametrize("name", OTHER_TUNERS)
+def test_another_tuner_on_the_head(name):
+    """Its own code makes the logits; where they are made in full, a warning says so."""
 
     def model():
-        return get_peft_model(llama(), config).train()
+        torch.manual_seed(3)
+        adapted = get_peft_model(llama(vocab_size=132), copy.deepcopy(OTHER_TUNERS[name])).train()
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.01 * torch.randn_like(parameter)
+        return adapted
 
-    assert_same_step(loss_and_grads(model()), loss_and_grads(cce_patch(model())))
+    expected, patched = loss_and_grads(model()), cce_patch(model())
+    assert expected[1], "the adapter has gradients"
+    if name in IN_FULL:
+        with pytest.warns(CutCrossEntropyWarning, match="logits were computed in full because of"):
+            actual = loss_and_grads(patched)
+    else:
+        actual = loss_and_grads(patched)
+    assert_same_step(expected, actual)
+    assert call_count(patched) == (name not in IN_FULL)
+
+
+COMPILED = {
+    "lora_on_head": 1,
+    "lora_with_dropout_on_head": 1,
+    "rslora_with_bias_on_head": 1,
+    "modules_to_save": 1,
+    "trainable_tokens_of_head": 0,  # the layer computes its product in a way of its own
+}
+"""Heads that PEFT lets be compiled as a whole, and how many losses of theirs are the patch's."""
+
+
+@pytest.mark.filterwarnings("ignore:LlamaForCausalLM. the patch did nothing")
+@pytest.mark.parametrize("name", COMPILED)
+def test_an_adapted_head_in_a_compiled_model(name):
+    """Without a graph break, wherever the model has none itself."""
+    torch.compiler.reset()  # each test is a first compilation of the same code
+    expected, before = dropped_step(adapted(name)), call_count()
+    model = cce_patch(adapted(name))
+    loss, grads = dropped_step(torch.compile(model, backend="aot_eager", fullgraph=True))
+    grads = {key.removeprefix("_orig_mod."): grad for key, grad in grads.items()}
+    assert_same_step(expected, (loss, grads))
+    assert call_count() - before == COMPILED[name]
 
 
 @pytest.mark.parametrize("name", ["lora_on_head", "dora_on_head", "modules_to_save"])
