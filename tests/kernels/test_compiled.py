@@ -58,7 +58,7 @@ STACK = {
     "powers-softcap-bias-01": 48,  # with a temperature
     "powers-softcap-bias-11": 48,
     "centers-0": 192,  # float16 by float32 products
-    "kept": 48,  # its two-dimensional tiles, eight warps
+    "kept": 48,  # its two-dimensional tiles
     "split_nodes-1": 256,  # one program for 8,192 tokens
     "sampled_gradients-1": 256,  # after its loop
     "sampled_sums-*fp32": 64,
