@@ -196,15 +196,18 @@ def sum_of_losses(
         chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
         if chosen in KERNEL_IMPLS and not adapted.is_adapted(problem):
             filter_ = _filter(chosen, kernel_options, filter_mass, world_size)
-            is_exact = not adapted.is_made(problem, filter_)
+            is_small_sum = impl == "auto" and has_at_most(FEW_PRODUCTS, problem)
+            is_exact = is_small_sum or not adapted.is_made(problem, filter_)
             if is_exact and sums.takes_one_pass(problem, weights):
                 return sums.sum_of_losses(problem, weights)
     # The gradient of a weight is the loss of its token, which a sum does not return.
     is_plain = not isinstance(problem, HeadProblem)
     is_plain = is_plain and not (weights is not None and weights.requires_grad)
-    # Shards differ in size and must not choose by it: their operators agree on a chunk.
+    # Shards differ in size, and in what is trained, and must not choose by that: they would wait
+    # for each other in different collectives. Their operators agree on a chunk.
     is_shard = problem.group is not None
-    if any(needed.flat()) and is_plain and not recompute:
+    is_wanted = torch.is_grad_enabled() if is_shard else any(needed.flat())
+    if is_wanted and is_plain and not recompute:
         chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
         if chosen == "chunked" and (is_shard or chunked_sum.tokens_per_chunk(problem, needed)):
             return run_sum(problem, needed, weights, None, keep_inputs=keep_inputs)
@@ -213,7 +216,11 @@ def sum_of_losses(
             if not is_shard and impl == "auto" and is_small(problem):
                 filter_ = NO_FILTER
             exact, filtered = (any(part.flat()) for part in filter_.split(needed))
-            if exact and (not filtered if is_shard else powers_per_chunk(problem, needed)):
+            if is_shard:
+                takes_one_pass = not filter_.is_on
+            else:
+                takes_one_pass = exact and powers_per_chunk(problem, needed) > 0
+            if takes_one_pass:
                 if filtered and has_at_most(FEW_PRODUCTS_BY_HALF, problem):
                     filter_ = NO_FILTER
                 return run_sum(problem, needed, weights, filter_, keep_inputs=keep_inputs)

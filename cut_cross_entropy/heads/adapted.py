@@ -50,7 +50,12 @@ def is_adapted(problem: HeadProblem) -> bool:
 
 def is_made(problem: HeadProblem, filter_: Filter) -> bool:
     """Whether a loss can be filtered whose head is rows on demand, frozen, and a few columns."""
+    from cut_cross_entropy.kernels.launch import is_captured
+
     is_filtered = filter_.is_on and filter_.e and filter_.c and torch.is_grad_enabled()
+    # The filter has no tail for a multiplied softcap, and reads its counts from the device.
+    is_filtered = is_filtered and (problem.softcap is None or problem.multiplier is None)
+    is_filtered = is_filtered and not is_captured(problem.e)
     return is_filtered and _is_frozen_and_columns(problem)
 
 

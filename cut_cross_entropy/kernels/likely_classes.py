@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.lse import PassInputs, raise_bound, vocabulary_pass
+from cut_cross_entropy.problem import Problem
 
 SCAN = 2048  # tokens or classes per step of the list
 SHARE = 32  # the list has one class of so many, within these limits:
@@ -96,24 +98,28 @@ def list_likely(targets: Tensor, num_classes: int, size: int) -> Tensor:
     return classes
 
 
-def list_size(num_classes: int, block_v: int) -> int:
-    """Return how many classes to list, in whole tiles of ``block_v`` classes."""
-    return min(max(FEWEST, num_classes // SHARE), MOST, num_classes) // block_v * block_v
+def list_size(problem: Problem) -> int:
+    """Return how many classes to list, in whole tiles; their rows take an eighth of the budget."""
+    num_classes, dim = problem.c.shape
+    block_v = tiles_on(problem.e.device).block_v
+    fitting = problem.memory_budget // 8 // (dim * problem.compute_dtype.itemsize)
+    most = min(max(FEWEST, num_classes // SHARE), MOST, num_classes, fitting)
+    return most // block_v * block_v
 
 
-def bound_by_likely(inputs: PassInputs, targets: Tensor, out: Tensor) -> None:
+def bound_by_likely(inputs: PassInputs, problem: Problem, targets: Tensor, out: Tensor) -> None:
     """Write a lower bound of each token's log-sum-exp, log2; at least ``inputs.bound``.
 
     It depends on the targets of all tokens.
 
     Args:
         inputs: those of the passes over all classes.
+        problem: the call.
         targets: (N,) int64 rows of c, -1 for none.
         out: (N,) float32.
     """
     out.copy_(inputs.bound)
-    num_classes = inputs.c.shape[0]
-    size = list_size(num_classes, inputs.tiles.block_v)
+    num_classes, size = inputs.c.shape[0], list_size(problem)
     if 0 < size < num_classes:
         classes = list_likely(targets, num_classes, size)
         some = replace(

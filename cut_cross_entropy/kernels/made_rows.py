@@ -20,7 +20,6 @@ from torch import Tensor
 from cut_cross_entropy.constants import MAX_ELEMENTS
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T, exact
-from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.exact import (
     MAX_TOKENS,
     Wanted,
@@ -467,7 +466,7 @@ class _Walk:
             (N,) the bounds of energies, which the likely classes of the batch raise further.
         """
         problem, num_classes = self.problem, self.problem.c.shape[0]
-        size = list_size(num_classes, tiles_on(targets.device).block_v)
+        size = list_size(problem)
         likely = list_likely(targets, num_classes, size)
         rows = self.tokens.e.new_empty((size, problem.c.shape[1]))
         for classes in chunks:
@@ -476,7 +475,7 @@ class _Walk:
             count = inputs.c.shape[0]
             here = ((likely >= classes.start) & (likely < classes.stop))[:, None]
             own = inputs.c[(likely - classes.start).clamp(0, count - 1)]
-            rows = torch.where(here, own, rows)
+            torch.where(here, own, rows, out=rows)
             del inputs, own  # frees the rows before the next ones are made
         known = self.logits < torch.inf  # the pass finds NaN and +inf again
         raised = torch.maximum(self.bound, self.logits)

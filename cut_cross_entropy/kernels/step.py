@@ -120,7 +120,7 @@ def forward_outputs(
 
     raise_bound_by_frequent(inputs, problem, FEW_FREQUENT, extrapolate=True)
     if inputs.energy_bound is not None:
-        bound_by_likely(inputs, tokens.targets, inputs.energy_bound)
+        bound_by_likely(inputs, problem, tokens.targets, inputs.energy_bound)
         if group is not None:  # the strips of all shards are relative to the same bound
             exchange_bound(inputs.energy_bound, group)
 

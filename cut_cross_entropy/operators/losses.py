@@ -188,9 +188,14 @@ def run_chunked(problem: Problem) -> PerToken:
 
 
 def is_training(problem: Problem) -> bool:
-    """Whether autograd will ask for a gradient of the problem."""
-    return torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (problem.e, problem.c, problem.bias)
+    """Whether autograd may ask for a gradient of the problem, or of another shard of it.
+
+    Processes that hold the classes together exchange bounds in training, whether or not their own
+    classes are trained.
+    """
+    return torch.is_grad_enabled() and (
+        problem.group is not None
+        or any(x is not None and x.requires_grad for x in (problem.e, problem.c, problem.bias))
     )
 
 

@@ -202,6 +202,18 @@ CHUNKS = 2**17
 """A budget for chunks of 768 classes in the forward, and of 1,024 and 76 in the backward."""
 
 
+@pytest.mark.parametrize("why", ["multiplied softcap", "captured"])
+def test_rows_on_demand_are_made_once_where_nothing_can_be_filtered(why, monkeypatch):
+    made, head, (e, *_), _ = adapted_case("none", on_demand=True)
+    head = dataclasses.replace(head, bias=None)
+    if why == "captured":
+        monkeypatch.setattr("cut_cross_entropy.kernels.launch.is_captured", lambda tensor: True)
+    else:
+        head = dataclasses.replace(head, softcap=5.0, logit_scale=0.9)
+    linear_cross_entropy(e, head, made.targets, impl="cce").backward()
+    assert torch.equal(head.weight.made, torch.full((1100,), 1))
+
+
 @pytest.mark.parametrize(
     ("kind", "on_demand"),
     [

@@ -1,5 +1,6 @@
 """Bounds of the log-sum-exp by the classes that are targets in the batch, interpreted."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from cut_cross_entropy import dispatch, linear_cross_entropy, record_filter
 from cut_cross_entropy.kernels import BLOCK_T, step
-from cut_cross_entropy.kernels.likely_classes import list_likely
+from cut_cross_entropy.kernels.likely_classes import list_likely, list_size
 from cut_cross_entropy.kernels.primitives import BYTE_FLOOR, BYTE_STEPS, FORCED
 from cut_cross_entropy.problem import Filter, Problem
 
@@ -67,6 +68,17 @@ def test_energies_do_not_depend_on_the_order_of_the_ids():
     lse = (problem.e.double() @ problem.c.double().T).logsumexp(1)
     slack = (lse - torch.maximum(first.logsumexp(1), own)) / math.log(2)
     assert (slack > 4).double().mean() > 0.3
+
+
+def test_listed_rows_are_within_the_budget():
+    problem = rare_ids(BLOCK_T)
+    assert list_size(problem) == 1024
+    small = dataclasses.replace(problem, memory_budget=8 * 512 * 32 * 4)
+    assert list_size(small) == 512
+    none = dataclasses.replace(problem, memory_budget=1)
+    assert list_size(none) == 0
+    found = [step.forward(x, Filter(1e-4), training=True).nll for x in (problem, none)]
+    assert torch.equal(*found)
 
 
 def test_the_loss_of_a_token_does_not_depend_on_other_targets():

@@ -32,7 +32,7 @@ from cut_cross_entropy.kernels.filtered.measure import ROUNDING
 from cut_cross_entropy.kernels.filtered.selection import Threshold
 from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch
 from cut_cross_entropy.kernels.tokens import BackwardTokens
-from cut_cross_entropy.problem import Filter, Problem, low_columns
+from cut_cross_entropy.problem import Filter, MadeProblem, Problem, low_columns
 
 MOST_BELOW = 32.0  # bytes by which a threshold may be lower than the lower one
 # Growth of the error's logarithm (base 2) per byte, where it is extrapolated: on two real heads it
@@ -54,7 +54,8 @@ def calibrates(problem: Problem, filter_: Filter) -> bool:
     """
     (num_tokens, dim), num_classes = problem.e.shape, problem.c.shape[0]
     large = num_tokens >= MIN_TOKENS and num_tokens * dim * num_classes >= MIN_WORK
-    return filter_.max_error > 0 and problem.group is None and large
+    has_rows = not isinstance(problem, MadeProblem)
+    return filter_.max_error > 0 and problem.group is None and has_rows and large
 
 
 def calibrate(
@@ -154,8 +155,8 @@ def sampled_sums(
     stride = min(stride, cdiv(num_classes, block_v) * block_v)
     grads = e.new_empty((num_rows, stride), dtype=dtype)
     num_chunks = cdiv(num_classes, stride)
-    size = (num_chunks * PROGRAMS, SUMS, num_samples, SKETCH.value)
-    parts = e.new_empty(size, dtype=torch.float32)
+    parts = e.new_empty((PROGRAMS, SUMS, num_samples, SKETCH.value), dtype=torch.float32)
+    total: Tensor | None = None
     block_d = max(16, tiles.block_d * 2 // e.element_size())
     left_rows, left_tma = rows_operand(left, num_rows, block_d, tiles)
     c_rows, c_tma = rows_operand(c, block_v, block_d, tiles)
@@ -203,7 +204,6 @@ def sampled_sums(
             stride=stride,
             first_class=first,
             num_classes=stop - first,
-            first_program=chunk * PROGRAMS,
             SUMS=SUMS,
             BLOCK_T=BLOCK_T,
             TILE=TILE,
@@ -211,4 +211,7 @@ def sampled_sums(
             num_warps=8,
             num_stages=2,
         )
-    return parts.sum(0)
+        of_chunk = parts.sum(0)
+        total = of_chunk if total is None else total.add_(of_chunk)
+    assert total is not None, "c has classes"
+    return total

@@ -243,7 +243,7 @@ def sampled_gradients_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["first_class", "num_classes", "first_program"])
+@triton.jit(do_not_specialize=["first_class", "num_classes"])
 def sampled_sums_kernel(
     grads_ptr,  # (ROWS, stride) of the classes from first_class on
     rows_ptr,  # (ROWS,) int64
@@ -255,7 +255,6 @@ def sampled_sums_kernel(
     stride,
     first_class,
     num_classes,
-    first_program,
     SUMS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     TILE: tl.constexpr,
@@ -295,7 +294,7 @@ def sampled_sums_kernel(
         low_grads = tl.dot(grad, signs, low_grads, input_precision="tf32")
         low_masses = tl.dot(mass, signs, low_masses, input_precision="tf32")
     size: tl.constexpr = SAMPLES * SKETCH
-    out = sums_ptr + (first_program + program) * (SUMS * size)
+    out = sums_ptr + program * (SUMS * size)
     out += samples[:, None] * SKETCH + lanes[None, :]
     tl.store(out, low_grads)
     tl.store(out + size, grads)
