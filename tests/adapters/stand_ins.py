@@ -37,8 +37,10 @@ def modules(**contents):
     try:
         yield
     finally:
+        roots = {name.partition("__")[0] for name in contents}
         for name in set(sys.modules) - set(before):
-            del sys.modules[name]
+            if name.partition(".")[0] in roots:  # what PyTorch imports meanwhile stays
+                del sys.modules[name]
 
 
 # --- verl
