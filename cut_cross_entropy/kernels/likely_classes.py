@@ -122,11 +122,19 @@ def bound_by_likely(inputs: PassInputs, problem: Problem, targets: Tensor, out: 
     num_classes, size = inputs.c.shape[0], list_size(problem)
     if 0 < size < num_classes:
         classes = list_likely(targets, num_classes, size)
-        some = replace(
-            inputs,
-            c=inputs.c[classes],
-            bias=None if inputs.bias is None else inputs.bias[classes],
-            low_c=None if inputs.low_c is None else inputs.low_c[classes],
-            bound=out,
-        )
-        raise_bound(out, vocabulary_pass(some, size, None, online=True))
+        raise_by_classes(replace(inputs, c=inputs.c[classes], bound=out), classes)
+
+
+def raise_by_classes(inputs: PassInputs, classes: Tensor) -> None:
+    """Raise ``inputs.bound`` to the log-sum-exp of some classes, in place.
+
+    Args:
+        inputs: ``c`` are the rows of these classes, bias and ``low_c`` those of all.
+        classes: (size,) int64, all different; whole tiles of them.
+    """
+    some = replace(
+        inputs,
+        bias=None if inputs.bias is None else inputs.bias[classes],
+        low_c=None if inputs.low_c is None else inputs.low_c[classes],
+    )
+    raise_bound(some.bound, vocabulary_pass(some, len(classes), None, online=True))

@@ -34,7 +34,7 @@ from cut_cross_entropy.kernels.launch import (
     launch,
     next_power_of_2,
 )
-from cut_cross_entropy.kernels.likely_classes import list_likely, list_size
+from cut_cross_entropy.kernels.likely_classes import list_likely, list_size, raise_by_classes
 from cut_cross_entropy.kernels.lse import (
     LN2,
     PassInputs,
@@ -482,19 +482,18 @@ class _Walk:
         self.bound.copy_(torch.where(known, raised, self.bound))
         energy_bound = self.bound.clone()
         if size > 0:
-            low_c = low_columns(problem)
-            some = PassInputs(
+            inputs = PassInputs(
                 self.tokens.e,
                 rows,
-                bias=None if problem.bias is None else problem.bias[likely],
+                bias=problem.bias,
                 softcap=problem.softcap,
                 bound=energy_bound,
                 flags=self.flags,
                 multiplier=self.multiplier,
                 low_e=self.tokens.low_e,
-                low_c=None if low_c is None else low_c[likely],
+                low_c=low_columns(problem),
             )
-            raise_bound(energy_bound, vocabulary_pass(some, size, None, online=True))
+            raise_by_classes(inputs, likely)
         return energy_bound
 
     def score(self, inputs: PassInputs, first_class: int, extrapolate: bool = False) -> None:

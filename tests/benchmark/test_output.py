@@ -37,7 +37,7 @@ def test_a_relative_path_that_exists_is_kept_by_its_name(tmp_path, monkeypatch):
 
 
 def test_records_of_experiments_keep_no_path(monkeypatch):
-    arguments = ["/data/work/finetune.py", "--model", "/data/x.gguf", "--out", "/data/out"]
+    arguments = ["/data/runs/finetune.py", "--model", "/data/x.gguf", "--out", "/data/out"]
     monkeypatch.setattr(sys, "argv", arguments)
     assert machine("cpu", "1d101d9")["command"] == "finetune --model x.gguf"
 
