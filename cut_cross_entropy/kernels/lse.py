@@ -168,8 +168,6 @@ def vocabulary_pass_kernel(
             reference = bound
             if ONLINE:
                 reference = tl.where(bound == float("-inf"), 0.0, bound)
-            elif strips_ptr is not None:  # not kept between tiles: registers are for the product
-                reference = tl.load(bound_ptr + tokens, mask=tokens < N, other=float("inf"))
             p = tl.exp2(logits - reference[None, :])
             sums += fold_rows(p, BLOCK_V, BLOCK_T)
             if entropy_ptr is not None:
