@@ -7,7 +7,7 @@ row of the table, whose last row fits 64 KiB. Shape legend: ``cut_cross_entropy.
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,6 +120,27 @@ def swizzle_width(num_blocks: int, e: Tensor) -> int:
     """Return how many token blocks to process together: as many as stay in the L2 cache."""
     fitting = SWIZZLE_BYTES // (BLOCK_TOKENS * e.shape[1] * e.element_size())
     return min(num_blocks, max(8, 1 << min(5, max(0, fitting.bit_length() - 1))))
+
+
+class Programs(NamedTuple):
+    """Programs of a kernel, each of which takes a block of tokens and a segment of the classes.
+
+    Args:
+        num_blocks: of tokens.
+        segment_tiles: tiles of classes in a segment; the last one may have fewer.
+        num_segments: of the classes.
+        swizzle_width: blocks whose programs run together, see ``swizzle_program``.
+    """
+
+    num_blocks: int
+    segment_tiles: int
+    num_segments: int
+    swizzle_width: int
+
+    @property
+    def grid(self) -> tuple[int]:
+        """The grid of the launch."""
+        return (self.num_blocks * self.num_segments,)
 
 
 def two_per_sm(device: torch.device, tiles: Tiles) -> dict[str, int]:

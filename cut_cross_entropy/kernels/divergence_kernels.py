@@ -27,14 +27,13 @@ RELATIVE, TEACHER_RELATIVE = range(2)
 def load_logits(
     products_ptr,  # (T, stride) of one of the models
     row,
-    classes,
-    num_classes,
-    stride,
+    block,  # class ids, number of classes, stride
     bias_ptr,  # (classes,), or None, like the two that follow
-    softcap,
     multiplier_ptr,  # (T,)
+    softcap,
 ):
     """Load some logits of one token from the products, in units of log2, (1, BLOCK)."""
+    classes, num_classes, stride = block
     inside = classes < num_classes
     multiplier = None
     if multiplier_ptr is not None:
@@ -123,25 +122,15 @@ def add_sums_kernel(
         others = tl.where(begin, tl.load(sums_ptr + 2 * num_tokens + row), others)
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        student = load_logits(
-            student_ptr,
-            row,
-            classes,
-            num_classes,
-            stride,
-            bias_ptr=bias_ptr,
-            softcap=softcap,
-            multiplier_ptr=multiplier_ptr,
-        )
+        block = (classes, num_classes, stride)
+        student = load_logits(student_ptr, row, block, bias_ptr, multiplier_ptr, softcap=softcap)
         teacher = load_logits(
             teacher_ptr,
             row,
-            classes,
-            num_classes,
-            stride,
-            bias_ptr=teacher_bias_ptr,
+            block,
+            teacher_bias_ptr,
+            teacher_multiplier_ptr,
             softcap=teacher_softcap,
-            multiplier_ptr=teacher_multiplier_ptr,
         )
         high, fall, shrink = rebase(high, student)
         teacher_high, teacher_fall, teacher_shrink = rebase(teacher_high, teacher)
@@ -206,25 +195,15 @@ def add_mixture_sums_kernel(
     log_share = tl.log2(share)
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        student = load_logits(
-            student_ptr,
-            row,
-            classes,
-            num_classes,
-            stride,
-            bias_ptr=bias_ptr,
-            softcap=softcap,
-            multiplier_ptr=multiplier_ptr,
-        )
+        block = (classes, num_classes, stride)
+        student = load_logits(student_ptr, row, block, bias_ptr, multiplier_ptr, softcap=softcap)
         teacher = load_logits(
             teacher_ptr,
             row,
-            classes,
-            num_classes,
-            stride,
-            bias_ptr=teacher_bias_ptr,
+            block,
+            teacher_bias_ptr,
+            teacher_multiplier_ptr,
             softcap=teacher_softcap,
-            multiplier_ptr=teacher_multiplier_ptr,
         )
         log_p = student - lse
         log_q = teacher - teacher_lse
@@ -280,25 +259,15 @@ def logit_gradients_kernel(
     row_sum = tl.zeros((1, BLOCK), tl.float32)
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        student = load_logits(
-            student_ptr,
-            row,
-            classes,
-            num_classes,
-            stride,
-            bias_ptr=bias_ptr,
-            softcap=softcap,
-            multiplier_ptr=multiplier_ptr,
-        )
+        block = (classes, num_classes, stride)
+        student = load_logits(student_ptr, row, block, bias_ptr, multiplier_ptr, softcap=softcap)
         teacher = load_logits(
             teacher_ptr,
             row,
-            classes,
-            num_classes,
-            stride,
-            bias_ptr=teacher_bias_ptr,
+            block,
+            teacher_bias_ptr,
+            teacher_multiplier_ptr,
             softcap=teacher_softcap,
-            multiplier_ptr=teacher_multiplier_ptr,
         )
         inside = (classes < num_classes)[None, :]
         log_p = student - lse

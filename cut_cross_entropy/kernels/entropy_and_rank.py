@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.launch import cdiv, launch
+from cut_cross_entropy.kernels.launch import cdiv, launch, pointers
 from cut_cross_entropy.kernels.lse import LN2, Segments, highest_of_segments, logsumexp2
 from cut_cross_entropy.kernels.tokens import Tokens
 from cut_cross_entropy.outputs import Asked
@@ -47,7 +47,7 @@ def further_sums_kernel(
     entropy_ptr,  # (N,) out, in the caller's order, like all that follow
     log_sum_sq_ptr,
     rank_ptr,  # int32
-    highest_ptr,
+    max_logit_ptr,
     N,
     num_segments,
     BLOCK_T: tl.constexpr,
@@ -85,7 +85,7 @@ def further_sums_kernel(
         highest = highest_of_segments(
             highest_parts_ptr, tokens, present, N, num_segments, BLOCK_T=BLOCK_T
         )
-        tl.store(highest_ptr + origin, highest * LN2, mask=present)
+        tl.store(max_logit_ptr + origin, highest * LN2, mask=present)
 
 
 def further_sums(
@@ -110,17 +110,10 @@ def further_sums(
         launch(
             further_sums_kernel,
             (cdiv(num_tokens, BLOCK_T),),
-            lse_parts_ptr=segments.lse,
-            entropy_parts_ptr=segments.entropy,
-            p_squares_parts_ptr=segments.p_squares,
-            rank_parts_ptr=segments.rank,
-            highest_parts_ptr=segments.highest,
+            **pointers(segments, "lse entropy p_squares rank highest", suffix="_parts_ptr"),
             limits_ptr=limits,
             origin_ptr=tokens.origin,
-            entropy_ptr=results.entropy,
-            log_sum_sq_ptr=results.log_sum_sq,
-            rank_ptr=results.rank,
-            highest_ptr=results.max_logit,
+            **pointers(results, "entropy log_sum_sq rank max_logit"),
             N=num_tokens,
             num_segments=num_segments,
             BLOCK_T=BLOCK_T,

@@ -18,8 +18,8 @@ from torch import Tensor
 from cut_cross_entropy.constants import MAX_ELEMENTS
 from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.block_sizes import product_arguments, tiles_on
-from cut_cross_entropy.kernels.launch import cdiv, launch
+from cut_cross_entropy.kernels.block_sizes import Programs, product_arguments, tiles_on
+from cut_cross_entropy.kernels.launch import cdiv, launch, pointers
 from cut_cross_entropy.kernels.primitives import (
     halves,
     logit_gradient,
@@ -46,25 +46,19 @@ _setting = threading.Lock()
 @triton.jit
 def store_gradients(
     product,  # (BLOCK_T, classes) rows of e times rows of c
-    grad_ptr,  # (N, chunk) out
-    bias_ptr,  # (V,)
     classes,  # (classes,) class ids
     tokens,  # (BLOCK_T,)
-    targets,  # (BLOCK_T,) like the three that follow
-    lse,  # log2
-    a,
-    b,
-    scale,
-    N,
-    V,
-    softcap,
-    first_class,
-    stride_out,
+    values,  # (BLOCK_T,) each: targets, lse, a, b
+    out,  # pointer to (N, chunk), its stride and first class, numbers of tokens and classes, scale
+    bias_ptr,  # (V,), or None
+    softcap,  # or None
     eta,  # (BLOCK_T,), or None, like the two that follow
     q,
     multiplier,
 ):
     """Store the logit gradients of a tile of products."""
+    targets, lse, a, b = values
+    grad_ptr, stride, first_class, N, V, scale = out
     inside = classes < V
     logits = transform_logits(
         product, classes, inside, bias_ptr, softcap, multiplier=multiplier, TOKEN_AXIS=0
@@ -86,9 +80,9 @@ def store_gradients(
         TOKEN_AXIS=0,
     )
     # 32 bits reach: a chunk is bounded in elements
-    out = tokens[:, None] * stride_out + (classes - first_class)[None, :]
+    place = tokens[:, None] * stride + (classes - first_class)[None, :]
     grad = (grad * scale).to(grad_ptr.dtype.element_ty)
-    tl.store(grad_ptr + out, grad, mask=(tokens < N)[:, None] & inside[None, :])
+    tl.store(grad_ptr + place, grad, mask=(tokens < N)[:, None] & inside[None, :])
 
 
 @triton.jit(
@@ -159,19 +153,14 @@ def chunk_gradients_kernel(
     start = first_class + segment * segment_tiles * BLOCK_V
     tiles = min(segment_tiles, tl.cdiv(stop_class - start, BLOCK_V))
     steps = tl.cdiv(D, BLOCK_D)
+    values = (targets, lse, a, b)
+    out = (grad_ptr, stride_out, first_class, N, V, scale)
     # A wide tile ends in two halves, which need fewer registers at a time.
     NUM_PARTS: tl.constexpr = 2 if BLOCK_V > BLOCK_T else 1
     PART: tl.constexpr = BLOCK_V // NUM_PARTS
     classes = start + tl.arange(0, BLOCK_V)
     product = low_rank_product(
-        low_e_ptr,
-        low_c_ptr=low_c_ptr,
-        tokens=tokens,
-        is_token=is_token,
-        classes=classes,
-        inside=classes < V,
-        LOW_RANK=LOW_RANK,
-        TOKEN_AXIS=0,
+        low_e_ptr, low_c_ptr, (tokens, classes), (is_token, classes < V), LOW_RANK, TOKEN_AXIS=0
     )
     for i in tl.range(0, tiles * steps, flatten=True):
         product = multiply_step(
@@ -179,17 +168,10 @@ def chunk_gradients_kernel(
             e,
             c,
             i,
-            steps=steps,
-            first_token=block * BLOCK_T,
-            first_class=start,
-            N=N,
-            V=V,
-            D=D,
-            E_TMA=E_TMA,
-            C_TMA=C_TMA,
-            BLOCK_T=BLOCK_T,
-            BLOCK_V=BLOCK_V,
-            BLOCK_D=BLOCK_D,
+            first=(block * BLOCK_T, start),
+            shape=(N, V, D),
+            TMA=(E_TMA, C_TMA),
+            TILE=(BLOCK_T, BLOCK_V, BLOCK_D),
         )
         if i % steps == steps - 1:
             v = start + (i // steps) * BLOCK_V
@@ -197,20 +179,12 @@ def chunk_gradients_kernel(
             for part in tl.static_range(NUM_PARTS):
                 store_gradients(
                     left if part == 0 else right,
-                    grad_ptr=grad_ptr,
-                    bias_ptr=bias_ptr,
                     classes=v + part * PART + tl.arange(0, PART),
                     tokens=tokens,
-                    targets=targets,
-                    lse=lse,
-                    a=a,
-                    b=b,
-                    scale=scale,
-                    N=N,
-                    V=V,
+                    values=values,
+                    out=out,
+                    bias_ptr=bias_ptr,
                     softcap=softcap,
-                    first_class=first_class,
-                    stride_out=stride_out,
                     eta=eta,
                     q=q,
                     multiplier=multiplier,
@@ -218,12 +192,10 @@ def chunk_gradients_kernel(
             classes = v + BLOCK_V + tl.arange(0, BLOCK_V)
             product = low_rank_product(
                 low_e_ptr,
-                low_c_ptr=low_c_ptr,
-                tokens=tokens,
-                is_token=is_token,
-                classes=classes,
-                inside=classes < V,
-                LOW_RANK=LOW_RANK,
+                low_c_ptr,
+                (tokens, classes),
+                (is_token, classes < V),
+                LOW_RANK,
                 TOKEN_AXIS=0,
             )
 
@@ -237,28 +209,20 @@ def chunk_gradients(
     """Write the logit gradients of a range of classes, times ``tokens.scale``."""
     e, c, tiles = tokens.e, problem.c, tiles_on(tokens.e.device)
     num_blocks = cdiv(e.shape[0], BLOCK_T)
-    swizzle_width = min(num_blocks, SWIZZLE_WIDTH)
+    width = min(num_blocks, SWIZZLE_WIDTH)
     num_tiles = cdiv(classes[1] - classes[0], tiles.block_v)
-    segment_tiles = cdiv(num_tiles, max(1, PROGRAMS_IN_FLIGHT // swizzle_width))
-    num_segments = cdiv(num_tiles, segment_tiles)
+    segment_tiles = cdiv(num_tiles, max(1, PROGRAMS_IN_FLIGHT // width))
+    programs = Programs(num_blocks, segment_tiles, cdiv(num_tiles, segment_tiles), width)
     # Wider results need more shared memory, and so do further columns.
     low_c = low_columns(problem)
     is_narrow = out.dtype == e.dtype and low_c is None
     num_stages = min(tiles.num_stages, 4 if is_narrow else 3)
     launch(
         chunk_gradients_kernel,
-        (num_blocks * num_segments,),
+        programs.grid,
         bias_ptr=problem.bias,
-        low_e_ptr=tokens.low_e,
         low_c_ptr=low_c,
-        lse_ptr=tokens.lse,
-        a_ptr=tokens.a,
-        b_ptr=tokens.b,
-        targets_ptr=tokens.targets,
-        scale_ptr=tokens.scale,
-        eta_ptr=tokens.eta,
-        q_ptr=tokens.q,
-        multiplier_ptr=tokens.multiplier,
+        **pointers(tokens, "low_e lse a b targets scale eta q multiplier"),
         grad_ptr=out,
         N=e.shape[0],
         V=c.shape[0],
@@ -266,10 +230,7 @@ def chunk_gradients(
         first_class=classes[0],
         stop_class=classes[1],
         stride_out=out.stride(0),
-        segment_tiles=segment_tiles,
-        num_segments=num_segments,
-        num_blocks=num_blocks,
-        swizzle_width=swizzle_width,
+        **programs._asdict(),
         LOW_RANK=0 if low_c is None else low_c.shape[1],
         **product_arguments(e, c, replace(tiles, num_stages=num_stages)),
     )

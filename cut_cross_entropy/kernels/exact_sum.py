@@ -41,6 +41,7 @@ from cut_cross_entropy.kernels.launch import (
     is_captured,
     launch,
     next_power_of_2,
+    pointers,
 )
 from cut_cross_entropy.kernels.lse import PassInputs
 from cut_cross_entropy.kernels.powers import Chunk, StripSums, choose_segment_tiles, store_powers
@@ -473,13 +474,10 @@ def _scale_rows(
         scale_rows_kernel,
         (num_rows,),
         product_ptr=product,
-        e_ptr=chunk.tokens.e,
         c_ptr=c,
-        factor_ptr=chunk.factor,
         unit_ptr=unit,
-        target_ptr=chunk.target,
-        targets_ptr=chunk.tokens.targets,
-        origin_ptr=chunk.tokens.origin,
+        **pointers(chunk, "factor target"),
+        **pointers(chunk.tokens, "e targets origin"),
         out_ptr=grad_e,
         scaled_ptr=scaled,
         num_tokens=len(grad_e) if needed.e else 0,

@@ -204,6 +204,19 @@ def kind_of(argument: Any, specialised: bool) -> Any:
     return type(argument).__name__
 
 
+def pointers(source: object, names: str, suffix: str = "_ptr") -> dict[str, Any]:
+    """Return attributes of ``source`` as arguments of a kernel: ``lse`` is its ``lse_ptr``.
+
+    Args:
+        source: an object, or None for None each.
+        names: of the attributes, separated by spaces.
+        suffix: of the arguments.
+    """
+    if source is None:
+        return {name + suffix: None for name in names.split()}
+    return {name + suffix: getattr(source, name) for name in names.split()}
+
+
 def cdiv(a: int, b: int) -> int:
     """Return a / b, rounded up. Triton's own functions take ten times as long on the host."""
     return -(-a // b)

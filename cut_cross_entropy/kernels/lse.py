@@ -115,13 +115,7 @@ def vocabulary_pass_kernel(
     first_class = segment * segment_tiles * BLOCK_V
     classes = first_class + tl.arange(0, BLOCK_V)
     product = low_rank_product(
-        low_e_ptr,
-        low_c_ptr=low_c_ptr,
-        tokens=tokens,
-        is_token=is_token,
-        classes=classes,
-        inside=classes < V,
-        LOW_RANK=LOW_RANK,
+        low_e_ptr, low_c_ptr, (tokens, classes), (is_token, classes < V), LOW_RANK
     )
     tiles = min(segment_tiles, tl.cdiv(V - first_class, BLOCK_V))
     steps = tl.cdiv(D, BLOCK_D)
@@ -182,14 +176,9 @@ def vocabulary_pass_kernel(
                 p *= tl.exp2(tl.minimum(reference - tighter, 0.0))[None, :]
                 both = strip_bytes(tl.sum(p * p, axis=1), tl.sum(p, axis=1))
                 tl.store(strips_ptr + block.to(tl.int64) * V + classes, both, mask=inside)
+            classes += BLOCK_V
             product = low_rank_product(
-                low_e_ptr,
-                low_c_ptr=low_c_ptr,
-                tokens=tokens,
-                is_token=is_token,
-                classes=classes + BLOCK_V,
-                inside=classes + BLOCK_V < V,
-                LOW_RANK=LOW_RANK,
+                low_e_ptr, low_c_ptr, (tokens, classes), (is_token, classes < V), LOW_RANK
             )
 
     total = tl.sum(sums, 0)

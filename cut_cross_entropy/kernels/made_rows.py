@@ -11,7 +11,7 @@ log-sum-exps and for the gradients. Shape legend: ``cut_cross_entropy.kernels``.
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from cut_cross_entropy.kernels.launch import (
     is_captured,
     launch,
     next_power_of_2,
+    pointers,
 )
 from cut_cross_entropy.kernels.likely_classes import list_likely, list_size, raise_by_classes
 from cut_cross_entropy.kernels.lse import (
@@ -47,7 +48,6 @@ from cut_cross_entropy.kernels.lse import (
 from cut_cross_entropy.kernels.made_rows_kernels import (
     finish_rows_kernel,
     scale_sums_kernel,
-    score_chunk_kernel,
 )
 from cut_cross_entropy.kernels.order import order_by_content
 from cut_cross_entropy.kernels.powers import (
@@ -63,6 +63,7 @@ from cut_cross_entropy.kernels.tokens import (
     list_valid,
     low_rows,
     scatter_rows,
+    score,
 )
 from cut_cross_entropy.outputs import Asked
 from cut_cross_entropy.problem import (
@@ -157,8 +158,7 @@ def loss_and_gradient(
         finish_rows_kernel,
         (end.stop,),
         sums_ptr=sums.products,
-        factor_ptr=factor,
-        target_ptr=of_target,
+        **pointers(chunk, "factor target"),
         origin_ptr=tokens.origin,
         out_ptr=grad_e,
         num_tokens=num_tokens,
@@ -498,13 +498,16 @@ class _Walk:
 
     def score(self, inputs: PassInputs, first_class: int, extrapolate: bool = False) -> None:
         """Score the targets that are in the next chunk; the first one raises the bounds."""
-        _score(
-            self.problem,
+        part: dict[str, Any] = {"c": inputs.c, "bias": inputs.bias, "first_class": first_class}
+        if isinstance(self.problem, AdaptedProblem):
+            part["low_c"] = self.problem.low_c[first_class : first_class + inputs.c.shape[0]]
+        score(
+            replace(self.problem, **part),
             self.tokens,
-            inputs,
             self.logits,
+            compact=first_class == 0,
+            multiplier=inputs.multiplier,
             rows=self.target_rows,
-            first_class=first_class,
         )
         if first_class == 0:
             _raise_bound(inputs, self.problem.c.shape[0], extrapolate)
@@ -536,44 +539,6 @@ def _choose_sizes(problem: Problem, num_tokens: int, columns: int = 0) -> _Sizes
     most = max(1, min(classes, MAX_ELEMENTS // max(tokens, dim)) // ALIGNED) * ALIGNED
     at_once = cdiv(num_classes, cdiv(num_classes, most))  # of about equal size
     return _Sizes(min(num_classes, cdiv(at_once, ALIGNED) * ALIGNED), tokens)
-
-
-def _score(
-    problem: Problem,
-    tokens: Tokens,  # filled with the first chunk
-    inputs: PassInputs,
-    logits: Tensor,  # (N,) of the targets, log2, in, out
-    rows: Tensor | None,  # (N, D) of the targets in the caller's order, in, out
-    first_class: int,
-) -> None:
-    """Compute what belongs to the targets that are in a chunk, and their rows of its c."""
-    e, (num_tokens, dim) = problem.e, problem.e.shape
-    launch(
-        score_chunk_kernel,
-        (num_tokens,),
-        source_ptr=e,
-        c_ptr=inputs.c,
-        bias_ptr=inputs.bias,
-        low_e_ptr=problem.low_e if isinstance(problem, AdaptedProblem) else None,
-        low_c_ptr=inputs.low_c,
-        all_targets_ptr=problem.targets.contiguous(),
-        origin_ptr=tokens.origin,
-        multiplier_ptr=inputs.multiplier,
-        e_ptr=tokens.e,
-        targets_ptr=tokens.targets,
-        logits_ptr=logits,
-        rows_ptr=rows,
-        N=num_tokens,
-        V=inputs.c.shape[0],
-        D=dim,
-        stride_n=e.stride(0),
-        stride_d=e.stride(1),
-        softcap=problem.softcap,
-        first_class=first_class,
-        COMPACT=first_class == 0,
-        LOW_RANK=0 if inputs.low_c is None else inputs.low_c.shape[1],
-        BLOCK_D=min(1024, next_power_of_2(dim)),
-    )
 
 
 def _raise_bound(inputs: PassInputs, num_classes: int, extrapolate: bool) -> None:

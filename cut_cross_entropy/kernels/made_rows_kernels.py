@@ -6,68 +6,6 @@ Shape legend: ``cut_cross_entropy.kernels``.
 import triton
 import triton.language as tl
 
-from cut_cross_entropy.kernels.primitives import transform_logits
-from cut_cross_entropy.kernels.tokens import add_low_rank, move_and_score
-
-
-@triton.jit(do_not_specialize=["N", "V", "stride_n", "first_class"])
-def score_chunk_kernel(
-    source_ptr,  # (N, D) embeddings of the caller
-    c_ptr,  # (V, D) rows of the chunk
-    bias_ptr,  # (V,) of the chunk, or None
-    low_e_ptr,  # (N, LOW_RANK) of the caller
-    low_c_ptr,  # (V, LOW_RANK) of the chunk
-    all_targets_ptr,  # (N,) of the caller
-    origin_ptr,  # (N,)
-    multiplier_ptr,  # (N,) in the order of the rows, or None
-    e_ptr,  # (N, D) out if COMPACT, else in
-    targets_ptr,  # (N,) out: row of c; -1 for none
-    logits_ptr,  # (N,) logit of the target, log2: out where it is in this chunk
-    rows_ptr,  # (N, D) out likewise, in the caller's order: the target's row of c; or None
-    N,
-    V,
-    D,
-    stride_n,
-    stride_d,
-    softcap,  # or None
-    first_class,
-    COMPACT: tl.constexpr,
-    LOW_RANK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Compute the logit of one token's target, and keep its row, if it is in this chunk."""
-    row, position, target, usable, product = move_and_score(
-        source_ptr,
-        c_ptr=c_ptr,
-        all_targets_ptr=all_targets_ptr,
-        origin_ptr=origin_ptr,
-        e_ptr=e_ptr,
-        N=N,
-        V=V,
-        D=D,
-        stride_n=stride_n,
-        stride_d=stride_d,
-        first_class=first_class,
-        COMPACT=COMPACT,
-        BLOCK_D=BLOCK_D,
-        rows_ptr=rows_ptr,
-    )
-    product = add_low_rank(
-        product,
-        low_e_ptr=low_e_ptr,
-        low_c_ptr=low_c_ptr,
-        position=position,
-        target=target,
-        usable=usable,
-        LOW_RANK=LOW_RANK,
-    )
-    multiplier = None
-    if multiplier_ptr is not None:
-        multiplier = tl.load(multiplier_ptr + row)
-    logit = transform_logits(product, target, usable, bias_ptr, softcap, multiplier=multiplier)
-    tl.store(targets_ptr + row, target)
-    tl.store(logits_ptr + row, tl.reshape(logit, (1,)), mask=usable)
-
 
 @triton.jit(do_not_specialize=["N"])
 def scale_sums_kernel(

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.block_sizes import swizzle_width
+from cut_cross_entropy.kernels.block_sizes import Programs, swizzle_width
 from cut_cross_entropy.kernels.exact import PROGRAMS_IN_FLIGHT
-from cut_cross_entropy.kernels.launch import cdiv, launch
+from cut_cross_entropy.kernels.launch import cdiv, launch, pointers
 from cut_cross_entropy.kernels.lse import (
     LN2,
     MAX_SEGMENTS,
@@ -55,19 +55,17 @@ SEGMENTS = range(16, 49)  # of the classes, each of which takes a program for a 
 @triton.jit
 def store_tile(
     product,  # (BLOCK_T, classes) rows of e times rows of c
-    powers_ptr,  # (N, V) out
-    bias_ptr,  # (V,)
     classes,  # (classes,) class ids
     tokens,  # (BLOCK_T,)
-    targets,  # (BLOCK_T,)
-    bound,  # (BLOCK_T,) log2
-    multiplier,  # (BLOCK_T,), or None
-    N,
-    V,
+    values,  # (BLOCK_T,) each: targets, bound (log2)
+    out,  # pointer to (N, V), its stride, numbers of tokens and classes
+    bias_ptr,  # (V,), or None
     softcap,  # or None
-    stride_out,
+    multiplier,  # (BLOCK_T,), or None
 ):
     """Store powers of a tile, 0 for targets, times the slope of a softcap; return them without."""
+    targets, bound = values
+    powers_ptr, stride, N, V = out
     inside = classes < V
     logits = transform_logits(
         product, classes, inside, bias_ptr, softcap, multiplier=multiplier, TOKEN_AXIS=0
@@ -80,9 +78,9 @@ def store_tile(
             logits = logits / multiplier[:, None]
         stored = powers * logit_slope(logits, softcap)
     # 32 bits reach: a chunk is bounded in elements
-    out = tokens[:, None] * stride_out + classes[None, :]
+    place = tokens[:, None] * stride + classes[None, :]
     stored = stored.to(powers_ptr.dtype.element_ty)
-    tl.store(powers_ptr + out, stored, mask=(tokens < N)[:, None] & inside[None, :])
+    tl.store(powers_ptr + place, stored, mask=(tokens < N)[:, None] & inside[None, :])
     return powers
 
 
@@ -136,6 +134,7 @@ def powers_kernel(
     start = segment * segment_tiles * BLOCK_V
     tiles = min(segment_tiles, tl.cdiv(V - start, BLOCK_V))
     steps = tl.cdiv(D, BLOCK_D)
+    values = (targets, bound)
     # A wide tile ends in two halves, which need fewer registers at a time.
     NUM_PARTS: tl.constexpr = 2 if BLOCK_V > BLOCK_T else 1
     PART: tl.constexpr = BLOCK_V // NUM_PARTS
@@ -146,17 +145,10 @@ def powers_kernel(
             e,
             c,
             i,
-            steps=steps,
-            first_token=block * BLOCK_T,
-            first_class=start,
-            N=N,
-            V=V,
-            D=D,
-            E_TMA=E_TMA,
-            C_TMA=C_TMA,
-            BLOCK_T=BLOCK_T,
-            BLOCK_V=BLOCK_V,
-            BLOCK_D=BLOCK_D,
+            first=(block * BLOCK_T, start),
+            shape=(N, V, D),
+            TMA=(E_TMA, C_TMA),
+            TILE=(BLOCK_T, BLOCK_V, BLOCK_D),
         )
         if i % steps == steps - 1:
             v = start + (i // steps) * BLOCK_V
@@ -164,17 +156,13 @@ def powers_kernel(
             for part in tl.static_range(NUM_PARTS):
                 some = store_tile(
                     left if part == 0 else right,
-                    powers_ptr=powers_ptr,
-                    bias_ptr=bias_ptr,
                     classes=v + part * PART + tl.arange(0, PART),
                     tokens=tokens,
-                    targets=targets,
-                    bound=bound,
-                    multiplier=multiplier,
-                    N=N,
-                    V=V,
+                    values=values,
+                    out=(powers_ptr, stride_out, N, V),
+                    bias_ptr=bias_ptr,
                     softcap=softcap,
-                    stride_out=stride_out,
+                    multiplier=multiplier,
                 )
                 sums += tl.sum(some, 1)
                 if squares_ptr is not None:
@@ -425,9 +413,8 @@ def store_powers(chunk: Chunk, powers: Tensor) -> None:
             (cdiv(num_classes, STRIPS), cdiv(num_tokens, BLOCK_T)),
             powers_ptr=powers,
             bound_ptr=inputs.bound,
-            lse_ptr=of_strips.lse,
             targets_ptr=chunk.tokens.targets,
-            strips_ptr=of_strips.strips,
+            **pointers(of_strips, "lse strips"),
             N=num_tokens,
             V=num_classes,
             softcap=inputs.softcap,
@@ -462,14 +449,14 @@ def sum_powers(
     if squared:
         overflow = min(overflow, OVERFLOW_OF_SQUARES.value)
 
+    programs = Programs(num_blocks, segment_tiles, num_segments, swizzle_width(num_blocks, e))
+
     def store(only_flagged: bool) -> None:
         launch(
             powers_kernel,
-            (num_blocks * num_segments,),
-            bias_ptr=inputs.bias,
-            bound_ptr=inputs.bound,
+            programs.grid,
+            **pointers(inputs, "bias bound multiplier"),
             targets_ptr=targets,
-            multiplier_ptr=inputs.multiplier,
             powers_ptr=powers,
             lse_ptr=parts,
             squares_ptr=squares if squared else None,
@@ -478,10 +465,7 @@ def sum_powers(
             V=num_classes,
             softcap=inputs.softcap,
             stride_out=powers.stride(0),
-            segment_tiles=segment_tiles,
-            num_segments=num_segments,
-            num_blocks=num_blocks,
-            swizzle_width=swizzle_width(num_blocks, e),
+            **programs._asdict(),
             OVERFLOW=overflow,
             ONLY_FLAGGED=only_flagged,
             **inputs.products,
@@ -524,15 +508,9 @@ def finish_sums(chunk: Chunk, segments: Segments) -> None:
         lse_parts_ptr=segments.lse,
         squares_parts_ptr=None if found is None else segments.squares,
         logits_ptr=logits,
-        bound_ptr=inputs.bound,
-        weights_ptr=chunk.weights,
-        multiplier_ptr=inputs.multiplier,
-        nll_ptr=chunk.nll,
-        factor_ptr=chunk.factor,
-        target_ptr=chunk.target,
-        lse_ptr=None if found is None else found.lse,
-        support_ptr=None if found is None else found.support,
-        target_grad_ptr=None if found is None else found.target_grad,
+        **pointers(inputs, "bound multiplier"),
+        **pointers(chunk, "weights nll factor target"),
+        **pointers(found, "lse support target_grad"),
         N=num_tokens,
         num_segments=num_segments,
         softcap=inputs.softcap,

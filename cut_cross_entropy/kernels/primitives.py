@@ -62,26 +62,24 @@ def multiply_step(
     e,  # (N, D), a tensor descriptor or a pointer, like the one that follows
     c,  # (V, D)
     i,  # index of the step
-    steps,  # of a tile: D in parts of BLOCK_D
-    first_token,
-    first_class,  # of the first tile
-    N,
-    V,
-    D,
-    E_TMA: tl.constexpr,
-    C_TMA: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    first,  # token, and class of the first tile
+    shape,  # (N, V, D)
+    TMA,  # whether e and c are descriptors
+    TILE,  # (BLOCK_T, BLOCK_V, BLOCK_D)
 ):
     """Take a step of one loop over tiles of classes and features; return the product.
 
     With one loop, loads of the next tile overlap a tile's end.
     """
+    N, V, D = shape
+    BLOCK_T: tl.constexpr = TILE[0]
+    BLOCK_V: tl.constexpr = TILE[1]
+    BLOCK_D: tl.constexpr = TILE[2]
+    steps = tl.cdiv(D, BLOCK_D)
     column = i % steps * BLOCK_D
-    v = first_class + (i // steps) * BLOCK_V
-    e_tile = load_rows(e, first_token, N, column, D, USE_TMA=E_TMA, ROWS=BLOCK_T, COLUMNS=BLOCK_D)
-    c_tile = load_rows(c, v, V, column, D, USE_TMA=C_TMA, ROWS=BLOCK_V, COLUMNS=BLOCK_D)
+    v = first[1] + (i // steps) * BLOCK_V
+    e_tile = load_rows(e, first[0], N, column, D, USE_TMA=TMA[0], ROWS=BLOCK_T, COLUMNS=BLOCK_D)
+    c_tile = load_rows(c, v, V, column, D, USE_TMA=TMA[1], ROWS=BLOCK_V, COLUMNS=BLOCK_D)
     return tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
 
 
@@ -119,10 +117,8 @@ def gather_rows(
 def low_rank_product(
     low_e_ptr,  # (N, LOW_RANK)
     low_c_ptr,  # (V, LOW_RANK)
-    tokens,  # (tokens,)
-    is_token,  # (tokens,)
-    classes,  # (classes,) class ids
-    inside,  # (classes,) whether the id is a class
+    rows,  # tokens (tokens,), and class ids (classes,)
+    inside,  # whether these are tokens and classes
     LOW_RANK: tl.constexpr,  # 0: there are no such columns
     TOKEN_AXIS: tl.constexpr = 1,
 ):
@@ -130,6 +126,8 @@ def low_rank_product(
 
     If they were added to a finished tile, ptxas would serialise the products of the main loop.
     """
+    tokens, classes = rows
+    is_token, is_class = inside
     if TOKEN_AXIS == 1:
         product = tl.zeros((classes.shape[0], tokens.shape[0]), tl.float32)
     else:
@@ -137,7 +135,7 @@ def low_rank_product(
     for first in tl.static_range(0, LOW_RANK, RANK_STEP):
         columns = first + tl.arange(0, RANK_STEP)
         low_e = gather_rows(low_e_ptr, tokens, is_token, columns, LOW_RANK)
-        low_c = gather_rows(low_c_ptr, classes, inside, columns, LOW_RANK)
+        low_c = gather_rows(low_c_ptr, classes, is_class, columns, LOW_RANK)
         if TOKEN_AXIS == 1:
             product = tl.dot(low_c, low_e.T, product, input_precision="ieee")
         else:

@@ -20,6 +20,7 @@ from cut_cross_entropy.kernels.launch import (
     is_captured,
     launch,
     next_power_of_2,
+    pointers,
 )
 from cut_cross_entropy.kernels.order import order_by_content
 from cut_cross_entropy.kernels.primitives import (
@@ -139,70 +140,8 @@ def load_target(all_targets_ptr, position, N, V, first_class):
     return present, usable, tl.where(usable, target, -1)
 
 
-@triton.jit
-def move_and_score(
-    source_ptr,  # (N, D) embeddings of the caller
-    c_ptr,  # (V, D)
-    all_targets_ptr,  # (N,) of the caller
-    origin_ptr,  # (N,)
-    e_ptr,  # (N, D) out if COMPACT, else in
-    N,
-    V,
-    D,
-    stride_n,
-    stride_d,
-    first_class,
-    COMPACT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    rows_ptr=None,  # (N, D) out, in the caller's order: the target's row of c
-):
-    """Move one token to its row, and multiply it by its target's row of c.
-
-    Returns, (1,) each: the row, the position in the caller's order, the target's row of c (-1 if
-    there is none), whether there is one; and the product (1, 1).
-    """
-    row = tl.program_id(0).to(tl.int64)
-    origin = tl.load(origin_ptr + row)
-    if COMPACT:
-        e_row, e_step = source_ptr + origin * stride_n, stride_d
-        copy_row(e_row, e_step, e_ptr + row * D, origin < N, D, BLOCK_D=BLOCK_D)
-    else:
-        e_row, e_step = e_ptr + row * D, 1
-    lane = tl.zeros((1,), tl.int64)
-    position = origin + lane
-    _, usable, target = load_target(all_targets_ptr, position, N, V, first_class)
-    available = tl.where(tl.max(target, 0) >= 0, D, 0)
-    total = tl.zeros((1, BLOCK_D), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        e = tl.load(e_row + d * e_step, mask=d < available, other=0.0)
-        c = gather_rows(c_ptr, target, usable, d, D).to(tl.float32)
-        total += e.to(c_ptr.dtype.element_ty).to(tl.float32)[None, :] * c
-        if rows_ptr is not None:
-            tl.store(rows_ptr + origin * D + d[None, :], c, mask=(d < available)[None, :])
-    return row + lane, position, target, usable, tl.sum(total, 1)[:, None]
-
-
-@triton.jit
-def add_low_rank(
-    product,  # (1, 1)
-    low_e_ptr,  # (N, LOW_RANK) of the caller
-    low_c_ptr,  # (V, LOW_RANK)
-    position,  # (1,)
-    target,  # (1,) row of low_c
-    usable,  # (1,) whether there is one
-    LOW_RANK: tl.constexpr,
-):
-    """Add the product of a token's further columns with those of its target."""
-    for first in tl.static_range(0, LOW_RANK, RANK_STEP):
-        columns = first + tl.arange(0, RANK_STEP)
-        low_e = gather_rows(low_e_ptr, position, usable, columns, LOW_RANK).to(tl.float32)
-        low_c = gather_rows(low_c_ptr, target, usable, columns, LOW_RANK).to(tl.float32)
-        product += tl.sum(low_e * low_c, 1)[:, None]
-    return product
-
-
-@triton.jit(do_not_specialize=["N", "stride_n", "first_class"])
+# V is the number of classes of a chunk where the classifier is made in chunks.
+@triton.jit(do_not_specialize=["N", "V", "stride_n", "first_class"])
 def score_targets_kernel(
     source_ptr,  # (N, D) embeddings of the caller
     c_ptr,  # (V, D)
@@ -211,10 +150,13 @@ def score_targets_kernel(
     low_c_ptr,  # (V, LOW_RANK)
     all_targets_ptr,  # (N,) of the caller
     origin_ptr,  # (N,)
+    multiplier_ptr,  # (N,) in the order of the rows, or None
     e_ptr,  # (N, D) out if COMPACT, else in
-    targets_ptr,  # (N,) out
+    targets_ptr,  # (N,) out: row of c; -1 for none
     logits_ptr,  # (N,) out: logit of the target, log2; NaN (+inf if SHARDED) if it is not here
-    bound_ptr,  # (N,) out: first bound of the log-sum-exp; +inf for no token
+    bound_ptr,  # (N,) out: first bound of the log-sum-exp; +inf for no token. None: not computed,
+    # and only the logits of the targets that are here are written
+    rows_ptr,  # (N, D) out, in the caller's order: the target's row of c, if it is here; or None
     N,
     V,
     D,
@@ -227,38 +169,47 @@ def score_targets_kernel(
     LOW_RANK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Move one token to its row and compute the logit of its target."""
-    row, position, target, usable, product = move_and_score(
-        source_ptr,
-        c_ptr=c_ptr,
-        all_targets_ptr=all_targets_ptr,
-        origin_ptr=origin_ptr,
-        e_ptr=e_ptr,
-        N=N,
-        V=V,
-        D=D,
-        stride_n=stride_n,
-        stride_d=stride_d,
-        first_class=first_class,
-        COMPACT=COMPACT,
-        BLOCK_D=BLOCK_D,
-    )
-    product = add_low_rank(
-        product,
-        low_e_ptr=low_e_ptr,
-        low_c_ptr=low_c_ptr,
-        position=position,
-        target=target,
-        usable=usable,
-        LOW_RANK=LOW_RANK,
-    )
-    logit = tl.reshape(transform_logits(product, target, usable, bias_ptr, softcap), (1,))
-    bound = tl.where(logit < float("inf"), logit, 0.0)  # the pass finds NaN and +inf again
+    """Move one token to its row, and compute the logit of its target."""
+    token = tl.program_id(0).to(tl.int64)
+    origin = tl.load(origin_ptr + token)
+    if COMPACT:
+        e_row, e_step = source_ptr + origin * stride_n, stride_d
+        copy_row(e_row, e_step, e_ptr + token * D, origin < N, D, BLOCK_D=BLOCK_D)
+    else:
+        e_row, e_step = e_ptr + token * D, 1
+    lane = tl.zeros((1,), tl.int64)
+    position = origin + lane
+    _, usable, target = load_target(all_targets_ptr, position, N, V, first_class)
+    available = tl.where(tl.max(target, 0) >= 0, D, 0)
+    total = tl.zeros((1, BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        e = tl.load(e_row + d * e_step, mask=d < available, other=0.0)
+        c = gather_rows(c_ptr, target, usable, d, D).to(tl.float32)
+        total += e.to(c_ptr.dtype.element_ty).to(tl.float32)[None, :] * c
+        if rows_ptr is not None:
+            tl.store(rows_ptr + origin * D + d[None, :], c, mask=(d < available)[None, :])
+    row = token + lane
+    product = tl.sum(total, 1)[:, None]
+    for first in tl.static_range(0, LOW_RANK, RANK_STEP):
+        columns = first + tl.arange(0, RANK_STEP)
+        low_e = gather_rows(low_e_ptr, position, usable, columns, LOW_RANK).to(tl.float32)
+        low_c = gather_rows(low_c_ptr, target, usable, columns, LOW_RANK).to(tl.float32)
+        product += tl.sum(low_e * low_c, 1)[:, None]
+    multiplier = None
+    if multiplier_ptr is not None:
+        multiplier = tl.load(multiplier_ptr + row)
+    logit = transform_logits(product, target, usable, bias_ptr, softcap, multiplier=multiplier)
+    logit = tl.reshape(logit, (1,))
     tl.store(targets_ptr + row, target)
-    # Of a sharded vocabulary: the least over the shards is the logit of the one that holds it.
-    absent = float("inf") if SHARDED else float("nan")
-    tl.store(logits_ptr + row, tl.where(usable, logit, absent))
-    tl.store(bound_ptr + row, tl.where(position < N, bound, float("inf")))
+    if bound_ptr is None:
+        tl.store(logits_ptr + row, logit, mask=usable)
+    else:
+        bound = tl.where(logit < float("inf"), logit, 0.0)  # the pass finds NaN and +inf again
+        # Of a sharded vocabulary: the least over the shards is the logit of the one that holds it.
+        absent = float("inf") if SHARDED else float("nan")
+        tl.store(logits_ptr + row, tl.where(usable, logit, absent))
+        tl.store(bound_ptr + row, tl.where(position < N, bound, float("inf")))
 
 
 def score_targets(
@@ -283,26 +234,45 @@ def score_targets(
         rows = e.to(c.dtype).contiguous()
     targets = torch.empty(num_tokens, dtype=torch.int64, device=e.device)
     logits, bound = aligned_rows(2, num_tokens, torch.float32, e.device)
-    low_c = low_columns(problem)
+    tokens = Tokens(rows, targets, origin, low_e=low_rows(problem, origin))
+    score(problem, tokens, logits, compact=compact, bound=bound)
+    return tokens, logits, bound
+
+
+def score(
+    problem: Problem,
+    tokens: Tokens,  # targets, out; e, out if compact
+    logits: Tensor,  # (N,) log2, out
+    *,
+    compact: bool,
+    bound: Tensor | None = None,  # (N,) out
+    multiplier: Tensor | None = None,  # (N,) in the order of the tokens
+    rows: Tensor | None = None,  # (N, D) of the targets in the caller's order, out
+) -> None:
+    """Compute the logits of the targets, and their rows of ``problem.c``.
+
+    Without ``bound`` those of targets that are not rows of ``problem.c`` keep their values.
+    """
+    (num_tokens, dim), low_c = problem.e.shape, low_columns(problem)
     launch(
         score_targets_kernel,
         (num_tokens,),
-        source_ptr=e,
-        c_ptr=c,
+        source_ptr=problem.e,
+        c_ptr=problem.c,
         bias_ptr=problem.bias,
         low_e_ptr=problem.low_e if isinstance(problem, AdaptedProblem) else None,
         low_c_ptr=low_c,
+        multiplier_ptr=multiplier,
         all_targets_ptr=problem.targets.contiguous(),
-        origin_ptr=origin,
-        e_ptr=rows,
-        targets_ptr=targets,
+        **pointers(tokens, "origin e targets"),
         logits_ptr=logits,
         bound_ptr=bound,
+        rows_ptr=rows,
         N=num_tokens,
-        V=c.shape[0],
+        V=problem.c.shape[0],
         D=dim,
-        stride_n=e.stride(0),
-        stride_d=e.stride(1),
+        stride_n=problem.e.stride(0),
+        stride_d=problem.e.stride(1),
         softcap=problem.softcap,
         first_class=problem.first_class,
         COMPACT=compact,
@@ -310,7 +280,6 @@ def score_targets(
         LOW_RANK=0 if low_c is None else low_c.shape[1],
         BLOCK_D=min(1024, next_power_of_2(dim)),
     )
-    return Tokens(rows, targets, origin, low_e=low_rows(problem, origin)), logits, bound
 
 
 def low_rows(problem: Problem, origin: Tensor) -> Tensor | None:
@@ -467,6 +436,19 @@ def compact_for_backward(
     rows = torch.empty((num_tokens, dim), dtype=problem.compute_dtype, device=e.device)
     targets = torch.empty(num_tokens, dtype=torch.int64, device=e.device)
     a, b, lse, target_grad = aligned_rows(4, num_tokens, torch.float32, e.device)
+    tokens = BackwardTokens(
+        e=rows,
+        targets=targets,
+        origin=origin,
+        lse=lse,
+        a=a,
+        b=b,
+        target_grad=target_grad,
+        scale=a.new_ones(()),
+        shard_mass=saved.shard_mass if saved.shard_mass.numel() > 0 else None,
+        num_valid=num_valid,
+        low_e=low_rows(problem, origin),
+    )
     launch(
         backward_tokens_kernel,
         (num_tokens,),
@@ -477,13 +459,7 @@ def compact_for_backward(
         nll_in_ptr=saved.nll,
         lse_in_ptr=saved.lse,
         support_ptr=saved.support,
-        origin_ptr=origin,
-        e_ptr=rows,
-        targets_ptr=targets,
-        a_ptr=a,
-        b_ptr=b,
-        lse_ptr=lse,
-        target_grad_ptr=target_grad,
+        **pointers(tokens, "origin e targets a b lse target_grad"),
         N=num_tokens,
         V=problem.c.shape[0],
         D=dim,
@@ -494,20 +470,9 @@ def compact_for_backward(
         HAS_SUPPORT=saved.support.numel() > 0,
         BLOCK_D=min(1024, next_power_of_2(dim)),
     )
-    half = problem.compute_dtype == torch.float16
-    return BackwardTokens(
-        e=rows,
-        targets=targets,
-        origin=origin,
-        lse=lse,
-        a=a,
-        b=b,
-        target_grad=target_grad,
-        scale=gradient_scale(a, b) if half else a.new_ones(()),
-        shard_mass=saved.shard_mass if saved.shard_mass.numel() > 0 else None,
-        num_valid=num_valid,
-        low_e=low_rows(problem, origin),
-    )
+    if problem.compute_dtype == torch.float16:
+        tokens = replace(tokens, scale=gradient_scale(a, b))
+    return tokens
 
 
 @triton.jit(do_not_specialize=["out_rows"])

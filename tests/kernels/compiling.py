@@ -232,7 +232,14 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         add(
             f"score-{label}",
             tokens.score_targets_kernel,
-            {**flags, "COMPACT": True, "SHARDED": bias, "LOW_RANK": 32 * bias, "BLOCK_D": 1024},
+            {
+                **flags,
+                **without({"multiplier_ptr", "rows_ptr"}),
+                "COMPACT": True,
+                "SHARDED": bias,
+                "LOW_RANK": 32 * bias,
+                "BLOCK_D": 1024,
+            },
             types=(("logits_ptr", "*fp32"),),
         )
     block_k = min(64, tiles.block_d)
@@ -327,9 +334,9 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             types=(("out_ptr", "*fp32"),))  # fmt: skip
     for options in (False, True):
         columns = without({"low_e_ptr", "low_c_ptr"}, options)
-        add(f"score_chunk-{options:d}", made_rows_kernels.score_chunk_kernel,
-            {"COMPACT": options, "BLOCK_D": 1024, **({} if options else {"softcap": None}),
-             "LOW_RANK": 16 * options, **columns,
+        add(f"score_chunk-{options:d}", tokens.score_targets_kernel,
+            {"COMPACT": options, "SHARDED": False, "bound_ptr": None, "BLOCK_D": 1024,
+             **({} if options else {"softcap": None}), "LOW_RANK": 16 * options, **columns,
              **without({"bias_ptr", "multiplier_ptr", "rows_ptr"}, options)},
             types=(("rows_ptr", "*fp32"),))  # fmt: skip
     add("scale_sums", made_rows_kernels.scale_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 128})

@@ -299,7 +299,7 @@ def test_a_walk_over_made_rows_launches_what_was_planned(kind, launched):
     planned = {one.variant() for one in plan.launches}
     missing = [variant for variant in launched if variant not in planned]
     assert not missing, missing
-    assert {"score_chunk_kernel"} <= {kernel.__name__ for kernel in launched.values()}
+    assert {"score_targets_kernel"} <= {kernel.__name__ for kernel in launched.values()}
 
 
 @pytest.mark.parametrize("kind", ["none", "one"])
@@ -323,5 +323,5 @@ def test_a_filtered_head_of_made_rows_launches_what_was_planned(
     missing = [variant for variant in launched if variant not in planned]
     assert not missing, missing
     names = {kernel.__name__ for kernel in launched.values()}
-    assert {"score_chunk_kernel", "kept_strips_kernel"} <= names
+    assert {"score_targets_kernel", "kept_strips_kernel"} <= names
     assert ("chunk_gradients_kernel" if dense else "grad_e_kernel") in names

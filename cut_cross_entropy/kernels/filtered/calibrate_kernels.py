@@ -195,12 +195,10 @@ def sampled_gradients_kernel(
     is_sample = row < SAMPLES
     product = low_rank_product(
         low_e_ptr,
-        low_c_ptr=low_c_ptr,
-        tokens=tl.load(rows_ptr + row, mask=is_sample, other=0),
-        is_token=is_sample,
-        classes=classes,
-        inside=classes < V,
-        LOW_RANK=LOW_RANK,
+        low_c_ptr,
+        (tl.load(rows_ptr + row, mask=is_sample, other=0), classes),
+        (is_sample, classes < V),
+        LOW_RANK,
         TOKEN_AXIS=0,
     )
     for d in range(0, D, BLOCK_D):

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept
-from cut_cross_entropy.kernels.launch import HostCopy, aligned_rows, launch, next_power_of_2
+from cut_cross_entropy.kernels.launch import (
+    HostCopy,
+    aligned_rows,
+    launch,
+    next_power_of_2,
+    pointers,
+)
 from cut_cross_entropy.kernels.primitives import popcount
 
 TILE = 128  # strips whose logits are recomputed together
@@ -397,20 +403,21 @@ def _list(
     num_blocks, num_chunks = blocks[1] - blocks[0], chunks[1] - chunks[0]
     classes, slots = aligned_rows(2, num_strips, torch.int32, device)
     tile_block, tile_start = aligned_rows(2, num_tiles, torch.int32, device)
+    listed = StripList(
+        classes=classes,
+        slots=slots,
+        tile_block=tile_block,
+        tile_start=tile_start,
+        index=index,
+        rectangle=rectangle,
+    )
     if num_strips:
         launch(
             list_strips_kernel,
             (num_chunks, num_blocks),
-            masks_ptr=kept.masks,
-            offsets_ptr=kept.offsets,
-            chunk_starts_ptr=index.chunk_starts,
-            starts_ptr=index.starts,
-            block_starts_ptr=index.block_starts,
-            first_tile_ptr=index.first_tile,
-            classes_ptr=classes,
-            slots_ptr=slots,
-            tile_block_ptr=tile_block,
-            tile_start_ptr=tile_start,
+            **pointers(kept, "masks offsets"),
+            **pointers(index, "chunk_starts starts block_starts first_tile"),
+            **pointers(listed, "classes slots tile_block tile_start"),
             V=kept.masks.shape[1],
             first_block=blocks[0],
             first_chunk=chunks[0],
@@ -423,11 +430,4 @@ def _list(
             CHUNK=CHUNK,
             TILE=TILE,
         )
-    return StripList(
-        classes=classes,
-        slots=slots,
-        tile_block=tile_block,
-        tile_start=tile_start,
-        index=index,
-        rectangle=rectangle,
-    )
+    return listed

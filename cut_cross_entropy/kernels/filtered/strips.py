@@ -16,7 +16,7 @@ from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.block_sizes import rows_operand, tiles_on, two_per_sm
 from cut_cross_entropy.kernels.filtered.index import TILE, Range, StripList
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept
-from cut_cross_entropy.kernels.launch import cdiv, launch
+from cut_cross_entropy.kernels.launch import cdiv, launch, pointers
 from cut_cross_entropy.kernels.primitives import (
     gather_rows,
     load_rows,
@@ -73,13 +73,7 @@ def strip_gradients_kernel(
     tokens = first_token + tl.arange(0, BLOCK_T)
     is_token = tokens < N
     product = low_rank_product(
-        low_e_ptr,
-        low_c_ptr=low_c_ptr,
-        tokens=tokens,
-        is_token=is_token,
-        classes=classes,
-        inside=inside,
-        LOW_RANK=LOW_RANK,
+        low_e_ptr, low_c_ptr, (tokens, classes), (is_token, inside), LOW_RANK
     )
     for d in range(0, D, BLOCK_D):
         c_tile = gather_rows(c_ptr, classes, inside, d + features, D)
@@ -149,20 +143,10 @@ def strip_gradients(
         e=e_operand,
         c_ptr=c,
         bias_ptr=problem.bias,
-        low_e_ptr=tokens.low_e,
         low_c_ptr=low_c,
-        lse_ptr=tokens.lse,
-        a_ptr=tokens.a,
-        b_ptr=tokens.b,
-        targets_ptr=tokens.targets,
-        scale_ptr=tokens.scale,
-        eta_ptr=tokens.eta,
-        multiplier_ptr=tokens.multiplier,
-        classes_ptr=strips.classes,
-        slots_ptr=strips.slots,
+        **pointers(tokens, "low_e lse a b targets scale eta multiplier"),
+        **pointers(strips, "classes slots tile_block tile_start"),
         starts_ptr=strips.index.block_starts,
-        tile_block_ptr=strips.tile_block,
-        tile_start_ptr=strips.tile_start,
         grad_ptr=grads,
         bias_grad_ptr=bias_grads,
         kept_mass_ptr=kept_mass,
