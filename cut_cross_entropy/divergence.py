@@ -31,7 +31,7 @@ from cut_cross_entropy.options import (
     impl_name,
 )
 from cut_cross_entropy.problem import Needed, Problem
-from cut_cross_entropy.reductions import mean_of_sum
+from cut_cross_entropy.reductions import divided
 from cut_cross_entropy.validation import (
     check_num_items,
     check_per_token,
@@ -235,11 +235,14 @@ def linear_divergence(
     if reduction == "none":
         divergence = student.per_token(divergence)
     else:
-        divergence = divergence.sum()
-        if num_items_in_batch is not None:
-            divergence = divergence / num_items_in_batch
-        elif reduction == "mean":
-            divergence = mean_of_sum(divergence, problem.targets, ignore_index, weights)
+        divergence = divided(
+            divergence.sum(),
+            reduction,
+            problem.targets,
+            ignore_index,
+            num_items_in_batch=num_items_in_batch,
+            weights=weights,
+        )
     return TokenDivergence(
         divergence,
         student.per_token(found.entropy),

@@ -25,7 +25,7 @@ from cut_cross_entropy.options import (
     impl_name,
 )
 from cut_cross_entropy.problem import Problem
-from cut_cross_entropy.reductions import mean_of_sum
+from cut_cross_entropy.reductions import divided
 from cut_cross_entropy.validation import (
     check_class_weights,
     check_num_items,
@@ -286,6 +286,17 @@ def linear_cross_entropy(
     weights = target_weights
     if token_weights is not None:
         weights = token_weights if target_weights is None else target_weights * token_weights
+
+    def divide(total: Tensor) -> Tensor:
+        return divided(
+            total,
+            reduction,
+            problem.targets,
+            problem.ignore_index,
+            num_items_in_batch=num_items_in_batch,
+            weights=weights,
+        )
+
     with prepared.computing():
         if reduction != "none" and not return_lse and not label_smoothing:
             total = sum_of_losses(
@@ -298,7 +309,7 @@ def linear_cross_entropy(
                 filter_mass=mass,
                 world_size=world_size,
             )
-            return _divided(total, problem, reduction, num_items_in_batch, weights)
+            return divide(total)
         results = token_losses(
             impl_chosen, problem, kernel_options, filter_mass=mass, world_size=world_size
         )
@@ -308,10 +319,7 @@ def linear_cross_entropy(
             losses = (1 - label_smoothing) * losses + label_smoothing * smooth
     if token_weights is not None:
         losses = losses * token_weights
-    if reduction == "none":
-        loss = prepared.per_token(losses)
-    else:
-        loss = _divided(losses.sum(), problem, reduction, num_items_in_batch, weights)
+    loss = prepared.per_token(losses) if reduction == "none" else divide(losses.sum())
     return (loss, prepared.per_token(results.lse)) if return_lse else loss
 
 
@@ -333,21 +341,6 @@ def _smooth_losses(
         mean_weight = every.mean()
         own = own * every[problem.first_class : problem.first_class + own.shape[0]]
     return lse * mean_weight - mean_logits(impl, problem, own)
-
-
-def _divided(
-    total: Tensor,
-    problem: Problem,
-    reduction: Reduction,
-    num_items_in_batch: int | Tensor | None,
-    weights: Tensor | None,  # (N,)
-) -> Tensor:
-    """Divide the sum of the losses as the reduction, "mean" or "sum", demands."""
-    if num_items_in_batch is not None:
-        return total / num_items_in_batch
-    if reduction == "mean":
-        return mean_of_sum(total, problem.targets, problem.ignore_index, weights)
-    return total
 
 
 @dataclass(eq=False, repr=False)

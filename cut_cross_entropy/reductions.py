@@ -24,23 +24,39 @@ def reduce_tokens(
     """
     if reduction == "none":
         return values
-    total = values.sum()
+    if targets is None:
+        return divided(values.sum(), reduction, num_items_in_batch=max(values.numel(), 1))
+    return divided(values.sum(), reduction, targets, ignore_index)
+
+
+def divided(
+    total: Tensor,
+    reduction: Reduction,
+    targets: Tensor | None = None,
+    ignore_index: int = -100,
+    *,
+    num_items_in_batch: int | Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Divide a sum over all tokens as its reduction demands.
+
+    Args:
+        total: the sum.
+        reduction: ``"mean"`` or ``"sum"``.
+        targets: class ids, to count the tokens that are not ignored.
+        ignore_index: target value of ignored tokens.
+        num_items_in_batch: divide by it instead, see ``linear_cross_entropy``.
+        weights: (N,), 0 where ignored; a mean is divided by their sum.
+    """
     if reduction == "sum":
         return total
-    if targets is None:
-        return total / max(values.numel(), 1)
-    return mean_of_sum(total, targets, ignore_index)
-
-
-def mean_of_sum(
-    total: Tensor, targets: Tensor, ignore_index: int, weights: Tensor | None = None
-) -> Tensor:
-    """Divide a sum by the number of tokens that are not ignored, or by the sum of their weights.
-
-    ``weights`` (N,) are 0 where ignored.
-    """
+    if reduction != "mean":
+        raise NotImplementedError(f"there is no divisor for reduction={reduction!r} here")
+    if num_items_in_batch is not None:
+        return total / num_items_in_batch
+    if weights is not None:
+        divisor = weights.sum()
+        return total / divisor.where(divisor != 0, 1)
     # All ignored: 0 / 1, not 0 / 0.
-    if weights is None:
-        return total / (targets != ignore_index).sum().clamp_min(1)
-    divisor = weights.sum()
-    return total / divisor.where(divisor != 0, 1)
+    assert targets is not None
+    return total / (targets != ignore_index).sum().clamp_min(1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cut_cross_entropy import compute_z_loss, linear_cross_entropy
-from cut_cross_entropy.reductions import reduce_tokens
+from cut_cross_entropy.reductions import divided, reduce_tokens
 
 VALUES = torch.tensor([[1.0, 0.0], [3.0, 5.0]])
 TARGETS = torch.tensor([[4, -7], [0, 2]])
@@ -38,3 +38,8 @@ def test_loss_and_z_loss_reduce_their_tokens_so(reduction):
     for actual, values in pairs:
         expected = reduce_tokens(values, targets, -7, reduction)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_reduction_without_a_divisor_is_no_sum():
+    with pytest.raises(NotImplementedError, match="reduction='median'"):
+        divided(VALUES.sum(), "median", TARGETS, -7)
