@@ -93,11 +93,13 @@ class Seam:
 
 
 class OutputLayer(NamedTuple):
-    """Input and parameters of an output layer."""
+    """Input and parameters of an output layer, and what its logits go through."""
 
     hidden: Tensor  # (..., D)
     weight: Tensor  # (V, D)
     bias: Tensor | None = None  # (V,)
+    softcap: float | None = None
+    logit_scale: float = 1.0
 
 
 class _Replacement:
@@ -175,6 +177,10 @@ class Adapter:
             in_dtype_of(teacher.hidden, teacher.weight),
             student_bias=in_dtype_of(student.hidden, student.bias),
             teacher_bias=in_dtype_of(teacher.hidden, teacher.bias),
+            student_softcap=student.softcap,
+            teacher_softcap=teacher.softcap,
+            student_logit_scale=student.logit_scale,
+            teacher_logit_scale=teacher.logit_scale,
             **arguments,
             **options,
         )

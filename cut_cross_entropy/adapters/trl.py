@@ -135,16 +135,11 @@ def trl(**options: Any) -> Adapter:
         teacher_final_logit_softcapping: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         _refuse_partitioned(student_weight, teacher_weight)
-        result = adapter.compute_divergence(
-            OutputLayer(student_hidden, student_weight, student_bias),
-            OutputLayer(teacher_hidden, teacher_weight, teacher_bias),
-            beta=beta,
-            temperature=temperature,
-            student_softcap=student_final_logit_softcapping,
-            teacher_softcap=teacher_final_logit_softcapping,
-            student_logit_scale=student_logit_scale,
-            teacher_logit_scale=teacher_logit_scale,
-        )
+        softcap, scale = student_final_logit_softcapping, student_logit_scale
+        student = OutputLayer(student_hidden, student_weight, student_bias, softcap, scale)
+        softcap, scale = teacher_final_logit_softcapping, teacher_logit_scale
+        teacher = OutputLayer(teacher_hidden, teacher_weight, teacher_bias, softcap, scale)
+        result = adapter.compute_divergence(student, teacher, beta=beta, temperature=temperature)
         return result.divergence, result.student_entropy.detach()  # TRL's has no gradient
 
     def divergence_loss(
@@ -166,18 +161,18 @@ def trl(**options: Any) -> Adapter:
         _refuse_partitioned(student_lm_head_weight, teacher_lm_head_weight)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(student_hidden_states.device)
-        student = map(_whole, (student_lm_head_weight, student_lm_head_bias))
-        teacher = map(_whole, (teacher_lm_head_weight, teacher_lm_head_bias))
+        weight, bias = map(_whole, (student_lm_head_weight, student_lm_head_bias))
+        softcap = student_final_logit_softcapping
+        student = OutputLayer(student_hidden_states, weight, bias, softcap, student_logit_scale)
+        weight, bias = map(_whole, (teacher_lm_head_weight, teacher_lm_head_bias))
+        softcap = teacher_final_logit_softcapping
+        teacher = OutputLayer(teacher_hidden_states, weight, bias, softcap, teacher_logit_scale)
         result = adapter.compute_divergence(
-            OutputLayer(student_hidden_states, *student),
-            OutputLayer(teacher_hidden_states, *teacher),
+            student,
+            teacher,
             mask=completion_mask != 0,
             beta=beta,
             temperature=temperature,
-            student_softcap=student_final_logit_softcapping,
-            teacher_softcap=teacher_final_logit_softcapping,
-            student_logit_scale=student_logit_scale,
-            teacher_logit_scale=teacher_logit_scale,
             reduction="mean",
             num_items_in_batch=num_items_in_batch,
         )

@@ -26,7 +26,6 @@ from cut_cross_entropy.kernels.launch import (
     planning,
 )
 from cut_cross_entropy.problem import (
-    NO_FILTER,
     AdaptedProblem,
     Filter,
     MadeProblem,
@@ -89,12 +88,7 @@ def compile_ahead(problem: Problem, filter_: Filter, training: bool) -> None:
     _compile_once(problem, kind, lambda: plan_step(problem, filter_, training))
 
 
-def plan_sum(
-    problem: Problem,
-    needed: Needed,
-    weights: Tensor | None = None,
-    filter_: Filter = NO_FILTER,
-) -> Plan:
+def plan_sum(problem: Problem, needed: Needed, weights: Tensor | None, filter_: Filter) -> Plan:
     """Record the launches of a sum of losses, weighted if ``weights``, with its gradients."""
     filtered = filter_.split(needed)[1]
     inputs = (problem.e, problem.c, problem.bias)

@@ -157,9 +157,11 @@ def test_a_divergence_takes_the_options_it_has(monkeypatch):
     )
     options = {"impl": "chunked", "filter_eps": None, "memory_budget": 2**20}
     layer = OutputLayer(torch.zeros(2, 3), torch.zeros(4, 3))
-    Adapter({**options, "filter_mass": 0.9}).compute_divergence(layer, layer, beta=0.5)
-    biases = {"student_bias": None, "teacher_bias": None}
-    assert taken == {**options, **biases, "beta": 0.5}
+    capped = layer._replace(softcap=30.0, logit_scale=2.0)
+    Adapter({**options, "filter_mass": 0.9}).compute_divergence(layer, capped, beta=0.5)
+    student = {"student_bias": None, "student_softcap": None, "student_logit_scale": 1.0}
+    teacher = {"teacher_bias": None, "teacher_softcap": 30.0, "teacher_logit_scale": 2.0}
+    assert taken == {**options, **student, **teacher, "beta": 0.5}
 
 
 def test_the_package_imports_no_trainer():

@@ -22,7 +22,8 @@ from cut_cross_entropy.kernels import (
     exact_sum,
     likely_classes,
     lse,
-    made_rows_kernels,
+    made_rows,
+    made_rows_pass,
     order,
     powers,
     scale,
@@ -339,8 +340,8 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
              **({} if options else {"softcap": None}), "LOW_RANK": 16 * options, **columns,
              **without({"bias_ptr", "multiplier_ptr", "rows_ptr"}, options)},
             types=(("rows_ptr", "*fp32"),))  # fmt: skip
-    add("scale_sums", made_rows_kernels.scale_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 128})
-    add("finish_rows", made_rows_kernels.finish_rows_kernel, {"BLOCK_D": 1024},
+    add("scale_sums", made_rows_pass.scale_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 128})
+    add("finish_rows", made_rows.finish_rows_kernel, {"BLOCK_D": 1024},
         types=(("out_ptr", "*fp32"),))  # fmt: skip
     add("add_targets", exact_sum.add_targets_kernel,
         {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 1024},

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cut_cross_entropy import dispatch, linear_cross_entropy, linear_divergence, record_filter
 from cut_cross_entropy.heads import Head, LowRank
 from cut_cross_entropy.heads.quantised import ChosenRows
-from cut_cross_entropy.kernels import block_sizes, made_rows
+from cut_cross_entropy.kernels import block_sizes, made_rows_pass
 from cut_cross_entropy.kernels.filtered import backward, calibrate, measure
 from tests.kernels.test_interpreted_filtered import sharp
 from tests.support import make_problem
@@ -85,7 +85,7 @@ def frozen_case(classes=1100, tokens=300):
 )
 def test_an_exact_frozen_head_makes_its_rows_once(impl, softcap, factors, monkeypatch):
     """Within the forward, for both products; in chunks of classes and of tokens."""
-    monkeypatch.setattr(made_rows, "FEWEST", 256)
+    monkeypatch.setattr(made_rows_pass, "FEWEST", 256)
     made, head, source, matrix = frozen_case()
     head = dataclasses.replace(head, softcap=softcap)
     e = made.e.requires_grad_()
@@ -431,7 +431,7 @@ def test_an_adapted_head_refuses_a_weight_that_changes_before_the_backward():
 @pytest.mark.parametrize(("kind", "impl"), [("rows_on_demand", "cce_exact"), ("dora", "cce")])
 def test_a_head_with_trained_parts_makes_its_rows_twice(kind, impl, monkeypatch):
     """For the losses and for the gradients, in chunks of classes and of tokens."""
-    monkeypatch.setattr(made_rows, "FEWEST", 256)
+    monkeypatch.setattr(made_rows_pass, "FEWEST", 256)
     made = make_problem((300,), classes=1100, dim=32, bias=True, ignored=0.2)
     torch.manual_seed(1)
     make = lambda *shape: (torch.randn(*shape) / 4).requires_grad_()

@@ -11,7 +11,16 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from cut_cross_entropy import dispatch, linear_cross_entropy, record_filter
 from cut_cross_entropy.heads import Head, LowRank
-from cut_cross_entropy.kernels import exact, exact_sum, lse, made_rows, powers, tokens, warmup
+from cut_cross_entropy.kernels import (
+    exact,
+    exact_sum,
+    lse,
+    made_rows,
+    made_rows_pass,
+    powers,
+    tokens,
+    warmup,
+)
 from cut_cross_entropy.kernels.filtered import (
     calibrate,
     grad_c,
@@ -23,14 +32,14 @@ from cut_cross_entropy.kernels.filtered import (
     tail,
 )
 from cut_cross_entropy.kernels.launch import Launch, launch, planning
-from cut_cross_entropy.problem import Filter, Needed, Problem
+from cut_cross_entropy.problem import NO_FILTER, Filter, Needed, Problem
 from tests.kernels.test_interpreted_filtered import sharp
 from tests.kernels.test_interpreted_heads import CHUNKS, Stored, adapted_case
 from tests.support import make_problem, run_ours
 
 pytestmark = pytest.mark.interpret
 
-MODULES = (exact, exact_sum, made_rows, powers, lse, tokens)
+MODULES = (exact, exact_sum, made_rows, made_rows_pass, powers, lse, tokens)
 MODULES += (calibrate, grad_c, grad_e, index, selection, strips, tail)
 
 
@@ -119,7 +128,7 @@ def test_a_sum_launches_what_was_planned(needed, tokens, weighted, launched, mon
         *tensors, -100, 5.0, torch.float32, 2**28, multiplier=2 * weights if weighted else None
     )
     gradients = Needed(*(name in needed for name in ("e", "c", "bias")))
-    plan = warmup.plan_sum(call, gradients, weights)
+    plan = warmup.plan_sum(call, gradients, weights, NO_FILTER)
     assert not launched, "a plan launches nothing"
     run_ours(problem, "cce_exact", softcap=5.0, needed=needed, return_lse=False, **options)
     planned = {one.variant() for one in plan.launches}
