@@ -204,7 +204,6 @@ def run(
             "environment": where,
             "rows": [],
             "failures": session.failures,
-            "data": session.data,
         }
         if arguments.warm_up:
             warm_up(todo, session)

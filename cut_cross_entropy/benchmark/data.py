@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .shapes import SHAPES, Shape
 
-__all__ = ["KINDS", "SHAPES", "Problem", "Shape", "describe", "ignore", "make", "read"]
+__all__ = ["KINDS", "SHAPES", "Problem", "Shape", "ignore", "make", "read"]
 
 KINDS = ("broad", "structured", "diffuse", "flat", "randn")
 IGNORE_INDEX = -100
@@ -248,21 +248,3 @@ def _broad(num_tokens: int, shape: Shape, draw: _Numbers) -> Problem:
     e += torch.where(sure < share, sure * (height / share), 0) * own
     problem = dataclasses.replace(problem, e=e.to(dtype))
     return dataclasses.replace(problem, targets=_draw_targets(problem, draw.generator))
-
-
-def describe(problem: Problem, tokens: int = 512) -> dict[str, float]:
-    """Statistics of the distribution of the first tokens, averaged."""
-    p = problem.logits(problem.e[:tokens], problem.c).softmax(1)
-    ordered = p.sort(dim=1, descending=True).values
-    running = ordered.cumsum(1)
-    block = min(128, p.shape[0])
-    strips = p[: p.shape[0] // block * block].view(-1, block, p.shape[1]).sum(1)
-    mass = strips.sort(dim=1, descending=True).values.cumsum(1) / block
-    found = {
-        "top1": ordered[:, 0],
-        **{f"classes_{x}": (running < x).sum(1) + 1.0 for x in (0.9, 0.95, 0.98, 0.99, 0.999)},
-        "above_2^-12": (p > 2**-12).sum(1).float(),
-        "strips_98%": (mass < 0.98).float(),
-        "entropy": -(p * p.clamp_min(1e-30).log()).sum(1),
-    }
-    return {name: values.mean().item() for name, values in found.items()}

@@ -19,7 +19,6 @@ FORMATS = {
 MORE = (
     "gemms", "tflops", "error_e", "error_c", "rounding_e", "rounding_c", "loss_error",
     "error_logprobs", "error_entropy", "error_candidates", "error_rank", "error_divergence",
-    "spread_ms",
     "q1_ms", "q3_ms", "repetitions", "first_ms", "cold", "gemm_ms", "tokens", "classes", "dim",
     "dtype", "kind_of_data", "ignored", "frozen", "version",
 )  # fmt: skip

@@ -72,7 +72,6 @@ class Session:
     measured: Callable[[list[Row]], None] = lambda rows: None
     failures: list[dict[str, str]] = field(default_factory=list)
     started: set[str] = field(default_factory=set)
-    data: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def fail(self, task: Task, method: str, what: str, reason: str) -> None:
         """Keep a failure; a process that ended takes no further part."""
@@ -127,8 +126,6 @@ def measure(task: Task, session: Session) -> list[Row]:
             continue
         found[name] = {**loaded, **first, "cold": name not in session.started}
         session.started.add(name)
-        if task.errors and name == "gemm":
-            session.data[task.name] = ask(name, "describe") or {}
     rows, errors = list[Row](), dict[tuple[Any, ...], Row]()
     for kind in task.kinds:
         new = _rows_of_kind(task, session, kind, found, errors)
@@ -210,7 +207,6 @@ def _row(task: Task, kind: str, times: list[float], gemm: float | None, found: R
         "kind": kind,
         "runtime_ms": median,
         "test_data": task.name,
-        "spread_ms": max(times) - min(times),
         "q1_ms": first,
         "q3_ms": third,
         "repetitions": len(times),

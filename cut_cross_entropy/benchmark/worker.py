@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import Problem, describe, ignore, make, read
+from .data import Problem, ignore, make, read
 from .kinds import Kind, parse
 from .measure import SOAK, exact_gradients, peak_mib, relative_error, synchronize, timed
 from .methods import METHODS, version_of
@@ -173,11 +173,6 @@ class Worker:
             result[f"error_{name}"] = relative_error(grad, getattr(exact, f"grad_{name}"))
             result[f"rounding_{name}"] = getattr(exact, f"rounding_{name}")
         return result
-
-    def describe(self) -> dict[str, Any]:
-        """Describe the distribution of the tokens."""
-        with torch.no_grad():
-            return describe(self.problem)
 
     def release(self) -> None:
         """Give back what the caching allocator keeps: the other processes need it."""

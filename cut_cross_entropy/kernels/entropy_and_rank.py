@@ -1,5 +1,6 @@
 """Reduces the further sums of the segments to entropy, rank and so on of each token.
 
+A pass of ``lse`` makes the sums; ``primitives.logit_gradient`` has the gradient of the entropy.
 Shape legend: ``cut_cross_entropy.kernels``.
 """
 

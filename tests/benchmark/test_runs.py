@@ -14,7 +14,6 @@ LOADED = {"version": "1", "tokens": 1024, "classes": 4096, "dim": 64, "dtype": "
 ANSWERS = {
     "load": LOADED,
     "first": {"first_ms": 500.0},
-    "describe": {"top1": 0.5},
     "errors": {"error_e": 0.1, "error_c": 0.2, "rounding_e": 0.1, "rounding_c": 0.1},
     "memory": {"op_mem_mb": 7.0},
     "time": {"times": [2.0, 1.0, 3.0]},
@@ -52,7 +51,6 @@ def test_rows_of_all_methods_and_kinds():
     assert row["gemms"] == 1.0
     assert row["op_mem_mb"] == 7.0
     assert row["tflops"] == pytest.approx(2 * 1024 * 4096 * 64 * 3 / 2.0 / 1e9)
-    assert session.data == {"made": {"top1": 0.5}}
 
 
 def test_a_failure_of_one_method_leaves_the_others_alone():
