@@ -109,6 +109,7 @@ def chunk_gradients_kernel(
     eta_ptr,  # (N,), or None, like the two that follow; see logit_gradient
     q_ptr,
     multiplier_ptr,
+    num_rows_ptr,  # () int32 tokens to compute, the first ones; None: all
     grad_ptr,  # (N, chunk) out
     N,
     V,
@@ -134,6 +135,9 @@ def chunk_gradients_kernel(
     then needed in few threads.
     """
     block, segment = swizzle_program(num_blocks, swizzle_width, num_segments)
+    if num_rows_ptr is not None:  # noqa: SIM102 (a constant, then a value of the device)
+        if block * BLOCK_T >= tl.load(num_rows_ptr):
+            return
     tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = tokens < N
     lse = tl.load(lse_ptr + tokens, mask=is_token, other=float("inf"))
@@ -205,8 +209,12 @@ def chunk_gradients(
     tokens: BackwardTokens,
     classes: tuple[int, int],
     out: Tensor,  # (N, classes), of the compute dtype or float32
+    num_rows: Tensor | None = None,
 ) -> None:
-    """Write the logit gradients of a range of classes, times ``tokens.scale``."""
+    """Write the logit gradients of a range of classes, times ``tokens.scale``.
+
+    With ``num_rows``, () int32 on the device, only those of the first tokens, in whole blocks.
+    """
     e, c, tiles = tokens.e, problem.c, tiles_on(tokens.e.device)
     num_blocks = cdiv(e.shape[0], BLOCK_T)
     width = min(num_blocks, SWIZZLE_WIDTH)
@@ -223,6 +231,7 @@ def chunk_gradients(
         bias_ptr=problem.bias,
         low_c_ptr=low_c,
         **pointers(tokens, "low_e lse a b targets scale eta q multiplier"),
+        num_rows_ptr=num_rows,
         grad_ptr=out,
         N=e.shape[0],
         V=c.shape[0],
@@ -284,7 +293,7 @@ class Wanted:
         )
 
 
-class _ChunkBuffer:
+class ChunkBuffer:
     """Memory for the logit gradients of a chunk.
 
     It is allocated, or borrowed where possible from the rows of dC that are not written yet, which
@@ -368,7 +377,7 @@ def exact_gradients(
         and num_tokens <= MAX_TOKENS
     )
     row_bytes = 0 if grad_c is None or in_place else 4 * dim
-    chunks = _ChunkBuffer(e, num_bytes, row_bytes, grad_c if in_place else None)
+    chunks = ChunkBuffer(e, num_bytes, row_bytes, grad_c if in_place else None)
     starts = range(0, num_tokens, MAX_TOKENS)
     parts = [slice(start, min(num_tokens, start + MAX_TOKENS)) for start in starts]
     tokens_of_part = [tokens.at(part) for part in parts]

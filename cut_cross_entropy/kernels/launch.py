@@ -25,10 +25,22 @@ from torch import Tensor
 
 from cut_cross_entropy.device_support import triton_is_interpreted
 
+_as_captured: contextvars.ContextVar[bool] = contextvars.ContextVar("as_captured", default=False)
+
 
 def is_captured(tensor: Tensor) -> bool:
     """Return whether work on ``tensor`` is captured in a CUDA graph: the host cannot wait then."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return _as_captured.get() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+@contextlib.contextmanager
+def as_captured() -> Iterator[None]:
+    """Make the launches inside the block those of a captured step."""
+    token = _as_captured.set(True)
+    try:
+        yield
+    finally:
+        _as_captured.reset(token)
 
 
 def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

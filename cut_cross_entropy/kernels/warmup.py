@@ -20,6 +20,7 @@ from cut_cross_entropy.kernels.filtered.calibrate import calibrates
 from cut_cross_entropy.kernels.filtered.partial_sums import FEW_SUPERBLOCKS
 from cut_cross_entropy.kernels.launch import (
     Plan,
+    as_captured,
     compile_concurrently,
     is_captured,
     kind_of,
@@ -73,6 +74,9 @@ def plan_step(problem: Problem, filter_: Filter, training: bool) -> Plan:
             chosen = replace(filter_, tolerance=tolerance, e=True, c=True)
             low_e = problem.low_e if isinstance(problem, AdaptedProblem) else None
             step.backward(upstream, saved, problem, chosen, everything, grad_low_e=low_e)
+        if training and filter_.is_on:
+            with as_captured():
+                step.backward(upstream, saved, problem, filter_, replace(everything, bias=False))
     return plan
 
 

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from cut_cross_entropy.kernels import (
     BLOCK_T,
     class_logits,
+    counted_products,
     divergence_columns,
     divergence_kernels,
     entropy_and_rank,
@@ -33,6 +34,7 @@ from cut_cross_entropy.kernels.block_sizes import Tiles, tiles_for
 from cut_cross_entropy.kernels.filtered import (
     calibrate,
     calibrate_kernels,
+    captured,
     grad_c,
     grad_e,
     index,
@@ -55,10 +57,13 @@ _INT64 = {"origin_ptr", "all_targets_ptr", "masks_ptr", "order_ptr", "targets_pt
 _INT32 = {"starts_ptr", "block_starts_ptr", "chunk_starts_ptr", "offsets_ptr", "keys_ptr",
           "tile_block_ptr", "tile_start_ptr", "first_tile_ptr", "flag_ptr", "threshold_ptr",
           "classes_ptr", "count_ptr", "slots_ptr", "unions_ptr", "sizes_ptr",
-          "rank_ptr"}  # fmt: skip
+          "rank_ptr", "num_rows_ptr", "num_tiles_ptr", "num_flat_ptr", "token_counts_ptr",
+          "choice_ptr"}  # fmt: skip
 _HALF = {"c_ptr", "e_ptr", "low_c_ptr", "low_e_ptr",
          "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c",
          "powers_ptr", "scaled_ptr"}  # fmt: skip
+_SIZES = {"N", "V", "D", "M", "K", "stride", "stride_out", "left_m", "left_k", "right_k", "out_m",
+          "terms"}  # fmt: skip
 _OF_PRODUCTS = (("columns_ptr", "*i32"), ("share", "fp32"), ("rest", "fp32"),
                 ("teacher_softcap", "fp32"))  # fmt: skip
 
@@ -105,7 +110,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         flags |= {} if softcap else {"softcap": None}
         sums = {"multiplier_ptr", "entropy_ptr", "p_squares_ptr", "rank_ptr", "highest_ptr"}
         energies = {"strips_ptr", "energy_bound_ptr"}
-        terms = {"multiplier_ptr", "eta_ptr", "q_ptr"}
+        terms = {"multiplier_ptr", "eta_ptr", "q_ptr", "num_rows_ptr"}
         no_rank = {"low_e_ptr": None, "low_c_ptr": None, "LOW_RANK": 0}
         label = "softcap-bias" if softcap else "plain"
         for online, flagged, strips_too in (
@@ -180,7 +185,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
             )  # fmt: skip
-        for names in (("eta",), ("eta", "q", "multiplier")):
+        for names in (("eta",), ("eta", "q", "multiplier"), ("num_rows",)):
             add(
                 f"terms-{label}-{'-'.join(names)}",
                 exact.chunk_gradients_kernel,
@@ -210,7 +215,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             add(
                 f"adapted_strips-{label}-{rank}",
                 strips.strip_gradients_kernel,
-                {**flags, **without({"eta_ptr", "multiplier_ptr"}),
+                {**flags, **without({"eta_ptr", "multiplier_ptr", "num_tiles_ptr"}),
                  "BIAS_GRAD": bias, "LOW_RANK": rank, "E_TMA": tma, "BLOCK_T": BLOCK_T,
                  "BLOCK_S": index.TILE, "BLOCK_D": tiles.block_d},
                 boxes={"e": e_box},
@@ -218,11 +223,16 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
                 num_stages=few,
                 max_registers=128,
             )  # fmt: skip
-        for given, suffix in ((False, ""), (True, "-terms")):
+        optional = {"eta_ptr", "multiplier_ptr"}
+        for suffix, absent in (
+            ("", {*optional, "num_tiles_ptr"}),
+            ("-terms", {"num_tiles_ptr"}),
+            ("-counted", optional),
+        ):
             add(
                 f"strips-{label}{suffix}",
                 strips.strip_gradients_kernel,
-                {**flags, **without({"eta_ptr", "multiplier_ptr"}, given), **no_rank,
+                {**flags, **without(absent), **no_rank,
                  "BIAS_GRAD": bias, "E_TMA": tma, "BLOCK_T": BLOCK_T,
                  "BLOCK_S": index.TILE, "BLOCK_D": tiles.block_d},
                 boxes={"e": e_box},
@@ -264,7 +274,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         of_sums = (("out_ptr", "*fp32"), ("high_ptr", "*fp32")) if partial else ()
         if low_bits:
             of_sums = (("out_ptr", "*i16"), ("high_ptr", "*i16"), ("low_ptr", "*u8"))
-        of_flat = without({"flat_grads_ptr", "flat_rows_ptr"}, flat)
+        of_flat = without({"flat_grads_ptr", "flat_rows_ptr", "num_flat_ptr"}, flat)
         of_rows = (("flat_grads_ptr", "*bf16"), ("flat_rows_ptr", "*bf16")) if flat else ()
         name = f"{partial:d}{low_bits}{'-flat' * flat}"
         if not (partial and flat):  # flat tokens are added once the sums are final
@@ -291,7 +301,8 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
                 *of_rows,
             ),
         )  # fmt: skip
-    add("list_dropped", grad_c.list_dropped_kernel, {"SUPERBLOCK": 64, "BLOCK_R": 64},
+    add("list_dropped", grad_c.list_dropped_kernel,
+        {"SUPERBLOCK": 64, "BLOCK_C": grad_c.BLOCK_C, "BLOCK_R": 64},
         types=(("out_ptr", "*u8"),))  # fmt: skip
     add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "SUPERBLOCK": 64})
     add("list_valid", tokens.list_valid_kernel, {"BLOCK": tokens.SCAN}, num_warps=8)
@@ -402,6 +413,14 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
     add("index", index.index_kernel,
         {"WHOLE": True, "SUPERBLOCK": 64, "TILE": index.TILE, "ROWS": 16, "COLUMNS": 256},
         num_warps=8, types=(("counts_ptr", "*i32"),))  # fmt: skip
+    add("choose_path", captured.choose_path_kernel, {"BLOCK_T": BLOCK_T, "BLOCK": 1024})
+    for of_rows in (False, True):
+        add(f"counted-{of_rows:d}", counted_products.counted_product_kernel,
+            {"COUNTS_ROWS": of_rows, "left_k" if of_rows else "left_m": 1, "BLOCK_M": BLOCK_T,
+             "BLOCK_N": tiles.block_v, "BLOCK_K": tiles.block_d},
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            types=(("left_ptr", "*bf16"), ("right_ptr", "*bf16"),
+                   ("out_ptr", "*fp32" if of_rows else "*bf16")))  # fmt: skip
     add("list", index.list_strips_kernel,
         {"BY_CLASS": True, "SUPERBLOCK": 64, "CHUNK": 1024, "TILE": index.TILE})  # fmt: skip
     for bf16 in (True, False):
@@ -479,10 +498,19 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
         else:
             signature[name] = (
                 "fp32"
-                if name in ("softcap", "tolerance", "max_mass", "flat_support", "row_strips")
+                if name
+                in (
+                    "softcap",
+                    "tolerance",
+                    "max_mass",
+                    "flat_support",
+                    "row_strips",
+                    "share",
+                    "flat_share",
+                )
                 else "i32"
             )
-        known = signature[name].startswith("*") or name in ("N", "V", "D", "stride", "stride_out")
+        known = signature[name].startswith("*") or name in _SIZES
         if known and name not in variant.kernel.do_not_specialize:
             divisible[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, variant.constants, divisible)

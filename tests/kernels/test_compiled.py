@@ -53,11 +53,12 @@ STACK = {
     "adapted_strips-softcap-bias": 1024,
     "added_grad_e": 32,  # around its loop, where the sums of earlier strips are loaded and stored
     "grad_c-0": 96,  # after its loop, where the tail is added
-    "grad_c-00-flat": 288,  # likewise, and a few flat tokens
+    "grad_c-00-flat": 512,  # likewise, and a few flat tokens
     "powers-softcap-bias": 16,
     "powers-softcap-bias-01": 48,  # with a temperature
     "powers-softcap-bias-11": 48,
     "centers-0": 192,  # float16 by float32 products
+    "counted-1": 640,  # after its loop, where float32 sums of earlier chunks are added
     "kept": 48,  # its two-dimensional tiles
     "split_nodes-1": 256,  # one program for 8,192 tokens
     "sampled_gradients-1": 256,  # after its loop

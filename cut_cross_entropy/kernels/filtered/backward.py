@@ -17,7 +17,14 @@ from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T, made_rows
 from cut_cross_entropy.kernels.exact import Wanted, exact_gradients
 from cut_cross_entropy.kernels.filtered.calibrate import calibrate, calibrates
-from cut_cross_entropy.kernels.filtered.flat import FlatTokens, are_few
+from cut_cross_entropy.kernels.filtered.captured import (
+    BUDGETS,
+    Choice,
+    exact_if,
+    first_flat,
+    is_supported,
+)
+from cut_cross_entropy.kernels.filtered.flat import FlatTokens, most_flat
 from cut_cross_entropy.kernels.filtered.grad_c import (
     ClassOrder,
     ClassRows,
@@ -43,6 +50,7 @@ from cut_cross_entropy.kernels.filtered.schedule import (
     ClassPass,
     make_schedule,
     rectangles,
+    store_all,
 )
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept, find_threshold, keep_strips
 from cut_cross_entropy.kernels.filtered.strips import (
@@ -85,12 +93,12 @@ class Outcome(NamedTuple):
 
     Args:
         grad_e: (N, D) dE in the caller's order and dtype, if wanted.
-        num_valid: number of valid tokens.
-        too_flat: whether the data is too flat for the filter; nothing was computed then.
+        num_valid: number of valid tokens; None while a CUDA graph is captured.
+        too_flat: whether all strips are to be taken; nothing was computed then.
     """
 
     grad_e: Tensor | None
-    num_valid: int
+    num_valid: int | None
     too_flat: bool
 
 
@@ -104,20 +112,20 @@ def filtered_gradients(
     """Compute gradients from the kept strips and the tail, unless the data is too flat for that.
 
     ``problem`` has c and bias contiguous, c of the compute dtype. The number of kept strips is read
-    from the device: the one synchronisation of a step.
+    from the device: the one synchronisation of a step. While a CUDA graph is captured, it stays
+    there.
     """
-    strips = saved.strips
-    if is_captured(strips):
-        raise RuntimeError(
-            "the filtered gradient reads the number of kept strips from the device, which a CUDA "
-            "graph cannot capture; use impl='cce_exact' or filter_eps=None"
-        )
+    strips, captured = saved.strips, is_captured(saved.strips)
+    if captured and not is_supported(problem, tokens, wanted):
+        return Outcome(None, None, too_flat=True)
     threshold = find_threshold(strips, tokens, filter_)
     if calibrates(problem, filter_) and tokens.eta is None:  # an entropy has another tail
         calibrate(problem, tokens, saved.support, threshold, filter_.max_error)
     kept = keep_strips(threshold)
+    if captured:
+        return Outcome(_captured_gradients(problem, tokens, wanted, kept), None, too_flat=False)
     counts = Counts(kept)
-    selection = _Selection.of(kept, problem)
+    selection = _Selection.of(kept, problem, problem.memory_budget)
     results = _Results.zeros(problem, wanted)
     num_strips = sum(counts.by_block)  # waits for the device, which is computing the selection
 
@@ -152,6 +160,37 @@ def filtered_gradients(
                 )
             )
     return Outcome(grad_e, counts.tokens, is_dense)
+
+
+def _captured_gradients(
+    problem: Problem, tokens: BackwardTokens, wanted: Wanted, kept: Kept
+) -> Tensor | None:
+    """Write the gradients by the path that the device chooses; return dE, if wanted."""
+    num_flat = min(most_flat(problem), BLOCK_T, tokens.a.shape[0])
+    selection = _Selection.of(kept, problem, BUDGETS * problem.memory_budget)
+    choice = Choice.of(
+        kept,
+        selection.listed,
+        num_flat,
+        share=dense_fraction(problem.c.shape[1]),
+        flat_share=FLAT_FRACTION,
+    )
+    selection.order.sizes.mul_(choice.is_filtered)
+    flat = None
+    if num_flat:
+        flat = FlatTokens.of(
+            problem, first_flat(tokens, num_flat), wanted, choice.num_flat, is_counted=True
+        )
+    peaked = tokens.without(tokens.is_flat)
+    results = _Results.zeros(problem, wanted)
+    work = _Work(problem, peaked, wanted, selection, None, flat=flat, **results._asdict())
+    _run(work)
+    if flat is not None:
+        flat.write_grad_e(problem, work.grad_e, wanted.low_e)
+    grad_e = work.grad_e
+    del work, flat, selection  # frees the strips before the chunks of the exact path
+    exact_if(choice.num_exact, problem, tokens, wanted, grad_e)
+    return grad_e
 
 
 def too_flat(num_strips: int, flat_tokens: int, num_tokens: int, shape: tuple[int, ...]) -> bool:
@@ -211,16 +250,15 @@ class _Selection:
     listed: StripList
 
     @classmethod
-    def of(cls, kept: Kept, problem: Problem) -> "_Selection":
+    def of(cls, kept: Kept, problem: Problem, budget: int) -> "_Selection":
+        """List as many strips as ``budget`` bytes hold."""
         c, low_c = problem.c, low_columns(problem)
         index = index_strips(kept)
         order = ClassOrder.of(kept, (0, c.shape[0]))
         low_centers = None if low_c is None else Tail.of(kept, low_c).centers
         # The lists of the dense path, or of strips that are not stored together, are not read.
         share = min(max(0.0, dense_fraction(c.shape[1])), 1.0)
-        most_strips = min(
-            min(problem.memory_budget, MAX_BUDGET) // STRIP_BYTES, int(share * kept.strips.numel())
-        )
+        most_strips = min(min(budget, MAX_BUDGET) // STRIP_BYTES, int(share * kept.strips.numel()))
         if isinstance(problem, MadeProblem):
             tail, most_strips = Tail.without_centers(kept, c.shape[1]), 0
         else:
@@ -264,19 +302,10 @@ def _kept_and_flat(
         peaked = tokens.without(tokens.is_flat)
         flat_first = torch.sort(tokens.is_flat.float(), stable=True, descending=True).indices
         all_flat = tokens.at(flat_first[: counts.flat_tokens])
-        if not is_made and are_few(problem, counts.flat_tokens):
-            flat = FlatTokens.of(problem, all_flat, wanted)
-    work = _Work(
-        problem,
-        peaked,
-        wanted,
-        selection,
-        counts,
-        tails=results.tails,
-        grad_e=results.grad_e,
-        bias_sums=results.bias_sums,
-        flat=flat,
-    )
+        if not is_made and counts.flat_tokens <= most_flat(problem):
+            count = selection.kept.statistics[-2]
+            flat = FlatTokens.of(problem, all_flat, wanted, count)
+    work = _Work(problem, peaked, wanted, selection, counts, flat=flat, **results._asdict())
     if flat is not None and work.bias_sums is not None:
         flat.add_bias_grads(work.bias_sums)
     if is_made:
@@ -301,7 +330,8 @@ class _Work:
 
     Args:
         problem, tokens, wanted: of the backward.
-        selection, counts: the kept strips, on the device and on the host.
+        selection, counts: the kept strips, on the device and on the host; the host does not know
+            them while a CUDA graph is captured.
         tails: tails of the tokens; final after the token passes.
         grad_e: (N, D) dE, if wanted.
         bias_sums: (V,) float32, if dbias is wanted.
@@ -312,7 +342,7 @@ class _Work:
     tokens: BackwardTokens
     wanted: Wanted
     selection: _Selection
-    counts: Counts
+    counts: Counts | None
     tails: TokenTails
     grad_e: Tensor | None
     bias_sums: Tensor | None
@@ -340,9 +370,12 @@ def _run(work: _Work) -> None:
     if wanted.c is not None and num_superblocks > 1:
         row_bytes = bytes_per_row(wanted.c, num_superblocks)
     budget = work.problem.memory_budget
-    if work.flat is not None:  # its gradients exist until the last pass
-        budget = max(1, budget - work.flat.grads.nbytes)
-    schedule = make_schedule(work.counts, budget, row_bytes, wanted.classes)
+    if work.counts is None:
+        schedule = store_all(work.selection.kept.shape, budget, row_bytes, wanted.classes)
+    else:
+        if work.flat is not None:  # its gradients exist until the last pass
+            budget = max(1, budget - work.flat.grads.nbytes)
+        schedule = make_schedule(work.counts, budget, row_bytes, wanted.classes)
     stored = None
     for rectangle in schedule.token_passes:
         stored = _store(work, rectangle)
@@ -361,6 +394,7 @@ def _run_made(work: _Work) -> None:
     """
     problem, wanted, selection = work.problem, work.wanted, work.selection
     assert isinstance(problem, MadeProblem)
+    assert work.counts is not None
     kept, counts = selection.kept, work.counts
     num_rows = kept.shape[0] * BLOCK_T
     low_c, rows = low_columns(problem), None
@@ -406,9 +440,11 @@ def _run_made(work: _Work) -> None:
 
 def _store(work: _Work, rectangle: Rectangle) -> StoredStrips:
     """Compute the strips of a rectangle."""
-    selection = work.selection
-    strips = list_strips(selection.kept, work.counts, selection.index, rectangle, selection.listed)
-    return strip_gradients(work.problem, work.tokens, strips, work.bias_sums is not None)
+    selection, strips, counts = work.selection, work.selection.listed, work.counts
+    if counts is not None:
+        strips = list_strips(selection.kept, counts, selection.index, rectangle, strips)
+    bias_grad, is_counted = work.bias_sums is not None, counts is not None
+    return strip_gradients(work.problem, work.tokens, strips, bias_grad, is_counted=is_counted)
 
 
 def _finish_tokens(work: _Work, stored: StoredStrips) -> None:
@@ -479,7 +515,8 @@ def _add_classes(
         order: of these classes or more; None: not known yet.
     """
     for superblock in range(*rectangle.superblocks):
-        first_slot = work.counts.first_slot(superblock, rectangle)
+        # All strips are stored if the host does not know them.
+        first_slot = 0 if work.counts is None else work.counts.first_slot(superblock, rectangle)
         part = Part(superblock, first_slot, chunks, work.classes(chunks))
         if work.bias_sums is not None:
             add_bias_grads(stored, work.selection.kept, part, work.bias_sums)
@@ -503,7 +540,9 @@ def _add_superblock(
     kept = work.selection.kept
     if order is None or order.classes.shape[1] != part.classes[1] - part.classes[0]:
         order = ClassOrder.of(kept, part.classes, part.superblock)
-    num_active = work.counts.active(part.superblock, part.chunks)
+    num_active = order.classes.shape[1]
+    if work.counts is not None:
+        num_active = work.counts.active(part.superblock, part.chunks)
     final = rows.sums is None
     write_grad_c(
         work.class_tokens,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cut_cross_entropy.implementations.token_chunks import class_slices
 from cut_cross_entropy.kernels.block_sizes import tiles_on
+from cut_cross_entropy.kernels.counted_products import counted_product
 from cut_cross_entropy.kernels.exact import Wanted, add_product, chunk_gradients
 from cut_cross_entropy.kernels.launch import cdiv
 from cut_cross_entropy.kernels.primitives import gather_rows
@@ -22,6 +23,7 @@ from cut_cross_entropy.problem import Problem, low_columns
 
 STEP = tl.constexpr(16)  # flat tokens per product of a tile of dC
 MOST = 512  # tokens: as many cost as much as to read and write dC once more
+SPLITS = 32  # of the classes, whose sums fill a GPU
 BUDGET_SHARE = 4  # of the memory budget, at most a fourth for their logit gradients
 
 
@@ -33,24 +35,40 @@ class FlatTokens:
         tokens: the tokens, F of them.
         grads: (F, stride) gradients of the compute dtype times ``tokens.scale``, by class.
         rows: (F, D) features of the tokens that the rows of dC are sums of.
+        count: () int32, how many of them are computed, the first ones.
+        is_counted: whether the host does not know this number.
     """
 
     tokens: BackwardTokens
     grads: Tensor
     rows: Tensor
+    count: Tensor
+    is_counted: bool = False
 
     @classmethod
-    def of(cls, problem: Problem, tokens: BackwardTokens, wanted: Wanted) -> "FlatTokens":
+    def of(
+        cls,
+        problem: Problem,
+        tokens: BackwardTokens,
+        wanted: Wanted,
+        count: Tensor,
+        is_counted: bool = False,
+    ) -> "FlatTokens":
         """Compute the logit gradients of all strips of some tokens."""
         num_classes, block_v = problem.c.shape[0], tiles_on(tokens.e.device).block_v
         stride = cdiv(num_classes, block_v) * block_v  # rows stay aligned
         grads = tokens.e.new_empty((tokens.e.shape[0], stride))
-        chunk_gradients(problem, tokens, (0, num_classes), grads[:, :num_classes])
-        return cls(tokens, grads, wanted.features(tokens).contiguous())
+        here = grads[:, :num_classes]
+        chunk_gradients(problem, tokens, (0, num_classes), here, count if is_counted else None)
+        return cls(tokens, grads, wanted.features(tokens).contiguous(), count, is_counted)
 
     def write_grad_e(self, problem: Problem, grad_e: Tensor | None, low_e: Tensor | None) -> None:
         """Write the tokens' rows of dE, and of the gradient of an adapter's ``low_e``."""
         grads = self.grads[:, : problem.c.shape[0]]
+        if self.is_counted and grad_e is not None:
+            parts = self._counted_parts(problem, grads)
+            scatter_rows(parts.sum(0), self.tokens.origin, grad_e)
+            return
         for columns, out in ((problem.c, grad_e), (low_columns(problem), low_e)):
             if columns is not None and out is not None:
                 shape = (grads.shape[0], columns.shape[1])
@@ -59,16 +77,24 @@ class FlatTokens:
                     add_product(total, grads[:, part], columns[part])
                 scatter_rows(total.div_(self.tokens.scale), self.tokens.origin, out)
 
+    def _counted_parts(self, problem: Problem, grads: Tensor) -> Tensor:
+        """Return rows of dE as (S, F, D) float32 sums over parts of the classes."""
+        shape = (SPLITS, grads.shape[0], problem.c.shape[1])
+        parts = torch.empty(shape, dtype=torch.float32, device=grads.device)
+        scale = self.tokens.scale
+        counted_product(grads, problem.c, parts, count=self.count, scale=scale, of_rows=True)
+        return parts
+
     def add_bias_grads(self, sums: Tensor) -> None:
         """Add the tokens to the sums of dbias, (V,) float32."""
         own = self.grads[:, : sums.shape[0]].sum(0, dtype=torch.float32)
         sums += own.div_(self.tokens.scale)
 
 
-def are_few(problem: Problem, num_tokens: int) -> bool:
-    """Whether so many flat tokens are added where dC is written, by count and memory."""
-    size = num_tokens * problem.c.shape[0] * problem.c.element_size()
-    return num_tokens <= MOST and size <= problem.memory_budget // BUDGET_SHARE
+def most_flat(problem: Problem) -> int:
+    """Return how many flat tokens are added where dC is written, at most: by count and memory."""
+    size = problem.c.shape[0] * problem.c.element_size()
+    return min(MOST, problem.memory_budget // BUDGET_SHARE // size)
 
 
 @triton.jit
@@ -76,7 +102,7 @@ def add_flat(
     total,  # (classes, columns) sums times the scale
     grads_ptr,  # (F, stride) see FlatTokens; None: there are none
     rows_ptr,  # (F, D)
-    num_flat,
+    num_flat_ptr,  # () int32
     stride,
     classes,  # (classes,)
     inside,  # (classes,)
@@ -85,6 +111,7 @@ def add_flat(
 ):
     """Add the logit gradients of flat tokens times their features."""
     if grads_ptr is not None:
+        num_flat = tl.load(num_flat_ptr)
         for first in range(0, num_flat, STEP):
             tokens = first + tl.arange(0, STEP)
             grads = tl.load(
@@ -102,6 +129,6 @@ def flat_arguments(flat: FlatTokens | None) -> dict[str, object]:
     return {
         "flat_grads_ptr": None if flat is None else flat.grads,
         "flat_rows_ptr": None if flat is None else flat.rows,
-        "num_flat": 0 if flat is None else flat.grads.shape[0],
+        "num_flat_ptr": None if flat is None else flat.count,
         "flat_stride": 16 if flat is None else flat.grads.stride(0),
     }

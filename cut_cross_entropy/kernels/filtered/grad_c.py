@@ -75,7 +75,7 @@ _UNALIGNED = [
 
 @triton.jit(
     do_not_specialize=[
-        "num_listed", "N", "first_block", "first_slot", "first_class", "has_sums", "num_flat",
+        "num_listed", "N", "first_block", "first_slot", "first_class", "has_sums", "num_flat_ptr",
         *_UNALIGNED,
     ]
 )  # fmt: skip
@@ -104,7 +104,7 @@ def grad_c_kernel(
     first_class,
     stride_out,
     has_sums,
-    num_flat,
+    num_flat_ptr,
     flat_stride,
     PARTIAL: tl.constexpr,
     LOW_BITS: tl.constexpr,
@@ -120,6 +120,9 @@ def grad_c_kernel(
     """Write BLOCK_N features of dC for one tile of classes and one superblock."""
     column = tl.program_id(0) * BLOCK_N
     tile = tl.program_id(1)
+    size = tl.load(sizes_ptr + tile)
+    if size == 0:  # no class keeps a strip
+        return
     positions = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = positions < num_listed
     classes = tl.load(order_ptr + positions, mask=inside, other=0)
@@ -130,7 +133,7 @@ def grad_c_kernel(
     # Slots of a class are in the order of its blocks, which is that of the loop.
     slot = tl.load(chunk_starts_ptr + classes // CHUNK, mask=inside, other=0) - first_slot
     slot += tl.load(offsets_ptr + classes, mask=inside, other=0)
-    for i in range(tl.load(sizes_ptr + tile) * parts):
+    for i in range(size * parts):
         bit = tl.load(unions_ptr + tile * SUPERBLOCK + i // parts)
         kept = ((masks >> bit.to(tl.int64)) & 1) != 0
         part = i % parts
@@ -179,7 +182,7 @@ def grad_c_kernel(
             total,
             grads_ptr=flat_grads_ptr,
             rows_ptr=flat_rows_ptr,
-            num_flat=num_flat,
+            num_flat_ptr=num_flat_ptr,
             stride=flat_stride,
             classes=classes,
             inside=inside,
@@ -192,9 +195,10 @@ def grad_c_kernel(
         tl.store(out_ptr + rows, total.to(out_ptr.dtype.element_ty), mask=here)
 
 
-@triton.jit(do_not_specialize=["order_ptr", "num_listed", "num_blocks"])
+@triton.jit(do_not_specialize=["order_ptr", "sizes_ptr", "num_listed", "num_blocks"])
 def list_dropped_kernel(
     order_ptr,  # (classes,)
+    sizes_ptr,  # (tiles,) see ClassOrder
     strips_ptr,  # (blocks, V)
     masks_ptr,  # (V,)
     out_ptr,  # (classes, SUPERBLOCK) uint8 out
@@ -202,10 +206,17 @@ def list_dropped_kernel(
     V,
     num_blocks,
     SUPERBLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """List the masses of the dropped strips of some classes, in the only superblock."""
-    positions = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """List the masses of the dropped strips of some classes, in the only superblock.
+
+    Tiles of classes that keep no strip are left out; BLOCK_R divides BLOCK_C.
+    """
+    first = tl.program_id(0) * BLOCK_R
+    if tl.load(sizes_ptr + first // BLOCK_C) == 0:
+        return
+    positions = first + tl.arange(0, BLOCK_R)
     inside = positions < num_listed
     classes = tl.load(order_ptr + positions, mask=inside, other=0)
     masks = tl.load(masks_ptr + classes, mask=inside, other=0)
@@ -221,7 +232,7 @@ def list_dropped_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "first_class", "num_superblocks", "num_blocks", "num_flat"]
+    do_not_specialize=["num_rows", "first_class", "num_superblocks", "num_blocks", "num_flat_ptr"]
 )
 def tail_rows_kernel(
     high_ptr,  # (V, D) sums or their upper bits, in the memory of dC; only if SUMS
@@ -240,7 +251,7 @@ def tail_rows_kernel(
     num_superblocks,
     num_blocks,
     stride_out,
-    num_flat,
+    num_flat_ptr,
     flat_stride,
     SUMS: tl.constexpr,
     LOW_BITS: tl.constexpr,
@@ -289,7 +300,7 @@ def tail_rows_kernel(
             sums,
             grads_ptr=flat_grads_ptr,
             rows_ptr=flat_rows_ptr,
-            num_flat=num_flat,
+            num_flat_ptr=num_flat_ptr,
             stride=flat_stride,
             classes=classes,
             inside=inside,
@@ -322,7 +333,7 @@ def tail_rows_kernel(
                     values,
                     grads_ptr=flat_grads_ptr,
                     rows_ptr=flat_rows_ptr,
-                    num_flat=num_flat,
+                    num_flat_ptr=num_flat_ptr,
                     stride=flat_stride,
                     classes=classes,
                     inside=idle,
@@ -419,6 +430,7 @@ def write_grad_c(
     active = order.classes[row, :num_active]
     for i, listed in enumerate(active.split(LISTED if sums is None else num_active)):
         tile = i * LISTED // BLOCK_C
+        sizes = order.sizes[row, tile:]
         launch(
             grad_c_kernel,
             (cdiv(dim, block_n), cdiv(listed.shape[0], BLOCK_C)),
@@ -428,10 +440,10 @@ def write_grad_c(
             masks_ptr=kept.masks[part.superblock],
             offsets_ptr=kept.offsets[part.superblock],
             unions_ptr=order.unions[row, tile:],
-            sizes_ptr=order.sizes[row, tile:],
+            sizes_ptr=sizes,
             chunk_starts_ptr=index.chunk_starts[part.superblock],
             scale_ptr=tokens.scale,
-            dropped_ptr=None if sums is not None else list_dropped(kept, listed),
+            dropped_ptr=None if sums is not None else list_dropped(kept, listed, sizes),
             block_sums_ptr=None if block_sums is None else block_sums.rows,
             out_ptr=rows.out if sums is None else sums.high,
             low_ptr=None if sums is None else sums.low,
@@ -459,10 +471,11 @@ def write_grad_c(
         )
 
 
-def list_dropped(kept: Kept, classes: Tensor) -> Tensor:
+def list_dropped(kept: Kept, classes: Tensor, sizes: Tensor) -> Tensor:
     """Return the masses of the dropped strips of ``classes`` in the only superblock.
 
-    The result is (classes, SUPERBLOCK) uint8, like the high byte of the strips; 0 where kept.
+    The result is (classes, SUPERBLOCK) uint8, like the high byte of the strips; 0 where kept. Rows
+    of tiles whose ``sizes`` are 0 (see ClassOrder) are not written.
     """
     shape = (classes.shape[0], SUPERBLOCK)
     dropped = torch.empty(shape, dtype=torch.uint8, device=classes.device)
@@ -471,6 +484,7 @@ def list_dropped(kept: Kept, classes: Tensor) -> Tensor:
         list_dropped_kernel,
         (cdiv(classes.shape[0], block_r),),
         order_ptr=classes,
+        sizes_ptr=sizes,
         strips_ptr=kept.strips,
         masks_ptr=kept.masks,
         out_ptr=dropped,
@@ -478,6 +492,7 @@ def list_dropped(kept: Kept, classes: Tensor) -> Tensor:
         V=kept.strips.shape[1],
         num_blocks=kept.shape[0],
         SUPERBLOCK=SUPERBLOCK,
+        BLOCK_C=BLOCK_C,
         BLOCK_R=block_r,
     )
     return dropped

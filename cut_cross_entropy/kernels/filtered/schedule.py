@@ -61,10 +61,7 @@ def make_schedule(counts: Counts, budget: int, row_bytes: int, need_classes: boo
 
     num_strips = sum(counts.by_block)
     if num_strips * STRIP_BYTES <= (budget if row_bytes == 0 else budget // 2):
-        everything = Rectangle((0, num_blocks), all_chunks, by_class=True)
-        ranges = _even_ranges(num_chunks, row_bytes * CHUNK, budget // 2) if need_classes else []
-        passes = tuple(ClassPass(chunks, (everything,)) for chunks in ranges)
-        return Schedule((everything,), passes, store_once=True)
+        return store_all((num_blocks, num_chunks), budget, row_bytes, need_classes)
 
     several_superblocks = len(counts.by_chunk) > 1
     # Partial sums and strips share the budget.
@@ -78,7 +75,7 @@ def make_schedule(counts: Counts, budget: int, row_bytes: int, need_classes: boo
     # all classes, if they fit.
     whole = rectangles(counts, all_chunks, capacity)
     shared = need_classes and several_superblocks and all(x.chunks == all_chunks for x in whole)
-    passes = ()
+    passes: tuple[ClassPass, ...] = ()
     if need_classes:
         passes = tuple(
             ClassPass(chunks, whole, finishes_tokens=True)
@@ -89,6 +86,20 @@ def make_schedule(counts: Counts, budget: int, row_bytes: int, need_classes: boo
     blocks = [] if shared else _ranges(counts.by_block, budget // STRIP_BYTES)
     tokens = tuple(Rectangle(some, all_chunks, by_class=False) for some in blocks)
     return Schedule(tokens, passes)
+
+
+def store_all(shape: Range, budget: int, row_bytes: int, need_classes: bool) -> Schedule:
+    """Store all strips once, whatever their number; half of the budget is for partial sums.
+
+    Args:
+        shape: numbers of blocks and of chunks.
+        budget, row_bytes, need_classes: see :func:`make_schedule`.
+    """
+    num_blocks, num_chunks = shape
+    everything = Rectangle((0, num_blocks), (0, num_chunks), by_class=True)
+    ranges = _even_ranges(num_chunks, row_bytes * CHUNK, budget // 2) if need_classes else []
+    passes = tuple(ClassPass(chunks, (everything,)) for chunks in ranges)
+    return Schedule((everything,), passes, store_once=True)
 
 
 def _ranges(counts: list[int], capacity: int, within: Range | None = None) -> list[Range]:

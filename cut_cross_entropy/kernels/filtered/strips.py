@@ -29,7 +29,7 @@ from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.problem import Problem, low_columns
 
 
-@triton.jit(do_not_specialize=["first_block"])
+@triton.jit(do_not_specialize=["num_tiles_ptr", "first_block"])
 def strip_gradients_kernel(
     e,  # (N, D)
     c_ptr,  # (V, D)
@@ -46,6 +46,7 @@ def strip_gradients_kernel(
     classes_ptr,  # (K,)
     slots_ptr,  # (K,)
     starts_ptr,  # (blocks + 1,)
+    num_tiles_ptr,  # () int32, or None if there are as many as programs
     tile_block_ptr,  # (tiles,) block of a tile, counted from first_block
     tile_start_ptr,  # (tiles,) its first strip
     grad_ptr,  # (K, BLOCK_T) out
@@ -64,6 +65,9 @@ def strip_gradients_kernel(
 ):
     """Write the logit gradients of one tile of strips."""
     tile = tl.program_id(0)
+    if num_tiles_ptr is not None:  # noqa: SIM102 (a constant, then a value of the device)
+        if tile >= tl.load(num_tiles_ptr):
+            return
     local_block = tl.load(tile_block_ptr + tile)
     strips = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_S)
     inside = strips < tl.load(starts_ptr + local_block + 1)
@@ -123,9 +127,17 @@ class StoredStrips:
 
 
 def strip_gradients(
-    problem: Problem, tokens: BackwardTokens, strips: StripList, bias_grad: bool
+    problem: Problem,
+    tokens: BackwardTokens,
+    strips: StripList,
+    bias_grad: bool,
+    *,
+    is_counted: bool = True,
 ) -> StoredStrips:
-    """Compute the logit gradients of listed strips, and their sums if ``bias_grad``."""
+    """Compute the logit gradients of listed strips, and their sums if ``bias_grad``.
+
+    Unless ``is_counted``, the list has room for more strips than there are.
+    """
     e, c, tiles = tokens.e, problem.c, tiles_on(tokens.e.device)
     num_strips, num_tiles = strips.classes.shape[0], strips.tile_block.shape[0]
     grads = torch.empty((num_strips, BLOCK_T), dtype=e.dtype, device=e.device)
@@ -147,6 +159,7 @@ def strip_gradients(
         **pointers(tokens, "low_e lse a b targets scale eta multiplier"),
         **pointers(strips, "classes slots tile_block tile_start"),
         starts_ptr=strips.index.block_starts,
+        num_tiles_ptr=None if is_counted else strips.index.first_tile[-1],
         grad_ptr=grads,
         bias_grad_ptr=bias_grads,
         kept_mass_ptr=kept_mass,
