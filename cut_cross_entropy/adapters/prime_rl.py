@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from cut_cross_entropy.adapters.seam import Adapter, Seam, in_dtype_of
+from cut_cross_entropy.token_logprobs import TokenLogprobs
 
 _PARAMETERS = ("hidden", "weight", "labels", "inv_temperature", "chunk_size")
 
@@ -37,6 +38,14 @@ def prime_rl(**options: Any) -> Adapter:
     """
     adapter = Adapter(options)
 
+    def with_entropy(
+        hidden: Tensor, weight: Tensor, labels: Tensor, inv_temperature: Tensor, **more: Any
+    ) -> TokenLogprobs:
+        weight, temperature = in_dtype_of(hidden, weight), inv_temperature.reciprocal()
+        return adapter.compute(
+            hidden, weight, labels, temperature=temperature, outputs=["entropy"], **more
+        )
+
     def logprobs_and_entropy(
         hidden: Tensor,  # (N, D)
         weight: Tensor,  # (V, D)
@@ -46,14 +55,9 @@ def prime_rl(**options: Any) -> Adapter:
         *mask: Any,  # of later versions: (N, K) ids or None, and whether to return their logprobs
     ) -> tuple[Any, ...]:
         support, wanted = mask or (None, False)
-        result = adapter.compute(
-            hidden,
-            in_dtype_of(hidden, weight),
-            labels,
-            temperature=inv_temperature.reciprocal(),
-            support=support,
-            candidates=support if wanted else None,
-            outputs=["entropy"],
+        candidates = support if wanted else None
+        result = with_entropy(
+            hidden, weight, labels, inv_temperature, support=support, candidates=candidates
         )
         if not mask:
             return result.logprobs, result.entropy
@@ -70,14 +74,7 @@ def prime_rl(**options: Any) -> Adapter:
         chunk_size: int,
         softcap: float,
     ) -> tuple[Any, ...]:
-        result = adapter.compute(
-            hidden,
-            in_dtype_of(hidden, weight),
-            labels,
-            temperature=inv_temperature.reciprocal(),
-            softcap=softcap,
-            outputs=["entropy"],
-        )
+        result = with_entropy(hidden, weight, labels, inv_temperature, softcap=softcap)
         return result.logprobs, result.entropy
 
     return adapter.install((SEAM, logprobs_and_entropy), (GEMMA_SEAM, of_gemma))

@@ -111,7 +111,7 @@ def further_sums(
         launch(
             further_sums_kernel,
             (cdiv(num_tokens, BLOCK_T),),
-            **pointers(segments, "lse entropy p_squares rank highest", suffix="_parts_ptr"),
+            **pointers(segments, "lse entropy p_squares rank highest", form="{}_parts_ptr"),
             limits_ptr=limits,
             origin_ptr=tokens.origin,
             **pointers(results, "entropy log_sum_sq rank max_logit"),

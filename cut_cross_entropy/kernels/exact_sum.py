@@ -440,7 +440,7 @@ def _one_pass(
     if exact.c and unit is not None:
         grads.c.div_(unit.e)
     if exact.c or exact.bias:
-        _add_targets(tokens, target, grads.c, grads.bias, exact)
+        _add_targets(tokens, target, grads, exact)
     return SumGradients(nll.sum(), *grads), found
 
 
@@ -533,9 +533,7 @@ def _weighted_sum(powers: Tensor, factor: Tensor, unit: Tensor | None) -> Tensor
     return sums.sum(1) if unit is None else sums.sum(1).div_(unit)
 
 
-def _add_targets(
-    tokens: Tokens, target: Tensor, grad_c: Tensor, grad_bias: Tensor, needed: Needed
-) -> None:
+def _add_targets(tokens: Tokens, target: Tensor, grads: Gradients, needed: Needed) -> None:
     """Add what the targets contribute to dC and to the gradient of the bias."""
     num_tokens, dim = tokens.e.shape
     ordered, order = torch.sort(tokens.targets, stable=True)
@@ -547,8 +545,7 @@ def _add_targets(
         order_ptr=order,
         e_ptr=tokens.e,
         target_ptr=target,
-        grad_c_ptr=grad_c,
-        grad_bias_ptr=grad_bias,
+        **pointers(grads, "c bias", "grad_{}_ptr"),
         N=num_tokens,
         D=dim,
         NEED_C=needed.c,

@@ -216,17 +216,17 @@ def kind_of(argument: Any, specialised: bool) -> Any:
     return type(argument).__name__
 
 
-def pointers(source: object, names: str, suffix: str = "_ptr") -> dict[str, Any]:
+def pointers(source: object, names: str, form: str = "{}_ptr") -> dict[str, Any]:
     """Return attributes of ``source`` as arguments of a kernel: ``lse`` is its ``lse_ptr``.
 
     Args:
         source: an object, or None for None each.
         names: of the attributes, separated by spaces.
-        suffix: of the arguments.
+        form: what the argument of a name is called.
     """
     if source is None:
-        return {name + suffix: None for name in names.split()}
-    return {name + suffix: getattr(source, name) for name in names.split()}
+        return {form.format(name): None for name in names.split()}
+    return {form.format(name): getattr(source, name) for name in names.split()}
 
 
 def cdiv(a: int, b: int) -> int:

@@ -21,8 +21,14 @@ from torch import Tensor
 
 from cut_cross_entropy.distributed.collectives import gather_shards, maximum_over_group
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.block_sizes import Tiles, product_arguments, swizzle_width, tiles_on
-from cut_cross_entropy.kernels.launch import cdiv, launch
+from cut_cross_entropy.kernels.block_sizes import (
+    Programs,
+    Tiles,
+    product_arguments,
+    swizzle_width,
+    tiles_on,
+)
+from cut_cross_entropy.kernels.launch import cdiv, launch, pointers
 from cut_cross_entropy.kernels.primitives import (
     FORCED,
     fold_rows,
@@ -317,32 +323,19 @@ def vocabulary_pass(
             rank=_further(shape, asked.rank, e.device, torch.int32),
             highest=_further(shape, asked.max_logit, e.device),
         )
+    programs = Programs(num_blocks, segment_tiles, num_segments, swizzle_width(num_blocks, e))
     launch(
         vocabulary_pass_kernel,
-        (num_blocks * num_segments,),
-        bias_ptr=inputs.bias,
-        low_e_ptr=inputs.low_e,
-        low_c_ptr=inputs.low_c,
-        bound_ptr=inputs.bound,
-        lse_ptr=results.lse,
-        squares_ptr=results.squares,
+        programs.grid,
+        **pointers(inputs, "bias low_e low_c bound multiplier limits targets"),
+        **pointers(results, "lse squares entropy p_squares rank highest"),
         strips_ptr=strips,
         energy_bound_ptr=None if strips is None else inputs.strip_bound,
-        multiplier_ptr=inputs.multiplier,
-        limits_ptr=inputs.limits,
-        targets_ptr=inputs.targets,
-        entropy_ptr=results.entropy,
-        p_squares_ptr=results.p_squares,
-        rank_ptr=results.rank,
-        highest_ptr=results.highest,
         flag_ptr=inputs.flags,
         N=num_tokens,
         V=num_classes,
         softcap=inputs.softcap,
-        segment_tiles=segment_tiles,
-        num_segments=num_segments,
-        num_blocks=num_blocks,
-        swizzle_width=swizzle_width(num_blocks, e),
+        **programs._asdict(),
         ONLINE=online,
         ONLY_FLAGGED=repair is not None,
         LOW_RANK=0 if inputs.low_c is None else inputs.low_c.shape[1],
@@ -507,11 +500,9 @@ def finish(
     launch(
         finish_kernel,
         (cdiv(num_tokens, BLOCK_T),),
-        lse_parts_ptr=segments.lse,
-        squares_parts_ptr=segments.squares,
+        **pointers(segments, "lse squares", "{}_parts_ptr"),
+        **pointers(tokens, "targets origin"),
         logits_ptr=logits,
-        targets_ptr=tokens.targets,
-        origin_ptr=tokens.origin,
         bound_ptr=bound,
         nll_ptr=nll,
         lse_ptr=lse,

@@ -30,7 +30,7 @@ from cut_cross_entropy.kernels.filtered.calibrate_kernels import (
 )
 from cut_cross_entropy.kernels.filtered.measure import ROUNDING
 from cut_cross_entropy.kernels.filtered.selection import Threshold
-from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch
+from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch, pointers
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.problem import Filter, MadeProblem, Problem, low_columns
 
@@ -108,9 +108,7 @@ def draw_tokens(tokens: BackwardTokens, support: Tensor) -> tuple[Tensor, Tensor
     launch(
         draw_tokens_kernel,
         (1,),
-        a_ptr=tokens.a,
-        b_ptr=tokens.b,
-        target_grad_ptr=tokens.target_grad,
+        **pointers(tokens, "a b target_grad"),
         support_ptr=support,
         sums_ptr=sums,
         rows_ptr=rows,
@@ -167,15 +165,10 @@ def sampled_sums(
             (cdiv(stop - first, block_v),),
             e=left_rows,
             c=c_rows,
-            low_e_ptr=tokens.low_e,
+            **pointers(tokens, "low_e lse a b targets multiplier"),
             low_c_ptr=low_c,
             rows_ptr=rows,
             bias_ptr=problem.bias,
-            lse_ptr=tokens.lse,
-            a_ptr=tokens.a,
-            b_ptr=tokens.b,
-            targets_ptr=tokens.targets,
-            multiplier_ptr=tokens.multiplier,
             out_ptr=grads,
             V=num_classes,
             D=dim,
