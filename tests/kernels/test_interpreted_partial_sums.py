@@ -41,14 +41,12 @@ def store_and_load_kernel(
         element = tl.arange(0, ROWS)[:, None] * D + columns[None, :]
         here = inside[:, None] & (columns < D)[None, :]
         values = tl.load(values_ptr + element, mask=here, other=0.0)
-        store_sums(
-            high_ptr, low_ptr, values, classes, column, inside, first_class, D, stride, LOW_BITS
-        )
+        cells, table = (classes, column, inside), (first_class, D, stride)
+        store_sums(high_ptr, low_ptr, values, cells, table, LOW_BITS)
     for column in range(0, D, COLUMNS):
         columns = column + tl.arange(0, COLUMNS)
-        found = load_sums(
-            high_ptr, low_ptr, classes, columns, inside, first_class, D, stride, LOW_BITS
-        )
+        cells, table = (classes, columns, inside), (first_class, D, stride)
+        found = load_sums(high_ptr, low_ptr, cells, table, LOW_BITS)
         element = tl.arange(0, ROWS)[:, None] * D + columns[None, :]
         tl.store(out_ptr + element, found, mask=inside[:, None] & (columns < D)[None, :])
 

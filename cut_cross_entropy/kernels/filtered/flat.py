@@ -103,13 +103,12 @@ def add_flat(
     grads_ptr,  # (F, stride) see FlatTokens; None: there are none
     rows_ptr,  # (F, D)
     num_flat_ptr,  # () int32
+    cells,  # classes, columns, whether there is such a class
     stride,
-    classes,  # (classes,)
-    inside,  # (classes,)
-    columns,  # (columns,)
     D,
 ):
     """Add the logit gradients of flat tokens times their features."""
+    classes, columns, inside = cells
     if grads_ptr is not None:
         num_flat = tl.load(num_flat_ptr)
         for first in range(0, num_flat, STEP):

@@ -149,45 +149,20 @@ def grad_c_kernel(
         slot += (kept & (part == parts - 1)).to(tl.int32)
     columns = column + tl.arange(0, BLOCK_N)
     if PARTIAL:
+        table = (first_class, D, stride_out)
         if has_sums:
             total += load_sums(
-                out_ptr,
-                low_ptr=low_ptr,
-                classes=classes,
-                columns=columns,
-                inside=inside,
-                first_class=first_class,
-                D=D,
-                stride=stride_out,
-                LOW_BITS=LOW_BITS,
+                out_ptr, low_ptr, (classes, columns, inside), table, LOW_BITS=LOW_BITS
             )
-        store_sums(
-            out_ptr,
-            low_ptr=low_ptr,
-            sums=total,
-            classes=classes,
-            column=column,
-            inside=inside,
-            first_class=first_class,
-            D=D,
-            stride=stride_out,
-            LOW_BITS=LOW_BITS,
-        )
+        store_sums(out_ptr, low_ptr, total, (classes, column, inside), table, LOW_BITS=LOW_BITS)
     else:
         blocks = tl.arange(0, SUPERBLOCK)
         dropped = dropped_ptr + positions[:, None] * SUPERBLOCK + blocks[None, :]
         masses = byte_to_value(tl.load(dropped, mask=inside[:, None], other=0))
         block_sums = gather_rows(block_sums_ptr, blocks, blocks >= 0, columns, D)
+        cells = (classes, columns, inside)
         total = add_flat(
-            total,
-            grads_ptr=flat_grads_ptr,
-            rows_ptr=flat_rows_ptr,
-            num_flat_ptr=num_flat_ptr,
-            stride=flat_stride,
-            classes=classes,
-            inside=inside,
-            columns=columns,
-            D=D,
+            total, flat_grads_ptr, flat_rows_ptr, num_flat_ptr, cells, stride=flat_stride, D=D
         )
         total = tail_product(masses, block_sums, total / tl.load(scale_ptr), BF16)
         here = inside[:, None] & (columns < D)[None, :]
@@ -268,44 +243,20 @@ def tail_rows_kernel(
     inside = positions < num_rows
     classes = (first_class + positions).to(tl.int64)
     rows = classes[:, None] * stride_out
+    kept = (strips_ptr, masks_ptr, V, num_blocks)
     if SUMS:
         columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
         values = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for superblock in range(num_superblocks):
-            masses = load_dropped(
-                strips_ptr,
-                masks_ptr=masks_ptr,
-                superblock=superblock,
-                classes=classes,
-                inside=inside,
-                V=V,
-                num_blocks=num_blocks,
-                SUPERBLOCK=SUPERBLOCK,
-            )
+            masses = load_dropped(kept, superblock, classes, inside, SUPERBLOCK)
             blocks = superblock * SUPERBLOCK + tl.arange(0, SUPERBLOCK)
             block_sums = gather_rows(block_sums_ptr, blocks, blocks >= 0, columns, D)
             values = tail_product(masses.T, block_sums, values, BF16)
-        sums = load_sums(
-            high_ptr,
-            low_ptr=low_ptr,
-            classes=classes,
-            columns=columns,
-            inside=inside,
-            first_class=first_class,
-            D=D,
-            stride=stride_out,
-            LOW_BITS=LOW_BITS,
-        )
+        table = (first_class, D, stride_out)
+        cells = (classes, columns, inside)
+        sums = load_sums(high_ptr, low_ptr, cells, table, LOW_BITS=LOW_BITS)
         sums = add_flat(
-            sums,
-            grads_ptr=flat_grads_ptr,
-            rows_ptr=flat_rows_ptr,
-            num_flat_ptr=num_flat_ptr,
-            stride=flat_stride,
-            classes=classes,
-            inside=inside,
-            columns=columns,
-            D=D,
+            sums, flat_grads_ptr, flat_rows_ptr, num_flat_ptr, cells, stride=flat_stride, D=D
         )
         values += sums / tl.load(scale_ptr)
         here = inside[:, None] & (columns < D)[None, :]
@@ -313,33 +264,24 @@ def tail_rows_kernel(
         tl.store(out, values.to(out_ptr.dtype.element_ty), mask=here)
     else:
         idle = inside & (tl.load(masks_ptr + classes, mask=inside, other=1) == 0)
-        masses = load_dropped(
-            strips_ptr,
-            masks_ptr=masks_ptr,
-            superblock=0,
-            classes=classes,
-            inside=idle,
-            V=V,
-            num_blocks=num_blocks,
-            SUPERBLOCK=SUPERBLOCK,
-        ).T
+        masses = load_dropped(kept, 0, classes, idle, SUPERBLOCK).T
         blocks = tl.arange(0, SUPERBLOCK)
         for start in range(0, D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             block_sums = gather_rows(block_sums_ptr, blocks, blocks >= 0, columns, D)
             values = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
             if flat_grads_ptr is not None:
+                cells = (classes, columns, idle)
                 values = add_flat(
                     values,
-                    grads_ptr=flat_grads_ptr,
-                    rows_ptr=flat_rows_ptr,
-                    num_flat_ptr=num_flat_ptr,
+                    flat_grads_ptr,
+                    flat_rows_ptr,
+                    num_flat_ptr,
+                    cells,
                     stride=flat_stride,
-                    classes=classes,
-                    inside=idle,
-                    columns=columns,
                     D=D,
-                ) / tl.load(scale_ptr)
+                )
+                values /= tl.load(scale_ptr)
             values = tail_product(masses, block_sums, values, BF16)
             here = idle[:, None] & (columns < D)[None, :]
             out = out_ptr + rows + columns[None, :]

@@ -28,15 +28,13 @@ def low_bytes_per_row(D, LOW_BITS: tl.constexpr):
 def load_sums(
     high_ptr,  # (V, D) float32 sums or, as int16, their upper bits
     low_ptr,  # (classes, bytes per row) uint8: the next bits; those of two columns if there are 4
-    classes,  # (R,)
-    columns,  # (C,)
-    inside,  # (R,)
-    first_class,  # of ``low_ptr``
-    D,
-    stride,  # of ``high_ptr``
+    cells,  # classes (R,), columns (C,), whether there is such a class (R,)
+    table,  # first class of ``low_ptr``, D, stride of ``high_ptr``
     LOW_BITS: tl.constexpr,  # 0, 4 or 8
 ):
     """Load the sums of some rows and columns, float32 (R, C)."""
+    classes, columns, inside = cells
+    first_class, D, stride = table
     here = inside[:, None] & (columns < D)[None, :]
     elements = classes.to(tl.int64)[:, None] * stride + columns[None, :]
     if LOW_BITS == 0:
@@ -60,15 +58,13 @@ def store_sums(
     high_ptr,  # see load_sums
     low_ptr,
     sums,  # (R, C)
-    classes,
-    column,  # the first; a multiple of 2 * APART
-    inside,
-    first_class,
-    D,
-    stride,
+    cells,  # the same with the first column instead of all, a multiple of 2 * APART
+    table,
     LOW_BITS: tl.constexpr,
 ):
     """Store the sums that :func:`load_sums` loads."""
+    classes, column, inside = cells
+    first_class, D, stride = table
     num_rows: tl.constexpr = sums.shape[0]
     num_columns: tl.constexpr = sums.shape[1]
     columns = column + tl.arange(0, num_columns)

@@ -44,16 +44,14 @@ def dropped_mass(strips, masks, blocks):
 
 @triton.jit
 def load_dropped(
-    strips_ptr,  # (blocks, V) int16
-    masks_ptr,  # (superblocks, V) int64
+    kept,  # pointers to (blocks, V) int16 and (superblocks, V) int64; V and the number of blocks
     superblock,
     classes,  # (R,) consecutive
     inside,  # (R,)
-    V,
-    num_blocks,
     SUPERBLOCK: tl.constexpr,
 ):
     """Load the dropped masses of some classes in the blocks of one superblock, (SUPERBLOCK, R)."""
+    strips_ptr, masks_ptr, V, num_blocks = kept
     bits = tl.arange(0, SUPERBLOCK)
     blocks = superblock * SUPERBLOCK + bits
     here = (blocks < num_blocks)[:, None] & inside[None, :]
@@ -87,19 +85,11 @@ def centers_kernel(
     total = tl.zeros((SUPERBLOCK, BLOCK_D), tl.float32)
     first = first_class + split * rows_per_split
     stop = min(stop_class, first + rows_per_split)
+    kept = (strips_ptr, masks_ptr, V, num_blocks)
     for start in tl.range(first, stop, BLOCK_R, num_stages=3):
         classes = start + tl.arange(0, BLOCK_R)
         inside = classes < stop
-        masses = load_dropped(
-            strips_ptr,
-            masks_ptr=masks_ptr,
-            superblock=superblock,
-            classes=classes,
-            inside=inside,
-            V=V,
-            num_blocks=num_blocks,
-            SUPERBLOCK=SUPERBLOCK,
-        )
+        masses = load_dropped(kept, superblock, classes, inside, SUPERBLOCK)
         rows = gather_rows(c_ptr, classes - first_class, inside, columns, D)
         total = tail_product(masses, rows, total, BF16)
     blocks = superblock * SUPERBLOCK + tl.arange(0, SUPERBLOCK)
@@ -437,17 +427,9 @@ def tail_bias_kernel(
     inside = classes < stop_class
     total = tl.load(kept_ptr + classes, mask=inside, other=0.0)
     blocks = tl.arange(0, SUPERBLOCK)
+    kept = (strips_ptr, masks_ptr, V, num_blocks)
     for superblock in range(num_superblocks):
-        masses = load_dropped(
-            strips_ptr,
-            masks_ptr=masks_ptr,
-            superblock=superblock,
-            classes=classes,
-            inside=inside,
-            V=V,
-            num_blocks=num_blocks,
-            SUPERBLOCK=SUPERBLOCK,
-        )
+        masses = load_dropped(kept, superblock, classes, inside, SUPERBLOCK)
         weights = tl.load(weights_ptr + superblock * SUPERBLOCK + blocks)
         total += tl.sum(masses * weights[:, None], 0)
     tl.store(out_ptr + classes, total.to(out_ptr.dtype.element_ty), mask=inside)
