@@ -26,14 +26,13 @@ RELATIVE, TEACHER_RELATIVE = range(2)
 @triton.jit
 def load_logits(
     products_ptr,  # (T, stride) of one of the models
-    row,
-    block,  # class ids, number of classes, stride
+    block,  # row, class ids, number of classes, stride
     bias_ptr,  # (classes,), or None, like the two that follow
     multiplier_ptr,  # (T,)
     softcap,
 ):
     """Load some logits of one token from the products, in units of log2, (1, BLOCK)."""
-    classes, num_classes, stride = block
+    row, classes, num_classes, stride = block
     inside = classes < num_classes
     multiplier = None
     if multiplier_ptr is not None:
@@ -122,15 +121,10 @@ def add_sums_kernel(
         others = tl.where(begin, tl.load(sums_ptr + 2 * num_tokens + row), others)
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        block = (classes, num_classes, stride)
-        student = load_logits(student_ptr, row, block, bias_ptr, multiplier_ptr, softcap=softcap)
+        block = (row, classes, num_classes, stride)
+        student = load_logits(student_ptr, block, bias_ptr, multiplier_ptr, softcap)
         teacher = load_logits(
-            teacher_ptr,
-            row,
-            block,
-            teacher_bias_ptr,
-            teacher_multiplier_ptr,
-            softcap=teacher_softcap,
+            teacher_ptr, block, teacher_bias_ptr, teacher_multiplier_ptr, teacher_softcap
         )
         high, fall, shrink = rebase(high, student)
         teacher_high, teacher_fall, teacher_shrink = rebase(teacher_high, teacher)
@@ -195,15 +189,10 @@ def add_mixture_sums_kernel(
     log_share = tl.log2(share)
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        block = (classes, num_classes, stride)
-        student = load_logits(student_ptr, row, block, bias_ptr, multiplier_ptr, softcap=softcap)
+        block = (row, classes, num_classes, stride)
+        student = load_logits(student_ptr, block, bias_ptr, multiplier_ptr, softcap)
         teacher = load_logits(
-            teacher_ptr,
-            row,
-            block,
-            teacher_bias_ptr,
-            teacher_multiplier_ptr,
-            softcap=teacher_softcap,
+            teacher_ptr, block, teacher_bias_ptr, teacher_multiplier_ptr, teacher_softcap
         )
         log_p = student - lse
         log_q = teacher - teacher_lse
@@ -259,15 +248,10 @@ def logit_gradients_kernel(
     row_sum = tl.zeros((1, BLOCK), tl.float32)
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        block = (classes, num_classes, stride)
-        student = load_logits(student_ptr, row, block, bias_ptr, multiplier_ptr, softcap=softcap)
+        block = (row, classes, num_classes, stride)
+        student = load_logits(student_ptr, block, bias_ptr, multiplier_ptr, softcap)
         teacher = load_logits(
-            teacher_ptr,
-            row,
-            block,
-            teacher_bias_ptr,
-            teacher_multiplier_ptr,
-            softcap=teacher_softcap,
+            teacher_ptr, block, teacher_bias_ptr, teacher_multiplier_ptr, teacher_softcap
         )
         inside = (classes < num_classes)[None, :]
         log_p = student - lse

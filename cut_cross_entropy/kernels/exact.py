@@ -166,16 +166,11 @@ def chunk_gradients_kernel(
     product = low_rank_product(
         low_e_ptr, low_c_ptr, (tokens, classes), (is_token, classes < V), LOW_RANK, TOKEN_AXIS=0
     )
+    shape = (N, V, D)
     for i in tl.range(0, tiles * steps, flatten=True):
+        step = (i, block * BLOCK_T, start)
         product = multiply_step(
-            product,
-            e,
-            c,
-            i,
-            first=(block * BLOCK_T, start),
-            shape=(N, V, D),
-            TMA=(E_TMA, C_TMA),
-            TILE=(BLOCK_T, BLOCK_V, BLOCK_D),
+            product, e, c, step, shape, TMA=(E_TMA, C_TMA), TILE=(BLOCK_T, BLOCK_V, BLOCK_D)
         )
         if i % steps == steps - 1:
             v = start + (i // steps) * BLOCK_V

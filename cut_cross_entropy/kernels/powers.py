@@ -139,16 +139,11 @@ def powers_kernel(
     NUM_PARTS: tl.constexpr = 2 if BLOCK_V > BLOCK_T else 1
     PART: tl.constexpr = BLOCK_V // NUM_PARTS
     product = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    shape = (N, V, D)
     for i in tl.range(0, tiles * steps, flatten=True):
+        step = (i, block * BLOCK_T, start)
         product = multiply_step(
-            product,
-            e,
-            c,
-            i,
-            first=(block * BLOCK_T, start),
-            shape=(N, V, D),
-            TMA=(E_TMA, C_TMA),
-            TILE=(BLOCK_T, BLOCK_V, BLOCK_D),
+            product, e, c, step, shape, TMA=(E_TMA, C_TMA), TILE=(BLOCK_T, BLOCK_V, BLOCK_D)
         )
         if i % steps == steps - 1:
             v = start + (i // steps) * BLOCK_V

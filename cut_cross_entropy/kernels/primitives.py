@@ -61,8 +61,7 @@ def multiply_step(
     product,  # (BLOCK_T, BLOCK_V) of the tile so far
     e,  # (N, D), a tensor descriptor or a pointer, like the one that follows
     c,  # (V, D)
-    i,  # index of the step
-    first,  # token, and class of the first tile
+    step,  # its index, the first token, the first class of the first tile
     shape,  # (N, V, D)
     TMA,  # whether e and c are descriptors
     TILE,  # (BLOCK_T, BLOCK_V, BLOCK_D)
@@ -71,14 +70,15 @@ def multiply_step(
 
     With one loop, loads of the next tile overlap a tile's end.
     """
+    i, first_token, first_class = step
     N, V, D = shape
     BLOCK_T: tl.constexpr = TILE[0]
     BLOCK_V: tl.constexpr = TILE[1]
     BLOCK_D: tl.constexpr = TILE[2]
     steps = tl.cdiv(D, BLOCK_D)
     column = i % steps * BLOCK_D
-    v = first[1] + (i // steps) * BLOCK_V
-    e_tile = load_rows(e, first[0], N, column, D, USE_TMA=TMA[0], ROWS=BLOCK_T, COLUMNS=BLOCK_D)
+    v = first_class + (i // steps) * BLOCK_V
+    e_tile = load_rows(e, first_token, N, column, D, USE_TMA=TMA[0], ROWS=BLOCK_T, COLUMNS=BLOCK_D)
     c_tile = load_rows(c, v, V, column, D, USE_TMA=TMA[1], ROWS=BLOCK_V, COLUMNS=BLOCK_D)
     return tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
 
