@@ -13,8 +13,8 @@ MIN_TOKENS_WITHOUT_C = 256
 MIN_PAIRS = 384
 MIN_PAIRS_WITHOUT_C = 192
 
-FILTER_GROUPS = 64
-"""Groups of tokens of which the filter of a divergence stores the sums of all classes, at most."""
+FILTER_DIRECTIONS = 64
+"""Directions of embeddings and of classes that stand for what the filter of a divergence drops."""
 FILTER_BYTES = 48  # of a class, for its energy and for the order of all
 
 
@@ -54,7 +54,8 @@ def divergence_tokens_per_chunk(
         if side.compute_dtype.itemsize == 2 and not uses_half_products(side):
             num_bytes -= student.memory_budget // WIDENED_SHARE
     if is_filtered:
-        num_bytes -= num_classes * (FILTER_GROUPS * student.compute_dtype.itemsize + FILTER_BYTES)
+        itemsize = student.compute_dtype.itemsize
+        num_bytes -= num_classes * (FILTER_DIRECTIONS * (itemsize + 4) + FILTER_BYTES)
     per_token = 8 * num_classes + 4 * dim  # float32 logits, and a row of dE
     per_token += sum(side.compute_dtype.itemsize * side.e.shape[1] for side in sides)
     tokens = min(num_bytes // per_token, MAX_ELEMENTS // max(num_classes, 1))

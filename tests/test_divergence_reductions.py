@@ -359,6 +359,8 @@ def test_memory_of_kernels(filter_eps, monkeypatch):
         monkeypatch.setattr(module, "launch", lambda kernel, grid, **arguments: None)
     monkeypatch.setattr(divergence_columns, "LEAST_PRODUCTS", 0)
     monkeypatch.setattr(divergence_columns, "LEAST_ROWS", 64)
+    for module in (budget, divergence_columns):
+        monkeypatch.setattr(module, "FILTER_DIRECTIONS", 4)
     chosen = []
 
     def half(energies, tolerance):
@@ -423,6 +425,7 @@ def test_no_filter_where_factors_are_copied(dtype, monkeypatch):
     called = []
     monkeypatch.setattr(divergence_columns, "LEAST_PRODUCTS", 0)
     monkeypatch.setattr(divergence_columns, "choose_classes", lambda *_: called.append(1))
+    monkeypatch.setattr(divergence_columns, "FILTER_DIRECTIONS", 4)
     tensors, targets = problem(dtype=torch.float32)
     for used in (dtype, torch.float32):
         leaves = leaves_of({name: x.to(used) for name, x in tensors.items()})

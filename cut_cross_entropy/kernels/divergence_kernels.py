@@ -225,7 +225,6 @@ def logit_gradients_kernel(
     miss_ptr,  # (T,) gradient by the logit of the target; read with g_logprob_ptr, like the next
     columns_ptr,  # (T,) column of the target; negative if it is not here
     grad_ptr,  # (T, grad_stride) out, in the memory of student_ptr
-    row_sums_ptr,  # (T,) out: sums over the classes; None if not wanted
     share,
     rest,
     num_classes,
@@ -245,7 +244,6 @@ def logit_gradients_kernel(
     multiplier = 1.0  # unused
     if multiplier_ptr is not None:
         multiplier = tl.load(multiplier_ptr + row)
-    row_sum = tl.zeros((1, BLOCK), tl.float32)
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
         block = (row, classes, num_classes, stride)
@@ -283,10 +281,6 @@ def logit_gradients_kernel(
             if multiplier_ptr is not None:
                 capped = capped / multiplier
             grad *= tl.where(inside, logit_slope(capped, softcap), 0.0)
-        if row_sums_ptr is not None:
-            row_sum += tl.where(inside, grad, 0.0)
         place = row.to(tl.int64) * grad_stride + classes[None, :]
         tl.debug_barrier()  # other threads have read what this one overwrites
         tl.store(grad_ptr + place, grad.to(grad_ptr.dtype.element_ty), mask=inside)
-    if row_sums_ptr is not None:
-        tl.store(row_sums_ptr + row + tl.arange(0, 1), tl.sum(row_sum, 1))

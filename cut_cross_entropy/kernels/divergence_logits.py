@@ -129,7 +129,6 @@ class StoredLogits:
         values: "TokenValues",
         kind: int,
         beta: float,
-        row_sums: Tensor | None = None,
     ) -> Tensor:
         """Overwrite the student's products of a block with the gradients by them.
 
@@ -138,7 +137,6 @@ class StoredLogits:
             values: of its tokens.
             kind: see :func:`kind_of_divergence`.
             beta: from 0 to 1.
-            row_sums: (T,) float32, out: sums of the gradients of each token; None if not wanted.
 
         Returns:
             The gradients times the scale of the values, (T, classes).
@@ -158,7 +156,6 @@ class StoredLogits:
             miss_ptr=values.miss,
             columns_ptr=self._columns(tokens, classes) if has_targets else None,
             grad_ptr=out,
-            row_sums_ptr=row_sums,
             grad_stride=out.stride(0),
             share=beta,
             rest=1 - beta,

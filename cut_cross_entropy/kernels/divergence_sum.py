@@ -98,14 +98,8 @@ def divergence_and_gradients(
             relative=relative,
             entropy=entropy,
         )
-        row_sums = None
-        if filtered is not None and filtered.needs_row_sums:
-            row_sums = torch.empty_like(lse)
-        factor = logits.write_gradients(tokens, every, values, kind, beta, row_sums=row_sums)
-        if filtered is None:
-            gradients.add(tokens, e, factor)
-        else:
-            filtered.add(tokens, e, factor, row_sums)
+        factor = logits.write_gradients(tokens, every, values, kind, beta)
+        (filtered or gradients).add(tokens, e, factor)
     if filtered is not None:
         filtered.finish()
     if logits.factor_type == torch.float16:

@@ -331,9 +331,9 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             {**shared, **targets, **further, "KIND": 2}, types=_OF_PRODUCTS)  # fmt: skip
     columns = divergence_columns
     add("column_energies", columns.column_energies_kernel,
-        {"GROUP": columns.GROUP, "ROWS": columns.ROWS, "BLOCK": columns.BLOCK},
-        types=(("grad_ptr", "*bf16"), ("sums_ptr", "*bf16")))  # fmt: skip
-    add("gather_columns", columns.gather_columns_kernel, {"BLOCK": 1024},
+        {"ROWS": columns.ROWS, "BLOCK": columns.BLOCK},
+        types=(("grad_ptr", "*bf16"),))  # fmt: skip
+    add("move_columns", columns.move_columns_kernel, {"BLOCK": 1024},
         types=(("grad_ptr", "*bf16"), ("columns_ptr", "*bf16"), ("ids_ptr", "*i64")))  # fmt: skip
     add("add_rows", columns.add_rows_kernel, {"BLOCK": 1024},
         types=(("rows_ptr", "*fp32"), ("ids_ptr", "*i64"), ("out_ptr", "*fp32")))  # fmt: skip

@@ -21,7 +21,10 @@ def few_classes(monkeypatch):
     monkeypatch.setattr(budget, "MIN_PAIRS", 1)
     monkeypatch.setattr(budget, "MIN_PAIRS_WITHOUT_C", 1)
     monkeypatch.setattr(columns, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(columns, "FILTER_DIRECTIONS", 4)
     monkeypatch.setattr(columns, "MULTIPLE", 4)
+    # Half precision too, although it is copied in float32 on the CPU.
+    monkeypatch.setattr(divergence_sum, "filters_divergence", lambda _, tolerance: tolerance > 0)
     monkeypatch.setattr(columns, "LEAST_ROWS", 4)
     # Half precision too, although it is copied in float32 on the CPU.
     monkeypatch.setattr(divergence_sum, "filters_divergence", lambda _, tolerance: tolerance > 0)
@@ -89,9 +92,7 @@ def relative(mine, other):
 def test_gradients_from_some_classes(beta, most, options, kept, monkeypatch):
     for module in (front, divergence_sum):
         monkeypatch.setattr(module, "divergence_tokens_per_chunk", lambda *_: most)
-    monkeypatch.setattr(columns, "GROUP", 16)
     monkeypatch.setattr(columns, "ROWS", 8)
-    monkeypatch.setattr(columns, "FILTER_GROUPS", 2)  # the tail of dC is added more than once
     tensors = problem()
     loss, exact = gradients(tensors, beta, None, **options)
     assert not kept
@@ -116,14 +117,28 @@ def test_one_gradient(needed, kept):
     assert relative(found, exact) <= 1e-3 + 20 * TOLERANCE
 
 
-def test_the_mean_row_makes_the_error_smaller(kept, monkeypatch):
+@pytest.mark.parametrize(("needed", "share"), [("e", 0.5), ("c", 0.75)])
+def test_directions_make_the_error_smaller(needed, share, kept, monkeypatch):
     tensors = problem()
-    _, (exact,) = gradients(tensors, 0.0, None, ("e",))
-    _, (found,) = gradients(tensors, 0.0, EPS, ("e",))
-    monkeypatch.setattr(columns, "mean_dropped", lambda *_: torch.zeros(1, DIM))
-    _, (without,) = gradients(tensors, 0.0, EPS, ("e",))
+    _, (exact,) = gradients(tensors, 0.0, None, (needed,))
+    _, (found,) = gradients(tensors, 0.0, EPS, (needed,))
+    monkeypatch.setattr(columns, "directions", lambda _, rows: torch.zeros(4, rows.shape[1]))
+    _, (without,) = gradients(tensors, 0.0, EPS, (needed,))
     assert kept[0] == kept[1]
-    assert relative(found, exact) < 0.5 * relative(without, exact)
+    assert relative(found, exact) < share * relative(without, exact)
+
+
+def test_all_directions_lose_nothing(kept, monkeypatch):
+    """As many directions as features stand for whatever is dropped."""
+    monkeypatch.setattr(columns, "FILTER_DIRECTIONS", DIM)
+    tensors = problem()
+    _, exact = gradients(tensors, 0.0, None)
+    _, found = gradients(tensors, 0.0, 2.0**-6)
+    assert kept[0] < 0.3 * CLASSES
+    for mine, other in zip(found, exact, strict=True):
+        assert relative(mine, other) < 1e-4
+    rows = torch.nn.functional.cosine_similarity(found[1].double(), exact[1].double(), eps=1e-30)
+    assert rows.min() > 1 - 1e-6
 
 
 @pytest.mark.parametrize("case", ["flat", "no room", "float32", "small"])
