@@ -14,6 +14,8 @@ Shape legend: ``cut_cross_entropy.kernels``; T is the number of tokens of a chun
 kept classes, R that of directions.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -127,6 +129,24 @@ def choose_classes(energies: Tensor, tolerance: float) -> Tensor | None:
     return order[num_classes - num_kept :].sort().values
 
 
+class Kept(NamedTuple):
+    """The kept classes of a chunk, and what is left of its logit gradients.
+
+    Args:
+        columns: (T, K) their logit gradients.
+        rest: (T, V) those of all other classes, 0 in place of these.
+        ids: (K,) the classes.
+        parts: slices of them that are multiplied at a time.
+        rows: float32 memory for rows of c or of dC of one part.
+    """
+
+    columns: Tensor
+    rest: Tensor
+    ids: Tensor
+    parts: list[slice]
+    rows: Tensor
+
+
 class FilteredSums:
     """Sums of gradients to which chunks add the classes that matter, where that takes less time.
 
@@ -141,7 +161,7 @@ class FilteredSums:
         self.sums, self.tolerance, self._unit = sums, tolerance, unit
         self._memory = memory.view(-1)
         tiny = torch.finfo(torch.float32).tiny
-        self._keeps_all = False
+        self._keeps_all = self._has_rest = False
         blocks = sums.blocks
         num_classes, rank = blocks.problem.c.shape[0], FILTER_DIRECTIONS
         if sums.needed.e:
@@ -197,9 +217,9 @@ class FilteredSums:
         parts = [slice(k, min(k + at_once, len(ids))) for k in range(0, len(ids), at_once)]
         rows = self._memory[size : size + at_once * e.shape[1]]
         if self.sums.needed.e:
-            self._add_e(tokens, factor, columns, ids, parts, rows)
+            self._add_e(tokens, Kept(columns, factor, ids, parts, rows))
         if self.sums.needed.c:
-            self._add_c(e, factor, columns, ids, parts, rows)
+            self._add_c(e, Kept(columns, factor, ids, parts, rows))
 
     def _choose(self, factor: Tensor) -> Tensor | None:
         """Return the classes to keep of a chunk, see :func:`choose_classes`."""
@@ -219,38 +239,24 @@ class FilteredSums:
         )
         return choose_classes(energies, self.tolerance)
 
-    def _add_e(
-        self,
-        tokens: slice,
-        factor: Tensor,
-        columns: Tensor,
-        ids: Tensor,
-        parts: list[slice],
-        rows: Tensor,
-    ) -> None:
-        """Add the products of the kept columns (T, K), and of what is left of the gradients."""
+    def _add_e(self, tokens: slice, kept: Kept) -> None:
+        """Add the products of the kept classes, and those of the others with directions."""
+        columns, rest, ids, parts, rows = kept
         blocks, dim = self.sums.blocks, self.sums.grad_e.shape[1]
-        dropped = rows.new_zeros((len(factor), FILTER_DIRECTIONS))
+        dropped = rows.new_zeros((len(rest), FILTER_DIRECTIONS))
         for part in self.sums.classes:
-            blocks.add_product(factor[:, part], self._parts_of_c[part], dropped)
+            blocks.add_product(rest[:, part], self._parts_of_c[part], dropped)
         out = self.sums.rows_of_e(tokens)
-        blocks.store_product(dropped.to(factor.dtype), self._of_c, out)
+        blocks.store_product(dropped.to(rest.dtype), self._of_c, out)
         for part in parts:
-            rows_of_c = rows.view(factor.dtype)[: (part.stop - part.start) * dim].view(-1, dim)
+            rows_of_c = rows.view(rest.dtype)[: (part.stop - part.start) * dim].view(-1, dim)
             blocks.gather_classes(ids[part], rows_of_c)
             blocks.add_product(columns[:, part], rows_of_c, out)
         self.sums.store_rows_of_e(tokens, out)
 
-    def _add_c(
-        self,
-        e: Tensor,
-        factor: Tensor,
-        columns: Tensor,
-        ids: Tensor,
-        parts: list[slice],
-        rows: Tensor,
-    ) -> None:
-        """As :meth:`_add_e`; what is left waits for :meth:`finish`."""
+    def _add_c(self, e: Tensor, kept: Kept) -> None:
+        """As :meth:`_add_e`; the others wait for :meth:`finish`."""
+        columns, rest, ids, parts, rows = kept
         dim, sums = e.shape[1], self.sums
         if not sums.has_c:
             sums.grad_c.zero_()
@@ -268,30 +274,30 @@ class FilteredSums:
                 D=dim,
                 BLOCK=block,
             )
-        parts_of_e = sums.blocks.product(e, self._of_e.T).div_(self._largest).to(factor.dtype)
+        parts_of_e = sums.blocks.product(e, self._of_e.T).div_(self._largest).to(rest.dtype)
         for part in sums.classes:
-            sums.blocks.add_product(factor[:, part].T, parts_of_e, self._class_sums[part])
+            sums.blocks.add_product(rest[:, part].T, parts_of_e, self._class_sums[part])
+        self._has_rest = True
 
     def finish(self) -> None:
         """Add to dC what was dropped of all chunks."""
-        sums = self.sums
-        if not sums.needed.c or not sums.has_c:
+        if not self._has_rest:
             return
-        blocks, dtype = sums.blocks, self._of_e.dtype
+        sums, dtype = self.sums, self._of_e.dtype
         class_sums = self._class_sums.mul_(self._largest)
         for part in sums.classes:
             rows = class_sums[part]
             if dtype == torch.float16:  # which may not hold them
                 sums.grad_c[part].addmm_(rows, self._of_e.float())
             else:
-                blocks.add_product(rows.to(dtype), self._of_e, sums.grad_c[part])
+                sums.blocks.add_product(rows.to(dtype), self._of_e, sums.grad_c[part])
 
 
 def directions(blocks: Blocks, rows: Tensor) -> Tensor:
     """Return orthonormal directions (R, D) that hold most of the squares of rows (S, D).
 
     They are factors like the rows. One step of a subspace iteration from sums of neighbouring rows
-    holds 84 to 91 % of the squares of real embeddings, of which the best directions hold 86 to 92 %.
+    holds 84 to 91 % of the squares of real embeddings, the best directions 86 to 92 %.
     """
     places = torch.arange(len(rows), device=rows.device) * FILTER_DIRECTIONS // max(1, len(rows))
     groups = torch.arange(FILTER_DIRECTIONS, device=rows.device)
@@ -304,7 +310,8 @@ def directions(blocks: Blocks, rows: Tensor) -> Tensor:
     gram = found @ found.T
     gram.diagonal().add_(RIDGE)
     lower = torch.linalg.cholesky_ex(gram).L
-    return torch.linalg.solve_triangular(lower, found, upper=False).to(rows.dtype)
+    result: Tensor = torch.linalg.solve_triangular(lower, found, upper=False)
+    return result.to(rows.dtype)
 
 
 def _near_one(rows: Tensor) -> Tensor:
