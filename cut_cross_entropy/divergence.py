@@ -155,9 +155,9 @@ def linear_divergence(
             accumulate gradients have it.
         ignore_index: target value of tokens to leave out.
         filter_eps: fraction of the gradient of a sum or mean that the kernels may skip, as in
-            :func:`linear_cross_entropy`; but ``"auto"`` skips nothing, as None does, since rows of
-            rare classes in the gradient of the head would lose their direction. Divergences,
-            gradients without a reduction, and those of small problems are exact.
+            :func:`linear_cross_entropy`: None skips nothing, ``"auto"`` what the dtype cannot
+            represent, which in float32 is nothing. Divergences, gradients without a reduction, and
+            those of small problems are exact.
         impl: ``"cce"`` and ``"chunked"`` compute blocks of tokens and classes in bounded memory,
             with Triton kernels between the products or without; ``"auto"`` is ``"cce"`` on GPUs
             with Triton, but for float64; ``"reference"`` stores the logits of both.
@@ -273,12 +273,7 @@ def _gradients_in_the_forward(
 
 
 def _tolerance(filter_eps: FilterEps, dtype: torch.dtype) -> float:
-    """Return the tolerance of the kernels' filter; 0 turns it off.
-
-    ``"auto"`` does: rows of rare classes lose their direction (docs/post_training.md).
-    """
-    if filter_eps == "auto":
-        return 0.0
+    """Return the tolerance of the kernels' filter; 0 turns it off."""
     tolerance = FILTER_SHARE * filter_tolerance(filter_eps)
     return tolerance * ROUNDING_SHARE.get(dtype, 0) if isinstance(filter_eps, str) else tolerance
 
