@@ -44,7 +44,7 @@ Tail: TypeAlias = Literal["drop", "renormalise", "bucket"]
 
 TAILS: tuple[str, ...] = get_args(Tail)
 _IMPLS = ("auto", "cce", "chunked", "reference")
-FILTER_SHARE = 2.0
+FILTER_SHARE = 1.5
 """Tolerance of a divergence's filter, relative to that of a cross-entropy.
 
 Of a dropped class the products with 64 directions are kept: on hidden states of Gemma 3 270M what

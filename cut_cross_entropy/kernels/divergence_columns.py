@@ -160,25 +160,7 @@ class FilteredSums:
     def __init__(self, sums: GradientSums, tolerance: float, memory: Tensor, unit: Tensor) -> None:
         self.sums, self.tolerance, self._unit = sums, tolerance, unit
         self._memory = memory.view(-1)
-        tiny = torch.finfo(torch.float32).tiny
-        self._keeps_all = self._has_rest = False
-        blocks = sums.blocks
-        num_classes, rank = blocks.problem.c.shape[0], FILTER_DIRECTIONS
-        if sums.needed.e:
-            step = cdiv(num_classes, SAMPLED)
-            self._of_c = directions(blocks, blocks.classifier(slice(None, None, step)))
-            parts = self._memory[: num_classes * rank].view(num_classes, rank)
-            for part in sums.classes:
-                blocks.store_product(blocks.classifier(part), self._of_c.T, parts[part])
-            self._parts_of_c = parts.to(self._of_c.dtype, copy=True)
-        if sums.needed.c:
-            step = cdiv(blocks.num_kept, min(SAMPLED, blocks.shape[0]))
-            sample = blocks.embeddings(slice(0, blocks.num_kept, step))
-            self._of_e = directions(blocks, sample)
-            # Half precision holds parts of embeddings relative to these.
-            self._largest = blocks.product(sample, self._of_e.T).abs().amax().clamp(min=tiny)
-            shape = (num_classes, rank)
-            self._class_sums = blocks.targets.new_zeros(shape, dtype=torch.float32)
+        self._is_prepared = self._keeps_all = self._has_rest = False
 
     @classmethod
     def is_worth_it(cls, blocks: Blocks, needed: Needed) -> bool:
@@ -190,6 +172,8 @@ class FilteredSums:
 
     def add(self, tokens: slice, e: Tensor, factor: Tensor) -> None:
         """Add the gradients of a chunk, as :meth:`GradientSums.add`; overwrite them."""
+        if not self._is_prepared:
+            self._prepare()
         ids = None if self._keeps_all else self._choose(factor)
         size = at_once = 0
         if ids is not None:
@@ -220,6 +204,31 @@ class FilteredSums:
             self._add_e(tokens, Kept(columns, factor, ids, parts, rows))
         if self.sums.needed.c:
             self._add_c(e, Kept(columns, factor, ids, parts, rows))
+
+    def _prepare(self) -> None:
+        """Find the directions, and the parts of c in them.
+
+        Not before the first chunk: its products keep the device busy while the host launches these.
+        """
+        blocks, sums = self.sums.blocks, self.sums
+        num_classes, rank = blocks.problem.c.shape[0], FILTER_DIRECTIONS
+        tiny = torch.finfo(torch.float32).tiny
+        if sums.needed.e:
+            step = cdiv(num_classes, SAMPLED)
+            self._of_c = directions(blocks, blocks.classifier(slice(None, None, step)))
+            parts = self._memory[: num_classes * rank].view(num_classes, rank)
+            for part in sums.classes:
+                blocks.store_product(blocks.classifier(part), self._of_c.T, parts[part])
+            self._parts_of_c = parts.to(self._of_c.dtype, copy=True)
+        if sums.needed.c:
+            step = cdiv(blocks.num_kept, min(SAMPLED, blocks.shape[0]))
+            sample = blocks.embeddings(slice(0, blocks.num_kept, step))
+            self._of_e = directions(blocks, sample)
+            # Half precision holds parts of embeddings relative to these.
+            self._largest = blocks.product(sample, self._of_e.T).abs().amax().clamp(min=tiny)
+            shape = (num_classes, rank)
+            self._class_sums = blocks.targets.new_zeros(shape, dtype=torch.float32)
+        self._is_prepared = True
 
     def _choose(self, factor: Tensor) -> Tensor | None:
         """Return the classes to keep of a chunk, see :func:`choose_classes`."""
