@@ -34,8 +34,9 @@ def powers_per_chunk(problem: Problem, needed: Needed) -> int:
 
 
 def filters_divergence(student: Problem, tolerance: float) -> bool:
-    """Return whether the kernels may filter a divergence: rows of factors are not copied wider."""
-    return tolerance > 0 and (student.compute_dtype.itemsize > 2 or uses_half_products(student))
+    """Return whether the kernels may filter a divergence: rows of factors are there, not copies."""
+    is_copied = student.compute_dtype.itemsize == 2 and not uses_half_products(student)
+    return tolerance > 0 and student.has_rows and not is_copied
 
 
 def divergence_tokens_per_chunk(

@@ -16,8 +16,9 @@ from cut_cross_entropy.dispatch import choose_impl, filter_tolerance, gradients_
 from cut_cross_entropy.distributed.options import VocabParallelOptions
 from cut_cross_entropy.divergence_problem import DivergenceProblem, DivergenceState
 from cut_cross_entropy.heads.chunks import HeadProblem
-from cut_cross_entropy.heads.divergences import joined
+from cut_cross_entropy.heads.divergences import joined, needed_in_the_forward
 from cut_cross_entropy.heads.divergences import run_divergence as run_head_divergence
+from cut_cross_entropy.heads.divergences import run_divergence_sum as run_head_sum
 from cut_cross_entropy.heads.head import Head
 from cut_cross_entropy.implementations import chunked_divergence, reference
 from cut_cross_entropy.implementations.chunked_divergence import log_mixture
@@ -219,11 +220,12 @@ def linear_divergence(
         else:
             by_kernels = _by_kernels(chosen, problem, teacher.problem)
             needed = None
-            if reduction != "none" and not has_head:
+            if reduction != "none":
                 needed = _gradients_in_the_forward(student, teacher, weights, by_kernels)
             if needed is not None:
+                run_sum = run_head_sum if has_head else run_divergence_sum
                 tolerance = _tolerance(filter_eps, problem.compute_dtype)
-                total, found = run_divergence_sum(compared, weights, needed, by_kernels, tolerance)
+                total, found = run_sum(compared, weights, needed, by_kernels, tolerance)
                 found = DivergenceState(total, *found[1:])
             else:
                 run = run_head_divergence if has_head else run_divergence
@@ -254,22 +256,25 @@ def _gradients_in_the_forward(
     student: Prepared, teacher: Prepared, weights: Tensor | None, by_kernels: bool
 ) -> Needed | None:
     """Return which gradients of a sum the forward is to compute; None if it is to leave them."""
-    problem = student.problem
-    needed = gradients_needed(problem)
-    tokens_per_chunk = (
-        divergence_tokens_per_chunk if by_kernels else chunked_divergence.tokens_per_chunk
-    )
+    problem, other = student.problem, teacher.problem
     possible = (
-        any(needed.flat())
-        and problem.group is None
+        problem.group is None
         # The gradient of a weight is the divergence of its token, which a sum does not return.
         and not (weights is not None and weights.requires_grad)
         and not student.wholes  # the backward would gather them again
         and not is_transformed()
         and not is_offloaded()  # gradients would be copied to the host and back
-        and tokens_per_chunk(problem, teacher.problem, needed) > 0
     )
-    return needed if possible else None
+    if not possible:
+        return None
+    if isinstance(problem, HeadProblem) or isinstance(other, HeadProblem):
+        return needed_in_the_forward(problem, other, by_kernels)
+    needed = gradients_needed(problem)
+    tokens_per_chunk = (
+        divergence_tokens_per_chunk if by_kernels else chunked_divergence.tokens_per_chunk
+    )
+    enough = any(needed.flat()) and tokens_per_chunk(problem, other, needed) > 0
+    return needed if enough else None
 
 
 def _tolerance(filter_eps: FilterEps, dtype: torch.dtype) -> float:

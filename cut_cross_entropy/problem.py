@@ -71,6 +71,11 @@ class Problem(Flat):
         """Number of classes that :meth:`class_rows` may be asked for."""
         return self.c.shape[0]
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether ``c`` has the values of its rows, not their shape alone."""
+        return True
+
     def class_rows(self, classes: slice) -> Tensor:
         """Return the rows of ``c`` of some classes."""
         return self.c[classes]
@@ -119,6 +124,11 @@ class MadeProblem(AdaptedProblem):
     """
 
     make_rows: Callable[[slice], Tensor] = field(kw_only=True)
+
+    @property
+    def has_rows(self) -> bool:
+        """Return False: they are made."""
+        return False
 
     def of_classes(self, classes: slice) -> AdaptedProblem:
         """Make the rows of some classes, and return their problem; the targets stay as they are."""

@@ -152,6 +152,37 @@ def test_heads(impl, on_demand, trained):
     assert count(step) == expected
 
 
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("cce", marks=pytest.mark.interpret)])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("teacher_has_head", [False, True])
+@pytest.mark.parametrize("of", ["divergence", "student_entropy"])
+def test_divergences_of_heads(of, teacher_has_head, reduction, impl, monkeypatch):
+    """As of matrices; a mean of a frozen student has its gradient in the forward."""
+    for module, name in ((chunked_divergence, "MIN_TOKENS"), (budget, "MIN_PAIRS_WITHOUT_C")):
+        monkeypatch.setattr(module, name, 1)
+    problem, teacher = make_problem((5,), 130, 8), make_problem((5,), 130, 12)
+    of_teacher = PRODUCT * 12 // 8
+    student_head = problem.c if teacher_has_head else Head(Rows(problem.c, with_product=True))
+    teacher_head = Head(Rows(teacher.c, with_product=True)) if teacher_has_head else teacher.c
+
+    def step():
+        e = problem.e.clone().requires_grad_()
+        found = linear_divergence(
+            e, student_head, teacher.e, teacher_head, beta=0.5, impl=impl, reduction=reduction
+        )
+        getattr(found, of).sum().backward()
+
+    walks = 2 if impl == "chunked" and reduction == "none" else 1
+    expected = (PRODUCT + of_teacher) * walks
+    if reduction == "mean":
+        expected += PRODUCT  # that of dE
+    if reduction == "none" or of != "divergence":
+        expected += 2 * PRODUCT
+        if impl == "cce" or of == "divergence":
+            expected += of_teacher
+    assert count(step) == expected
+
+
 class Rows:
     """Rows on demand, also with a product of their own, which kernels do not count."""
 

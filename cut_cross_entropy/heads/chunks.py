@@ -72,6 +72,11 @@ class HeadProblem(Problem):
         return replace(self, products=(), anchor=None, frozen_columns=frozen)
 
     @property
+    def has_rows(self) -> bool:
+        """Return False: they are made."""
+        return False
+
+    @property
     def most_classes(self) -> int:
         """Number of classes that :meth:`class_rows` may be asked for: those of a chunk."""
         return min(self.rows.num_classes, self.chunk_size())

@@ -5,19 +5,34 @@ then, and return their gradient block by block. Nothing is merged.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cut_cross_entropy.divergence_problem import DivergenceGrads, DivergenceProblem, DivergenceState
+from cut_cross_entropy.budget import divergence_tokens_per_chunk
+from cut_cross_entropy.call_context import is_computed_again
+from cut_cross_entropy.dispatch import gradients_needed
+from cut_cross_entropy.divergence_problem import (
+    DivergenceGrads,
+    DivergenceProblem,
+    DivergenceState,
+    DivergenceSum,
+)
 from cut_cross_entropy.heads.chunks import HeadProblem
-from cut_cross_entropy.operators.divergences import implementation
-from cut_cross_entropy.problem import Needed, Problem
+from cut_cross_entropy.implementations import chunked_divergence
+from cut_cross_entropy.implementations.token_chunks import ALIGNED
+from cut_cross_entropy.operators.divergences import implementation, sum_by
+from cut_cross_entropy.operators.flop_formulas import counted
+from cut_cross_entropy.operators.sums import scaled_gradients
+from cut_cross_entropy.problem import Gradients, Needed, Problem
 
 TENSORS = ("e", "c", "targets", "bias", "multiplier")
 NUM_RESULTS = len(DivergenceGrads._fields)
+LEAST_TOKENS = 512
+"""Tokens of a chunk, at least, for which rows are made again: two products less take as long as
+to make the rows of all classes from 4 bits three times, with some 400 tokens on an H200."""
 
 
 def run_divergence(problem: DivergenceProblem, by_kernels: bool) -> DivergenceState:
@@ -27,6 +42,65 @@ def run_divergence(problem: DivergenceProblem, by_kernels: bool) -> DivergenceSt
         problem: of two models of which one or both have a head.
         by_kernels: as in ``operators.divergences.run_divergence``.
     """
+    _, *state = _run(problem, by_kernels, None)
+    return DivergenceState(*state)
+
+
+def run_divergence_sum(
+    problem: DivergenceProblem,
+    weights: Tensor | None,
+    needed: Needed,
+    by_kernels: bool,
+    tolerance: float = 0.0,
+) -> tuple[Tensor, DivergenceState]:
+    """Sum of divergences, and the results of each token.
+
+    Args:
+        problem: of two models of which one or both have a head.
+        weights, by_kernels: as in ``operators.divergences.run_divergence_sum``.
+        needed: see :func:`needed_in_the_forward`.
+        tolerance: as there, for a student whose head is a matrix; others are exact.
+    """
+    total, *state = _run(problem, by_kernels, _Summed(weights, needed, tolerance))
+    return total, DivergenceState(*state)
+
+
+def needed_in_the_forward(student: Problem, teacher: Problem, by_kernels: bool) -> Needed | None:
+    """Return which gradients of a sum the forward is to compute; None if it is to leave them.
+
+    The parts of a head have none there, and the rows of both are made for each chunk of tokens.
+    """
+    if not torch.is_grad_enabled() or is_computed_again():
+        return None
+    if isinstance(student, HeadProblem) and student.anchor is not None:
+        return None
+    features = [p.features for p in getattr(student, "products", ())] or [student.e]
+    needed = replace(gradients_needed(student), e=any(x.requires_grad for x in features))
+    student, teacher = _half_budget(student, student.e), _half_budget(teacher, teacher.e)
+    most = divergence_tokens_per_chunk if by_kernels else chunked_divergence.tokens_per_chunk
+    enough = most(student, teacher, needed) >= max(1, min(LEAST_TOKENS, student.targets.shape[0]))
+    for side in (student, teacher):
+        enough = enough and side.most_classes >= min(ALIGNED, side.c.shape[0])
+    return needed if enough and any(needed.flat()) else None
+
+
+class _Summed(NamedTuple):
+    """A sum whose gradients the forward computes.
+
+    Args:
+        weights: (N,), factors of the divergences; None for 1.
+        needed: the gradients.
+        tolerance: of the filter.
+    """
+
+    weights: Tensor | None
+    needed: Needed
+    tolerance: float
+
+
+def _run(
+    problem: DivergenceProblem, by_kernels: bool, summed: _Summed | None
+) -> tuple[Tensor, ...]:
     student, teacher, *options = problem
     with torch.no_grad():
         teacher = _half_budget(teacher, _features(teacher))
@@ -34,8 +108,11 @@ def run_divergence(problem: DivergenceProblem, by_kernels: bool) -> DivergenceSt
     c = student.anchor if isinstance(student, HeadProblem) else student.c
     with torch.no_grad():
         walked = _half_budget(student, e)
-    found = _Divergence.apply(e, c, student.bias, walked, teacher, (*options, by_kernels))
-    return DivergenceState(*found)
+    further = (*options, by_kernels)
+    found: tuple[Tensor, ...] = _Divergence.apply(
+        e, c, student.bias, walked, teacher, further, summed
+    )
+    return found
 
 
 def joined(problem: Problem) -> Problem:
@@ -64,7 +141,10 @@ def _half_budget(problem: Problem, e: Tensor) -> Problem:
 
 
 class _Divergence(Function):
-    """Results of :func:`run_divergence`, whose first three have a gradient by the student."""
+    """A sum, if it is wanted, and the results of each token.
+
+    Of these the first three have a gradient by the student, the divergence only without a sum.
+    """
 
     @staticmethod
     def forward(
@@ -75,40 +155,80 @@ class _Divergence(Function):
         student: Problem,
         teacher: Problem,
         options: tuple[float, bool, bool],
+        summed: _Summed | None,
     ) -> tuple[Tensor, ...]:
         beta, has_targets, by_kernels = options
-        with implementation(by_kernels, e.device) as chosen:
-            found = chosen.forward(DivergenceProblem(student, teacher, beta, has_targets))
+        problem = DivergenceProblem(student, teacher, beta, has_targets)
+        columns = student.c.shape[1] + teacher.c.shape[1]
+        if summed is not None:
+            columns += student.c.shape[1] * (int(summed.needed.e) + int(summed.needed.c))
+        elif not by_kernels:
+            columns *= 2
+        with (
+            implementation(by_kernels, e.device) as chosen,
+            counted(e, student.c.shape[0], columns),
+        ):
+            if summed is None:
+                state = chosen.forward(problem)
+                found = DivergenceSum(e.new_empty(0), state, Gradients(*e.new_empty(3, 0)))
+            else:
+                weights, needed, tolerance = summed
+                found = sum_by(problem, weights, needed, by_kernels, tolerance)
         tensors = [getattr(side, x) for side in (student, teacher) for x in _saved_of(side)]
-        ctx.save_for_backward(e, c, bias, *tensors, *found)
+        ctx.save_for_backward(e, c, bias, *tensors, *found.state, *found.gradients)
         ctx.sides, ctx.options = (_without_tensors(student), _without_tensors(teacher)), options
-        ctx.mark_non_differentiable(*found[NUM_RESULTS:])
+        first = 0 if summed is None else 1
+        ctx.mark_non_differentiable(*found.state[:first], *found.state[NUM_RESULTS:])
         ctx.set_materialize_grads(False)
-        return tuple(found)
+        return found.total, *found.state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        _, c, _, *saved = ctx.saved_tensors
+    def backward(ctx: Any, of_total: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
+        e, c, bias, *saved = ctx.saved_tensors
         sides = []
         for side in ctx.sides:
             names = _saved_of(side)
             own, saved = saved[: len(names)], saved[len(names) :]
             sides.append(replace(side, **dict(zip(names, own, strict=True))))
         student, teacher = sides
+        state, sums = saved[: len(DivergenceState._fields)], saved[len(DivergenceState._fields) :]
+        found: list[Tensor | None] = [None, None, None]
+        needed = Needed(*ctx.needs_input_grad[:3])
+        if of_total is not None:
+            # Of a batch without labels a model may ask for 0 / 0, whose gradients are 0 in PyTorch.
+            ignored = (student.targets == student.ignore_index).all()
+            sums = [x if need else None for x, need in zip(sums, needed.flat(), strict=True)]
+            dtypes = [None if x is None else x.dtype for x in (e, c, bias)]
+            scaled = scaled_gradients(
+                torch.where(ignored, 0.0, of_total), *sums, None, None, None, *dtypes
+            )
+            found = [
+                x if total is not None else None for x, total in zip(scaled, sums, strict=True)
+            ]
         beta, has_targets, by_kernels = ctx.options
         of_divergence, of_entropy, of_logprobs = grads[:NUM_RESULTS]
         upstream = DivergenceGrads(of_divergence, of_entropy, of_logprobs if has_targets else None)
-        need_e, need_c, need_bias, *_ = ctx.needs_input_grad
-        if isinstance(student, HeadProblem):
-            student.rows.forget_gradients()
-        with implementation(by_kernels, student.e.device) as chosen:
+        if any(x is not None for x in upstream):
+            if isinstance(student, HeadProblem):
+                student.rows.forget_gradients()
             problem = DivergenceProblem(student, teacher, beta, has_targets)
-            needed = Needed(need_e, need_c, need_bias)
-            found = chosen.backward(upstream, DivergenceState(*saved), problem, needed)
-        grad_c = torch.zeros_like(c) if isinstance(student, HeadProblem) and need_c else found.c
-        grad_e, grad_bias = found.e if need_e else None, found.bias if need_bias else None
-        return grad_e, grad_c if need_c else None, grad_bias, None, None, None
+            width = student.c.shape[1]
+            columns = width * (1 + int(needed.e)) + (width - student.frozen_columns) * needed.c
+            if by_kernels or of_divergence is not None:
+                columns += teacher.c.shape[1]
+            with (
+                implementation(by_kernels, student.e.device) as chosen,
+                counted(student.e, student.c.shape[0], columns),
+            ):
+                walked = chosen.backward(upstream, DivergenceState(*state), problem, needed)
+            if isinstance(student, HeadProblem) and needed.c:
+                walked = walked._replace(c=torch.zeros_like(c))
+            found = [
+                (new if old is None else old + new) if need else None
+                for old, new, need in zip(found, walked, needed.flat(), strict=True)
+            ]
+        return *found, None, None, None, None
 
 
 def _saved_of(problem: Problem) -> list[str]:

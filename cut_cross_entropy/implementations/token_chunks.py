@@ -42,6 +42,8 @@ def slices_of_factors(rows: int, *sides: Blocks) -> list[slice]:
     for side in sides:
         num_classes, dim = side.problem.c.shape
         row = max(row, dim)
+        if side.problem.most_classes < num_classes:
+            row = max(row, -(-MAX_ELEMENTS // side.problem.most_classes))
         if copies_rows(side):
             share = max(1, side.problem.memory_budget // WIDENED_SHARE)
             row = max(row, MAX_ELEMENTS * side.wide.itemsize * dim // share)

@@ -277,7 +277,7 @@ def _target_grad(tokens: BackwardTokens, eta: Tensor, saved: KernelState) -> Ten
 def in_compute_dtype(problem: Problem) -> Problem:
     """Return the problem as the stages take it: c and bias contiguous, c of the compute dtype."""
     bias = None if problem.bias is None else problem.bias.contiguous()
-    if isinstance(problem, MadeProblem):
+    if not problem.has_rows:
         return replace(problem, bias=bias)
     return replace(problem, c=problem.c.to(problem.compute_dtype).contiguous(), bias=bias)
 

@@ -17,6 +17,7 @@ from cut_cross_entropy.divergence_problem import (
     DivergenceGrads,
     DivergenceProblem,
     DivergenceState,
+    DivergenceSum,
 )
 from cut_cross_entropy.implementations import chunked_divergence
 from cut_cross_entropy.operators.declaration import (
@@ -66,6 +67,21 @@ def implementation(by_kernels: bool, device: torch.device) -> Iterator[ModuleTyp
                 yield kernels
         else:
             yield chunked_divergence
+
+
+def sum_by(
+    problem: DivergenceProblem,
+    weights: Tensor | None,
+    needed: Needed,
+    by_kernels: bool,
+    tolerance: float = 0.0,
+) -> DivergenceSum:
+    """Compute a sum and its gradients by an implementation; see :func:`run_divergence_sum`."""
+    if by_kernels:
+        from cut_cross_entropy.kernels import divergence_sum as kernels
+
+        return kernels.divergence_and_gradients(problem, weights, needed, tolerance)
+    return chunked_divergence.divergence_and_gradients(problem, weights, needed)
 
 
 def _fake_state(student: Problem, teacher: Problem, options: _Options) -> DivergenceState:
@@ -143,12 +159,7 @@ def divergence_sum(
             state = chosen.forward(problem)
             values = state.divergence if weights is None else state.divergence * weights
             return (values.sum(), *state, *(values.new_empty(0) for _ in range(3)))
-        if options.by_kernels:
-            from cut_cross_entropy.kernels import divergence_sum as kernels
-
-            found = kernels.divergence_and_gradients(problem, weights, needed, tolerance)
-        else:
-            found = chunked_divergence.divergence_and_gradients(problem, weights, needed)
+        found = sum_by(problem, weights, needed, options.by_kernels, tolerance)
     return (found.total, *found.state, *found.gradients)
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from cut_cross_entropy import linear_divergence
-from cut_cross_entropy.heads import Head
+from cut_cross_entropy import budget, linear_divergence
+from cut_cross_entropy.heads import Head, LowRank, divergences
+from cut_cross_entropy.implementations import chunked_divergence
 from tests.heads.test_heads import BUDGET, KINDS, Case, D, N, R, V
 from tests.largest import Largest
 from training.losses import divergence as divergence_of_logprobs
@@ -84,6 +85,85 @@ def test_a_mean_with_weights(impl):
     ours, theirs = (torch.autograd.grad(x, leaves) for x in (found.divergence, expected))
     torch.testing.assert_close(found.divergence, expected, rtol=1e-10, atol=0)
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("cce", marks=pytest.mark.interpret)])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("student_is", ["on_demand", "a_matrix", "an_adapter_that_is_frozen"])
+def test_a_sum_has_its_gradients_in_the_forward(student_is, beta, impl, monkeypatch):
+    """Rows are made for each chunk of tokens; entropies and log-probabilities walk again."""
+    dtype = torch.float64 if impl == "chunked" else torch.float32
+    student, teacher = Case("rows_on_demand", dtype), Case("lora", dtype)
+    with torch.no_grad():
+        for leaf in teacher.leaves:
+            leaf.mul_(0.9)
+    weight = (2 * student.head.weight.half).requires_grad_(student_is == "a_matrix")
+    a, b = student.leaves[2:]
+    low_rank, matrix, leaves = (), weight, [student.e, student.bias]
+    if student_is == "an_adapter_that_is_frozen":
+        low_rank, matrix = (LowRank(a.detach(), b.detach()),), weight + (b @ a).detach()
+    if student_is == "a_matrix":
+        leaves.append(weight)
+    source = weight if student_is == "a_matrix" else student.head.weight
+    head = Head(source, student.bias, low_rank=low_rank, softcap=9.0)
+    chosen, walks = [], []
+    compute, walk = divergences.sum_by, chunked_divergence.backward
+    monkeypatch.setattr(divergences, "sum_by", lambda *x: chosen.append(x) or compute(*x))
+    monkeypatch.setattr(chunked_divergence, "backward", lambda *x: walks.append(x) or walk(*x))
+    for module, name in (
+        (budget, "MIN_PAIRS"),
+        (budget, "MIN_PAIRS_WITHOUT_C"),
+        (chunked_divergence, "MIN_TOKENS"),
+        (divergences, "LEAST_TOKENS"),
+    ):
+        monkeypatch.setattr(module, name, 1)  # fmt: skip
+    weights = torch.linspace(0.5, 2, 2 * N, dtype=dtype).view(2, N)
+    found = linear_divergence(
+        student.e, head, teacher.e, teacher.head, targets=student.targets, beta=beta, impl=impl,
+        token_weights=weights, reduction="sum", memory_budget=8 * BUDGET,
+    )  # fmt: skip
+    assert len(chosen) == 1
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    matrix = wide[2] if student_is == "a_matrix" else matrix.double()
+    logits = 9 * torch.tanh((wide[0] @ matrix.T + wide[1]) / 9)
+    kept, ids = student.targets != -100, student.targets.clamp_min(0)[..., None]
+    log_p, log_q = logits.log_softmax(-1), teacher.logits().detach().double().log_softmax(-1)
+    each = torch.where(kept, divergence_of_logprobs(log_p, log_q, beta), 0)
+    entropy = torch.where(kept, -(log_p.exp() * log_p).sum(-1), 0)
+    logprobs = torch.where(kept, log_p.gather(-1, ids)[..., 0], 0)
+    expected = (weights * each).sum()
+    close = {"rtol": 1e-9, "atol": 1e-10} if impl == "chunked" else {"rtol": 2e-4, "atol": 2e-4}
+    for mine, theirs in (
+        (found.divergence, expected), (found.student_entropy, entropy),
+        (found.student_logprobs, logprobs),
+    ):  # fmt: skip
+        torch.testing.assert_close(mine.double(), theirs, **close)
+    for mine, theirs in (
+        (found.divergence, expected),
+        (found.divergence * 3 + found.student_entropy.sum(), 3 * expected + entropy.sum()),
+        (found.student_logprobs.sum(), logprobs.sum()),
+    ):
+        ours = torch.autograd.grad(mine, leaves, retain_graph=True)
+        for one, other in zip(
+            ours, torch.autograd.grad(theirs, wide, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(one.double(), other, **close)
+        if mine is found.divergence:
+            assert not walks
+    with torch.no_grad():
+        linear_divergence(student.e, head, teacher.e, teacher.head, reduction="sum", impl=impl)
+    assert len(chosen) == 1
+
+
+def test_a_sum_of_no_tokens_has_gradients_of_0():
+    student, teacher = Case("rows_on_demand"), Case("lora")
+    head = Head(student.head.weight)
+    nothing = torch.zeros(2, N, dtype=torch.bool)
+    found = linear_divergence(
+        student.e, head, teacher.e, teacher.head, mask=nothing, reduction="sum", impl="chunked"
+    )
+    (of_e,) = torch.autograd.grad(found.divergence / nothing.sum(), student.e)
+    assert of_e.eq(0).all()
 
 
 def test_every_kind_of_head_is_tried():

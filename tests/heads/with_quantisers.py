@@ -1,6 +1,7 @@
 """Quantised heads of the packages themselves, which the suite does not install.
 
-``pip install bitsandbytes torchao hqq``, then ``pytest tests/heads/with_quantisers.py``.
+``pip install bitsandbytes torchao hqq``, then ``pytest tests/heads/with_quantisers.py``. Tests of a
+package that is missing are skipped.
 """
 
 import copy
@@ -22,8 +23,7 @@ BUDGET = 2**18
 
 
 def nf4(weight, compress, kind="nf4"):
-    import bitsandbytes as bnb
-
+    bnb = pytest.importorskip("bitsandbytes")
     layer = bnb.nn.Linear4bit(
         weight.shape[1],
         weight.shape[0],
@@ -39,8 +39,7 @@ def nf4(weight, compress, kind="nf4"):
 
 
 def torchao(weight, config):
-    import torchao.quantization as quantization
-
+    quantization = pytest.importorskip("torchao.quantization")
     model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
     model[0].weight = nn.Parameter(weight, requires_grad=False)
     quantization.quantize_(model, getattr(quantization, config)())
@@ -48,12 +47,11 @@ def torchao(weight, config):
 
 
 def hqq(weight, bits):
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
+    quantize = pytest.importorskip("hqq.core.quantize")
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    config = BaseQuantizeConfig(nbits=bits, group_size=32)
-    return HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu")
+    config = quantize.BaseQuantizeConfig(nbits=bits, group_size=32)
+    return quantize.HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu")
 
 
 QUANTISED = {
@@ -86,8 +84,7 @@ def test_a_quantised_layer(kind):
 
 def test_int8_of_bitsandbytes():
     """The rows are the weight's; the layer rounds its input too, so it is only close."""
-    import bitsandbytes as bnb
-
+    bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     weight = torch.randn(V, D)
     layer = bnb.nn.Linear8bitLt(D, V, bias=False, has_fp16_weights=False)
