@@ -48,8 +48,9 @@ _IMPLS = ("auto", "cce", "chunked", "reference")
 FILTER_SHARE = 1.5
 """Tolerance of a divergence's filter, relative to that of a cross-entropy.
 
-Of a dropped class the products with 64 directions are kept. With a share of 2, dE errs by 1.65 to 1.8
-roundings on made data and by 1.95 on hidden states of Gemma 3 270M (docs/engineering_log.md)."""
+Of a dropped class the products with 64 directions are kept. With a share of 2, dE errs by 1.65 to
+1.8 roundings on made data and by 1.95 on hidden states of Gemma 3 270M (docs/engineering_log.md).
+"""
 ROUNDING_SHARE = {torch.bfloat16: 1.0, torch.float16: 0.125}
 """Rounding error of a dtype relative to bfloat16's; in float32 nothing is small enough to drop."""
 
