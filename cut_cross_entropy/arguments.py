@@ -116,7 +116,12 @@ def prepare(
     if not isinstance(ignore_index, (int, torch.SymInt)):  # of NumPy
         ignore_index = int(ignore_index)
     e, c, targets, bias, shards, data = resolve(
-        e, c, targets, bias, vocab_parallel_options, data_parallel_options
+        e,
+        c,
+        targets,
+        bias,
+        vocab_parallel=vocab_parallel_options,
+        data_parallel=data_parallel_options,
     )
     if shards is not None or data is not None:
         refuse_transforms()
@@ -132,7 +137,9 @@ def prepare(
             bias = whole
         del whole
     num_classes = None if shards is None else shards.stop - shards.start
-    check_tensors(e, c, targets, bias, ignore_index, shift, num_classes)
+    check_tensors(
+        e, c, targets, bias, ignore_index=ignore_index, shift=shift, num_classes=num_classes
+    )
     check_temperature(temperature, targets)
     products: list[Product] = []
     if head is not None:
@@ -189,7 +196,7 @@ def prepare(
         given = vars(problem) | {"c": place.expand(rows.num_classes, rows.width)}
         problem = HeadProblem(**given, rows=rows, anchor=rows.anchor(), products=tuple(products))
     world_size = 1 if shard is None else shard.world_size
-    return Prepared(problem, targets, shift, shards, world_size, wholes)
+    return Prepared(problem, targets, shift, shards, world_size=world_size, wholes=wholes)
 
 
 def stand_in(head: Tensor | Head) -> Tensor:

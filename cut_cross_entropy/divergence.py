@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -189,20 +189,33 @@ def linear_divergence(
     if targets is None:
         ignore_index = IGNORE_INDEX  # no value of theirs has a meaning
     marked = _targets(e_student, targets, mask, ignore_index)
+    shared: dict[str, Any] = {
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "memory_budget": memory_budget,
+        "vocab_parallel_options": vocab_parallel_options,
+    }
     student = _prepare(
-        "student", e_student, head_student, marked, student_bias, student_softcap,
-        student_logit_scale, temperature, ignore_index, memory_budget, vocab_parallel_options,
-    )  # fmt: skip
+        "student",
+        e_student,
+        head_student,
+        marked,
+        bias=student_bias,
+        softcap=student_softcap,
+        logit_scale=student_logit_scale,
+        **shared,
+    )
     with torch.no_grad():
         teacher = _prepare(
             "teacher",
             e_teacher.detach(),
             head_teacher if isinstance(head_teacher, Head) else head_teacher.detach(),
             marked,
-            None if not isinstance(teacher_bias, Tensor) else teacher_bias.detach(),
-            teacher_softcap, teacher_logit_scale, temperature, ignore_index, memory_budget,
-            vocab_parallel_options,
-        )  # fmt: skip
+            bias=None if not isinstance(teacher_bias, Tensor) else teacher_bias.detach(),
+            softcap=teacher_softcap,
+            logit_scale=teacher_logit_scale,
+            **shared,
+        )
     _check_shards(student.problem, teacher.problem, chosen)
     problem, has_targets = student.problem, targets is not None
     weights: Tensor | None = None
@@ -461,7 +474,9 @@ def _reference(problem: DivergenceProblem) -> DivergenceState:
             found = log_p.gather(1, torch.where(here, ids, 0))
             logprobs = torch.where(kept, torch.where(here, found, torch.nan)[:, 0], 0)
     nothing = log_p.new_empty(0)
-    return DivergenceState(divergence, entropy, logprobs, nothing, nothing, nothing)
+    return DivergenceState(
+        divergence, entropy, logprobs, nothing, teacher_lse=nothing, relative=nothing
+    )
 
 
 def topk_divergence(

@@ -179,7 +179,15 @@ def token_logprobs(
                 check_class_id_range(name, given, num_classes)
             ids[name] = prepared.flatten(given.long(), -1)
     with prepared.computing():
-        found = _compute(prepared, chosen, outputs, ids, top_k, filter_eps, filter_mass)
+        found = _compute(
+            prepared,
+            chosen,
+            outputs,
+            ids,
+            top_k=top_k,
+            filter_eps=filter_eps,
+            filter_mass=filter_mass,
+        )
     return TokenLogprobs(
         mask=prepared.per_token(problem.targets != ignore_index),
         **{name: prepared.per_token(values) for name, values in found.items()},

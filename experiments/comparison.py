@@ -99,7 +99,15 @@ class Experiment(ABC):
         interval: int,
     ) -> dict[str, Any]:
         """Train ``model`` by ``method``; see :func:`train`."""
-        return train(self, model, method, self.losses[method], batches, schedule, interval)
+        return train(
+            self,
+            model,
+            method,
+            self.losses[method],
+            batches,
+            schedule=schedule,
+            interval=interval,
+        )
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
         self.arguments, self.device = arguments, device

@@ -286,7 +286,9 @@ def main(
                 reason = f"time limit of {arguments.time_limit:g} s"
                 record["skipped"].append({**this, "reason": reason})
                 continue
-            result = train(make, watch, arguments, model, tokenizer, method, seed)
+            result = train(
+                make, watch, arguments, model, tokenizer=tokenizer, method=method, seed=seed
+            )
             longest = max(longest, time.monotonic() - began)
             record["runs"].append({**this, **result})
             record["distances"] = distances(record["runs"], names)

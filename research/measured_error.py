@@ -132,7 +132,7 @@ def main() -> None:
             e, c, targets = subset(saved, args.tokens, args.classes, seed)
             dtype = torch.bfloat16 if device == "cuda" else torch.float32
             e, c = (e.to(device).float() / heat).to(dtype), c.to(device, dtype)
-            row = compare(e, c, targets.to(device), kind, eps, seed)
+            row = compare(e, c, targets.to(device), kind, eps=eps, seed=seed)
             rows.append({"head": path.stem, "weights": kind, "temperature": heat, **row})
             print(json.dumps(rows[-1]), flush=True)
         measured = [row for row in rows if row["path"] == "filtered"]

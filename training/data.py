@@ -98,7 +98,7 @@ def documents(
     elif path.is_file() and path.suffix.lower() not in TABLES:
         found = _read_file(path, column, flag, completion)
     else:
-        found = _read_dataset(source, split, column, streaming, flag, completion)
+        found = _read_dataset(source, split, column, streaming, flag=flag, completion=completion)
     empty = True
     for document in found:
         empty = empty and not (document.messages or document.text.strip())

@@ -127,7 +127,9 @@ def load_data(
         ValueError: it cannot be read, is too short, has nothing to learn, or has tokens beyond the
             vocabulary.
     """
-    train = Source("--data", config.data, config.data_split, config, tokenizer, vocabulary)
+    train = Source(
+        "--data", config.data, config.data_split, config, tokenizer=tokenizer, vocabulary=vocabulary
+    )
     held_out = None
     if config.eval_data is not None:
         held_out = replace(
@@ -181,7 +183,12 @@ class Source:
         """Read the data from its beginning."""
         config, self.unanswered = self.config, 0
         for document in documents(
-            self.name, self.split, config.data_column, config.streaming, self.flag, completion
+            self.name,
+            self.split,
+            config.data_column,
+            config.streaming,
+            flag=self.flag,
+            completion=completion,
         ):
             if document.messages is not None and "assistant" not in document.roles:
                 self.unanswered += 1

@@ -93,9 +93,9 @@ def set_up(config: TrainConfig) -> Run:
         DTYPES[config.dtype],
         None,
         config.tokenizer,
-        config.from_scratch,
-        config.config_override,
-        config.load_in_4bit,
+        from_scratch=config.from_scratch,
+        overrides=config.config_override,
+        load_in_4bit=config.load_in_4bit,
     )
     if config.gradient_checkpointing:
         # Newer releases of transformers have another name for it.

@@ -197,7 +197,9 @@ def run(
         print(f"not installed: {', '.join(absent) or 'nothing'}")
     with processes(methods, arguments.peer) as pool:
         clock, rounds = Clock(arguments.time_limit), -(-arguments.repetitions // burst)
-        session = Session(pool, clock, rounds, burst, arguments.soak, progress, measured)
+        session = Session(
+            pool, clock, rounds, burst, soak=arguments.soak, progress=progress, measured=measured
+        )
         results: dict[str, Any] = {
             "part": part,
             "command": command,

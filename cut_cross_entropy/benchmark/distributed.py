@@ -118,7 +118,15 @@ def measure(job: Job, problem: Problem, repetitions: int, row: dict[str, Any]) -
         row["peak_mib"] = slowest(held + peak_mib(lambda _: step.run(), device))  # noqa: F821
     row["q1_ms"], row["ms"], row["q3_ms"] = timed_together(step.run, device, repetitions)
     classes, dim = problem.c.shape
-    found = collectives(job.setup, job.tokens, classes, dim, job.impl, problem.e.dtype, processes)
+    found = collectives(
+        job.setup,
+        job.tokens,
+        classes,
+        dim,
+        impl=job.impl,
+        dtype=problem.e.dtype,
+        processes=processes,
+    )
     if not found:  # one process, or a set-up whose collectives are not known
         return
     row["sent_mib"] = sum(one.sent(processes) for one in found) / 2**20

@@ -59,7 +59,9 @@ class Worker:
             if self.device.type == "cpu":
                 problem = dataclasses.replace(problem, e=problem.e.float(), c=problem.c.float())
         else:
-            problem = make(kind, tokens, Shape(**shape), DTYPES[dtype], self.device, seed)
+            problem = make(
+                kind, tokens, Shape(**shape), DTYPES[dtype], device=self.device, seed=seed
+            )
         problem = ignore(problem, ignored, seed)
         if problem.softcap is not None and not self.method.softcap:
             raise ValueError(f"{self.name} has no softcap")

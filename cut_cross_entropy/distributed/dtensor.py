@@ -86,7 +86,7 @@ def resolve(
             targets = targets.full_tensor()  # type: ignore[attr-defined]
         if is_dtensor(e):
             e, vocab_parallel = _all_tokens(e, vocab_parallel)
-        return Resolved(e, c, targets, bias, vocab_parallel, None)
+        return Resolved(e, c, targets, bias, vocab_parallel=vocab_parallel, data_parallel=None)
     if is_dtensor(bias) and not is_dtensor(c):
         raise NotImplementedError(
             "bias is a DTensor and c is not: pass both as DTensors, or bias.to_local()"
@@ -98,7 +98,14 @@ def resolve(
                 f"divided by classes: pass the tokens of this process, {name}.to_local()"
             )
     # What fully_shard has gathered already (within the module's forward) is a tensor like others.
-    return Resolved(e, c, targets, bias, None, data_parallel if is_dtensor(c) else None)
+    return Resolved(
+        e,
+        c,
+        targets,
+        bias,
+        vocab_parallel=None,
+        data_parallel=data_parallel if is_dtensor(c) else None,
+    )
 
 
 def check_parallel_options(vocab_parallel: object, data_parallel: object) -> None:

@@ -80,7 +80,9 @@ def forward(problem: DivergenceProblem) -> DivergenceState:
             log_p -= lse[tokens, None]
             log_q, _ = others.logits(e_teacher, tokens, classes)
             log_q = log_q.to(blocks.wide).sub_(teacher_lse[tokens, None])
-            _add_sums(sums[:, tokens], blocks.targets[tokens], classes, log_p, log_q, beta)
+            _add_sums(
+                sums[:, tokens], blocks.targets[tokens], classes, log_p, log_q=log_q, beta=beta
+            )
     if group is not None:
         sums = gather_shards(sums, group).sum(0)
     return _state(sums, log_sums, blocks)
@@ -109,7 +111,7 @@ def _add_sums(
         column = torch.where(here, columns, -1)[:, None]
         ids = torch.arange(p.shape[1], device=p.device)
         sums[4] += torch.where(ids == column, 0, p).sum(1)
-    _add_divergence(divergence, relative, p, log_p, log_q, beta)
+    _add_divergence(divergence, relative, p, log_p, log_q=log_q, beta=beta)
     return p
 
 
@@ -132,8 +134,8 @@ def _state(sums: Tensor, log_sums: Tensor, blocks: Blocks) -> DivergenceState:
         blocks.scatter(entropy.clone()),
         target_logprobs,
         blocks.scatter(lse.clone()),
-        blocks.scatter(teacher_lse.clone()),
-        blocks.scatter(relative.clone()),
+        teacher_lse=blocks.scatter(teacher_lse.clone()),
+        relative=blocks.scatter(relative.clone()),
     )
 
 
@@ -253,7 +255,7 @@ def backward(
         if g_divergence is not None:
             log_q, _ = others.logits(others.embeddings(tokens), tokens, classes)
             log_q = log_q.to(blocks.wide).sub_(teacher_lse[tokens, None])
-            grad = _by_logits(p, log_p, log_q, relative[tokens], g_divergence[tokens], beta)
+            grad = _by_logits(p, log_p, log_q, relative[tokens], g=g_divergence[tokens], beta=beta)
         if g_entropy is not None:
             surplus = torch.where(p == 0, 0, log_p) + entropy[tokens, None]
             grad -= surplus.mul_(p).mul_(g_entropy[tokens, None])
@@ -331,8 +333,8 @@ def divergence_and_gradients(
         log_p, slope = logits_of(blocks, e, tokens, 0)
         log_q = logits_of(others, e_teacher, tokens, 1)[0].to(blocks.wide)
         of_tokens = sums[:, tokens]
-        p = _add_sums(of_tokens, blocks.targets[tokens], every, log_p, log_q, beta)
-        grad = _by_logits(p, log_p, log_q, of_tokens[2], factors[tokens], beta)
+        p = _add_sums(of_tokens, blocks.targets[tokens], every, log_p, log_q=log_q, beta=beta)
+        grad = _by_logits(p, log_p, log_q, of_tokens[2], g=factors[tokens], beta=beta)
         if slope is not None:
             grad.mul_(slope)
         return blocks.as_factor(grad, scale)

@@ -241,7 +241,15 @@ class _Sums:
             rank = torch.where(is_class & ~target_logits.isnan(), rank, -1)
         highest = self.highest if asked.max_logit else self.highest.new_empty(0)
         return TokenOutputs(
-            nll, lse, entropy, log_sum_sq, self.mean, rank, highest, self.top_ids, self.top_logits
+            nll,
+            lse,
+            entropy,
+            log_sum_sq,
+            mean_logit=self.mean,
+            rank=rank,
+            max_logit=highest,
+            top_ids=self.top_ids,
+            top_logits=self.top_logits,
         )
 
 

@@ -73,7 +73,7 @@ def _backward_in_place(grad: Tensor, rows: "_Rows", needed: Needed) -> Gradients
         if needed.c or needed.bias:
             sums = bias_sums if needed.bias else None
             out = grad_c if needed.c else None
-            class_logits.class_grad_c(rows.e, ids, weights, c.shape[0], out, sums)
+            class_logits.class_grad_c(rows.e, ids, weights, c.shape[0], out=out, bias_out=sums)
     return Gradients(grad_e, grad_c, bias_sums.to(e.dtype if bias is None else bias.dtype))
 
 

@@ -135,7 +135,9 @@ def state_of(results: Tensor, blocks: Blocks, has_targets: bool) -> DivergenceSt
     )
     if not has_targets:
         logprobs = logprobs.new_empty(0)
-    return DivergenceState(divergence, entropy, logprobs, lse, teacher_lse, relative)
+    return DivergenceState(
+        divergence, entropy, logprobs, lse, teacher_lse=teacher_lse, relative=relative
+    )
 
 
 def _add_mixture_sums(

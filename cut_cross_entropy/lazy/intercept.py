@@ -120,8 +120,8 @@ class HeadForward:
             (record.new_call(requires_grad),),
             x.device.type,
             current_autocast(x.device.type),
-            depends_on(recipe.terms[0][0]),
-            self.head,
+            versions=depends_on(recipe.terms[0][0]),
+            reenter=self.head,
         )
         num_classes = num_rows(self.product)
         assert num_classes is not None
@@ -339,7 +339,7 @@ def _whole(
     """Return the logits that a head gives, contiguous."""
     x = recipe.terms[0][0]
     geometry = None if compiling else _geometry(x.shape[:-1], num_classes)
-    return LazyValue(recipe, dtype, num_classes, x.device, call, geometry)
+    return LazyValue(recipe, dtype, num_classes, x.device, call=call, geometry=geometry)
 
 
 @functools.lru_cache(64)

@@ -228,8 +228,8 @@ class LazyValue:
             self.dtype if dtype is None else dtype,
             self.num_classes,
             self.device if device is None else device,
-            self.call,
-            geometry,
+            call=self.call,
+            geometry=geometry,
         )
 
     def view(
@@ -242,12 +242,12 @@ class LazyValue:
             self.dtype,
             self.num_classes if num_classes is None else num_classes,
             self.device,
-            self.call,
-            geometry,
-            self.storage,
-            (*self.views, view),
-            self,
-            self.requires_grad,
+            call=self.call,
+            geometry=geometry,
+            storage=self.storage,
+            views=(*self.views, view),
+            base=self,
+            requires_grad=self.requires_grad,
         )
 
     def replace(self, changed: "LazyValue") -> None:

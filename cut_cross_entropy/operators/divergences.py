@@ -90,7 +90,9 @@ def _fake_state(student: Problem, teacher: Problem, options: _Options) -> Diverg
     def empty(wanted: bool = True) -> Tensor:
         return student.e.new_empty(num_tokens if wanted else 0, dtype=student.wide)
 
-    return DivergenceState(empty(), empty(), empty(options.has_targets), empty(), empty(), empty())
+    return DivergenceState(
+        empty(), empty(), empty(options.has_targets), empty(), teacher_lse=empty(), relative=empty()
+    )
 
 
 @operator("divergence", _ARGUMENTS, DivergenceState, _fake_state)

@@ -99,13 +99,13 @@ def fake_state(problem: Problem, filter_: Filter, training: bool) -> KernelState
     if not (training and filter_.is_on):
         support, shard_mass = (lse.new_empty(0) for _ in range(2))
         strips, origin = (lse.new_empty(0, dtype=kind) for kind in (torch.int16, torch.int64))
-        return KernelState(nll, lse, strips, origin, support, shard_mass)
+        return KernelState(nll, lse, strips, origin, support=support, shard_mass=shard_mass)
     num_tokens, num_classes = nll.shape[0], problem.c.shape[0]
     num_blocks = (num_tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     strips = lse.new_empty((num_blocks, num_classes), dtype=torch.int16)
     origin = lse.new_empty(num_tokens, dtype=torch.int64)
     shard_mass = lse.new_empty(0 if problem.group is None else num_tokens)
-    return KernelState(nll, lse, strips, origin, support, shard_mass)
+    return KernelState(nll, lse, strips, origin, support=support, shard_mass=shard_mass)
 
 
 @operator("cce", _KERNELS, KernelState, fake_state)

@@ -67,11 +67,11 @@ def _fake_outputs(problem: Problem, weights: Tensor | None, asked: Asked) -> Tok
         empty(True),
         empty(asked.entropy),
         empty(asked.log_sum_sq),
-        empty(asked.mean_logit),
-        empty(asked.rank, torch.int32),
-        empty(asked.max_logit),
-        problem.e.new_empty((num_tokens, asked.top_k), dtype=torch.int64),
-        problem.e.new_empty((num_tokens, asked.top_k), dtype=problem.wide),
+        mean_logit=empty(asked.mean_logit),
+        rank=empty(asked.rank, torch.int32),
+        max_logit=empty(asked.max_logit),
+        top_ids=problem.e.new_empty((num_tokens, asked.top_k), dtype=torch.int64),
+        top_logits=problem.e.new_empty((num_tokens, asked.top_k), dtype=problem.wide),
     )
 
 
@@ -253,11 +253,11 @@ def run_kernel_outputs(problem: Problem, asked: Asked, filter_: Filter) -> Token
         lse,
         entropy,
         log_sum_sq,
-        lse.new_empty(0),
-        rank,
-        max_logit,
-        no_class.long(),
-        no_class,
+        mean_logit=lse.new_empty(0),
+        rank=rank,
+        max_logit=max_logit,
+        top_ids=no_class.long(),
+        top_logits=no_class,
     )
 
 

@@ -69,7 +69,9 @@ def causal_loss(
     if targets.device != lazy.device:
         targets = targets.to(lazy.device)
     reduction, shift = "mean" if num_items_in_batch is None else "sum", shift_labels is None
-    loss = fused_cross_entropy(lazy, targets, ignore_index, reduction, torch.float32, shift)
+    loss = fused_cross_entropy(
+        lazy, targets, ignore_index, reduction, dtype=torch.float32, shift=shift
+    )
     if num_items_in_batch is None:
         return loss
     if isinstance(num_items_in_batch, Tensor):

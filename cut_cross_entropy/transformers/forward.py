@@ -84,7 +84,7 @@ def patched_forward(
                 "apply_lce was replaced, and only eager code calls the replacement, so the forward "
                 "of a batch with labels is not compiled",
             )
-            return _not_traced(self, original, options, labels, args, kwargs)
+            return _not_traced(self, original, options, labels, args=args, kwargs=kwargs)
         if is_replaced():
             with calling_the_replacement(self, options):
                 return _intercepted(self, run, options, labels)
