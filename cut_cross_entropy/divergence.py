@@ -14,7 +14,7 @@ from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.device_support import kernels_unavailable
 from cut_cross_entropy.dispatch import choose_impl, filter_tolerance, gradients_needed
 from cut_cross_entropy.distributed.options import VocabParallelOptions
-from cut_cross_entropy.divergence_problem import DivergenceProblem, DivergenceState
+from cut_cross_entropy.divergence_problem import DivergenceProblem, DivergenceState, Summation
 from cut_cross_entropy.heads.chunks import HeadProblem
 from cut_cross_entropy.heads.divergences import joined, needed_in_the_forward
 from cut_cross_entropy.heads.divergences import run_divergence as run_head_divergence
@@ -239,7 +239,8 @@ def linear_divergence(
             if needed is not None:
                 run_sum = run_head_sum if has_head else run_divergence_sum
                 tolerance = _tolerance(filter_eps, problem.compute_dtype)
-                total, found = run_sum(compared, weights, needed, by_kernels, tolerance)
+                summation = Summation(weights, needed, tolerance)
+                total, found = run_sum(compared, summation, by_kernels)
                 found = DivergenceState(total, *found[1:])
             else:
                 run = run_head_divergence if has_head else run_divergence

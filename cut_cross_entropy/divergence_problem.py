@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cut_cross_entropy.problem import Gradients, Problem
+from cut_cross_entropy.problem import Gradients, Needed, Problem
 
 
 class DivergenceProblem(NamedTuple):
@@ -53,6 +53,22 @@ class DivergenceGrads(NamedTuple):
     divergence: Tensor | None
     entropy: Tensor | None
     logprobs: Tensor | None
+
+
+class Summation(NamedTuple):
+    """A weighted sum of divergences whose gradients the forward computes.
+
+    Args:
+        weights: (N,), factors of the divergences, 0 for ignored tokens; None for 1. They have no
+            gradient.
+        needed: the gradients to compute.
+        tolerance: of the filter that the kernels have, see ``kernels.divergence_columns``; 0 turns
+            it off.
+    """
+
+    weights: Tensor | None
+    needed: Needed
+    tolerance: float = 0.0
 
 
 class DivergenceSum(NamedTuple):

@@ -5,7 +5,7 @@ then, and return their gradient block by block. Nothing is merged.
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from cut_cross_entropy.divergence_problem import (
     DivergenceProblem,
     DivergenceState,
     DivergenceSum,
+    Summation,
 )
 from cut_cross_entropy.heads.chunks import HeadProblem
 from cut_cross_entropy.implementations import chunked_divergence
@@ -47,21 +48,17 @@ def run_divergence(problem: DivergenceProblem, by_kernels: bool) -> DivergenceSt
 
 
 def run_divergence_sum(
-    problem: DivergenceProblem,
-    weights: Tensor | None,
-    needed: Needed,
-    by_kernels: bool,
-    tolerance: float = 0.0,
+    problem: DivergenceProblem, summation: Summation, by_kernels: bool
 ) -> tuple[Tensor, DivergenceState]:
     """Sum of divergences, and the results of each token.
 
     Args:
         problem: of two models of which one or both have a head.
-        weights, by_kernels: as in ``operators.divergences.run_divergence_sum``.
-        needed: see :func:`needed_in_the_forward`.
-        tolerance: as there, for a student whose head is a matrix; others are exact.
+        summation: with gradients that :func:`needed_in_the_forward` returned. The tolerance is for
+            a student whose head is a matrix; others are exact.
+        by_kernels: as in ``operators.divergences.run_divergence``.
     """
-    total, *state = _run(problem, by_kernels, _Summed(weights, needed, tolerance))
+    total, *state = _run(problem, by_kernels, summation)
     return total, DivergenceState(*state)
 
 
@@ -84,22 +81,8 @@ def needed_in_the_forward(student: Problem, teacher: Problem, by_kernels: bool) 
     return needed if enough and any(needed.flat()) else None
 
 
-class _Summed(NamedTuple):
-    """A sum whose gradients the forward computes.
-
-    Args:
-        weights: (N,), factors of the divergences; None for 1.
-        needed: the gradients.
-        tolerance: of the filter.
-    """
-
-    weights: Tensor | None
-    needed: Needed
-    tolerance: float
-
-
 def _run(
-    problem: DivergenceProblem, by_kernels: bool, summed: _Summed | None
+    problem: DivergenceProblem, by_kernels: bool, summed: Summation | None
 ) -> tuple[Tensor, ...]:
     student, teacher, *options = problem
     with torch.no_grad():
@@ -155,7 +138,7 @@ class _Divergence(Function):
         student: Problem,
         teacher: Problem,
         options: tuple[float, bool, bool],
-        summed: _Summed | None,
+        summed: Summation | None,
     ) -> tuple[Tensor, ...]:
         beta, has_targets, by_kernels = options
         problem = DivergenceProblem(student, teacher, beta, has_targets)

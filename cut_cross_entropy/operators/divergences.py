@@ -18,6 +18,7 @@ from cut_cross_entropy.divergence_problem import (
     DivergenceProblem,
     DivergenceState,
     DivergenceSum,
+    Summation,
 )
 from cut_cross_entropy.implementations import chunked_divergence
 from cut_cross_entropy.operators.declaration import (
@@ -247,11 +248,7 @@ def _flat(problem: DivergenceProblem) -> tuple[Any, ...]:
 
 
 def run_divergence_sum(
-    problem: DivergenceProblem,
-    weights: Tensor | None,
-    needed: Needed,
-    by_kernels: bool,
-    tolerance: float = 0.0,
+    problem: DivergenceProblem, summation: Summation, by_kernels: bool
 ) -> tuple[Tensor, DivergenceState]:
     """Sum of divergences, and the results of each token.
 
@@ -261,12 +258,9 @@ def run_divergence_sum(
     Args:
         problem, by_kernels: as in :func:`run_divergence`; the budget holds the logits of enough
             tokens.
-        weights: (N,), factors of the divergences, 0 for ignored tokens; None for 1. They have no
-            gradient.
-        needed: the gradients to compute.
-        tolerance: of the filter that the kernels have, see ``kernels.divergence_columns``; 0 turns
-            it off.
+        summation: the weights of the sum, and the gradients to compute.
     """
+    weights, needed, tolerance = summation
     register_flop_formulas()
     options = (weights, tolerance, *needed.flat(), is_computed_again())
     total, *found = divergence_sum(*_flat(problem), by_kernels, *options)
