@@ -46,6 +46,7 @@ STACK = {
     "strips-softcap-bias-terms": 1664,
     "strips-plain": 192,
     "strips-softcap-bias": 768,
+    "strips-softcap-bias-counted": 1024,  # while a CUDA graph is captured
     # Columns of an adapter: loaded once for each tile, outside of the main loop.
     "adapted_lse": 448,
     "adapted_exact": 320,

@@ -9,6 +9,7 @@ from cut_cross_entropy import budget, dispatch, linear_cross_entropy, record_fil
 from cut_cross_entropy.implementations import token_chunks
 from cut_cross_entropy.kernels import exact_sum, scale, step
 from cut_cross_entropy.kernels.powers import choose_segment_tiles
+from cut_cross_entropy.problem import Filter, Needed, Problem
 from tests.kernels.test_interpreted_filtered import sharp
 from tests.support import (
     check,
@@ -384,6 +385,32 @@ def test_one_exact_gradient_and_one_filtered(
     assert error(ours, filtered) == pytest.approx(error(both, filtered), rel=0.05)
 
 
+@pytest.mark.parametrize("softcap", [None, 100.0])
+def test_strips_from_stored_powers(softcap, monkeypatch):
+    """Sums of squares and of probabilities of 128 tokens, to a byte's step of a quarter octave."""
+    monkeypatch.setattr(exact_sum, "too_flat", lambda *_: False)
+    data = sharp(300, classes=300, dim=24)
+    settings = {"ignore_index": -100, "softcap": softcap, "compute_dtype": torch.float32}
+    problem = Problem(data.e, data.c, data.targets, None, **settings, memory_budget=2**28)
+    one = Filter(dispatch.FILTER_TOLERANCE, c=False)
+    _, found = exact_sum._one_pass(problem, Needed(True, True, False), None, one)
+    order = found.tokens.origin[found.tokens.origin < 300]  # the valid ones come first
+    blocks = torch.arange(len(order)) // 128
+    logits = data.e[order].double() @ data.c.double().T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    p, strips = logits.softmax(1), found.sums.strips.int()
+    is_forced = torch.zeros(strips.shape, dtype=torch.bool)
+    is_forced[blocks, data.targets[order]] = True
+    assert ((strips & 255)[is_forced] == 255).all()
+    for shift, terms in ((0, p * p), (8, p)):
+        sums = torch.zeros(strips.shape, dtype=torch.float64).index_add_(0, blocks, terms)
+        steps = (4 * (sums.log2() + 55) - ((strips >> shift) & 255))[~is_forced & (sums > 2**-54)]
+        assert len(steps) > 300
+        allowed = 0.1 if softcap is None else 0.5  # the slope is that of nearly the same logit
+        assert -allowed <= steps.min() <= steps.max() <= 1 + allowed
+
+
 @pytest.mark.parametrize("impl", ["cce_kahan_full_c", "cce_kahan_full_e"])
 @pytest.mark.parametrize("seen", [True, False])
 def test_one_gradient_filtered_of_data_too_flat_for_it(impl, seen, chunks, monkeypatch):
@@ -520,16 +547,12 @@ def problem_of_size(num_classes, dim, dtype=torch.bfloat16, memory_budget=2**28)
     ],
 )
 def test_tokens_of_a_chunk(num_classes, dim, dtype, with_c, without_c):
-    from cut_cross_entropy.problem import Needed
-
     problem = problem_of_size(num_classes, dim, dtype)
     assert budget.powers_per_chunk(problem, Needed(True, True, False)) == with_c
     assert budget.powers_per_chunk(problem, Needed(True, False, False)) == without_c
 
 
 def test_a_chunk_is_bounded_in_elements():
-    from cut_cross_entropy.problem import Needed
-
     problem = problem_of_size(256000, 2304, memory_budget=2**40)
     rows = budget.powers_per_chunk(problem, Needed(True, True, False))
     assert 2**29 < rows * 256000 <= 2**30
