@@ -1,5 +1,7 @@
 # `make PYTHON=/path/to/python TARGET` uses the environment of that Python and installs nothing.
-# Without it, .venv is made from BASE_PYTHON with the versions in constraints.txt.
+# Without it, .venv is made from BASE_PYTHON with the versions in constraints.txt. Without a GPU,
+# the CPU build of PyTorch is a far smaller download:
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make TORCH=torch==2.13.0+cpu venv
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-compile test-gpu benchmark peers docs lint venv wheel clean
 
@@ -20,7 +22,7 @@ endif
 TYPED := cut_cross_entropy training experiments
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 	@echo "Add ARGS='...' to pass arguments on, such as make test ARGS=tests/heads."
 	@echo "Add PYTHON=/path/to/python to use an environment that exists; nothing is installed then."
 

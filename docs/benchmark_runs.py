@@ -205,7 +205,41 @@ def headline(kept: Measurements) -> str:
             columns.append(
                 (heading, lambda row, own=own, text=text: cell(own.get(row["method"], {}), text))
             )
-    return f"{table(lines, columns)}\n{where_from(kept, rows)}"
+    return f"{in_short(kept, rows)}{table(lines, columns)}\n{where_from(kept, rows)}"
+
+
+def in_short(kept: Measurements, rows: pd.DataFrame) -> str:
+    """Say how the first problem's `cce` compares with compiled full logits, and what newer ones do.
+
+    Args:
+        kept: everything that was measured.
+        rows: of the table, loss and gradients by each method.
+    """
+    text = ""
+    for name, own in rows.groupby("test_data", sort=False):
+        by_method = own.set_index("method")
+        if name in REAL and {"cce", "torch_compile"} <= set(by_method.index):
+            ours, full = by_method.loc["cce"], by_method.loc["torch_compile"]
+            faster, smaller = (full[x] / ours[x] for x in ("runtime_ms", "op_mem_mb"))
+            text += (f"For {data_title(name).split(',')[0]} `cce` is {faster:.1f} times as fast as "
+                     f"compiled full logits, with 1/{smaller:.0f} of the memory.")  # fmt: skip
+    return f"{text}{newer(kept, rows)}\n\n" if text else ""
+
+
+def newer(kept: Measurements, rows: pd.DataFrame) -> str:
+    """Return a sentence with the times of `cce` at the commit of the aims, "" if it is the same."""
+    found = kept.parts("aims")
+    commits = {kept.files[x]["environment"]["commit"] for x in rows["source"].unique()}
+    if not found or found[0]["environment"]["commit"] in commits:
+        return ""
+    texts = []
+    for row in found[0]["rows"]:
+        if row["test_data"] in set(rows["test_data"]):
+            head = data_title(row["test_data"]).split(",")[0]
+            texts.append(f"{row['time'] * row['gemm_ms'][0]:.1f} ms ({head}, errors "
+                         f"{row['error_e']:.1f} / {row['error_c']:.1f})")  # fmt: skip
+    commit = found[0]["environment"]["commit"]
+    return f" `cce` of commit {commit}, on another day: {', '.join(texts)}." * bool(texts)
 
 
 def models(kept: Measurements) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -108,16 +109,55 @@ def commands(found: Iterable[str]) -> str:
     return text and f"\nFrom `{text}`.\n"
 
 
-def summary(kept: Measurements, runs: Records, folder: Path) -> str:
-    """A line for each job: `cce` next to full logits, and what another order of sums does."""
+def jobs(kept: Measurements, runs: Records, folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of the summary, with ``worse``: whether a training ends above full logits.
+
+    That is by more than two standard errors, and in one seed by more than another order of the sums
+    does in any. It is missing where no model was trained, or by another trainer.
+    """
     lines = [*_layers_in_short(kept), *_gpus_in_short(kept)]
     for name in (*TUNED, "pretrain"):
         for record in pooled(runs[name]):
             lines += _training_in_short(name, record)
     for title, path, record in _trl_records(folder):
         lines += _trainer_in_short(title, path, record)
+    return lines
+
+
+def verdict(kept: Measurements, runs: Records, folder: Path) -> str:
+    """Count the jobs in which a loss, memory or time is better, and name the commits measured."""
+    lines = jobs(kept, runs, folder)
+    if not lines:
+        return ""
+    trained = [line for line in lines if "worse" in line]
+    above = "; ".join(f"{line['job']} ({line['loss']})" for line in trained if line["worse"])
+    cheaper = {
+        name: [line[f"full_{what}"] > line[what] for line in lines if not pd.isna(line[what])]
+        for what, name in (("mib", "Peak memory"), ("ms", "Time"))
+    }
+    commits: dict[str, int] = {}
+    for line in lines:
+        for commit in dict.fromkeys(re.findall(r"\), ([0-9a-f]{7,})", line["record"])):
+            commits[commit] = commits.get(commit, 0) + 1
+    count = sum(not line["worse"] for line in trained)
+    return (
+        f"- Losses: in {count} of {len(trained)} trainings `cce` ends no higher than full logits "
+        "within two standard errors, or within what another order of the sums does."
+        + f" Higher: {above}." * bool(above)
+        + "".join(
+            f"\n- {name}: less than full logits in {sum(found)} of {len(found)} jobs."
+            for name, found in cheaper.items()
+        )
+        + "\n- Commits measured, with their lines: "
+        + ", ".join(f"{commit} ({n})" for commit, n in sorted(commits.items(), key=lambda x: -x[1]))
+        + "."
+    )
+
+
+def summary(kept: Measurements, runs: Records, folder: Path) -> str:
+    """A line for each job: `cce` next to full logits, and what another order of sums does."""
     return table(
-        lines,
+        jobs(kept, runs, folder),
         [("job", "{job}"), ("loss minus full logits", "{loss}"),
          ("full logits reordered", "{noise}"),
          ("ms, ours / full logits", "{ms:.1f} / {full_ms:.1f}"),
@@ -168,11 +208,29 @@ def _training_in_short(name: str, record: Record) -> Iterator[dict[str, Any]]:
             yield {
                 "job": f"{title}{way}{what}; {short(record.device)}",
                 "loss": of_seeds(found[method][figure]),
+                "worse": ends_above(
+                    found[method][figure],
+                    found[REORDERED][figure] if REORDERED in found else pd.Series(dtype=float),
+                ),
                 "noise": of_seeds(found[REORDERED][figure]) if REORDERED in found else "",
                 "ms": cost.loc[method, "ms_per_step"], "full_ms": cost.loc[full, "ms_per_step"],
                 "mib": cost.loc[method, "peak_mib"], "full_mib": cost.loc[full, "peak_mib"],
                 "record": link_run(record),
             }  # fmt: skip
+
+
+def ends_above(values: pd.Series, reordered: pd.Series) -> bool:
+    """Say whether losses end above full logits by more than chance and than another order does.
+
+    Args:
+        values: differences from full logits of the same seed, in nats.
+        reordered: of the same with another order of the sums.
+    """
+    values = values.dropna()
+    chance = 0.0 if len(values) < 2 else 2 * float(values.sem())
+    return float(values.mean()) > chance and float(values.max()) > float(
+        reordered.abs().max() if reordered.notna().any() else 0.0
+    )
 
 
 def of_seeds(values: pd.Series) -> str:
@@ -512,6 +570,7 @@ def missing(_: Measurements, __: Records, folder: Path) -> str:
 
 
 BLOCKS: dict[str, Callable[[Measurements, Records, Path], str]] = {
+    "evidence-verdict": verdict,
     "evidence-summary": summary,
     "evidence-layer": layer,
     "evidence-finetune": finetune,

@@ -4,7 +4,8 @@
 
 Same start, same data, same order. Prints the losses side by side and the measured memory of the
 loss, and writes ``summary.md``, ``losses.csv`` and ``demo.png`` to the output folder. The exit code
-is 1 if the losses differ by more than the tolerance. Ctrl-C ends it with the steps done so far.
+is 1 if the losses differ by more than the tolerance; the last line says which. Ctrl-C ends it with
+the steps done so far.
 """
 
 import csv
@@ -93,6 +94,20 @@ class Comparison:
     def largest_difference(self) -> float:
         """Largest difference of all steps, in nats."""
         return max((abs(a - b) for a, b in self.pairs), default=0.0)
+
+    def verdict(self) -> str:
+        """Say in one line whether the losses agree, and what the loss without logits needs."""
+        same = self.largest_difference <= TOLERANCE
+        text = (
+            f"{'PASSED: same losses' if same else 'FAILED: the losses differ'}, by "
+            f"{self.largest_difference:.1e} nats at most over {len(self.pairs)} steps "
+            f"(allowed: {TOLERANCE:g})"
+        )
+        if self.memory:
+            tokens = max(self.memory)
+            full, cut = self.memory[tokens]
+            text += f"; peak of the loss, {tokens:,} tokens: {cut:.0f} instead of {full:.0f} MiB"
+        return text
 
     def table(self) -> str:
         """Format the result as Markdown that is also readable as text."""
@@ -280,10 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{result.table()}\n\nWritten to {output}")
     if interrupted:
         return 130
-    if not result.largest_difference <= TOLERANCE:
-        print(f"FAILED: the losses differ by more than {TOLERANCE:g} nats", file=sys.stderr)
-        return 1
-    return 0
+    print(result.verdict())
+    return int(not result.largest_difference <= TOLERANCE)
 
 
 if __name__ == "__main__":

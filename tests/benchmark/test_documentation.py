@@ -151,6 +151,40 @@ def test_the_comparison_names_the_best_and_what_is_lost(found):
     headline = tables.headline(kept)
     assert "| Gemma 3 270M, ms | peak, MiB | error of dE / dC |\n" in headline
     assert "| **this package**, `cce` | 4.0 | 1,300 | 1.9 / 1.6 |\n" in headline
+    assert "as fast as" not in headline, "there are no compiled full logits"
+
+
+def test_sentence_above_the_headline_is_of_the_same_records(found):
+    environment = {**found.files["table.json"]["environment"], "commit": "abc"}
+    rows = [
+        row("cce", "gemma3-270m", runtime_ms=4.0, op_mem_mb=500.0),
+        row("torch_compile", "gemma3-270m", runtime_ms=10.0, op_mem_mb=12_000.0),
+    ]
+    content = {"part": "comparison", "environment": environment, "rows": rows}
+    aim = {
+        "test_data": "gemma3-270m", "time": 2.0, "gemm_ms": [1.5, 1.6], "error_e": 1.62,
+        "error_c": 1.14,
+    }  # fmt: skip
+    headline = lambda commit: tables.headline(
+        tables.collect(
+            {
+                "comparison.json": content,
+                "aims.json": {
+                    "part": "aims",
+                    "environment": {**environment, "commit": commit},
+                    "rows": [aim, {**aim, "test_data": "smollm2"}],
+                },
+            }
+        )
+    )
+    first = (
+        "For Gemma 3 270M `cce` is 2.5 times as fast as compiled full logits, "
+        "with 1/24 of the memory."
+    )
+    assert headline("abc").splitlines()[0] == first
+    assert headline("def").splitlines()[0] == (
+        f"{first} `cce` of commit def, on another day: 3.0 ms (Gemma 3 270M, errors 1.6 / 1.1)."
+    )
 
 
 def test_aims_that_are_missed_are_named_with_by_how_much(found):

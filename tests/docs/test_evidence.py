@@ -43,7 +43,11 @@ def test_every_table_of_figures_has_its_command():
         block = re.search(rf"(?s)<!-- begin {name} -->(.*?)<!-- end {name} -->", PAGE)
         assert block, name
         # Two are made of the records of the others.
-        if "\n|" in block[1] and name not in ("evidence-against", "evidence-summary"):
+        if "\n|" in block[1] and name not in (
+            "evidence-against",
+            "evidence-summary",
+            "evidence-verdict",
+        ):
             assert re.search(r"\nFrom `(python -m|torchrun) ", block[1]), name
 
 
@@ -129,8 +133,33 @@ def test_records_of_two_texts_are_pooled(nothing):
     assert lines[0].split(" | ")[4] == "30 / 30"
     against = evidence_tables.against(nothing, runs, Path()).splitlines()[2:]
     assert against[0].split(" | ")[1] == "held-out loss, difference of 3 seeds"
+    above = "+0.4000 ± 0.1000, at most 0.5000 (3 seeds)"
+    counts = evidence_tables.verdict(nothing, runs, Path()).splitlines()
+    assert counts[0].startswith("- Losses: in 0 of 2 trainings `cce` ends no higher ")
+    assert f"Higher: Pretraining from scratch; H200 ({above}); Pretraining from" in counts[0]
+    assert counts[1:] == [
+        "- Peak memory: less than full logits in 0 of 2 jobs.",
+        "- Time: less than full logits in 2 of 2 jobs.",
+        "- Commits measured, with their lines: abcdef1 (2).",
+    ]
     made[1].content["settings"]["steps"] = 4
     assert len(evidence_tables.summary(nothing, runs, Path()).splitlines()[2:]) == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "reordered", "above"),
+    [
+        ([0.1, 0.2, 0.3], [0.1], True),
+        ([0.1, 0.2, 0.3], [-0.35], False),  # another order does as much
+        ([-0.1, 0.0, 0.3], [], False),  # two standard errors are 0.24
+        ([-0.3, -0.2, -0.3], [], False),
+        ([0.1], [0.05], True),
+        ([0.1], [0.2], False),
+    ],
+)
+def test_losses_above_full_logits(values, reordered, above):
+    as_floats = [pd.Series(x, dtype=float) for x in (values, reordered)]
+    assert evidence_tables.ends_above(*as_floats) == above
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -226,6 +227,9 @@ def test_demo(arguments, tmp_path, capsys):
     assert demo.main([*demo_arguments(arguments, tmp_path), "--steps", "4"]) == 0
     printed = capsys.readouterr().out
     assert "Largest difference of all 4 steps" in printed
+    verdict = r"PASSED: same losses, by \S+ nats at most over 4 steps \(allowed: 0.001\); "
+    verdict += r"peak of the loss, 992 tokens: \d+ instead of \d+ MiB"
+    assert re.fullmatch(verdict, printed.splitlines()[-1])
     # The larger batch first, and why the smaller one may need more without logits.
     large, small = (printed.index(f"peak of the loss, {n} tokens") for n in ("992", "128"))
     assert large < small < printed.index("| loss of step 1 ")
@@ -244,7 +248,7 @@ def test_demo_fails_when_the_losses_differ(arguments, tmp_path, capsys, monkeypa
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(demo, "TOLERANCE", -1.0)
     assert demo.main([*demo_arguments(arguments, tmp_path), "--steps", "1"]) == 1
-    assert "FAILED" in capsys.readouterr().err
+    assert "FAILED: the losses differ, by" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_demo_names_bad_input(arguments, tmp_path, capsys):
