@@ -377,3 +377,37 @@ def test_the_records_of_the_page_can_be_read():
     runs = training_runs.read(DOCS / "measurements/experiments")
     assert runs["finetune"]
     assert runs["pretrain"]
+
+
+def test_figures_of_the_text_are_in_a_table():
+    """Every decimal of the sentences is a cell of the page, rounded, or of the aims."""
+    block = r"(?s)<!-- begin ([\w-]+) -->(.*?)<!-- end \1 -->"
+    aims = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    cells = " ".join(x[1] for x in re.findall(block, PAGE))
+    cells += next(x[1] for x in re.findall(block, aims) if x[0] == "aims")
+    known = [float(x) for x in re.findall(r"\d+\.\d+(?:e-\d+)?|\d+", cells.replace(",", ""))]
+    text = re.sub(r"\]\([^)]*\)|`[^`]*`", "", re.sub(block, "", PAGE))
+    figures = re.findall(r"\d+\.\d+", text)
+    assert len(figures) > 20
+    exempt = {"1.0", *(f"{x:.2f}" for x in ratios())}
+    for figure in figures:
+        half = 0.501 * 10.0 ** -len(figure.partition(".")[2])
+        assert figure in exempt or any(abs(x - float(figure)) <= half for x in known), figure
+
+
+def ratios():
+    """Ratios of times in the sentences: updates of GRPO, and steps with reversed batches."""
+    folder = DOCS / "measurements/experiments"
+    runs = json.loads((folder / "grpo_h200.json").read_text(encoding="utf-8"))["runs"]
+    update = {run["method"]: run["ms_per_step"]["update"] for run in runs}
+    yield update["token_logprobs"] / update["trl"]
+    found = []
+    for path in folder.glob("finetune_*-lora*.json"):
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        by_key = {(run["method"], run["seed"]): run["ms_per_step"] for run in runs}
+        found += [
+            ms / by_key["full", seed]
+            for (method, seed), ms in by_key.items()
+            if method == "full_reordered" and ("full", seed) in by_key
+        ]
+    yield from (min(found), max(found))
