@@ -18,6 +18,7 @@ from torch import Tensor
 from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.launch import launch
 from cut_cross_entropy.kernels.lse import PassInputs, raise_bound, vocabulary_pass
+from cut_cross_entropy.outputs import Asked
 from cut_cross_entropy.problem import Problem
 
 SCAN = 2048  # tokens or classes per step of the list
@@ -128,6 +129,9 @@ def bound_by_likely(inputs: PassInputs, problem: Problem, targets: Tensor, out: 
 def raise_by_classes(inputs: PassInputs, classes: Tensor) -> None:
     """Raise ``inputs.bound`` to the log-sum-exp of some classes, in place.
 
+    That of a flat token becomes far higher than its log-sum-exp: all of its strips are computed
+    apart, and its masses would hide those of the other tokens of its block from the tail.
+
     Args:
         inputs: ``c`` are the rows of these classes, bias and ``low_c`` those of all.
         classes: (size,) int64, all different; whole tiles of them.
@@ -137,4 +141,6 @@ def raise_by_classes(inputs: PassInputs, classes: Tensor) -> None:
         bias=None if inputs.bias is None else inputs.bias[classes],
         low_c=None if inputs.low_c is None else inputs.low_c[classes],
     )
-    raise_bound(some.bound, vocabulary_pass(some, len(classes), None, online=True))
+    asked = Asked(log_sum_sq=True)
+    segments = vocabulary_pass(some, len(classes), None, asked=asked, online=True)
+    raise_bound(some.bound, segments, len(classes), set_apart=True)

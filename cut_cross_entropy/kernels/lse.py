@@ -54,6 +54,11 @@ MOST_SUPPORT = tl.constexpr(10.0)  # log2 of CLASS_GROUPS
 # trained classifiers the log-sum-exp was lower than extrapolated by 0.7 at most (log2).
 SPREAD = tl.constexpr(1 / 16)
 MARGIN = tl.constexpr(0.5)
+# A token is flat, and set apart from the strips, from this effective share of the likely classes.
+# No token of two models' text comes near (0.03); with logits times 0.2 to 0.5, nearly all that do
+# are flat by their sums over all classes.
+FLAT_SHARE = tl.constexpr(1 / 8)
+APART = tl.constexpr(100.0)  # log2, added to its bound: its energies and masses are 0
 LOOSE = tl.constexpr(0.1)  # by which a bound may be too high (log2): a byte is a fourth
 
 
@@ -384,11 +389,13 @@ def bound_kernel(
     num_segments,
     num_summed,  # classes of the sums
     num_classes,  # all of them
+    SET_APART: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Raise the bound to the log-sum-exp of some classes.
 
-    With ``squares_ptr``, that of a token spread over many of them is extrapolated to all classes.
+    With ``squares_ptr``, that of a token spread over many of them is extrapolated to all classes,
+    or far above its log-sum-exp if SET_APART.
     """
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < N
@@ -400,8 +407,11 @@ def bound_kernel(
         share = tl.exp2(2.0 * lse - squares) / num_summed
         # The others, as far as this token is spread: right within a bit for tokens of two trained
         # classifiers whose logits were multiplied by 0.02 to 0.5.
-        gain = tl.log2(1.0 + (num_classes / num_summed - 1.0) * share) - MARGIN
-        lse += tl.where(share > SPREAD, tl.maximum(gain, 0.0), 0.0)  # a NaN changes nothing
+        if SET_APART:
+            lse += tl.where(share > FLAT_SHARE, APART, 0.0)  # a NaN changes nothing
+        else:
+            gain = tl.log2(1.0 + (num_classes / num_summed - 1.0) * share) - MARGIN
+            lse += tl.where(share > SPREAD, tl.maximum(gain, 0.0), 0.0)
     higher = tl.maximum(bound, tl.where(lse < float("inf"), lse, float("-inf")))
     tl.store(bound_ptr + tokens, higher, mask=present)
 
@@ -454,13 +464,19 @@ def segments_without_classes(bound: Tensor) -> Segments:
 
 
 def raise_bound(
-    bound: Tensor, segments: Segments, num_summed: int = 1, num_classes: int = 1
+    bound: Tensor,
+    segments: Segments,
+    num_summed: int = 1,
+    num_classes: int = 1,
+    *,
+    set_apart: bool = False,
 ) -> None:
     """Raise ``bound`` (N,) to the log-sum-exp over the segments, in place.
 
     If ``segments`` have ``p_squares``, the bounds of tokens that are spread over many of the
     ``num_summed`` classes of the segments are extrapolated to all ``num_classes``. They may then be
-    above the log-sum-exp, see :func:`finish`.
+    above the log-sum-exp, see :func:`finish`. With ``set_apart`` those of flat tokens surely are:
+    strips relative to them have no part of these tokens.
     """
     num_segments, num_tokens = segments.lse.shape
     launch(
@@ -473,6 +489,7 @@ def raise_bound(
         num_segments=num_segments,
         num_summed=num_summed,
         num_classes=num_classes,
+        SET_APART=set_apart,
         BLOCK_T=BLOCK_T,
     )
 

@@ -357,7 +357,9 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
     add("add_targets", exact_sum.add_targets_kernel,
         {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 1024},
         types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip
-    add("bound", lse.bound_kernel, {"BLOCK_T": BLOCK_T})
+    for set_apart in (False, True):
+        add(f"bound{'-apart' * set_apart}", lse.bound_kernel,
+            {"BLOCK_T": BLOCK_T, "SET_APART": set_apart})  # fmt: skip
     add("further_sums", entropy_and_rank.further_sums_kernel, {"BLOCK_T": BLOCK_T},
         types=(("rank_parts_ptr", "*i32"),))  # fmt: skip
     add("finish", lse.finish_kernel, {"BLOCK_T": BLOCK_T}, types=(("strips_ptr", "*u8"),))

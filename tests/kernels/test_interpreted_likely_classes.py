@@ -8,6 +8,7 @@ import torch
 
 from cut_cross_entropy import dispatch, linear_cross_entropy, record_filter
 from cut_cross_entropy.kernels import BLOCK_T, step
+from cut_cross_entropy.kernels.filtered import backward
 from cut_cross_entropy.kernels.likely_classes import list_likely, list_size
 from cut_cross_entropy.kernels.primitives import BYTE_FLOOR, BYTE_STEPS, FORCED
 from cut_cross_entropy.problem import Filter, Problem
@@ -68,6 +69,39 @@ def test_energies_do_not_depend_on_the_order_of_the_ids():
     lse = (problem.e.double() @ problem.c.double().T).logsumexp(1)
     slack = (lse - torch.maximum(first.logsumexp(1), own)) / math.log(2)
     assert (slack > 4).double().mean() > 0.3
+
+
+def test_strips_have_no_part_of_flat_tokens():
+    """Their masses would hide those that the other tokens of the block give rare classes."""
+    problem = rare_ids(2 * BLOCK_T)
+    flat = torch.arange(2 * BLOCK_T) % 16 == 5
+    problem.e[flat] *= 0.02
+    state = step.forward(problem, Filter(1e-4), training=True)
+    is_flat = flat[state.origin]
+    groups = math.log2(backward.FLAT_SUPPORT)
+    assert (state.support[is_flat] > groups).all()
+    assert (state.support[~is_flat] < groups).all()
+    energy, mass = state.strips.int() & 255, (state.strips.int() >> 8) & 255
+    p = (problem.e.double() @ problem.c.double().T).softmax(1)[state.origin]
+    p[is_flat] = 0
+    for found, power in ((energy, 2), (mass, 1)):
+        exact = p.pow(power).view(2, BLOCK_T, -1).sum(1)
+        wanted = (BYTE_STEPS.value * (exact.log2() - BYTE_FLOOR.value)).clamp(0, 254).floor()
+        off = (found - wanted)[energy != FORCED.value]
+        assert off.min() >= -1
+        assert off.max() <= 2
+
+
+def test_a_block_of_flat_tokens_alone():
+    problem = rare_ids(3 * BLOCK_T)
+    problem.e[: BLOCK_T + 40] *= 0.02
+    found, exact = (
+        torch.autograd.grad(linear_cross_entropy(e, c, problem.targets, impl=impl), (e, c))
+        for impl in ("cce", "cce_exact")
+        for e, c in [(problem.e.clone().requires_grad_(), problem.c.clone().requires_grad_())]
+    )
+    for ours, theirs in zip(found, exact, strict=True):
+        assert (ours - theirs).norm() < 5e-3 * theirs.norm()
 
 
 def test_listed_rows_are_within_the_budget():
