@@ -20,7 +20,7 @@ def find_heads(model: nn.Module) -> list[nn.Module]:
     """The heads of ``model`` as they are now.
 
     They are its output embeddings; of a model that names none, the linear layers as wide as a
-    vocabulary of its configuration.
+    vocabulary of its configuration, with their adapters.
     """
     head = _output_embeddings(model)
     if head is not None:
@@ -31,13 +31,14 @@ def find_heads(model: nn.Module) -> list[nn.Module]:
         heads = [_submodule(model, name) for name in names]
         if all(head is not None and num_rows(head) in sizes for head in heads):
             return [head for head in heads if head is not None]
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(product := product_of(module), nn.Linear)
-        and product.out_features in sizes
-        and not name.endswith("_fsdp_wrapped_module")  # what wraps it was found before
-    }
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        layer: Any = product_of(module)
+        layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        is_wide = isinstance(layer, nn.Linear) and layer.out_features in sizes
+        # What wraps a layer, or has adapters for it, comes before its parts.
+        if is_wide and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
     _found_names[model] = tuple(found)
     return list(found.values())
 

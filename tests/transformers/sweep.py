@@ -15,12 +15,14 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,9 +52,13 @@ class Result:
 class ClassWidth(TorchDispatchMode):
     """The most rows of a tensor that is as wide as the vocabulary, weights and copies aside."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: Module) -> None:
         super().__init__()
         self.weights = {tuple(sorted(p.shape)) for p in model.parameters()}
+        for layer in model.modules():  # rows of a head and its adapter side by side
+            for a in getattr(layer, "lora_A", {}).values():
+                shape = (layer.out_features, layer.in_features + a.out_features)
+                self.weights.add(tuple(sorted(shape)))
         self.widths = {VOCAB, *(rows for head in find_heads(model) if (rows := num_rows(head)))}
         self.rows = 0
 
@@ -71,10 +77,11 @@ class ClassWidth(TorchDispatchMode):
         return result
 
 
-def step(model: torch.nn.Module) -> tuple[float, dict[str, Any], int]:
+def step(model: Module) -> tuple[float, dict[str, Any], int]:
     """Loss, gradients, and the rows of the largest class-width tensor."""
     model.zero_grad(set_to_none=True)
-    inputs = tiny_inputs(model)
+    base = getattr(model, "get_base_model", lambda: model)()  # within adapters
+    inputs = tiny_inputs(base)
     torch.manual_seed(2)
     with ClassWidth(model) as widths:
         loss = model(**inputs)[0]
@@ -85,11 +92,41 @@ def step(model: torch.nn.Module) -> tuple[float, dict[str, Any], int]:
     return float(loss.detach()), grads, widths.rows
 
 
-def compare(name: str, model_type: str) -> Result:
-    """Run one class and compare."""
+def with_adapter(model: Module, **options: Any) -> Module:
+    """Return a model with an adapter of PEFT on its head.
+
+    Args:
+        model: one whose head is a linear layer.
+        **options: of ``peft.LoraConfig``.
+    """
+    import peft
+
+    heads = find_heads(model)
+    names = {name for name, module in model.named_modules() if any(module is x for x in heads)}
+    if not names or not all(isinstance(head, torch.nn.Linear) for head in heads):
+        raise ValueError("no head is a linear layer")
+    config = peft.LoraConfig(r=4, target_modules=names, **options)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # 0 at first: the adapter would do nothing
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def compare(name: str, model_type: str, change: Callable[[Module], Module] | None = None) -> Result:
+    """Run one class and compare.
+
+    Args:
+        name: of the class.
+        model_type: of its configuration.
+        change: returns what becomes of the model before it is patched; None for itself.
+    """
     result = Result(name, model_type, "not run")
     try:
         model = tiny_model(model_class(name), model_type)
+        if change is not None:
+            model = change(model)
         twin = copy.deepcopy(model)  # some models keep a state from step to step
         loss, grads, result.rows_before = step(model)
         if loss != loss or loss in (float("inf"), -float("inf")):

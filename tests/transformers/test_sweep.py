@@ -1,15 +1,19 @@
 """Every class of the mappings in a tiny configuration, and the sweep's own honesty."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from peft.tuners.lora import LoraLayer
 
 from cut_cross_entropy.transformers import cce_patch, cce_unpatch, is_patched
+from cut_cross_entropy.transformers.heads import find_heads
 from cut_cross_entropy.transformers.registry import classes_of_type
 from tests.transformers import sweep
 from tests.transformers.families import FAMILIES
-from tests.transformers.tiny import classes
+from tests.transformers.tiny import classes, model_class, tiny_model
 
 LISTED = classes()
 # A family's class that the two mappings leave out.
@@ -39,6 +43,15 @@ NOT_RUN = {
     "PerceptionLMForConditionalGeneration": "timm",
 }
 
+# PEFT's own limits: the name of the head is that of other layers too, no linear head, inputs.
+NOT_ADAPTED = {
+    "GitForCausalLM": "Target module",
+    "MusicgenForCausalLM": "no head is a linear layer",
+    "MusicgenMelodyForCausalLM": "no head is a linear layer",
+    "PPFormulaNetForConditionalGeneration": "get_input_embeddings",
+}
+HIDDEN_HEADS = ("BlipForConditionalGeneration", "NemotronH_Omni_Reasoning_V3")
+
 
 @pytest.mark.filterwarnings("ignore")  # what models warn about; the patch's are in the outcome
 @pytest.mark.parametrize("name", [name for name in {**LISTED, **UNLISTED} if name not in NOT_RUN])
@@ -51,12 +64,43 @@ def test_a_class_patched_equals_itself_unpatched(name):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in LISTED if name not in NOT_RUN | NOT_ADAPTED])
+def test_a_class_with_an_adapter_on_its_head(name):
+    """LoRA, or DoRA; weights of the base are frozen."""
+    options = {"use_dora": list(LISTED).index(name) % 4 == 0}
+    result = sweep.compare(name, LISTED[name], partial(sweep.with_adapter, **options))
+    if name in LOGITS_MADE:
+        assert (result.outcome, LOGITS_MADE[name] in result.detail) == ("logits made", True), result
+    else:
+        assert result.outcome == "equal", result
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", HIDDEN_HEADS)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_on_a_head_that_the_model_does_not_name(name, use_dora):
+    """Its parts are no heads of their own."""
+    change = partial(sweep.with_adapter, use_dora=use_dora)
+    assert sweep.compare(name, LISTED[name], change).outcome == "equal"
+    model = change(tiny_model(model_class(name), LISTED[name]))
+    (head,) = find_heads(model)
+    assert isinstance(head, LoraLayer)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NOT_RUN)
 def test_a_class_that_does_not_run_fails_before_it_is_patched(name):
     result = sweep.compare(name, LISTED[name])
     if NOT_RUN[name] == "timm" and result.outcome == "equal":
         return  # where timm is installed
     assert (result.outcome, NOT_RUN[name] in result.detail) == ("not run", True), result
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NOT_ADAPTED)
+def test_a_class_that_takes_no_adapter_on_its_head(name):
+    result = sweep.compare(name, LISTED[name], sweep.with_adapter)
+    assert (result.outcome, NOT_ADAPTED[name] in result.detail) == ("not run", True), result
 
 
 def test_the_goals_of_the_sweep():
