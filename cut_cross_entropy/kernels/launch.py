@@ -11,6 +11,7 @@ number of tokens, since one of them spills otherwise: they have two variants.
 
 import contextlib
 import contextvars
+import functools
 import operator
 import os
 import threading
@@ -221,12 +222,20 @@ def pointers(source: object, names: str, form: str = "{}_ptr") -> dict[str, Any]
 
     Args:
         source: an object, or None for None each.
-        names: of the attributes, separated by spaces.
+        names: of the attributes, two at least, separated by spaces.
         form: what the argument of a name is called.
     """
+    arguments, values = _naming(names, form)
     if source is None:
-        return {form.format(name): None for name in names.split()}
-    return {form.format(name): getattr(source, name) for name in names.split()}
+        return dict.fromkeys(arguments)
+    return dict(zip(arguments, values(source), strict=True))
+
+
+@functools.cache  # made once: host time of every launch
+def _naming(names: str, form: str) -> tuple[list[str], Callable[[object], tuple[Any, ...]]]:
+    """Return the arguments of some attributes, and what gets their values."""
+    found = names.split()
+    return [form.format(name) for name in found], operator.attrgetter(*found)
 
 
 def cdiv(a: int, b: int) -> int:

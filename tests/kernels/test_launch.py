@@ -1,5 +1,7 @@
 """Launches of machine code that an earlier launch has compiled."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
@@ -114,3 +116,10 @@ def test_rows_of_a_table_are_not_compiled_for_their_alignment():
     if not hasattr(kernel, "kwargs"):
         pytest.skip("interpreted kernels of this Triton do not know what is specialised")
     assert "strips_ptr" in kernel.kwargs["do_not_specialize"]
+
+
+def test_attributes_as_arguments():
+    source = SimpleNamespace(lse=1, a=2, other=3)
+    assert launch.pointers(source, "lse a") == {"lse_ptr": 1, "a_ptr": 2}
+    assert launch.pointers(source, "lse a", "grad_{}_ptr") == {"grad_lse_ptr": 1, "grad_a_ptr": 2}
+    assert launch.pointers(None, "lse a") == {"lse_ptr": None, "a_ptr": None}
