@@ -7,6 +7,7 @@ from cut_cross_entropy import budget, linear_divergence
 from cut_cross_entropy import divergence as front
 from cut_cross_entropy.kernels import divergence_columns as columns
 from cut_cross_entropy.kernels import divergence_sum
+from cut_cross_entropy.kernels.divergence_logits import StoredLogits
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
 
@@ -23,8 +24,6 @@ def few_classes(monkeypatch):
     monkeypatch.setattr(columns, "LEAST_PRODUCTS", 0)
     monkeypatch.setattr(columns, "FILTER_DIRECTIONS", 4)
     monkeypatch.setattr(columns, "MULTIPLE", 4)
-    # Half precision too, although it is copied in float32 on the CPU.
-    monkeypatch.setattr(divergence_sum, "filters_divergence", lambda _, tolerance: tolerance > 0)
     monkeypatch.setattr(columns, "LEAST_ROWS", 4)
     # Half precision too, although it is copied in float32 on the CPU.
     monkeypatch.setattr(divergence_sum, "filters_divergence", lambda _, tolerance: tolerance > 0)
@@ -126,6 +125,21 @@ def test_directions_make_the_error_smaller(needed, share, kept, monkeypatch):
     _, (without,) = gradients(tensors, 0.0, EPS, (needed,))
     assert kept[0] == kept[1]
     assert relative(found, exact) < share * relative(without, exact)
+
+
+def test_directions_are_found_while_the_first_chunk_is_computed(kept, monkeypatch):
+    """Their small kernels would leave the device idle before it."""
+    steps = []
+    find, write = columns.directions, StoredLogits.write_gradients
+    monkeypatch.setattr(columns, "directions", lambda *x: steps.append("directions") or find(*x))
+    monkeypatch.setattr(
+        StoredLogits, "write_gradients", lambda *x, **y: steps.append("gradients") or write(*x, **y)
+    )
+    for module in (front, divergence_sum):
+        monkeypatch.setattr(module, "divergence_tokens_per_chunk", lambda *_: 16)
+    gradients(problem(), 0.0, EPS)
+    assert len(kept) == 3
+    assert steps == ["gradients", "directions", "directions", "gradients", "gradients"]
 
 
 def test_all_directions_lose_nothing(kept, monkeypatch):
