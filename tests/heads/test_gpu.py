@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cut_cross_entropy import divergence as front
 from cut_cross_entropy import linear_cross_entropy, linear_divergence, record_filter
 from cut_cross_entropy.benchmark.data import Shape, make
 from cut_cross_entropy.heads import Head, LowRank
@@ -211,3 +212,35 @@ def test_divergences(beta):
     expected = torch.where(mask, divergence(log_p, log_q, beta), 0)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-4)
     assert_few_roundings(ours, torch.autograd.grad(expected.sum() / mask.sum(), wide))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("has_matrix", [False, True])
+def test_mean_of_divergences(has_matrix, beta, monkeypatch):
+    """In the forward: of a frozen student in 4 bits, and of one whose matrix trains."""
+    needed = []
+    choose = front.needed_in_the_forward
+    monkeypatch.setattr(
+        front, "needed_in_the_forward", lambda *x: needed.append(choose(*x)) or needed[-1]
+    )
+    student, teacher = Case("four_bits"), Case("qlora")
+    noise = torch.randn_like(teacher.leaves[0], dtype=torch.float32)
+    with torch.no_grad():
+        teacher.leaves[0] += 0.1 * teacher.leaves[0].float().std() * noise
+    head, leaves = student.head, list(student.leaves)
+    matrix = head.weight.rows(0, SHAPE.num_classes).requires_grad_()
+    if has_matrix:
+        head, leaves = matrix, [*leaves, matrix]
+    mask = student.targets != -100
+    found = linear_divergence(
+        leaves[0], head, teacher.leaves[0], teacher.head, beta=beta, mask=mask, reduction="mean",
+        memory_budget=512 * MIB,
+    ).divergence  # fmt: skip
+    assert (needed[0].e, needed[0].c) == (True, has_matrix)
+    ours = torch.autograd.grad(found, leaves)
+    wide = [x.detach().double().requires_grad_() for x in (leaves[0], matrix)]
+    log_p = F.linear(*wide).log_softmax(1)
+    log_q = teacher.logits(*teacher.wide_leaves()).detach().log_softmax(1)
+    expected = torch.where(mask, divergence(log_p, log_q, beta), 0).sum() / mask.sum()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-4)
+    assert_few_roundings(ours, torch.autograd.grad(expected, wide[: len(leaves)]))
