@@ -64,7 +64,7 @@ def test_default_stays_within_the_rounding_of_bfloat16():
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_stricter_filters_keep_more_and_err_less(softcap, always_filtered):
-    problem = sharp(20)
+    problem = sharp(20, 600)
     kept, worst, mass = [], [], []
     for filter_eps in (0.1, 2.0**-8, "auto", "high", 1e-12):
         results, (record,) = recorded(problem, filter_eps=filter_eps, softcap=softcap)
