@@ -133,7 +133,7 @@ def test_no_run_starts_that_would_end_after_the_time_limit(
     now, seen = [0.0], []
     path = tmp_path / "new" / f"finetune_{model_folder.name}_cpu.json"
 
-    def train(*_):
+    def train(*_, **__):
         seen.append(len(json.loads(path.read_text())["runs"]) if path.exists() else None)
         now[0] += 40
         return {"judged": [{}], "ms_per_step": 1.0}
@@ -160,7 +160,7 @@ def test_what_a_run_takes_is_known_from_the_last_of_its_method(
     """The first runs take 50 seconds here, since they compile, and the others 10, of 160."""
     now = [0.0]
 
-    def train(*arguments):
+    def train(*_, **__):
         now[0] += 50 if now[0] < 100 else 10
         return {"judged": [{}], "ms_per_step": 1.0}
 
