@@ -63,7 +63,7 @@ EACH = pytest.mark.parametrize("words", ["dpo", []], ids=["dpo", "distillation"]
 )
 @pytest.mark.parametrize(
     "extra",
-    [[], ["--lora", "4", "--lora-head"], ["--gradient-accumulation", "2"], ["--dtype", "autocast"]],
+    [["--lora", "4", "--lora-head"], ["--gradient-accumulation", "2"], ["--dtype", "autocast"]],
     ids=" ".join,
 )
 def test_losses_are_those_of_full_logits(arguments, tmp_path, words, extra):
