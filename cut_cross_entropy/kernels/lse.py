@@ -73,7 +73,7 @@ def vocabulary_pass_kernel(
     lse_ptr,  # (segments, N) out, log2
     squares_ptr,  # (segments, N) out, log2 of the sum over groups of classes of p squared
     strips_ptr,  # (blocks, V) int16 out, see strip_bytes; or None: not computed
-    energy_bound_ptr,  # (N,) bound to which the strips are relative; None without strips
+    energy_ptr,  # (N,) factor of powers for strips, or their bound if ONLINE; None without strips
     multiplier_ptr,  # (N,), or None
     limits_ptr,  # (N,) logits of the targets, log2
     targets_ptr,  # (N,)
@@ -183,8 +183,10 @@ def vocabulary_pass_kernel(
                 p_squares += tl.sum(p * p, 0)
             if strips_ptr is not None:
                 # Loaded for each tile, like the limits.
-                tighter = tl.load(energy_bound_ptr + tokens, mask=is_token, other=0.0)
-                p *= tl.exp2(tl.minimum(reference - tighter, 0.0))[None, :]
+                factor = tl.load(energy_ptr + tokens, mask=is_token, other=0.0)
+                if ONLINE:
+                    factor = tl.exp2(tl.minimum(reference - factor, 0.0))
+                p *= factor[None, :]
                 both = strip_bytes(tl.sum(p * p, axis=1), tl.sum(p, axis=1))
                 tl.store(strips_ptr + block.to(tl.int64) * V + classes, both, mask=inside)
             classes += BLOCK_V
@@ -260,6 +262,11 @@ class PassInputs:
         return self.bound if self.energy_bound is None else self.energy_bound
 
     @functools.cached_property
+    def strip_factor(self) -> Tensor:
+        """Factor of powers relative to ``bound`` that makes them relative to that of strips."""
+        return torch.exp2(self.bound - self.strip_bound)
+
+    @functools.cached_property
     def tiles(self) -> Tiles:
         """Block sizes of the passes."""
         return tiles_on(self.e.device)
@@ -316,7 +323,9 @@ def vocabulary_pass(
     num_tiles = cdiv(num_classes, tiles.block_v)
     segment_tiles = cdiv(num_tiles, MAX_SEGMENTS)
     num_segments = cdiv(num_tiles, segment_tiles)
-    results = repair
+    results, energy = repair, None
+    if strips is not None:
+        energy = inputs.strip_bound if online else inputs.strip_factor
     if results is None:
         shape = (num_segments, num_tokens)
         squares_shape = shape if strips is not None else (0, num_tokens)
@@ -335,7 +344,7 @@ def vocabulary_pass(
         **pointers(inputs, "bias low_e low_c bound multiplier limits targets"),
         **pointers(results, "lse squares entropy p_squares rank highest"),
         strips_ptr=strips,
-        energy_bound_ptr=None if strips is None else inputs.strip_bound,
+        energy_ptr=energy,
         flag_ptr=inputs.flags,
         N=num_tokens,
         V=num_classes,

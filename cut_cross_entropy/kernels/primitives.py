@@ -181,7 +181,7 @@ def transform_logits(
 @triton.jit
 def logit_slope(logits, softcap):
     """Return the derivative of the capped logits (units of log2) by the uncapped ones."""
-    ratio = logits / (softcap * LOG2E)
+    ratio = logits * (1.0 / (softcap * LOG2E))
     return tl.maximum(1.0 - ratio * ratio, 0.0)
 
 

@@ -56,11 +56,10 @@ _INT64 = {"origin_ptr", "all_targets_ptr", "masks_ptr", "order_ptr", "targets_pt
           "sorted_ptr"}  # fmt: skip
 _INT32 = {"starts_ptr", "block_starts_ptr", "chunk_starts_ptr", "offsets_ptr", "keys_ptr",
           "tile_block_ptr", "tile_start_ptr", "first_tile_ptr", "flag_ptr", "threshold_ptr",
-          "classes_ptr", "count_ptr", "slots_ptr", "unions_ptr", "sizes_ptr",
-          "rank_ptr", "num_rows_ptr", "num_tiles_ptr", "num_flat_ptr", "token_counts_ptr",
-          "choice_ptr"}  # fmt: skip
+          "classes_ptr", "count_ptr", "slots_ptr", "rank_ptr", "num_rows_ptr", "num_tiles_ptr",
+          "num_flat_ptr", "token_counts_ptr", "choice_ptr"}  # fmt: skip
 _HALF = {"c_ptr", "e_ptr", "low_c_ptr", "low_e_ptr",
-         "grad_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c",
+         "grad_ptr", "borrowed_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c",
          "powers_ptr", "scaled_ptr"}  # fmt: skip
 _SIZES = {"N", "V", "D", "M", "K", "stride", "stride_out", "left_m", "left_k", "right_k", "out_m",
           "terms"}  # fmt: skip
@@ -109,7 +108,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         flags = {} if bias else {"bias_ptr": None}
         flags |= {} if softcap else {"softcap": None}
         sums = {"multiplier_ptr", "entropy_ptr", "p_squares_ptr", "rank_ptr", "highest_ptr"}
-        energies = {"strips_ptr", "energy_bound_ptr"}
+        energies = {"strips_ptr", "energy_ptr"}
         terms = {"multiplier_ptr", "eta_ptr", "q_ptr", "num_rows_ptr"}
         no_rank = {"low_e_ptr": None, "low_c_ptr": None, "LOW_RANK": 0}
         label = "softcap-bias" if softcap else "plain"
@@ -301,10 +300,8 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
                 *of_rows,
             ),
         )  # fmt: skip
-    add("list_dropped", grad_c.list_dropped_kernel,
-        {"SUPERBLOCK": 64, "BLOCK_C": grad_c.BLOCK_C, "BLOCK_R": 64},
+    add("list_dropped", grad_c.list_dropped_kernel, {"SUPERBLOCK": 64, "BLOCK_R": 64},
         types=(("out_ptr", "*u8"),))  # fmt: skip
-    add("union", grad_c.union_kernel, {"BLOCK_C": grad_c.BLOCK_C, "SUPERBLOCK": 64})
     add("list_valid", tokens.list_valid_kernel, {"BLOCK": tokens.SCAN}, num_warps=8)
     add("backward_tokens", tokens.backward_tokens_kernel, {"HAS_SUPPORT": True, "BLOCK_D": 1024})
     add("class_products", class_logits.class_products_kernel,
@@ -424,7 +421,8 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             types=(("left_ptr", "*bf16"), ("right_ptr", "*bf16"),
                    ("out_ptr", "*fp32" if of_rows else "*bf16")))  # fmt: skip
     add("list", index.list_strips_kernel,
-        {"BY_CLASS": True, "SUPERBLOCK": 64, "CHUNK": 1024, "TILE": index.TILE})  # fmt: skip
+        {"BY_CLASS": True, "SUPERBLOCK": 64, "CHUNK": 1024, "TILE": index.TILE,
+         "TURN": index.TURN})  # fmt: skip
     for bf16 in (True, False):
         add(f"centers-{bf16:d}", tail.centers_kernel,
             {"BF16": bf16, "SUPERBLOCK": 64, "BLOCK_R": 64, "BLOCK_D": 128},

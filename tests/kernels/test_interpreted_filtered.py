@@ -8,10 +8,11 @@ import torch
 
 from cut_cross_entropy import dispatch
 from cut_cross_entropy.filter_report import record_filter
-from cut_cross_entropy.kernels import step
+from cut_cross_entropy.kernels import likely_classes, step
 from cut_cross_entropy.kernels.filtered import backward, index
 from cut_cross_entropy.kernels.filtered import flat as few_flat
 from cut_cross_entropy.kernels.filtered.index import Counts
+from cut_cross_entropy.kernels.filtered.schedule import STRIP_BYTES
 from cut_cross_entropy.kernels.filtered.tail import TokenTails
 from tests.support import Problem, full_logits, make_problem, run, run_ours
 
@@ -123,6 +124,32 @@ def test_a_list_that_was_too_short_is_made_again(order, monkeypatch):
     assert order == ["list", "zeros", "wait", "list", "zeros", "wait", "list"]
     for name, value in results.named().items():
         assert torch.equal(value, again.named()[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_strips_beyond_the_budget_are_stored_in_rows_of_grad_c(dtype, monkeypatch):
+    """Instead of being computed twice; the gradients are those of a budget that fits all."""
+    made, computed = [], []
+    schedule, strips = backward.make_schedule, backward.strip_gradients
+    spy = lambda *args: made.append(schedule(*args)) or made[-1]
+    monkeypatch.setattr(backward, "make_schedule", spy)
+    spy_of_strips = lambda *args, **options: computed.append(1) or strips(*args, **options)
+    monkeypatch.setattr(backward, "strip_gradients", spy_of_strips)
+    monkeypatch.setattr(likely_classes, "list_size", lambda problem: 1024)  # not of the budget
+    problem = sharp(300, 5000, dtype=dtype)
+    order = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
+    targets = torch.where(problem.targets >= 0, order.argsort()[problem.targets], problem.targets)
+    problem = Problem(problem.e, problem.c[order], targets, problem.bias[order])
+    whole, (record,) = recorded(problem)
+    assert (record.path, made[0].first_borrowed) == ("filtered", None)
+    num_strips = round(record.strips_kept * 3 * 5000)
+    results = run_ours(problem, "cce", memory_budget=num_strips * STRIP_BYTES - 1)
+    assert made[1].first_borrowed is not None
+    assert made[1].store_once
+    assert len(computed) == 2, "once for each call"
+    for name, value in whole.named().items():
+        error = (results.named()[name] - value).double().norm()
+        assert error < (1e-6 if dtype == torch.float32 else 1e-4) * value.double().norm(), name
 
 
 def test_no_filter_reports_the_exact_path():

@@ -7,7 +7,11 @@ import torch
 
 from cut_cross_entropy.kernels.filtered import backward, index, schedule
 from cut_cross_entropy.kernels.filtered.index import Counts
-from cut_cross_entropy.kernels.filtered.schedule import STRIP_BYTES, make_schedule
+from cut_cross_entropy.kernels.filtered.schedule import (
+    GRADIENT_BYTES,
+    STRIP_BYTES,
+    make_schedule,
+)
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept
 
 pytestmark = pytest.mark.interpret
@@ -100,6 +104,33 @@ def test_budget_is_kept_unless_a_single_element_exceeds_it(counts, budget, row_b
     assert made.store_once == (
         sum(counts.by_block) * STRIP_BYTES <= (budget // 2 if row_bytes else budget)
     )
+
+
+@pytest.mark.parametrize("free_bytes", [1, 10, 64, 10**6])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_rows_of_grad_c_hold_the_strips_of_the_classes_behind_them(counts, budget, free_bytes):
+    made = make_schedule(counts, budget, 0, True, free_bytes)
+    strips, num_strips = counts.by_chunk[0], sum(counts.by_block)
+    first = made.first_borrowed
+    fits = num_strips * STRIP_BYTES <= budget
+    assert fits <= made.store_once
+    if first is None:
+        return
+    assert len(counts.by_chunk) == 1, "rows of several superblocks are summed in dC"
+    assert not fits
+    assert made.store_once
+    assert [some.chunks for some in made.class_passes] == [(first, CHUNKS), (0, first)]
+    assert all(some.rectangles == made.token_passes for some in made.class_passes)
+    borrowed = sum(strips[first:]) * GRADIENT_BYTES
+    assert borrowed <= first * CHUNK * free_bytes
+    assert num_strips * STRIP_BYTES - borrowed <= budget
+
+
+def test_rows_of_grad_c_are_borrowed_where_the_budget_is_too_small(counts):
+    if len(counts.by_chunk) == 1:
+        budget = sum(counts.by_block) * STRIP_BYTES - 1
+        assert make_schedule(counts, budget, 0, True, 10**6).first_borrowed == 1
+        assert make_schedule(counts, budget, 0, False).first_borrowed is None
 
 
 def test_ranges_of_one_length():

@@ -125,7 +125,8 @@ def filtered_gradients(
     if captured:
         return Outcome(_captured_gradients(problem, tokens, wanted, kept), None, too_flat=False)
     counts = Counts(kept)
-    selection = _Selection.of(kept, problem, problem.memory_budget)
+    # Half as many strips again as the budget holds may be stored in dC.
+    selection = _Selection.of(kept, problem, problem.memory_budget * 3 // 2)
     results = _Results.zeros(problem, wanted)
     num_strips = sum(counts.by_block)  # waits for the device, which is computing the selection
 
@@ -170,12 +171,11 @@ def _captured_gradients(
     selection = _Selection.of(kept, problem, BUDGETS * problem.memory_budget)
     choice = Choice.of(
         kept,
-        selection.listed,
+        selection.listed[0],
         num_flat,
         share=dense_fraction(problem.c.shape[1]),
         flat_share=FLAT_FRACTION,
     )
-    selection.order.sizes.mul_(choice.is_filtered)
     flat = None
     if num_flat:
         flat = FlatTokens.of(
@@ -239,7 +239,7 @@ class _Selection:
         tail: what replaces the others; without centres while rows are still to be made.
         order: order of all classes.
         low_centers: :attr:`Tail.centers` of the columns of ``AdaptedProblem.low_c``.
-        listed: list of all kept strips, if they fit the budget.
+        listed: the list of all kept strips, if it may be complete; emptied where it is not read.
     """
 
     kept: Kept
@@ -247,7 +247,7 @@ class _Selection:
     tail: Tail
     order: ClassOrder
     low_centers: Tensor | None
-    listed: StripList
+    listed: list[StripList]
 
     @classmethod
     def of(cls, kept: Kept, problem: Problem, budget: int) -> "_Selection":
@@ -264,7 +264,7 @@ class _Selection:
         else:
             tail = Tail.of(kept, c)
         listed = list_ahead(kept, index, most_strips)
-        return cls(kept, index, tail, order, low_centers=low_centers, listed=listed)
+        return cls(kept, index, tail, order, low_centers=low_centers, listed=[listed])
 
 
 class _Results(NamedTuple):
@@ -366,24 +366,31 @@ class _Work:
 def _run(work: _Work) -> None:
     """Compute the kept strips pass by pass: those of the token passes first."""
     wanted, num_superblocks = work.wanted, work.selection.kept.num_superblocks
-    row_bytes = 0
+    row_bytes = free_bytes = 0
     if wanted.c is not None and num_superblocks > 1:
         row_bytes = bytes_per_row(wanted.c, num_superblocks)
+    elif wanted.c is not None:  # as many elements as a row holds, of two bytes each
+        free_bytes = wanted.c[0].nbytes // work.tokens.e.element_size() * 2
     budget = work.problem.memory_budget
     if work.counts is None:
         schedule = store_all(work.selection.kept.shape, budget, row_bytes, wanted.classes)
     else:
         if work.flat is not None:  # its gradients exist until the last pass
             budget = max(1, budget - work.flat.grads.nbytes)
-        schedule = make_schedule(work.counts, budget, row_bytes, wanted.classes)
+        schedule = make_schedule(work.counts, budget, row_bytes, wanted.classes, free_bytes)
+    if not schedule.store_once:
+        work.selection.listed.clear()  # frees it
     stored = None
     for rectangle in schedule.token_passes:
-        stored = _store(work, rectangle)
+        stored = _store(work, rectangle, schedule.first_borrowed)
         _finish_tokens(work, stored)
         if not schedule.store_once:
             stored = None  # frees the strips before the next ones are computed
     for class_pass in schedule.class_passes:
-        _write_classes(work, class_pass, stored)
+        if stored is not None and class_pass.chunks[0] == schedule.first_borrowed:
+            _write_classes(work, class_pass, stored.of_last_classes())
+        else:
+            _write_classes(work, class_pass, stored)
 
 
 def _run_made(work: _Work) -> None:
@@ -438,13 +445,30 @@ def _run_made(work: _Work) -> None:
     _finish_classes(work, (0, problem.c.shape[0]), rows)
 
 
-def _store(work: _Work, rectangle: Rectangle) -> StoredStrips:
-    """Compute the strips of a rectangle."""
-    selection, strips, counts = work.selection, work.selection.listed, work.counts
+def _store(work: _Work, rectangle: Rectangle, first_borrowed: int | None = None) -> StoredStrips:
+    """Compute the strips of a rectangle.
+
+    Those of the chunks from ``first_borrowed`` on are stored in the first rows of dC.
+    """
+    selection, counts, grad_c = work.selection, work.counts, work.wanted.c
+    borrowed, strips = None, selection.listed[0] if selection.listed else None
     if counts is not None:
         strips = list_strips(selection.kept, counts, selection.index, rectangle, strips)
-    bias_grad, is_counted = work.bias_sums is not None, counts is not None
-    return strip_gradients(work.problem, work.tokens, strips, bias_grad, is_counted=is_counted)
+    assert strips is not None
+    if first_borrowed is not None:
+        assert counts is not None
+        assert grad_c is not None
+        size, dtype = sum(counts.by_chunk[0][first_borrowed:]) * BLOCK_T, work.tokens.e.dtype
+        memory = grad_c.view(-1).view(torch.uint8)[: size * dtype.itemsize]
+        borrowed = memory.view(dtype).view(-1, BLOCK_T)
+    return strip_gradients(
+        work.problem,
+        work.tokens,
+        strips,
+        work.bias_sums is not None,
+        is_counted=counts is not None,
+        borrowed=borrowed,
+    )
 
 
 def _finish_tokens(work: _Work, stored: StoredStrips) -> None:

@@ -87,12 +87,10 @@ class Choice:
     """The path of a captured backward, on the device: () int32 each.
 
     Args:
-        is_filtered: 0 if the lists were emptied.
         num_flat: flat tokens that are computed besides the strips; 0 on the exact path.
         num_exact: tokens of the exact path; 0 on the filtered one.
     """
 
-    is_filtered: Tensor
     num_flat: Tensor
     num_exact: Tensor
 
@@ -126,7 +124,7 @@ class Choice:
             BLOCK=1024,
         )
         kept.masks.mul_(choice[0])
-        return cls(*choice[:3].unbind())
+        return cls(*choice[1:].unbind())
 
 
 def first_flat(tokens: BackwardTokens, most: int) -> BackwardTokens:

@@ -30,7 +30,12 @@ from cut_cross_entropy.kernels.filtered.tail import (
     tail_product,
 )
 from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2
-from cut_cross_entropy.kernels.primitives import byte_to_value, gather_rows, load_rows
+from cut_cross_entropy.kernels.primitives import (
+    byte_to_value,
+    gather_rows,
+    load_rows,
+    popcount,
+)
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 
 BLOCK_C = 128  # classes per tile
@@ -38,39 +43,14 @@ BLOCK_K = 64  # tokens per step
 LISTED = 2**16  # classes whose dropped masses are listed at once, 4 MiB; whole tiles
 
 
-@triton.jit(do_not_specialize=["order_ptr", "masks_ptr", "num_listed", "num_tiles"])
-def union_kernel(
-    order_ptr,  # (superblocks, classes) class ids, clustered
-    masks_ptr,  # (superblocks, V)
-    unions_ptr,  # (superblocks, tiles, SUPERBLOCK) out: blocks of the union, in order
-    sizes_ptr,  # (superblocks, tiles) out
-    num_listed,
-    V,
-    num_tiles,
-    BLOCK_C: tl.constexpr,
-    SUPERBLOCK: tl.constexpr,
-):
-    """List the token blocks that a tile of classes keeps in one superblock."""
-    tile = tl.program_id(0)
-    superblock = tl.program_id(1)
-    positions = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = positions < num_listed
-    listed = order_ptr + tl.cast(superblock, tl.int64) * num_listed + positions
-    classes = tl.load(listed, mask=inside, other=0)
-    masks = tl.load(masks_ptr + tl.cast(superblock, tl.int64) * V + classes, mask=inside, other=0)
-    bits = tl.arange(0, SUPERBLOCK)
-    members = ((masks[:, None] >> bits[None, :].to(tl.int64)) & 1).to(tl.int32)
-    used = tl.max(members, 0)
-    position = tl.cumsum(used, 0) - 1
-    row = superblock * num_tiles + tile
-    tl.store(unions_ptr + row * SUPERBLOCK + position, bits, mask=used > 0)
-    tl.store(sizes_ptr + row, tl.sum(used, 0))
+@triton.jit
+def either(a, b):
+    """Return the bits of both."""
+    return a | b
 
 
 # Rows of tables are aligned for some superblocks and not for others.
-_UNALIGNED = [
-    "order_ptr", "masks_ptr", "offsets_ptr", "unions_ptr", "sizes_ptr", "chunk_starts_ptr",
-]  # fmt: skip
+_UNALIGNED = ["order_ptr", "masks_ptr", "offsets_ptr", "chunk_starts_ptr"]
 
 
 @triton.jit(
@@ -82,11 +62,9 @@ _UNALIGNED = [
 def grad_c_kernel(
     grad_ptr,  # (K, BLOCK_T) scaled logit gradients, by slot
     e,  # (N, D)
-    order_ptr,  # (classes,) of the superblock, like the five that follow
+    order_ptr,  # (classes,) of the superblock, like the three that follow
     masks_ptr,  # (V,)
     offsets_ptr,  # (V,) see Kept
-    unions_ptr,  # (tiles, SUPERBLOCK)
-    sizes_ptr,  # (tiles,)
     chunk_starts_ptr,  # (chunks,) slot of a chunk's first strip
     scale_ptr,  # ()
     dropped_ptr,  # (classes, SUPERBLOCK) see list_dropped; unused if PARTIAL, like the next
@@ -119,22 +97,23 @@ def grad_c_kernel(
 ):
     """Write BLOCK_N features of dC for one tile of classes and one superblock."""
     column = tl.program_id(0) * BLOCK_N
-    tile = tl.program_id(1)
-    size = tl.load(sizes_ptr + tile)
-    if size == 0:  # no class keeps a strip
-        return
-    positions = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    positions = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = positions < num_listed
     classes = tl.load(order_ptr + positions, mask=inside, other=0)
+    masks = tl.load(masks_ptr + classes, mask=inside, other=0)
+    # The blocks that some of the classes keep, taken off one by one: a load from a list of them
+    # would have to end before those that it decides on can start.
+    left = tl.reduce(masks, 0, either)
+    if left == 0:  # no class keeps a strip
+        return
     total = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
     lanes = tl.arange(0, BLOCK_K)
     parts: tl.constexpr = BLOCK_T // BLOCK_K
-    masks = tl.load(masks_ptr + classes, mask=inside, other=0)
     # Slots of a class are in the order of its blocks, which is that of the loop.
     slot = tl.load(chunk_starts_ptr + classes // CHUNK, mask=inside, other=0) - first_slot
     slot += tl.load(offsets_ptr + classes, mask=inside, other=0)
-    for i in range(size * parts):
-        bit = tl.load(unions_ptr + tile * SUPERBLOCK + i // parts)
+    for i in range(popcount(left) * parts):
+        bit = popcount((left & -left) - 1)
         kept = ((masks >> bit.to(tl.int64)) & 1) != 0
         part = i % parts
         # 32 bits reach: the stored strips are bounded in bytes
@@ -146,7 +125,9 @@ def grad_c_kernel(
         token = (first_block + bit) * BLOCK_T + part * BLOCK_K
         e_tile = load_rows(e, token, N, column, D, USE_TMA=E_TMA, ROWS=BLOCK_K, COLUMNS=BLOCK_N)
         total = tl.dot(grads, e_tile, total, input_precision="ieee")
-        slot += (kept & (part == parts - 1)).to(tl.int32)
+        is_last = part == parts - 1
+        slot += (kept & is_last).to(tl.int32)
+        left = tl.where(is_last, left & (left - 1), left)
     columns = column + tl.arange(0, BLOCK_N)
     if PARTIAL:
         table = (first_class, D, stride_out)
@@ -170,10 +151,9 @@ def grad_c_kernel(
         tl.store(out_ptr + rows, total.to(out_ptr.dtype.element_ty), mask=here)
 
 
-@triton.jit(do_not_specialize=["order_ptr", "sizes_ptr", "num_listed", "num_blocks"])
+@triton.jit(do_not_specialize=["order_ptr", "num_listed", "num_blocks"])
 def list_dropped_kernel(
     order_ptr,  # (classes,)
-    sizes_ptr,  # (tiles,) see ClassOrder
     strips_ptr,  # (blocks, V)
     masks_ptr,  # (V,)
     out_ptr,  # (classes, SUPERBLOCK) uint8 out
@@ -181,20 +161,18 @@ def list_dropped_kernel(
     V,
     num_blocks,
     SUPERBLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """List the masses of the dropped strips of some classes, in the only superblock.
 
-    Tiles of classes that keep no strip are left out; BLOCK_R divides BLOCK_C.
+    Where BLOCK_R classes keep no strip, nothing is written.
     """
-    first = tl.program_id(0) * BLOCK_R
-    if tl.load(sizes_ptr + first // BLOCK_C) == 0:
-        return
-    positions = first + tl.arange(0, BLOCK_R)
+    positions = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = positions < num_listed
     classes = tl.load(order_ptr + positions, mask=inside, other=0)
     masks = tl.load(masks_ptr + classes, mask=inside, other=0)
+    if tl.reduce(masks, 0, either) == 0:
+        return
     blocks = tl.arange(0, SUPERBLOCK)
     strips = tl.load(
         strips_ptr + blocks.to(tl.int64)[None, :] * V + classes[:, None],
@@ -290,18 +268,14 @@ def tail_rows_kernel(
 
 @dataclass(frozen=True)
 class ClassOrder:
-    """Order of a range of classes in each superblock, and the blocks that its tiles read.
+    """Order of a range of classes in each superblock.
 
     Args:
         classes: (superblocks, classes) int64 class ids, see :meth:`Kept.order`.
-        unions: (superblocks, tiles, SUPERBLOCK) int32 blocks of each tile of BLOCK_C classes.
-        sizes: (superblocks, tiles) int32 number of these blocks; 0 for tiles of idle classes.
         first: the superblock of the first row.
     """
 
     classes: Tensor
-    unions: Tensor
-    sizes: Tensor
     first: int = 0
 
     @classmethod
@@ -309,26 +283,7 @@ class ClassOrder:
         """Order a range of classes, in one superblock or in all."""
         first = 0 if superblock is None else superblock
         rows = slice(first, None if superblock is None else first + 1)
-        order, masks = kept.order(*classes, rows), kept.masks[rows]
-        num_superblocks, num_listed = order.shape
-        num_tiles = cdiv(num_listed, BLOCK_C)
-        shape = (num_superblocks, num_tiles)
-        unions = torch.empty((*shape, SUPERBLOCK), dtype=torch.int32, device=masks.device)
-        sizes = torch.empty(shape, dtype=torch.int32, device=masks.device)
-        launch(
-            union_kernel,
-            (num_tiles, num_superblocks),
-            order_ptr=order,
-            masks_ptr=masks,
-            unions_ptr=unions,
-            sizes_ptr=sizes,
-            num_listed=num_listed,
-            V=masks.shape[1],
-            num_tiles=num_tiles,
-            BLOCK_C=BLOCK_C,
-            SUPERBLOCK=SUPERBLOCK,
-        )
-        return cls(order, unions, sizes, first)
+        return cls(kept.order(*classes, rows), first)
 
 
 @dataclass(frozen=True)
@@ -364,15 +319,12 @@ def write_grad_c(
     if num_active == 0:
         return
     e, index, sums, tiles = tokens.e, stored.strips.index, rows.sums, tiles_on(tokens.e.device)
-    row = part.superblock - order.first
     dim = e.shape[1]
     block_n = min(tiles.block_n, max(32, next_power_of_2(dim)))
     block_k = min(BLOCK_K, tiles.block_d)
     e_operand, e_tma = rows_operand(e, block_k, block_n, tiles)
-    active = order.classes[row, :num_active]
-    for i, listed in enumerate(active.split(LISTED if sums is None else num_active)):
-        tile = i * LISTED // BLOCK_C
-        sizes = order.sizes[row, tile:]
+    active = order.classes[part.superblock - order.first, :num_active]
+    for listed in active.split(LISTED if sums is None else num_active):
         launch(
             grad_c_kernel,
             (cdiv(dim, block_n), cdiv(listed.shape[0], BLOCK_C)),
@@ -381,11 +333,9 @@ def write_grad_c(
             order_ptr=listed,
             masks_ptr=kept.masks[part.superblock],
             offsets_ptr=kept.offsets[part.superblock],
-            unions_ptr=order.unions[row, tile:],
-            sizes_ptr=sizes,
             chunk_starts_ptr=index.chunk_starts[part.superblock],
             scale_ptr=tokens.scale,
-            dropped_ptr=None if sums is not None else list_dropped(kept, listed, sizes),
+            dropped_ptr=None if sums is not None else list_dropped(kept, listed),
             block_sums_ptr=None if block_sums is None else block_sums.rows,
             out_ptr=rows.out if sums is None else sums.high,
             low_ptr=None if sums is None else sums.low,
@@ -394,7 +344,7 @@ def write_grad_c(
             V=rows.out.shape[0],
             D=dim,
             first_block=part.superblock * SUPERBLOCK,
-            first_slot=part.first_slot,
+            first_slot=part.first_slot + stored.first_slot,
             first_class=0 if sums is None else sums.classes[0],
             stride_out=rows.out.stride(0),
             has_sums=part.superblock > 0,
@@ -413,11 +363,11 @@ def write_grad_c(
         )
 
 
-def list_dropped(kept: Kept, classes: Tensor, sizes: Tensor) -> Tensor:
+def list_dropped(kept: Kept, classes: Tensor) -> Tensor:
     """Return the masses of the dropped strips of ``classes`` in the only superblock.
 
     The result is (classes, SUPERBLOCK) uint8, like the high byte of the strips; 0 where kept. Rows
-    of tiles whose ``sizes`` are 0 (see ClassOrder) are not written.
+    of classes that keep no strip may be left as they are.
     """
     shape = (classes.shape[0], SUPERBLOCK)
     dropped = torch.empty(shape, dtype=torch.uint8, device=classes.device)
@@ -426,7 +376,6 @@ def list_dropped(kept: Kept, classes: Tensor, sizes: Tensor) -> Tensor:
         list_dropped_kernel,
         (cdiv(classes.shape[0], block_r),),
         order_ptr=classes,
-        sizes_ptr=sizes,
         strips_ptr=kept.strips,
         masks_ptr=kept.masks,
         out_ptr=dropped,
@@ -434,7 +383,6 @@ def list_dropped(kept: Kept, classes: Tensor, sizes: Tensor) -> Tensor:
         V=kept.strips.shape[1],
         num_blocks=kept.shape[0],
         SUPERBLOCK=SUPERBLOCK,
-        BLOCK_C=BLOCK_C,
         BLOCK_R=block_r,
     )
     return dropped

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.block_sizes import tiles_on, two_per_sm
-from cut_cross_entropy.kernels.filtered.strips import StoredStrips
+from cut_cross_entropy.kernels.filtered.strips import StoredStrips, stored_rows
 from cut_cross_entropy.kernels.filtered.tail import TokenTails
 from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2
 from cut_cross_entropy.kernels.primitives import gather_rows
@@ -19,9 +19,10 @@ from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
 BLOCK_K = 64  # strips per step
 
 
-@triton.jit(do_not_specialize=["N", "first_block"])
+@triton.jit(do_not_specialize=["N", "first_block", "first_borrowed"])
 def grad_e_kernel(
-    grad_ptr,  # (K, BLOCK_T) scaled logit gradients
+    grad_ptr,  # (first_borrowed, BLOCK_T) scaled logit gradients
+    borrowed_ptr,  # (K - first_borrowed, BLOCK_T) those of the slots behind them
     c_ptr,  # (V, D)
     classes_ptr,  # (K,)
     slots_ptr,  # (K,)
@@ -34,6 +35,7 @@ def grad_e_kernel(
     N,
     D,
     first_block,
+    first_borrowed,
     stride_out,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -56,11 +58,10 @@ def grad_e_kernel(
     for i in range(tl.cdiv(stop - start, BLOCK_K)):
         strips = start + i * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = strips < stop
-        slots = tl.load(slots_ptr + strips, mask=inside, other=0).to(tl.int64)
+        slots = tl.load(slots_ptr + strips, mask=inside, other=0)
         classes = tl.load(classes_ptr + strips, mask=inside, other=0)
-        grads = tl.load(
-            grad_ptr + slots[:, None] * BLOCK_T + lanes[None, :], mask=inside[:, None], other=0.0
-        )
+        stored = stored_rows(grad_ptr, borrowed_ptr, slots, first_borrowed, BLOCK_T=BLOCK_T)
+        grads = tl.load(stored[:, None] + lanes[None, :], mask=inside[:, None], other=0.0)
         rows = gather_rows(c_ptr, classes, inside, column, D)
         total = tl.dot(grads.T, rows, total, input_precision="ieee")
     row = tokens
@@ -131,6 +132,7 @@ def _launch(
         grad_e_kernel,
         (cdiv(dim, block_n), strips.num_blocks),
         grad_ptr=stored.grads,
+        borrowed_ptr=stored.borrowed,
         c_ptr=c,
         classes_ptr=strips.classes,
         slots_ptr=strips.slots,
@@ -143,6 +145,7 @@ def _launch(
         N=out.shape[0],
         D=dim,
         first_block=strips.first_block,
+        first_borrowed=stored.grads.shape[0],
         stride_out=out.stride(0),
         BLOCK_T=BLOCK_T,
         BLOCK_K=min(BLOCK_K, tiles.block_d),

@@ -26,6 +26,7 @@ from cut_cross_entropy.kernels.launch import (
 from cut_cross_entropy.kernels.primitives import popcount
 
 TILE = 128  # strips whose logits are recomputed together
+TURN = 16  # blocks whose tiles take turns
 COUNTS_AT_ONCE = 4096  # counts per step of the scan
 # Elements per sum on the host. PyTorch wakes its threads for twice as many, and the device then
 # waited 20 to 60 ms for them in every step of 65,536 tokens.
@@ -286,6 +287,7 @@ def list_strips_kernel(
     SUPERBLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    TURN: tl.constexpr,
 ):
     """List the strips of one block and one chunk of classes, in class order."""
     chunk = tl.program_id(0)
@@ -314,13 +316,25 @@ def list_strips_kernel(
         slot = position
     tl.store(slots_ptr + position, slot, mask=kept)
     if chunk == 0:
-        first = tl.load(first_tile_ptr + block)
-        count = min(tl.load(first_tile_ptr + block + 1), most_tiles) - first
+        # Tiles of some blocks take turns, each block at its own pace: those that are computed at a
+        # time read about the same rows of c, from the L2 cache.
+        count = tl.load(first_tile_ptr + block + 1) - tl.load(first_tile_ptr + block)
         start = tl.load(block_starts_ptr + block)
+        first_of_turn = block // TURN * TURN
+        first = tl.load(first_tile_ptr + first_of_turn)
         for i in range(0, count, CHUNK):
             tile = i + tl.arange(0, CHUNK)
-            tl.store(tile_block_ptr + first + tile, block + tile * 0, mask=tile < count)
-            tl.store(tile_start_ptr + first + tile, start + tile * TILE, mask=tile < count)
+            place = tl.zeros((CHUNK,), tl.int64) + first
+            for other in range(first_of_turn, min(first_of_turn + TURN, tl.num_programs(1))):
+                size = tl.load(first_tile_ptr + other + 1) - tl.load(first_tile_ptr + other)
+                # Tiles k of the other block with (k + 1/2) / size below the own; of earlier blocks
+                # those at the same place as well.
+                scaled = (2 * tile + 1).to(tl.int64) * size
+                scaled = tl.maximum(scaled - (other >= block).to(tl.int32), 0)
+                place += (scaled // count + 1) // 2
+            inside = (tile < count) & (place < most_tiles)
+            tl.store(tile_block_ptr + place, block + tile * 0, mask=inside)
+            tl.store(tile_start_ptr + place, start + tile * TILE, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -330,7 +344,8 @@ class StripList:
     Args:
         classes: (K,) int32 class of each strip.
         slots: (K,) int32 row of each strip's logit gradient.
-        tile_block: (tiles,) int32 block of each tile of TILE strips, counted within the rectangle.
+        tile_block: (tiles,) int32 block of each tile of TILE strips, counted within the rectangle,
+            in the order in which tiles are computed.
         tile_start: (tiles,) int32 first strip of each tile.
         index: index of the rectangle.
         rectangle: blocks and chunks of the strips.
@@ -429,5 +444,6 @@ def _list(
             SUPERBLOCK=SUPERBLOCK,
             CHUNK=CHUNK,
             TILE=TILE,
+            TURN=TURN,
         )
     return listed

@@ -2,6 +2,8 @@
 
 Every row of dE is finished from strips that are stored at once, and so is every row of dC, or it is
 summed over superblocks. If all strips fit the budget, they are computed once and serve everything.
+So they are if those of the last classes fit the rows of dC of the first ones, which are written
+last.
 Shape legend: ``cut_cross_entropy.kernels``.
 """
 
@@ -11,7 +13,8 @@ from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.filtered.index import Counts, Range, Rectangle
 from cut_cross_entropy.kernels.filtered.selection import CHUNK
 
-STRIP_BYTES = 2 * BLOCK_T + 16  # a strip's logit gradient, its sums, its place in the lists
+GRADIENT_BYTES = 2 * BLOCK_T  # a strip's logit gradient
+STRIP_BYTES = GRADIENT_BYTES + 16  # and its sums and its place in the lists
 MAX_BUDGET = 2**32  # bytes: 32 bits reach the elements of the strips that are stored
 
 
@@ -39,14 +42,19 @@ class Schedule:
         token_passes: rectangles with all strips of their blocks, for tails and dE.
         class_passes: ranges of classes; empty if neither dC nor dbias is wanted.
         store_once: whether the only token pass stores all strips, for the class passes too.
+        first_borrowed: the chunk from which on they are stored in the rows of dC of the chunks
+            before it; None if none are. The first class pass is that of these chunks then.
     """
 
     token_passes: tuple[Rectangle, ...]
     class_passes: tuple[ClassPass, ...]
     store_once: bool = False
+    first_borrowed: int | None = None
 
 
-def make_schedule(counts: Counts, budget: int, row_bytes: int, need_classes: bool) -> Schedule:
+def make_schedule(
+    counts: Counts, budget: int, row_bytes: int, need_classes: bool, free_bytes: int = 0
+) -> Schedule:
     """Choose the passes of a filtered backward.
 
     Args:
@@ -54,6 +62,7 @@ def make_schedule(counts: Counts, budget: int, row_bytes: int, need_classes: boo
         budget: bytes that stored strips and partial sums may take.
         row_bytes: bytes that partial sums take per class; 0 without partial sums.
         need_classes: whether dC or dbias is wanted.
+        free_bytes: bytes of a row of dC that may hold strips until it is written.
     """
     budget = min(budget, MAX_BUDGET)
     num_blocks, num_chunks = len(counts.by_block), len(counts.by_chunk[0])
@@ -64,6 +73,15 @@ def make_schedule(counts: Counts, budget: int, row_bytes: int, need_classes: boo
         return store_all((num_blocks, num_chunks), budget, row_bytes, need_classes)
 
     several_superblocks = len(counts.by_chunk) > 1
+    if free_bytes and not several_superblocks:
+        first = _first_borrowed(counts.by_chunk[0], budget, free_bytes * CHUNK)
+        if first is not None:
+            everything = Rectangle((0, num_blocks), all_chunks, by_class=True)
+            last, others = (
+                ClassPass(chunks, (everything,)) for chunks in ((first, num_chunks), (0, first))
+            )
+            return Schedule((everything,), (last, others), store_once=True, first_borrowed=first)
+
     # Partial sums and strips share the budget.
     if several_superblocks:
         ranges = _even_ranges(num_chunks, row_bytes * CHUNK, budget * 3 // 4)
@@ -100,6 +118,26 @@ def store_all(shape: Range, budget: int, row_bytes: int, need_classes: bool) -> 
     ranges = _even_ranges(num_chunks, row_bytes * CHUNK, budget // 2) if need_classes else []
     passes = tuple(ClassPass(chunks, (everything,)) for chunks in ranges)
     return Schedule((everything,), passes, store_once=True)
+
+
+def _first_borrowed(strips: list[int], budget: int, free_bytes: int) -> int | None:
+    """Return the first chunk such that the strips from there on fit the rows of those before it.
+
+    Args:
+        strips: kept strips of each chunk.
+        budget: bytes for the other strips, and for what is stored of all.
+        free_bytes: of the rows of a chunk.
+
+    Returns:
+        None if there is no such chunk, or the others exceed the budget.
+    """
+    own, borrowed = 0, sum(strips)
+    for chunk, count in enumerate(strips):
+        if borrowed * GRADIENT_BYTES <= min(chunk * free_bytes, MAX_BUDGET):
+            rest = borrowed * (STRIP_BYTES - GRADIENT_BYTES)
+            return chunk if own * STRIP_BYTES + rest <= budget else None
+        own, borrowed = own + count, borrowed - count
+    return None
 
 
 def _ranges(counts: list[int], capacity: int, within: Range | None = None) -> list[Range]:
