@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -260,7 +261,9 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         add(name, grad_e.grad_e_kernel,
             {"BLOCK_T": BLOCK_T, "BLOCK_K": block_k, "BLOCK_N": tiles.block_n,
              **absent, **(dict.fromkeys(("centers_ptr", "origin_ptr")) if absent else {})},
-            num_warps=8, num_stages=few, max_registers=128, types=(("out_ptr", kind),))  # fmt: skip
+            num_warps=8, max_registers=128, types=(("out_ptr", kind),),
+            num_stages=grad_e.STAGES if tiles.block_v > BLOCK_T and not absent else few,
+        )  # fmt: skip
     # The sums of dC end in registers; are stored in float32; are stored in 16 bits and some more.
     for partial, low_bits, flat in (
         (False, 0, False),
@@ -288,6 +291,18 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
                 num_stages=few,
                 max_registers=128,
                 types=(*of_sums, *of_rows),
+            )  # fmt: skip
+        if not partial and tiles.block_v > grad_c.BLOCK_C:
+            add(
+                f"grad_c-0-wide{'-flat' * flat}",
+                grad_c.grad_c_kernel,
+                {"PARTIAL": False, "LOW_BITS": 0, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C,
+                 "BLOCK_K": block_k, "BLOCK_T": BLOCK_T, "BLOCK_N": 2 * tiles.block_n,
+                 "SUPERBLOCK": 64, "CHUNK": 1024, "BF16": True, **of_flat},
+                boxes={"e": (block_k, 2 * tiles.block_n)},
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+                types=of_rows,
             )  # fmt: skip
         add(
             f"tail_rows-{name}",
@@ -400,10 +415,10 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
              "E_TMA": tma, "C_TMA": tma, "BLOCK_V": tiles.block_v, "BLOCK_D": tiles.block_d},
             boxes={"e": e_box, "c": c_box}, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages, types=sampled)  # fmt: skip
-    for kind in ("*bf16", "*fp32"):
+    for kind, dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
         add(f"sampled_sums-{kind}", calibrate_kernels.sampled_sums_kernel,
             {"SUMS": calibrate_kernels.SUMS, "BLOCK_T": BLOCK_T, "TILE": calibrate.TILE,
-             "BLOCK": calibrate.BLOCK}, num_warps=8, num_stages=2,
+             "BLOCK": calibrate.BLOCKS[dtype]}, num_warps=8, num_stages=2,
             types=(*sampled, ("weights_ptr", "*i32"), ("grads_ptr", kind)))  # fmt: skip
     add("choose_threshold", calibrate_kernels.choose_threshold_kernel, {}, num_warps=8,
         types=(*sampled, ("histogram_ptr", "*i64"), ("most_ptr", "*i32"),
@@ -425,7 +440,8 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
          "TURN": index.TURN})  # fmt: skip
     for bf16 in (True, False):
         add(f"centers-{bf16:d}", tail.centers_kernel,
-            {"BF16": bf16, "SUPERBLOCK": 64, "BLOCK_R": 64, "BLOCK_D": 128},
+            {"BF16": bf16, "SUPERBLOCK": 64, "BLOCK_R": 64,
+             "BLOCK_D": 256 if bf16 and tiles.block_v > 128 else 128},
             types=(("out_ptr", "*fp32"), ("c_ptr", "*bf16" if bf16 else "*fp16")))  # fmt: skip
     add("finish_centers", tail.finish_centers_kernel, {"COLUMNS": 256, "BLOCK_D": 128}, num_warps=1,
         types=(("out_ptr", "*fp32"),))  # fmt: skip

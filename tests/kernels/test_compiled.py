@@ -42,23 +42,24 @@ STACK = {
     "exact-plain": 64,
     "exact-softcap-bias": 768,
     # Two programs share a multiprocessor, which leaves each 128 registers.
-    "strips-plain-terms": 1408,  # an entropy and a temperature; after its loop
-    "strips-softcap-bias-terms": 1664,
-    "strips-plain": 192,
-    "strips-softcap-bias": 768,
-    "strips-softcap-bias-counted": 1024,  # while a CUDA graph is captured
+    "strips-plain-terms": 544,  # an entropy and a temperature; after its loop
+    "strips-softcap-bias-terms": 800,
+    "strips-plain": 288,
+    "strips-softcap-bias": 512,
     # Columns of an adapter: loaded once for each tile, outside of the main loop.
     "adapted_lse": 448,
     "adapted_exact": 320,
     "adapted_strips-plain": 192,
-    "adapted_strips-softcap-bias": 1024,
+    "adapted_strips-softcap-bias": 512,
     "added_grad_e": 32,  # around its loop, where the sums of earlier strips are loaded and stored
     "grad_c-0": 96,  # after its loop, where the tail is added
     "grad_c-00-flat": 512,  # likewise, and a few flat tokens
+    "grad_c-0-wide-flat": 448,
     "powers-softcap-bias": 16,
     "powers-softcap-bias-01": 48,  # with a temperature
     "powers-softcap-bias-11": 48,
     "centers-0": 192,  # float16 by float32 products
+    "centers-1": 240,  # sums of twice the columns
     "counted-1": 640,  # after its loop, where float32 sums of earlier chunks are added
     "kept": 48,  # its two-dimensional tiles
     "split_nodes-1": 256,  # one program for 8,192 tokens

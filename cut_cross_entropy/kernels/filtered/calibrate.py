@@ -41,9 +41,9 @@ SLOPES = (0.05, 0.125)
 MIN_TOKENS = 4096  # the pass over c costs the more matmuls the fewer the tokens
 MIN_WORK = 4e11  # multiplications in a matmul below which the launches cost more than it does
 CHUNK_BYTES = 128 * 2**20  # of logit gradients at a time
-PROGRAMS = 192  # that share the sums over classes, for every TILE of the samples
+PROGRAMS = 264  # that share the sums over classes, for every TILE of the samples
 TILE = 32
-BLOCK = 64  # classes at once
+BLOCKS = {torch.bfloat16: 128, torch.float32: 64}  # classes at once
 SCAN = 4096  # tokens per step of the draw
 
 
@@ -200,7 +200,7 @@ def sampled_sums(
             SUMS=SUMS,
             BLOCK_T=BLOCK_T,
             TILE=TILE,
-            BLOCK=BLOCK,
+            BLOCK=BLOCKS[dtype],
             num_warps=8,
             num_stages=2,
         )

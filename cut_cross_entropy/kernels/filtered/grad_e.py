@@ -17,6 +17,7 @@ from cut_cross_entropy.kernels.primitives import gather_rows
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
 
 BLOCK_K = 64  # strips per step
+STAGES = 5  # loads depend on the list: two steps ahead of their product, where three are one
 
 
 @triton.jit(do_not_specialize=["N", "first_block", "first_borrowed"])
@@ -128,6 +129,9 @@ def _launch(
 ) -> None:
     strips, tiles, dim = stored.strips, tiles_on(tokens.e.device), c.shape[1]
     block_n = min(tiles.block_n, max(32, next_power_of_2(dim)))
+    options = two_per_sm(c.device, tiles)
+    if weights is not None and tiles.block_v > BLOCK_T:  # the memory of these is large enough
+        options["num_stages"] = STAGES
     launch(
         grad_e_kernel,
         (cdiv(dim, block_n), strips.num_blocks),
@@ -150,5 +154,5 @@ def _launch(
         BLOCK_T=BLOCK_T,
         BLOCK_K=min(BLOCK_K, tiles.block_d),
         BLOCK_N=block_n,
-        **two_per_sm(c.device, tiles),
+        **options,
     )

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
+from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.filtered.selection import Kept
 from cut_cross_entropy.kernels.filtered.strips import StoredStrips
 from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch, next_power_of_2
@@ -199,7 +200,10 @@ def sum_rows(kept: Kept, rows: Tensor, first_class: int) -> Tensor:
     num_classes, dim = rows.shape
     num_superblocks = kept.num_superblocks
     padded = num_superblocks * SUPERBLOCK
-    block_r, block_d = 64, _block_d(dim)
+    block_r, block_d, tiles = 64, _block_d(dim), tiles_on(rows.device)
+    if rows.dtype == torch.bfloat16 and tiles.block_v > 128:
+        # Masses are read and converted half as often; the memory of others is too small.
+        block_d = min(2 * block_d, max(16, next_power_of_2(dim)))
     # Enough programs to fill a GPU.
     wanted = min(MAX_SPLITS, cdiv(1024, cdiv(dim, block_d) * num_superblocks))
     per_split = block_r * cdiv(cdiv(num_classes, block_r), wanted)
