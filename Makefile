@@ -34,8 +34,9 @@ test: $(ENVIRONMENT)  ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not gpu and not browser" $(ARGS)
 
 test-compile: $(ENVIRONMENT)  ## torch.compile of the losses; in a minute, also with PyTorch 2.4 by PYTHON=
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -k "compile or fullgraph" $(ARGS) tests/test_compile.py \
-		tests/test_divergence.py tests/test_sum.py tests/test_token_logprobs.py
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -k "compile or fullgraph" -m "not interpret" $(ARGS) \
+		tests/test_compile.py tests/test_divergence.py tests/test_divergence_reductions.py \
+		tests/test_sum.py tests/test_token_logprobs.py
 
 test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU
 	$(PYTHON) -m pytest -m gpu $(ARGS) tests/kernels tests/heads/test_gpu.py \

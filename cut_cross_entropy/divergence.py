@@ -230,7 +230,7 @@ def linear_divergence(
         has_head = any(isinstance(x, HeadProblem) for x in (problem, teacher.problem))
         if chosen == "reference":
             both = joined(problem), joined(teacher.problem)
-            found = _reference(DivergenceProblem(*both, *compared[2:]))
+            found = _reference(DivergenceProblem(*both, compared.beta, has_targets))
         else:
             by_kernels = _by_kernels(chosen, problem, teacher.problem)
             needed = None
@@ -240,8 +240,8 @@ def linear_divergence(
                 run_sum = run_head_sum if has_head else run_divergence_sum
                 tolerance = _tolerance(filter_eps, problem.compute_dtype)
                 summation = Summation(weights, needed, tolerance)
-                total, found = run_sum(compared, summation, by_kernels)
-                found = DivergenceState(total, *found[1:])
+                total, (_, *others) = run_sum(compared, summation, by_kernels)
+                found = DivergenceState(total, *others)
             else:
                 run = run_head_divergence if has_head else run_divergence
                 found = run(compared, by_kernels)
