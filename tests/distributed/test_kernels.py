@@ -28,7 +28,7 @@ GRADIENTS = ("grad_e", "grad_c", "grad_bias")
 
 
 @contextmanager
-def filter_of(tolerance=dispatch.FILTER_TOLERANCE, dense=math.inf, flat=math.inf):
+def filter_of(tolerance=dispatch.FILTER_TOLERANCE, dense=math.inf, flat=1000, fraction=math.inf):
     """Set the tolerance of "auto", and where data is too flat: by default nowhere."""
     from cut_cross_entropy.kernels.filtered import backward
 
@@ -36,6 +36,7 @@ def filter_of(tolerance=dispatch.FILTER_TOLERANCE, dense=math.inf, flat=math.inf
         patch.setattr(dispatch, "FILTER_TOLERANCE", tolerance)
         patch.setattr(backward, "DENSE_FRACTION", dense)
         patch.setattr(backward, "FLAT_SUPPORT", flat)
+        patch.setattr(backward, "FLAT_FRACTION", fraction)
         yield
 
 
