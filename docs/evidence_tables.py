@@ -51,6 +51,9 @@ POOLED = "pooled"
 APART = 1000
 """What seeds of another record differ by where records are pooled."""
 
+EQUAL, ORDER, ABOVE = "equal", "order", "above"
+"""Where the losses of a training end."""
+
 NOISE = 1.02
 """Times, peaks and errors that are above another by less than this factor are not worse."""
 
@@ -110,11 +113,7 @@ def commands(found: Iterable[str]) -> str:
 
 
 def jobs(kept: Measurements, runs: Records, folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of the summary, with ``worse``: whether a training ends above full logits.
-
-    That is by more than two standard errors, and in one seed by more than another order of the sums
-    does in any. It is missing where no model was trained, or by another trainer.
-    """
+    """Return the lines of the summary; those of trainings have ``place``, see :func:`place_of`."""
     lines = [*_layers_in_short(kept), *_gpus_in_short(kept)]
     for name in (*TUNED, "pretrain"):
         for record in pooled(runs[name]):
@@ -129,8 +128,11 @@ def verdict(kept: Measurements, runs: Records, folder: Path) -> str:
     lines = jobs(kept, runs, folder)
     if not lines:
         return ""
-    trained = [line for line in lines if "worse" in line]
-    above = "; ".join(f"{line['job']} ({line['loss']})" for line in trained if line["worse"])
+    trained = [line for line in lines if "place" in line]
+    names = {
+        place: "; ".join(f"{x['job']} ({x['loss']})" for x in trained if x["place"] == place)
+        for place in (ORDER, ABOVE)
+    }
     cheaper = {
         name: [line[f"full_{what}"] > line[what] for line in lines if not pd.isna(line[what])]
         for what, name in (("mib", "Peak memory"), ("ms", "Time"))
@@ -139,11 +141,13 @@ def verdict(kept: Measurements, runs: Records, folder: Path) -> str:
     for line in lines:
         for commit in dict.fromkeys(re.findall(r"\), ([0-9a-f]{7,})", line["record"])):
             commits[commit] = commits.get(commit, 0) + 1
-    count = sum(not line["worse"] for line in trained)
+    count = sum(line["place"] == EQUAL for line in trained)
     return (
-        f"- Losses: in {count} of {len(trained)} trainings `cce` ends no higher than full logits "
-        "within two standard errors, or within what another order of the sums does."
-        + f" Higher: {above}." * bool(above)
+        f"- Losses: in {count} of {len(trained)} trainings `cce` ends at most two standard errors "
+        "above full logits."
+        + f" Higher, but no seed by more than another order of the sums: {names[ORDER]}."
+        * bool(names[ORDER])
+        + f" Higher than that: {names[ABOVE]}." * bool(names[ABOVE])
         + "".join(
             f"\n- {name}: less than full logits in {sum(found)} of {len(found)} jobs."
             for name, found in cheaper.items()
@@ -208,7 +212,7 @@ def _training_in_short(name: str, record: Record) -> Iterator[dict[str, Any]]:
             yield {
                 "job": f"{title}{way}{what}; {short(record.device)}",
                 "loss": of_seeds(found[method][figure]),
-                "worse": ends_above(
+                "place": place_of(
                     found[method][figure],
                     found[REORDERED][figure] if REORDERED in found else pd.Series(dtype=float),
                 ),
@@ -219,18 +223,19 @@ def _training_in_short(name: str, record: Record) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def ends_above(values: pd.Series, reordered: pd.Series) -> bool:
-    """Say whether losses end above full logits by more than chance and than another order does.
+def place_of(values: pd.Series, reordered: pd.Series) -> str:
+    """Return where losses end: at most two standard errors above full logits, or within what
+    another order of the sums does to a seed, or above that.
 
     Args:
         values: differences from full logits of the same seed, in nats.
         reordered: of the same with another order of the sums.
     """
     values = values.dropna()
-    chance = 0.0 if len(values) < 2 else 2 * float(values.sem())
-    return float(values.mean()) > chance and float(values.max()) > float(
-        reordered.abs().max() if reordered.notna().any() else 0.0
-    )
+    if float(values.mean()) <= (0.0 if len(values) < 2 else 2 * float(values.sem())):
+        return EQUAL
+    moved = float(reordered.abs().max()) if reordered.notna().any() else 0.0
+    return ORDER if float(values.max()) <= moved else ABOVE
 
 
 def of_seeds(values: pd.Series) -> str:
