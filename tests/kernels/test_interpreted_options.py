@@ -184,9 +184,9 @@ def passes(monkeypatch):
     rectangles, ranges = [], []
     store, write = backward._store, backward._write_classes
 
-    def record_rectangle(work, rectangle):
+    def record_rectangle(work, rectangle, *borrowed):
         rectangles.append((rectangle.blocks, rectangle.chunks))
-        return store(work, rectangle)
+        return store(work, rectangle, *borrowed)
 
     def record_range(work, class_pass, stored_once):
         ranges.append(class_pass.chunks)
