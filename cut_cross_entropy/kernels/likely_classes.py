@@ -123,24 +123,28 @@ def bound_by_likely(inputs: PassInputs, problem: Problem, targets: Tensor, out: 
     num_classes, size = inputs.c.shape[0], list_size(problem)
     if 0 < size < num_classes:
         classes = list_likely(targets, num_classes, size)
-        raise_by_classes(replace(inputs, c=inputs.c[classes], bound=out), classes)
+        # A token that is sure of a class of another shard may be flat over the classes of this one.
+        some = replace(inputs, c=inputs.c[classes], bound=out)
+        raise_by_classes(some, classes, set_apart=problem.group is None)
 
 
-def raise_by_classes(inputs: PassInputs, classes: Tensor) -> None:
+def raise_by_classes(inputs: PassInputs, classes: Tensor, *, set_apart: bool = True) -> None:
     """Raise ``inputs.bound`` to the log-sum-exp of some classes, in place.
 
-    That of a flat token becomes far higher than its log-sum-exp: all of its strips are computed
-    apart, and its masses would hide those of the other tokens of its block from the tail.
+    With ``set_apart``, that of a flat token becomes far higher than its log-sum-exp: all of its
+    strips are computed apart, and its masses would hide those of the other tokens of its block from
+    the tail.
 
     Args:
         inputs: ``c`` are the rows of these classes, bias and ``low_c`` those of all.
         classes: (size,) int64, all different; whole tiles of them.
+        set_apart: whether these are classes of the whole vocabulary, not of a shard.
     """
     some = replace(
         inputs,
         bias=None if inputs.bias is None else inputs.bias[classes],
         low_c=None if inputs.low_c is None else inputs.low_c[classes],
     )
-    asked = Asked(log_sum_sq=True)
+    asked = Asked(log_sum_sq=set_apart)
     segments = vocabulary_pass(some, len(classes), None, asked=asked, online=True)
-    raise_bound(some.bound, segments, len(classes), set_apart=True)
+    raise_bound(some.bound, segments, len(classes), set_apart=set_apart)

@@ -9,7 +9,8 @@ import torch
 from cut_cross_entropy import dispatch, linear_cross_entropy, record_filter
 from cut_cross_entropy.kernels import BLOCK_T, step
 from cut_cross_entropy.kernels.filtered import backward
-from cut_cross_entropy.kernels.likely_classes import list_likely, list_size
+from cut_cross_entropy.kernels.likely_classes import bound_by_likely, list_likely, list_size
+from cut_cross_entropy.kernels.lse import PassInputs
 from cut_cross_entropy.kernels.primitives import BYTE_FLOOR, BYTE_STEPS, FORCED
 from cut_cross_entropy.problem import Filter, Problem
 
@@ -90,6 +91,22 @@ def test_strips_have_no_part_of_flat_tokens():
         off = (found - wanted)[energy != FORCED.value]
         assert off.min() >= -1
         assert off.max() <= 2
+
+
+def test_classes_of_a_shard_set_no_token_apart():
+    """All are sure of classes of another shard, whose background here is flat."""
+    problem = rare_ids(BLOCK_T)
+    c = problem.c * torch.where(torch.arange(3000) < 2000, 0.1, 1)[:, None]
+    lse = (problem.e.double() @ c.double().T).logsumexp(1) / math.log(2)
+    shard = dataclasses.replace(problem, c=c[:2000], group="shards")
+    flags = torch.zeros(1, dtype=torch.int32)
+    inputs = PassInputs(
+        shard.e, shard.c, bias=None, softcap=None, bound=torch.zeros(BLOCK_T), flags=flags
+    )
+    bound = torch.empty(BLOCK_T)
+    bound_by_likely(inputs, shard, torch.where(shard.targets < 2000, shard.targets, -1), bound)
+    assert (bound > 0).all()
+    assert (bound < lse + 0.01).all()
 
 
 def test_a_block_of_flat_tokens_alone():
