@@ -67,7 +67,7 @@ def needed_in_the_forward(student: Problem, teacher: Problem, by_kernels: bool) 
 
     The parts of a head have none there, and the rows of both are made for each chunk of tokens.
     """
-    if not torch.is_grad_enabled() or is_computed_again():
+    if not torch.is_grad_enabled():
         return None
     if isinstance(student, HeadProblem) and student.anchor is not None:
         return None
@@ -143,7 +143,8 @@ class _Divergence(Function):
         beta, has_targets, by_kernels = options
         problem = DivergenceProblem(student, teacher, beta, has_targets)
         columns = student.c.shape[1] + teacher.c.shape[1]
-        if summed is not None:
+        has_sums = summed is not None and not is_computed_again()
+        if summed is not None and has_sums:
             columns += student.c.shape[1] * (int(summed.needed.e) + int(summed.needed.c))
         elif not by_kernels:
             columns *= 2
@@ -154,6 +155,8 @@ class _Divergence(Function):
             if summed is None:
                 state = chosen.forward(problem)
                 found = DivergenceSum(e.new_empty(0), state, Gradients(*e.new_empty(3, 0)))
+            elif not has_sums:
+                found = _sum_alone(chosen.forward(problem), summed, (e, c, bias))
             else:
                 weights, needed, tolerance = summed
                 found = sum_by(problem, weights, needed, by_kernels, tolerance)
@@ -212,6 +215,22 @@ class _Divergence(Function):
                 for old, new, need in zip(found, walked, needed.flat(), strict=True)
             ]
         return *found, None, None, None, None
+
+
+def _sum_alone(
+    state: DivergenceState, summed: Summation, inputs: tuple[Tensor | None, ...]
+) -> DivergenceSum:
+    """Return a sum without its gradients, for a forward that will run again before the backward.
+
+    The checkpoint compares what the second forward saves with the first, by shape.
+    """
+    values = state.divergence
+    total = (values if summed.weights is None else values * summed.weights).sum()
+    saved = (
+        total.expand(x.shape) if x is not None and need else total.new_empty(0)
+        for x, need in zip(inputs, summed.needed.flat(), strict=True)
+    )
+    return DivergenceSum(total, state, Gradients(*saved))
 
 
 def _saved_of(problem: Problem) -> list[str]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import budget, linear_divergence
 from cut_cross_entropy.heads import Head, LowRank, divergences
@@ -153,6 +154,44 @@ def test_a_sum_has_its_gradients_in_the_forward(student_is, beta, impl, monkeypa
     with torch.no_grad():
         linear_divergence(student.e, head, teacher.e, teacher.head, reduction="sum", impl=impl)
     assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("cce", marks=pytest.mark.interpret)])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("has_matrix", [False, True])
+def test_a_checkpoint_of_a_sum(has_matrix, use_reentrant, impl, monkeypatch):
+    """The first forward has no gradients, and saves as many numbers as the second one."""
+    dtype = torch.float64 if impl == "chunked" else torch.float32
+    student, teacher = Case("rows_on_demand", dtype), Case("lora", dtype)
+    weight = (2 * student.head.weight.half).requires_grad_(has_matrix)
+    head = weight if has_matrix else Head(student.head.weight)
+    leaves = [student.e, *([weight] if has_matrix else [])]
+    for module, name in (
+        (budget, "MIN_PAIRS"),
+        (budget, "MIN_PAIRS_WITHOUT_C"),
+        (chunked_divergence, "MIN_TOKENS"),
+        (divergences, "LEAST_TOKENS"),
+    ):
+        monkeypatch.setattr(module, name, 1)
+    weights, sums = torch.linspace(0.5, 2, 2 * N, dtype=dtype).view(2, N), []
+    compute = divergences.sum_by
+    monkeypatch.setattr(divergences, "sum_by", lambda *x: sums.append(x) or compute(*x))
+
+    def loss(e):
+        found = linear_divergence(
+            e, head, teacher.e, teacher.head, token_weights=weights, reduction="sum", impl=impl,
+            memory_budget=8 * BUDGET,
+        )  # fmt: skip
+        return found.divergence + found.student_entropy.sum()
+
+    expected = torch.autograd.grad(loss(student.e), leaves)
+    assert len(sums) == 1
+    value = checkpoint(loss, student.e, use_reentrant=use_reentrant)
+    assert len(sums) == 1
+    value.backward()
+    assert len(sums) == 2
+    for leaf, other in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, other)
 
 
 def test_a_sum_of_no_tokens_has_gradients_of_0():
