@@ -17,7 +17,16 @@ from cut_cross_entropy.distributed.collectives import gather_shards
 from cut_cross_entropy.divergence_problem import DivergenceGrads, DivergenceProblem, DivergenceState
 from cut_cross_entropy.implementations.blocks import MAX_TOKENS, MIN_CLASSES, Blocks
 from cut_cross_entropy.implementations.chunked_divergence import in_any_shard
-from cut_cross_entropy.kernels.divergence_kernels import (
+from cut_cross_entropy.kernels.divergence_logits import (
+    StoredLogits,
+    TokenValues,
+    finish,
+    finish_mixture,
+    kind_of_divergence,
+    no_sums,
+    scale_of,
+)
+from cut_cross_entropy.kernels.triton.divergence_logits import (
     CROSS,
     FIRST,
     FROM_STUDENT,
@@ -29,15 +38,6 @@ from cut_cross_entropy.kernels.divergence_kernels import (
     TEACHER_HIGH,
     TEACHER_TOTAL,
     TOTAL,
-)
-from cut_cross_entropy.kernels.divergence_logits import (
-    StoredLogits,
-    TokenValues,
-    finish,
-    finish_mixture,
-    kind_of_divergence,
-    no_sums,
-    scale_of,
 )
 from cut_cross_entropy.problem import Gradients, Needed, Problem
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cut_cross_entropy.divergence_problem import DivergenceGrads, DivergenceState
 from cut_cross_entropy.implementations.blocks import MIN_CLASSES, Blocks
-from cut_cross_entropy.kernels.divergence_kernels import (
+from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.triton.divergence_logits import (
     BLOCK,
     CROSS,
     FIRST,
@@ -30,8 +31,7 @@ from cut_cross_entropy.kernels.divergence_kernels import (
     add_sums_kernel,
     logit_gradients_kernel,
 )
-from cut_cross_entropy.kernels.launch import launch
-from cut_cross_entropy.kernels.primitives import LN2
+from cut_cross_entropy.kernels.triton.primitives import LN2
 from cut_cross_entropy.problem import gradient_scale
 
 

@@ -21,7 +21,6 @@ from cut_cross_entropy.implementations.token_chunks import (
 )
 from cut_cross_entropy.kernels.divergence import state_of
 from cut_cross_entropy.kernels.divergence_columns import FilteredSums
-from cut_cross_entropy.kernels.divergence_kernels import MIXTURE
 from cut_cross_entropy.kernels.divergence_logits import (
     StoredLogits,
     TokenValues,
@@ -31,8 +30,9 @@ from cut_cross_entropy.kernels.divergence_logits import (
     no_sums,
     scale_of,
 )
-from cut_cross_entropy.kernels.primitives import LN2
 from cut_cross_entropy.kernels.step import in_compute_dtype
+from cut_cross_entropy.kernels.triton.divergence_logits import MIXTURE
+from cut_cross_entropy.kernels.triton.primitives import LN2
 from cut_cross_entropy.problem import Gradients, Needed, gradient_scale
 
 MANY_TOKENS, EVEN_TOKENS = 512, (128, 64)

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.constants import MAX_ELEMENTS
@@ -20,15 +18,8 @@ from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.block_sizes import Programs, product_arguments, tiles_on
 from cut_cross_entropy.kernels.launch import cdiv, launch, pointers
-from cut_cross_entropy.kernels.primitives import (
-    halves,
-    logit_gradient,
-    low_rank_product,
-    multiply_step,
-    swizzle_program,
-    transform_logits,
-)
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
+from cut_cross_entropy.kernels.triton.exact import chunk_gradients_kernel
 from cut_cross_entropy.problem import Filter, Problem, low_columns
 
 # The sums of dE are read and written once per chunk, so chunks are not made smaller than this; nor,
@@ -41,162 +32,6 @@ PROGRAMS_IN_FLIGHT = 128  # programs that fill a GPU
 SWIZZLE_WIDTH = 16  # programs among them that share their classes
 
 _setting = threading.Lock()
-
-
-@triton.jit
-def store_gradients(
-    product,  # (BLOCK_T, classes) rows of e times rows of c
-    classes,  # (classes,) class ids
-    tokens,  # (BLOCK_T,)
-    values,  # (BLOCK_T,) each: targets, lse, a, b
-    out,  # pointer to (N, chunk), its stride and first class, numbers of tokens and classes, scale
-    bias_ptr,  # (V,), or None
-    softcap,  # or None
-    eta,  # (BLOCK_T,), or None, like the two that follow
-    q,
-    multiplier,
-):
-    """Store the logit gradients of a tile of products."""
-    targets, lse, a, b = values
-    grad_ptr, stride, first_class, N, V, scale = out
-    inside = classes < V
-    logits = transform_logits(
-        product, classes, inside, bias_ptr, softcap, multiplier=multiplier, TOKEN_AXIS=0
-    )
-    p = tl.exp2(logits - lse[:, None])
-    onehot = classes[None, :] == targets[:, None]
-    grad = logit_gradient(
-        logits,
-        p,
-        onehot,
-        inside,
-        a,
-        b=b,
-        lse=lse,
-        softcap=softcap,
-        multiplier=multiplier,
-        eta=eta,
-        q=q,
-        TOKEN_AXIS=0,
-    )
-    # 32 bits reach: a chunk is bounded in elements
-    place = tokens[:, None] * stride + (classes - first_class)[None, :]
-    grad = (grad * scale).to(grad_ptr.dtype.element_ty)
-    tl.store(grad_ptr + place, grad, mask=(tokens < N)[:, None] & inside[None, :])
-
-
-@triton.jit(
-    do_not_specialize=[
-        "first_class",
-        "stop_class",
-        "segment_tiles",
-        "num_segments",
-        "num_blocks",
-        "swizzle_width",
-    ]
-)
-def chunk_gradients_kernel(
-    e,  # (N, D)
-    c,  # (V, D)
-    bias_ptr,  # (V,), or None
-    low_e_ptr,  # (N, LOW_RANK)
-    low_c_ptr,  # (V, LOW_RANK)
-    lse_ptr,  # (N,) log2; +inf: no token
-    a_ptr,  # (N,)
-    b_ptr,  # (N,)
-    targets_ptr,  # (N,)
-    scale_ptr,  # ()
-    eta_ptr,  # (N,), or None, like the two that follow; see logit_gradient
-    q_ptr,
-    multiplier_ptr,
-    num_rows_ptr,  # () int32 tokens to compute, the first ones; None: all
-    grad_ptr,  # (N, chunk) out
-    N,
-    V,
-    D,
-    softcap,  # or None
-    first_class,
-    stop_class,
-    stride_out,
-    segment_tiles,
-    num_segments,
-    num_blocks,
-    swizzle_width,
-    LOW_RANK: tl.constexpr,
-    E_TMA: tl.constexpr,
-    C_TMA: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Write the gradients of one block of tokens for one segment of a chunk of the classes.
-
-    Tiles are (tokens, classes) here: nothing is summed over tokens, and the values of a token are
-    then needed in few threads.
-    """
-    block, segment = swizzle_program(num_blocks, swizzle_width, num_segments)
-    if num_rows_ptr is not None:  # noqa: SIM102 (a constant, then a value of the device)
-        if block * BLOCK_T >= tl.load(num_rows_ptr):
-            return
-    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    is_token = tokens < N
-    lse = tl.load(lse_ptr + tokens, mask=is_token, other=float("inf"))
-    a = tl.load(a_ptr + tokens, mask=is_token, other=0.0)
-    b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
-    targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1).to(tl.int32)
-    scale = tl.load(scale_ptr)
-    eta = None
-    if eta_ptr is not None:
-        eta = tl.load(eta_ptr + tokens, mask=is_token, other=0.0)
-    q = None
-    if q_ptr is not None:
-        q = tl.load(q_ptr + tokens, mask=is_token, other=0.0)
-    multiplier = None
-    if multiplier_ptr is not None:
-        multiplier = tl.load(multiplier_ptr + tokens, mask=is_token, other=1.0)
-    start = first_class + segment * segment_tiles * BLOCK_V
-    tiles = min(segment_tiles, tl.cdiv(stop_class - start, BLOCK_V))
-    steps = tl.cdiv(D, BLOCK_D)
-    values = (targets, lse, a, b)
-    out = (grad_ptr, stride_out, first_class, N, V, scale)
-    # A wide tile ends in two halves, which need fewer registers at a time.
-    NUM_PARTS: tl.constexpr = 2 if BLOCK_V > BLOCK_T else 1
-    PART: tl.constexpr = BLOCK_V // NUM_PARTS
-    classes = start + tl.arange(0, BLOCK_V)
-    product = low_rank_product(
-        low_e_ptr, low_c_ptr, (tokens, classes), (is_token, classes < V), LOW_RANK, TOKEN_AXIS=0
-    )
-    shape = (N, V, D)
-    for i in tl.range(0, tiles * steps, flatten=True):
-        step = (i, block * BLOCK_T, start)
-        product = multiply_step(
-            product, e, c, step, shape, TMA=(E_TMA, C_TMA), TILE=(BLOCK_T, BLOCK_V, BLOCK_D)
-        )
-        if i % steps == steps - 1:
-            v = start + (i // steps) * BLOCK_V
-            left, right = halves(product, BLOCK_T=BLOCK_T, BLOCK_V=BLOCK_V)
-            for part in tl.static_range(NUM_PARTS):
-                store_gradients(
-                    left if part == 0 else right,
-                    classes=v + part * PART + tl.arange(0, PART),
-                    tokens=tokens,
-                    values=values,
-                    out=out,
-                    bias_ptr=bias_ptr,
-                    softcap=softcap,
-                    eta=eta,
-                    q=q,
-                    multiplier=multiplier,
-                )
-            classes = v + BLOCK_V + tl.arange(0, BLOCK_V)
-            product = low_rank_product(
-                low_e_ptr,
-                low_c_ptr,
-                (tokens, classes),
-                (is_token, classes < V),
-                LOW_RANK,
-                TOKEN_AXIS=0,
-            )
 
 
 def chunk_gradients(

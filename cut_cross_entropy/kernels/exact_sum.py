@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.budget import powers_per_chunk
@@ -45,7 +43,6 @@ from cut_cross_entropy.kernels.launch import (
 )
 from cut_cross_entropy.kernels.lse import PassInputs
 from cut_cross_entropy.kernels.powers import Chunk, StripSums, choose_segment_tiles, store_powers
-from cut_cross_entropy.kernels.primitives import ABSENT
 from cut_cross_entropy.kernels.step import (
     backward,
     forward,
@@ -59,6 +56,8 @@ from cut_cross_entropy.kernels.tokens import (
     multiplied_logits,
     score_targets,
 )
+from cut_cross_entropy.kernels.triton.exact_sum import add_targets_kernel, scale_rows_kernel
+from cut_cross_entropy.kernels.triton.primitives import ABSENT
 from cut_cross_entropy.problem import (
     NO_FILTER,
     Filter,
@@ -73,102 +72,6 @@ from cut_cross_entropy.problem import (
 from cut_cross_entropy.validation import check_target_range
 
 RUN = 4  # tokens of one target that are added together
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def scale_rows_kernel(
-    product_ptr,  # (N, D) powers times c
-    e_ptr,  # (N, D)
-    c_ptr,  # (V, D)
-    factor_ptr,  # (N,)
-    unit_ptr,  # () of the scaled embeddings
-    target_ptr,  # (N,)
-    targets_ptr,  # (N,)
-    origin_ptr,  # (N,) row of out; num_tokens for none
-    out_ptr,  # (num_tokens, D) out: dE in the caller's order
-    scaled_ptr,  # (N, D) out: e times the factor and the unit
-    num_tokens,
-    D,
-    NEED_E: tl.constexpr,
-    NEED_C: tl.constexpr,
-    HAS_UNIT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Turn one token's product of powers into its gradient, and scale its embedding for dC."""
-    row = tl.program_id(0).to(tl.int64)
-    factor = tl.load(factor_ptr + row)
-    unit = 1.0
-    if HAS_UNIT:
-        unit = tl.load(unit_ptr)
-    weight = tl.load(target_ptr + row)
-    target = tl.load(targets_ptr + row)
-    origin = tl.load(origin_ptr + row)
-    of_target = tl.where(target >= 0, D, 0)
-    of_token = tl.where(origin < num_tokens, D, 0)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        if NEED_E:
-            product = tl.load(product_ptr + row * D + d, mask=d < D, other=0.0)
-            c = tl.load(c_ptr + target * D + d, mask=d < of_target, other=0.0).to(tl.float32)
-            tl.store(out_ptr + origin * D + d, product * factor - weight * c, mask=d < of_token)
-        if NEED_C:
-            e = tl.load(e_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-            tl.store(
-                scaled_ptr + row * D + d,
-                (e * factor * unit).to(scaled_ptr.dtype.element_ty),
-                mask=d < D,
-            )
-
-
-@triton.jit(do_not_specialize=["N"])
-def add_targets_kernel(
-    sorted_ptr,  # (N,) targets in order; -1 for none
-    order_ptr,  # (N,) token of each
-    e_ptr,  # (N, D)
-    target_ptr,  # (N,) 1 - p of the target
-    grad_c_ptr,  # (V, D) in, out
-    grad_bias_ptr,  # (V,) in, out
-    N,
-    D,
-    NEED_C: tl.constexpr,
-    NEED_BIAS: tl.constexpr,
-    RUN: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Subtract what the tokens of one target add to its row, one after the other.
-
-    The program of the first of these tokens computes it; those of the others end at once.
-    """
-    first = tl.program_id(0)
-    target = tl.load(sorted_ptr + first)
-    before = tl.load(sorted_ptr + first - 1, mask=first > 0, other=-1)
-    if (target < 0) | (target == before):
-        return
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    sums = tl.zeros((BLOCK_D,), tl.float32)
-    weights = 0.0
-    start, found = first, RUN
-    while found == RUN:  # one after the other: the order does not change
-        places = start + tl.arange(0, RUN)
-        same = tl.load(sorted_ptr + places, mask=places < N, other=-1) == target
-        token = tl.load(order_ptr + places, mask=same, other=0)
-        weight = tl.load(target_ptr + token, mask=same, other=0.0)
-        if NEED_C:
-            rows = tl.load(
-                e_ptr + token[:, None] * D + d[None, :],
-                mask=same[:, None] & (d < D)[None, :],
-                other=0.0,
-            )
-            sums += tl.sum(rows.to(tl.float32) * weight[:, None], 0)
-        weights += tl.sum(weight, 0)
-        found = tl.sum(same.to(tl.int32), 0)
-        start += RUN
-    if NEED_C:
-        out = grad_c_ptr + target * D + d
-        tl.store(out, tl.load(out, mask=d < D, other=0.0) - sums, mask=d < D)
-    if NEED_BIAS:  # noqa: SIM102 (a constant, then a value of the device)
-        if tl.program_id(1) == 0:
-            tl.store(grad_bias_ptr + target, tl.load(grad_bias_ptr + target) - weights)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.constants import MAX_ELEMENTS
@@ -29,6 +27,7 @@ from cut_cross_entropy.kernels.lse import PassInputs, raise_bound, vocabulary_pa
 from cut_cross_entropy.kernels.order import order_by_content
 from cut_cross_entropy.kernels.powers import choose_segment_tiles, sum_powers
 from cut_cross_entropy.kernels.tokens import Tokens, list_valid, low_rows, score
+from cut_cross_entropy.kernels.triton.made_rows_pass import scale_sums_kernel
 from cut_cross_entropy.outputs import Asked
 from cut_cross_entropy.problem import AdaptedProblem, Problem, low_columns
 
@@ -234,32 +233,6 @@ def _raise_bound(inputs: PassInputs, num_classes: int, extrapolate: bool) -> Non
     asked = Asked(log_sum_sq=extrapolate)
     segments = vocabulary_pass(inputs, frequent, None, asked=asked, online=True)
     raise_bound(inputs.bound, segments, frequent, num_classes)
-
-
-@triton.jit(do_not_specialize=["N"])
-def scale_sums_kernel(
-    flag_ptr,  # (blocks,)
-    before_ptr,  # (N,) bounds before this chunk, log2
-    bound_ptr,  # (N,)
-    sums_ptr,  # (N, D) in, out
-    N,
-    D,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Scale the sums of a block whose bounds were raised."""
-    block = tl.program_id(0)
-    if tl.load(flag_ptr + block) == 0:
-        return
-    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    before = tl.load(before_ptr + tokens, mask=tokens < N, other=0.0)
-    bound = tl.load(bound_ptr + tokens, mask=tokens < N, other=0.0)
-    factor = tl.where(before == bound, 1.0, tl.exp2(before - bound))  # both may be +inf
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    place = sums_ptr + tokens.to(tl.int64)[:, None] * D + columns[None, :]
-    mask = (tokens < N)[:, None] & (columns < D)[None, :]
-    sums = tl.load(place, mask=mask, other=0.0)
-    tl.store(place, sums * factor[:, None], mask=mask)
 
 
 @dataclass(frozen=True)

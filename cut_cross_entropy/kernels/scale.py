@@ -4,29 +4,12 @@ PyTorch's own kernel for this reads and writes one element at a time when the dt
 takes three times as long.
 """
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels.launch import cdiv, launch
+from cut_cross_entropy.kernels.triton.scale import scale_kernel
 
 BLOCK = 4096
-
-
-@triton.jit  # specialised on the number of elements: a mask of any number would forbid vectors
-def scale_kernel(
-    total_ptr,  # (num_elements,)
-    factor_ptr,  # ()
-    out_ptr,  # (num_elements,) out
-    num_elements,
-    BLOCK: tl.constexpr,
-):
-    """Scale one block of elements."""
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < num_elements
-    factor = tl.load(factor_ptr)
-    values = tl.load(total_ptr + places, mask=inside, other=0.0) * factor
-    tl.store(out_ptr + places, values.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def scale(total: Tensor, factor: Tensor, out: Tensor) -> None:

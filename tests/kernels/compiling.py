@@ -16,33 +16,38 @@ from triton.compiler import ASTSource
 from cut_cross_entropy.kernels import (
     BLOCK_T,
     class_logits,
-    counted_products,
     divergence_columns,
-    divergence_kernels,
-    entropy_and_rank,
-    exact,
     exact_sum,
     likely_classes,
-    lse,
-    made_rows,
-    made_rows_pass,
     order,
     powers,
     scale,
     tokens,
 )
 from cut_cross_entropy.kernels.block_sizes import Tiles, tiles_for
-from cut_cross_entropy.kernels.filtered import (
-    calibrate,
-    calibrate_kernels,
-    captured,
-    grad_c,
-    grad_e,
-    index,
-    selection,
-    strips,
-    tail,
+from cut_cross_entropy.kernels.filtered import calibrate, grad_c, grad_e, index, selection
+from cut_cross_entropy.kernels.triton import class_logits as class_logits_kernels
+from cut_cross_entropy.kernels.triton import (
+    counted_products,
+    entropy_and_rank,
+    exact,
+    lse,
+    made_rows,
+    made_rows_pass,
 )
+from cut_cross_entropy.kernels.triton import divergence_logits as divergence_kernels
+from cut_cross_entropy.kernels.triton import exact_sum as exact_sum_kernels
+from cut_cross_entropy.kernels.triton import likely_classes as likely_classes_kernels
+from cut_cross_entropy.kernels.triton import order as order_kernels
+from cut_cross_entropy.kernels.triton import powers as powers_kernels
+from cut_cross_entropy.kernels.triton import scale as scale_kernels
+from cut_cross_entropy.kernels.triton import tokens as tokens_kernels
+from cut_cross_entropy.kernels.triton.filtered import calibrate as calibrate_kernels
+from cut_cross_entropy.kernels.triton.filtered import captured, strips, tail
+from cut_cross_entropy.kernels.triton.filtered import grad_c as grad_c_kernels
+from cut_cross_entropy.kernels.triton.filtered import grad_e as grad_e_kernels
+from cut_cross_entropy.kernels.triton.filtered import index as index_kernels
+from cut_cross_entropy.kernels.triton.filtered import selection as selection_kernels
 
 TARGETS = {
     # name: (target, shared memory of a block in bytes, Triton's register limit applies)
@@ -152,7 +157,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             of_strips = without({"squares_ptr"}, with_strips)
             add(
                 f"powers-{suffix}",
-                powers.powers_kernel,
+                powers_kernels.powers_kernel,
                 {**products, **flags, **without({"multiplier_ptr"}, multiplied), **of_strips,
                  "ONLY_FLAGGED": flagged, "OVERFLOW": powers.OVERFLOW},
                 boxes={"e": e_box, "c": c_box},
@@ -161,11 +166,11 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             )  # fmt: skip
             of_strips = without({"squares_parts_ptr", "lse_ptr", "support_ptr", "target_grad_ptr"},
                                with_strips)  # fmt: skip
-            add(f"chunk_sums-{suffix}", powers.chunk_sums_kernel,
+            add(f"chunk_sums-{suffix}", powers_kernels.chunk_sums_kernel,
                 {**without({"softcap"}, softcap), **without({"weights_ptr"}, flagged),
                  **without({"multiplier_ptr"}, multiplied), **of_strips,
                  "BLOCK_T": BLOCK_T})  # fmt: skip
-        add(f"strip_sums-{label}", powers.strip_sums_kernel,
+        add(f"strip_sums-{label}", powers_kernels.strip_sums_kernel,
             {**without({"softcap"}, softcap), "BLOCK_T": BLOCK_T, "BLOCK_V": powers.STRIPS,
              "ROWS": powers.ROWS})  # fmt: skip
         # Further sums and a temperature.
@@ -242,7 +247,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             )  # fmt: skip
         add(
             f"score-{label}",
-            tokens.score_targets_kernel,
+            tokens_kernels.score_targets_kernel,
             {
                 **flags,
                 **without({"multiplier_ptr", "rows_ptr"}),
@@ -258,7 +263,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         ("grad_e", {}, "*bf16"),
         ("added_grad_e", {"tail_ptr": None}, "*fp32"),
     ):
-        add(name, grad_e.grad_e_kernel,
+        add(name, grad_e_kernels.grad_e_kernel,
             {"BLOCK_T": BLOCK_T, "BLOCK_K": block_k, "BLOCK_N": tiles.block_n,
              **absent, **(dict.fromkeys(("centers_ptr", "origin_ptr")) if absent else {})},
             num_warps=8, max_registers=128, types=(("out_ptr", kind),),
@@ -282,7 +287,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         if not (partial and flat):  # flat tokens are added once the sums are final
             add(
                 f"grad_c-{name}",
-                grad_c.grad_c_kernel,
+                grad_c_kernels.grad_c_kernel,
                 {"PARTIAL": partial, "LOW_BITS": low_bits, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C,
                  "BLOCK_K": block_k, "BLOCK_T": BLOCK_T, "BLOCK_N": tiles.block_n,
                  "SUPERBLOCK": 64, "CHUNK": 1024, "BF16": True, **of_flat},
@@ -295,7 +300,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         if not partial and tiles.block_v > grad_c.BLOCK_C:
             add(
                 f"grad_c-0-wide{'-flat' * flat}",
-                grad_c.grad_c_kernel,
+                grad_c_kernels.grad_c_kernel,
                 {"PARTIAL": False, "LOW_BITS": 0, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C,
                  "BLOCK_K": block_k, "BLOCK_T": BLOCK_T, "BLOCK_N": 2 * tiles.block_n,
                  "SUPERBLOCK": 64, "CHUNK": 1024, "BF16": True, **of_flat},
@@ -306,7 +311,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             )  # fmt: skip
         add(
             f"tail_rows-{name}",
-            grad_c.tail_rows_kernel,
+            grad_c_kernels.tail_rows_kernel,
             {"SUMS": partial, "LOW_BITS": low_bits, "BF16": True, "SUPERBLOCK": 64, "BLOCK_R": 64,
              "BLOCK_D": 128, **of_flat},
             types=(
@@ -315,17 +320,21 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
                 *of_rows,
             ),
         )  # fmt: skip
-    add("list_dropped", grad_c.list_dropped_kernel, {"SUPERBLOCK": 64, "BLOCK_R": 64},
+    add("list_dropped", grad_c_kernels.list_dropped_kernel, {"SUPERBLOCK": 64, "BLOCK_R": 64},
         types=(("out_ptr", "*u8"),))  # fmt: skip
-    add("list_valid", tokens.list_valid_kernel, {"BLOCK": tokens.SCAN}, num_warps=8)
-    add("backward_tokens", tokens.backward_tokens_kernel, {"HAS_SUPPORT": True, "BLOCK_D": 1024})
-    add("class_products", class_logits.class_products_kernel,
+    add("list_valid", tokens_kernels.list_valid_kernel, {"BLOCK": tokens.SCAN}, num_warps=8)
+    add(
+        "backward_tokens",
+        tokens_kernels.backward_tokens_kernel,
+        {"HAS_SUPPORT": True, "BLOCK_D": 1024},
+    )
+    add("class_products", class_logits_kernels.class_products_kernel,
         {"BLOCK_K": class_logits.BLOCK_K, "BLOCK_D": 256},
         types=(("ids_ptr", "*i64"),))  # fmt: skip
-    add("class_grad_e", class_logits.class_grad_e_kernel,
+    add("class_grad_e", class_logits_kernels.class_grad_e_kernel,
         {"BLOCK_K": class_logits.BLOCK_K, "BLOCK_D": 256},
         types=(("ids_ptr", "*i64"), ("grad_e_ptr", "*bf16")))  # fmt: skip
-    add("class_grad_c", class_logits.class_grad_c_kernel,
+    add("class_grad_c", class_logits_kernels.class_grad_c_kernel,
         {"NEED_C": True, "NEED_BIAS": True, "ROWS": class_logits.ROWS, "BLOCK_D": 512},
         types=(("pairs_ptr", "*i64"), ("starts_ptr", "*i64")))  # fmt: skip
     for options in (False, True):
@@ -349,16 +358,16 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         types=(("grad_ptr", "*bf16"), ("columns_ptr", "*bf16"), ("ids_ptr", "*i64")))  # fmt: skip
     add("add_rows", columns.add_rows_kernel, {"BLOCK": 1024},
         types=(("rows_ptr", "*fp32"), ("ids_ptr", "*i64"), ("out_ptr", "*fp32")))  # fmt: skip
-    add("scale", scale.scale_kernel, {"BLOCK": scale.BLOCK})
-    add("repair_bound", powers.repair_bound_kernel,
+    add("scale", scale_kernels.scale_kernel, {"BLOCK": scale.BLOCK})
+    add("repair_bound", powers_kernels.repair_bound_kernel,
         {"OVERFLOW": powers.OVERFLOW, "BLOCK_T": BLOCK_T})  # fmt: skip
     for unit in (False, True):
-        add(f"scale_rows-{unit:d}", exact_sum.scale_rows_kernel,
+        add(f"scale_rows-{unit:d}", exact_sum_kernels.scale_rows_kernel,
             {"NEED_E": True, "NEED_C": True, "HAS_UNIT": unit, "BLOCK_D": 1024},
             types=(("out_ptr", "*fp32"),))  # fmt: skip
     for options in (False, True):
         columns = without({"low_e_ptr", "low_c_ptr"}, options)
-        add(f"score_chunk-{options:d}", tokens.score_targets_kernel,
+        add(f"score_chunk-{options:d}", tokens_kernels.score_targets_kernel,
             {"COMPACT": options, "SHARDED": False, "bound_ptr": None, "BLOCK_D": 1024,
              **({} if options else {"softcap": None}), "LOW_RANK": 16 * options, **columns,
              **without({"bias_ptr", "multiplier_ptr", "rows_ptr"}, options)},
@@ -366,7 +375,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
     add("scale_sums", made_rows_pass.scale_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 128})
     add("finish_rows", made_rows.finish_rows_kernel, {"BLOCK_D": 1024},
         types=(("out_ptr", "*fp32"),))  # fmt: skip
-    add("add_targets", exact_sum.add_targets_kernel,
+    add("add_targets", exact_sum_kernels.add_targets_kernel,
         {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 1024},
         types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip
     for set_apart in (False, True):
@@ -375,7 +384,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
     add("further_sums", entropy_and_rank.further_sums_kernel, {"BLOCK_T": BLOCK_T},
         types=(("rank_parts_ptr", "*i32"),))  # fmt: skip
     add("finish", lse.finish_kernel, {"BLOCK_T": BLOCK_T}, types=(("strips_ptr", "*u8"),))
-    add("threshold", selection.threshold_kernel, {"BLOCK_T": BLOCK_T, "BLOCK": 4096},
+    add("threshold", selection_kernels.threshold_kernel, {"BLOCK_T": BLOCK_T, "BLOCK": 4096},
         types=(("histogram_ptr", "*i64"), ("token_counts_ptr", "*i32"),
                ("num_kept_ptr", "*i64")))  # fmt: skip
     add(
@@ -383,24 +392,29 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         tail.tails_kernel,
         {"BLOCK": BLOCK_T},
     )
-    add("scatter", tokens.scatter_rows_kernel, {"BLOCK_D": 1024}, types=(("rows_ptr", "*fp32"),))
-    add("weigh_blocks", selection.weigh_blocks_kernel, {"BLOCK_T": BLOCK_T, "ROWS": 64},
+    add(
+        "scatter",
+        tokens_kernels.scatter_rows_kernel,
+        {"BLOCK_D": 1024},
+        types=(("rows_ptr", "*fp32"),),
+    )
+    add("weigh_blocks", selection_kernels.weigh_blocks_kernel, {"BLOCK_T": BLOCK_T, "ROWS": 64},
         num_warps=8,
         types=(("weights_ptr", "*i32"), ("histogram_ptr", "*i64")))  # fmt: skip
     for kernel, options in (
-        (selection.histogram_kernel, selection.HISTOGRAM),
-        (selection.shares_histogram_kernel, selection.SHARES_HISTOGRAM),
+        (selection_kernels.histogram_kernel, selection.HISTOGRAM),
+        (selection_kernels.shares_histogram_kernel, selection.SHARES_HISTOGRAM),
     ):
         add(kernel.__name__, kernel, {key: options[key] for key in ("CHUNK", "ROWS")},
             num_warps=options["num_warps"],
             types=(("counts_ptr", "*i64"), ("weights_ptr", "*i32")))  # fmt: skip
-    add("kept", selection.kept_strips_kernel,
+    add("kept", selection_kernels.kept_strips_kernel,
         {"IDLE": selection.IDLE, "SUPERBLOCK": 64, "CHUNK": 1024,
          "ROWS": selection.ROWS_AT_ONCE}, num_warps=4,
         types=(("counts_ptr", "*i32"), ("active_ptr", "*i32"), ("dropped_ptr", "*i64"),
                ("weights_ptr", "*i32"), ("num_kept_ptr", "*i64"),
                ("shares_ptr", "*i64")))  # fmt: skip
-    add("list_likely", likely_classes.list_likely_kernel,
+    add("list_likely", likely_classes_kernels.list_likely_kernel,
         {"SIZE": likely_classes.MOST, "BLOCK": likely_classes.SCAN}, num_warps=8,
         types=(("counts_ptr", "*i32"), ("classes_ptr", "*i64")))  # fmt: skip
     sampled = (("rows_ptr", "*i64"),)
@@ -424,7 +438,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         types=(*sampled, ("histogram_ptr", "*i64"), ("most_ptr", "*i32"),
                ("num_kept_ptr", "*i64"), ("target", "fp32"), ("lowest_slope", "fp32"),
                ("highest_slope", "fp32"), ("most_below", "fp32")))  # fmt: skip
-    add("index", index.index_kernel,
+    add("index", index_kernels.index_kernel,
         {"WHOLE": True, "SUPERBLOCK": 64, "TILE": index.TILE, "ROWS": 16, "COLUMNS": 256},
         num_warps=8, types=(("counts_ptr", "*i32"),))  # fmt: skip
     add("choose_path", captured.choose_path_kernel, {"BLOCK_T": BLOCK_T, "BLOCK": 1024})
@@ -435,7 +449,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             types=(("left_ptr", "*bf16"), ("right_ptr", "*bf16"),
                    ("out_ptr", "*fp32" if of_rows else "*bf16")))  # fmt: skip
-    add("list", index.list_strips_kernel,
+    add("list", index_kernels.list_strips_kernel,
         {"BY_CLASS": True, "SUPERBLOCK": 64, "CHUNK": 1024, "TILE": index.TILE,
          "TURN": index.TURN})  # fmt: skip
     for bf16 in (True, False):
@@ -447,9 +461,9 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         types=(("out_ptr", "*fp32"),))  # fmt: skip
     add("block_sums", tail.block_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 64})
     add("tail_bias", tail.tail_bias_kernel, {"SUPERBLOCK": 64, "BLOCK": 64})
-    add("features", order.features_kernel, {"ROWS": 32, "BLOCK_D": 128, "FEATURES": 64})
+    add("features", order_kernels.features_kernel, {"ROWS": 32, "BLOCK_D": 128, "FEATURES": 64})
     for first in (True, False):
-        add(f"split_nodes-{first:d}", order.split_nodes_kernel,
+        add(f"split_nodes-{first:d}", order_kernels.split_nodes_kernel,
             {"LEVEL": 0 if first else 3, "KEYS": 3 if everything else 1,
              "CAPACITY": 8192 if first else 1024,
              "SAMPLES": order.SAMPLES, "STEP": order.STEP,
@@ -458,9 +472,9 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
              "BLOCK_T": BLOCK_T},
             num_warps=16 if first else 8, num_stages=2,
             types=(("keys_ptr", "*fp32"), ("order_ptr", "*i32"), ("out_ptr", "*i32")))  # fmt: skip
-    add("scatter_of_blocks", order.scatter_kernel, {"FEATURES": 64, "BLOCK_T": BLOCK_T},
+    add("scatter_of_blocks", order_kernels.scatter_kernel, {"FEATURES": 64, "BLOCK_T": BLOCK_T},
         types=(("order_ptr", "*i32"),))  # fmt: skip
-    add("choose_order", order.choose_order_kernel, {"SUPERBLOCK": 64, "BLOCK_T": BLOCK_T},
+    add("choose_order", order_kernels.choose_order_kernel, {"SUPERBLOCK": 64, "BLOCK_T": BLOCK_T},
         types=(("order_ptr", "*i32"), ("out_ptr", "*i64")))  # fmt: skip
     add("sum_classes", strips.sum_classes_kernel, {"CHUNK": 1024, "BLOCK": 128},
         types=(("out_ptr", "*fp32"),))  # fmt: skip

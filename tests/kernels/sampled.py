@@ -6,10 +6,10 @@ from dataclasses import fields, replace
 import torch
 
 from cut_cross_entropy.kernels.filtered import calibrate
-from cut_cross_entropy.kernels.filtered import calibrate_kernels as kernels
 from cut_cross_entropy.kernels.filtered.selection import Threshold
-from cut_cross_entropy.kernels.primitives import FORCED
 from cut_cross_entropy.kernels.tokens import BackwardTokens
+from cut_cross_entropy.kernels.triton.filtered import calibrate as kernels
+from cut_cross_entropy.kernels.triton.primitives import FORCED
 from cut_cross_entropy.problem import AdaptedProblem, Problem
 
 

@@ -7,7 +7,7 @@ import torch
 
 from cut_cross_entropy import dispatch, linear_cross_entropy
 from cut_cross_entropy.kernels.filtered import backward, calibrate, measure
-from cut_cross_entropy.kernels.filtered import calibrate_kernels as kernels
+from cut_cross_entropy.kernels.triton.filtered import calibrate as kernels
 from cut_cross_entropy.problem import Filter, Problem
 from tests.kernels.sampled import check_sums, sampled
 from tests.kernels.test_interpreted_filtered import errors, recorded, sharp

@@ -11,7 +11,7 @@ from cut_cross_entropy.kernels import BLOCK_T, step
 from cut_cross_entropy.kernels.filtered import backward
 from cut_cross_entropy.kernels.likely_classes import bound_by_likely, list_likely, list_size
 from cut_cross_entropy.kernels.lse import PassInputs
-from cut_cross_entropy.kernels.primitives import BYTE_FLOOR, BYTE_STEPS, FORCED
+from cut_cross_entropy.kernels.triton.primitives import BYTE_FLOOR, BYTE_STEPS, FORCED
 from cut_cross_entropy.problem import Filter, Problem
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]

@@ -10,9 +10,8 @@ from cut_cross_entropy.kernels.filtered.partial_sums import (
     PartialSums,
     bytes_per_row,
     choose_low_bits,
-    load_sums,
-    store_sums,
 )
+from cut_cross_entropy.kernels.triton.filtered.partial_sums import load_sums, store_sums
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
 

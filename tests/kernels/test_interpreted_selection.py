@@ -7,7 +7,7 @@ import torch
 
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.filtered import selection
-from cut_cross_entropy.kernels.primitives import FORCED
+from cut_cross_entropy.kernels.triton.primitives import FORCED
 from cut_cross_entropy.problem import Filter
 
 BLOCKS, CLASSES = 4, 1500

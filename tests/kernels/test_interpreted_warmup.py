@@ -32,6 +32,7 @@ from cut_cross_entropy.kernels.filtered import (
     tail,
 )
 from cut_cross_entropy.kernels.launch import Launch, launch, planning
+from cut_cross_entropy.kernels.triton import lse as lse_kernels
 from cut_cross_entropy.problem import NO_FILTER, Filter, Needed, Problem
 from tests.kernels.test_interpreted_filtered import sharp
 from tests.kernels.test_interpreted_heads import CHUNKS, Stored, adapted_case
@@ -205,8 +206,8 @@ def test_a_plan_is_not_recorded_as_a_pass(tolerance):
 
 def test_planning_ends():
     with planning(torch.device("cpu")) as plan:
-        launch(lse.bound_kernel, (1,), lse_ptr="anything")
-    assert [one.kernel for one in plan.launches] == [lse.bound_kernel]
+        launch(lse_kernels.bound_kernel, (1,), lse_ptr="anything")
+    assert [one.kernel for one in plan.launches] == [lse_kernels.bound_kernel]
     with pytest.raises(RuntimeError), planning(torch.device("cpu")):
         raise RuntimeError
     assert len(plan.launches) == 1
@@ -245,10 +246,12 @@ def test_variants_are_compiled_once_each(monkeypatch):
     with planning(torch.device("cpu")) as plan:
         shared = {"lse_ptr": vector, "bound_ptr": vector, "num_segments": 4, "BLOCK_T": 128}
         for count in (9, 9, 32):
-            launch(lse.bound_kernel, (1,), **shared, N=count)
-        launch(lse.bound_kernel, (1,), **{**shared, "N": 9, "BLOCK_T": 64})
-        launch(lse.bound_kernel, (1,), **{**shared, "N": 9, "lse_ptr": vector.double()})
-    monkeypatch.setattr(lse.bound_kernel, "do_not_specialize", ["N", "num_segments"], raising=False)
+            launch(lse_kernels.bound_kernel, (1,), **shared, N=count)
+        launch(lse_kernels.bound_kernel, (1,), **{**shared, "N": 9, "BLOCK_T": 64})
+        launch(lse_kernels.bound_kernel, (1,), **{**shared, "N": 9, "lse_ptr": vector.double()})
+    monkeypatch.setattr(
+        lse_kernels.bound_kernel, "do_not_specialize", ["N", "num_segments"], raising=False
+    )
     module.compile_concurrently(plan)
     assert compiled == [("bound_kernel", torch.device("cpu"))] * 3
 

@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from cut_cross_entropy.kernels import launch, powers
+from cut_cross_entropy.kernels import launch
+from cut_cross_entropy.kernels.triton import powers
 
 
 class Kernel:

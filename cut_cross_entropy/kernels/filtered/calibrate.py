@@ -17,7 +17,11 @@ from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.block_sizes import rows_operand, tiles_on
-from cut_cross_entropy.kernels.filtered.calibrate_kernels import (
+from cut_cross_entropy.kernels.filtered.measure import ROUNDING
+from cut_cross_entropy.kernels.filtered.selection import Threshold
+from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch, pointers
+from cut_cross_entropy.kernels.tokens import BackwardTokens
+from cut_cross_entropy.kernels.triton.filtered.calibrate import (
     ROWS,
     SAMPLES,
     SKETCH,
@@ -28,10 +32,6 @@ from cut_cross_entropy.kernels.filtered.calibrate_kernels import (
     sampled_gradients_kernel,
     sampled_sums_kernel,
 )
-from cut_cross_entropy.kernels.filtered.measure import ROUNDING
-from cut_cross_entropy.kernels.filtered.selection import Threshold
-from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch, pointers
-from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.problem import Filter, MadeProblem, Problem, low_columns
 
 MOST_BELOW = 32.0  # bytes by which a threshold may be lower than the lower one

@@ -8,8 +8,6 @@ again nor rounded twice. Shape legend: ``cut_cross_entropy.kernels``.
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.implementations.token_chunks import class_slices
@@ -17,11 +15,9 @@ from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.counted_products import counted_product
 from cut_cross_entropy.kernels.exact import Wanted, add_product, chunk_gradients
 from cut_cross_entropy.kernels.launch import cdiv
-from cut_cross_entropy.kernels.primitives import gather_rows
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
 from cut_cross_entropy.problem import Problem, low_columns
 
-STEP = tl.constexpr(16)  # flat tokens per product of a tile of dC
 MOST = 512  # tokens: as many cost as much as to read and write dC once more
 SPLITS = 32  # of the classes, whose sums fill a GPU
 BUDGET_SHARE = 4  # of the memory budget, at most a fourth for their logit gradients
@@ -95,32 +91,6 @@ def most_flat(problem: Problem) -> int:
     """Return how many flat tokens are added where dC is written, at most: by count and memory."""
     size = problem.c.shape[0] * problem.c.element_size()
     return min(MOST, problem.memory_budget // BUDGET_SHARE // size)
-
-
-@triton.jit
-def add_flat(
-    total,  # (classes, columns) sums times the scale
-    grads_ptr,  # (F, stride) see FlatTokens; None: there are none
-    rows_ptr,  # (F, D)
-    num_flat_ptr,  # () int32
-    cells,  # classes, columns, whether there is such a class
-    stride,
-    D,
-):
-    """Add the logit gradients of flat tokens times their features."""
-    classes, columns, inside = cells
-    if grads_ptr is not None:
-        num_flat = tl.load(num_flat_ptr)
-        for first in range(0, num_flat, STEP):
-            tokens = first + tl.arange(0, STEP)
-            grads = tl.load(
-                grads_ptr + tokens.to(tl.int64)[None, :] * stride + classes[:, None],
-                mask=inside[:, None] & (tokens < num_flat)[None, :],
-                other=0.0,
-            )
-            rows = gather_rows(rows_ptr, tokens, tokens < num_flat, columns, D)
-            total = tl.dot(grads, rows, total, input_precision="ieee")
-    return total
 
 
 def flat_arguments(flat: FlatTokens | None) -> dict[str, object]:

@@ -4,81 +4,18 @@ Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.block_sizes import tiles_on, two_per_sm
-from cut_cross_entropy.kernels.filtered.strips import StoredStrips, stored_rows
+from cut_cross_entropy.kernels.filtered.strips import StoredStrips
 from cut_cross_entropy.kernels.filtered.tail import TokenTails
 from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2
-from cut_cross_entropy.kernels.primitives import gather_rows
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
+from cut_cross_entropy.kernels.triton.filtered.grad_e import grad_e_kernel
 
 BLOCK_K = 64  # strips per step
 STAGES = 5  # loads depend on the list: two steps ahead of their product, where three are one
-
-
-@triton.jit(do_not_specialize=["N", "first_block", "first_borrowed"])
-def grad_e_kernel(
-    grad_ptr,  # (first_borrowed, BLOCK_T) scaled logit gradients
-    borrowed_ptr,  # (K - first_borrowed, BLOCK_T) those of the slots behind them
-    c_ptr,  # (V, D)
-    classes_ptr,  # (K,)
-    slots_ptr,  # (K,)
-    starts_ptr,  # (blocks + 1,)
-    scale_ptr,  # ()
-    tail_ptr,  # (N,) weight of the tail; None: sums of other strips are in ``out_ptr``
-    centers_ptr,  # (blocks, D) mean row of c over the dropped strips of each block
-    origin_ptr,  # (N,); None, like the centres, without a tail
-    out_ptr,  # (N, D) in the caller's order, or in, out: in that of the tokens without a tail
-    N,
-    D,
-    first_block,
-    first_borrowed,
-    stride_out,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Write BLOCK_N features of dE for one block of tokens, or add to them."""
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    block = tl.program_id(1)
-    start = tl.load(starts_ptr + block)
-    stop = tl.load(starts_ptr + block + 1)
-    lanes = tl.arange(0, BLOCK_T)
-    tokens = (first_block + block) * BLOCK_T + lanes
-    scale = tl.load(scale_ptr)
-    if tail_ptr is None:  # the sum goes on, as long as it is in registers
-        place = out_ptr + tokens.to(tl.int64)[:, None] * stride_out + column[None, :]
-        mask = (tokens < N)[:, None] & (column < D)[None, :]
-        total = tl.load(place, mask=mask, other=0.0) * scale
-    else:
-        total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for i in range(tl.cdiv(stop - start, BLOCK_K)):
-        strips = start + i * BLOCK_K + tl.arange(0, BLOCK_K)
-        inside = strips < stop
-        slots = tl.load(slots_ptr + strips, mask=inside, other=0)
-        classes = tl.load(classes_ptr + strips, mask=inside, other=0)
-        stored = stored_rows(grad_ptr, borrowed_ptr, slots, first_borrowed, BLOCK_T=BLOCK_T)
-        grads = tl.load(stored[:, None] + lanes[None, :], mask=inside[:, None], other=0.0)
-        rows = gather_rows(c_ptr, classes, inside, column, D)
-        total = tl.dot(grads.T, rows, total, input_precision="ieee")
-    row = tokens
-    total /= scale
-    if tail_ptr is not None:
-        row = tl.load(origin_ptr + tokens, mask=tokens < N, other=N)
-        tail = tl.load(tail_ptr + tokens, mask=tokens < N, other=0.0)
-        center = tl.load(
-            centers_ptr + (first_block + block) * D + column, mask=column < D, other=0.0
-        )
-        total += tail[:, None] * center[None, :]
-    tl.store(
-        out_ptr + row.to(tl.int64)[:, None] * stride_out + column[None, :],
-        total.to(out_ptr.dtype.element_ty),
-        mask=(row < N)[:, None] & (column < D)[None, :],
-    )
 
 
 def write_grad_e(

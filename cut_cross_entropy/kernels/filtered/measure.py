@@ -16,8 +16,8 @@ from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
 from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.exact import MAX_TOKENS, add_product, chunk_gradients
 from cut_cross_entropy.kernels.filtered.selection import Kept
-from cut_cross_entropy.kernels.primitives import BYTE_STEPS
 from cut_cross_entropy.kernels.tokens import BackwardTokens
+from cut_cross_entropy.kernels.triton.primitives import BYTE_STEPS
 from cut_cross_entropy.problem import Problem
 
 ROUNDING = 0.00166  # relative error of rounding a gradient to bfloat16

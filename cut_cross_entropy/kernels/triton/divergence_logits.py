@@ -9,7 +9,7 @@ of tokens of a block.
 import triton
 import triton.language as tl
 
-from cut_cross_entropy.kernels.primitives import LN2, logit_slope, transform_logits
+from cut_cross_entropy.kernels.triton.primitives import LN2, logit_slope, transform_logits
 
 FROM_TEACHER, FROM_STUDENT, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BLOCK, LONG_BLOCK = 1024, 2048

@@ -6,9 +6,9 @@
 import triton
 import triton.language as tl
 
-from cut_cross_entropy.kernels.filtered.selection import weighted
-from cut_cross_entropy.kernels.order import random_signs
-from cut_cross_entropy.kernels.primitives import (
+from cut_cross_entropy.kernels.triton.filtered.selection import weighted
+from cut_cross_entropy.kernels.triton.order import random_signs
+from cut_cross_entropy.kernels.triton.primitives import (
     byte_to_value,
     gather_rows,
     load_rows,
