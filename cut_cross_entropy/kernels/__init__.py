@@ -1,4 +1,4 @@
-"""The Triton kernels: one module per stage, and a folder for the filtered backward.
+"""The kernels: one module per stage, a wing for the filtered backward, a folder per backend.
 
 Legend, used in every file here:
     N tokens, V classes (the vocabulary), D features
@@ -18,10 +18,13 @@ the order of the tokens from ``order``, and ``lse``
 filter and the data ask for. ``warmup`` compiles beforehand what a step launches. Callers make the
 tensors' device the current one first (``launch.current_device``).
 
-A stage is a function of a ``Problem`` (the call) and, in the backward, ``BackwardTokens``; its
-kernels are in the same file. Another implementation of a stage takes the same arguments, and
-``block_sizes`` is where a device chooses. Facts that stages share are in ``primitives``: how rows
-of c are read (``load_rows``, ``gather_rows``), logits (``transform_logits``) and their gradient
+A stage is a function of a ``Problem`` (the call) and, in the backward, ``BackwardTokens``: it
+allocates and launches. Its kernels have its path in a backend's folder: those of ``lse`` are in
+``triton/lse``, those of ``filtered/tail`` in ``triton/filtered/tail``. Another backend of a kernel
+is ``<backend>/lse`` with a kernel of the same name and parameters; the stage takes it where
+``block_sizes`` says so of the device. Backends import no stage, and only stages import backends.
+Facts that Triton's kernels share are in ``triton/primitives``: how rows of c are read
+(``load_rows``, ``gather_rows``), logits (``transform_logits``) and their gradient
 (``logit_gradient``). A further sum per token belongs in ``lse`` and ``entropy_and_rank``, a further
 term of the gradient in ``logit_gradient``.
 """

@@ -1,7 +1,7 @@
 """Reduces the further sums of the segments to entropy, rank and so on of each token.
 
-A pass of ``lse`` makes the sums; ``primitives.logit_gradient`` has the gradient of the entropy.
-Shape legend: ``cut_cross_entropy.kernels``.
+A pass of ``lse`` makes the sums; ``logit_gradient`` of ``triton.primitives`` has the gradient of
+the entropy. Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 from typing import NamedTuple

@@ -29,11 +29,11 @@ from cut_cross_entropy.kernels.block_sizes import (
 from cut_cross_entropy.kernels.launch import cdiv, launch, pointers
 from cut_cross_entropy.kernels.tokens import Tokens
 from cut_cross_entropy.kernels.triton.lse import (
-    LN2,
     bound_kernel,
     finish_kernel,
     vocabulary_pass_kernel,
 )
+from cut_cross_entropy.kernels.triton.primitives import LN2
 from cut_cross_entropy.outputs import Asked
 from cut_cross_entropy.problem import KernelState
 

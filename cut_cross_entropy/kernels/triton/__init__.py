@@ -1,1 +1,1 @@
-"""The stages' kernels in Triton: a module has the path of its stage."""
+"""Kernels of the stages in Triton: each module has the path of its stage in the folder above."""

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from cut_cross_entropy.kernels.triton.lse import LN2, highest_of_segments, logsumexp2
+from cut_cross_entropy.kernels.triton.lse import highest_of_segments, logsumexp2
+from cut_cross_entropy.kernels.triton.primitives import LN2
 
 
 @triton.jit(do_not_specialize=["N", "num_segments"])

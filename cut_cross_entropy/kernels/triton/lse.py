@@ -5,6 +5,7 @@ import triton.language as tl
 
 from cut_cross_entropy.kernels.triton.primitives import (
     FORCED,
+    LN2,
     fold_rows,
     load_rows,
     low_rank_product,
@@ -15,7 +16,6 @@ from cut_cross_entropy.kernels.triton.primitives import (
 )
 
 OVERFLOW = tl.constexpr(60.0)  # log2 of a sum relative to its bound; its square overflows at 128
-LN2 = tl.constexpr(0.6931471805599453)
 MOST_SUPPORT = tl.constexpr(10.0)  # log2 of CLASS_GROUPS
 # A token is spread over the frequent classes from this effective share of them (real text: none of
 # 9,216 tokens of two models). Its bound is then extrapolated to all classes, less a margin: of

@@ -3,11 +3,12 @@
 import triton
 import triton.language as tl
 
-from cut_cross_entropy.kernels.triton.lse import LN2, logsumexp2
+from cut_cross_entropy.kernels.triton.lse import logsumexp2
 from cut_cross_entropy.kernels.triton.primitives import (
     ABSENT,
     FLAT,
     FORCED,
+    LN2,
     LOG2E,
     halves,
     logit_slope,

@@ -1,6 +1,6 @@
 """Kernels that estimate the error of a tail from sampled tokens, for two thresholds at once.
 
-``calibrate`` launches them. Shape legend: ``cut_cross_entropy.kernels``.
+Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 import triton

@@ -3,9 +3,13 @@
 import triton
 import triton.language as tl
 
-from cut_cross_entropy.kernels.triton.primitives import ABSENT, LOG2E, byte_to_value, gather_rows
-
-LN2 = tl.constexpr(0.6931471805599453)
+from cut_cross_entropy.kernels.triton.primitives import (
+    ABSENT,
+    LN2,
+    LOG2E,
+    byte_to_value,
+    gather_rows,
+)
 
 
 @triton.jit
