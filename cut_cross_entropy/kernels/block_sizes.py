@@ -85,29 +85,25 @@ def _has_host_descriptors() -> bool:
     return (triton_version() or (0,)) >= (3, 4)
 
 
-def rows_operand(tensor: Tensor, rows: int, columns: int, tiles: Tiles) -> tuple[Any, bool]:
-    """Return the operand for contiguous rows, and whether it is a tensor descriptor.
+def rows_operand(tensor: Tensor, rows: int, columns: int, tiles: Tiles) -> Any:
+    """Return the operand for contiguous rows: a tensor descriptor where the device loads by them.
 
     Descriptors need a 16-byte aligned start and row; otherwise the operand is the tensor.
     """
     aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
     if not (tiles.use_tma and aligned and tensor.numel() > 0):
-        return tensor, False
+        return tensor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(tensor, [rows, columns]), True
+    return TensorDescriptor.from_tensor(tensor, [rows, columns])
 
 
 def product_arguments(e: Tensor, c: Tensor, tiles: Tiles) -> dict[str, Any]:
     """Return the arguments of a kernel that multiplies tiles of ``e`` (N, D) and ``c`` (V, D)."""
-    e_operand, e_tma = rows_operand(e, BLOCK_TOKENS, tiles.block_d, tiles)
-    c_operand, c_tma = rows_operand(c, tiles.block_v, tiles.block_d, tiles)
     return {
-        "e": e_operand,
-        "c": c_operand,
+        "e": rows_operand(e, BLOCK_TOKENS, tiles.block_d, tiles),
+        "c": rows_operand(c, tiles.block_v, tiles.block_d, tiles),
         "D": e.shape[1],
-        "E_TMA": e_tma,
-        "C_TMA": c_tma,
         "BLOCK_T": BLOCK_TOKENS,
         "BLOCK_V": tiles.block_v,
         "BLOCK_D": tiles.block_d,

@@ -100,15 +100,14 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
     Without ``everything`` those with a softcap and a bias stand for those without, which have a
     part of their code, and one of the unrolled levels of an order for all.
     """
-    tma = tiles.use_tma
-    products = {"E_TMA": tma, "C_TMA": tma, "BLOCK_T": BLOCK_T, "BLOCK_V": tiles.block_v,
-            "BLOCK_D": tiles.block_d}  # fmt: skip
+    products = {"BLOCK_T": BLOCK_T, "BLOCK_V": tiles.block_v, "BLOCK_D": tiles.block_d}
     e_box, c_box = (BLOCK_T, tiles.block_d), (tiles.block_v, tiles.block_d)
     few = min(3, tiles.num_stages)
     result = []
 
     def add(name: str, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
-        result.append(Variant(name, kernel, constants, options.pop("boxes", {}), **options))
+        boxes = options.pop("boxes", {})
+        result.append(Variant(name, kernel, constants, boxes if tiles.use_tma else {}, **options))
 
     for softcap, bias in ((False, False), (True, True)) if everything else ((True, True),):
         flags = {} if bias else {"bias_ptr": None}
@@ -221,7 +220,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
                 f"adapted_strips-{label}-{rank}",
                 strips.strip_gradients_kernel,
                 {**flags, **without({"eta_ptr", "multiplier_ptr", "num_tiles_ptr"}),
-                 "BIAS_GRAD": bias, "LOW_RANK": rank, "E_TMA": tma, "BLOCK_T": BLOCK_T,
+                 "BIAS_GRAD": bias, "LOW_RANK": rank, "BLOCK_T": BLOCK_T,
                  "BLOCK_S": index.TILE, "BLOCK_D": tiles.block_d},
                 boxes={"e": e_box},
                 num_warps=8,
@@ -238,7 +237,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
                 f"strips-{label}{suffix}",
                 strips.strip_gradients_kernel,
                 {**flags, **without(absent), **no_rank,
-                 "BIAS_GRAD": bias, "E_TMA": tma, "BLOCK_T": BLOCK_T,
+                 "BIAS_GRAD": bias, "BLOCK_T": BLOCK_T,
                  "BLOCK_S": index.TILE, "BLOCK_D": tiles.block_d},
                 boxes={"e": e_box},
                 num_warps=8,
@@ -288,7 +287,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             add(
                 f"grad_c-{name}",
                 grad_c_kernels.grad_c_kernel,
-                {"PARTIAL": partial, "LOW_BITS": low_bits, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C,
+                {"PARTIAL": partial, "LOW_BITS": low_bits, "BLOCK_C": grad_c.BLOCK_C,
                  "BLOCK_K": block_k, "BLOCK_T": BLOCK_T, "BLOCK_N": tiles.block_n,
                  "SUPERBLOCK": 64, "CHUNK": 1024, "BF16": True, **of_flat},
                 boxes={"e": (block_k, tiles.block_n)},
@@ -301,7 +300,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             add(
                 f"grad_c-0-wide{'-flat' * flat}",
                 grad_c_kernels.grad_c_kernel,
-                {"PARTIAL": False, "LOW_BITS": 0, "E_TMA": tma, "BLOCK_C": grad_c.BLOCK_C,
+                {"PARTIAL": False, "LOW_BITS": 0, "BLOCK_C": grad_c.BLOCK_C,
                  "BLOCK_K": block_k, "BLOCK_T": BLOCK_T, "BLOCK_N": 2 * tiles.block_n,
                  "SUPERBLOCK": 64, "CHUNK": 1024, "BF16": True, **of_flat},
                 boxes={"e": (block_k, 2 * tiles.block_n)},
@@ -426,7 +425,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         add(f"sampled_gradients-{some:d}", calibrate_kernels.sampled_gradients_kernel,
             {**without({"bias_ptr", "softcap", "multiplier_ptr"}, some),
              **without({"low_e_ptr", "low_c_ptr"}, adapted), "LOW_RANK": 16 * adapted,
-             "E_TMA": tma, "C_TMA": tma, "BLOCK_V": tiles.block_v, "BLOCK_D": tiles.block_d},
+             "BLOCK_V": tiles.block_v, "BLOCK_D": tiles.block_d},
             boxes={"e": e_box, "c": c_box}, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages, types=sampled)  # fmt: skip
     for kind, dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
@@ -508,7 +507,7 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
             signature[name] = "constexpr"
         elif name in special:
             signature[name] = special[name]
-        elif name in ("e", "c") and variant.constants.get(f"{name.upper()}_TMA"):
+        elif name in variant.boxes:
             rows, columns = variant.boxes[name]
             signature[name] = f"tensordesc<bf16[{rows}, {columns}]>"
         elif name in _HALF:

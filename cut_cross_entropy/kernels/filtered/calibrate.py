@@ -156,8 +156,8 @@ def sampled_sums(
     parts = e.new_empty((PROGRAMS, SUMS, num_samples, SKETCH.value), dtype=torch.float32)
     total: Tensor | None = None
     block_d = max(16, tiles.block_d * 2 // e.element_size())
-    left_rows, left_tma = rows_operand(left, num_rows, block_d, tiles)
-    c_rows, c_tma = rows_operand(c, block_v, block_d, tiles)
+    left_rows = rows_operand(left, num_rows, block_d, tiles)
+    c_rows = rows_operand(c, block_v, block_d, tiles)
     for chunk in range(num_chunks):
         first, stop = chunk * stride, min((chunk + 1) * stride, num_classes)
         launch(
@@ -177,8 +177,6 @@ def sampled_sums(
             first_class=first,
             stop_class=stop,
             LOW_RANK=0 if low_c is None else low_c.shape[1],
-            E_TMA=left_tma,
-            C_TMA=c_tma,
             BLOCK_V=block_v,
             BLOCK_D=block_d,
             num_warps=tiles.num_warps,

@@ -95,7 +95,7 @@ def write_grad_c(
         block_n *= 2
         options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     block_k = min(BLOCK_K, tiles.block_d)
-    e_operand, e_tma = rows_operand(e, block_k, block_n, tiles)
+    e_operand = rows_operand(e, block_k, block_n, tiles)
     active = order.classes[part.superblock - order.first, :num_active]
     for listed in active.split(LISTED if sums is None else num_active):
         launch(
@@ -124,7 +124,6 @@ def write_grad_c(
             PARTIAL=sums is not None,
             LOW_BITS=0 if sums is None else sums.low_bits,
             BF16=e.dtype == torch.bfloat16,
-            E_TMA=e_tma,
             BLOCK_C=BLOCK_C,
             BLOCK_K=block_k,
             BLOCK_T=BLOCK_T,

@@ -74,12 +74,11 @@ def strip_gradients(
     stored = StoredStrips(strips, grads, borrowed, bias_grads, kept_mass)
     if num_tiles == 0:
         return stored
-    e_operand, e_tma = rows_operand(e, BLOCK_T, tiles.block_d, tiles)
     low_c = low_columns(problem)
     launch(
         strip_gradients_kernel,
         (num_tiles,),
-        e=e_operand,
+        e=rows_operand(e, BLOCK_T, tiles.block_d, tiles),
         c_ptr=c,
         bias_ptr=problem.bias,
         low_c_ptr=low_c,
@@ -99,7 +98,6 @@ def strip_gradients(
         first_borrowed=num_own,
         BIAS_GRAD=bias_grad,
         LOW_RANK=0 if low_c is None else low_c.shape[1],
-        E_TMA=e_tma,
         BLOCK_T=BLOCK_T,
         BLOCK_S=TILE,
         BLOCK_D=tiles.block_d,

@@ -61,8 +61,6 @@ def vocabulary_pass_kernel(
     ONLINE: tl.constexpr,
     ONLY_FLAGGED: tl.constexpr,
     LOW_RANK: tl.constexpr,
-    E_TMA: tl.constexpr,
-    C_TMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -102,10 +100,8 @@ def vocabulary_pass_kernel(
     for i in tl.range(0, tiles * steps, flatten=True):
         step = i % steps
         v = first_class + (i // steps) * BLOCK_V
-        c_tile = load_rows(c, v, V, step * BLOCK_D, D, USE_TMA=C_TMA, ROWS=BLOCK_V, COLUMNS=BLOCK_D)
-        e_tile = load_rows(
-            e, block * BLOCK_T, N, step * BLOCK_D, D, USE_TMA=E_TMA, ROWS=BLOCK_T, COLUMNS=BLOCK_D
-        )
+        c_tile = load_rows(c, v, V, step * BLOCK_D, D, ROWS=BLOCK_V, COLUMNS=BLOCK_D)
+        e_tile = load_rows(e, block * BLOCK_T, N, step * BLOCK_D, D, ROWS=BLOCK_T, COLUMNS=BLOCK_D)
         product = tl.dot(c_tile, e_tile.T, product, input_precision="ieee")
         if step == steps - 1:
             classes = v + tl.arange(0, BLOCK_V)

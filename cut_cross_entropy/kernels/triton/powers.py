@@ -76,8 +76,6 @@ def powers_kernel(
     swizzle_width,
     OVERFLOW: tl.constexpr,
     ONLY_FLAGGED: tl.constexpr,
-    E_TMA: tl.constexpr,
-    C_TMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -111,9 +109,7 @@ def powers_kernel(
     shape = (N, V, D)
     for i in tl.range(0, tiles * steps, flatten=True):
         step = (i, block * BLOCK_T, start)
-        product = multiply_step(
-            product, e, c, step, shape, TMA=(E_TMA, C_TMA), TILE=(BLOCK_T, BLOCK_V, BLOCK_D)
-        )
+        product = multiply_step(product, e, c, step, shape, TILE=(BLOCK_T, BLOCK_V, BLOCK_D))
         if i % steps == steps - 1:
             v = start + (i // steps) * BLOCK_V
             left, right = halves(product, BLOCK_T=BLOCK_T, BLOCK_V=BLOCK_V)

@@ -38,14 +38,11 @@ def load_rows(
     num_rows,
     column,
     D,
-    USE_TMA: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Load a (ROWS, COLUMNS) tile at (row, column); zeros outside."""
-    if USE_TMA:
-        tile = source.load([row, column])
-    else:
+    if source.dtype.is_ptr():  # the dtype of a descriptor is that of its elements
         rows = row + tl.arange(0, ROWS)
         columns = column + tl.arange(0, COLUMNS)
         tile = tl.load(
@@ -53,6 +50,8 @@ def load_rows(
             mask=(rows < num_rows)[:, None] & (columns < D)[None, :],
             other=0.0,
         )
+    else:
+        tile = source.load([row, column])
     return tile
 
 
@@ -63,7 +62,6 @@ def multiply_step(
     c,  # (V, D)
     step,  # its index, the first token, the first class of the first tile
     shape,  # (N, V, D)
-    TMA,  # whether e and c are descriptors
     TILE,  # (BLOCK_T, BLOCK_V, BLOCK_D)
 ):
     """Take a step of one loop over tiles of classes and features; return the product.
@@ -78,8 +76,8 @@ def multiply_step(
     steps = tl.cdiv(D, BLOCK_D)
     column = i % steps * BLOCK_D
     v = first_class + (i // steps) * BLOCK_V
-    e_tile = load_rows(e, first_token, N, column, D, USE_TMA=TMA[0], ROWS=BLOCK_T, COLUMNS=BLOCK_D)
-    c_tile = load_rows(c, v, V, column, D, USE_TMA=TMA[1], ROWS=BLOCK_V, COLUMNS=BLOCK_D)
+    e_tile = load_rows(e, first_token, N, column, D, ROWS=BLOCK_T, COLUMNS=BLOCK_D)
+    c_tile = load_rows(c, v, V, column, D, ROWS=BLOCK_V, COLUMNS=BLOCK_D)
     return tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
 
 

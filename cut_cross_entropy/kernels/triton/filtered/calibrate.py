@@ -180,8 +180,6 @@ def sampled_gradients_kernel(
     first_class,
     stop_class,
     LOW_RANK: tl.constexpr,
-    E_TMA: tl.constexpr,
-    C_TMA: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -202,16 +200,13 @@ def sampled_gradients_kernel(
         TOKEN_AXIS=0,
     )
     for d in range(0, D, BLOCK_D):
-        e_tile = load_rows(
-            e, row=0, num_rows=ROWS, column=d, D=D, USE_TMA=E_TMA, ROWS=ROWS, COLUMNS=BLOCK_D
-        )
+        e_tile = load_rows(e, row=0, num_rows=ROWS, column=d, D=D, ROWS=ROWS, COLUMNS=BLOCK_D)
         c_tile = load_rows(
             c,
             row=first_class + first_column,
             num_rows=V,
             column=d,
             D=D,
-            USE_TMA=C_TMA,
             ROWS=BLOCK_V,
             COLUMNS=BLOCK_D,
         )

@@ -58,7 +58,6 @@ def grad_c_kernel(
     PARTIAL: tl.constexpr,
     LOW_BITS: tl.constexpr,
     BF16: tl.constexpr,
-    E_TMA: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -94,7 +93,7 @@ def grad_c_kernel(
             other=0.0,
         )
         token = (first_block + bit) * BLOCK_T + part * BLOCK_K
-        e_tile = load_rows(e, token, N, column, D, USE_TMA=E_TMA, ROWS=BLOCK_K, COLUMNS=BLOCK_N)
+        e_tile = load_rows(e, token, N, column, D, ROWS=BLOCK_K, COLUMNS=BLOCK_N)
         total = tl.dot(grads, e_tile, total, input_precision="ieee")
         is_last = part == parts - 1
         slot += (kept & is_last).to(tl.int32)

@@ -55,7 +55,6 @@ def strip_gradients_kernel(
     first_borrowed,
     BIAS_GRAD: tl.constexpr,
     LOW_RANK: tl.constexpr,
-    E_TMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -79,7 +78,7 @@ def strip_gradients_kernel(
     )
     for d in range(0, D, BLOCK_D):
         c_tile = gather_rows(c_ptr, classes, inside, d + features, D)
-        e_tile = load_rows(e, first_token, N, d, D, USE_TMA=E_TMA, ROWS=BLOCK_T, COLUMNS=BLOCK_D)
+        e_tile = load_rows(e, first_token, N, d, D, ROWS=BLOCK_T, COLUMNS=BLOCK_D)
         product = tl.dot(c_tile, e_tile.T, product, input_precision="ieee")
 
     # The tile ends in two halves, which need fewer registers at a time: what is spilled here goes
