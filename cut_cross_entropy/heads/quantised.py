@@ -153,15 +153,21 @@ def quantised_rows(module: Any) -> "FourBitRows | HqqRows | DequantisedRows | st
     return None
 
 
-def int8_rows(module: Any) -> DequantisedRows:
-    """Return the rows of a ``Linear8bitLt`` of bitsandbytes, float32 or as ``bias`` has it.
+def int8_rows(module: Any, dtype: torch.dtype | None = None) -> DequantisedRows:
+    """Return the rows of a ``Linear8bitLt`` of bitsandbytes.
 
     The module itself multiplies them by embeddings that it rounds to 8 bits as well, which these
     rows do not repeat.
+
+    Args:
+        module: the layer.
+        dtype: of the rows, in which the products are computed outside autocast; by default that
+            of the bias, or float32.
     """
     weight = module.weight
     scales = module.state.SCB if module.state.SCB is not None else weight.SCB
-    dtype = torch.float32 if module.bias is None else module.bias.dtype
+    if dtype is None:
+        dtype = torch.float32 if module.bias is None else module.bias.dtype
 
     def dequantise(start: int, stop: int) -> Tensor:
         rows: Tensor = weight.data[start:stop] * (scales[start:stop, None] / 127)

@@ -64,7 +64,6 @@ FOUR_BITS = [*LORA, "--load-in-4bit"]
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("extra", [[], ["--lora-head"]], ids=" ".join)
 def test_four_bits(arguments, tmp_path, capfd, extra):
-    pytest.importorskip(BNB)
     found = {}
     for loss, steps in (("full", "10"), ("chunked", "5")):
         output = tmp_path / loss
