@@ -36,7 +36,7 @@ test: $(ENVIRONMENT)  ## all tests that need no GPU
 test-compile: $(ENVIRONMENT)  ## torch.compile of the losses; in a minute, also with PyTorch 2.4 by PYTHON=
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -k "compile or fullgraph" -m "not interpret" $(ARGS) \
 		tests/test_compile.py tests/test_divergence.py tests/test_divergence_reductions.py \
-		tests/test_sum.py tests/test_token_logprobs.py
+		tests/test_sum.py tests/test_token_logprobs.py tests/heads/test_compiled.py
 
 test-gpu: $(ENVIRONMENT)  ## the tests that need a GPU
 	$(PYTHON) -m pytest -m gpu $(ARGS) tests/kernels tests/heads/test_gpu.py \

@@ -21,6 +21,7 @@ from cut_cross_entropy.distributed.options import (
     is_dtensor,
 )
 from cut_cross_entropy.heads.chunks import HeadProblem
+from cut_cross_entropy.heads.compiled import joined
 from cut_cross_entropy.heads.head import Head, Product
 from cut_cross_entropy.heads.rows import ClassRows, requires_grad
 from cut_cross_entropy.problem import Problem
@@ -142,6 +143,7 @@ def prepare(
     )
     check_temperature(temperature, targets)
     products: list[Product] = []
+    frozen_columns = 0
     if head is not None:
         products = head.products(e)
         if not isinstance(head.weight, Tensor):
@@ -149,7 +151,13 @@ def prepare(
         first, *further = products
         if not further and isinstance(first.rows, Tensor) and first.scale is None:
             e, c, products = first.features, first.rows, []  # a matrix after all
+        # Frozen ones first; the compiler of PyTorch 2.4 cannot sort.
+        trained = [p for p in products if requires_grad(p)]
+        products = [p for p in products if not requires_grad(p)] + trained
     compute_dtype = _compute_dtype(e, c, bias)
+    if products and torch.compiler.is_compiling():
+        e, c, frozen_columns = joined(products, compute_dtype)
+        products = []
     wide = torch.promote_types(compute_dtype, torch.float32)
 
     if shift:
@@ -158,7 +166,6 @@ def prepare(
         # the last tokens of each sequence have no target and are ignored.
         targets = F.pad(targets[..., shift:], (0, shift), value=ignore_index)
     if products:
-        products.sort(key=requires_grad)  # frozen ones first
         tokens = products[0].features.reshape(-1, products[0].features.shape[-1])
     else:
         tokens = e.reshape(-1, e.shape[-1])
@@ -188,6 +195,7 @@ def prepare(
         memory_budget=memory_budget,
         first_class=0 if shard is None else shard.start,
         group=None if shard is None else shard.group,
+        frozen_columns=frozen_columns,
         multiplier=multiplier,
     )
     if products:
@@ -251,8 +259,8 @@ def _refuse_head(
     """Refuse what a head cannot be combined with.
 
     Raises:
-        NotImplementedError: classes that are spread over processes, ``torch.compile`` or a
-            transform of ``torch.func``.
+        NotImplementedError: classes that are spread over processes, or a transform of
+            ``torch.func``.
     """
     parts = [head.weight, head.bias, head.class_scale]
     parts += [x for low in head.low_rank for x in (low.a, low.b, low.magnitude)]
@@ -266,11 +274,6 @@ def _refuse_head(
                 f"{name} is not supported with a Head, whose parts have to be on every process: "
                 "gather them, or merge the adapters and pass the matrix"
             )
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "torch.compile does not trace a Head: compute the loss outside of the compiled region, "
-            "or merge the adapters and pass the matrix"
-        )
     if is_transformed():
         raise NotImplementedError(
             "a Head cannot be transformed by torch.func or differentiated in forward mode: merge "

@@ -16,6 +16,7 @@ from cut_cross_entropy.dispatch import choose_impl, filter_tolerance, gradients_
 from cut_cross_entropy.distributed.options import VocabParallelOptions
 from cut_cross_entropy.divergence_problem import DivergenceProblem, DivergenceState, Summation
 from cut_cross_entropy.heads.chunks import HeadProblem
+from cut_cross_entropy.heads.compiled import outside_graphs_with_heads
 from cut_cross_entropy.heads.divergences import joined, needed_in_the_forward
 from cut_cross_entropy.heads.divergences import run_divergence as run_head_divergence
 from cut_cross_entropy.heads.divergences import run_divergence_sum as run_head_sum
@@ -77,6 +78,7 @@ class TokenDivergence:
     mask: Tensor
 
 
+@outside_graphs_with_heads
 def linear_divergence(
     e_student: Tensor,
     head_student: Tensor | Head,

@@ -14,6 +14,7 @@ from cut_cross_entropy.distributed.options import (
     DataParallelOptions,
     VocabParallelOptions,
 )
+from cut_cross_entropy.heads.compiled import outside_graphs_with_heads
 from cut_cross_entropy.heads.head import Head
 from cut_cross_entropy.options import (
     LCE_IMPL_DEFAULT,
@@ -110,6 +111,7 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
+@outside_graphs_with_heads
 @explains_unknown_keywords
 def linear_cross_entropy(
     e: Tensor,

@@ -11,6 +11,7 @@ from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
 from cut_cross_entropy.dispatch import class_logits, mean_logits, token_outputs
 from cut_cross_entropy.distributed.dtensor import refuse_dtensors
 from cut_cross_entropy.distributed.options import DataParallelOptions, VocabParallelOptions
+from cut_cross_entropy.heads.compiled import outside_graphs_with_heads
 from cut_cross_entropy.heads.head import Head
 from cut_cross_entropy.options import (
     FilterEps,
@@ -65,6 +66,7 @@ class TokenLogprobs:
     top_logprobs: Tensor | None = None
 
 
+@outside_graphs_with_heads
 def token_logprobs(
     e: Tensor,
     head: Tensor | Head,
