@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from cut_cross_entropy import budget, divergence, linear_divergence
 from cut_cross_entropy.implementations import chunked_divergence
 from cut_cross_entropy.kernels import divergence_columns, divergence_logits, divergence_sum
+from cut_cross_entropy.kernels.launch import HostCopy
 from tests.support import names_of_launches
 from tests.test_divergence import BETAS, NAMES, leaves_of, problem, run, truth
 from tests.test_memory import peak_bytes
@@ -103,15 +104,16 @@ def test_chunks_of_kernels(beta, most, options, monkeypatch, launched):
     """Chunks of one token, of some, and one chunk; the logits of each are computed once."""
     limit_chunks(monkeypatch, most)
     if most == 4:
-        monkeypatch.setattr(divergence_logits, "LONG_ROW", 300)
+        for name, value in {"LONG_ROW": 300, "LONG_BLOCK": 128, "WIDE_BLOCK": 256}.items():
+            monkeypatch.setattr(divergence_logits, name, value)
     tensors, targets = problem(dtype=torch.float32)
     chunks = -(-int((targets != -100).sum()) // most)
     exact, leaves = leaves_of({name: x.double() for name, x in tensors.items()}), leaves_of(tensors)
     expected = truth(exact, targets, beta, **options).divergence.sum()
     ours = run(leaves, targets, beta, impl="cce", reduction="sum", **options).divergence
     torch.testing.assert_close(ours.double(), expected, rtol=5e-6, atol=5e-6)
-    kernels = ["add_sums_kernel", "logit_gradients_kernel"]
-    kernels += ["add_mixture_sums_kernel"] * (0 < beta < 1)
+    kernels = ["sums_kernel", "combine_sums_kernel", "logit_gradients_kernel"]
+    kernels += ["mixture_sums_kernel"] * (0 < beta < 1)
     assert sorted(launched) == sorted(kernels * chunks)
     found = grads_of(ours, leaves)
     assert len(launched) == len(kernels) * chunks  # the backward launches none
@@ -364,11 +366,12 @@ def test_memory_of_kernels(filter_eps, monkeypatch):
     chosen = []
 
     def half(energies, tolerance):
-        chosen.append(len(choose(torch.rand_like(energies), 0.5)))
-        return torch.arange(0, len(energies), 2)
+        order, _ = rank(torch.rand_like(energies), 0.5)
+        chosen.append(len(order) // 2)
+        return order, HostCopy(torch.tensor(chosen[-1]))
 
-    choose = divergence_columns.choose_classes
-    monkeypatch.setattr(divergence_columns, "choose_classes", half)
+    rank = divergence_columns.rank_classes
+    monkeypatch.setattr(divergence_columns, "rank_classes", half)
     tensors, targets = problem(tokens=512, classes=4096, dtype=torch.float32)
     budget_bytes = 2**21  # the logits of one model have 8 MiB
     leaves = leaves_of(tensors)
@@ -424,7 +427,8 @@ def test_no_filter_where_factors_are_copied(dtype, monkeypatch):
     """Without products of half precision into float32, columns would be copied in float32."""
     called = []
     monkeypatch.setattr(divergence_columns, "LEAST_PRODUCTS", 0)
-    monkeypatch.setattr(divergence_columns, "choose_classes", lambda *_: called.append(1))
+    rank = divergence_columns.rank_classes
+    monkeypatch.setattr(divergence_columns, "rank_classes", lambda *x: called.append(1) or rank(*x))
     monkeypatch.setattr(divergence_columns, "FILTER_DIRECTIONS", 4)
     tensors, targets = problem(dtype=torch.float32)
     for used in (dtype, torch.float32):

@@ -20,25 +20,14 @@ from cut_cross_entropy.implementations.chunked_divergence import in_any_shard
 from cut_cross_entropy.kernels.divergence_logits import (
     StoredLogits,
     TokenValues,
+    combine,
     finish,
     finish_mixture,
     kind_of_divergence,
-    no_sums,
+    room_for_sums,
     scale_of,
 )
-from cut_cross_entropy.kernels.triton.divergence_logits import (
-    CROSS,
-    FIRST,
-    FROM_STUDENT,
-    FROM_TEACHER,
-    HIGH,
-    MIXTURE,
-    OTHERS,
-    TARGET,
-    TEACHER_HIGH,
-    TEACHER_TOTAL,
-    TOTAL,
-)
+from cut_cross_entropy.kernels.triton.divergence_logits import MIXTURE
 from cut_cross_entropy.problem import Gradients, Needed, Problem
 
 MANY_TOKENS = 192
@@ -94,31 +83,32 @@ def forward(problem: DivergenceProblem) -> DivergenceState:
     kind, group = kind_of_divergence(beta), student.group
     logits = _allocate(student, teacher, None, kind)
     blocks = logits.student
-    sums = no_sums(blocks.num_kept, blocks.targets)
+    num_classes = student.c.shape[0]
+    sums = student.e.new_empty((8, blocks.num_kept), dtype=torch.float32)
     of_mixture = torch.zeros_like(sums[:2])
     results = torch.zeros_like(sums[:6])
-    every = slice(0, student.c.shape[0])
-    is_whole = group is None and blocks.shape[1] == every.stop
+    every = slice(0, num_classes)
+    is_whole = group is None and blocks.shape[1] == num_classes
     for tokens, e, e_teacher in logits.token_blocks():
-        of_tokens = sums[:, tokens].contiguous()
+        most = min(blocks.shape[1], num_classes)
+        of_tokens = room_for_sums(most, tokens.stop - tokens.start, sums)
         for classes in blocks.class_blocks():
             logits.multiply(e, e_teacher, tokens, classes, classes.start)
             logits.add_sums(tokens, classes, of_tokens, kind, has_targets)
-        sums[:, tokens] = of_tokens
+        sums[:, tokens] = of_tokens[0]
         if is_whole and kind == MIXTURE.value:  # the logits are still there
-            finish(of_tokens, results[:, tokens], kind, has_targets)
-            _add_mixture_sums(logits, tokens, every, of_mixture, results=results, beta=beta)
+            finish(of_tokens[0], results[:, tokens], kind, has_targets)
+            of_mixture[:, tokens] = logits.mixture_sums(tokens, every, results[:, tokens], beta)
     if group is not None:
-        sums = _sum_shards(sums, kind, group)
+        sums = combine(gather_shards(sums, group), kind)
     finish(sums, results, kind, has_targets)
     if kind == MIXTURE.value:
         if not is_whole:
             for tokens, e, e_teacher in logits.token_blocks():
                 for classes in blocks.class_blocks():
                     logits.multiply(e, e_teacher, tokens, classes, classes.start)
-                    _add_mixture_sums(
-                        logits, tokens, classes, of_mixture, results=results, beta=beta
-                    )
+                    of_block = logits.mixture_sums(tokens, classes, results[:, tokens], beta)
+                    of_mixture[:, tokens] += of_block
         if group is not None:
             of_mixture = gather_shards(of_mixture, group).sum(0)
         finish_mixture(of_mixture, results, beta)
@@ -138,50 +128,6 @@ def state_of(results: Tensor, blocks: Blocks, has_targets: bool) -> DivergenceSt
     return DivergenceState(
         divergence, entropy, logprobs, lse, teacher_lse=teacher_lse, relative=relative
     )
-
-
-def _add_mixture_sums(
-    logits: StoredLogits,
-    tokens: slice,
-    classes: slice,
-    of_mixture: Tensor,
-    *,
-    results: Tensor,
-    beta: float,
-) -> None:
-    """Add a block whose products are stored to the sums (2, N) relative to the mixture."""
-    sums = of_mixture[:, tokens].contiguous()
-    logits.add_mixture_sums(tokens, classes, sums, results[:, tokens], beta)
-    of_mixture[:, tokens] = sums
-
-
-def _sum_shards(sums: Tensor, kind: int, group: str) -> Tensor:
-    """Combine the sums (8, N) of all processes, whose exponents are relative to different logits.
-
-    All compute the same from the same numbers.
-    """
-    parts = gather_shards(sums, group)
-    total = parts.new_zeros(sums.shape)
-    falls = []
-    for row in (HIGH, TEACHER_HIGH):
-        total[row] = parts[:, row].amax(0)
-        # A shard without a class, or whose logits are all -inf, adds nothing.
-        fall = total[row] - parts[:, row]
-        falls.append(torch.where(parts[:, row] == -torch.inf, 0, fall))
-    fall, teacher_fall = falls
-    shrink, teacher_shrink = torch.exp2(-fall), torch.exp2(-teacher_fall)
-    total[TARGET] = parts[:, TARGET].amax(0)
-    total[TOTAL] = (parts[:, TOTAL] * shrink).sum(0)
-    total[OTHERS] = (parts[:, OTHERS] * shrink).sum(0)
-    total[FIRST] = ((parts[:, FIRST] - fall * parts[:, TOTAL]) * shrink).sum(0)
-    total[TEACHER_TOTAL] = (parts[:, TEACHER_TOTAL] * teacher_shrink).sum(0)
-    if kind == FROM_TEACHER.value:
-        shifted = parts[:, CROSS] + (fall - teacher_fall) * parts[:, TEACHER_TOTAL]
-        total[CROSS] = (shifted * teacher_shrink).sum(0)
-    elif kind == FROM_STUDENT.value:
-        shifted = parts[:, CROSS] + (teacher_fall - fall) * parts[:, TOTAL]
-        total[CROSS] = (shifted * shrink).sum(0)
-    return total
 
 
 def backward(

@@ -22,7 +22,7 @@ from torch import Tensor
 from cut_cross_entropy.budget import FILTER_DIRECTIONS
 from cut_cross_entropy.implementations.blocks import Blocks
 from cut_cross_entropy.implementations.token_chunks import GradientSums
-from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2
+from cut_cross_entropy.kernels.launch import HostCopy, cdiv, launch, next_power_of_2
 from cut_cross_entropy.kernels.triton.divergence_columns import (
     add_rows_kernel,
     column_energies_kernel,
@@ -47,51 +47,58 @@ ROWS = 32  # tokens that are read at a time
 BLOCK = 128  # classes of a program
 
 
-def choose_classes(energies: Tensor, tolerance: float) -> Tensor | None:
-    """Return the ids (K,) of the classes to keep, ascending; None for all of them.
-
-    The host waits for their number.
+def rank_classes(energies: Tensor, tolerance: float) -> tuple[Tensor, HostCopy]:
+    """Return the ids (V,) of the classes, those of least energy first, and how many to drop.
 
     Args:
         energies: (V,) float32.
         tolerance: root of the dropped energy relative to that of all.
     """
-    num_classes = energies.shape[0]
     total = energies.sum()
     values, order = energies.sort(stable=True)
     shares = (values.double() / total.clamp(min=torch.finfo(torch.float32).tiny) * UNIT).ceil()
     dropped = (shares.long().cumsum(0) <= tolerance**2 * UNIT) & total.isfinite()
-    num_kept = num_classes - int(dropped.sum())
-    num_kept = min(num_classes, -(-num_kept // MULTIPLE) * MULTIPLE)
-    if num_kept > MOST_KEPT * num_classes:
-        return None
-    return order[num_classes - num_kept :].sort().values
+    return order, HostCopy(dropped.sum())
 
 
-class Kept(NamedTuple):
-    """The kept classes of a chunk, and what is left of its logit gradients.
+def number_to_keep(num_dropped: HostCopy, num_classes: int) -> int | None:
+    """Wait for the number of classes to drop, and return that of the others; None for all."""
+    least = num_classes - int(num_dropped.wait())
+    return rounded_number(least, num_classes)
+
+
+def rounded_number(least: int, num_classes: int) -> int | None:
+    """Return how many classes to keep if at least so many are to be; None for all."""
+    number = min(num_classes, cdiv(least, MULTIPLE) * MULTIPLE)
+    return number if number <= MOST_KEPT * num_classes else None
+
+
+class Remainder(NamedTuple):
+    """What is left of the logit gradients of a chunk.
 
     Args:
-        columns: (T, K) their logit gradients.
-        rest: (T, V) those of all other classes, 0 in place of these.
-        ids: (K,) the classes.
-        parts: slices of them that are multiplied at a time.
-        rows: float32 memory for rows of c or of dC of one part.
+        tokens: of the chunk.
+        e: (T, D) their embeddings, as a factor.
+        factor: (T, V) the logit gradients, 0 in place of classes whose products are computed.
+        rows_of_e: (T, D) where the products for dE are added up.
     """
 
-    columns: Tensor
-    rest: Tensor
-    ids: Tensor
-    parts: list[slice]
-    rows: Tensor
+    tokens: slice
+    e: Tensor
+    factor: Tensor
+    rows_of_e: Tensor
 
 
 class FilteredSums:
     """Sums of gradients to which chunks add the classes that matter, where that takes less time.
 
+    The host need not wait for the number of classes that a chunk keeps: it takes a few more than
+    the chunk before needed, and reads the number while their products are computed. Those of
+    classes that were missing follow.
+
     Args:
         sums: of all chunks, without one so far.
-        tolerance: see :func:`choose_classes`, of each chunk.
+        tolerance: see :func:`rank_classes`, of each chunk.
         memory: (T, at least V) float32, contiguous, for kept columns and some rows of c and of dC.
         unit: () power of two that brings logit gradients near 1, whose squares could underflow.
     """
@@ -100,6 +107,7 @@ class FilteredSums:
         self.sums, self.tolerance, self._unit = sums, tolerance, unit
         self._memory = memory.view(-1)
         self._is_prepared = self._keeps_all = self._has_rest = False
+        self._expected: int | None = None  # kept classes of the next chunk
 
     @classmethod
     def is_worth_it(cls, blocks: Blocks, needed: Needed) -> bool:
@@ -113,36 +121,35 @@ class FilteredSums:
         """Add the gradients of a chunk, as :meth:`GradientSums.add`; overwrite them."""
         if not self._is_prepared:
             self._prepare()
-        ids = None if self._keeps_all else self._choose(factor)
-        size = at_once = 0
-        if ids is not None:
-            itemsize, dim = factor.dtype.itemsize, e.shape[1]
-            size = cdiv(len(factor) * len(ids) * itemsize, 16) * 4
-            at_once = (len(self._memory) - size) * 4 // (dim * (itemsize + 4))
-            at_once = at_once // MULTIPLE * MULTIPLE
-        if ids is None or at_once < min(max(len(ids), 1), LEAST_ROWS):
-            self._keeps_all = True  # the next chunk will too
+        if self._keeps_all:
             self.sums.add(tokens, e, factor)
             return
-        self.sums.add_bias(factor)
-        columns = self._memory[:size].view(factor.dtype)[: len(factor) * len(ids)]
-        columns = columns.view(len(factor), len(ids))
-        launch(
-            move_columns_kernel,
-            (len(factor),),
-            grad_ptr=factor,
-            ids_ptr=ids,
-            columns_ptr=columns,
-            num_kept=len(ids),
-            stride=factor.stride(0),
-            BLOCK=1024,
-        )
-        parts = [slice(k, min(k + at_once, len(ids))) for k in range(0, len(ids), at_once)]
-        rows = self._memory[size : size + at_once * e.shape[1]]
-        if self.sums.needed.e:
-            self._add_e(tokens, Kept(columns, factor, ids, parts, rows))
-        if self.sums.needed.c:
-            self._add_c(e, Kept(columns, factor, ids, parts, rows))
+        num_classes, sums = factor.shape[1], self.sums
+        order, num_dropped = rank_classes(self._energies(factor), self.tolerance)
+        is_first = self._expected is None
+        number = number_to_keep(num_dropped, num_classes) if is_first else self._expected
+        if number is None or not self._at_once(factor, e, number):
+            self._keeps_all = True  # the next chunk will too
+            sums.add(tokens, e, factor)
+            return
+        sums.add_bias(factor)
+        if sums.needed.c and not sums.has_c:
+            sums.grad_c.zero_()
+            sums.has_c = True
+        chunk = Remainder(tokens, e, factor, sums.rows_of_e(tokens).zero_())
+        self._add_kept(chunk, order[num_classes - number :])
+        needed = number if is_first else number_to_keep(num_dropped, num_classes)
+        missing = 0 if needed is None else max(0, needed - number)
+        if needed is None or not self._at_once(factor, e, missing):
+            self._keeps_all = True
+            self._add_all(chunk)
+        else:
+            if missing:
+                self._add_kept(chunk, order[num_classes - needed : num_classes - number])
+            self._add_dropped(chunk)
+            self._expected = rounded_number(needed + needed // 16, num_classes) or needed
+        if sums.needed.e:
+            sums.store_rows_of_e(tokens, chunk.rows_of_e)
 
     def _prepare(self) -> None:
         """Find the directions, and the parts of c in them.
@@ -169,8 +176,8 @@ class FilteredSums:
             self._class_sums = blocks.targets.new_zeros(shape, dtype=torch.float32)
         self._is_prepared = True
 
-    def _choose(self, factor: Tensor) -> Tensor | None:
-        """Return the classes to keep of a chunk, see :func:`choose_classes`."""
+    def _energies(self, factor: Tensor) -> Tensor:
+        """Return the energies (V,) of the classes of a chunk."""
         num_tokens, num_classes = factor.shape
         energies = torch.empty(num_classes, dtype=torch.float32, device=factor.device)
         launch(
@@ -185,47 +192,81 @@ class FilteredSums:
             ROWS=ROWS,
             BLOCK=BLOCK,
         )
-        return choose_classes(energies, self.tolerance)
+        return energies
 
-    def _add_e(self, tokens: slice, kept: Kept) -> None:
-        """Add the products of the kept classes, and those of the others with directions."""
-        columns, rest, ids, parts, rows = kept
-        blocks, dim = self.sums.blocks, self.sums.grad_e.shape[1]
-        dropped = rows.new_zeros((len(rest), FILTER_DIRECTIONS))
-        for part in self.sums.classes:
-            blocks.add_product(rest[:, part], self._parts_of_c[part], dropped)
-        out = self.sums.rows_of_e(tokens)
-        blocks.store_product(dropped.to(rest.dtype), self._of_c, out)
-        for part in parts:
-            rows_of_c = rows.view(rest.dtype)[: (part.stop - part.start) * dim].view(-1, dim)
-            blocks.gather_classes(ids[part], rows_of_c)
-            blocks.add_product(columns[:, part], rows_of_c, out)
-        self.sums.store_rows_of_e(tokens, out)
+    def _columns_size(self, factor: Tensor, number: int) -> int:
+        """Return how many floats of the memory the columns of some classes take."""
+        return cdiv(len(factor) * number * factor.dtype.itemsize, 16) * 4
 
-    def _add_c(self, e: Tensor, kept: Kept) -> None:
-        """As :meth:`_add_e`; the others wait for :meth:`finish`."""
-        columns, rest, ids, parts, rows = kept
-        dim, sums = e.shape[1], self.sums
-        if not sums.has_c:
-            sums.grad_c.zero_()
-            sums.has_c = True
-        for part in parts:
-            rows_of_c = rows[: (part.stop - part.start) * dim].view(-1, dim)
-            sums.blocks.store_product(columns[:, part].T, e, rows_of_c)
-            block = min(1024, next_power_of_2(dim))
-            launch(
-                add_rows_kernel,
-                (part.stop - part.start, cdiv(dim, block)),
-                rows_ptr=rows_of_c,
-                ids_ptr=ids[part],
-                out_ptr=sums.grad_c,
-                D=dim,
-                BLOCK=block,
-            )
-        parts_of_e = sums.blocks.product(e, self._of_e.T).div_(self._largest).to(rest.dtype)
+    def _at_once(self, factor: Tensor, e: Tensor, number: int) -> int:
+        """Return of how many kept classes there is room for rows of c and dC; 0 if of too few."""
+        left = (len(self._memory) - self._columns_size(factor, number)) * 4
+        at_once = left // (e.shape[1] * (factor.dtype.itemsize + 4)) // MULTIPLE * MULTIPLE
+        return at_once if at_once >= min(max(number, 1), LEAST_ROWS) else 0
+
+    def _add_kept(self, chunk: Remainder, ids: Tensor) -> None:
+        """Move the columns of some classes (K,) out of the chunk, and add their products."""
+        _, e, factor, rows_of_e = chunk
+        sums, ids = self.sums, ids.sort().values
+        shape, dim = (len(factor), len(ids)), e.shape[1]
+        columns = self._memory.view(factor.dtype)[: len(factor) * len(ids)].view(shape)
+        launch(
+            move_columns_kernel,
+            (len(factor),),
+            grad_ptr=factor,
+            ids_ptr=ids,
+            columns_ptr=columns,
+            num_kept=len(ids),
+            stride=factor.stride(0),
+            BLOCK=1024,
+        )
+        size, at_once = self._columns_size(factor, len(ids)), self._at_once(factor, e, len(ids))
+        memory = self._memory[size : size + at_once * dim]
+        for start in range(0, len(ids), at_once):
+            part = slice(start, min(start + at_once, len(ids)))
+            num_elements = (part.stop - part.start) * dim
+            if sums.needed.e:
+                rows_of_c = memory.view(factor.dtype)[:num_elements].view(-1, dim)
+                sums.blocks.gather_classes(ids[part], rows_of_c)
+                sums.blocks.add_product(columns[:, part], rows_of_c, rows_of_e)
+            if sums.needed.c:
+                rows = memory[:num_elements].view(-1, dim)
+                sums.blocks.store_product(columns[:, part].T, e, rows)
+                block = min(1024, next_power_of_2(dim))
+                launch(
+                    add_rows_kernel,
+                    (part.stop - part.start, cdiv(dim, block)),
+                    rows_ptr=rows,
+                    ids_ptr=ids[part],
+                    out_ptr=sums.grad_c,
+                    D=dim,
+                    BLOCK=block,
+                )
+
+    def _add_all(self, chunk: Remainder) -> None:
+        """Add the products of all classes that are left."""
+        _, e, factor, rows_of_e = chunk
+        sums, blocks = self.sums, self.sums.blocks
         for part in sums.classes:
-            sums.blocks.add_product(rest[:, part].T, parts_of_e, self._class_sums[part])
-        self._has_rest = True
+            if sums.needed.e:
+                blocks.add_product(factor[:, part], blocks.classifier(part), rows_of_e)
+            if sums.needed.c:
+                blocks.add_product(factor[:, part].T, e, sums.grad_c[part])
+
+    def _add_dropped(self, chunk: Remainder) -> None:
+        """Add the products of the classes that are left with directions."""
+        _, e, rest, rows_of_e = chunk
+        sums, blocks = self.sums, self.sums.blocks
+        if sums.needed.e:
+            dropped = rows_of_e.new_zeros((len(rest), FILTER_DIRECTIONS))
+            for part in sums.classes:
+                blocks.add_product(rest[:, part], self._parts_of_c[part], dropped)
+            blocks.add_product(dropped.to(rest.dtype), self._of_c, rows_of_e)
+        if sums.needed.c:  # those of dC wait for :meth:`finish`
+            parts_of_e = blocks.product(e, self._of_e.T).div_(self._largest).to(rest.dtype)
+            for part in sums.classes:
+                blocks.add_product(rest[:, part].T, parts_of_e, self._class_sums[part])
+            self._has_rest = True
 
     def finish(self) -> None:
         """Add to dC what was dropped of all chunks."""

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from cut_cross_entropy.divergence_problem import DivergenceGrads, DivergenceState
 from cut_cross_entropy.implementations.blocks import MIN_CLASSES, Blocks
-from cut_cross_entropy.kernels.launch import launch
+from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2
 from cut_cross_entropy.kernels.triton.divergence_logits import (
     BLOCK,
     CROSS,
+    FEW_ROWS,
     FIRST,
     FROM_STUDENT,
     FROM_TEACHER,
@@ -27,12 +28,17 @@ from cut_cross_entropy.kernels.triton.divergence_logits import (
     TEACHER_RELATIVE,
     TEACHER_TOTAL,
     TOTAL,
-    add_mixture_sums_kernel,
-    add_sums_kernel,
+    WIDE_BLOCK,
+    WIDE_WARPS,
+    combine_sums_kernel,
     logit_gradients_kernel,
+    mixture_sums_kernel,
+    sums_kernel,
 )
 from cut_cross_entropy.kernels.triton.primitives import LN2
 from cut_cross_entropy.problem import gradient_scale
+
+COMBINED = 8  # tokens of a program that adds up parts of sums
 
 
 @dataclass(frozen=True)
@@ -88,39 +94,49 @@ class StoredLogits:
     def add_sums(
         self, tokens: slice, classes: slice, sums: Tensor, kind: int, has_targets: bool
     ) -> None:
-        """Add a block whose products are stored to the sums (8, T) of its tokens."""
-        self._run(
-            add_sums_kernel,
-            tokens,
-            classes,
-            columns_ptr=self._columns(tokens, classes) if has_targets else None,
-            sums_ptr=sums,
-            num_tokens=sums.shape[1],
-            KIND=kind,
-        )
-
-    def add_mixture_sums(
-        self, tokens: slice, classes: slice, sums: Tensor, results: Tensor, beta: float
-    ) -> None:
-        """Add such a block to the sums (2, T) relative to the mixture.
+        """Add a block whose products are stored to the sums of its tokens.
 
         Args:
             tokens, classes: the block.
-            sums: of its tokens, in and out.
+            sums: :func:`room_for_sums`, whose values the first block of classes overwrites.
+            kind: see :func:`kind_of_divergence`.
+            has_targets: whether to sum what log-probabilities of targets need.
+        """
+        num_parts = self._run(
+            sums_kernel,
+            tokens,
+            classes,
+            in_parts=True,
+            columns_ptr=self._columns(tokens, classes) if has_targets else None,
+            sums_ptr=sums[1:],
+            num_tokens=sums.shape[2],
+            KIND=kind,
+        )
+        combine(sums[: 1 + num_parts], kind, first=int(classes.start == 0))
+
+    def mixture_sums(self, tokens: slice, classes: slice, results: Tensor, beta: float) -> Tensor:
+        """Return the sums (2, T) relative to the mixture of such a block.
+
+        Args:
+            tokens, classes: the block.
             results: (6, T) of its tokens, of which the log-sum-exps are read.
             beta: share of the teacher in the mixture.
         """
+        shape = (parts_of(classes.stop - classes.start), 2, results.shape[1])
+        sums = torch.empty(shape, dtype=torch.float32, device=results.device)
         self._run(
-            add_mixture_sums_kernel,
+            mixture_sums_kernel,
             tokens,
             classes,
+            in_parts=True,
             lse_ptr=results[3] / LN2.value,
             teacher_lse_ptr=results[4] / LN2.value,
             sums_ptr=sums,
             share=beta,
             rest=1 - beta,
-            num_tokens=sums.shape[1],
+            num_tokens=sums.shape[2],
         )
+        return sums.sum(0)
 
     def write_gradients(
         self,
@@ -142,10 +158,13 @@ class StoredLogits:
             The gradients times the scale of the values, (T, classes).
         """
         has_targets, out = values.g_logprobs is not None, self.gradients(tokens, classes)
+        is_wide = out.shape[0] <= FEW_ROWS and out.shape[1] >= LONG_ROW
         self._run(
             logit_gradients_kernel,
             tokens,
             classes,
+            BLOCK=WIDE_BLOCK if is_wide else classes_at_a_time(out.shape[1]),
+            num_warps=WIDE_WARPS if is_wide else 4,
             lse_ptr=values.lse,
             teacher_lse_ptr=values.teacher_lse,
             relative_ptr=values.relative,
@@ -169,16 +188,24 @@ class StoredLogits:
         here = (targets >= classes.start) & (targets < classes.stop)
         return torch.where(here, targets - classes.start, -1).int()
 
-    def _run(self, kernel: Any, tokens: slice, classes: slice, **arguments: Any) -> None:
-        """Launch a kernel over the tokens of a block whose products are stored."""
+    def _run(
+        self, kernel: Any, tokens: slice, classes: slice, in_parts: bool = False, **arguments: Any
+    ) -> int:
+        """Launch a kernel over the tokens of a block whose products are stored.
+
+        Returns:
+            The number of programs of a token: one, or one for each part of the classes.
+        """
         sides = (self.student, self.teacher)
         biases = [None if x.problem.bias is None else x.problem.bias[classes] for x in sides]
         multipliers = [None if x.multiplier is None else x.multiplier[tokens] for x in sides]
         softcaps = [x.problem.softcap for x in sides]
         num_classes = classes.stop - classes.start
+        num_parts = parts_of(num_classes) if in_parts else 1
+        arguments.setdefault("BLOCK", classes_at_a_time(num_classes))
         launch(
             kernel,
-            (tokens.stop - tokens.start,),
+            (tokens.stop - tokens.start, num_parts),
             student_ptr=self.memory[0],
             teacher_ptr=self.memory[1],
             bias_ptr=biases[0],
@@ -189,9 +216,19 @@ class StoredLogits:
             stride=self.memory[0].stride(0),
             softcap=softcaps[0],
             teacher_softcap=softcaps[1],
-            BLOCK=LONG_BLOCK if num_classes >= LONG_ROW else BLOCK,
             **arguments,
         )
+        return num_parts
+
+
+def classes_at_a_time(num_classes: int) -> int:
+    """Return how many classes of a block a program reads at a time."""
+    return LONG_BLOCK if num_classes >= LONG_ROW else BLOCK
+
+
+def parts_of(num_classes: int) -> int:
+    """Return how many parts a block of classes is summed in."""
+    return cdiv(num_classes, classes_at_a_time(num_classes))
 
 
 def kind_of_divergence(beta: float) -> int:
@@ -201,12 +238,42 @@ def kind_of_divergence(beta: float) -> int:
     return int((FROM_STUDENT if beta == 1 else MIXTURE).value)
 
 
-def no_sums(num_tokens: int, like: Tensor) -> Tensor:
-    """Return the sums (8, num_tokens) of no class."""
-    sums = like.new_zeros((8, num_tokens), dtype=torch.float32)
-    for row in (HIGH, TARGET, TEACHER_HIGH):  # a list of rows would be copied to the device
-        sums[row] = -torch.inf
+def room_for_sums(num_classes: int, num_tokens: int, like: Tensor) -> Tensor:
+    """Return memory (1 + parts, 8, num_tokens) for sums over blocks of at most ``num_classes``.
+
+    The first part is for the sums; without a class they are those of none.
+    """
+    parts = parts_of(num_classes)
+    if num_classes >= LONG_ROW:  # the last block may be shorter, and have more
+        parts = max(parts, parts_of(LONG_ROW - 1))
+    sums = like.new_empty((1 + parts, 8, num_tokens), dtype=torch.float32)
+    if num_classes == 0:
+        sums[0] = 0
+        for row in (HIGH, TARGET, TEACHER_HIGH):
+            sums[0, row] = -torch.inf
     return sums
+
+
+def combine(parts: Tensor, kind: int, first: int = 0) -> Tensor:
+    """Add up the sums (parts, 8, T) from the given part on, in place of those of the first.
+
+    Returns:
+        (8, T).
+    """
+    num_parts, _, num_tokens = parts.shape
+    launch(
+        combine_sums_kernel,
+        (cdiv(num_tokens, COMBINED),),
+        parts_ptr=parts,
+        sums_ptr=parts,
+        num_tokens=num_tokens,
+        first_part=first,
+        num_parts=num_parts,
+        KIND=kind,
+        PARTS=next_power_of_2(num_parts),
+        TOKENS=COMBINED,
+    )
+    return parts[0]
 
 
 def finish(sums: Tensor, results: Tensor, kind: int, has_targets: bool) -> None:

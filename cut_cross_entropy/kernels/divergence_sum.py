@@ -27,7 +27,7 @@ from cut_cross_entropy.kernels.divergence_logits import (
     finish,
     finish_mixture,
     kind_of_divergence,
-    no_sums,
+    room_for_sums,
     scale_of,
 )
 from cut_cross_entropy.kernels.step import in_compute_dtype
@@ -80,13 +80,11 @@ def divergence_and_gradients(
         for classes in parts:
             logits.multiply(e, e_teacher, tokens, classes, 0)
         of_tokens = results[:, tokens]
-        sums = no_sums(of_tokens.shape[1], of_tokens)
+        sums = room_for_sums(num_classes, of_tokens.shape[1], of_tokens)
         logits.add_sums(tokens, every, sums, kind, has_targets)
-        finish(sums, of_tokens, kind, has_targets)
+        finish(sums[0], of_tokens, kind, has_targets)
         if kind == MIXTURE.value:
-            of_mixture = torch.zeros_like(sums[:2])
-            logits.add_mixture_sums(tokens, every, of_mixture, of_tokens, beta)
-            finish_mixture(of_mixture, of_tokens, beta)
+            finish_mixture(logits.mixture_sums(tokens, every, of_tokens, beta), of_tokens, beta)
         _, entropy, _, lse, teacher_lse, relative = of_tokens / LN2.value
         values = TokenValues(
             weights[tokens] * scale,

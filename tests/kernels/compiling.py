@@ -17,6 +17,7 @@ from cut_cross_entropy.kernels import (
     BLOCK_T,
     class_logits,
     divergence_columns,
+    divergence_logits,
     exact_sum,
     likely_classes,
     order,
@@ -342,10 +343,15 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
              "teacher_multiplier_ptr"}, options)  # fmt: skip
         shared = {**transforms, "BLOCK": divergence_kernels.LONG_BLOCK}
         targets = without({"columns_ptr"}, options)
-        add(f"divergence_sums-{options:d}", divergence_kernels.add_sums_kernel,
+        add(f"divergence_sums-{options:d}", divergence_kernels.sums_kernel,
             {**shared, **targets, "KIND": int(options)}, types=_OF_PRODUCTS)  # fmt: skip
-        add(f"mixture_sums-{options:d}", divergence_kernels.add_mixture_sums_kernel, shared,
+        add(f"mixture_sums-{options:d}", divergence_kernels.mixture_sums_kernel, shared,
             types=_OF_PRODUCTS)  # fmt: skip
+        add(
+            f"combine_sums-{options:d}",
+            divergence_kernels.combine_sums_kernel,
+            {"KIND": int(options), "PARTS": 128, "TOKENS": divergence_logits.COMBINED},
+        )
         further = without({"g_entropy_ptr", "g_logprob_ptr", "miss_ptr"}, options)
         add(f"divergence_gradients-{options:d}", divergence_kernels.logit_gradients_kernel,
             {**shared, **targets, **further, "KIND": 2}, types=_OF_PRODUCTS)  # fmt: skip

@@ -45,14 +45,14 @@ def test_close_teacher(beta, dtype, monkeypatch):
     # Gradients in the forward, of chunks of 384 or 512 tokens, and from the classes that matter as
     # "auto" would choose them in a larger problem.
     expected, kept = expected.divergence.mean(), []
-    choose = divergence_columns.choose_classes
+    wait = divergence_columns.number_to_keep
 
-    def record(energies, tolerance):
-        ids = choose(energies, tolerance)
-        kept.append(1.0 if ids is None else len(ids) / len(energies))
-        return ids
+    def record(num_dropped, num_classes):
+        number = wait(num_dropped, num_classes)
+        kept.append(1.0 if number is None else number / num_classes)
+        return number
 
-    monkeypatch.setattr(divergence_columns, "choose_classes", record)
+    monkeypatch.setattr(divergence_columns, "number_to_keep", record)
     monkeypatch.setattr(divergence_columns, "LEAST_PRODUCTS", 0)
     for filter_eps in {None, FILTER_EPS[dtype]}:
         found = linear_divergence(

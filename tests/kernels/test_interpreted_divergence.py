@@ -22,6 +22,12 @@ from tests.test_memory import peak_bytes
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
 
 
+@pytest.fixture(autouse=True)
+def several_parts(monkeypatch):
+    """Blocks are summed in parts."""
+    monkeypatch.setattr(kernels, "BLOCK", 64)
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """Names of the kernels that were launched."""
@@ -48,9 +54,9 @@ def test_values_and_gradients(beta, options, budget, launched):
     assert_same(ours, expected, rtol=2e-6, atol=5e-6)
     for mine, other in zip(gradients(ours, leaves), gradients(expected, exact), strict=True):
         torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=2e-5)
-    walks = ["add_sums_kernel"] + ["add_mixture_sums_kernel"] * (0 < beta < 1)
+    walks = ["sums_kernel", "combine_sums_kernel"] + ["mixture_sums_kernel"] * (0 < beta < 1)
     assert list(dict.fromkeys(launched)) == [*walks, "logit_gradients_kernel"]
-    assert (launched.count("add_sums_kernel") > 1) == (budget == 1)
+    assert (launched.count("sums_kernel") > 1) == (budget == 1)
 
 
 @pytest.mark.parametrize(

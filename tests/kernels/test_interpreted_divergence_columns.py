@@ -33,15 +33,21 @@ def few_classes(monkeypatch):
 def kept(monkeypatch):
     """Numbers of kept classes, None for all, of each chunk."""
     numbers = []
-    choose = columns.choose_classes
+    wait = columns.number_to_keep
 
-    def record(energies, tolerance):
-        ids = choose(energies, tolerance)
-        numbers.append(None if ids is None else len(ids))
-        return ids
+    def record(num_dropped, num_classes):
+        numbers.append(wait(num_dropped, num_classes))
+        return numbers[-1]
 
-    monkeypatch.setattr(columns, "choose_classes", record)
+    monkeypatch.setattr(columns, "number_to_keep", record)
     return numbers
+
+
+def choose(energies, tolerance):
+    """Ids of the classes to keep; None for all."""
+    order, num_dropped = columns.rank_classes(energies, tolerance)
+    number = columns.number_to_keep(num_dropped, len(energies))
+    return None if number is None else order[len(energies) - number :].sort().values
 
 
 def problem(dtype=torch.float32, decay=16.0):
@@ -105,6 +111,24 @@ def test_gradients_from_some_classes(beta, most, options, kept, monkeypatch):
         assert error <= allowed * TOLERANCE
         assert (error > 0) == (allowed > 0)
     assert (found[1].norm(dim=1) > 0).all()  # no row of dC is 0
+
+
+@pytest.mark.parametrize("last", [1.0, 100.0], ids=["more classes", "all classes"])
+def test_a_chunk_needs_more_classes_than_the_one_before(last, kept, monkeypatch):
+    """Products of the missing ones follow, so that no more is dropped than of any other chunk."""
+    for module in (front, divergence_sum):
+        monkeypatch.setattr(module, "divergence_tokens_per_chunk", lambda *_: 8)
+    temperature = torch.ones(TOKENS)
+    temperature[:8], temperature[16:24], temperature[32:] = 0.3, 0.4, last
+    tensors = problem()
+    _, exact = gradients(tensors, 0.0, None, temperature=temperature)
+    _, found = gradients(tensors, 0.0, EPS, temperature=temperature)
+    first, second, third, fourth, fifth = kept
+    assert first * 1.2 < third * 1.1 < second
+    assert third * 1.2 < fourth
+    assert (fifth is None) == (last > 1)
+    for mine, other, allowed in zip(found, exact, (20, 2, 1e-3), strict=True):
+        assert relative(mine, other) <= allowed * TOLERANCE
 
 
 @pytest.mark.parametrize("needed", ["e", "c"])
@@ -196,7 +220,7 @@ def test_tiny_weights_keep_the_same_classes(kept):
 def test_least_energies_are_dropped(tolerance):
     generator = torch.Generator().manual_seed(0)
     energies = torch.exp(4 * torch.randn(500, generator=generator)) * 1e-30
-    ids = columns.choose_classes(energies, tolerance)
+    ids = choose(energies, tolerance)
     assert torch.equal(ids, ids.unique())
     dropped = torch.ones(500, dtype=torch.bool)
     dropped[ids] = False
@@ -212,17 +236,16 @@ def test_least_energies_are_dropped(tolerance):
 def test_energies_that_are_no_numbers_keep_all(value):
     energies = torch.full((100,), 1e-9)
     energies[3] = 1
-    assert columns.choose_classes(energies, 0.1) is not None
+    assert choose(energies, 0.1) is not None
     energies[7] = value
-    assert columns.choose_classes(energies, 0.1) is None
+    assert choose(energies, 0.1) is None
 
 
 def test_auto_follows_the_dtype(monkeypatch):
     """Tolerances relative to the rounding error of the gradients' dtype."""
     tolerances = []
-    monkeypatch.setattr(
-        columns, "choose_classes", lambda _, tolerance: tolerances.append(tolerance)
-    )
+    rank = columns.rank_classes
+    monkeypatch.setattr(columns, "rank_classes", lambda *x: tolerances.append(x[1]) or rank(*x))
     for filter_eps in ("auto", "high", 2.0**-12):
         gradients(problem(torch.float16), 0.0, filter_eps, ("e",))
     auto = front.FILTER_SHARE * front.filter_tolerance("auto")

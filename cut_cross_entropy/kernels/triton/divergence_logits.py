@@ -13,12 +13,14 @@ from cut_cross_entropy.kernels.triton.primitives import LN2, logit_slope, transf
 
 FROM_TEACHER, FROM_STUDENT, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BLOCK, LONG_BLOCK = 1024, 2048
-"""Classes that a program reads at a time; the second for rows of many, which end at about once."""
+"""Classes that a program reads at a time; the second for rows of many."""
 LONG_ROW = 2**15  # classes
+WIDE_BLOCK, WIDE_WARPS, FEW_ROWS = 4096, 8, 384
+"""Classes at a time and warps of a program that writes gradients, where so few rows take all."""
 HIGHEST = tl.constexpr(120.0)
 """Log2 of a ratio whose exponential is still finite: p of any higher one is 0 beside q."""
 
-# Rows of the sums of a walk, float32; exponents are relative to the highest logit so far.
+# Rows of the sums of some classes, float32; exponents are relative to the highest logit of these.
 HIGH, TOTAL, OTHERS, FIRST, TARGET, TEACHER_HIGH, TEACHER_TOTAL, CROSS = range(8)
 RELATIVE, TEACHER_RELATIVE = range(2)
 
@@ -51,15 +53,6 @@ def load_logits(
 
 
 @triton.jit
-def rebase(high, logits):
-    """Return the higher maximum, what the exponents fall by, and the factor of earlier sums."""
-    higher = tl.maximum(high, tl.max(logits, 1))
-    # Nothing seen yet, nothing to scale; infinity less infinity is no number.
-    fall = tl.where((high == float("-inf")) | (high == higher), 0.0, higher - high)
-    return higher, fall, tl.exp2(-fall)
-
-
-@triton.jit
 def relative_to(logits, high):
     """Return the logits less their maximum, which may be -inf if all are."""
     return logits - tl.where(high == float("-inf"), 0.0, high)[:, None]
@@ -82,7 +75,7 @@ def mixture_ratios(log_p, log_q, share, rest):
 
 
 @triton.jit(do_not_specialize=["num_classes", "stride", "num_tokens"])
-def add_sums_kernel(
+def sums_kernel(
     student_ptr,  # (T, stride) products of the student
     teacher_ptr,  # (T, stride)
     bias_ptr,  # (classes,), or None, like the three that follow
@@ -90,7 +83,7 @@ def add_sums_kernel(
     multiplier_ptr,  # (T,)
     teacher_multiplier_ptr,  # (T,)
     columns_ptr,  # (T,) column of the target, negative if it is not here; None: no targets
-    sums_ptr,  # (8, T) in, out: see HIGH and the others
+    sums_ptr,  # (parts, 8, T) out: see HIGH and the others
     num_tokens,
     num_classes,
     stride,
@@ -99,68 +92,102 @@ def add_sums_kernel(
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add the classes of a block to the sums of one token."""
+    """Sum some of the classes of one token.
+
+    Without a loop over the classes of a token a program needs few registers, so that enough loads
+    are in flight, and no sum is scaled when a maximum rises.
+    """
     row = tl.program_id(0)
-    one = tl.arange(0, 1)
-    high = tl.load(sums_ptr + row + one)
-    teacher_high = tl.load(sums_ptr + 5 * num_tokens + row + one)
-    total = tl.zeros((1, BLOCK), tl.float32)
-    others = tl.zeros((1, BLOCK), tl.float32)
-    first = tl.zeros((1, BLOCK), tl.float32)
-    teacher_total = tl.zeros((1, BLOCK), tl.float32)
-    cross = tl.zeros((1, BLOCK), tl.float32)
-    # Earlier blocks are one more summand.
-    begin = tl.arange(0, BLOCK)[None, :] == 0
-    total = tl.where(begin, tl.load(sums_ptr + num_tokens + row), total)
-    first = tl.where(begin, tl.load(sums_ptr + 3 * num_tokens + row), first)
-    teacher_total = tl.where(begin, tl.load(sums_ptr + 6 * num_tokens + row), teacher_total)
-    cross = tl.where(begin, tl.load(sums_ptr + 7 * num_tokens + row), cross)
-    column = 0
+    part = tl.program_id(1)
+    classes = part * BLOCK + tl.arange(0, BLOCK)
+    block = (row, classes, num_classes, stride)
+    student = load_logits(student_ptr, block, bias_ptr, multiplier_ptr, softcap)
+    teacher = load_logits(
+        teacher_ptr, block, teacher_bias_ptr, teacher_multiplier_ptr, teacher_softcap
+    )
+    high = tl.max(student, 1)
+    teacher_high = tl.max(teacher, 1)
+    exponent = relative_to(student, high)
+    teacher_exponent = relative_to(teacher, teacher_high)
+    p = tl.exp2(exponent)
+    q = tl.exp2(teacher_exponent)
+    out = sums_ptr + part * 8 * num_tokens + row + tl.arange(0, 1)
+    tl.store(out, high)
+    tl.store(out + num_tokens, tl.sum(p, 1))
+    tl.store(out + 3 * num_tokens, tl.sum(expected(p, exponent), 1))
+    tl.store(out + 5 * num_tokens, teacher_high)
+    tl.store(out + 6 * num_tokens, tl.sum(q, 1))
+    if KIND == FROM_TEACHER:
+        cross = expected(q, teacher_exponent - exponent)
+        tl.store(out + 7 * num_tokens, tl.sum(cross, 1))
+    if KIND == FROM_STUDENT:
+        cross = expected(p, exponent - teacher_exponent)
+        tl.store(out + 7 * num_tokens, tl.sum(cross, 1))
     if columns_ptr is not None:
         column = tl.load(columns_ptr + row)
-        others = tl.where(begin, tl.load(sums_ptr + 2 * num_tokens + row), others)
-    for start in range(0, num_classes, BLOCK):
-        classes = start + tl.arange(0, BLOCK)
-        block = (row, classes, num_classes, stride)
-        student = load_logits(student_ptr, block, bias_ptr, multiplier_ptr, softcap)
-        teacher = load_logits(
-            teacher_ptr, block, teacher_bias_ptr, teacher_multiplier_ptr, teacher_softcap
-        )
-        high, fall, shrink = rebase(high, student)
-        teacher_high, teacher_fall, teacher_shrink = rebase(teacher_high, teacher)
-        exponent = relative_to(student, high)
-        teacher_exponent = relative_to(teacher, teacher_high)
-        p = tl.exp2(exponent)
-        q = tl.exp2(teacher_exponent)
-        if KIND == FROM_TEACHER:
-            ahead = expected(q, teacher_exponent - exponent)
-            shift = (fall - teacher_fall)[:, None]
-            cross = (cross + shift * teacher_total) * teacher_shrink[:, None] + ahead
-        if KIND == FROM_STUDENT:
-            ahead = expected(p, exponent - teacher_exponent)
-            shift = (teacher_fall - fall)[:, None]
-            cross = (cross + shift * total) * shrink[:, None] + ahead
-        first = (first - fall[:, None] * total) * shrink[:, None] + expected(p, exponent)
-        total = total * shrink[:, None] + p
-        teacher_total = teacher_total * teacher_shrink[:, None] + q
-        if columns_ptr is not None:
-            is_other = (classes != column)[None, :]
-            others = others * shrink[:, None] + tl.where(is_other, p, 0.0)
-            if (column >= start) & (column < start + BLOCK):
-                logit = tl.sum(tl.where(is_other, 0.0, student), 1)
-                tl.store(sums_ptr + 4 * num_tokens + row + one, logit)
-    tl.store(sums_ptr + row + one, high)
-    tl.store(sums_ptr + num_tokens + row + one, tl.sum(total, 1))
-    tl.store(sums_ptr + 3 * num_tokens + row + one, tl.sum(first, 1))
-    tl.store(sums_ptr + 5 * num_tokens + row + one, teacher_high)
-    tl.store(sums_ptr + 6 * num_tokens + row + one, tl.sum(teacher_total, 1))
-    tl.store(sums_ptr + 7 * num_tokens + row + one, tl.sum(cross, 1))
-    if columns_ptr is not None:
-        tl.store(sums_ptr + 2 * num_tokens + row + one, tl.sum(others, 1))
+        is_other = (classes != column)[None, :]
+        tl.store(out + 2 * num_tokens, tl.sum(tl.where(is_other, p, 0.0), 1))
+        logit = tl.sum(tl.where(is_other, 0.0, student), 1)
+        is_here = (column >= part * BLOCK) & (column < (part + 1) * BLOCK)
+        tl.store(out + 4 * num_tokens, tl.where(is_here, logit, float("-inf")))
+
+
+@triton.jit
+def fall_to(high, part_high):
+    """Return what the exponents of a part fall by; 0 without a class of any probability."""
+    return tl.where(part_high == float("-inf"), 0.0, high - part_high)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "first_part", "num_parts"])
+def combine_sums_kernel(
+    parts_ptr,  # (parts, 8, T) see HIGH and the others
+    sums_ptr,  # (8, T) out, which may be one of the parts
+    num_tokens,
+    first_part,  # parts before it do not count
+    num_parts,
+    KIND: tl.constexpr,
+    PARTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Add up parts of the sums of some tokens, whose exponents are relative to different logits."""
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    parts = tl.arange(0, PARTS)[:, None]
+    inside = (parts >= first_part) & (parts < num_parts) & (tokens < num_tokens)[None, :]
+    place = parts_ptr + parts * 8 * num_tokens + tokens[None, :]
+    nothing = float("-inf")
+    highs = tl.load(place, mask=inside, other=nothing)
+    p = tl.load(place + num_tokens, mask=inside, other=0.0)
+    others = tl.load(place + 2 * num_tokens, mask=inside, other=0.0)
+    first = tl.load(place + 3 * num_tokens, mask=inside, other=0.0)
+    target = tl.max(tl.load(place + 4 * num_tokens, mask=inside, other=nothing), 0)
+    teacher_highs = tl.load(place + 5 * num_tokens, mask=inside, other=nothing)
+    q = tl.load(place + 6 * num_tokens, mask=inside, other=0.0)
+    cross = tl.load(place + 7 * num_tokens, mask=inside, other=0.0)
+    tl.debug_barrier()  # other threads have read what this one overwrites
+    high = tl.max(highs, 0)
+    teacher_high = tl.max(teacher_highs, 0)
+    fall = fall_to(high[None, :], highs)
+    teacher_fall = fall_to(teacher_high[None, :], teacher_highs)
+    shrink = tl.exp2(-fall)
+    teacher_shrink = tl.exp2(-teacher_fall)
+    out, kept = sums_ptr + tokens, tokens < num_tokens
+    tl.store(out, high, mask=kept)
+    tl.store(out + num_tokens, tl.sum(p * shrink, 0), mask=kept)
+    tl.store(out + 2 * num_tokens, tl.sum(others * shrink, 0), mask=kept)
+    tl.store(out + 3 * num_tokens, tl.sum((first - fall * p) * shrink, 0), mask=kept)
+    tl.store(out + 4 * num_tokens, target, mask=kept)
+    tl.store(out + 5 * num_tokens, teacher_high, mask=kept)
+    tl.store(out + 6 * num_tokens, tl.sum(q * teacher_shrink, 0), mask=kept)
+    if KIND == FROM_TEACHER:
+        cross = (cross + (fall - teacher_fall) * q) * teacher_shrink
+        tl.store(out + 7 * num_tokens, tl.sum(cross, 0), mask=kept)
+    if KIND == FROM_STUDENT:
+        cross = (cross + (teacher_fall - fall) * p) * shrink
+        tl.store(out + 7 * num_tokens, tl.sum(cross, 0), mask=kept)
 
 
 @triton.jit(do_not_specialize=["num_classes", "stride", "num_tokens"])
-def add_mixture_sums_kernel(
+def mixture_sums_kernel(
     student_ptr,  # (T, stride) products of the student
     teacher_ptr,  # (T, stride)
     bias_ptr,  # (classes,), or None, like the three that follow
@@ -169,7 +196,7 @@ def add_mixture_sums_kernel(
     teacher_multiplier_ptr,  # (T,)
     lse_ptr,  # (T,) log2
     teacher_lse_ptr,  # (T,) log2
-    sums_ptr,  # (2, T) in, out: of the student and of the teacher relative to the mixture
+    sums_ptr,  # (parts, 2, T) out: of student and teacher relative to the mixture
     share,
     rest,
     num_tokens,
@@ -179,32 +206,24 @@ def add_mixture_sums_kernel(
     teacher_softcap,  # or None
     BLOCK: tl.constexpr,
 ):
-    """Add the classes of a block to what student and teacher are from their mixture, of a token."""
+    """Sum what student and teacher are from their mixture over some of the classes of a token."""
     row = tl.program_id(0)
-    one = tl.arange(0, 1)
-    lse = tl.load(lse_ptr + row)
-    teacher_lse = tl.load(teacher_lse_ptr + row)
-    ours = tl.zeros((1, BLOCK), tl.float32)
-    theirs = tl.zeros((1, BLOCK), tl.float32)
-    log_share = tl.log2(share)
-    for start in range(0, num_classes, BLOCK):
-        classes = start + tl.arange(0, BLOCK)
-        block = (row, classes, num_classes, stride)
-        student = load_logits(student_ptr, block, bias_ptr, multiplier_ptr, softcap)
-        teacher = load_logits(
-            teacher_ptr, block, teacher_bias_ptr, teacher_multiplier_ptr, teacher_softcap
-        )
-        log_p = student - lse
-        log_q = teacher - teacher_lse
-        p = tl.exp2(log_p)
-        ratio, of_mixture = mixture_ratios(log_p, log_q, share, rest)
-        ours -= expected(p, of_mixture)
-        # Without p the mixture is a share of q.
-        ahead = tl.where(p == 0.0, -log_share, ratio - of_mixture)
-        theirs += expected(tl.exp2(log_q), ahead)
-    out = sums_ptr + row + one
-    tl.store(out, tl.load(out) + tl.sum(ours, 1))
-    tl.store(out + num_tokens, tl.load(out + num_tokens) + tl.sum(theirs, 1))
+    part = tl.program_id(1)
+    classes = part * BLOCK + tl.arange(0, BLOCK)
+    block = (row, classes, num_classes, stride)
+    student = load_logits(student_ptr, block, bias_ptr, multiplier_ptr, softcap)
+    teacher = load_logits(
+        teacher_ptr, block, teacher_bias_ptr, teacher_multiplier_ptr, teacher_softcap
+    )
+    log_p = student - tl.load(lse_ptr + row)
+    log_q = teacher - tl.load(teacher_lse_ptr + row)
+    p = tl.exp2(log_p)
+    ratio, of_mixture = mixture_ratios(log_p, log_q, share, rest)
+    # Without p the mixture is a share of q.
+    ahead = tl.where(p == 0.0, -tl.log2(share), ratio - of_mixture)
+    out = sums_ptr + part * 2 * num_tokens + row + tl.arange(0, 1)
+    tl.store(out, tl.sum(-expected(p, of_mixture), 1))
+    tl.store(out + num_tokens, tl.sum(expected(tl.exp2(log_q), ahead), 1))
 
 
 @triton.jit(do_not_specialize=["num_classes", "stride", "grad_stride"])
