@@ -34,6 +34,7 @@ def find_heads(model: nn.Module) -> list[nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         layer: Any = product_of(module)
+        layer = getattr(layer, "original_module", layer)  # of one that PEFT wraps whole
         layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
         is_wide = isinstance(layer, nn.Linear) and layer.out_features in sizes
         # What wraps a layer, or has adapters for it, comes before its parts.

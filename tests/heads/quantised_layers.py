@@ -33,21 +33,34 @@ def check_layer(quantise: Callable[[Tensor], Any]) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def check_qlora(quantise: Callable[[Tensor], Any], dora: bool) -> None:
-    """Loss, and gradients of adapters and magnitude, of a model whose head is quantised."""
+def check_qlora(quantise: Callable[[Tensor], Any], second: bool = False, **options: Any) -> None:
+    """Loss, and gradients of adapters and magnitude, of a model whose head is quantised.
+
+    Args:
+        quantise: returns the head with some weight.
+        second: whether two adapters are active.
+        **options: of ``peft.LoraConfig``.
+    """
 
     def model() -> Any:
         base = llama(hidden_size=D, vocab_size=V)
         base.lm_head = quantise(base.lm_head.weight.detach().clone())
         torch.manual_seed(1)
-        config = LoraConfig(r=4, target_modules=["lm_head"], use_dora=dora, task_type="CAUSAL_LM")
-        adapted = get_peft_model(base, config)
+        config = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM", **options)
+        adapted: Any = get_peft_model(base, config)
+        if second:
+            adapted.add_adapter("second", config)
+            adapted.base_model.set_adapter(["default", "second"])
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.1)
         return adapted.train()
 
-    expected = loss_and_grads(model())
+    def step(model: Any) -> Any:
+        torch.manual_seed(2)  # of dropout
+        return loss_and_grads(model)
+
+    expected = step(model())
     patched = cce_patch(model(), memory_budget=BUDGET)
-    assert_same_step(expected, loss_and_grads(patched))
+    assert_same_step(expected, step(patched))
     assert call_count(patched) == 1

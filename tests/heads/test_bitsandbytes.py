@@ -43,10 +43,20 @@ def test_a_layer(kind):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"use_rslora": True, "lora_dropout": 0.5},
+        {"use_dora": True, "lora_dropout": 0.5},
+        {"second": True},
+    ],
+    ids=", ".join,
+)
 @pytest.mark.parametrize("kind", ["nf4", "nf4_of_nested_scales"])
-def test_qlora_by_the_patch(kind, dora):
-    check_qlora(KINDS[kind], dora)
+def test_qlora_by_the_patch(kind, options):
+    check_qlora(KINDS[kind], **options)
 
 
 def int8_layer(weight):

@@ -51,4 +51,4 @@ def test_a_dynamically_quantised_layer_is_left_alone():
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("dora", [False, True])
 def test_qlora_by_the_patch(dora):
-    check_qlora(QUANTISED["torchao_int8"], dora)
+    check_qlora(QUANTISED["torchao_int8"], use_dora=dora)

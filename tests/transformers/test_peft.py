@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 
 from cut_cross_entropy.heads import head
@@ -17,6 +18,7 @@ from cut_cross_entropy.transformers import (
     is_patched,
     utils,
 )
+from cut_cross_entropy.transformers.heads import find_heads
 from tests.largest import Largest
 from tests.transformers.models import assert_same_step, batch, llama, loss_and_grads
 
@@ -142,6 +144,43 @@ def test_an_adapted_head_in_float64(name, tied):
     actual = dropped_step(cce_patch(adapted(name, **changes), **CHUNKED))
     assert_same_gradients(expected, actual)
     assert any("lora" in x or "lm_head" in x or "trainable" in x for x in expected[1])
+
+
+@pytest.mark.parametrize("name", ["lora_on_head", "dora_on_head", "lora_with_dropout_on_head"])
+def test_a_base_that_trains_beside_its_adapter(name):
+    changes = {"vocab_size": 700, "dtype": torch.float64}
+
+    def model():
+        found = adapted(name, **changes)
+        found.get_base_model().lm_head.base_layer.weight.requires_grad_()
+        return found
+
+    expected = exact_step(model())
+    assert_same_gradients(expected, dropped_step(cce_patch(model(), **CHUNKED)))
+    assert any(key.endswith("lm_head.base_layer.weight") for key in expected[1])
+
+
+class Unnamed(transformers.LlamaForCausalLM):
+    """A model that does not say which of its layers is the head."""
+
+    def get_output_embeddings(self):
+        return None
+
+
+@pytest.mark.parametrize("name", ["lora_on_head", "modules_to_save", "trainable_tokens_of_head"])
+def test_a_head_that_the_model_does_not_name(name):
+    """It is found by its size, once, with what PEFT has around it."""
+
+    def model():
+        base = Unnamed(llama().config)
+        base.load_state_dict(llama().state_dict())
+        torch.manual_seed(1)
+        return get_peft_model(base, copy.deepcopy(CASES[name])).train()
+
+    expected, patched = loss_and_grads(model()), cce_patch(model())
+    assert find_heads(patched.get_base_model()) == [patched.get_base_model().lm_head]
+    assert_same_step(expected, loss_and_grads(patched))
+    assert call_count(patched) == 1
 
 
 def test_several_active_adapters_on_the_head():
