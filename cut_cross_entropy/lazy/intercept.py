@@ -199,6 +199,20 @@ class Hidden:
         self.logits = logits
 
 
+def _part_of_other_code(function: Any) -> Any:
+    """Have ``torch.compile`` trace ``function`` within what calls it only, never by itself.
+
+    Behind a graph break PyTorch 2.13 would compile ``__torch_function__`` for the getter of one
+    property and run that for every other: the device of a tensor became its shape.
+    """
+    frames = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):  # PyTorch 2.7, before which nothing is traced
+        action = frames._FrameAction
+        strategy = frames._FrameExecStrategy(action.SKIP, action.DEFAULT)
+        frames.set_code_exec_strategy(function.__code__, strategy)
+    return function
+
+
 class HeadMode(TorchFunctionMode):
     """Turns ``F.linear`` of a head into a lazy product.
 
@@ -223,6 +237,7 @@ class HeadMode(TorchFunctionMode):
         self.leading = leading
         self.weights = weights
 
+    @_part_of_other_code
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

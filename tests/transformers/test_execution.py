@@ -50,6 +50,23 @@ def test_compile_fullgraph(compiler, config_name):
     assert is_patched(compiled)
 
 
+def test_compile_with_a_layer_that_breaks_the_graph():
+    """What is behind it is compiled by itself, and still computes the loss without logits."""
+    torch.compiler.reset()
+    model, layer = llama(), Broken()
+    layer.inner, model.model.layers[0].mlp = model.model.layers[0].mlp, layer
+    expected, before = loss_and_grads(model), call_count()
+    compiled = torch.compile(cce_patch(model), backend="aot_eager")
+    assert_same_step(expected, compiled_step(compiled))
+    assert call_count() - before == 1
+
+
+class Broken(torch.nn.Module):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.inner(x)
+
+
 def test_compile_with_inductor_where_there_is_a_compiler():
     from cut_cross_entropy.implementations.full_logits import missing_compiler
 

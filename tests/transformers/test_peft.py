@@ -300,6 +300,17 @@ def test_an_adapted_head_in_a_compiled_model(name):
     assert call_count() - before == COMPILED[name]
 
 
+def test_dora_on_the_head_in_a_compiled_model():
+    """PEFT's code breaks the graph, with the patch or without, and gets the logits there."""
+    torch.compiler.reset()
+    expected = dropped_step(adapted("dora_on_head"))
+    model = torch.compile(cce_patch(adapted("dora_on_head")), backend="aot_eager")
+    with pytest.warns(CutCrossEntropyWarning, match="logits were computed in full because of"):
+        loss, grads = dropped_step(model)
+    grads = {key.removeprefix("_orig_mod."): grad for key, grad in grads.items()}
+    assert_same_step(expected, (loss, grads))
+
+
 @pytest.mark.parametrize("name", ["lora_on_head", "dora_on_head", "modules_to_save"])
 def test_an_adapted_head_in_bf16_under_autocast(name):
     def step(model):
