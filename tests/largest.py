@@ -5,11 +5,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest new tensor of floats has."""
+    """Remembers how many elements and bytes the largest new tensors of floats have."""
 
     def __init__(self):
         super().__init__()
-        self.elements = 0
+        self.elements = self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -21,5 +21,7 @@ class Largest(TorchDispatchMode):
         for x in torch.utils._pytree.tree_leaves(result):
             is_new = isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given
             if is_new and x.is_floating_point() and x.device.type != "meta":
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.itemsize)
+                size = x.untyped_storage().nbytes()
+                self.bytes = max(self.bytes, size)
+                self.elements = max(self.elements, size // x.itemsize)
         return result

@@ -170,8 +170,9 @@ def int8_rows(module: Any, dtype: torch.dtype | None = None) -> DequantisedRows:
         dtype = torch.float32 if module.bias is None else module.bias.dtype
 
     def dequantise(start: int, stop: int) -> Tensor:
-        rows: Tensor = weight.data[start:stop] * (scales[start:stop, None] / 127)
-        return rows
+        rows = weight.new_empty((stop - start, weight.shape[1]), dtype=dtype)
+        # The product is in float32 and rounded once, without a tensor of it.
+        return torch.mul(weight.data[start:stop], scales[start:stop, None] / 127, out=rows)
 
     return DequantisedRows(tuple(weight.shape), dtype, weight.device, dequantise=dequantise)
 

@@ -11,6 +11,7 @@ from cut_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.heads import Head, head_of
 from cut_cross_entropy.heads.quantised import FourBitRows, int8_rows
 from tests.heads.quantised_layers import BUDGET, D, V, check_layer, check_qlora
+from tests.largest import Largest
 
 BLOCK = 64
 
@@ -80,7 +81,11 @@ def test_int8():
 def test_int8_in_the_dtype_of_the_embeddings():
     layer = int8_layer(torch.randn(V, D))
     rows = int8_rows(layer, torch.bfloat16)
-    assert rows.dtype == rows.rows(0, 3).dtype == torch.bfloat16
+    with Largest() as largest:
+        made = rows.rows(0, V)
+    assert rows.dtype == made.dtype == torch.bfloat16
+    assert largest.bytes == V * D * 2, "no copy in float32 on the way"
+    assert torch.equal(made, int8_rows(layer).rows(0, V).to(torch.bfloat16))
     e, targets = torch.randn(9, D, dtype=torch.bfloat16), torch.randint(0, V, (9,))
     loss = linear_cross_entropy(e, Head(rows), targets, impl="chunked")
     exact = F.cross_entropy(F.linear(e.float(), int8_rows(layer).rows(0, V)), targets)
