@@ -11,11 +11,12 @@ number of tokens, since one of them spills otherwise: they have two variants.
 
 import contextlib
 import contextvars
+import copy
 import functools
 import operator
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,62 +103,156 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 
 # Triton finds the machine code of a launch in 40 microseconds, which is most of a small step. On
-# NVIDIA GPUs all that it compiles for is in the key below.
+# NVIDIA GPUs all that it compiles for is in the keys below.
 _LAUNCHES_AGAIN = torch.version.hip is None
-_launched: dict[tuple[Any, ...], Any] = {}
+_SHORT = range(-(2**31), 2**31)  # integers of 32 bits
 
 
 def _launch_again(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Launch the machine code of an earlier launch of this kind; the first one is Triton's."""
-    layout = _layout(kernel, tuple(arguments))
-    key: list[Any] = [layout, torch.cuda.current_device()]
-    for role, value in zip(layout.roles, arguments.values(), strict=True):
-        if role is None:  # a constant, or an option of the compiler
-            key.append(value)
-        elif isinstance(value, Tensor):
-            key.append(value.dtype)
-            key.append(role == "plain" or value.data_ptr() % 16 == 0)
-        elif type(value) is int:
-            key.append(-(2**31) <= value < 2**31)
-            key.append(role == "plain" or (value == 1, value % 16 == 0))
-        elif hasattr(value, "block_shape"):  # a tensor descriptor
-            key.append((value.base.dtype, *value.block_shape))
-        else:
-            key.append(type(value))
-    compiled = _launched.get(tuple(key))
-    if compiled is None:
-        _launched[tuple(key)] = kernel[grid](**arguments)
-    else:
-        compiled[(*grid, 1, 1)[:3]](*layout.values(arguments))
+    which = (id(kernel), *arguments, *map(type, arguments.values()))  # its hash takes a lock
+    layout = _layouts.get(which)
+    if layout is None:
+        layout = _layouts[which] = _Layout.of(kernel, arguments)
+    device = torch._C._cuda_getDevice()
+    tensors, integers = layout.tensors(arguments), layout.integers(arguments)
+    # Triton asks the driver about each tensor, but takes an address as it is.
+    addresses = [*map(Tensor.data_ptr, tensors)]
+    values = layout.in_order((*addresses, *layout.others(arguments)))
+    key = (
+        device,
+        layout.constants(arguments),
+        *[tensor.dtype for tensor in tensors],
+        *[address % 16 == 0 for address in addresses[: layout.special_tensors]],
+        *[value in _SHORT for value in integers],
+        *[(value == 1) - (value % 16 == 0) for value in integers[: layout.special_integers]],
+    )
+    if layout.descriptors is not None:
+        key += tuple([(x.base.dtype, *x.block_shape) for x in layout.descriptors(arguments)])
+    code = layout.codes.get(key)
+    if code is not None:
+        code.run(grid, torch._C._cuda_getCurrentRawStream(device), values)
+        return
+    compiled = kernel[grid](**arguments)
+    if compiled is not None:  # a hook may compile instead of Triton
+        layout.codes[key] = _Code(compiled, values)
 
 
-@dataclass(frozen=True, eq=False)
-class _Layout:
-    """The arguments that a kernel is launched with, in the caller's order.
+class _Code:
+    """Machine code of a kernel, launched by the function that Triton ends up calling.
 
     Args:
-        kernel: the kernel.
-        roles: None for a constant or an option, "plain" for a parameter that is not specialised.
-        values: returns the values of all parameters of the kernel in its order.
+        compiled: what Triton returns of a launch.
+        values: of all parameters in that launch.
     """
 
-    kernel: Any
-    roles: tuple[str | None, ...]
-    values: Callable[[dict[str, Any]], tuple[Any, ...]]
+    def __init__(self, compiled: Any, values: tuple[Any, ...]) -> None:
+        self._compiled = compiled
+        self._call, self._before, self._as_tuple = _direct(compiled, values)
+
+    def run(self, grid: tuple[int, ...], stream: int, values: tuple[Any, ...]) -> None:
+        """Launch programs with the values of all parameters."""
+        x, y, z = (*grid, 1, 1)[:3]
+        enter, leave = _HOOKS.launch_enter_hook, _HOOKS.launch_exit_hook
+        if self._call is None or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            self._compiled[x, y, z](*values)  # a profiler, for example, is told of every launch
+        elif self._as_tuple:
+            self._call(x, y, z, stream, *self._before, values)
+        else:
+            self._call(x, y, z, stream, *self._before, *values)
 
 
-_layouts: dict[tuple[int, tuple[str, ...]], _Layout] = {}
+# Triton 3.3 keeps its hooks in a class.
+_HOOKS = triton.knobs.runtime if hasattr(triton, "knobs") else triton.compiler.CompiledKernel
 
 
-def _layout(kernel: Any, names: tuple[str, ...]) -> _Layout:
-    found = _layouts.get((id(kernel), names))  # Triton's hash of a kernel takes a lock
-    if found is None:
-        special = set(kernel.arg_names) - _constants(kernel)
-        plain = special & set(kernel.do_not_specialize)
-        roles = ("plain" if n in plain else "special" if n in special else None for n in names)
-        found = _Layout(kernel, tuple(roles), operator.itemgetter(*kernel.arg_names))
-        _layouts[id(kernel), names] = found
-    return found
+def _direct(
+    compiled: Any, values: tuple[Any, ...]
+) -> tuple[Callable[..., None] | None, tuple[Any, ...], bool]:
+    """Return what Triton's launcher calls, with what arguments.
+
+    Versions of Triton differ in these, so its launcher is asked: a copy of it launches nothing.
+
+    Returns:
+        the function, or None if only Triton should call it; its arguments between the stream and
+        the values; and whether it takes the values as a tuple.
+    """
+    passed: list[Any] = []
+    try:
+        launcher = compiled.run
+        if launcher.global_scratch_size or getattr(launcher, "profile_scratch_size", 0):
+            return None, (), False  # memory is allocated for each launch
+        asked = copy.copy(launcher)
+        asked.launch = lambda *arguments: passed.extend(arguments)
+        fixed = (compiled.function, compiled.packed_metadata, None, None, None)
+        asked(2, 3, 5, 7, *fixed, *values)
+    except (AttributeError, TypeError):
+        return None, (), False
+    if passed[:4] == [2, 3, 5, 7]:
+        if passed[-1] is values or passed[-1] == values:
+            return launcher.launch, tuple(passed[4:-1]), True
+        if tuple(passed[-len(values) :]) == values:
+            return launcher.launch, tuple(passed[4 : -len(values)]), False
+    return None, (), False
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Names and types of the arguments that a kernel is launched with.
+
+    Args:
+        tensors: returns the tensors of arguments, those whose alignment matters first.
+        special_tensors: how many these are; the others are not specialised.
+        integers: returns the integers that are no constants, those that are specialised first.
+        special_integers: how many these are.
+        descriptors: returns the tensor descriptors; None if there are none.
+        constants: returns constants and options of the compiler.
+        others: returns the values of all parameters but the tensors.
+        in_order: returns the values of all parameters, from the tensors and the others.
+        codes: machine code by all properties that it is compiled for.
+    """
+
+    tensors: Callable[[dict[str, Any]], tuple[Any, ...]]
+    special_tensors: int
+    integers: Callable[[dict[str, Any]], tuple[Any, ...]]
+    special_integers: int
+    descriptors: Callable[[dict[str, Any]], tuple[Any, ...]] | None
+    constants: Callable[[dict[str, Any]], tuple[Any, ...]]
+    others: Callable[[dict[str, Any]], tuple[Any, ...]]
+    in_order: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    codes: dict[tuple[Any, ...], _Code] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kernel: Any, arguments: dict[str, Any]) -> "_Layout":
+        """Sort the arguments by what the machine code depends on."""
+        constants, plain = _constants(kernel), set(kernel.do_not_specialize)
+        values = [name for name in kernel.arg_names if name not in constants]
+        values.sort(key=plain.__contains__)
+        tensors = [name for name in values if isinstance(arguments[name], Tensor)]
+        integers = [name for name in values if type(arguments[name]) is int]
+        descriptors = [name for name in values if hasattr(arguments[name], "block_shape")]
+        others = [name for name in kernel.arg_names if name not in tensors]
+        given = [*tensors, *others]
+        return cls(
+            _getter(tensors),
+            len(set(tensors) - plain),
+            _getter(integers),
+            len(set(integers) - plain),
+            _getter(descriptors) if descriptors else None,
+            _getter([name for name in arguments if name not in values]),
+            _getter(others),
+            _getter([given.index(name) for name in kernel.arg_names]),
+        )
+
+
+_layouts: dict[tuple[Any, ...], _Layout] = {}
+
+
+def _getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """Return a function that returns the values of ``keys`` in its argument, as a tuple."""
+    if len(keys) > 1:
+        return operator.itemgetter(*keys)
+    return lambda given: tuple([given[key] for key in keys])
 
 
 @contextlib.contextmanager
@@ -258,7 +353,8 @@ def aligned_rows(
     """
     step = -(-length * dtype.itemsize // 16) * 16 // dtype.itemsize
     make = torch.zeros if zeros else torch.empty
-    return make((count, step), dtype=dtype, device=device)[:, :length].unbind()
+    rows = make((count, step), dtype=dtype, device=device)
+    return (rows if step == length else rows[:, :length]).unbind()
 
 
 class HostCopy:

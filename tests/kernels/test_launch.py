@@ -12,13 +12,16 @@ from cut_cross_entropy.kernels.triton import powers
 
 
 class Kernel:
-    """Stands for Triton's: notes what it compiled, and what was launched without it."""
+    """Stands for Triton's: notes what it compiled, and what was launched without it.
+
+    ``again`` has the launches by what Triton's launcher calls, ``told`` those by Triton.
+    """
 
     arg_names = ("x_ptr", "y_ptr", "N", "D", "softcap", "BLOCK")
     do_not_specialize = ("N", "y_ptr")
 
-    def __init__(self):
-        self.compiled, self.again = 0, []
+    def __init__(self, launcher):
+        self.compiled, self.again, self.told, self.launcher = 0, [], [], launcher
 
     @staticmethod
     def fn(x_ptr, y_ptr, N, D, softcap, BLOCK: tl.constexpr):
@@ -33,20 +36,89 @@ class Kernel:
 
 
 class Code:
-    """Stands for the machine code of one variant."""
+    """Stands for the machine code of one variant, with what all of Triton 3.3 to 3.9 have."""
+
+    function, packed_metadata = "function", ("packed",)
 
     def __init__(self, kernel, number):
         self.kernel, self.number = kernel, number
+        self.run = kernel.launcher()
+        self.run.launch = self.launch
 
     def __getitem__(self, grid):
-        return lambda *values: self.kernel.again.append((self.number, grid, values))
+        return lambda *values: self.kernel.told.append((self.number, grid, values))
+
+    def launch(self, x, y, z, *arguments):
+        values = arguments[-1] if self.run.as_tuple else arguments[-6:]
+        assert arguments == self.run.arguments("stream of 0", "function", ("packed",), *values)
+        self.kernel.again.append((self.number, (x, y, z), values))
+
+
+class Triton33:
+    """Stands for the launcher of Triton 3.3: what it passes on, after the grid."""
+
+    global_scratch_size, as_tuple = 0, False
+
+    def __call__(self, x, y, z, stream, function, *rest):
+        metadata, *hooks = rest[:4]
+        assert hooks == [None] * 3
+        self.launch(x, y, z, *self.arguments(stream, function, metadata, *rest[4:]))
+
+    def arguments(self, stream, function, metadata, *values):
+        return (stream, function, False, None, metadata, None, None, None, *values)
+
+
+class Triton36(Triton33):
+    """That of Triton 3.6."""
+
+    profile_scratch_size = 0
+
+    def arguments(self, stream, function, metadata, *values):
+        return (stream, function, False, True, None, None, metadata, None, None, None, *values)
+
+
+class Triton39(Triton36):
+    """That of Triton 3.9."""
+
+    as_tuple = True
+
+    def arguments(self, stream, function, metadata, *values):
+        hooks, scratch = (None,) * 3, (None,) * 2
+        of_signature = (["annotation"], b"signature")
+        return (stream, function, False, True, metadata, *hooks, *scratch, *of_signature, values)
+
+
+class WithScratch(Triton36):
+    """One whose kernels need memory of their own."""
+
+    profile_scratch_size = 16
+
+
+class Instrumented(Triton39):
+    """One that adds arguments of its own."""
+
+    def arguments(self, *arguments):
+        *first, values = super().arguments(*arguments)
+        return (*first, (*values, "more"))
+
+
+class Unknown(Triton36):
+    """One that takes other arguments."""
+
+    def __call__(self, grid, stream, function):
+        raise AssertionError("it was given too many")
 
 
 @pytest.fixture
-def kernel(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launch, "_launched", {})
-    return Kernel()
+def kernel(request, monkeypatch):
+    on_device(monkeypatch, 0)
+    monkeypatch.setattr(launch, "_layouts", {})
+    return Kernel(getattr(request, "param", Triton36))
+
+
+def on_device(monkeypatch, device):
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: device, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", "stream of {}".format, raising=False)
 
 
 FLOATS = torch.zeros(64)
@@ -57,12 +129,40 @@ def again(kernel, **changes):
     launch._launch_again(kernel, (3,), {**FIRST, "num_warps": 4, **changes})
 
 
-def test_the_same_kind_is_launched_again_with_all_values_in_order(kernel):
+OTHER = torch.ones(99)
+AGAIN = (1, (3, 1, 1), (OTHER.data_ptr(), FLOATS.data_ptr(), 16, 64, None, 8))
+
+
+def again_with_other_values(kernel):
     again(kernel)
-    other = torch.ones(99)
-    again(kernel, x_ptr=other, N=16, D=64)
+    again(kernel, x_ptr=OTHER, N=16, D=64)
     assert kernel.compiled == 1
-    assert kernel.again == [(1, (3, 1, 1), (other, FLOATS, 16, 64, None, 8))]
+
+
+@pytest.mark.parametrize("kernel", [Triton33, Triton36, Triton39], indirect=True)
+def test_the_same_kind_is_launched_again_with_all_values_in_order(kernel):
+    again_with_other_values(kernel)
+    assert (kernel.again, kernel.told) == ([AGAIN], [])
+
+
+@pytest.mark.parametrize("kernel", [WithScratch, Instrumented, Unknown], indirect=True)
+def test_triton_launches_what_needs_more_than_its_values(kernel):
+    again_with_other_values(kernel)
+    assert (kernel.again, kernel.told) == ([], [AGAIN])
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_are_told_of_every_launch(kernel, name, monkeypatch):
+    again_with_other_values(kernel)
+    hook = getattr(launch._HOOKS, name)
+    if hook is None:  # Triton 3.3
+        monkeypatch.setattr(launch._HOOKS, name, print)
+    else:
+        monkeypatch.setattr(hook, "calls", [print])
+    again(kernel, x_ptr=OTHER, N=16, D=64)
+    assert (kernel.again, kernel.told) == ([AGAIN], [AGAIN])
+    monkeypatch.undo()
+    assert not getattr(hook, "calls", hook)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +188,14 @@ def test_another_kind_is_compiled(kernel, changes):
     assert [number for number, *_ in kernel.again] == [1, 2]
 
 
+def test_a_descriptor_is_launched_as_it_is(kernel):
+    one, other = (SimpleNamespace(base=FLOATS, block_shape=[8, n]) for n in (8, 16))
+    for descriptor in (one, one, other, other):
+        again(kernel, x_ptr=descriptor)
+    assert kernel.compiled == 2
+    assert [values[0] for *_, values in kernel.again] == [one, other]
+
+
 @pytest.mark.parametrize("changes", [{"y_ptr": FLOATS[1:]}, {"N": 16}, {"N": 1}], ids=str)
 def test_what_is_not_specialised_compiles_nothing(kernel, changes):
     again(kernel)
@@ -98,7 +206,7 @@ def test_what_is_not_specialised_compiles_nothing(kernel, changes):
 @pytest.mark.parametrize("device", [0, 1])
 def test_devices_have_their_own_code(kernel, monkeypatch, device):
     again(kernel)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
+    on_device(monkeypatch, device)
     again(kernel)
     assert kernel.compiled == 1 + device
 
