@@ -1,6 +1,6 @@
 """The circumstances of a call: active transforms, checkpoints, hooks and traces."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +36,28 @@ def _within_functorch() -> bool:
     levels = torch._C._functorch.get_interpreter_stack() or ()
     # An operator may be functionalised, an autograd Function may not.
     return any(level.key() != TransformType.Functionalize for level in levels)
+
+
+def is_observed(values: Iterable[Any]) -> bool:
+    """Whether PyTorch has to see an operator that is called with ``values``, not its body alone.
+
+    That is where it compiles or traces, or has a mode or a profiler that is told of operators, and
+    for tensors without memory of their own.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+        or any(isinstance(x, Tensor) and not _is_plain(x) for x in values)
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    own = type(tensor) in (Tensor, torch.nn.Parameter)
+    return own and not tensor.is_meta and torch._C._has_storage(tensor)
 
 
 def is_computed_again() -> bool:

@@ -5,6 +5,8 @@ import contextlib
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cut_cross_entropy import linear_cross_entropy
 from cut_cross_entropy.operators.losses import chunked_gradients, chunked_losses
@@ -201,3 +203,78 @@ def test_backward_twice():
     _, loss = check_repeated_backward("chunked", make_problem())
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+class Seen(TorchDispatchMode):
+    """Names of our operators that PyTorch dispatches."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "cut_cross_entropy":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """Calls of operators, rather than of their bodies."""
+    kind, calls = type(chunked_losses), []
+    call = kind.__call__
+    monkeypatch.setattr(
+        kind, "__call__", lambda self, *a: (calls.append(self._name), call(self, *a))[1]
+    )
+    return calls
+
+
+NAMES = ["chunked", "chunked_backward"]
+
+
+def token_gradients(problem):
+    return gradient_of(problem, reduction="sum", recompute=True)
+
+
+def test_bodies_run_without_the_dispatcher(dispatched):
+    token_gradients(make_problem((5,)))
+    assert not dispatched
+
+
+def test_a_mode_sees_the_operators():
+    problem = make_problem((5,))
+    expected = token_gradients(problem)
+    with Seen() as seen:
+        got = token_gradients(problem)
+    assert seen.names == NAMES
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_profiler_sees_the_operators():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        token_gradients(make_problem((5,)))
+    found = {event.key for event in recorded.key_averages()}
+    assert found >= {f"cut_cross_entropy::{name}" for name in NAMES}
+
+
+class Default(TorchFunctionMode):
+    """Does nothing to what it sees."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_function_mode_sees_the_operator(dispatched):
+    problem = make_problem((5,))
+    with Default():
+        linear_cross_entropy(problem.e, problem.c, problem.targets, impl="chunked")
+    assert dispatched == NAMES[:1]
+
+
+def test_tensors_without_memory_go_to_the_operator(dispatched):
+    problem = make_problem((5,))
+    e, c, targets = (x.to("meta") for x in (problem.e, problem.c, problem.targets))
+    loss = linear_cross_entropy(e.requires_grad_(), c, targets, impl="chunked", recompute=True)
+    assert loss.is_meta
+    assert dispatched == NAMES[:1]

@@ -19,6 +19,7 @@ from cut_cross_entropy.refusals import refuse_second_derivative
 
 def transformable(
     operator: Callable[..., tuple[Tensor, ...]],
+    direct: Callable[..., tuple[Tensor, ...]] | None = None,
     *,
     setup_context: Callable[..., None] = lambda ctx, inputs, output: None,
     backward: Callable[..., Any] = refuse_second_derivative,
@@ -28,6 +29,7 @@ def transformable(
 
     Args:
         operator: takes tensors and plain values, by position.
+        direct: what to call where nothing transforms; by default ``operator``.
         setup_context, backward, jvp: as in :class:`torch.autograd.Function`. By default both
             derivatives are refused.
     """
@@ -52,9 +54,11 @@ def transformable(
     for name, rule in (("setup_context", setup_context), ("backward", backward), ("jvp", jvp)):
         setattr(Transformable, name, staticmethod(rule))
 
+    direct = direct or operator
+
     def call(*flat: Any) -> tuple[Tensor, ...]:
         if not is_transformed():
-            return operator(*flat)  # less to do for the host, and one node for the compiler
+            return direct(*flat)  # less to do for the host, and one node for the compiler
         apply = Transformable.apply
         if "torch._dynamo" in sys.modules:
             # Where the compiler gives up on a transform, it would try the functions within again.
