@@ -53,16 +53,15 @@ def further_sums(
         zeros(asked.rank, torch.int32),
         zeros(asked.max_logit),
     )
-    if asked and num_tokens:
-        launch(
-            further_sums_kernel,
-            (cdiv(num_tokens, BLOCK_T),),
-            **pointers(segments, "lse entropy p_squares rank highest", form="{}_parts_ptr"),
-            limits_ptr=limits,
-            origin_ptr=tokens.origin,
-            **pointers(results, "entropy log_sum_sq rank max_logit"),
-            N=num_tokens,
-            num_segments=num_segments,
-            BLOCK_T=BLOCK_T,
-        )
+    launch(
+        further_sums_kernel,
+        (cdiv(num_tokens, BLOCK_T),),
+        **pointers(segments, "lse entropy p_squares rank highest", form="{}_parts_ptr"),
+        limits_ptr=limits,
+        origin_ptr=tokens.origin,
+        **pointers(results, "entropy log_sum_sq rank max_logit"),
+        N=num_tokens,
+        num_segments=num_segments,
+        BLOCK_T=BLOCK_T,
+    )
     return results

@@ -111,6 +111,9 @@ class Wanted:
     def split(self, filter_: Filter) -> tuple["Wanted", "Wanted"]:
         """Return the filtered gradients, and the exact ones; dbias is as dC."""
         filtered_e, filtered_c = (filter_.is_on and x for x in (filter_.e, filter_.c))
+        if filtered_e == filtered_c:
+            nothing = Wanted(False, None, None)
+            return (self, nothing) if filtered_e else (nothing, self)
         return tuple(  # type: ignore[return-value]
             replace(
                 self,

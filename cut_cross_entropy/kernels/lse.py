@@ -83,7 +83,7 @@ class PassInputs:
     @functools.cached_property
     def strip_factor(self) -> Tensor:
         """Factor of powers relative to ``bound`` that makes them relative to that of strips."""
-        return torch.exp2(self.bound - self.strip_bound)
+        return (self.bound - self.strip_bound).exp2_()
 
     @functools.cached_property
     def tiles(self) -> Tiles:

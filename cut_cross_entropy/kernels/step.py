@@ -14,7 +14,7 @@ from cut_cross_entropy.distributed.collectives import world_size
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.kernels import BLOCK_T, made_rows
 from cut_cross_entropy.kernels.block_sizes import tiles_on
-from cut_cross_entropy.kernels.entropy_and_rank import FurtherSums, further_sums, no_further_sums
+from cut_cross_entropy.kernels.entropy_and_rank import FurtherSums, further_sums
 from cut_cross_entropy.kernels.exact import Wanted, exact_gradients
 from cut_cross_entropy.kernels.filtered import backward as filtered
 from cut_cross_entropy.kernels.likely_classes import bound_by_likely
@@ -64,7 +64,7 @@ def forward(problem: Problem, filter_: Filter, training: bool) -> KernelState:
 
 def forward_outputs(
     problem: Problem, filter_: Filter, training: bool, asked: Asked
-) -> tuple[KernelState, FurtherSums]:
+) -> tuple[KernelState, FurtherSums | None]:
     """Compute loss, log-sum-exp and further sums, and the values that the backward needs again.
 
     Args:
@@ -74,6 +74,7 @@ def forward_outputs(
         training: copy the valid embeddings, so that ignored tokens cost nothing else; the copy is
             freed on return. Without, only whole blocks of ignored tokens are skipped.
         asked: the sums to compute besides, without a group: entropy, log_sum_sq, rank, max_logit.
+            Without any there is no tensor of them.
     """
     with_strips = training and filter_.is_on
     e, group = problem.e, problem.group
@@ -93,7 +94,7 @@ def forward_outputs(
             support=support,
             shard_mass=shard_mass,
         )
-        return state, no_further_sums(state.lse)
+        return state, None
 
     problem = in_compute_dtype(problem)
     tokens, target_logits, bound = score_targets(problem, compact=training, by_content=with_strips)
@@ -132,9 +133,9 @@ def forward_outputs(
         segments = segments_without_classes(bound)
     if group is None:
         state = finish(segments, target_logits, tokens, out, inputs.strip_bound)
-        return state, further_sums(segments, target_logits, tokens, asked)
+        return state, further_sums(segments, target_logits, tokens, asked) if asked else None
     state = finish_shards(segments, target_logits, tokens, out, inputs.strip_bound, group=group)
-    return state, no_further_sums(state.lse)
+    return state, None
 
 
 def backward(
@@ -184,11 +185,11 @@ def backward(
                 grad.zero_()
     else:
         grad_e = _compute(upstream, saved, problem, filter_, wanted, eta=eta, q=q)
-    none, grad_c = e.new_empty(0, dtype=dtype), wanted.c
+    grad_c = wanted.c
     if grad_c is not None and first:
         grad_c = F.pad(grad_c, (first, 0))
     grads = (grad_e, grad_c, wanted.bias)
-    return Gradients(*(none.clone() if grad is None else grad for grad in grads))
+    return Gradients(*(e.new_empty(0, dtype=dtype) if grad is None else grad for grad in grads))
 
 
 def _compute(
@@ -213,12 +214,14 @@ def _compute(
     flat_support = math.log2(filtered.FLAT_SUPPORT)
     count_valid = not wanted.split(filter_)[0]
     tokens = compact_for_backward(upstream, saved, problem, flat_support, count_valid=count_valid)
-    tokens = replace(
-        tokens,
-        multiplier=None if problem.multiplier is None else tokens.gather(problem.multiplier, 1.0),
-        eta=None if eta is None else tokens.gather(eta, 0.0),
-        q=None if q is None else tokens.gather(q, 0.0),
-    )
+    if any(x is not None for x in (problem.multiplier, eta, q)):
+        multiplier = problem.multiplier
+        tokens = replace(
+            tokens,
+            multiplier=None if multiplier is None else tokens.gather(multiplier, 1.0),
+            eta=None if eta is None else tokens.gather(eta, 0.0),
+            q=None if q is None else tokens.gather(q, 0.0),
+        )
     if tokens.eta is not None:
         tokens = replace(tokens, target_grad=_target_grad(tokens, tokens.eta, saved))
     return gradients_of_tokens(in_compute_dtype(problem), tokens, saved, filter_, wanted)
@@ -276,10 +279,14 @@ def _target_grad(tokens: BackwardTokens, eta: Tensor, saved: KernelState) -> Ten
 
 def in_compute_dtype(problem: Problem) -> Problem:
     """Return the problem as the stages take it: c and bias contiguous, c of the compute dtype."""
-    bias = None if problem.bias is None else problem.bias.contiguous()
-    if not problem.has_rows:
-        return replace(problem, bias=bias)
-    return replace(problem, c=problem.c.to(problem.compute_dtype).contiguous(), bias=bias)
+    bias, c = problem.bias, problem.c
+    if bias is not None:
+        bias = bias.contiguous()
+    if problem.has_rows:
+        c = c.to(problem.compute_dtype).contiguous()
+    if c is problem.c and bias is problem.bias:
+        return problem
+    return replace(problem, c=c, bias=bias)
 
 
 def raise_bound_by_frequent(

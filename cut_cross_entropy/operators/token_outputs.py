@@ -176,11 +176,12 @@ def kernel_outputs(
 ) -> tuple[Tensor, ...]:
     """Sums over the classes of each token by the kernels, and what their backward needs."""
     from cut_cross_entropy.kernels import step
+    from cut_cross_entropy.kernels.entropy_and_rank import no_further_sums
     from cut_cross_entropy.kernels.launch import current_device
 
     with current_device(problem.e.device):
         state, further = step.forward_outputs(problem, filter_, training, asked)
-    return (*state, *further)
+    return (*state, *(further or no_further_sums(state.lse)))
 
 
 @operator(
