@@ -1,6 +1,7 @@
 """``torch.compile(fullgraph=True)`` around a model that ends in the loss."""
 
 import contextlib
+import inspect
 
 import pytest
 import torch
@@ -173,5 +174,5 @@ def test_results_in_traces_replace_no_function(module, name):
     """PyTorch 2.4 stores the result as a global with the name of the function's code."""
     function = getattr(module, name)
     assert function._dynamo_marked_constant
-    assert function.__code__.co_name != name
-    assert not hasattr(module, function.__code__.co_name)
+    # A test before this one may have made PyTorch store it: the source alone says what is replaced.
+    assert function.__code__.co_name not in inspect.getsource(module)
