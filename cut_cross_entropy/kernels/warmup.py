@@ -17,6 +17,7 @@ from cut_cross_entropy.device_support import triton_is_interpreted
 from cut_cross_entropy.filter_report import unrecorded
 from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK, exact_sum, made_rows, scale, step
 from cut_cross_entropy.kernels.filtered.calibrate import calibrates
+from cut_cross_entropy.kernels.filtered.class_weights import has_class_weights
 from cut_cross_entropy.kernels.filtered.partial_sums import FEW_SUPERBLOCKS
 from cut_cross_entropy.kernels.launch import (
     Plan,
@@ -54,6 +55,7 @@ def kind_of_step(problem: Problem, filter_: Filter, training: bool) -> tuple[obj
         problem.multiplier is None,
         problem.memory_budget if isinstance(problem, MadeProblem) else None,  # sizes of chunks
         training and filter_.is_on and calibrates(problem, filter_) + 1,
+        training and has_class_weights(problem),
         training,
         # Sums of dC end in registers, or are stored between superblocks, in fewer bits or in more.
         (num_superblocks > 1) + (num_superblocks > FEW_SUPERBLOCKS),

@@ -44,7 +44,7 @@ from cut_cross_entropy.kernels.triton import powers as powers_kernels
 from cut_cross_entropy.kernels.triton import scale as scale_kernels
 from cut_cross_entropy.kernels.triton import tokens as tokens_kernels
 from cut_cross_entropy.kernels.triton.filtered import calibrate as calibrate_kernels
-from cut_cross_entropy.kernels.triton.filtered import captured, strips, tail
+from cut_cross_entropy.kernels.triton.filtered import captured, class_weights, strips, tail
 from cut_cross_entropy.kernels.triton.filtered import grad_c as grad_c_kernels
 from cut_cross_entropy.kernels.triton.filtered import grad_e as grad_e_kernels
 from cut_cross_entropy.kernels.triton.filtered import index as index_kernels
@@ -68,8 +68,8 @@ _INT32 = {"starts_ptr", "block_starts_ptr", "chunk_starts_ptr", "offsets_ptr", "
 _HALF = {"c_ptr", "e_ptr", "low_c_ptr", "low_e_ptr",
          "grad_ptr", "borrowed_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c",
          "powers_ptr", "scaled_ptr"}  # fmt: skip
-_SIZES = {"N", "V", "D", "M", "K", "stride", "stride_out", "left_m", "left_k", "right_k", "out_m",
-          "terms"}  # fmt: skip
+_SIZES = {"N", "V", "D", "M", "K", "stride", "stride_out", "stride_sums", "left_m", "left_k",
+          "right_k", "out_m", "terms"}  # fmt: skip
 _OF_PRODUCTS = (("columns_ptr", "*i32"), ("share", "fp32"), ("rest", "fp32"),
                 ("teacher_softcap", "fp32"))  # fmt: skip
 
@@ -389,7 +389,8 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
     add("further_sums", entropy_and_rank.further_sums_kernel, {"BLOCK_T": BLOCK_T},
         types=(("rank_parts_ptr", "*i32"),))  # fmt: skip
     add("finish", lse.finish_kernel, {"BLOCK_T": BLOCK_T}, types=(("strips_ptr", "*u8"),))
-    add("threshold", selection_kernels.threshold_kernel, {"BLOCK_T": BLOCK_T, "BLOCK": 4096},
+    add("threshold", selection_kernels.threshold_kernel,
+        {"SAMPLES": selection.MOST_CLASSES, "BLOCK_T": BLOCK_T, "BLOCK": 4096},
         types=(("histogram_ptr", "*i64"), ("token_counts_ptr", "*i32"),
                ("num_kept_ptr", "*i64")))  # fmt: skip
     add(
@@ -414,7 +415,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             num_warps=options["num_warps"],
             types=(("counts_ptr", "*i64"), ("weights_ptr", "*i32")))  # fmt: skip
     add("kept", selection_kernels.kept_strips_kernel,
-        {"IDLE": selection.IDLE, "SUPERBLOCK": 64, "CHUNK": 1024,
+        {"SUPERBLOCK": 64, "CHUNK": 1024,
          "ROWS": selection.ROWS_AT_ONCE}, num_warps=4,
         types=(("counts_ptr", "*i32"), ("active_ptr", "*i32"), ("dropped_ptr", "*i64"),
                ("weights_ptr", "*i32"), ("num_kept_ptr", "*i64"),
@@ -464,7 +465,14 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             types=(("out_ptr", "*fp32"), ("c_ptr", "*bf16" if bf16 else "*fp16")))  # fmt: skip
     add("finish_centers", tail.finish_centers_kernel, {"COLUMNS": 256, "BLOCK_D": 128}, num_warps=1,
         types=(("out_ptr", "*fp32"),))  # fmt: skip
-    add("block_sums", tail.block_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 64})
+    for grouped in (False, True):
+        add(f"block_sums-{grouped:d}", tail.block_sums_kernel,
+            {**without({"own_ptr", "own_mass_ptr"}, grouped), "BLOCK_T": BLOCK_T,
+             "BLOCK_D": 64})  # fmt: skip
+    for kind in ("*bf16", "*fp32"):
+        add(f"class_weights-{kind}", class_weights.class_weights_kernel,
+            {"SUPERBLOCK": 64, "BLOCK_T": BLOCK_T, "BLOCK": 64},
+            types=(("grads_ptr", kind),))  # fmt: skip
     add("tail_bias", tail.tail_bias_kernel, {"SUPERBLOCK": 64, "BLOCK": 64})
     add("features", order_kernels.features_kernel, {"ROWS": 32, "BLOCK_D": 128, "FEATURES": 64})
     for first in (True, False):

@@ -110,7 +110,14 @@ def gpu():
 @pytest.fixture
 def several_superblocks(monkeypatch):
     """Make superblocks of one block instead of 64 (8,192 tokens), so that 133 tokens have two."""
-    from cut_cross_entropy.kernels.filtered import grad_c, index, measure, selection, tail
+    from cut_cross_entropy.kernels.filtered import (
+        class_weights,
+        grad_c,
+        index,
+        measure,
+        selection,
+        tail,
+    )
 
-    for module in (grad_c, index, measure, selection, tail):
+    for module in (class_weights, grad_c, index, measure, selection, tail):
         monkeypatch.setattr(module, "SUPERBLOCK", 1)

@@ -45,6 +45,8 @@ def threshold_for(num_tokens, num_classes=500, num_kept=10**6, **fields):
         "num_kept": torch.tensor(num_kept),
         "histogram": torch.zeros(272, dtype=torch.int64),
         "class_mass": torch.zeros(num_classes),
+        "mean_mass": torch.zeros(1),
+        "mass_deviation": torch.zeros(1),
         "statistics": torch.full((10,), num_tokens, dtype=torch.int32),
     }
     return Threshold(**{**values, **fields})

@@ -8,7 +8,7 @@ import torch
 from cut_cross_entropy import dispatch
 from cut_cross_entropy.filter_report import record_filter
 from cut_cross_entropy.kernels import step
-from cut_cross_entropy.kernels.filtered import backward, calibrate, captured
+from cut_cross_entropy.kernels.filtered import backward, calibrate, captured, class_weights
 from cut_cross_entropy.problem import Filter, Needed, PerToken, Problem
 from tests.kernels.replay import Replay
 from tests.kernels.test_interpreted_filtered import sharp as sharp_of
@@ -150,6 +150,16 @@ def test_a_threshold_that_a_sample_sets(capture, monkeypatch):
     one.fill(ignoring(first, slice(20, None)))
     check(graph, one, "filtered")
     one.fill(ignoring(first, slice(None)))
+    check(graph, one, "filtered")
+
+
+def test_rare_classes_with_weights_of_their_own(capture, monkeypatch):
+    monkeypatch.setattr(class_weights, "MIN_WORK", 0)
+    first = sharp(140)
+    one = Step(first)
+    graph = capture(one)
+    check(graph, one, "filtered")
+    one.fill(ignoring(first, slice(20, None)))
     check(graph, one, "filtered")
 
 

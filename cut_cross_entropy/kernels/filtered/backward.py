@@ -24,6 +24,7 @@ from cut_cross_entropy.kernels.filtered.captured import (
     first_flat,
     is_supported,
 )
+from cut_cross_entropy.kernels.filtered.class_weights import ClassWeights, has_class_weights
 from cut_cross_entropy.kernels.filtered.flat import FlatTokens, most_flat
 from cut_cross_entropy.kernels.filtered.grad_c import (
     ClassOrder,
@@ -126,7 +127,8 @@ def filtered_gradients(
         return Outcome(_captured_gradients(problem, tokens, wanted, kept), None, too_flat=False)
     counts = Counts(kept)
     # Half as many strips again as the budget holds may be stored in dC.
-    selection = _Selection.of(kept, problem, problem.memory_budget * 3 // 2)
+    budget = problem.memory_budget * 3 // 2
+    selection = _Selection.of(kept, problem, tokens, wanted, budget=budget)
     results = _Results.zeros(problem, wanted)
     num_strips = sum(counts.by_block)  # waits for the device, which is computing the selection
 
@@ -168,7 +170,8 @@ def _captured_gradients(
 ) -> Tensor | None:
     """Write the gradients by the path that the device chooses; return dE, if wanted."""
     num_flat = min(most_flat(problem), BLOCK_T, tokens.a.shape[0])
-    selection = _Selection.of(kept, problem, BUDGETS * problem.memory_budget)
+    budget = BUDGETS * problem.memory_budget
+    selection = _Selection.of(kept, problem, tokens, wanted, budget=budget)
     choice = Choice.of(
         kept,
         selection.listed[0],
@@ -239,6 +242,7 @@ class _Selection:
         tail: what replaces the others; without centres while rows are still to be made.
         order: order of all classes.
         low_centers: :attr:`Tail.centers` of the columns of ``AdaptedProblem.low_c``.
+        weights: of the tokens in rows of dC; None if all classes have those of the tail.
         listed: the list of all kept strips, if it may be complete; emptied where it is not read.
     """
 
@@ -247,10 +251,13 @@ class _Selection:
     tail: Tail
     order: ClassOrder
     low_centers: Tensor | None
+    weights: ClassWeights | None
     listed: list[StripList]
 
     @classmethod
-    def of(cls, kept: Kept, problem: Problem, budget: int) -> "_Selection":
+    def of(
+        cls, kept: Kept, problem: Problem, tokens: BackwardTokens, wanted: Wanted, *, budget: int
+    ) -> "_Selection":
         """List as many strips as ``budget`` bytes hold."""
         c, low_c = problem.c, low_columns(problem)
         index = index_strips(kept)
@@ -263,8 +270,13 @@ class _Selection:
             tail, most_strips = Tail.without_centers(kept, c.shape[1]), 0
         else:
             tail = Tail.of(kept, c)
+        weights = None
+        if wanted.c is not None and has_class_weights(problem):
+            weights = ClassWeights.of(problem, tokens, kept)
         listed = list_ahead(kept, index, most_strips)
-        return cls(kept, index, tail, order, low_centers=low_centers, listed=[listed])
+        return cls(
+            kept, index, tail, order, low_centers=low_centers, weights=weights, listed=[listed]
+        )
 
 
 class _Results(NamedTuple):
@@ -351,7 +363,8 @@ class _Work:
     @functools.cached_property
     def block_sums(self) -> BlockSums:
         """Tokens of each block weighted by their tails; to be read once the tails are final."""
-        return BlockSums.of(self.class_tokens, self.selection.tail, self.tails)
+        selection = self.selection
+        return BlockSums.of(self.class_tokens, selection.tail, self.tails, selection.weights)
 
     @functools.cached_property
     def class_tokens(self) -> BackwardTokens:
@@ -552,7 +565,8 @@ def _finish_classes(work: _Work, classes: Range, rows: ClassRows | None) -> None
     """Write the rows of dC that are sums, and dbias, of a range of classes, with their tails."""
     kept, bias = work.selection.kept, work.wanted.bias
     if rows is not None and rows.sums is not None:
-        write_tail_rows(work.tokens, kept, work.block_sums, rows, classes)
+        every = kept.by_group(*classes)
+        write_tail_rows(work.tokens, kept, work.block_sums, rows, every)
     if work.bias_sums is not None and bias is not None:
         write_bias(kept, work.block_sums, work.bias_sums, classes, bias)
 
@@ -579,4 +593,6 @@ def _add_superblock(
         rows=rows,
     )
     if final:
-        write_tail_rows(work.tokens, kept, work.block_sums, rows, part.classes)
+        listed = order.classes[part.superblock - order.first]
+        first = 0 if work.counts is None else num_active
+        write_tail_rows(work.tokens, kept, work.block_sums, rows, listed, first=first)

@@ -2,7 +2,8 @@
 
 Most classes keep a strip in a few blocks only. Clustered by the selection's sort key, classes with
 similar masks fall into one tile, and the tile reads the union of its blocks. Rows of classes with
-no strip hold the tail alone.
+no strip hold the tail alone. A tile adds the tail of a group of classes, which are sorted apart;
+where two groups meet, some rows have the tail of their neighbours.
 
 The order belongs to one superblock: classes that are similar in one are not in the next. With one
 superblock a tile's sums end in registers. With more, the sums of the rows are stored from one
@@ -22,7 +23,7 @@ from cut_cross_entropy.kernels.filtered.partial_sums import PartialSums
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Kept
 from cut_cross_entropy.kernels.filtered.strips import Part, StoredStrips
 from cut_cross_entropy.kernels.filtered.tail import BlockSums
-from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2
+from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2, pointers
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.kernels.triton.filtered.grad_c import (
     grad_c_kernel,
@@ -32,6 +33,7 @@ from cut_cross_entropy.kernels.triton.filtered.grad_c import (
 
 BLOCK_C = 128  # classes per tile
 BLOCK_K = 64  # tokens per step
+BLOCK_R = 64  # rows of the tail at once
 LISTED = 2**16  # classes whose dropped masses are listed at once, 4 MiB; whole tiles
 
 
@@ -109,7 +111,7 @@ def write_grad_c(
             chunk_starts_ptr=index.chunk_starts[part.superblock],
             scale_ptr=tokens.scale,
             dropped_ptr=None if sums is not None else list_dropped(kept, listed),
-            block_sums_ptr=None if block_sums is None else block_sums.rows,
+            **tail_arguments(block_sums, kept),
             out_ptr=rows.out if sums is None else sums.high,
             low_ptr=None if sums is None else sums.low,
             num_listed=listed.shape[0],
@@ -133,6 +135,15 @@ def write_grad_c(
             **flat_arguments(rows.flat if sums is None else None),
             **options,
         )
+
+
+def tail_arguments(block_sums: BlockSums | None, kept: Kept) -> dict[str, object]:
+    """Return the arguments of a kernel that calls :func:`tail_of`."""
+    return {
+        "block_sums_ptr": None if block_sums is None else block_sums.rows,
+        "stride_sums": 0 if block_sums is None else block_sums.rows.stride(0),
+        **pointers(kept, "class_mass mean_mass mass_deviation"),
+    }
 
 
 def list_dropped(kept: Kept, classes: Tensor) -> Tensor:
@@ -165,26 +176,31 @@ def write_tail_rows(
     kept: Kept,
     block_sums: BlockSums,
     rows: ClassRows,
-    classes: Range,
+    classes: Tensor,  # (classes,) int64, sorted by group
+    first: int = 0,  # class without a strip in this order
 ) -> None:
     """Write the rows of classes without a strip, or all rows of the sums with their tail."""
+    classes = classes[first // BLOCK_R * BLOCK_R :]  # the same tiles, whether it is known or not
     out, sums = rows.out, rows.sums
-    dim, num_rows = out.shape[1], classes[1] - classes[0]
-    block_r, block_d = 64, min(128, max(16, next_power_of_2(dim)))
+    dim, num_rows = out.shape[1], classes.shape[0]
+    if num_rows == 0:
+        return
+    block_d = min(128, max(16, next_power_of_2(dim)))
     launch(
         tail_rows_kernel,
-        (cdiv(dim, block_d) if sums is not None else 1, cdiv(num_rows, block_r)),
+        (cdiv(dim, block_d) if sums is not None else 1, cdiv(num_rows, BLOCK_R)),
         high_ptr=None if sums is None else sums.high,
         low_ptr=None if sums is None else sums.low,
         scale_ptr=tokens.scale,
+        order_ptr=classes,
         strips_ptr=kept.strips,
         masks_ptr=kept.masks,
-        block_sums_ptr=block_sums.rows,
+        **tail_arguments(block_sums, kept),
         out_ptr=out,
         num_rows=num_rows,
         V=out.shape[0],
         D=dim,
-        first_class=classes[0],
+        first_class=0 if sums is None else sums.classes[0],
         num_superblocks=kept.num_superblocks,
         num_blocks=kept.shape[0],
         stride_out=out.stride(0),
@@ -192,7 +208,7 @@ def write_tail_rows(
         LOW_BITS=0 if sums is None else sums.low_bits,
         BF16=tokens.e.dtype == torch.bfloat16,
         SUPERBLOCK=SUPERBLOCK,
-        BLOCK_R=block_r,
+        BLOCK_R=BLOCK_R,
         BLOCK_D=block_d,
         **flat_arguments(rows.flat),
     )

@@ -10,7 +10,8 @@ root energy is the largest share of all the mass of the class.
 
 The blocks that keep a class are a mask of int64s, one for each superblock of 64 blocks. A sort key
 made of each mask clusters classes that are kept by similar blocks, which is what the tiles of dC
-need. Shape legend: ``cut_cross_entropy.kernels``.
+need. Three groups of classes, by their mass in the batch, are sorted apart, since their tails
+differ (``class_weights``). Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
-from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch
+from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch, pointers
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.kernels.triton.filtered.selection import (
     SHARES,
@@ -41,7 +42,8 @@ ROW_STRIPS = (
 )
 # The logarithm of a probability that is dropped, at most: of smaller ones the energy is negligible.
 DEEPEST = 16.0
-IDLE = 2**31 - 1  # key of a class that keeps no strip in a superblock: behind all others
+# Evenly spaced classes that stand for all: one of so many, within these limits.
+CLASS_SHARE, FEWEST_CLASSES, MOST_CLASSES = 128, 256, 512
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,11 @@ class Kept:
     Args:
         strips: (blocks, V) int16 energies and masses of all strips.
         masks: (superblocks, V) int64; bit i of superblock s: block 64 s + i keeps the class.
-        keys: (superblocks, V) int32 sort key of the classes; IDLE for those that keep no strip.
+        keys: (superblocks, V) int32 sort key of the classes: those that keep no strip last, and
+            among them as among the others group 2 first, group 0 last.
         offsets: (superblocks, V) int32 number of strips that earlier classes of the chunk keep in
             the superblock. Strips are numbered by superblock, then by class, then by block.
+        class_mass, mean_mass, mass_deviation: see Threshold.
         sums: (3, blocks, chunks) float32 sums of w, w log2(w) and w log2(w)^2 over these masses.
         statistics: int32, in a row: kept strips (blocks, chunks), active classes (superblocks,
             chunks), flat tokens, valid tokens.
@@ -64,6 +68,9 @@ class Kept:
     masks: Tensor
     keys: Tensor
     offsets: Tensor
+    class_mass: Tensor
+    mean_mass: Tensor
+    mass_deviation: Tensor
     sums: Tensor
     statistics: Tensor
     shape: tuple[int, int]
@@ -82,6 +89,14 @@ class Kept:
         indices = torch.sort(self.keys[superblocks, first:stop], dim=1, stable=True).indices
         return indices if first == 0 else first + indices
 
+    def by_group(self, first: int, stop: int) -> Tensor:
+        """Sort the classes [first, stop) by their groups alone; return their ids, int64."""
+        group_and_rest = self.keys[0, first:stop]
+        is_active = group_and_rest < 2**30
+        rank = torch.where(is_active, (group_and_rest >> 30) + 2, group_and_rest & 3)
+        indices = torch.sort(rank.to(torch.uint8), stable=True).indices
+        return indices if first == 0 else first + indices
+
 
 @dataclass(frozen=True)
 class Threshold:
@@ -96,6 +111,7 @@ class Threshold:
         num_kept: () int64 strips at or above the value.
         histogram: (256 + SHARES,) int64 strips by weighted energy, and room for their shares.
         class_mass: (V,) float32 log2 of the mass of each class.
+        mean_mass, mass_deviation: (1,) float32 mean and standard deviation of these over a sample.
         statistics: see Kept; its last two elements are final.
     """
 
@@ -106,7 +122,18 @@ class Threshold:
     num_kept: Tensor
     histogram: Tensor
     class_mass: Tensor
+    mean_mass: Tensor
+    mass_deviation: Tensor
     statistics: Tensor
+
+
+def sampled_classes(num_classes: int) -> slice:
+    """Return evenly spaced classes, by sixteens: kernels are compiled for such numbers."""
+    wanted = min(max(num_classes // CLASS_SHARE, FEWEST_CLASSES), MOST_CLASSES)
+    step = cdiv(num_classes, wanted)
+    first = step // 2
+    count = cdiv(num_classes - first, step)
+    return slice(first, first + (count // 16 * 16 or count) * step, step)
 
 
 def find_threshold(
@@ -126,6 +153,7 @@ def find_threshold(
     device = strips.device
     size = (num_blocks + num_superblocks) * num_chunks + 2
     weights, value, most = aligned_rows(3, max(num_blocks, 1), torch.int32, device)
+    largest, mean_mass, mass_deviation = aligned_rows(3, 1, torch.float32, device)
     threshold = Threshold(
         strips=strips,
         weights=weights,
@@ -134,10 +162,11 @@ def find_threshold(
         num_kept=torch.empty((), dtype=torch.int64, device=device),
         histogram=torch.empty(256 + SHARES.value, dtype=torch.int64, device=device),
         class_mass=torch.empty(num_classes, dtype=torch.float32, device=device),
+        mean_mass=mean_mass,
+        mass_deviation=mass_deviation,
         statistics=torch.empty(size, dtype=torch.int32, device=device),
     )
-    largest = torch.empty((), dtype=torch.float32, device=device)
-    num_tokens = tokens.a.shape[0]
+    num_tokens, classes = tokens.a.shape[0], sampled_classes(num_classes)
     launch(
         weigh_blocks_kernel,
         (1,),
@@ -169,6 +198,7 @@ def find_threshold(
         (1,),
         histogram_ptr=threshold.histogram,
         target_grad_ptr=tokens.target_grad,
+        **pointers(threshold, "class_mass mean_mass mass_deviation"),
         largest_ptr=largest,
         tolerance=filter_.tolerance,
         max_mass=filter_.max_mass,
@@ -177,6 +207,10 @@ def find_threshold(
         num_kept_ptr=threshold.num_kept,
         token_counts_ptr=threshold.statistics[-2:],
         N=num_tokens,
+        first=classes.start,
+        step=classes.step,
+        num_samples=(classes.stop - classes.start) // classes.step,
+        SAMPLES=MOST_CLASSES,
         BLOCK_T=BLOCK_T,
         BLOCK=4096,
     )
@@ -195,6 +229,9 @@ def keep_strips(threshold: Threshold) -> Kept:
         masks=torch.empty((num_superblocks, num_classes), dtype=torch.int64, device=device),
         keys=torch.empty((num_superblocks, num_classes), dtype=torch.int32, device=device),
         offsets=torch.empty((num_superblocks, num_classes), dtype=torch.int32, device=device),
+        class_mass=threshold.class_mass,
+        mean_mass=threshold.mean_mass,
+        mass_deviation=threshold.mass_deviation,
         sums=torch.empty((3, num_blocks, num_chunks), dtype=torch.float32, device=device),
         statistics=statistics,
         shape=(num_blocks, num_chunks),
@@ -216,7 +253,7 @@ def keep_strips(threshold: Threshold) -> Kept:
         (num_chunks,),
         strips_ptr=strips,
         weights_ptr=threshold.weights,
-        class_mass_ptr=threshold.class_mass,
+        **pointers(kept, "class_mass mean_mass mass_deviation"),
         threshold_ptr=threshold.value,
         num_kept_ptr=threshold.num_kept,
         shares_ptr=threshold.histogram[256:],
@@ -232,7 +269,6 @@ def keep_strips(threshold: Threshold) -> Kept:
         num_chunks=num_chunks,
         row_strips=ROW_STRIPS,
         num_warps=4,
-        IDLE=IDLE,
         SUPERBLOCK=SUPERBLOCK,
         CHUNK=CHUNK,
         ROWS=ROWS_AT_ONCE,

@@ -3,7 +3,8 @@
 The dropped probabilities of a block become the matrix ``m w^T / sum(w)``, with m the mass that each
 token lost and w the mass that each class lost in this block. Its products with c and e are a vector
 for each block: the centre of the dropped rows of c, and the sum of the block's tokens weighted by
-their tails. Shape legend: ``cut_cross_entropy.kernels``.
+their tails. In the rows of dC each group of classes has its own weights (``class_weights``). Shape
+legend: ``cut_cross_entropy.kernels``.
 """
 
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
 from cut_cross_entropy.kernels.block_sizes import tiles_on
+from cut_cross_entropy.kernels.filtered.class_weights import ClassWeights
 from cut_cross_entropy.kernels.filtered.selection import Kept
 from cut_cross_entropy.kernels.filtered.strips import StoredStrips
 from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch, next_power_of_2
 from cut_cross_entropy.kernels.tokens import BackwardTokens
+from cut_cross_entropy.kernels.triton.filtered.selection import GROUPS
 from cut_cross_entropy.kernels.triton.filtered.tail import (
     block_sums_kernel,
     centers_kernel,
@@ -186,25 +189,31 @@ class BlockSums:
     """The tokens of each block, weighted by their tails and divided by the block's dropped mass.
 
     Args:
-        rows: (blocks, D) sum of the embeddings, in bfloat16 if they are and else in float32.
-        weights: (blocks,) float32 sum of the weights.
+        rows: (GROUPS, blocks, D) sum of the embeddings for each group of classes, in bfloat16 if
+            they are and else in float32; all may be the same memory.
+        weights: (blocks,) float32 sum of the weights, of all classes.
     """
 
     rows: Tensor
     weights: Tensor
 
     @classmethod
-    def of(cls, tokens: BackwardTokens, tail: Tail, tails: TokenTails) -> "BlockSums":
-        """Sum all blocks; the tails are final."""
+    def of(
+        cls, tokens: BackwardTokens, tail: Tail, tails: TokenTails, own: ClassWeights | None
+    ) -> "BlockSums":
+        """Sum all blocks; the tails are final. Without ``own`` all classes are alike."""
         (num_tokens, dim), padded = tokens.e.shape, tail.shares.shape[0]
         bf16 = tokens.e.dtype == torch.bfloat16
-        rows = tail.centers.new_empty((padded, dim), dtype=tokens.e.dtype if bf16 else None)
+        shape = (1 if own is None else GROUPS.value, padded, dim)
+        rows = tail.centers.new_empty(shape, dtype=tokens.e.dtype if bf16 else None)
         weights = tail.centers.new_empty(padded)
         block_d = min(64, next_power_of_2(dim))
         launch(
             block_sums_kernel,
-            (cdiv(dim, block_d), padded),
+            (cdiv(dim, block_d), padded, shape[0]),
             tails_ptr=tails.weights,
+            own_ptr=None if own is None else own.weights,
+            own_mass_ptr=None if own is None else own.masses,
             e_ptr=tokens.e,
             shares_ptr=tail.shares,
             sums_ptr=rows,
@@ -214,7 +223,7 @@ class BlockSums:
             BLOCK_T=BLOCK_T,
             BLOCK_D=block_d,
         )
-        return cls(rows, weights)
+        return cls(rows.expand(GROUPS.value, -1, -1), weights)
 
 
 def write_bias(

@@ -5,7 +5,8 @@ import triton.language as tl
 
 from cut_cross_entropy.kernels.triton.filtered.flat import add_flat
 from cut_cross_entropy.kernels.triton.filtered.partial_sums import load_sums, store_sums
-from cut_cross_entropy.kernels.triton.filtered.tail import dropped_mass, load_dropped, tail_product
+from cut_cross_entropy.kernels.triton.filtered.selection import class_group, dropped_mass
+from cut_cross_entropy.kernels.triton.filtered.tail import load_dropped, tail_product
 from cut_cross_entropy.kernels.triton.primitives import (
     byte_to_value,
     gather_rows,
@@ -18,6 +19,18 @@ from cut_cross_entropy.kernels.triton.primitives import (
 def either(a, b):
     """Return the bits of both."""
     return a | b
+
+
+@triton.jit
+def tail_of(
+    sums,  # block_sums_ptr, and how far apart its groups are
+    masses,  # see class_group, like all that follow
+    classes,
+    inside,
+):
+    """Return the sums of blocks (blocks, D) of the group of a tile; of several, the highest."""
+    block_sums_ptr, stride = sums
+    return block_sums_ptr + tl.max(class_group(masses, classes, inside), 0) * stride
 
 
 # Rows of tables are aligned for some superblocks and not for others.
@@ -39,7 +52,10 @@ def grad_c_kernel(
     chunk_starts_ptr,  # (chunks,) slot of a chunk's first strip
     scale_ptr,  # ()
     dropped_ptr,  # (classes, SUPERBLOCK) see list_dropped; unused if PARTIAL, like the next
-    block_sums_ptr,  # (SUPERBLOCK, D) see BlockSums
+    block_sums_ptr,  # (GROUPS, SUPERBLOCK, D) see BlockSums
+    class_mass_ptr,  # (V,) see class_group, like the two that follow
+    mean_mass_ptr,  # ()
+    mass_deviation_ptr,  # ()
     flat_grads_ptr,  # see add_flat, like the next; None if PARTIAL or without flat tokens
     flat_rows_ptr,
     out_ptr,  # (V, D), out; sums or their upper bits (int16), in and out, if PARTIAL
@@ -52,6 +68,7 @@ def grad_c_kernel(
     first_slot,
     first_class,
     stride_out,
+    stride_sums,
     has_sums,
     num_flat_ptr,
     flat_stride,
@@ -76,6 +93,9 @@ def grad_c_kernel(
     left = tl.reduce(masks, 0, either)
     if left == 0:  # no class keeps a strip
         return
+    if not PARTIAL:
+        masses_of = (class_mass_ptr, mean_mass_ptr, mass_deviation_ptr)
+        sums_ptr = tail_of((block_sums_ptr, stride_sums), masses_of, classes, inside)
     total = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
     lanes = tl.arange(0, BLOCK_K)
     parts: tl.constexpr = BLOCK_T // BLOCK_K
@@ -110,7 +130,7 @@ def grad_c_kernel(
         blocks = tl.arange(0, SUPERBLOCK)
         dropped = dropped_ptr + positions[:, None] * SUPERBLOCK + blocks[None, :]
         masses = byte_to_value(tl.load(dropped, mask=inside[:, None], other=0))
-        block_sums = gather_rows(block_sums_ptr, blocks, blocks >= 0, columns, D)
+        block_sums = gather_rows(sums_ptr, blocks, blocks >= 0, columns, D)
         cells = (classes, columns, inside)
         total = add_flat(
             total, flat_grads_ptr, flat_rows_ptr, num_flat_ptr, cells, stride=flat_stride, D=D
@@ -155,15 +175,21 @@ def list_dropped_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "first_class", "num_superblocks", "num_blocks", "num_flat_ptr"]
-)
+    do_not_specialize=[
+        "order_ptr", "num_rows", "first_class", "num_superblocks", "num_blocks", "num_flat_ptr",
+    ]
+)  # fmt: skip
 def tail_rows_kernel(
     high_ptr,  # (V, D) sums or their upper bits, in the memory of dC; only if SUMS
     low_ptr,  # the next bits of the sums, see load_sums; only if LOW_BITS
     scale_ptr,  # (); only if SUMS or with flat tokens
+    order_ptr,  # (rows,) classes
     strips_ptr,  # (blocks, V)
     masks_ptr,  # (superblocks, V)
-    block_sums_ptr,  # (blocks, D) see BlockSums
+    block_sums_ptr,  # (GROUPS, blocks, D) see BlockSums
+    class_mass_ptr,  # (V,) see class_group, like the two that follow
+    mean_mass_ptr,  # ()
+    mass_deviation_ptr,  # ()
     flat_grads_ptr,  # see add_flat, like the next; None without flat tokens
     flat_rows_ptr,
     out_ptr,  # (V, D)
@@ -174,6 +200,7 @@ def tail_rows_kernel(
     num_superblocks,
     num_blocks,
     stride_out,
+    stride_sums,
     num_flat_ptr,
     flat_stride,
     SUMS: tl.constexpr,
@@ -189,16 +216,19 @@ def tail_rows_kernel(
     """
     positions = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = positions < num_rows
-    classes = (first_class + positions).to(tl.int64)
-    rows = classes[:, None] * stride_out
+    classes = tl.load(order_ptr + positions, mask=inside, other=0).to(tl.int32)
+    all_sums = (block_sums_ptr, stride_sums)
+    masses_of = (class_mass_ptr, mean_mass_ptr, mass_deviation_ptr)
+    rows = classes.to(tl.int64)[:, None] * stride_out
     kept = (strips_ptr, masks_ptr, V, num_blocks)
     if SUMS:
         columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
         values = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        sums_ptr = tail_of(all_sums, masses_of, classes, inside)
         for superblock in range(num_superblocks):
             masses = load_dropped(kept, superblock, classes, inside, SUPERBLOCK)
             blocks = superblock * SUPERBLOCK + tl.arange(0, SUPERBLOCK)
-            block_sums = gather_rows(block_sums_ptr, blocks, blocks >= 0, columns, D)
+            block_sums = gather_rows(sums_ptr, blocks, blocks >= 0, columns, D)
             values = tail_product(masses.T, block_sums, values, BF16)
         table = (first_class, D, stride_out)
         cells = (classes, columns, inside)
@@ -212,11 +242,14 @@ def tail_rows_kernel(
         tl.store(out, values.to(out_ptr.dtype.element_ty), mask=here)
     else:
         idle = inside & (tl.load(masks_ptr + classes, mask=inside, other=1) == 0)
+        if tl.max(idle.to(tl.int32), 0) == 0:
+            return
+        sums_ptr = tail_of(all_sums, masses_of, classes, idle)
         masses = load_dropped(kept, 0, classes, idle, SUPERBLOCK).T
         blocks = tl.arange(0, SUPERBLOCK)
         for start in range(0, D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
-            block_sums = gather_rows(block_sums_ptr, blocks, blocks >= 0, columns, D)
+            block_sums = gather_rows(sums_ptr, blocks, blocks >= 0, columns, D)
             values = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
             if flat_grads_ptr is not None:
                 cells = (classes, columns, idle)

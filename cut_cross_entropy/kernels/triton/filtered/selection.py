@@ -15,6 +15,8 @@ from cut_cross_entropy.kernels.triton.primitives import (
 
 SHARES = tl.constexpr(16)  # shares of a class's mass, each 2^(1/4) times the next, from 1 down
 WEIGHTLESS = tl.constexpr(1024)  # weight of a block whose tokens have no gradient
+GROUPS = tl.constexpr(3)  # of classes by mass: 0 the least, 1 below the mean, 2 above it
+LEAST = tl.constexpr(2.0)  # standard deviations below the mean that the least are
 
 
 @triton.jit(do_not_specialize=["N", "num_blocks"])
@@ -102,10 +104,11 @@ def histogram_kernel(
     tl.store(class_mass_ptr + classes, tl.log2(tl.maximum(mass, 1e-37)), mask=classes < V)
 
 
-@triton.jit(do_not_specialize=["token_counts_ptr", "N"])
+@triton.jit(do_not_specialize=["token_counts_ptr", "N", "first", "step", "num_samples"])
 def threshold_kernel(
     histogram_ptr,  # (256,) int64
     target_grad_ptr,  # (N,) see BackwardTokens
+    class_mass_ptr,  # (V,) log2
     largest_ptr,  # ()
     tolerance,
     max_mass,
@@ -113,11 +116,24 @@ def threshold_kernel(
     most_ptr,  # () out: the same for max_mass alone
     num_kept_ptr,  # () int64 out: strips that are kept for it
     token_counts_ptr,  # (2,) out: flat tokens, valid tokens
+    mean_mass_ptr,  # () out: of sampled classes
+    mass_deviation_ptr,  # () out
     N,
+    first,  # sampled class, their distance and number
+    step,
+    num_samples,
+    SAMPLES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Find the energy below which strips are dropped, in one program."""
+    """Find the energy below which strips are dropped, and groups of classes, in one program."""
+    samples = tl.arange(0, SAMPLES)
+    inside = samples < num_samples
+    class_mass = tl.load(class_mass_ptr + first + samples * step, mask=inside, other=0.0)
+    mean = tl.sum(class_mass, 0) / num_samples
+    apart = tl.where(inside, class_mass - mean, 0.0)
+    tl.store(mean_mass_ptr, mean)
+    tl.store(mass_deviation_ptr, tl.sqrt(tl.sum(apart * apart, 0) / num_samples))
     at_targets = 0.0
     num_flat = 0
     num_tokens = 0
@@ -195,6 +211,27 @@ def shares_histogram_kernel(
 
 
 @triton.jit
+def dropped_mass(strips, masks, blocks):
+    """Return the bytes of mass of strips, 0 of those that their class's mask keeps."""
+    kept = ((masks >> blocks.to(tl.int64)) & 1) != 0
+    return tl.where(kept, 0, (strips >> 8) & 255)
+
+
+@triton.jit
+def class_group(
+    masses,  # class_mass_ptr, mean_mass_ptr, mass_deviation_ptr: see Kept
+    classes,  # (R,)
+    inside,  # (R,)
+):
+    """Return the groups of some classes, int32; 0 where there is none."""
+    class_mass_ptr, mean_mass_ptr, mass_deviation_ptr = masses
+    mass = tl.load(class_mass_ptr + classes, mask=inside, other=-float("inf"))
+    mean = tl.load(mean_mass_ptr)
+    least = mean - LEAST * tl.load(mass_deviation_ptr)
+    return (mass >= least).to(tl.int32) + (mass >= mean).to(tl.int32)
+
+
+@triton.jit
 def parts_used(mask, size, PARTS: tl.constexpr):
     """Return which of PARTS about equal parts of ``size`` bits have one set, a bit for each."""
     parts = tl.zeros_like(mask).to(tl.int32)
@@ -210,23 +247,24 @@ def parts_used(mask, size, PARTS: tl.constexpr):
 
 @triton.jit
 def cluster_key(mask, size):
-    """Return a sort key (int32) that clusters masks of ``size`` bits with similar blocks.
+    """Return a sort key (30 bits) that clusters masks of ``size`` bits with similar blocks.
 
-    From the top: which eighths of the blocks, which sixteenths, and a fold of the blocks to tell
-    the rest apart. A plain order by mask makes five to seven times the fewest possible pairs of
-    tile and block, this one 3.5 to 4.5 (docs/engineering_log.md). The eighths are ranked as a Gray
-    code, which is cyclic, starting from "all of them": tiles with most blocks then start first.
+    From the top: which eighths of the blocks, which sixteenths, and a fold of the blocks (but for
+    each seventh) to tell the rest apart. A plain order by mask makes five to seven times the fewest
+    possible pairs of tile and block, this one 3.5 to 4.5 (docs/engineering_log.md). The eighths are
+    ranked as a Gray code, which is cyclic, starting from "all of them": tiles with most blocks then
+    start first.
     """
-    every7: tl.constexpr = 0x0102040810204081  # each seventh bit but the last, which is the sign
-    fold7 = (mask < 0).to(tl.int32)
-    for k in tl.static_range(7):
-        fold7 |= ((mask & (every7 << k)) != 0).to(tl.int32) << k
+    every7: tl.constexpr = 0x0204081020408102  # bits 1, 8, 15 and so on
+    fold = tl.zeros_like(mask).to(tl.int32)
+    for k in tl.static_range(6):
+        fold |= ((mask & (every7 << k)) != 0).to(tl.int32) << k
     rank = parts_used(mask, size, PARTS=8)
     rank = rank ^ (rank >> 1)
     rank = rank ^ (rank >> 2)
     rank = rank ^ (rank >> 4)
     rank = (rank - 0xAA) & 0xFF
-    return (rank << 23) | (parts_used(mask, size, PARTS=16) << 7) | fold7
+    return (rank << 22) | (parts_used(mask, size, PARTS=16) << 6) | fold
 
 
 @triton.jit(do_not_specialize=["active_ptr", "num_blocks", "num_superblocks", "num_chunks"])
@@ -234,6 +272,8 @@ def kept_strips_kernel(
     strips_ptr,  # (blocks, V) int16
     weights_ptr,  # (blocks,)
     class_mass_ptr,  # (V,) log2
+    mean_mass_ptr,  # ()
+    mass_deviation_ptr,  # ()
     threshold_ptr,  # ()
     num_kept_ptr,  # ()
     shares_ptr,  # (SHARES,) see shares_histogram_kernel
@@ -248,7 +288,6 @@ def kept_strips_kernel(
     num_superblocks,
     num_chunks,
     row_strips,
-    IDLE: tl.constexpr,
     SUPERBLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -263,6 +302,8 @@ def kept_strips_kernel(
     counts = tl.cumsum(tl.load(shares_ptr + tl.arange(0, SHARES)), 0).to(tl.float32)
     most = row_strips * tl.load(num_kept_ptr).to(tl.float32)
     decisive = tl.minimum(tl.sum((counts <= most).to(tl.int32), 0), SHARES - 1)
+    masses = (class_mass_ptr, mean_mass_ptr, mass_deviation_ptr)
+    rank = GROUPS - 1 - class_group(masses, classes, inside)
     bits_at_once = tl.arange(0, ROWS)
     for superblock in range(num_superblocks):
         mask = tl.zeros((CHUNK,), tl.int64)
@@ -293,7 +334,9 @@ def kept_strips_kernel(
         member = tl.cast(superblock, tl.int64) * V + classes
         tl.store(masks_ptr + member, mask, mask=inside)
         active = mask != 0
-        key = tl.where(active, cluster_key(mask, size), IDLE)
+        # The two bits of the sign on tell groups apart, and classes that keep no strip.
+        key = ((rank - 2) << 30) | cluster_key(mask, size)
+        key = tl.where(active, key, (1 << 30) | rank)
         tl.store(keys_ptr + member, key, mask=inside)
         tl.store(active_ptr + superblock * num_chunks + chunk, tl.sum(active.to(tl.int32), 0))
         strips = popcount(mask)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from cut_cross_entropy.kernels.triton.filtered.selection import dropped_mass
 from cut_cross_entropy.kernels.triton.primitives import (
     ABSENT,
     LN2,
@@ -23,17 +24,10 @@ def tail_product(left, right, total, BF16: tl.constexpr):
 
 
 @triton.jit
-def dropped_mass(strips, masks, blocks):
-    """Return the bytes of mass of strips, 0 of those that their class's mask keeps."""
-    kept = ((masks >> blocks.to(tl.int64)) & 1) != 0
-    return tl.where(kept, 0, (strips >> 8) & 255)
-
-
-@triton.jit
 def load_dropped(
     kept,  # pointers to (blocks, V) int16 and (superblocks, V) int64; V and the number of blocks
     superblock,
-    classes,  # (R,) consecutive
+    classes,  # (R,) ascending, consecutive or nearly
     inside,  # (R,)
     SUPERBLOCK: tl.constexpr,
 ):
@@ -183,9 +177,11 @@ def tails_kernel(
 @triton.jit(do_not_specialize=["N"])
 def block_sums_kernel(
     tails_ptr,  # (N,) weight of each token's tail
+    own_ptr,  # (GROUPS - 1, N) see ClassWeights, like the next; None: all classes are one group
+    own_mass_ptr,  # (GROUPS, blocks)
     e_ptr,  # (N, D)
     shares_ptr,  # (blocks, 3)
-    sums_ptr,  # (blocks, D) out, in the dtype of the products
+    sums_ptr,  # (1 or GROUPS, blocks, D) out, in the dtype of the products
     weights_ptr,  # (blocks,) out
     N,
     D,
@@ -203,10 +199,18 @@ def block_sums_kernel(
         other=0.0,
     )
     inverse = tl.load(shares_ptr + block * 3)
-    total = tl.sum(tails[:, None] * rows.to(tl.float32), 0) * inverse
-    tl.store(sums_ptr + block * D + columns, total.to(sums_ptr.dtype.element_ty), mask=columns < D)
+    weights = tails * inverse
+    group = tl.program_id(2)
+    place = group * tl.num_programs(1) + block
     if tl.program_id(0) == 0:
-        tl.store(weights_ptr + block, tl.sum(tails, 0) * inverse)
+        tl.store(weights_ptr + block, tl.sum(weights, 0))
+    if own_ptr is not None:
+        mass = tl.load(own_mass_ptr + place)
+        known = tl.where(mass > 0, N, 0)
+        own = tl.load(own_ptr + group * N + tokens, mask=tokens < known, other=0.0)
+        weights = tl.where(mass > 0, own / tl.where(mass > 0, mass, 1.0), weights)
+    total = tl.sum(weights[:, None] * rows.to(tl.float32), 0)
+    tl.store(sums_ptr + place * D + columns, total.to(sums_ptr.dtype.element_ty), mask=columns < D)
 
 
 @triton.jit(do_not_specialize=["first_class", "stop_class", "num_superblocks", "num_blocks"])
