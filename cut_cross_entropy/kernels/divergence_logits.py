@@ -196,26 +196,25 @@ class StoredLogits:
         Returns:
             The number of programs of a token: one, or one for each part of the classes.
         """
-        sides = (self.student, self.teacher)
-        biases = [None if x.problem.bias is None else x.problem.bias[classes] for x in sides]
-        multipliers = [None if x.multiplier is None else x.multiplier[tokens] for x in sides]
-        softcaps = [x.problem.softcap for x in sides]
+        of_student, of_teacher = (
+            (
+                products,
+                None if side.problem.bias is None else side.problem.bias[classes],
+                None if side.multiplier is None else side.multiplier[tokens],
+                side.problem.softcap,
+            )
+            for side, products in zip((self.student, self.teacher), self.memory, strict=True)
+        )
         num_classes = classes.stop - classes.start
         num_parts = parts_of(num_classes) if in_parts else 1
         arguments.setdefault("BLOCK", classes_at_a_time(num_classes))
         launch(
             kernel,
             (tokens.stop - tokens.start, num_parts),
-            student_ptr=self.memory[0],
-            teacher_ptr=self.memory[1],
-            bias_ptr=biases[0],
-            teacher_bias_ptr=biases[1],
-            multiplier_ptr=multipliers[0],
-            teacher_multiplier_ptr=multipliers[1],
+            of_student=of_student,
+            of_teacher=of_teacher,
             num_classes=num_classes,
             stride=self.memory[0].stride(0),
-            softcap=softcaps[0],
-            teacher_softcap=softcaps[1],
             **arguments,
         )
         return num_parts

@@ -110,25 +110,28 @@ _SHORT = range(-(2**31), 2**31)  # integers of 32 bits
 
 def _launch_again(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Launch the machine code of an earlier launch of this kind; the first one is Triton's."""
-    which = (id(kernel), *arguments, *map(type, arguments.values()))  # its hash takes a lock
+    flat = _flat(arguments) if tuple in map(type, arguments.values()) else arguments
+    which = (id(kernel), *flat, *map(type, flat.values()))  # its hash takes a lock
     layout = _layouts.get(which)
     if layout is None:
-        layout = _layouts[which] = _Layout.of(kernel, arguments)
+        layout = _layouts[which] = _Layout.of(kernel, flat)
     device = torch._C._cuda_getDevice()
-    tensors, integers = layout.tensors(arguments), layout.integers(arguments)
+    tensors, integers = layout.tensors(flat), layout.integers(flat)
     # Triton asks the driver about each tensor, but takes an address as it is.
     addresses = [*map(Tensor.data_ptr, tensors)]
-    values = layout.in_order((*addresses, *layout.others(arguments)))
+    values = layout.in_order((*addresses, *layout.others(flat)))
+    if layout.members is not None:
+        values = tuple([values[place] for place in layout.members])
     key = (
         device,
-        layout.constants(arguments),
+        layout.constants(flat),
         *[tensor.dtype for tensor in tensors],
         *[address % 16 == 0 for address in addresses[: layout.special_tensors]],
         *[value in _SHORT for value in integers],
         *[(value == 1) - (value % 16 == 0) for value in integers[: layout.special_integers]],
     )
     if layout.descriptors is not None:
-        key += tuple([(x.base.dtype, *x.block_shape) for x in layout.descriptors(arguments)])
+        key += tuple([(x.base.dtype, *x.block_shape) for x in layout.descriptors(flat)])
     code = layout.codes.get(key)
     if code is not None:
         code.run(grid, torch._C._cuda_getCurrentRawStream(device), values)
@@ -136,6 +139,18 @@ def _launch_again(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any])
     compiled = kernel[grid](**arguments)
     if compiled is not None:  # a hook may compile instead of Triton
         layout.codes[key] = _Code(compiled, values)
+
+
+def _flat(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with the members of each tuple in its place."""
+    flat = {}
+    for name, value in arguments.items():
+        if type(value) is tuple:
+            for place, member in enumerate(value):
+                flat[f"{name}.{place}"] = member
+        else:
+            flat[name] = value
+    return flat
 
 
 class _Code:
@@ -209,6 +224,8 @@ class _Layout:
         constants: returns constants and options of the compiler.
         others: returns the values of all parameters but the tensors.
         in_order: returns the values of all parameters, from the tensors and the others.
+        members: where each parameter's value, or the members of its tuple, are among these; None
+            without tuples.
         codes: machine code by all properties that it is compiled for.
     """
 
@@ -220,18 +237,29 @@ class _Layout:
     constants: Callable[[dict[str, Any]], tuple[Any, ...]]
     others: Callable[[dict[str, Any]], tuple[Any, ...]]
     in_order: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    members: list[int | slice] | None
     codes: dict[tuple[Any, ...], _Code] = field(default_factory=dict)
 
     @classmethod
     def of(cls, kernel: Any, arguments: dict[str, Any]) -> "_Layout":
         """Sort the arguments by what the machine code depends on."""
         constants, plain = _constants(kernel), set(kernel.do_not_specialize)
-        values = [name for name in kernel.arg_names if name not in constants]
+        names: list[str] = []
+        members: list[int | slice] = []
+        for name in kernel.arg_names:
+            if name in arguments:
+                members.append(len(names))
+                names.append(name)
+            else:
+                own = [one for one in arguments if one.startswith(f"{name}.")]
+                members.append(slice(len(names), len(names) + len(own)))
+                names += own
+        values = [name for name in names if name not in constants]
         values.sort(key=plain.__contains__)
         tensors = [name for name in values if isinstance(arguments[name], Tensor)]
         integers = [name for name in values if type(arguments[name]) is int]
         descriptors = [name for name in values if hasattr(arguments[name], "block_shape")]
-        others = [name for name in kernel.arg_names if name not in tensors]
+        others = [name for name in names if name not in tensors]
         given = [*tensors, *others]
         return cls(
             _getter(tensors),
@@ -241,7 +269,8 @@ class _Layout:
             _getter(descriptors) if descriptors else None,
             _getter([name for name in arguments if name not in values]),
             _getter(others),
-            _getter([given.index(name) for name in kernel.arg_names]),
+            _getter([given.index(name) for name in names]),
+            members if len(names) > len(kernel.arg_names) else None,
         )
 
 
@@ -307,6 +336,8 @@ def kind_of(argument: Any, specialised: bool) -> Any:
         return str(argument.dtype)
     if hasattr(argument, "block_shape"):  # a tensor descriptor
         return (str(argument.base.dtype), tuple(argument.block_shape))
+    if isinstance(argument, tuple):
+        return tuple(kind_of(member, specialised) for member in argument)
     if isinstance(argument, int) and specialised:
         return (argument == 1, argument % 16 == 0)
     return type(argument).__name__

@@ -209,6 +209,11 @@ class BackwardTokens(Tokens):
     q: Tensor | None = None
 
     @property
+    def values(self) -> tuple[Tensor, ...]:
+        """Tensors that are one argument of the kernels which compute gradients of logits."""
+        return self.lse, self.a, self.b, self.targets, self.scale
+
+    @property
     def is_flat(self) -> Tensor:
         """(N,) whether the token's distribution is flat."""
         flat: float = FLAT.value

@@ -70,6 +70,14 @@ _HALF = {"c_ptr", "e_ptr", "low_c_ptr", "low_e_ptr",
          "powers_ptr", "scaled_ptr"}  # fmt: skip
 _SIZES = {"N", "V", "D", "M", "K", "stride", "stride_out", "stride_sums", "left_m", "left_k",
           "right_k", "out_m", "terms"}  # fmt: skip
+_FLOATS = {"softcap", "tolerance", "max_mass", "flat_support", "row_strips", "share",
+           "flat_share"}  # fmt: skip
+_TUPLES = {
+    # parameter: its members, which are named like parameters
+    "values": ("lse_ptr", "a_ptr", "b_ptr", "targets_ptr", "scale_ptr"),
+    "of_student": ("student_ptr", "bias_ptr", "multiplier_ptr", "softcap"),
+    "of_teacher": ("teacher_ptr", "teacher_bias_ptr", "teacher_multiplier_ptr", "teacher_softcap"),
+}
 _OF_PRODUCTS = (("columns_ptr", "*i32"), ("share", "fp32"), ("rest", "fp32"),
                 ("teacher_softcap", "fp32"))  # fmt: skip
 
@@ -511,52 +519,41 @@ class Usage:
     serialised: bool | None
 
 
+def _type_of(name: str, variant: Variant) -> str:
+    special = dict(variant.types)
+    if name in variant.constants:
+        return "constexpr"
+    if name in special:
+        return special[name]
+    if name in variant.boxes:
+        rows, columns = variant.boxes[name]
+        return f"tensordesc<bf16[{rows}, {columns}]>"
+    for kind, names in (("*bf16", _HALF), ("*i64", _INT64), ("*i32", _INT32), ("fp32", _FLOATS)):
+        if name in names:
+            return kind
+    if name.endswith("_ptr"):
+        of_bytes = {"strips_ptr": "*i16", "dropped_ptr": "*u8", "features_ptr": "*fp16"}
+        return of_bytes.get(name, "*fp32")
+    return "i32"
+
+
 def compile_variant(variant: Variant, target: GPUTarget) -> Usage:
     """Compile for ``target`` and read the resources used."""
-    names = variant.kernel.arg_names
-    special, signature = dict(variant.types), {}
-    divisible = {}
-    for i, name in enumerate(names):
-        if name in variant.constants:
-            signature[name] = "constexpr"
-        elif name in special:
-            signature[name] = special[name]
-        elif name in variant.boxes:
-            rows, columns = variant.boxes[name]
-            signature[name] = f"tensordesc<bf16[{rows}, {columns}]>"
-        elif name in _HALF:
-            signature[name] = "*bf16"
-        elif name in _INT64:
-            signature[name] = "*i64"
-        elif name in _INT32:
-            signature[name] = "*i32"
-        elif name == "strips_ptr":
-            signature[name] = "*i16"
-        elif name == "dropped_ptr":
-            signature[name] = "*u8"
-        elif name == "features_ptr":
-            signature[name] = "*fp16"
-        elif name.endswith("_ptr"):
-            signature[name] = "*fp32"
-        else:
-            signature[name] = (
-                "fp32"
-                if name
-                in (
-                    "softcap",
-                    "tolerance",
-                    "max_mass",
-                    "flat_support",
-                    "row_strips",
-                    "share",
-                    "flat_share",
-                )
-                else "i32"
-            )
-        known = signature[name].startswith("*") or name in _SIZES
-        if known and name not in variant.kernel.do_not_specialize:
-            divisible[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(variant.kernel, signature, variant.constants, divisible)
+    signature: dict[str, Any] = {}
+    constants: dict[str | tuple[int, int], Any] = {}
+    divisible: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, parameter in enumerate(variant.kernel.arg_names):
+        members = _TUPLES.get(parameter, (parameter,))
+        types = [_type_of(name, variant) for name in members]
+        signature[parameter] = tuple(types) if parameter in _TUPLES else types[0]
+        for j, (name, kind) in enumerate(zip(members, types, strict=True)):
+            path = (i, j) if parameter in _TUPLES else (i,)
+            if kind == "constexpr":
+                constants[path if parameter in _TUPLES else name] = variant.constants[name]
+            known = kind.startswith("*") or name in _SIZES
+            if known and parameter not in variant.kernel.do_not_specialize:
+                divisible[path] = [["tt.divisibility", 16]]
+    source = ASTSource(variant.kernel, signature, constants, divisible)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     if variant.max_registers is not None and target.backend == "cuda":
         options["maxnreg"] = variant.max_registers

@@ -49,7 +49,7 @@ class Code:
         return lambda *values: self.kernel.told.append((self.number, grid, values))
 
     def launch(self, x, y, z, *arguments):
-        values = arguments[-1] if self.run.as_tuple else arguments[-6:]
+        values = arguments[-1] if self.run.as_tuple else arguments[-len(self.kernel.arg_names) :]
         assert arguments == self.run.arguments("stream of 0", "function", ("packed",), *values)
         self.kernel.again.append((self.number, (x, y, z), values))
 
@@ -194,6 +194,30 @@ def test_a_descriptor_is_launched_as_it_is(kernel):
         again(kernel, x_ptr=descriptor)
     assert kernel.compiled == 2
     assert [values[0] for *_, values in kernel.again] == [one, other]
+
+
+class KernelOfTuple(Kernel):
+    """Stands for a kernel one of whose parameters is a tuple."""
+
+    arg_names, do_not_specialize = ("x", "N", "BLOCK"), ("N",)
+
+    @staticmethod
+    def fn(x, N, BLOCK: tl.constexpr):
+        """Only its annotations are read."""
+
+
+@pytest.mark.parametrize("launcher", [Triton33, Triton36, Triton39])
+def test_members_of_a_tuple_are_compiled_for_like_arguments(kernel, launcher):
+    kernel = KernelOfTuple(launcher)
+    first = (FLOATS, None, 2.0, 5)
+    for x in (first, (OTHER, None, 3.0, 6)):
+        launch._launch_again(kernel, (3,), {"x": x, "BLOCK": 8, "N": 5})
+    assert kernel.compiled == 1
+    assert kernel.again == [(1, (3, 1, 1), ((OTHER.data_ptr(), None, 3.0, 6), 5, 8))]
+    for place, other in ((0, FLOATS[1:]), (0, FLOATS.half()), (1, FLOATS), (2, None), (3, 16)):
+        x = (*first[:place], other, *first[place + 1 :])
+        launch._launch_again(kernel, (3,), {"x": x, "BLOCK": 8, "N": 5})
+    assert kernel.compiled == 6
 
 
 @pytest.mark.parametrize("changes", [{"y_ptr": FLOATS[1:]}, {"N": 16}, {"N": 1}], ids=str)

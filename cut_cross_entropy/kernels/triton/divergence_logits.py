@@ -27,26 +27,26 @@ RELATIVE, TEACHER_RELATIVE = range(2)
 
 @triton.jit
 def load_logits(
-    products_ptr,  # (T, stride) of one of the models
-    block,  # row, class ids, number of classes, stride
-    bias_ptr,  # (classes,), or None, like the two that follow
-    multiplier_ptr,  # (T,)
-    softcap,
+    model,  # pointers to products (T, stride), bias (classes,) or None, multiplier (T,) or None
+    row,  # of the token
+    classes,  # (BLOCK,) columns
+    num_classes,
+    stride,
 ):
-    """Load some logits of one token from the products, in units of log2, (1, BLOCK)."""
-    row, classes, num_classes, stride = block
+    """Load some logits of one token from the products, in units of log2, (1, BLOCK).
+
+    The last member of ``model`` is its softcap, or None.
+    """
     inside = classes < num_classes
     multiplier = None
-    if multiplier_ptr is not None:
-        multiplier = tl.load(multiplier_ptr + row + tl.arange(0, 1))
+    if model[2] is not None:
+        multiplier = tl.load(model[2] + row + tl.arange(0, 1))
     return transform_logits(
-        tl.load(products_ptr + row.to(tl.int64) * stride + classes, mask=inside, other=0.0)[
-            None, :
-        ],
+        tl.load(model[0] + row.to(tl.int64) * stride + classes, mask=inside, other=0.0)[None, :],
         classes,
         inside,
-        bias_ptr,
-        softcap,
+        model[1],
+        model[3],
         multiplier=multiplier,
         TOKEN_AXIS=0,
     )
@@ -76,19 +76,13 @@ def mixture_ratios(log_p, log_q, share, rest):
 
 @triton.jit(do_not_specialize=["num_classes", "stride", "num_tokens"])
 def sums_kernel(
-    student_ptr,  # (T, stride) products of the student
-    teacher_ptr,  # (T, stride)
-    bias_ptr,  # (classes,), or None, like the three that follow
-    teacher_bias_ptr,  # (classes,)
-    multiplier_ptr,  # (T,)
-    teacher_multiplier_ptr,  # (T,)
+    of_student,  # products, bias, multiplier, softcap: see load_logits
+    of_teacher,
     columns_ptr,  # (T,) column of the target, negative if it is not here; None: no targets
     sums_ptr,  # (parts, 8, T) out: see HIGH and the others
     num_tokens,
     num_classes,
     stride,
-    softcap,  # or None
-    teacher_softcap,  # or None
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -100,11 +94,8 @@ def sums_kernel(
     row = tl.program_id(0)
     part = tl.program_id(1)
     classes = part * BLOCK + tl.arange(0, BLOCK)
-    block = (row, classes, num_classes, stride)
-    student = load_logits(student_ptr, block, bias_ptr, multiplier_ptr, softcap)
-    teacher = load_logits(
-        teacher_ptr, block, teacher_bias_ptr, teacher_multiplier_ptr, teacher_softcap
-    )
+    student = load_logits(of_student, row, classes, num_classes, stride)
+    teacher = load_logits(of_teacher, row, classes, num_classes, stride)
     high = tl.max(student, 1)
     teacher_high = tl.max(teacher, 1)
     exponent = relative_to(student, high)
@@ -188,12 +179,8 @@ def combine_sums_kernel(
 
 @triton.jit(do_not_specialize=["num_classes", "stride", "num_tokens"])
 def mixture_sums_kernel(
-    student_ptr,  # (T, stride) products of the student
-    teacher_ptr,  # (T, stride)
-    bias_ptr,  # (classes,), or None, like the three that follow
-    teacher_bias_ptr,  # (classes,)
-    multiplier_ptr,  # (T,)
-    teacher_multiplier_ptr,  # (T,)
+    of_student,  # products, bias, multiplier, softcap: see load_logits
+    of_teacher,
     lse_ptr,  # (T,) log2
     teacher_lse_ptr,  # (T,) log2
     sums_ptr,  # (parts, 2, T) out: of student and teacher relative to the mixture
@@ -202,19 +189,14 @@ def mixture_sums_kernel(
     num_tokens,
     num_classes,
     stride,
-    softcap,  # or None
-    teacher_softcap,  # or None
     BLOCK: tl.constexpr,
 ):
     """Sum what student and teacher are from their mixture over some of the classes of a token."""
     row = tl.program_id(0)
     part = tl.program_id(1)
     classes = part * BLOCK + tl.arange(0, BLOCK)
-    block = (row, classes, num_classes, stride)
-    student = load_logits(student_ptr, block, bias_ptr, multiplier_ptr, softcap)
-    teacher = load_logits(
-        teacher_ptr, block, teacher_bias_ptr, teacher_multiplier_ptr, teacher_softcap
-    )
+    student = load_logits(of_student, row, classes, num_classes, stride)
+    teacher = load_logits(of_teacher, row, classes, num_classes, stride)
     log_p = student - tl.load(lse_ptr + row)
     log_q = teacher - tl.load(teacher_lse_ptr + row)
     p = tl.exp2(log_p)
@@ -228,12 +210,8 @@ def mixture_sums_kernel(
 
 @triton.jit(do_not_specialize=["num_classes", "stride", "grad_stride"])
 def logit_gradients_kernel(
-    student_ptr,  # (T, stride) products of the student
-    teacher_ptr,  # (T, stride)
-    bias_ptr,  # (classes,), or None, like the three that follow
-    teacher_bias_ptr,  # (classes,)
-    multiplier_ptr,  # (T,)
-    teacher_multiplier_ptr,  # (T,)
+    of_student,  # products, bias, multiplier, softcap: see load_logits
+    of_teacher,
     lse_ptr,  # (T,) log2, like the three that follow
     teacher_lse_ptr,  # (T,)
     relative_ptr,  # (T,) of the student
@@ -243,14 +221,12 @@ def logit_gradients_kernel(
     g_logprob_ptr,  # (T,)
     miss_ptr,  # (T,) gradient by the logit of the target; read with g_logprob_ptr, like the next
     columns_ptr,  # (T,) column of the target; negative if it is not here
-    grad_ptr,  # (T, grad_stride) out, in the memory of student_ptr
+    grad_ptr,  # (T, grad_stride) out, in the memory of the products
     share,
     rest,
     num_classes,
     stride,
     grad_stride,
-    softcap,  # or None
-    teacher_softcap,  # or None
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -261,15 +237,12 @@ def logit_gradients_kernel(
     row = tl.program_id(0)
     lse = tl.load(lse_ptr + row)
     multiplier = 1.0  # unused
-    if multiplier_ptr is not None:
-        multiplier = tl.load(multiplier_ptr + row)
+    if of_student[2] is not None:
+        multiplier = tl.load(of_student[2] + row)
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        block = (row, classes, num_classes, stride)
-        student = load_logits(student_ptr, block, bias_ptr, multiplier_ptr, softcap)
-        teacher = load_logits(
-            teacher_ptr, block, teacher_bias_ptr, teacher_multiplier_ptr, teacher_softcap
-        )
+        student = load_logits(of_student, row, classes, num_classes, stride)
+        teacher = load_logits(of_teacher, row, classes, num_classes, stride)
         inside = (classes < num_classes)[None, :]
         log_p = student - lse
         p = tl.exp2(log_p)
@@ -293,13 +266,13 @@ def logit_gradients_kernel(
             is_target = (classes == tl.load(columns_ptr + row))[None, :]
             part = -tl.load(g_logprob_ptr + row) * p
             grad += tl.where(is_target, tl.load(miss_ptr + row), part)
-        if multiplier_ptr is not None:
+        if of_student[2] is not None:
             grad *= multiplier
-        if softcap is not None:
+        if of_student[3] is not None:
             capped = student
-            if multiplier_ptr is not None:
+            if of_student[2] is not None:
                 capped = capped / multiplier
-            grad *= tl.where(inside, logit_slope(capped, softcap), 0.0)
+            grad *= tl.where(inside, logit_slope(capped, of_student[3]), 0.0)
         place = row.to(tl.int64) * grad_stride + classes[None, :]
         tl.debug_barrier()  # other threads have read what this one overwrites
         tl.store(grad_ptr + place, grad.to(grad_ptr.dtype.element_ty), mask=inside)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from cut_cross_entropy.kernels.triton.primitives import (
     halves,
+    load_token_values,
     logit_gradient,
     low_rank_product,
     multiply_step,
@@ -18,7 +19,7 @@ def store_gradients(
     product,  # (BLOCK_T, classes) rows of e times rows of c
     classes,  # (classes,) class ids
     tokens,  # (BLOCK_T,)
-    values,  # (BLOCK_T,) each: targets, lse, a, b
+    values,  # (BLOCK_T,) each: lse, a, b, targets
     out,  # pointer to (N, chunk), its stride and first class, numbers of tokens and classes, scale
     bias_ptr,  # (V,), or None
     softcap,  # or None
@@ -27,22 +28,19 @@ def store_gradients(
     multiplier,
 ):
     """Store the logit gradients of a tile of products."""
-    targets, lse, a, b = values
     grad_ptr, stride, first_class, N, V, scale = out
     inside = classes < V
     logits = transform_logits(
         product, classes, inside, bias_ptr, softcap, multiplier=multiplier, TOKEN_AXIS=0
     )
-    p = tl.exp2(logits - lse[:, None])
-    onehot = classes[None, :] == targets[:, None]
+    p = tl.exp2(logits - values[0][:, None])
+    onehot = classes[None, :] == values[3][:, None]
     grad = logit_gradient(
         logits,
         p,
         onehot,
         inside,
-        a,
-        b=b,
-        lse=lse,
+        values,
         softcap=softcap,
         multiplier=multiplier,
         eta=eta,
@@ -71,11 +69,7 @@ def chunk_gradients_kernel(
     bias_ptr,  # (V,), or None
     low_e_ptr,  # (N, LOW_RANK)
     low_c_ptr,  # (V, LOW_RANK)
-    lse_ptr,  # (N,) log2; +inf: no token
-    a_ptr,  # (N,)
-    b_ptr,  # (N,)
-    targets_ptr,  # (N,)
-    scale_ptr,  # ()
+    values,  # pointers to lse (log2; +inf: no token), a, b and targets, (N,) each, and scale, ()
     eta_ptr,  # (N,), or None, like the two that follow; see logit_gradient
     q_ptr,
     multiplier_ptr,
@@ -108,11 +102,8 @@ def chunk_gradients_kernel(
             return
     tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = tokens < N
-    lse = tl.load(lse_ptr + tokens, mask=is_token, other=float("inf"))
-    a = tl.load(a_ptr + tokens, mask=is_token, other=0.0)
-    b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
-    targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1).to(tl.int32)
-    scale = tl.load(scale_ptr)
+    of_tokens = load_token_values(values, tokens, is_token)
+    scale = tl.load(values[4])
     eta = None
     if eta_ptr is not None:
         eta = tl.load(eta_ptr + tokens, mask=is_token, other=0.0)
@@ -125,7 +116,6 @@ def chunk_gradients_kernel(
     start = first_class + segment * segment_tiles * BLOCK_V
     tiles = min(segment_tiles, tl.cdiv(stop_class - start, BLOCK_V))
     steps = tl.cdiv(D, BLOCK_D)
-    values = (targets, lse, a, b)
     out = (grad_ptr, stride_out, first_class, N, V, scale)
     # A wide tile ends in two halves, which need fewer registers at a time.
     NUM_PARTS: tl.constexpr = 2 if BLOCK_V > BLOCK_T else 1
@@ -146,7 +136,7 @@ def chunk_gradients_kernel(
                     left if part == 0 else right,
                     classes=v + part * PART + tl.arange(0, PART),
                     tokens=tokens,
-                    values=values,
+                    values=of_tokens,
                     out=out,
                     bias_ptr=bias_ptr,
                     softcap=softcap,

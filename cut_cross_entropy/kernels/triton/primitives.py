@@ -96,6 +96,20 @@ def halves(product, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
+def load_token_values(
+    values,  # pointers to lse (log2), a, b and targets, (N,) each, and others
+    tokens,
+    is_token,
+):
+    """Load lse, a, b and the target of some tokens; of no token, those without a gradient."""
+    lse = tl.load(values[0] + tokens, mask=is_token, other=float("inf"))
+    a = tl.load(values[1] + tokens, mask=is_token, other=0.0)
+    b = tl.load(values[2] + tokens, mask=is_token, other=0.0)
+    targets = tl.load(values[3] + tokens, mask=is_token, other=-1).to(tl.int32)
+    return lse, a, b, targets
+
+
+@triton.jit
 def gather_rows(
     source_ptr,  # (V, D)
     rows,  # (R,)
@@ -189,9 +203,7 @@ def logit_gradient(
     p,  # probabilities
     onehot,  # whether the class is the token's target
     inside,  # (classes,) whether the row is a class
-    a,  # (tokens,)
-    b,  # (tokens,)
-    lse,  # (tokens,) log2
+    values,  # lse (log2), a and b, (tokens,) each, and others, which are not read
     softcap,  # or None, like the three that follow
     multiplier=None,  # (tokens,), like the two that follow
     eta=None,
@@ -205,6 +217,7 @@ def logit_gradient(
     adds ``eta * log p`` to the factor of p, the logarithm of the sum of squares ``q * p``.
     """
     CLASS_AXIS: tl.constexpr = 1 - TOKEN_AXIS
+    lse, a, b = values[0], values[1], values[2]
     if eta is not None:
         # Where p is 0 the exponent may be -inf, and their product is to be 0.
         exponent = tl.maximum(logits - tl.expand_dims(lse, CLASS_AXIS), -200.0)

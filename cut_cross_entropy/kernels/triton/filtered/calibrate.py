@@ -118,10 +118,7 @@ def store_gradients(
     stop_class,
     rows_ptr,
     bias_ptr,
-    lse_ptr,
-    a_ptr,
-    b_ptr,
-    targets_ptr,
+    values,
     multiplier_ptr,
     out_ptr,
     stride,
@@ -132,9 +129,9 @@ def store_gradients(
     inside = classes < stop_class
     samples = tl.arange(0, ROWS)
     tokens = tl.load(rows_ptr + samples)
-    lse = tl.load(lse_ptr + tokens)
-    a, b = tl.load(a_ptr + tokens), tl.load(b_ptr + tokens)
-    targets = tl.load(targets_ptr + tokens).to(tl.int32)
+    lse = tl.load(values[0] + tokens)
+    a, b = tl.load(values[1] + tokens), tl.load(values[2] + tokens)
+    targets = tl.load(values[3] + tokens).to(tl.int32)
     multiplier = None
     if multiplier_ptr is not None:
         multiplier = tl.load(multiplier_ptr + tokens)
@@ -146,9 +143,7 @@ def store_gradients(
         tl.exp2(logits - lse[:, None]),
         classes[None, :] == targets[:, None],
         inside,
-        a,
-        b=b,
-        lse=lse,
+        (lse, a, b),
         softcap=softcap,
         multiplier=multiplier,
         TOKEN_AXIS=0,
@@ -167,11 +162,8 @@ def sampled_gradients_kernel(
     low_c_ptr,  # (V, LOW_RANK)
     rows_ptr,  # (ROWS,) int64
     bias_ptr,  # (V,), or None, like softcap and multiplier_ptr
-    lse_ptr,  # (N,) log2, like all that follow
-    a_ptr,
-    b_ptr,
-    targets_ptr,
-    multiplier_ptr,
+    values,  # pointers to lse (log2), a, b and targets, (N,) each, and others
+    multiplier_ptr,  # (N,)
     out_ptr,  # (ROWS, stride) logit gradients, and projections of the rows of c, out
     V,
     D,
@@ -225,10 +217,7 @@ def sampled_gradients_kernel(
             stop_class=stop_class,
             rows_ptr=rows_ptr,
             bias_ptr=bias_ptr,
-            lse_ptr=lse_ptr,
-            a_ptr=a_ptr,
-            b_ptr=b_ptr,
-            targets_ptr=targets_ptr,
+            values=values,
             multiplier_ptr=multiplier_ptr,
             out_ptr=out_ptr,
             stride=stride,

@@ -6,6 +6,7 @@ import triton.language as tl
 from cut_cross_entropy.kernels.triton.primitives import (
     gather_rows,
     load_rows,
+    load_token_values,
     logit_gradient,
     low_rank_product,
     popcount,
@@ -26,15 +27,11 @@ def stored_rows(grad_ptr, borrowed_ptr, slots, first_borrowed, BLOCK_T: tl.const
 @triton.jit(do_not_specialize=["num_tiles_ptr", "first_block", "first_borrowed"])
 def strip_gradients_kernel(
     e,  # (N, D)
+    values,  # pointers to lse (log2; +inf: no token), a, b and targets, (N,) each, and scale, ()
     c_ptr,  # (V, D)
     bias_ptr,  # (V,), or None
     low_e_ptr,  # (N, LOW_RANK)
     low_c_ptr,  # (V, LOW_RANK)
-    lse_ptr,  # (N,) log2; +inf: no token
-    a_ptr,  # (N,)
-    b_ptr,  # (N,)
-    targets_ptr,  # (N,)
-    scale_ptr,  # ()
     eta_ptr,  # (N,), or None, like the one that follows
     multiplier_ptr,
     classes_ptr,  # (K,)
@@ -87,7 +84,7 @@ def strip_gradients_kernel(
     left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_S, 2, HALF)), (0, 2, 1)))
     slots = tl.load(slots_ptr + strips, mask=inside, other=0)
     rows = stored_rows(grad_ptr, borrowed_ptr, slots, first_borrowed, BLOCK_T=BLOCK_T)
-    scale = tl.load(scale_ptr)
+    scale = tl.load(values[4])
     tile = tl.load(first_tile_ptr + local_block)
     tile += (start - tl.load(starts_ptr + local_block)) // BLOCK_S
     bias_grad = tl.zeros((BLOCK_S,), tl.float32)
@@ -95,10 +92,7 @@ def strip_gradients_kernel(
         columns = half * HALF + tl.arange(0, HALF)
         tokens = first_token + columns
         is_token = tokens < N
-        lse = tl.load(lse_ptr + tokens, mask=is_token, other=float("inf"))
-        a = tl.load(a_ptr + tokens, mask=is_token, other=0.0)
-        b = tl.load(b_ptr + tokens, mask=is_token, other=0.0)
-        targets = tl.load(targets_ptr + tokens, mask=is_token, other=-1).to(tl.int32)
+        of_tokens = load_token_values(values, tokens, is_token)
         eta = None
         multiplier = None
         if eta_ptr is not None:
@@ -107,18 +101,10 @@ def strip_gradients_kernel(
             multiplier = tl.load(multiplier_ptr + tokens, mask=is_token, other=1.0)
         part = left if half == 0 else right
         logits = transform_logits(part, classes, inside, bias_ptr, softcap, multiplier=multiplier)
-        p = tl.exp2(logits - lse[None, :])
+        p = tl.exp2(logits - of_tokens[0][None, :])
+        onehot = (classes[:, None] == of_tokens[3][None, :]) & inside[:, None]
         grad = logit_gradient(
-            logits,
-            p,
-            (classes[:, None] == targets[None, :]) & inside[:, None],
-            inside,
-            a,
-            b=b,
-            lse=lse,
-            softcap=softcap,
-            multiplier=multiplier,
-            eta=eta,
+            logits, p, onehot, inside, of_tokens, softcap=softcap, multiplier=multiplier, eta=eta
         )
         tl.store(kept_mass_ptr + tile * BLOCK_T + columns, tl.sum(p, 0))
         if BIAS_GRAD:
