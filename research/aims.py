@@ -101,8 +101,8 @@ def study(problem: Problem, name: str) -> dict[str, Any]:
     device = problem.e.device
     sizes = dict(zip(("classes", "dim"), problem.c.shape, strict=True))
     found = {"test_data": name, "tokens": problem.e.shape[0], **sizes, **times(problem, device)}
-    peak = peak_mib(lambda _: losses(problem)["time"](), device)
-    return {**found, **errors(problem), "peak_mib": round(peak)}
+    run = losses(problem)["time"]
+    return {**found, **errors(problem), "peak_mib": round(peak_mib(lambda _: run(), device))}
 
 
 def main() -> None:
