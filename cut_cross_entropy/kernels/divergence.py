@@ -24,6 +24,7 @@ from cut_cross_entropy.kernels.divergence_logits import (
     finish,
     finish_mixture,
     kind_of_divergence,
+    log_sum_exps,
     room_for_sums,
     scale_of,
 )
@@ -97,17 +98,18 @@ def forward(problem: DivergenceProblem) -> DivergenceState:
             logits.add_sums(tokens, classes, of_tokens, kind, has_targets)
         sums[:, tokens] = of_tokens[0]
         if is_whole and kind == MIXTURE.value:  # the logits are still there
-            finish(of_tokens[0], results[:, tokens], kind, has_targets)
-            of_mixture[:, tokens] = logits.mixture_sums(tokens, every, results[:, tokens], beta)
+            lses = log_sum_exps(of_tokens[0])
+            of_mixture[:, tokens] = logits.mixture_sums(tokens, every, lses, beta)
     if group is not None:
         sums = combine(gather_shards(sums, group), kind)
     finish(sums, results, kind, has_targets)
     if kind == MIXTURE.value:
         if not is_whole:
+            lses = log_sum_exps(sums)
             for tokens, e, e_teacher in logits.token_blocks():
                 for classes in blocks.class_blocks():
                     logits.multiply(e, e_teacher, tokens, classes, classes.start)
-                    of_block = logits.mixture_sums(tokens, classes, results[:, tokens], beta)
+                    of_block = logits.mixture_sums(tokens, classes, lses[:, tokens], beta)
                     of_mixture[:, tokens] += of_block
         if group is not None:
             of_mixture = gather_shards(of_mixture, group).sum(0)

@@ -114,23 +114,24 @@ class StoredLogits:
         )
         combine(sums[: 1 + num_parts], kind, first=int(classes.start == 0))
 
-    def mixture_sums(self, tokens: slice, classes: slice, results: Tensor, beta: float) -> Tensor:
+    def mixture_sums(self, tokens: slice, classes: slice, lses: Tensor, beta: float) -> Tensor:
         """Return the sums (2, T) relative to the mixture of such a block.
 
         Args:
             tokens, classes: the block.
-            results: (6, T) of its tokens, of which the log-sum-exps are read.
+            lses: (2, T) log-sum-exps of student and teacher, log2.
             beta: share of the teacher in the mixture.
         """
-        shape = (parts_of(classes.stop - classes.start), 2, results.shape[1])
-        sums = torch.empty(shape, dtype=torch.float32, device=results.device)
+        shape = (parts_of(classes.stop - classes.start), 2, lses.shape[1])
+        sums = torch.empty(shape, dtype=torch.float32, device=lses.device)
+        lse, teacher_lse = lses
         self._run(
             mixture_sums_kernel,
             tokens,
             classes,
             in_parts=True,
-            lse_ptr=results[3] / LN2.value,
-            teacher_lse_ptr=results[4] / LN2.value,
+            lse_ptr=lse,
+            teacher_lse_ptr=teacher_lse,
             sums_ptr=sums,
             share=beta,
             rest=1 - beta,
@@ -275,6 +276,19 @@ def combine(parts: Tensor, kind: int, first: int = 0) -> Tensor:
     return parts[0]
 
 
+def from_student(sums: Tensor) -> Tensor:
+    """Return the divergence (T,) of the student from the teacher, from the sums (8, T), log2."""
+    log_ratio = sums[TEACHER_TOTAL].log2() - sums[TOTAL].log2()
+    return sums[CROSS] / sums[TOTAL] + log_ratio
+
+
+def log_sum_exps(sums: Tensor) -> Tensor:
+    """Return the log-sum-exps (2, T) of student and teacher from the sums (8, T), log2."""
+    step = TEACHER_HIGH - HIGH
+    highs, totals = sums[HIGH : TEACHER_HIGH + 1 : step], sums[TOTAL : TEACHER_TOTAL + 1 : step]
+    return highs + totals.log2()
+
+
 def finish(sums: Tensor, results: Tensor, kind: int, has_targets: bool) -> None:
     """Turn the sums (8, T) of tokens into their results (6, T), in the order of the state.
 
@@ -287,8 +301,7 @@ def finish(sums: Tensor, results: Tensor, kind: int, has_targets: bool) -> None:
     if kind == FROM_TEACHER.value:
         results[0] = sums[CROSS] / sums[TEACHER_TOTAL] + (log_total - log_teacher_total)
     elif kind == FROM_STUDENT.value:
-        results[0] = sums[CROSS] / sums[TOTAL] + (log_teacher_total - log_total)
-        results[5] = results[0]
+        results[0] = results[5] = from_student(sums)
     results *= LN2.value
     if has_targets:
         # Precise where the target has most of the probability, and never above 0.

@@ -26,13 +26,14 @@ from cut_cross_entropy.kernels.divergence_logits import (
     TokenValues,
     finish,
     finish_mixture,
+    from_student,
     kind_of_divergence,
+    log_sum_exps,
     room_for_sums,
     scale_of,
 )
 from cut_cross_entropy.kernels.step import in_compute_dtype
-from cut_cross_entropy.kernels.triton.divergence_logits import MIXTURE
-from cut_cross_entropy.kernels.triton.primitives import LN2
+from cut_cross_entropy.kernels.triton.divergence_logits import FROM_STUDENT, MIXTURE, RELATIVE
 from cut_cross_entropy.problem import Gradients, Needed, gradient_scale
 
 MANY_TOKENS, EVEN_TOKENS = 512, (128, 64)
@@ -61,6 +62,8 @@ def divergence_and_gradients(
     make = student.e.new_zeros
     kind, every = kind_of_divergence(beta), slice(0, num_classes)
     results = make((6, count), dtype=torch.float32)
+    sums = make((8, count), dtype=torch.float32)
+    of_mixture = torch.zeros_like(sums[:2])
     if weights is None:
         weights = make(blocks.num_tokens, dtype=torch.float32) + 1
     rows = even_chunk(count, most, EVEN_TOKENS[most < MANY_TOKENS])
@@ -68,36 +71,43 @@ def divergence_and_gradients(
     logits = StoredLogits.allocate(blocks, others, rows, num_classes)
     scale = scale_of(DivergenceGrads(weights, None, None), blocks, logits.factor_type)
     weights = blocks.gather(weights.float())
+    scaled = weights * scale
     parts = slices_of_factors(rows, blocks, others)
     gradients = GradientSums(blocks, parts, needed)
     filtered = None
     if is_filtered and FilteredSums.is_worth_it(blocks, needed):
-        largest = (weights * scale).abs()
+        largest = scaled.abs()
         unit = gradient_scale(largest, largest)
         filtered = FilteredSums(gradients, tolerance, logits.memory[1], unit)
 
     for tokens, e, e_teacher in logits.token_blocks():
         for classes in parts:
             logits.multiply(e, e_teacher, tokens, classes, 0)
-        of_tokens = results[:, tokens]
-        sums = room_for_sums(num_classes, of_tokens.shape[1], of_tokens)
-        logits.add_sums(tokens, every, sums, kind, has_targets)
-        finish(sums[0], of_tokens, kind, has_targets)
+        of_tokens = room_for_sums(num_classes, len(e), sums)
+        logits.add_sums(tokens, every, of_tokens, kind, has_targets)
+        sums[:, tokens] = of_tokens[0]
+        lses = log_sum_exps(of_tokens[0])
+        relative = lses[0]  # unused, like the entropy
         if kind == MIXTURE.value:
-            finish_mixture(logits.mixture_sums(tokens, every, of_tokens, beta), of_tokens, beta)
-        _, entropy, _, lse, teacher_lse, relative = of_tokens / LN2.value
+            of_mixture[:, tokens] = logits.mixture_sums(tokens, every, lses, beta)
+            relative = of_mixture[RELATIVE, tokens]
+        elif kind == FROM_STUDENT.value:
+            relative = from_student(of_tokens[0])
         values = TokenValues(
-            weights[tokens] * scale,
+            scaled[tokens],
             None,
             None,
             None,
-            lse=lse,
-            teacher_lse=teacher_lse,
+            lse=lses[0],
+            teacher_lse=lses[1],
             relative=relative,
-            entropy=entropy,
+            entropy=lses[0],
         )
         factor = logits.write_gradients(tokens, every, values, kind, beta)
         (filtered or gradients).add(tokens, e, factor)
+    finish(sums, results, kind, has_targets)
+    if kind == MIXTURE.value:
+        finish_mixture(of_mixture, results, beta)
     if filtered is not None:
         filtered.finish()
     if logits.factor_type == torch.float16:
