@@ -12,6 +12,7 @@ import torch
 
 from cut_cross_entropy import __version__
 from cut_cross_entropy.device_support import kernels_unavailable, triton_is_interpreted
+from cut_cross_entropy.dispatch import choose_impl
 from cut_cross_entropy.implementations.full_logits import missing_compiler
 from cut_cross_entropy.options import KERNEL_IMPLS, LCE_IMPL_DEFAULT, OWN_IMPLS
 
@@ -37,6 +38,7 @@ def report() -> Iterator[str]:
     for device in devices():
         yield ""
         yield f"{device}: {description(device)}"
+        yield f"  auto, in half precision: {choose_impl('auto', device, torch.bfloat16)}"
         for names, reason in implementations(device):
             verdict = "can run" if reason is None else f"cannot run: {reason}"
             yield f"  {', '.join(names)}: {verdict}"

@@ -55,7 +55,7 @@ EQUAL, ORDER, ABOVE = "equal", "order", "above"
 """Where the losses of a training end."""
 
 NOISE = 1.02
-"""Times, peaks and errors that are above another by less than this factor are not worse."""
+"""Times, peaks and errors that differ by less than this factor count as equal."""
 
 COSTS = (("time, ms", "runtime_ms", ".1f"), ("peak, MiB", "op_mem_mb", ",.0f"),
          ("error of dE, × rounding", "multiple_e", ".2f"),
@@ -133,8 +133,8 @@ def verdict(kept: Measurements, runs: Records, folder: Path) -> str:
         place: "; ".join(f"{x['job']} ({x['loss']})" for x in trained if x["place"] == place)
         for place in (ORDER, ABOVE)
     }
-    cheaper = {
-        name: [line[f"full_{what}"] > line[what] for line in lines if not pd.isna(line[what])]
+    ratios = {
+        name: [line[f"full_{what}"] / line[what] for line in lines if not pd.isna(line[what])]
         for what, name in (("mib", "Peak memory"), ("ms", "Time"))
     }
     commits: dict[str, int] = {}
@@ -144,13 +144,15 @@ def verdict(kept: Measurements, runs: Records, folder: Path) -> str:
     count = sum(line["place"] == EQUAL for line in trained)
     return (
         f"- Losses: in {count} of {len(trained)} trainings `cce` ends at most two standard errors "
-        "above full logits."
-        + f" Higher, but no seed by more than another order of the sums: {names[ORDER]}."
+        "above full logits; one seed has no such error and counts if it ends no higher."
+        + f" Higher, but in no seed by more than reversed batches move full logits: {names[ORDER]}."
         * bool(names[ORDER])
         + f" Higher than that: {names[ABOVE]}." * bool(names[ABOVE])
         + "".join(
-            f"\n- {name}: less than full logits in {sum(found)} of {len(found)} jobs."
-            for name, found in cheaper.items()
+            f"\n- {name}: less than full logits in {sum(x > NOISE for x in found)} of {len(found)} "
+            f"jobs, more in {sum(x * NOISE < 1 for x in found)} (differences up to {NOISE - 1:.0%} "
+            "count as none)."
+            for name, found in ratios.items()
         )
         + "\n- Commits measured, with their lines: "
         + ", ".join(f"{commit} ({n})" for commit, n in sorted(commits.items(), key=lambda x: -x[1]))

@@ -40,6 +40,7 @@ def test_what_is_said_of_the_cpu_is_so(monkeypatch, interpret):
             linear_cross_entropy(e, c, targets, impl=name)
     assert (reasons["cce"] is None) == (interpret == "1")
     text = "\n".join(report.report())
+    assert "  auto, in half precision: chunked\n" in text
     assert ("cannot run" in text) == (interpret == "0")
 
 

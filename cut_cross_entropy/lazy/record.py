@@ -81,6 +81,9 @@ class ForwardRecord:
             )
             self.dispatch_keys = _usual_keys() if is_usual else _dispatch_keys()
 
+    def __repr__(self) -> str:
+        return f"<ForwardRecord of {self.model_name}, losses without logits: {self.losses}>"
+
     @property
     def model_name(self) -> str:
         """The class of the model."""

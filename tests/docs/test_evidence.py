@@ -16,6 +16,7 @@ from tests.benchmark.test_documentation import ENVIRONMENT, row
 NONE = {"distill": [], "several_gpus": [], "pretrain": [], "earlier/finetune": [],
         "earlier/pretrain": []}  # fmt: skip
 DOCS = ROOT / "docs"
+EQUAL = "(differences up to 2% count as none)"
 PAGE = (DOCS / "evidence.md").read_text(encoding="utf-8")
 
 
@@ -138,12 +139,21 @@ def test_records_of_two_texts_are_pooled(nothing):
     assert counts[0].startswith("- Losses: in 0 of 2 trainings `cce` ends at most two ")
     assert f". Higher than that: Pretraining from scratch; H200 ({above}); Pretr" in counts[0]
     assert counts[1:] == [
-        "- Peak memory: less than full logits in 0 of 2 jobs.",
-        "- Time: less than full logits in 2 of 2 jobs.",
+        f"- Peak memory: less than full logits in 0 of 2 jobs, more in 0 {EQUAL}.",
+        f"- Time: less than full logits in 2 of 2 jobs, more in 0 {EQUAL}.",
         "- Commits measured, with their lines: abcdef1 (2).",
     ]
     made[1].content["settings"]["steps"] = 4
     assert len(evidence_tables.summary(nothing, runs, Path()).splitlines()[2:]) == 4
+
+
+def test_costs_that_hardly_differ_are_equal(nothing):
+    losses = {"full": [2.0], "cce": [2.0]}
+    made = [record("finetune", losses, {"full": 100.0, "cce": ms}) for ms in (97.0, 98.5, 103.0)]
+    for steps, one in enumerate(made):
+        one.content["settings"]["steps"] = steps  # or they would be pooled
+    counts = evidence_tables.verdict(nothing, {**NONE, "finetune": made}, Path()).splitlines()
+    assert counts[2] == f"- Time: less than full logits in 1 of 3 jobs, more in 1 {EQUAL}."
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ def test_loss_and_gradients_are_those_of_the_model(softcap):
         with lazy_head(model.lm_head, impl="reference") as record:
             logits, _ = model(*batch())
     assert record.losses == 1
+    assert repr(record) == "<ForwardRecord of Linear, losses without logits: 1>"
     assert type(logits) is LazyLogits
     assert not is_computed(logits)
     torch.testing.assert_close(logits + 0, model(*batch())[0])

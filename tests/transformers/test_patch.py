@@ -271,10 +271,10 @@ def test_apply_lce_is_the_loss_of_a_model():
 def test_perplexity_as_the_readme_of_the_first_release_computes_it():
     model = llama()
     input_ids = batch()["input_ids"]
-    attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
-    attention_mask[1, 6:] = False
+    attention_mask = torch.ones_like(input_ids)  # integers, as a tokenizer gives
+    attention_mask[1, 6:] = 0
     labels = input_ids.clone()
-    labels[~attention_mask] = -100
+    labels[attention_mask == 0] = -100
     logits = model(input_ids, attention_mask).logits
 
     model = cce_patch(model, reduction="none")
