@@ -42,7 +42,7 @@ def is_observed(values: Iterable[Any]) -> bool:
     """Whether PyTorch has to see an operator that is called with ``values``, not its body alone.
 
     That is where it compiles or traces, or has a mode or a profiler that is told of operators, and
-    for tensors without memory of their own.
+    for tensors without memory of their own or whose memory holds the negative of their values.
     """
     return (
         torch.compiler.is_compiling()
@@ -57,7 +57,7 @@ def is_observed(values: Iterable[Any]) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     own = type(tensor) in (Tensor, torch.nn.Parameter)
-    return own and not tensor.is_meta and torch._C._has_storage(tensor)
+    return own and not tensor.is_meta and not tensor.is_neg() and torch._C._has_storage(tensor)
 
 
 def is_computed_again() -> bool:

@@ -278,3 +278,16 @@ def test_tensors_without_memory_go_to_the_operator(dispatched):
     loss = linear_cross_entropy(e.requires_grad_(), c, targets, impl="chunked", recompute=True)
     assert loss.is_meta
     assert dispatched == NAMES[:1]
+
+
+def test_negative_views_are_resolved(dispatched):
+    """The imaginary part of a conjugate has the opposite sign of what its memory holds."""
+    problem = make_problem((5,))
+    e = torch.complex(torch.zeros_like(problem.e), -problem.e).conj().imag
+    assert e.is_neg()
+    loss = linear_cross_entropy(e, problem.c, problem.targets, impl="chunked", recompute=True)
+    expected = linear_cross_entropy(
+        problem.e, problem.c, problem.targets, impl="chunked", recompute=True
+    )
+    assert torch.equal(loss, expected)
+    assert dispatched == NAMES[:1]
