@@ -162,14 +162,14 @@ class Head:
             terms.append(Product(hidden, adapter.b, scale))
         return [Product(e, self.weight, base_scale), *terms]
 
-    @torch.no_grad()
     def _norms(self, adapter: LowRank) -> Tensor:
         """Norms (V,) of the rows of weight and adapter together."""
         num_classes, dim = self.weight.shape
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         norms = torch.empty(num_classes, dtype=wide, device=adapter.a.device)
         step = max(128, NORM_BYTES // (2 * dim * wide.itemsize))
-        with torch.autocast(adapter.a.device.type, enabled=False):
+        # Not a decorator: the compiler knows no decorated method of a head that it makes.
+        with torch.no_grad(), torch.autocast(adapter.a.device.type, enabled=False):
             for start in range(0, num_classes, step):
                 stop = min(start + step, num_classes)
                 rows = torch.addmm(

@@ -73,8 +73,9 @@ def test_rows_on_demand_and_a_single_graph():
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
-def test_a_head_that_compiled_code_makes(fullgraph):
-    case = Case("lora")
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_head_that_compiled_code_makes(kind, fullgraph):
+    case = Case(kind)
     head = case.head
 
     def value(e):

@@ -151,6 +151,19 @@ def test_classes_that_are_ruled_out(budget):
     assert found[1.0].isfinite().all()
 
 
+@pytest.mark.parametrize(("beta", "side"), [(0.0, "student"), (1.0, "teacher")])
+def test_classes_that_one_model_rules_out_and_the_other_all_but(beta, side):
+    tensors, targets = problem(dtype=torch.float32)
+    targets[targets != -100] %= 100
+    for name in ("student", "teacher"):
+        tensors[f"{name}_bias"][128:] = -torch.inf if name == side else -1e5
+    ours, expected = (
+        run(tensors, targets, beta, impl=impl).divergence for impl in ("cce", "chunked")
+    )
+    assert expected.isfinite().all()
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_without_tokens():
     tensors, targets = problem(dtype=torch.float32)
     leaves = leaves_of(tensors)

@@ -165,15 +165,15 @@ def combine_sums_kernel(
     tl.store(out, high, mask=kept)
     tl.store(out + num_tokens, tl.sum(p * shrink, 0), mask=kept)
     tl.store(out + 2 * num_tokens, tl.sum(others * shrink, 0), mask=kept)
-    tl.store(out + 3 * num_tokens, tl.sum((first - fall * p) * shrink, 0), mask=kept)
+    tl.store(out + 3 * num_tokens, tl.sum(expected(shrink, first - fall * p), 0), mask=kept)
     tl.store(out + 4 * num_tokens, target, mask=kept)
     tl.store(out + 5 * num_tokens, teacher_high, mask=kept)
     tl.store(out + 6 * num_tokens, tl.sum(q * teacher_shrink, 0), mask=kept)
     if KIND == FROM_TEACHER:
-        cross = (cross + (fall - teacher_fall) * q) * teacher_shrink
+        cross = expected(teacher_shrink, cross + (fall - teacher_fall) * q)
         tl.store(out + 7 * num_tokens, tl.sum(cross, 0), mask=kept)
     if KIND == FROM_STUDENT:
-        cross = (cross + (teacher_fall - fall) * p) * shrink
+        cross = expected(shrink, cross + (teacher_fall - fall) * p)
         tl.store(out + 7 * num_tokens, tl.sum(cross, 0), mask=kept)
 
 
