@@ -21,11 +21,9 @@ from cut_cross_entropy.options import ImplName
 from experiments import comparison, finetune
 from experiments.comparison import JUDGED_TOKENS, REORDERED, mean
 from experiments.finetune import Finetune
+from experiments.peers import TRL
 from training.arguments import Parser
 from training.losses import FULL, Divergence, FullLogits, divergence, hidden_states, make_loss
-
-TRL = "trl"
-"""Method that is the function of TRL's distillation trainer."""
 
 HeadDivergence = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 """Mean divergence of ``e`` (B, T, D) and a head (V, D), those of the teacher, and beta."""

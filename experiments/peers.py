@@ -1,7 +1,6 @@
 """Losses of other packages, by the names under which the benchmark measures them."""
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,12 @@ from torch import Tensor
 
 from training.losses import FullLogits, hidden_states, plain_head
 
-APPLE, LIGER = "apple", "liger"
-PEERS = (APPLE, LIGER)
+APPLE, LIGER, TRL = PEERS = ("apple", "liger", "trl")
 OWN = "cut_cross_entropy"
 """Name of this package, which is also that of Apple's."""
+
+TRL_CHUNK = 32768
+"""Classes of a tile, as TRL's own forward passes them."""
 
 HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Mean loss of ``e`` (N, D), ``c`` (V, D) and targets (N,)."""
@@ -58,12 +59,9 @@ def peer_loss(name: str, apple: Path | None) -> PeerLoss:
     Raises:
         ImportError: it is not installed.
     """
-    return PeerLoss(_apple(apple) if name == APPLE else _liger())
-
-
-def is_installed(name: str, apple: Path | None) -> bool:
-    """Whether :func:`peer_loss` finds the package ``name``."""
-    return apple is not None if name == APPLE else bool(importlib.util.find_spec("liger_kernel"))
+    if name == APPLE:
+        return PeerLoss(_apple(apple))
+    return PeerLoss(_liger() if name == LIGER else _trl())
 
 
 def _liger() -> HeadLoss:
@@ -73,6 +71,17 @@ def _liger() -> HeadLoss:
         raise ImportError(f"method {LIGER} needs the package liger-kernel: {error}") from error
     module = LigerFusedLinearCrossEntropyLoss()
     return lambda e, c, targets: module(c, e, targets)
+
+
+def _trl() -> HeadLoss:
+    try:
+        from trl.kernels import ChunkedLogProbFunction
+    except ImportError as error:
+        raise ImportError(f"method {TRL} needs the package trl: {error}") from error
+    apply: Any = ChunkedLogProbFunction.apply
+    return lambda e, c, targets: (
+        -apply(e, c, None, targets, 1.0, TRL_CHUNK, None, 1.0, ())[0].mean()
+    )
 
 
 def _apple(folder: Path | None) -> HeadLoss:

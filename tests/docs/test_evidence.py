@@ -330,6 +330,16 @@ def test_trainers(nothing, tmp_path):
          "31.5 / 30.4", "2,048 / 2,048"]
     ]  # fmt: skip
 
+    # Of several seeds: the largest distance and peak, the median time.
+    runs += [
+        {**runs[1], "seed": seed, "ms_per_step": {"update": ms}, "peak_mib": {"update": 2050.0}}
+        for seed, ms in ((1, 20.4), (2, 21.4))
+    ]
+    content["distances"].append({"method": "token_logprobs", "seed": 1, "loss": 0.0005})
+    (tmp_path / "experiments/dpo_bf16_b200.json").write_text(json.dumps(content))
+    [line] = cells(evidence_tables.summary(nothing, {"finetune": [], **NONE}, tmp_path))
+    assert line[1:] == ["at most 1.3e-03", "", "21.4 / 30.4", "2,050 / 2,048"]
+
 
 def test_rivals_of_fine_tuning(nothing):
     """Apple's package is faster here, and what is neither full logits nor a rival is no line."""

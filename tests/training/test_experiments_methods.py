@@ -65,6 +65,13 @@ class TestPeers:
         assert finetune.main(arguments) == 2
         assert "method liger needs the package liger-kernel" in capsys.readouterr().err
 
+    def test_trl_computes_the_loss_of_full_logits(self):
+        pytest.importorskip("trl")
+        expected, model, ids = FullLogits(), llama(), batches()[0]
+        expected.prepare(model)
+        found = peers.peer_loss("trl", None)(model, ids).item()
+        assert found == pytest.approx(expected(model, ids).item(), rel=1e-5)
+
     def test_steps_are_those_of_full_logits(self):
         losses = {}
         for loss in (FullLogits(), peers.PeerLoss(cross_entropy)):
