@@ -75,6 +75,11 @@ def current_autocast(device_type: str) -> torch.dtype | None:
     return None
 
 
+def autocast_type(device: torch.device) -> str:
+    """Return the type to turn autocast off for: meta tensors have none, and refuse the question."""
+    return "cpu" if device.type == "meta" else device.type
+
+
 def triton_is_interpreted() -> bool:
     """Whether ``TRITON_INTERPRET=1`` asks for kernels to run on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -9,6 +9,7 @@ from torch import Tensor
 from cut_cross_entropy.budget import powers_per_chunk
 from cut_cross_entropy.call_context import is_offloaded, is_traced, is_transformed, plain
 from cut_cross_entropy.device_support import (
+    autocast_type,
     kernels_unavailable,
     relative_throughput,
     triton_is_interpreted,
@@ -269,8 +270,8 @@ def _full_losses(impl: str, problem: Problem) -> PerToken:
     _check_targets(problem)
     full: Callable[[Problem], tuple[Tensor, Tensor]] = FULL_IMPLS[impl].target_logits_and_lse
     kept = problem.targets != problem.ignore_index
-    # compute_dtype has its say already; meta tensors have no autocast to turn off.
-    with torch.autocast("cpu" if problem.e.is_meta else problem.e.device.type, enabled=False):
+    # compute_dtype has its say already.
+    with torch.autocast(autocast_type(problem.e.device), enabled=False):
         logit, lse = full(problem)
         if problem.group is not None:
             logit, lse = combine_shards(logit, lse, problem.group)
@@ -316,7 +317,7 @@ def token_outputs(
     if impl == "reference":
         _refuse_shards(problem)
         _check_targets(problem)
-        with torch.autocast(problem.e.device.type, enabled=False):
+        with torch.autocast(autocast_type(problem.e.device), enabled=False):
             logits = reference.all_logits(problem)
             return reference.token_outputs(problem, logits, asked, weights)
     chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
@@ -374,7 +375,7 @@ def class_logits(impl: str, problem: Problem, ids: Tensor) -> Tensor:
         return run_class_logits(problem, ids)
     num_classes = problem.c.shape[0]
     kept = (problem.targets != problem.ignore_index)[:, None] & (ids >= 0)
-    with torch.autocast(problem.e.device.type, enabled=False):
+    with torch.autocast(autocast_type(problem.e.device), enabled=False):
         logits = reference.all_logits(problem).gather(1, ids.clamp(0, num_classes - 1))
     return torch.where(kept, torch.where(ids < num_classes, logits, torch.nan), 0)
 

@@ -11,7 +11,7 @@ from cut_cross_entropy.arguments import Prepared, prepare, stand_in
 from cut_cross_entropy.budget import divergence_tokens_per_chunk
 from cut_cross_entropy.call_context import is_offloaded, is_traced, is_transformed, plain
 from cut_cross_entropy.constants import DEFAULT_MEMORY_BUDGET, IGNORE_INDEX
-from cut_cross_entropy.device_support import kernels_unavailable
+from cut_cross_entropy.device_support import autocast_type, kernels_unavailable
 from cut_cross_entropy.dispatch import choose_impl, filter_tolerance, gradients_needed
 from cut_cross_entropy.distributed.options import VocabParallelOptions
 from cut_cross_entropy.divergence_problem import DivergenceProblem, DivergenceState, Summation
@@ -464,7 +464,7 @@ def _reference(problem: DivergenceProblem) -> DivergenceState:
     student, teacher, beta, has_targets = problem
     if not (torch.compiler.is_compiling() or is_traced()):
         check_target_range(plain(student.targets), student.c.shape[0], student.ignore_index)
-    with torch.autocast(student.e.device.type, enabled=False):
+    with torch.autocast(autocast_type(student.e.device), enabled=False):
         log_p = reference.all_logits(student).log_softmax(1)
         log_q = reference.all_logits(teacher).log_softmax(1).to(log_p.dtype)
         kept = student.targets != student.ignore_index

@@ -52,6 +52,10 @@ def divided(
         return total
     if reduction != "mean":
         raise NotImplementedError(f"there is no divisor for reduction={reduction!r} here")
+    if isinstance(num_items_in_batch, Tensor):
+        # Of one element: it changes neither the shape of a scalar nor its dtype.
+        items = num_items_in_batch.reshape(()).to(total.dtype)
+        return total / items.where((items != 0) | (total != 0), 1)
     if num_items_in_batch is not None:
         return total / num_items_in_batch
     if weights is not None:

@@ -148,14 +148,28 @@ def test_a_mean_without_weight_is_0(weights):
     assert not e.grad.any()
 
 
-@pytest.mark.parametrize("items", [7, torch.tensor(7)])
+@pytest.mark.parametrize(
+    "items", [7, torch.tensor(7), torch.tensor([7]), torch.tensor([[7.0]], dtype=torch.float16)]
+)
 def test_number_of_items(items):
+    """The loss keeps its shape and dtype, whatever those of the number."""
     made = problem()
     arguments = (made.e, made.c, made.targets)
     options = {"label_smoothing": 0.1, "class_weights": WEIGHTS}
     total = linear_cross_entropy(*arguments, reduction="sum", **options)
     ours = linear_cross_entropy(*arguments, num_items_in_batch=items, **options)
     torch.testing.assert_close(ours, total / 7)
+
+
+def test_no_item_and_nothing_to_learn():
+    made = problem()
+    e, nothing = made.e.requires_grad_(), torch.full_like(made.targets, -100)
+    loss = linear_cross_entropy(e, made.c, nothing, num_items_in_batch=torch.tensor(0))
+    loss.backward()
+    assert loss == 0
+    assert not e.grad.any()
+    wrong = linear_cross_entropy(e, made.c, made.targets, num_items_in_batch=torch.tensor(0))
+    assert wrong == torch.inf  # there are losses: a wrong number is not hidden
 
 
 def test_module_has_the_options_and_moves_its_weights():

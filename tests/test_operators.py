@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cut_cross_entropy import linear_cross_entropy
+from cut_cross_entropy import linear_cross_entropy, linear_divergence, token_logprobs
 from cut_cross_entropy.operators.losses import chunked_gradients, chunked_losses
 from tests.support import IMPLS, check_checkpoint, check_repeated_backward, make_problem, run_ours
 
@@ -158,6 +158,24 @@ def test_tensors_without_values(impl, where, dtype):
         assert got.stride() == expected.stride()
         assert got.device.type == ("cpu" if where == "fake" else "meta")
     assert all((x.grad.shape, x.grad.dtype) == (x.shape, x.dtype) for x in leaves)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_further_results_of_meta_tensors(impl):
+    """Meta tensors have no autocast that could be turned off."""
+    problem = make_problem()
+    e, c, targets = (x.to("meta") for x in (problem.e, problem.c, problem.targets))
+    e.requires_grad_()
+    smooth = linear_cross_entropy(e, c, targets, label_smoothing=0.1, impl=impl)
+    names = ("lse", "entropy", "mean_logit", "rank")
+    ids = targets[..., None]
+    found = token_logprobs(e, c, targets, outputs=names, candidates=ids, impl=impl)
+    compared = linear_divergence(e, c, e, c, targets=targets, reduction="mean", impl=impl)
+    results = [found.logprobs, found.candidate_logprobs, *(getattr(found, x) for x in names)]
+    assert [tuple(x.shape) for x in results] == [(6, 5), (6, 5, 1), *[(6, 5)] * 4]
+    total = smooth + found.entropy.sum() + found.mean_logit.sum() + compared.divergence
+    (grad,) = torch.autograd.grad(total, e)
+    assert (grad.shape, grad.is_meta) == (e.shape, True)
 
 
 def test_double_backward_is_refused():

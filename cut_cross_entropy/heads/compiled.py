@@ -25,7 +25,8 @@ def outside_graphs_with_heads(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.compiler.is_compiling() and not _wants_one_graph():
+        # torch.export traces by a compiler of its own, into one graph.
+        if torch.compiler.is_dynamo_compiling() and not _wants_one_graph():
             for x in (*args, *kwargs.values()):
                 if isinstance(x, Head):
                     return _untraced(function, *args, **kwargs)
@@ -43,9 +44,12 @@ def _untraced(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 # error says where it must not be.
 @constant_in_traces
 def _wants_one_graph() -> bool:
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    translator = InstructionTranslator.current_tx()
+        translator = InstructionTranslator.current_tx()
+    except (ImportError, AttributeError):
+        return False
     names = ("one_graph", "error_on_graph_break")
     return any(bool(getattr(translator, name, False)) for name in names)
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cut_cross_entropy.device_support import autocast_type
 from cut_cross_entropy.validation import FLOAT_DTYPES
 
 NORM_BYTES = 64 * 2**20
@@ -169,7 +170,7 @@ class Head:
         norms = torch.empty(num_classes, dtype=wide, device=adapter.a.device)
         step = max(128, NORM_BYTES // (2 * dim * wide.itemsize))
         # Not a decorator: the compiler knows no decorated method of a head that it makes.
-        with torch.no_grad(), torch.autocast(adapter.a.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(autocast_type(adapter.a.device), enabled=False):
             for start in range(0, num_classes, step):
                 stop = min(start + step, num_classes)
                 rows = torch.addmm(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.device_support import autocast_type
 from cut_cross_entropy.distributed.collectives import sum_over_group
 from cut_cross_entropy.implementations import chunked_outputs, class_logits
 from cut_cross_entropy.implementations.blocks import slices
@@ -377,7 +378,7 @@ def mean_logits_of_rank_one(problem: Problem, weights: Tensor) -> Tensor:
     wide, dtype = problem.wide, problem.compute_dtype
     row = _call_mean_row(problem.c, weights, dtype, problem.memory_budget)[0]
     kept = problem.targets != problem.ignore_index
-    with torch.autocast(problem.e.device.type, enabled=False):
+    with torch.autocast(autocast_type(problem.e.device), enabled=False):
         # An ignored token contributes nothing, whatever its embedding holds (0 * NaN is NaN).
         e = torch.where(kept[:, None], problem.e, 0).to(dtype).to(wide)
         mean = (e * row).sum(1)

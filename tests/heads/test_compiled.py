@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cut_cross_entropy import linear_cross_entropy, linear_divergence, token_logprobs
-from cut_cross_entropy.heads import Head
+from cut_cross_entropy.heads import Head, LowRank, compiled
 from cut_cross_entropy.heads.compiled import joined
 from tests.heads.test_heads import BUDGET, Case
 
@@ -61,11 +61,37 @@ def test_tensors_are_joined_for_a_single_graph(name, kind):
     assert graphs_of(name, Case(kind), fullgraph=True) == 1
 
 
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "matrix"])
+def test_exported(name, strict, kind):
+    """``torch.export`` has a graph and, unless it is strict, no compiler that could break it."""
+    case = Case("lora")
+    with torch.no_grad():
+        low = case.head.low_rank[0]
+        tensors = [x.clone() for x in (case.e, case.head.weight, low.a, low.b)]
+
+    class Loss(torch.nn.Module):
+        def forward(self, e, weight, a, b):
+            head = Head(weight, low_rank=[LowRank(a, b, 0.5)]) if kind == "lora" else Head(weight)
+            return CALLS[name](e, head, case.targets)
+
+    program = torch.export.export(Loss(), tuple(tensors), strict=strict)
+    other = [x + 0.1 for x in tensors]
+    torch.testing.assert_close(program.module()(*other), Loss()(*other), rtol=1e-12, atol=1e-12)
+
+
+def test_a_compiler_that_does_not_say_what_it_wants(monkeypatch):
+    """The question is asked of names of PyTorch that are not public."""
+    monkeypatch.delattr(torch._dynamo.symbolic_convert, "InstructionTranslator")
+    assert not compiled._wants_one_graph()
+
+
 def test_rows_on_demand_and_a_single_graph():
     case = Case("rows_on_demand")
-    compiled = torch.compile(CALLS["loss"], backend="eager", fullgraph=True)
+    call = torch.compile(CALLS["loss"], backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        compiled(case.e, case.head, case.targets)
+        call(case.e, case.head, case.targets)
     with pytest.raises(NotImplementedError, match="compile with fullgraph=False, which leaves the"):
         joined(
             case.head.products(case.e), torch.float64
