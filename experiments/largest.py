@@ -26,6 +26,9 @@ def largest_batch(
 ) -> dict[str, Any]:
     """Double the batch from ``start`` sequences until it does not fit, then bisect.
 
+    A batch fits if a step after the first need not free cached memory, which takes longer than the
+    step does.
+
     Args:
         model: is trained meanwhile.
         loss: how the loss is computed.
@@ -69,15 +72,21 @@ def _two_steps(
         steps = train_steps(model, loss, batches, schedule, autocast)
         next(steps)
         synchronize(device)
-        began = time.perf_counter()
+        freed, began = _times_freed(device), time.perf_counter()
         next(steps)
         synchronize(device)
+        took = time.perf_counter() - began
     except RuntimeError as error:  # of PyTorch's allocator, of Triton, of a kernel's limits
         return {"stopped_by": in_one_line(error, 120)}
     finally:
         model.zero_grad(set_to_none=True)
+    if _times_freed(device) > freed:
+        return {"stopped_by": "the allocator had to free memory in the second step"}
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return {
-        "ms_per_step": round(1000 * (time.perf_counter() - began), 1),
-        "peak_mib": round(peak / 2**20, 1),
-    }
+    return {"ms_per_step": round(1000 * took, 1), "peak_mib": round(peak / 2**20, 1)}
+
+
+def _times_freed(device: torch.device) -> int:
+    """Return how often the allocator has freed its cache for want of memory."""
+    on_gpu = device.type == "cuda"
+    return int(torch.cuda.memory_stats(device)["num_alloc_retries"]) if on_gpu else 0

@@ -146,6 +146,18 @@ def test_largest_batch(most):
     assert max(loss.tried) <= max(4, 2 * most)
 
 
+def test_a_batch_that_frees_memory_in_each_step_does_not_fit(monkeypatch):
+    loss = Limited(100)
+    # Two calls a batch, before and after its second step.
+    monkeypatch.setattr(
+        largest, "_times_freed", lambda _: sum(tried > 8 for tried in loss.tried), raising=True
+    )
+    windows = batches().flatten(0, 1)
+    found = largest.largest_batch(llama(), loss, windows, SCHEDULE, 4, autocast=False)
+    assert (found["sequences"], max(loss.tried)) == (8, 16)
+    assert "free memory in the second step" in found["stopped_by"]
+
+
 def test_no_batch_fits():
     found = largest.largest_batch(llama(), Limited(0), batches()[0], SCHEDULE, 4, autocast=False)
     assert found == {"sequences": 0, "tokens": 0, "stopped_by": "no room for so many"}
