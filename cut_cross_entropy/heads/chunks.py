@@ -91,7 +91,7 @@ class HeadProblem(Problem):
 
     def put_grad_c(self, out: Tensor, classes: slice, rows: Tensor) -> None:
         """Add the gradient of some rows, less the frozen columns, to those of their parts."""
-        self.rows.add_gradient(classes, rows)
+        self.rows.add_gradient_of_all(classes, rows)
 
     def chunk_size(self) -> int:
         """Classes of a chunk, so that its rows and what is made of them take half the budget."""
@@ -203,10 +203,14 @@ def token_outputs(
         compute: returns the results of a chunk, of its problem, the sums and its weights.
         logits_of: returns the logits (N, K) of class ids (N, K).
     """
-    by_chunk = replace(asked, rank=False)
-    found = problem.over_chunks(
-        lambda part, classes: compute(part, by_chunk, None if weights is None else weights[classes])
-    )
+
+    def of_chunk(part: Problem, classes: slice) -> TokenOutputs:
+        # The last chunk may have fewer classes than are asked for.
+        most = min(asked.top_k, classes.stop - classes.start)
+        own = None if weights is None else weights[classes]
+        return compute(part, replace(asked, rank=False, top_k=most), own)
+
+    found = problem.over_chunks(of_chunk)
     merged = _merge(problem, [x.nll for x in found], [x.lse for x in found])
     results = {name: getattr(found[0], name) for name in TokenOutputs._fields}
     results |= {"nll": merged.nll, "lse": merged.lse}

@@ -38,7 +38,8 @@ class ClassRows:
         found = [x for part in self.parts for x in part if isinstance(x, Tensor)]
         self._leaves = list({id(x): x for x in found if x.requires_grad}.values())
         self._versions = [(x, x._version) for x in found if not x.is_inference()]
-        self._grads: list[Tensor] | None = None
+        self._grads: list[Tensor] | None = None  # of chunks that autograd sees
+        self._grads_of_all: list[Tensor] | None = None  # by a function of all rows
 
     def anchor(self) -> Tensor | None:
         """Return a scalar through which the gradients reach the parts; None if they need none.
@@ -91,9 +92,30 @@ class ClassRows:
     def add_gradient(self, classes: slice, grad: Tensor) -> None:
         """Take the gradient of the rows of a chunk but for their frozen columns."""
         if self._grads is None:
-            self._grads = [
-                torch.zeros_like(x, memory_format=torch.contiguous_format) for x in self._leaves
-            ]
+            self._grads = self._zeros()
+        self._add_to(self._grads, classes, grad)
+
+    @torch.no_grad()
+    def add_gradient_of_all(self, classes: slice, grad: Tensor) -> None:
+        """Take the same of a function that computes the gradients of all rows."""
+        if self._grads_of_all is None:
+            self._grads_of_all = self._zeros()
+        self._add_to(self._grads_of_all, classes, grad)
+
+    def forget_gradients(self) -> None:
+        """Drop what such a function left in an earlier backward that did not ask for the parts'.
+
+        For the start of its own backward. Others may have left theirs in this pass already.
+        """
+        self._grads_of_all = None
+
+    def _zeros(self) -> list[Tensor]:
+        return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in self._leaves]
+
+    def _add_to(self, grads: list[Tensor], classes: slice, grad: Tensor) -> None:
+        def of(leaf: Tensor) -> Tensor:
+            return next(g for x, g in zip(self._leaves, grads, strict=True) if x is leaf)
+
         first = -self.frozen_columns
         for rows, scale in self.parts:
             start, first = first, first + rows.shape[1]
@@ -102,28 +124,22 @@ class ClassRows:
             own = grad[:, start:first]
             if isinstance(rows, Tensor) and rows.requires_grad:
                 of_rows = own if scale is None else own * scale[classes, None]
-                self._grad_of(rows)[classes] += of_rows
+                of(rows)[classes] += of_rows
             if scale is not None and scale.requires_grad:
                 wide = torch.promote_types(own.dtype, torch.float32)
                 part = rows_of(rows, classes.start, classes.stop)
                 of_scale = torch.linalg.vecdot(own.to(wide), part.to(wide))
-                self._grad_of(scale)[classes] += of_scale
-
-    def _grad_of(self, leaf: Tensor) -> Tensor:
-        assert self._grads is not None
-        return next(g for x, g in zip(self._leaves, self._grads, strict=True) if x is leaf)
-
-    def forget_gradients(self) -> None:
-        """Drop what an earlier backward pass left that did not ask for the parts' gradients.
-
-        For a function that computes the gradients of all rows, at the start of its backward.
-        """
-        self._grads = None
+                of(scale)[classes] += of_scale
 
     def hand_over(self) -> list[Tensor | None]:
         """Return the gradients of all chunks, in the order of the leaves."""
-        grads, self._grads = self._grads, None
-        return list(grads) if grads is not None else [None for _ in self._leaves]
+        found = [x for x in (self._grads, self._grads_of_all) if x is not None]
+        self._grads = self._grads_of_all = None
+        if not found:
+            return [None for _ in self._leaves]
+        if len(found) == 1:
+            return list(found[0])
+        return [x.add_(y) for x, y in zip(*found, strict=True)]
 
 
 def requires_grad(product: Product) -> bool:

@@ -132,7 +132,7 @@ class _Losses(Function):
                 problem,
                 ctx.rows.make,
                 Needed(need_e, need_rows, need_bias),
-                take_rows=ctx.rows.add_gradient,
+                take_rows=ctx.rows.add_gradient_of_all,
             )
         return (
             found.e if need_e else None,

@@ -193,6 +193,17 @@ def test_outputs_of_tokens(kind):
     assert_equal(case, total, expected_total)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_more_of_the_likeliest_classes_than_the_last_chunk_has(impl):
+    torch.manual_seed(0)
+    e, weight, a, b = torch.randn(3, 8), torch.randn(130, 8), torch.randn(2, 8), torch.randn(130, 2)
+    head = Head(weight, low_rank=(LowRank(a, b),))
+    targets = torch.tensor([1, 129, -100])
+    found = token_logprobs(e, head, targets, top_k=5, memory_budget=1, impl=impl)
+    expected = F.linear(e, weight + b @ a).topk(5).indices
+    assert torch.equal(found.top_ids[:2], expected[:2])
+
+
 def test_normalised_over_a_support():
     case = Case("lora")
     support = torch.cat([case.targets[..., None], torch.randint(0, V, (2, N, 6))], -1)

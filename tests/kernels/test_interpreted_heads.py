@@ -474,6 +474,31 @@ def test_a_head_with_trained_parts_makes_its_rows_twice(kind, impl, monkeypatch)
         assert (mine.double() - theirs).norm() < 2e-5 * theirs.norm()
 
 
+def test_smoothed_losses_of_a_head_with_trained_parts():
+    """Both terms of the loss have a gradient by the parts, and either may come first.
+
+    A backward that does not ask for these leaves nothing behind.
+    """
+    made = make_problem((20,), classes=300, dim=16, ignored=0.2)
+    torch.manual_seed(1)
+    make = lambda *shape: (torch.randn(*shape) / 4).requires_grad_()
+    e, a, b, magnitude = made.e.requires_grad_(), make(4, 16), make(300, 4), make(300)
+    head = Head(made.c, low_rank=(LowRank(a, b, 0.5, magnitude=magnitude),))
+    leaves = (e, a, b, magnitude)
+    loss = linear_cross_entropy(e, head, made.targets, impl="cce_exact", label_smoothing=0.3)
+
+    def truth(e, a, b, magnitude):
+        matrix = made.c.double() + 0.5 * b @ a
+        matrix = (magnitude / matrix.norm(dim=1).detach())[:, None] * matrix
+        return F.cross_entropy(e @ matrix.T, made.targets, label_smoothing=0.3)
+
+    _, expected = gradients_in_float64(truth, leaves)
+    for asked in ((e,), leaves, leaves):
+        ours = torch.autograd.grad(loss, asked, retain_graph=True)
+        for mine, theirs in zip(ours, expected, strict=False):
+            assert (mine.double() - theirs).norm() < 2e-5 * theirs.norm()
+
+
 def test_a_head_with_trained_parts_in_half_precision():
     """Gradients are scaled into the range of float16 while they are factors."""
     made = make_problem((150,), classes=600, dim=32, ignored=0.2)
