@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -134,7 +135,7 @@ def verdict(kept: Measurements, runs: Records, folder: Path) -> str:
         for place in (ORDER, ABOVE)
     }
     ratios = {
-        name: [line[f"full_{what}"] / line[what] for line in lines if not pd.isna(line[what])]
+        name: [line[what] / line[f"full_{what}"] for line in lines if not pd.isna(line[what])]
         for what, name in (("mib", "Peak memory"), ("ms", "Time"))
     }
     commits: dict[str, int] = {}
@@ -149,10 +150,12 @@ def verdict(kept: Measurements, runs: Records, folder: Path) -> str:
         * bool(names[ORDER])
         + f" Higher than that: {names[ABOVE]}." * bool(names[ABOVE])
         + "".join(
-            f"\n- {name}: less than full logits in {sum(x > NOISE for x in found)} of {len(found)} "
-            f"jobs, more in {sum(x * NOISE < 1 for x in found)} (differences up to {NOISE - 1:.0%} "
-            "count as none)."
+            f"\n- {name}: less than full logits in {sum(x < 1 / NOISE for x in found)} of "
+            f"{len(found)} jobs, more in {sum(x > NOISE for x in found)} (differences up to "
+            f"{NOISE - 1:.0%} count as none); between {min(found):.2f} and {max(found):.2f} times "
+            f"theirs, {statistics.median(found):.2f} in the median."
             for name, found in ratios.items()
+            if found
         )
         + "\n- Commits measured, with their lines: "
         + ", ".join(f"{commit} ({n})" for commit, n in sorted(commits.items(), key=lambda x: -x[1]))

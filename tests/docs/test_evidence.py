@@ -139,8 +139,10 @@ def test_records_of_two_texts_are_pooled(nothing):
     assert counts[0].startswith("- Losses: in 0 of 2 trainings `cce` ends at most two ")
     assert f". Higher than that: Pretraining from scratch; H200 ({above}); Pretr" in counts[0]
     assert counts[1:] == [
-        f"- Peak memory: less than full logits in 0 of 2 jobs, more in 0 {EQUAL}.",
-        f"- Time: less than full logits in 2 of 2 jobs, more in 0 {EQUAL}.",
+        f"- Peak memory: less than full logits in 0 of 2 jobs, more in 0 {EQUAL}; "
+        "between 1.00 and 1.00 times theirs, 1.00 in the median.",
+        f"- Time: less than full logits in 2 of 2 jobs, more in 0 {EQUAL}; "
+        "between 0.50 and 0.50 times theirs, 0.50 in the median.",
         "- Commits measured, with their lines: abcdef1 (2).",
     ]
     made[1].content["settings"]["steps"] = 4
@@ -153,7 +155,10 @@ def test_costs_that_hardly_differ_are_equal(nothing):
     for steps, one in enumerate(made):
         one.content["settings"]["steps"] = steps  # or they would be pooled
     counts = evidence_tables.verdict(nothing, {**NONE, "finetune": made}, Path()).splitlines()
-    assert counts[2] == f"- Time: less than full logits in 1 of 3 jobs, more in 1 {EQUAL}."
+    assert counts[2] == (
+        f"- Time: less than full logits in 1 of 3 jobs, more in 1 {EQUAL}; between 0.97 and 1.03 "
+        "times theirs, 0.98 in the median."
+    )
 
 
 @pytest.mark.parametrize(
