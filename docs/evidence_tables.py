@@ -134,10 +134,6 @@ def verdict(kept: Measurements, runs: Records, folder: Path) -> str:
         place: "; ".join(f"{x['job']} ({x['loss']})" for x in trained if x["place"] == place)
         for place in (ORDER, ABOVE)
     }
-    ratios = {
-        name: [line[what] / line[f"full_{what}"] for line in lines if not pd.isna(line[what])]
-        for what, name in (("mib", "Peak memory"), ("ms", "Time"))
-    }
     commits: dict[str, int] = {}
     for line in lines:
         for commit in dict.fromkeys(re.findall(r"\), ([0-9a-f]{7,})", line["record"])):
@@ -149,17 +145,30 @@ def verdict(kept: Measurements, runs: Records, folder: Path) -> str:
         + f" Higher, but in no seed by more than reversed batches move full logits: {names[ORDER]}."
         * bool(names[ORDER])
         + f" Higher than that: {names[ABOVE]}." * bool(names[ABOVE])
-        + "".join(
-            f"\n- {name}: less than full logits in {sum(x < 1 / NOISE for x in found)} of "
-            f"{len(found)} jobs, more in {sum(x > NOISE for x in found)} (differences up to "
-            f"{NOISE - 1:.0%} count as none); between {min(found):.2f} and {max(found):.2f} times "
-            f"theirs, {statistics.median(found):.2f} in the median."
-            for name, found in ratios.items()
-            if found
-        )
+        + _compared("Peak memory", "mib", lines)
+        + _compared("Time", "ms", lines)
         + "\n- Commits measured, with their lines: "
         + ", ".join(f"{commit} ({n})" for commit, n in sorted(commits.items(), key=lambda x: -x[1]))
         + "."
+    )
+
+
+def _compared(title: str, cost: str, lines: Iterable[Mapping[str, Any]]) -> str:
+    """Count the jobs in which a cost is less than with full logits or more; "" without any."""
+    found = [
+        (line[cost] / line[f"full_{cost}"], cost != "ms" or line.get("apart", True))
+        for line in lines
+        if not pd.isna(line[cost])
+    ]
+    if not found:
+        return ""
+    ratios = [ratio for ratio, _ in found]
+    return (
+        f"\n- {title}: less than full logits in {sum(x < 1 / NOISE and y for x, y in found)} of "
+        f"{len(found)} jobs, more in {sum(x > NOISE and y for x, y in found)} (differences up to "
+        f"{NOISE - 1:.0%} count as none, as do times that overlap between the seeds); between "
+        f"{min(ratios):.2f} and {max(ratios):.2f} times theirs, {statistics.median(ratios):.2f} in "
+        "the median."
     )
 
 
@@ -223,9 +232,16 @@ def _training_in_short(name: str, record: Record) -> Iterator[dict[str, Any]]:
                 ),
                 "noise": of_seeds(found[REORDERED][figure]) if REORDERED in found else "",
                 "ms": cost.loc[method, "ms_per_step"], "full_ms": cost.loc[full, "ms_per_step"],
+                "apart": apart(record.runs, method, full),
                 "mib": cost.loc[method, "peak_mib"], "full_mib": cost.loc[full, "peak_mib"],
                 "record": link_run(record),
             }  # fmt: skip
+
+
+def apart(runs: pd.DataFrame, method: str, other: str) -> bool:
+    """Whether each run of one method takes longer a step than each of the other."""
+    one, two = (runs.loc[runs["method"] == name, "ms_per_step"] for name in (method, other))
+    return bool(one.min() > two.max() or one.max() < two.min())
 
 
 def place_of(values: pd.Series, reordered: pd.Series) -> str:
@@ -255,7 +271,7 @@ def _trainer_in_short(title: str, path: Path, record: dict[str, Any]) -> Iterato
     off: dict[str, float] = {}
     for line in record.get("distances", []):
         off[line["method"]] = max(line["loss"], off.get(line["method"], 0.0))
-    cost = _trainer_costs(record)
+    cost = costs(_trainer_runs(record))
     if {"trl", "token_logprobs"} <= set(cost.index) and "token_logprobs" in off:
         ours, theirs = cost.loc["token_logprobs"], cost.loc["trl"]
         where = record["machine"]
@@ -265,19 +281,20 @@ def _trainer_in_short(title: str, path: Path, record: dict[str, Any]) -> Iterato
             "loss": f"at most {off['token_logprobs']:.1e}",
             "noise": f"at most {off['trl_reordered']:.1e}" if "trl_reordered" in off else "",
             "ms": ours["ms_per_step"], "full_ms": theirs["ms_per_step"],
+            "apart": apart(_trainer_runs(record), "token_logprobs", "trl"),
             "mib": ours["peak_mib"], "full_mib": theirs["peak_mib"],
             "record": link(f"experiments/{path.name}", where["commit"]),
         }  # fmt: skip
 
 
-def _trainer_costs(record: Mapping[str, Any]) -> pd.DataFrame:
-    """Return what a step costs with each output layer: median time, largest peak."""
+def _trainer_runs(record: Mapping[str, Any]) -> pd.DataFrame:
+    """Return what a step costs in each run: the time of all its parts, the highest peak."""
     rows = [
         {"method": run["method"], "ms_per_step": sum(run["ms_per_step"].values()),
          "peak_mib": max(run["peak_mib"].values())}
         for run in record["runs"]
     ]  # fmt: skip
-    return costs(pd.DataFrame(rows))
+    return pd.DataFrame(rows)
 
 
 def layer(kept: Measurements, _: Records, __: Path) -> str:
@@ -302,38 +319,24 @@ def layer(kept: Measurements, _: Records, __: Path) -> str:
 
 def finetune(_: Measurements, runs: Records, __: Path) -> str:
     """Held-out loss minus that of full logits, speed and memory of fine-tuned models."""
-    return _trained([*_all_of(runs["finetune"]), *_missing_from(runs)])
-
-
-def _all_of(records: Iterable[Record]) -> Iterator[tuple[Record, set[str]]]:
-    """Yield records with all of their methods."""
-    for record in records:
-        yield record, set(record.runs["method"])
-
-
-def _missing_from(runs: Records) -> Iterator[tuple[Record, set[str]]]:
-    """Yield earlier records of fine-tuning with the methods that the newer of the model lacks."""
-    known = {one.model: methods for one, methods in _all_of(runs["finetune"])}
-    for record, methods in _all_of(runs[f"{EARLIER}/finetune"]):
-        if methods := methods - known.get(record.model, set()):
-            yield record, methods
+    return _trained(runs["finetune"])
 
 
 def distill(_: Measurements, runs: Records, __: Path) -> str:
     """Held-out divergence minus that of full logits, speed and memory of distillation."""
-    return _trained(_all_of(runs["distill"]))
+    return _trained(runs["distill"])
 
 
-def _trained(records: Iterable[tuple[Record, set[str]]]) -> str:
-    """Return the table of some methods of some records."""
-    lines, records, largest = [], list(records), dict[tuple[str, str], tuple[int, str]]()
-    for record, _ in records:
+def _trained(records: Iterable[Record]) -> str:
+    """Return the table of the methods of some records."""
+    lines, largest = [], dict[tuple[str, str], tuple[int, str]]()
+    for record in records:
         for row in record.content.get("largest", []):
             where = row.get("commit", record.content["machine"]["commit"])
             largest.setdefault((record.model, row["method"]), (row["tokens"], where))
-    for record, methods in records:
+    for record in records:
         cost, commit = costs(record.runs), record.content["machine"]["commit"]
-        for method in (name for name in cost.index if name in methods):
+        for method in cost.index:
             own = record.runs[record.runs["method"] == method]
             found = differences(record.runs, method)[HELD_OUT]
             tokens, measured = largest.get((record.model, method), (None, commit))
@@ -355,7 +358,7 @@ def _trained(records: Iterable[tuple[Record, set[str]]]) -> str:
         ("tokens/s, whole step", "{speed:,.0f}"), ("peak, MiB", "{mib:,.0f}"),
         ("largest batch, tokens", "{tokens:,}{other}"), ("record", "{record}"),
     ]  # fmt: skip
-    return table(lines, columns) + _commands(record for record, _ in records)
+    return table(lines, columns) + _commands(records)
 
 
 def _commands(records: Iterable[Record]) -> str:
@@ -369,14 +372,14 @@ def _commands(records: Iterable[Record]) -> str:
 
 def several_gpus(_: Measurements, runs: Records, __: Path) -> str:
     """Held-out loss, speed and memory of training on several GPUs and on one."""
-    return _trained(_all_of(runs["several_gpus"]))
+    return _trained(runs["several_gpus"])
 
 
 def pretrain(_: Measurements, runs: Records, __: Path) -> str:
     """Held-out loss by rarity of the token, minus that of full logits."""
     lines = []
-    records = [*runs["pretrain"], *runs[f"{EARLIER}/pretrain"]]
-    for record in (*pooled(runs["pretrain"]), *runs[f"{EARLIER}/pretrain"]):
+    records = [*runs["pretrain"], *runs[EARLIER]]
+    for record in (*pooled(runs["pretrain"]), *runs[EARLIER]):
         known = dict.fromkeys(record.runs["method"])
         pairs = [(f"`{method}`", method, FULL) for method in known if method != FULL]
         if {"cce", "cce_exact"} <= set(known):  # the filter alone
@@ -490,17 +493,14 @@ def against(kept: Measurements, runs: Records, folder: Path) -> str:
             )
             others = dict(zip(own["method"], own["title"], strict=True))
             lines += _worse_layers(kept, own, f"{data_title(name)}, `{kind}`, {device}", others)
-    tuned = [one for name in TUNED for one in runs[name]]
-    for record, methods in (
-        *_all_of(tuned),
-        *_missing_from(runs),
-        *_all_of(pooled(runs["pretrain"])),
-    ):
-        lines += _worse_runs(record, methods)
+    tuned = (one for name in TUNED for one in runs[name])
+    for record in (*tuned, *pooled(runs["pretrain"])):
+        lines += _worse_runs(record)
     for title, path, record in _trl_records(folder):
-        ms = _trainer_costs(record)["ms_per_step"]
+        found = _trainer_runs(record)
+        ms = costs(found)["ms_per_step"]
         ours, theirs = ms.get("token_logprobs", 0.0), ms.get("trl", math.inf)
-        if ours > NOISE * theirs:
+        if ours > NOISE * theirs and apart(found, "token_logprobs", "trl"):
             lines.append(
                 {"where": f"{title}, {record['machine']['device']}", "what": "ms a step",
                  "ours": f"{ours:.0f}", "theirs": f"{theirs:.0f}", "title": "TRL's output layer",
@@ -535,9 +535,9 @@ def _worse_layers(
     return lines
 
 
-def _worse_runs(record: Record, methods: set[str]) -> list[dict[str, Any]]:
-    """Return lines of a training record: costs above those of one of ``methods``, or a loss that
-    is higher than with full logits by more than two standard errors of the seeds.
+def _worse_runs(record: Record) -> list[dict[str, Any]]:
+    """Return lines of a training record: costs above those of another method, or a loss that is
+    higher than with full logits by more than two standard errors of the seeds.
     """
     runs, lines = record.runs, []
     if not {FULL, "cce"} <= set(runs["method"]):
@@ -547,15 +547,15 @@ def _worse_runs(record: Record, methods: set[str]) -> list[dict[str, Any]]:
     shared = {"where": f"{where}, {record.device}", "title": "full logits",
               "record": link_run(record)}  # fmt: skip
     cost = costs(runs)
-    for method in (name for name in cost.index if name in RIVALS and name in methods):
+    for method in (name for name in cost.index if name in RIVALS):
         for what, column, form in (("ms a step", "ms_per_step", ".1f"),
                                    ("peak, MiB", "peak_mib", ",.0f")):  # fmt: skip
             ours, theirs = cost.loc["cce", column], cost.loc[method, column]
-            if ours > NOISE * theirs:
+            if ours > NOISE * theirs and (column != "ms_per_step" or apart(runs, "cce", method)):
                 lines.append({**shared, "what": what, "ours": f"{ours:{form}}",
                               "theirs": f"{theirs:{form}}", "title": RIVALS[method]})  # fmt: skip
     found = differences(runs, "cce")
-    for name in found if "cce" in methods else ():
+    for name in found:
         values = found[name].dropna()
         worse = -values if name.startswith("probability") else values
         if len(values) > 1 and worse.mean() > 2 * worse.sem():

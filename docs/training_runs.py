@@ -11,11 +11,11 @@ import pandas as pd
 from docs.page import Column, table
 from docs.plots import Plot, draw_curves, draw_rarity, minus, run_name, short
 
-EARLIER = "earlier"
-"""Folder of records of kernels that have changed since in what their gradients skip."""
+EARLIER = "earlier/pretrain"
+"""Pretraining with kernels that have changed since in what their gradients skip."""
 TUNED = {"finetune": "Fine-tuning", "distill": "Distillation of", "several_gpus": "Fine-tuning"}
 """Experiments with models that are trained already, as their titles begin."""
-NAMES = (*TUNED, "pretrain", f"{EARLIER}/finetune", f"{EARLIER}/pretrain")
+NAMES = (*TUNED, "pretrain", EARLIER)
 FULL, REORDERED = "full", "full_reordered"
 INDEPENDENT = (FULL, REORDERED)
 """Methods that use nothing of this package: their runs hold for every commit of it."""
@@ -23,6 +23,8 @@ MODELS = {"smollm2": "SmolLM2 135M", "smollm2-135m": "SmolLM2 135M", "gemma3-270
 """Names of models by those of their files without the ending."""
 DIVERGENCES = {0: "forward KL", 1: "reverse KL", 0.5: "JSD"}
 """Names of divergences by their beta."""
+USUAL_BATCH = 8
+"""Sequences a step of the runs whose names do not say how many."""
 LAST_STEPS = 20
 """Steps whose training losses are averaged at the end of a run."""
 KEY = ["method", "seed"]
@@ -83,6 +85,8 @@ class Record:
             parts += ["4-bit weights"] * ("load_in_4bit" in settings)
         if "processes" in settings:
             parts[-1] += f" on {settings['processes']} processes"
+        if (batch := settings["batch_size"]) != USUAL_BATCH:
+            parts.append(f"{batch} sequences a step")
         return ", ".join(parts)
 
 
@@ -396,14 +400,13 @@ def plots_of(records: Records) -> list[Plot]:
     """Return the plots of all records."""
     found = []
     tuned = [(verb, one) for x, verb in TUNED.items() for one in records[x]]
-    tuned += [(TUNED["finetune"], one) for one in records[f"{EARLIER}/finetune"]]
     for verb, record in tuned:
         settings = record.content["settings"]
         title = (f"{verb} {record.model}, batches of {settings['batch_size']} x "
                  f"{settings['length']:,} tokens, {short(record.device)}")  # fmt: skip
         data = record.runs[[*KEY, "losses"]].assign(smooth=1)
         found.append(Plot(record.image, title, draw_curves, data))
-    for record in (*records["pretrain"], *records[f"{EARLIER}/pretrain"]):
+    for record in (*records["pretrain"], *records[EARLIER]):
         settings, runs = record.content["settings"], record.runs
         title = (f"Pretraining a Llama of {settings['layers']} layers from scratch, vocabulary "
                  f"{settings['vocabulary']:,}, {short(record.device)}")  # fmt: skip

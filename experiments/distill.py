@@ -38,7 +38,7 @@ def build_parser() -> Parser:
             "distill",
             "Distillation with full logits and without.",
             peers=(TRL,),
-            **{**finetune.DEFAULTS, "learning_rate": 1e-3},
+            **{**finetune.DEFAULTS, "learning_rate": 3e-4},
             methods=[FULL, "auto", REORDERED],
         )
     )

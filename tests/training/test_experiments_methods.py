@@ -240,7 +240,7 @@ def test_tables_of_cost(arguments, tmp_path, model_folder):
     ]
     path.write_text(json.dumps(record))
     text = training_runs.section("finetune", training_runs.read(path.parent))
-    assert text.startswith("### Gemma 3 270M\n")
+    assert text.startswith("### Gemma 3 270M, 2 sequences a step\n")
     assert "| 4.0 | 8,000 | 0 |" in text  # 2 sequences of 16 tokens
     assert "| `cce` | 96 | 98,304 | 500 | 196,608 | 9 | abc |" in text
     assert "`liger`" not in text
