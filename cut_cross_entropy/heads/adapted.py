@@ -77,7 +77,7 @@ def token_losses(problem: HeadProblem, filter_: Filter) -> PerToken:
     """
     base, *others = problem.products
     dtype, num_classes = problem.compute_dtype, problem.rows.num_classes
-    e = base.features.flatten(0, -2)
+    e, *hidden = (x.features.reshape(-1, x.features.shape[-1]) for x in problem.products)
     low_c, low_e = (x.new_empty((x.shape[0], 0), dtype=dtype) for x in (problem.c, e))
     if others:
         columns = []
@@ -85,7 +85,7 @@ def token_losses(problem: HeadProblem, filter_: Filter) -> PerToken:
             rows = rows_of(x.rows, 0, num_classes)
             columns.append((rows if x.scale is None else rows * x.scale[:, None]).to(dtype))
         low_c = torch.cat(columns, 1)
-        low_e = torch.cat([x.features.flatten(0, -2).to(dtype) for x in others], 1)
+        low_e = torch.cat([x.to(dtype) for x in hidden], 1)
         padding = -low_c.shape[1] % RANK_STEP
         low_c, low_e = F.pad(low_c, (0, padding)), F.pad(low_e, (0, padding))
     whole: AdaptedProblem

@@ -271,6 +271,22 @@ def test_the_threshold_of_an_adapted_head_follows_the_error(always_filtered, mon
     assert error(head) < 1
 
 
+@pytest.mark.parametrize("on_demand", [False, True])
+def test_one_token_of_an_adapted_head(on_demand):
+    """Embeddings (D,) and a target without dimensions."""
+    made = make_problem((), classes=150, dim=16, ignored=0.0)
+    weight = Stored(made.c) if on_demand else made.c
+    e, a, b = made.e.requires_grad_(), torch.ones(4, 16) / 16, torch.ones(150, 4).requires_grad_()
+    loss = linear_cross_entropy(
+        e, Head(weight, low_rank=(LowRank(a, b),)), made.targets, impl="cce"
+    )
+    expected = F.cross_entropy(F.linear(e, made.c + b @ a), made.targets)
+    torch.testing.assert_close(loss, expected)
+    pairs = zip(*(torch.autograd.grad(x, (e, b)) for x in (loss, expected)), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=5e-3, atol=1e-4)
+
+
 def test_losses_of_tokens_of_an_adapted_head():
     """With a temperature, and upstream gradients of both results."""
     made, head, leaves, logits = adapted_case("two")
