@@ -114,7 +114,7 @@ def _launch_again(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any])
     which = (id(kernel), *flat, *map(type, flat.values()))  # its hash takes a lock
     layout = _layouts.get(which)
     if layout is None:
-        layout = _layouts[which] = _Layout.of(kernel, flat)
+        layout = _layouts[which] = _Layout.of(kernel, arguments, flat)
     device = torch._C._cuda_getDevice()
     tensors, integers = layout.tensors(flat), layout.integers(flat)
     # Triton asks the driver about each tensor, but takes an address as it is.
@@ -241,24 +241,37 @@ class _Layout:
     codes: dict[tuple[Any, ...], _Code] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, kernel: Any, arguments: dict[str, Any]) -> "_Layout":
-        """Sort the arguments by what the machine code depends on."""
+    def of(cls, kernel: Any, arguments: dict[str, Any], flat: dict[str, Any]) -> "_Layout":
+        """Sort the arguments by what the machine code depends on.
+
+        Args:
+            kernel: the kernel.
+            arguments: those of a launch.
+            flat: the same by :func:`_flat`.
+
+        Raises:
+            TypeError: a parameter was left to its default, whose value a launch has to pass.
+        """
         constants, plain = _constants(kernel), set(kernel.do_not_specialize)
         names: list[str] = []
         members: list[int | slice] = []
         for name in kernel.arg_names:
-            if name in arguments:
-                members.append(len(names))
-                names.append(name)
-            else:
-                own = [one for one in arguments if one.startswith(f"{name}.")]
+            if name not in arguments:
+                raise TypeError(f"{kernel.__name__} must be launched with a value of {name}")
+            if type(arguments[name]) is tuple:
+                own = [f"{name}.{place}" for place in range(len(arguments[name]))]
                 members.append(slice(len(names), len(names) + len(own)))
                 names += own
+                if name in constants:
+                    constants.update(own)
+            else:
+                members.append(len(names))
+                names.append(name)
         values = [name for name in names if name not in constants]
         values.sort(key=plain.__contains__)
-        tensors = [name for name in values if isinstance(arguments[name], Tensor)]
-        integers = [name for name in values if type(arguments[name]) is int]
-        descriptors = [name for name in values if hasattr(arguments[name], "block_shape")]
+        tensors = [name for name in values if isinstance(flat[name], Tensor)]
+        integers = [name for name in values if type(flat[name]) is int]
+        descriptors = [name for name in values if hasattr(flat[name], "block_shape")]
         others = [name for name in names if name not in tensors]
         given = [*tensors, *others]
         return cls(
@@ -267,10 +280,10 @@ class _Layout:
             _getter(integers),
             len(set(integers) - plain),
             _getter(descriptors) if descriptors else None,
-            _getter([name for name in arguments if name not in values]),
+            _getter([name for name in flat if name not in values]),
             _getter(others),
             _getter([given.index(name) for name in names]),
-            members if len(names) > len(kernel.arg_names) else None,
+            members if flat is not arguments else None,
         )
 
 

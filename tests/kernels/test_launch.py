@@ -17,6 +17,7 @@ class Kernel:
     ``again`` has the launches by what Triton's launcher calls, ``told`` those by Triton.
     """
 
+    __name__ = "kernel"
     arg_names = ("x_ptr", "y_ptr", "N", "D", "softcap", "BLOCK")
     do_not_specialize = ("N", "y_ptr")
 
@@ -218,6 +219,26 @@ def test_members_of_a_tuple_are_compiled_for_like_arguments(kernel, launcher):
         x = (*first[:place], other, *first[place + 1 :])
         launch._launch_again(kernel, (3,), {"x": x, "BLOCK": 8, "N": 5})
     assert kernel.compiled == 6
+
+
+@pytest.mark.parametrize("x", [(), (FLOATS, 3)], ids=["empty", "two"])
+def test_a_parameter_left_to_its_default_beside_a_tuple(kernel, x):
+    """The values of a launch are in the order of the parameters, and as many."""
+    kernel = KernelOfTuple(Triton36)
+    with pytest.raises(TypeError, match="kernel must be launched with a value of N"):
+        launch._launch_again(kernel, (3,), {"x": x, "BLOCK": 8})
+    for _ in range(2):
+        launch._launch_again(kernel, (3,), {"x": x, "N": 5, "BLOCK": 8})
+    passed = tuple(getattr(member, "data_ptr", lambda m=member: m)() for member in x)
+    assert kernel.again == [(1, (3, 1, 1), (passed, 5, 8))]
+
+
+def test_a_tuple_of_constants_is_compiled_for_its_values(kernel):
+    kernel = KernelOfTuple(Triton36)
+    for block in ((64, 128), (128, 64), (64, 128)):
+        launch._launch_again(kernel, (3,), {"x": FLOATS, "N": 5, "BLOCK": block})
+    assert kernel.compiled == 2
+    assert [(number, values[2]) for number, _, values in kernel.again] == [(1, (64, 128))]
 
 
 @pytest.mark.parametrize("changes", [{"y_ptr": FLOATS[1:]}, {"N": 16}, {"N": 1}], ids=str)
