@@ -19,6 +19,15 @@ from cut_cross_entropy.utils import (
 from tests.support import full_logits, make_problem
 
 
+def test_a_package_has_its_modules_as_attributes():
+    program = (
+        "import cut_cross_entropy.vocab_parallel as vp; "
+        "print(vp.utils.partition_n_into_range(10, 1, 3), vp.VocabParallelOptions.__name__)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.stdout == "(4, 7) VocabParallelOptions\n", found.stderr
+
+
 @pytest.mark.parametrize("shift", [0, 1, 2, 5])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_apply_with_flat_tokens(shift, reduction):

@@ -20,8 +20,9 @@ class UnknownHeadError(NotImplementedError):
 def head_of(module: nn.Module, *, logit_scale: float = 1.0, softcap: float | None = None) -> Head:
     """Return the head that gives the logits of ``module``, with its own tensors.
 
-    It holds for the state of the module at this moment: its mode, its active adapters. Source of
-    DoRA: Liu et al., arXiv 2402.09353; of LoRA: Hu et al., arXiv 2106.09685.
+    It holds for the state of the module at this moment: its mode, its active adapters. The module
+    is not called, so none of its hooks runs. Source of DoRA: Liu et al., arXiv 2402.09353; of LoRA:
+    Hu et al., arXiv 2106.09685.
 
     Args:
         module: an ``nn.Linear``; a quantised one of bitsandbytes (4 bits), HQQ or torchao
@@ -42,7 +43,14 @@ def head_of(module: nn.Module, *, logit_scale: float = 1.0, softcap: float | Non
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    parts = _parts_of(module)
+    for part in module.modules():
+        # Those of accelerate move tensors, and leave the product alone.
+        if "forward" in vars(part) and not hasattr(part, "_hf_hook"):
+            raise UnknownHeadError(
+                f"a layer whose forward was replaced ({type(part).__name__}): pass a Head that "
+                "says what it computes"
+            )
+    parts = parts_of(module)
     return Head(
         parts.weight,
         parts.bias,
@@ -52,7 +60,8 @@ def head_of(module: nn.Module, *, logit_scale: float = 1.0, softcap: float | Non
     )
 
 
-def _parts_of(module: Any) -> Head:
+def parts_of(module: Any) -> Head:
+    """Return the same without scale and softcap, whatever stands in for a ``forward``."""
     if _is_of_peft(module):
         name = type(module).__name__
         if name == "ModulesToSaveWrapper":
@@ -87,13 +96,13 @@ def _is_of_peft(module: Any) -> bool:
 
 def _saved_module(module: Any) -> Head:
     if module.disable_adapters or not module.active_adapters:
-        return _parts_of(module.original_module)
-    return _parts_of(module.modules_to_save[module.active_adapters[0]])
+        return parts_of(module.original_module)
+    return parts_of(module.modules_to_save[module.active_adapters[0]])
 
 
 def _trainable_tokens(module: Any) -> Head:
     layer = module.token_adapter
-    base = _parts_of(layer.get_base_layer())
+    base = parts_of(layer.get_base_layer())
     if module.disable_adapters or layer.disable_adapters or not module.active_adapters:
         if layer.merged:
             raise UnknownHeadError("disabled adapters that are merged still: unmerge them")
@@ -115,7 +124,7 @@ def _trainable_tokens(module: Any) -> Head:
 
 
 def _lora(module: Any) -> Head:
-    base = _parts_of(module.get_base_layer())
+    base = parts_of(module.get_base_layer())
     if module.disable_adapters:
         if module.merged:
             raise UnknownHeadError("disabled adapters that are merged still: unmerge them")

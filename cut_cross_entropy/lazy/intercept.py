@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from cut_cross_entropy.device_support import current_autocast
 from cut_cross_entropy.distributed.options import is_dtensor
 from cut_cross_entropy.heads.head import Head
-from cut_cross_entropy.heads.modules import UnknownHeadError, head_of
+from cut_cross_entropy.heads.modules import UnknownHeadError, parts_of
 from cut_cross_entropy.lazy.call import HeadCall, depends_on
 from cut_cross_entropy.lazy.logits import LazyLogits, lazy_tensor
 from cut_cross_entropy.lazy.recipe import CAST, Recipe, ScaledRows, Term, lazy_recipe
@@ -157,7 +157,7 @@ class HeadForward:
             return self.forward(*args) if lazy is None else lazy
         if len(args) == 1 and not kwargs and self._is_read(args[0]):
             try:
-                head = head_of(product)
+                head = parts_of(product)
             except UnknownHeadError:
                 pass  # what it multiplies by itself is captured one by one
             else:

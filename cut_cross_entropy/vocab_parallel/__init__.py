@@ -1,5 +1,6 @@
 """Compatibility: names that Apple's releases keep here. They live in ``distributed``."""
 
-from cut_cross_entropy.distributed.options import VocabParallelOptions
+from cut_cross_entropy.vocab_parallel import utils
+from cut_cross_entropy.vocab_parallel.utils import VocabParallelOptions
 
-__all__ = ["VocabParallelOptions"]
+__all__ = ["VocabParallelOptions", "utils"]

@@ -1,5 +1,6 @@
 """Heads read off modules."""
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -40,3 +41,13 @@ def test_what_is_not_known():
     layer.weight = nn.Parameter(torch.zeros(4, 3).as_subclass(Rounded))
     with pytest.raises(UnknownHeadError, match="tensor subclass"):
         head_of(layer)
+
+
+def test_a_forward_that_stands_in_for_the_layers_own():
+    layer = nn.Linear(3, 4)
+    layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+    with pytest.raises(UnknownHeadError, match=r"forward was replaced \(Linear\): pass a Head"):
+        head_of(layer)
+    moved = accelerate.hooks.add_hook_to_module(nn.Linear(3, 4), accelerate.hooks.ModelHook())
+    assert "forward" in vars(moved)
+    assert head_of(moved).weight is moved.weight
