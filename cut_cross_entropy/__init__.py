@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from cut_cross_entropy.distributed.options import DataParallelOptions, VocabParallelOptions
-from cut_cross_entropy.divergence import TokenDivergence, linear_divergence, topk_divergence
+from cut_cross_entropy.divergence import TokenDivergence, linear_divergence
 from cut_cross_entropy.filter_report import FilterRecord, record_filter
 from cut_cross_entropy.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from cut_cross_entropy.options import LinearCrossEntropyImpl
 from cut_cross_entropy.token_logprobs import TokenLogprobs, token_logprobs
+from cut_cross_entropy.topk_divergence import topk_divergence
 from cut_cross_entropy.utils import compute_z_loss, recommend_c_grad_chunk_size
 
 if TYPE_CHECKING:

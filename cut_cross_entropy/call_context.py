@@ -60,6 +60,17 @@ def _is_plain(tensor: Tensor) -> bool:
     return own and not tensor.is_meta and not tensor.is_neg() and torch._C._has_storage(tensor)
 
 
+def recordable(tensor: Tensor) -> Tensor:
+    """Return a tensor with the same memory that autograd saves, even if inference mode made it."""
+    if torch.compiler.is_compiling() or not tensor.is_inference() or not _is_plain(tensor):
+        return tensor
+    if torch.is_inference_mode_enabled():
+        return tensor
+    place = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    storage = tensor.untyped_storage()
+    return place.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 def is_computed_again() -> bool:
     """Whether a checkpoint is active that will drop what is saved and run the forward again.
 

@@ -87,7 +87,7 @@ def choose_impl(impl: str, device: torch.device, compute_dtype: torch.dtype) -> 
     if unavailable is not None:
         raise RuntimeError(
             f"impl={impl!r} cannot run here: {unavailable}. "
-            f"On {device.type} use impl='auto', 'chunked', 'torch_compile' or 'reference'"
+            f"On {device.type} use impl='auto', 'chunked' or 'reference'"
         )
     if half or (triton_is_interpreted() and compute_dtype == torch.float32):
         return impl

@@ -34,6 +34,7 @@ T = TypeVar("T")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+LOGPROB_ROUNDING = 0.1  # of a logit of some 20 less its log-sum-exp, in bfloat16
 
 
 def check_tensors(
@@ -51,25 +52,17 @@ def check_tensors(
         TypeError: not a tensor, or a dtype that is not supported.
         ValueError: shapes or devices that do not fit together, or ``ignore_index`` and targets.
     """
-    compiling = torch.compiler.is_compiling()  # nested tensors have no strided layout there
     named = {"e": e, "c": c, "targets": targets}
     if bias is not None:
         named["bias"] = bias
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            hint = ": pass its .weight" if isinstance(tensor, nn.Module) else ""
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
-        if tensor.layout is not torch.strided or (not compiling and tensor.is_nested):
-            raise TypeError(f"{name} must be a dense tensor, got {_layout(tensor)}")
+        check_dense(name, tensor)
         if tensor.device != e.device:
             raise ValueError(f"{name} must be on the device of e, {e.device}, got {tensor.device}")
 
     for name in ("e", "c", "bias"):
-        if name in named and named[name].dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"the dtype of {name} must be one of {_names(FLOAT_DTYPES)}, "
-                f"got {named[name].dtype}"
-            )
+        if name in named:
+            check_float_dtype(name, named[name])
     if targets.dtype not in TARGET_DTYPES:
         hint = ": probabilities as targets are not supported" if targets.is_floating_point() else ""
         raise TypeError(
@@ -106,6 +99,32 @@ def check_tensors(
     if bias is not None and tuple(bias.shape) != (c.shape[0],):
         raise ValueError(f"bias must have shape (V,) = ({c.shape[0]},), got {tuple(bias.shape)}")
     _check_target_shape(e, c, targets, shift)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Check that an argument is a dense tensor.
+
+    Raises:
+        TypeError: not a tensor, or of another layout.
+    """
+    if not isinstance(tensor, Tensor):
+        hint = ": pass its .weight" if isinstance(tensor, nn.Module) else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+    compiling = torch.compiler.is_compiling()  # nested tensors have no strided layout there
+    if tensor.layout is not torch.strided or (not compiling and tensor.is_nested):
+        raise TypeError(f"{name} must be a dense tensor, got {_layout(tensor)}")
+
+
+def check_float_dtype(name: str, tensor: Tensor) -> None:
+    """Check that a tensor has one of ``FLOAT_DTYPES``.
+
+    Raises:
+        TypeError: it has another.
+    """
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"the dtype of {name} must be one of {_names(FLOAT_DTYPES)}, got {tensor.dtype}"
+        )
 
 
 def _check_target_shape(e: Tensor, c: Tensor, targets: Tensor, shift: int) -> None:
@@ -307,6 +326,28 @@ def check_per_token(name: str, values: Tensor, targets: Tensor) -> None:
         a not in (1, b) for a, b in zip(padded, wanted, strict=True)
     ):
         raise ValueError(f"{name} must broadcast against targets, {wanted}, got shape {got}")
+
+
+def check_logprobs(name: str, values: Tensor, mask: Tensor | None) -> None:
+    """Refuse what is no logarithm of a probability, such as a logit, where looking stalls nothing.
+
+    Args:
+        name: of the argument.
+        values: (..., K).
+        mask: (..., K), False where the value does not count; None: all count.
+
+    Raises:
+        ValueError: a value above 0, by more than rounding in half precision.
+    """
+    if not _looks_at_argument(values):
+        return
+    wrong = values > LOGPROB_ROUNDING
+    wrong = wrong if mask is None else wrong & mask
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name} must be log-probabilities, at most 0, got {float(values[wrong].max()):.3g}: "
+            "pass log_softmax of all classes at the candidates"
+        )
 
 
 def check_class_ids(name: str, ids: Tensor, targets: Tensor) -> None:

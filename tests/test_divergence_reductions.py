@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cut_cross_entropy import budget, divergence, linear_divergence
+from cut_cross_entropy import budget, divergence_dispatch
 from cut_cross_entropy.implementations import chunked_divergence
 from cut_cross_entropy.kernels import divergence_columns, divergence_logits, divergence_sum
 from cut_cross_entropy.kernels.launch import HostCopy
@@ -82,7 +82,7 @@ def test_values_and_gradients(impl, beta, reduction, weighted, num_items):
 
 
 def limit_chunks(monkeypatch, most):
-    for module in (divergence_sum, divergence):
+    for module in (divergence_sum, divergence_dispatch):
         monkeypatch.setattr(module, "divergence_tokens_per_chunk", lambda *problems: most)
     monkeypatch.setattr(chunked_divergence, "tokens_per_chunk", lambda *problems: most)
 
@@ -457,20 +457,3 @@ def test_memory_without_kernels(beta, softcap):
     results = sum(leaves[name].numel() for name in NAMES[:3]) * 4
     assert peak <= budget_bytes + 2 * results + 40 * 512 * 8
     assert largest <= max(budget_bytes // 4, leaves["head_student"].numel() * 4)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "match"),
-    [
-        ({"reduction": "average"}, ValueError, "reduction"),
-        ({"reduction": None}, TypeError, "reduction"),
-        ({"num_items_in_batch": 4}, ValueError, "num_items_in_batch is the divisor"),
-        ({"reduction": "mean", "num_items_in_batch": 0}, ValueError, "num_items_in_batch"),
-        ({"token_weights": torch.ones(12)}, ValueError, "token_weights must broadcast"),
-        ({"token_weights": torch.ones(13).long()}, TypeError, "dtype of token_weights"),
-    ],
-)
-def test_errors(change, error, match):
-    tensors, _ = problem()
-    with pytest.raises(error, match=match):
-        linear_divergence(**{**tensors, **change})

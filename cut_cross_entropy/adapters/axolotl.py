@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cut_cross_entropy.adapters.seam import Adapter, Seam, in_dtype_of
 from cut_cross_entropy.constants import IGNORE_INDEX
-from cut_cross_entropy.divergence import topk_divergence
 from cut_cross_entropy.token_logprobs import token_logprobs
+from cut_cross_entropy.topk_divergence import topk_divergence
 
 SEAM = Seam(
     package="axolotl",

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.adapters.seam import Adapter, Seam, in_dtype_of
-from cut_cross_entropy.divergence import topk_divergence
 from cut_cross_entropy.token_logprobs import TokenLogprobs
+from cut_cross_entropy.topk_divergence import topk_divergence
 
 _FOLDER = "veomni.ops.kernels.cross_entropy"
 

@@ -3,6 +3,7 @@
 Shapes: ... leading (batch, time), D features, V classes, r rank.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cut_cross_entropy.device_support import autocast_type
-from cut_cross_entropy.validation import FLOAT_DTYPES
+from cut_cross_entropy.validation import FLOAT_DTYPES, check_dense, check_float_dtype
 
 NORM_BYTES = 64 * 2**20
 """Scratch memory of the norms of rows."""
@@ -50,6 +51,10 @@ class LowRank:
             identity.
         magnitude: (V,), for DoRA: the logits of weight and adapter are multiplied by ``magnitude``
             over the norms of the rows ``weight + scale * b @ a``, which count as constants.
+
+    Raises:
+        TypeError: a scale that is no number, or a dropout that cannot be called.
+        ValueError: a scale that is not finite.
     """
 
     a: Tensor
@@ -57,6 +62,17 @@ class LowRank:
     scale: float = 1.0
     dropout: Callable[[Tensor], Tensor] | None = None
     magnitude: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float, torch.SymFloat)):
+            raise TypeError(f"scale must be a float, got {type(self.scale).__name__}")
+        if not -math.inf < self.scale < math.inf:
+            raise ValueError(f"scale must be a finite float, got {self.scale!r}")
+        if self.dropout is not None and not callable(self.dropout):
+            raise TypeError(
+                "dropout must be a function of the embeddings, such as an nn.Dropout, got "
+                f"{type(self.dropout).__name__}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +108,9 @@ class Head:
         softcap: logits become ``softcap * tanh(logits / softcap)``.
 
     Raises:
-        TypeError: a weight that is neither a tensor nor a :class:`RowSource`.
-        ValueError: shapes that do not fit.
+        TypeError: a weight that is neither a tensor nor a :class:`RowSource`, or another part that
+            is not a tensor of floats.
+        ValueError: shapes or devices that do not fit.
         NotImplementedError: several adapters of which one has a magnitude.
 
     Examples:
@@ -129,7 +146,16 @@ class Head:
             ("bias", self.bias, (num_classes,)),
             ("class_scale", self.class_scale, (num_classes,)),
         ]
+        if not isinstance(self.low_rank, (tuple, list)):
+            raise TypeError(f"low_rank must be a tuple, got {type(self.low_rank).__name__}")
         for i, adapter in enumerate(self.low_rank):
+            if not isinstance(adapter, LowRank):
+                raise TypeError(f"low_rank[{i}] must be a LowRank, got {type(adapter).__name__}")
+            check_dense(f"low_rank[{i}].a", adapter.a)
+            if adapter.a.ndim != 2 or adapter.a.shape[0] == 0:
+                raise ValueError(
+                    f"low_rank[{i}].a must have shape (r, D), r > 0, got {tuple(adapter.a.shape)}"
+                )
             rank = adapter.a.shape[0]
             expected += [
                 (f"low_rank[{i}].a", adapter.a, (rank, dim)),
@@ -141,9 +167,19 @@ class Head:
                     "an adapter with a magnitude (DoRA) must be the only one of a head, got "
                     f"{len(self.low_rank)} adapters: merge the others into the weight"
                 )
-        for name, tensor, shape in expected:
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        for name, part, shape in expected:
+            if part is None:
+                continue
+            if not (name.endswith(".b") and isinstance(part, RowSource)):
+                check_dense(name, part)
+                check_float_dtype(name, part)
+            if tuple(part.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(part.shape)}")
+            if part.device != self.weight.device:
+                raise ValueError(
+                    f"{name} must be on the device of weight, {self.weight.device}, "
+                    f"got {part.device}"
+                )
 
     def products(self, e: Tensor) -> list[Product]:
         """Return the terms of the logits of ``e`` (..., D), before bias, scale and softcap."""
@@ -207,4 +243,13 @@ def rows_of(weight: Any, start: int, stop: int) -> Tensor:
     """Return some rows of a tensor or a :class:`RowSource`."""
     if isinstance(weight, Tensor):
         return weight[start:stop]
-    return weight.rows(start, stop)  # type: ignore[no-any-return]
+    rows: Tensor = weight.rows(start, stop)
+    shape = (stop - start, weight.shape[1])
+    is_tensor = isinstance(rows, Tensor)
+    if not is_tensor or rows.shape != shape or rows.device.type != weight.device.type:
+        got = f"{tuple(rows.shape)} on {rows.device}" if is_tensor else type(rows).__name__
+        raise ValueError(
+            f"rows({start}, {stop}) of {type(weight).__name__} must be a tensor {shape} on "
+            f"{weight.device}, got {got}"
+        )
+    return rows

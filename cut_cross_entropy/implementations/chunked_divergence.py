@@ -35,6 +35,7 @@ from cut_cross_entropy.implementations.blocks import (
     targets_within,
     uses_half_products,
 )
+from cut_cross_entropy.implementations.reference_divergence import log_mixture
 from cut_cross_entropy.implementations.token_chunks import (
     WIDENED_SHARE,
     GradientSums,
@@ -42,9 +43,6 @@ from cut_cross_entropy.implementations.token_chunks import (
     slices_of_factors,
 )
 from cut_cross_entropy.problem import Gradients, Needed, Problem, gradient_scale
-
-LOWEST = -1e4
-"""Log-probability that stands for -inf in a mixture: its exponential is 0 too."""
 
 MIN_TOKENS, MIN_TOKENS_OF_GPU = 32, 384
 """Tokens of a chunk of all classes, at least: with fewer, the sums of dC take longer."""
@@ -177,13 +175,6 @@ def _blocks(student: Problem, teacher: Problem, with_gradients: bool) -> tuple[B
 def _expected(p: Tensor, x: Tensor) -> Tensor:
     """Sum of ``p * x`` over the classes, to which a probability of 0 contributes nothing."""
     return (p * torch.where(p == 0, 0, x)).sum(1)
-
-
-def log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """Logarithm of ``(1 - beta) p + beta q``."""
-    return torch.logaddexp(
-        log_p.clamp(min=LOWEST) + math.log1p(-beta), log_q.clamp(min=LOWEST) + math.log(beta)
-    )
 
 
 def _add_divergence(

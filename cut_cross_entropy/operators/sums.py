@@ -33,7 +33,7 @@ from cut_cross_entropy.problem import (
     Problem,
     SumGradients,
 )
-from cut_cross_entropy.refusals import refuse_second_derivative
+from cut_cross_entropy.refusals import refusal
 
 SCALED_BYTES = 16 * 2**20  # of a copy in float32 that PyTorch makes on a CPU to change the dtype
 
@@ -165,7 +165,13 @@ def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return result
 
 
-_call_scaled = constant(scaled_gradients, refuse_second_derivative)
+_call_scaled = constant(
+    scaled_gradients,
+    refusal(
+        "a mean or sum whose gradients the forward computes has no second derivative in this "
+        "implementation; impl='reference' has one"
+    ),
+)
 
 
 def saved_sums(

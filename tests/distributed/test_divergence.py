@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cut_cross_entropy import VocabParallelOptions, linear_divergence
+from cut_cross_entropy import VocabParallelOptions, linear_divergence, topk_divergence
 from tests.distributed.processes import assert_passed
 from tests.test_divergence import NAMES, leaves_of, problem, run, truth
 
@@ -123,6 +123,15 @@ def sharded_head(rank):
     )
     none = {"student_bias": torch.zeros(300), "teacher_bias": torch.zeros(300)}
     close(got.divergence, truth({**tensors, **none}, targets, 0.3).divergence, 1e-9)
+    ones = distribute_tensor(torch.ones(TOKENS, dtype=torch.bool), mesh, [Shard(0)])
+    for name, values in (("mask", ones), ("token_weights", ones.double())):
+        with pytest.raises(
+            NotImplementedError, match=f"{name} is a DTensor .* pass a plain tensor"
+        ):
+            linear_divergence(e, heads["head_student"], e, heads["head_student"], **{name: values})
+    logprobs = torch.zeros(TOKENS, 1)
+    with pytest.raises(NotImplementedError, match=r"mask is a DTensor .* pass a plain tensor"):
+        topk_divergence(logprobs, logprobs, mask=ones)
     with pytest.raises(ValueError, match="head_teacher must be spread over the same processes"):
         linear_divergence(
             e, heads["head_student"], e_teacher, tensors["head_teacher"], targets=targets

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cut_cross_entropy import divergence as front
 from cut_cross_entropy import linear_cross_entropy, linear_divergence, record_filter
 from cut_cross_entropy.benchmark.data import Shape, make
 from cut_cross_entropy.heads import Head, LowRank
+from cut_cross_entropy.heads import divergences as of_heads
 from tests.kernels.gpu import DEVICE, relative_error, rounding_error
 from training.losses import divergence
 
@@ -219,9 +219,9 @@ def test_divergences(beta):
 def test_mean_of_divergences(has_matrix, beta, monkeypatch):
     """In the forward: of a frozen student in 4 bits, and of one whose matrix trains."""
     needed = []
-    choose = front.needed_in_the_forward
+    choose = of_heads.needed_in_the_forward
     monkeypatch.setattr(
-        front, "needed_in_the_forward", lambda *x: needed.append(choose(*x)) or needed[-1]
+        of_heads, "needed_in_the_forward", lambda *x: needed.append(choose(*x)) or needed[-1]
     )
     student, teacher = Case("four_bits"), Case("qlora")
     noise = torch.randn_like(teacher.leaves[0], dtype=torch.float32)

@@ -1,6 +1,7 @@
 """Heads by chunks of classes: the numbers of PyTorch's autograd in float64, and their memory."""
 
 import gc
+import re
 import weakref
 
 import pytest
@@ -355,21 +356,68 @@ def test_a_source_of_rows_is_a_protocol():
     assert not isinstance(torch.nn.Linear(2, 3), RowSource)
 
 
+def lora(a=(2, 5), b=(3, 2), dtype=torch.float32, device="cpu", **options):
+    parts = (torch.zeros(shape, dtype=dtype, device=device) for shape in (a, b))
+    return Head(torch.zeros(3, 5), low_rank=(LowRank(*parts, **options),))
+
+
+WEIGHT = torch.zeros(3, 2)
+FLOATS = "must be one of torch.float32, torch.bfloat16, torch.float16, torch.float64"
 BAD = {
     "weight must be a torch.Tensor": lambda: Head(torch.nn.Linear(3, 4)),
-    r"weight must have shape \(V, D\)": lambda: Head(torch.zeros(3)),
+    "weight must have shape (V, D)": lambda: Head(torch.zeros(3)),
     "dtype of weight must be a floating point": lambda: Head(torch.zeros(3, 4, dtype=torch.int8)),
-    r"bias must have shape \(3,\), got \(4,\)": lambda: Head(torch.zeros(3, 2), torch.zeros(4)),
-    r"low_rank\[0\].b must have shape \(3, 2\), got \(3, 1\)": lambda: Head(
-        torch.zeros(3, 5), low_rank=(LowRank(torch.zeros(2, 5), torch.zeros(3, 1)),)
+    "bias must have shape (3,), got (4,)": lambda: Head(WEIGHT, torch.zeros(4)),
+    "bias must be a torch.Tensor, got float": lambda: Head(WEIGHT, 1.0),
+    "bias must be on the device of weight, cpu, got meta": lambda: Head(
+        WEIGHT, torch.zeros(3, device="meta")
+    ),
+    f"the dtype of class_scale {FLOATS}, got torch.int64": lambda: Head(
+        WEIGHT, class_scale=torch.ones(3).long()
+    ),
+    "low_rank must be a tuple, got LowRank": lambda: Head(
+        WEIGHT, low_rank=LowRank(torch.zeros(2, 5), torch.zeros(3, 2))
+    ),
+    "low_rank[0] must be a LowRank, got tuple": lambda: Head(
+        WEIGHT, low_rank=((torch.zeros(2, 5), torch.zeros(3, 2)),)
+    ),
+    "low_rank[0].b must have shape (3, 2), got (3, 1)": lambda: lora(b=(3, 1)),
+    "low_rank[0].a must have shape (r, D), r > 0, got (5,)": lambda: lora(a=(5,)),
+    "low_rank[0].a must have shape (r, D), r > 0, got (0, 5)": lambda: lora(a=(0, 5), b=(3, 0)),
+    "low_rank[0].a must be on the device of weight, cpu, got meta": lambda: lora(device="meta"),
+    f"the dtype of low_rank[0].a {FLOATS}, got torch.int32": lambda: lora(dtype=torch.int32),
+    f"the dtype of low_rank[0].magnitude {FLOATS}, got torch.int64": lambda: lora(
+        magnitude=torch.ones(3).long()
+    ),
+    "scale must be a float, got str": lambda: lora(scale="2"),
+    "scale must be a finite float, got nan": lambda: lora(scale=float("nan")),
+    "dropout must be a function of the embeddings, such as an nn.Dropout, got float": lambda: lora(
+        dropout=0.1
     ),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_a_head_that_does_not_fit(message):
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         BAD[message]()
+
+
+@pytest.mark.parametrize(
+    ("made", "got"),
+    [
+        (torch.zeros(3, 3), r"\(3, 3\) on cpu"),
+        (torch.zeros(3, 2, device="meta"), r"\(3, 2\) on meta"),
+        (None, "NoneType"),
+    ],
+)
+def test_rows_that_do_not_fit(made, got):
+    source = Halved(torch.zeros(3, 2))
+    source.rows = lambda start, stop: made
+    e, targets = torch.zeros(4, 2), torch.zeros(4).long()
+    message = rf"rows\(0, 3\) of Halved must be a tensor \(3, 2\) on cpu, got {got}"
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(e, Head(source), targets)
 
 
 def test_a_magnitude_and_another_adapter():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cut_cross_entropy import budget, linear_divergence
-from cut_cross_entropy import divergence as front
+from cut_cross_entropy import divergence_dispatch as front
 from cut_cross_entropy.kernels import divergence_columns as columns
 from cut_cross_entropy.kernels import divergence_sum
 from cut_cross_entropy.kernels.divergence_logits import StoredLogits
