@@ -78,7 +78,7 @@ class Problem(Flat):
 
     def class_rows(self, classes: slice) -> Tensor:
         """Return the rows of ``c`` of some classes."""
-        return self.c[classes]
+        return self.c if classes == slice(0, self.c.shape[0]) else self.c[classes]
 
     def empty_grad_c(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return memory for the gradient of ``c``, contiguous; 0 in the frozen columns."""

@@ -5,9 +5,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cut_cross_entropy import budget, divergence_dispatch
+from cut_cross_entropy.divergence_problem import DivergenceProblem
 from cut_cross_entropy.implementations import chunked_divergence
 from cut_cross_entropy.kernels import divergence_columns, divergence_logits, divergence_sum
 from cut_cross_entropy.kernels.launch import HostCopy
+from cut_cross_entropy.problem import Needed, Problem
 from tests.support import names_of_launches
 from tests.test_divergence import BETAS, NAMES, leaves_of, problem, run, truth
 from tests.test_memory import peak_bytes
@@ -419,6 +421,22 @@ def test_no_filter_takes_no_memory(monkeypatch):
     # 8 bytes a class for the logits of both models; the filter's are those of some 70 tokens.
     assert found[None][0] > 28
     assert found[2.0**-12] == [0, *found[None]]
+
+
+@pytest.mark.parametrize(("least", "chunk"), [(0, (128, True)), (1e12, (192, False))])
+def test_no_filter_takes_no_memory_for_short_products(least, chunk, monkeypatch):
+    """Chunks are as long as without a filter unless their products are long enough for it."""
+    monkeypatch.setattr(divergence_columns, "LEAST_PRODUCTS", least)
+    tensors, targets = problem(tokens=600, classes=4096, dtype=torch.float32)
+    options = {"bias": None, "ignore_index": -100, "softcap": None, "memory_budget": 2**23}
+    student, teacher = (
+        Problem(e, c, targets, compute_dtype=torch.float32, **options)
+        for e, c in ((tensors[NAMES[0]], tensors[NAMES[1]]), (tensors[NAMES[3]], tensors[NAMES[4]]))
+    )
+    compared = DivergenceProblem(student, teacher, 0.0, has_targets=False)
+    needed = Needed(e=True, c=False, bias=False)
+    assert divergence_sum._chunk(compared, needed, 600, tolerance=1e-4) == chunk
+    assert divergence_sum._chunk(compared, needed, 600, tolerance=0.0) == (192, False)
 
 
 @pytest.mark.interpret

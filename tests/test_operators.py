@@ -186,8 +186,8 @@ def test_double_backward_is_refused():
     with pytest.raises(NotImplementedError) as caught:
         grad.square().sum().backward()
     assert str(caught.value) == (
-        "linear_cross_entropy has no second derivative in this implementation; "
-        "impl='reference' has one"
+        "a mean or sum whose gradients the forward computes has no second derivative in this "
+        "implementation; impl='reference' has one"
     )
 
 

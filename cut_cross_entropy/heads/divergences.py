@@ -142,24 +142,7 @@ class _Divergence(Function):
     ) -> tuple[Tensor, ...]:
         beta, has_targets, by_kernels = options
         problem = DivergenceProblem(student, teacher, beta, has_targets)
-        columns = student.c.shape[1] + teacher.c.shape[1]
-        has_sums = summed is not None and not is_computed_again()
-        if summed is not None and has_sums:
-            columns += student.c.shape[1] * (int(summed.needed.e) + int(summed.needed.c))
-        elif not by_kernels:
-            columns *= 2
-        with (
-            implementation(by_kernels, e.device) as chosen,
-            counted(e, student.c.shape[0], columns),
-        ):
-            if summed is None:
-                state = chosen.forward(problem)
-                found = DivergenceSum(e.new_empty(0), state, Gradients(*e.new_empty(3, 0)))
-            elif not has_sums:
-                found = _sum_alone(chosen.forward(problem), summed, (e, c, bias))
-            else:
-                weights, needed, tolerance = summed
-                found = sum_by(problem, weights, needed, by_kernels, tolerance)
+        found = _compute(problem, by_kernels, summed, (e, c, bias))
         tensors = [getattr(side, x) for side in (student, teacher) for x in _saved_of(side)]
         ctx.save_for_backward(e, c, bias, *tensors, *found.state, *found.gradients)
         ctx.sides, ctx.options = (_without_tensors(student), _without_tensors(teacher)), options
@@ -215,6 +198,32 @@ class _Divergence(Function):
                 for old, new, need in zip(found, walked, needed.flat(), strict=True)
             ]
         return *found, None, None, None, None
+
+
+def _compute(
+    problem: DivergenceProblem,
+    by_kernels: bool,
+    summed: Summation | None,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],
+) -> DivergenceSum:
+    """Compute the results of each token, and a sum with its gradients if it is wanted."""
+    student, teacher, *_ = problem
+    e, width = inputs[0], student.c.shape[1]
+    columns = width + teacher.c.shape[1]
+    if summed is not None and is_computed_again():
+        return _sum_alone(_compute(problem, by_kernels, None, inputs).state, summed, inputs)
+    if summed is not None:
+        columns += width * (int(summed.needed.e) + int(summed.needed.c))
+    elif not by_kernels:
+        columns *= 2
+    with (
+        implementation(by_kernels, e.device) as chosen,
+        counted(e, student.c.shape[0], columns),
+    ):
+        if summed is not None:
+            return sum_by(problem, summed, by_kernels)
+        state = chosen.forward(problem)
+    return DivergenceSum(e.new_empty(0), state, Gradients(*e.new_empty(3, 0)))
 
 
 def _sum_alone(

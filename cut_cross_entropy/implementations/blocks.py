@@ -3,7 +3,9 @@
 Shape legend: ``cut_cross_entropy.implementations``.
 """
 
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +49,18 @@ def choose_blocks(
     return tokens, min(num_classes, classes)
 
 
+@functools.cache  # older versions do not have it; looking it up takes as long as a view
+def _addmm_wide() -> Any:
+    return torch.ops.aten.addmm.dtype_out
+
+
+def part_of(tensor: Tensor, classes: slice, dim: int) -> Tensor:
+    """Return the part of some classes, (V, ...) or (T, V, ...); not a view if those are all."""
+    if classes.start == 0 and classes.stop == tensor.shape[dim]:
+        return tensor
+    return tensor[:, classes] if dim else tensor[classes]
+
+
 def uses_half_products(problem: Problem) -> bool:
     """Whether the products take half precision factors as they are.
 
@@ -57,14 +71,42 @@ def uses_half_products(problem: Problem) -> bool:
 
 
 class Blocks:
-    """The inputs without ignored tokens, block by block, in the precision of the products."""
+    """The inputs without ignored tokens, block by block, in the precision of the products.
 
-    def __init__(self, problem: Problem) -> None:
-        targets, num_classes = problem.targets, problem.c.shape[0]
+    Args:
+        problem: the inputs.
+        like: blocks of a problem with the same targets and the same number of classes; None: none.
+    """
+
+    num_tokens: int
+    num_kept: int
+    rows: Tensor | None  # the tokens that are not ignored; None if all are
+    targets: Tensor
+    in_range: Tensor
+
+    def __init__(self, problem: Problem, like: "Blocks | None" = None) -> None:
         self.problem, self.wide = problem, problem.wide
         self.floor = -600.0 if self.wide == torch.float64 else -60.0
         self.half_products = uses_half_products(problem)
+        is_wide = problem.compute_dtype == self.wide
+        self._factor_type = problem.compute_dtype if self.half_products or is_wide else None
+        if like is None:
+            self._find_tokens()
+        else:
+            self.num_tokens, self.num_kept, self.rows = like.num_tokens, like.num_kept, like.rows
+            self.targets, self.in_range = like.targets, like.in_range
+        self.multiplier = None if problem.multiplier is None else self.gather(problem.multiplier)
+        self.shape = choose_blocks(
+            self.num_kept,
+            *problem.c.shape,
+            itemsize=self.wide.itemsize,
+            budget=problem.memory_budget,
+        )
 
+    def _find_tokens(self) -> None:
+        """Find the tokens that are not ignored."""
+        problem = self.problem
+        targets, num_classes = problem.targets, problem.c.shape[0]
         if problem.group is None:
             check_target_range(targets, num_classes, problem.ignore_index)
         kept = targets != problem.ignore_index
@@ -75,14 +117,6 @@ class Blocks:
         self.targets = self.gather(targets).long() - problem.first_class
         in_range = (self.targets >= 0) & (self.targets < num_classes)
         self.in_range = in_range if problem.group is None else torch.ones_like(in_range)
-        self.multiplier = None if problem.multiplier is None else self.gather(problem.multiplier)
-        self.shape = choose_blocks(
-            self.num_kept,
-            num_classes,
-            problem.c.shape[1],
-            itemsize=self.wide.itemsize,
-            budget=problem.memory_budget,
-        )
 
     def token_blocks(self) -> Iterator[slice]:
         """Blocks of the tokens that are not ignored."""
@@ -121,6 +155,8 @@ class Blocks:
             out.copy_(self._operand(c.index_select(0, ids)))
 
     def _operand(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype == self._factor_type:  # no time of the host for conversions to the same
+            return tensor
         tensor = tensor.to(self.problem.compute_dtype)  # the rounding that autocast asks for
         return tensor if self.half_products else tensor.to(self.wide)
 
@@ -158,15 +194,14 @@ class Blocks:
     def store_product(self, left: Tensor, right: Tensor, out: Tensor, alpha: float = 1.0) -> None:
         """Overwrite ``out`` with the product of two factors, times ``alpha``."""
         if self.half_products:
-            add = torch.ops.aten.addmm.dtype_out
-            add(out, left, right, self.wide, beta=0, alpha=alpha, out=out)
+            _addmm_wide()(out, left, right, self.wide, beta=0, alpha=alpha, out=out)
         else:
             torch.addmm(out, left, right, beta=0, alpha=alpha, out=out)
 
     def add_product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Add the product of two factors to ``out``."""
         if self.half_products:
-            torch.ops.aten.addmm.dtype_out(out, left, right, self.wide, out=out)
+            _addmm_wide()(out, left, right, self.wide, out=out)
         else:
             out.addmm_(left, right)
 

@@ -149,7 +149,8 @@ def in_any_shard(blocks: Blocks) -> Tensor:
 
 def _blocks(student: Problem, teacher: Problem, with_gradients: bool) -> tuple[Blocks, Blocks]:
     """Return the blocks of both, which are those of the same tokens and classes."""
-    blocks, others = Blocks(student), Blocks(teacher)
+    blocks = Blocks(student)
+    others = Blocks(teacher, like=blocks)
     dim = max(student.c.shape[1], teacher.c.shape[1])
     if blocks.half_products and others.half_products:
         # Factors are not widened; a block's parts of dE and dC are all that has features.
@@ -291,7 +292,8 @@ def divergence_and_gradients(
         needed: the gradients to compute.
     """
     student, teacher, beta, has_targets = problem
-    blocks, others = Blocks(student), Blocks(teacher)
+    blocks = Blocks(student)
+    others = Blocks(teacher, like=blocks)
     count, num_classes = blocks.num_kept, student.c.shape[0]
     rows = even_chunk(count, tokens_per_chunk(student, teacher, needed))
     blocks.shape = others.shape = (rows, num_classes)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.constants import MAX_ELEMENTS
-from cut_cross_entropy.implementations.blocks import Blocks
+from cut_cross_entropy.implementations.blocks import Blocks, part_of
 from cut_cross_entropy.problem import Needed
 
 ALIGNED = 256  # classes of a library product, but for the last few
@@ -110,12 +110,12 @@ class GradientSums:
             out = self.rows_of_e(tokens)
             for part in self.classes:
                 multiply = blocks.add_product if part.start else blocks.store_product
-                multiply(factor[:, part], blocks.classifier(part), out)
+                multiply(part_of(factor, part, 1), blocks.classifier(part), out)
             self.store_rows_of_e(tokens, out)
         if self.needed.c:
             multiply = blocks.add_product if self.has_c else blocks.store_product
             for part in self.classes:
-                multiply(factor[:, part].T, e, self.grad_c[part])
+                multiply(part_of(factor, part, 1).T, e, part_of(self.grad_c, part, 0))
             self.has_c = True
         self.add_bias(factor)
 

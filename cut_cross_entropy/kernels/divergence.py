@@ -10,25 +10,22 @@ are still there then. Formulas: ``implementations.chunked_divergence``. Shape le
 """
 
 import torch
-from torch import Tensor
 
 from cut_cross_entropy.constants import MAX_ELEMENTS
 from cut_cross_entropy.distributed.collectives import gather_shards
 from cut_cross_entropy.divergence_problem import DivergenceGrads, DivergenceProblem, DivergenceState
 from cut_cross_entropy.implementations.blocks import MAX_TOKENS, MIN_CLASSES, Blocks
-from cut_cross_entropy.implementations.chunked_divergence import in_any_shard
 from cut_cross_entropy.kernels.divergence_logits import (
     StoredLogits,
+    TokenSums,
     TokenValues,
     combine,
     finish,
-    finish_mixture,
     kind_of_divergence,
-    log_sum_exps,
-    room_for_sums,
+    room_for_parts,
     scale_of,
 )
-from cut_cross_entropy.kernels.triton.divergence_logits import MIXTURE
+from cut_cross_entropy.kernels.triton.divergence_logits import MIXTURE, RELATIVE
 from cut_cross_entropy.problem import Gradients, Needed, Problem
 
 MANY_TOKENS = 192
@@ -41,7 +38,8 @@ ELEMENT = 8
 
 def _allocate(student: Problem, teacher: Problem, needed: Needed | None, kind: int) -> StoredLogits:
     """Choose blocks that fit the budget, and allocate memory for the logits of one."""
-    blocks, others = Blocks(student), Blocks(teacher)
+    blocks = Blocks(student)
+    others = Blocks(teacher, like=blocks)
     num_classes = student.c.shape[0]
     tokens = max(1, min(blocks.num_kept, MAX_TOKENS))
     widened = sum(  # bytes of a row of e or c that is copied in float32
@@ -85,51 +83,31 @@ def forward(problem: DivergenceProblem) -> DivergenceState:
     logits = _allocate(student, teacher, None, kind)
     blocks = logits.student
     num_classes = student.c.shape[0]
-    sums = student.e.new_empty((8, blocks.num_kept), dtype=torch.float32)
-    of_mixture = torch.zeros_like(sums[:2])
-    results = torch.zeros_like(sums[:6])
-    every = slice(0, num_classes)
+    found = TokenSums.allocate(blocks.num_kept, student.e)
+    if num_classes == 0:
+        found.clear()
     is_whole = group is None and blocks.shape[1] == num_classes
     for tokens, e, e_teacher in logits.token_blocks():
         most = min(blocks.shape[1], num_classes)
-        of_tokens = room_for_sums(most, tokens.stop - tokens.start, sums)
+        parts = room_for_parts(most, tokens.stop - tokens.start, student.e)
         for classes in blocks.class_blocks():
             logits.multiply(e, e_teacher, tokens, classes, classes.start)
-            logits.add_sums(tokens, classes, of_tokens, kind, has_targets)
-        sums[:, tokens] = of_tokens[0]
+            logits.add_sums(tokens, classes, parts, found, kind, has_targets=has_targets)
         if is_whole and kind == MIXTURE.value:  # the logits are still there
-            lses = log_sum_exps(of_tokens[0])
-            of_mixture[:, tokens] = logits.mixture_sums(tokens, every, lses, beta)
+            logits.sum_mixture(tokens, found.logs, beta)
     if group is not None:
-        sums = combine(gather_shards(sums, group), kind)
-    finish(sums, results, kind, has_targets)
-    if kind == MIXTURE.value:
-        if not is_whole:
-            lses = log_sum_exps(sums)
-            for tokens, e, e_teacher in logits.token_blocks():
-                for classes in blocks.class_blocks():
-                    logits.multiply(e, e_teacher, tokens, classes, classes.start)
-                    of_block = logits.mixture_sums(tokens, classes, lses[:, tokens], beta)
-                    of_mixture[:, tokens] += of_block
+        shards = gather_shards(found.sums, group)
+        combine(shards, found, kind, part=range(len(shards)))
+    if kind == MIXTURE.value and not is_whole:
+        of_mixture = found.logs[RELATIVE:].zero_()
+        for tokens, e, e_teacher in logits.token_blocks():
+            for classes in blocks.class_blocks():
+                logits.multiply(e, e_teacher, tokens, classes, classes.start)
+                parts = logits.mixture_parts(tokens, classes, found.logs, beta)
+                of_mixture[:, tokens] += parts.sum(0)
         if group is not None:
-            of_mixture = gather_shards(of_mixture, group).sum(0)
-        finish_mixture(of_mixture, results, beta)
-    return state_of(results, blocks, has_targets)
-
-
-def state_of(results: Tensor, blocks: Blocks, has_targets: bool) -> DivergenceState:
-    """Return the state of all tokens from the results (6, kept tokens)."""
-    results[:2].clamp_(min=0)
-    if has_targets:
-        results[2] = torch.where(in_any_shard(blocks), results[2], torch.nan)
-    divergence, entropy, logprobs, lse, teacher_lse, relative = (
-        blocks.scatter(x.clone()) for x in results
-    )
-    if not has_targets:
-        logprobs = logprobs.new_empty(0)
-    return DivergenceState(
-        divergence, entropy, logprobs, lse, teacher_lse=teacher_lse, relative=relative
-    )
+            torch.sum(gather_shards(of_mixture, group), 0, out=of_mixture)
+    return finish(found, kind, beta, blocks, has_targets)
 
 
 def backward(
@@ -169,8 +147,7 @@ def backward(
         rows_of_bias = e.new_zeros(num_rows, dtype=torch.float32)
         for tokens, e_block, e_teacher in logits.token_blocks():
             logits.multiply(e_block, e_teacher, tokens, classes, classes.start)
-            values = per_token.part(tokens)
-            factor = logits.write_gradients(tokens, classes, values, kind, beta)
+            factor = logits.write_gradients(tokens, classes, per_token, kind, beta)
             if needed.e:
                 blocks.add_product(factor, blocks.classifier(classes), grad_e_sum[tokens])
             if grad_c is not None:

@@ -28,7 +28,7 @@ from cut_cross_entropy.kernels.triton.divergence_columns import (
     column_energies_kernel,
     move_columns_kernel,
 )
-from cut_cross_entropy.problem import Needed
+from cut_cross_entropy.problem import Needed, Problem
 
 MOST_KEPT = 0.6
 """Share of the classes up to which it takes less time to multiply only those that are kept."""
@@ -110,12 +110,11 @@ class FilteredSums:
         self._expected: int | None = None  # kept classes of the next chunk
 
     @classmethod
-    def is_worth_it(cls, blocks: Blocks, needed: Needed) -> bool:
+    def is_worth_it(cls, student: Problem, num_tokens: int, needed: Needed) -> bool:
         """Whether the products of a chunk take longer than what chooses among its classes."""
         products = int(needed.e) + int(needed.c)
-        rows = blocks.shape[0]
-        enough = products * rows * blocks.problem.c.numel() >= LEAST_PRODUCTS
-        return enough and rows >= FILTER_DIRECTIONS
+        enough = products * num_tokens * student.c.numel() >= LEAST_PRODUCTS
+        return enough and num_tokens >= FILTER_DIRECTIONS
 
     def add(self, tokens: slice, e: Tensor, factor: Tensor) -> None:
         """Add the gradients of a chunk, as :meth:`GradientSums.add`; overwrite them."""

@@ -1,14 +1,15 @@
 """The logits of a block of tokens and classes of two models, and launches of what reads them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cut_cross_entropy.divergence_problem import DivergenceGrads, DivergenceState
-from cut_cross_entropy.implementations.blocks import MIN_CLASSES, Blocks
+from cut_cross_entropy.implementations.blocks import MIN_CLASSES, Blocks, part_of
+from cut_cross_entropy.implementations.chunked_divergence import in_any_shard
 from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2
 from cut_cross_entropy.kernels.triton.divergence_logits import (
     BLOCK,
@@ -25,7 +26,6 @@ from cut_cross_entropy.kernels.triton.divergence_logits import (
     RELATIVE,
     TARGET,
     TEACHER_HIGH,
-    TEACHER_RELATIVE,
     TEACHER_TOTAL,
     TOTAL,
     WIDE_BLOCK,
@@ -39,6 +39,32 @@ from cut_cross_entropy.kernels.triton.primitives import LN2
 from cut_cross_entropy.problem import gradient_scale
 
 COMBINED = 8  # tokens of a program that adds up parts of sums
+ALIGNED_TOKENS = 4  # of float32 are 16 bytes, which kernels are compiled for
+
+
+class TokenSums(NamedTuple):
+    """Sums over the classes of each token, columns of rows that are aligned.
+
+    Args:
+        sums: (8, N), see ``kernels.triton.divergence_logits.HIGH`` and the others.
+        logs: (4, N), see ``LSE`` there and the others.
+    """
+
+    sums: Tensor
+    logs: Tensor
+
+    @classmethod
+    def allocate(cls, num_tokens: int, like: Tensor) -> "TokenSums":
+        """Allocate the sums of some tokens on the device of ``like``."""
+        columns = cdiv(num_tokens, ALIGNED_TOKENS) * ALIGNED_TOKENS
+        made = like.new_empty((12, columns), dtype=torch.float32)[:, :num_tokens]
+        return cls(*made.split((8, 4)))
+
+    def clear(self) -> None:
+        """Set the sums to those of no class."""
+        self.sums.zero_()
+        for row in (HIGH, TARGET, TEACHER_HIGH):
+            self.sums[row] = -torch.inf
 
 
 @dataclass(frozen=True)
@@ -72,8 +98,11 @@ class StoredLogits:
 
     def gradients(self, tokens: slice, classes: slice) -> Tensor:
         """Return the place of the logit gradients of a block, (tokens, classes)."""
-        place = self.memory[0].view(self.factor_type)
-        return place[: tokens.stop - tokens.start, : classes.stop - classes.start]
+        place, num_tokens = self.memory[0], tokens.stop - tokens.start
+        if num_tokens < len(place):
+            place = place[:num_tokens]
+        first = slice(0, classes.stop - classes.start)
+        return part_of(place.view(self.factor_type), first, 1)
 
     def token_blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Blocks of tokens with the embeddings of student and teacher."""
@@ -84,21 +113,31 @@ class StoredLogits:
         self, e: Tensor, e_teacher: Tensor, tokens: slice, classes: slice, first: int
     ) -> None:
         """Store the products of some classes of a block of both, whose first class is ``first``."""
-        for side, rows, memory in zip(
-            (self.student, self.teacher), (e, e_teacher), self.memory, strict=True
+        num_tokens = tokens.stop - tokens.start
+        places = slice(classes.start - first, classes.stop - first)
+        for side, rows, memory in (
+            (self.student, e, self.memory[0]),
+            (self.teacher, e_teacher, self.memory[1]),
         ):
-            columns = slice(classes.start - first, classes.stop - first)
-            out = memory[: tokens.stop - tokens.start, columns]
-            side.store_product(rows, side.classifier(classes).T, out)
+            if num_tokens < len(memory):
+                memory = memory[:num_tokens]
+            side.store_product(rows, side.classifier(classes).T, part_of(memory, places, 1))
 
     def add_sums(
-        self, tokens: slice, classes: slice, sums: Tensor, kind: int, has_targets: bool
+        self,
+        tokens: slice,
+        classes: slice,
+        parts: Tensor,
+        out: TokenSums,
+        kind: int,
+        has_targets: bool,
     ) -> None:
         """Add a block whose products are stored to the sums of its tokens.
 
         Args:
             tokens, classes: the block.
-            sums: :func:`room_for_sums`, whose values the first block of classes overwrites.
+            parts: :func:`room_for_parts`, of which the first has the sums of earlier classes.
+            out: of all tokens, where the sums go with the last block of classes.
             kind: see :func:`kind_of_divergence`.
             has_targets: whether to sum what log-probabilities of targets need.
         """
@@ -107,37 +146,51 @@ class StoredLogits:
             tokens,
             classes,
             in_parts=True,
-            columns_ptr=self._columns(tokens, classes) if has_targets else None,
-            sums_ptr=sums[1:],
-            num_tokens=sums.shape[2],
+            targets_ptr=self.student.targets if has_targets else None,
+            first_class=classes.start,
+            sums_ptr=parts,
+            num_tokens=parts.shape[2],
             KIND=kind,
         )
-        combine(sums[: 1 + num_parts], kind, first=int(classes.start == 0))
+        is_last = classes.stop == self.student.problem.c.shape[0]
+        combine(
+            parts,
+            out if is_last else None,
+            kind,
+            part=range(int(classes.start == 0), 1 + num_parts),
+            first_token=tokens.start,
+        )
 
-    def mixture_sums(self, tokens: slice, classes: slice, lses: Tensor, beta: float) -> Tensor:
-        """Return the sums (2, T) relative to the mixture of such a block.
+    def mixture_parts(self, tokens: slice, classes: slice, logs: Tensor, beta: float) -> Tensor:
+        """Return the sums relative to the mixture of parts of such a block, (parts, 2, T).
 
         Args:
             tokens, classes: the block.
-            lses: (2, T) log-sum-exps of student and teacher, log2.
+            logs: of :class:`TokenSums`.
             beta: share of the teacher in the mixture.
         """
-        shape = (parts_of(classes.stop - classes.start), 2, lses.shape[1])
-        sums = torch.empty(shape, dtype=torch.float32, device=lses.device)
-        lse, teacher_lse = lses
+        num_tokens = tokens.stop - tokens.start
+        shape = (parts_of(classes.stop - classes.start), 2, num_tokens)
+        sums = torch.empty(shape, dtype=torch.float32, device=logs.device)
         self._run(
             mixture_sums_kernel,
             tokens,
             classes,
             in_parts=True,
-            lse_ptr=lse,
-            teacher_lse_ptr=teacher_lse,
+            logs_ptr=logs,
+            logs_stride=logs.stride(0),
             sums_ptr=sums,
             share=beta,
             rest=1 - beta,
-            num_tokens=sums.shape[2],
+            num_tokens=num_tokens,
         )
-        return sums.sum(0)
+        return sums
+
+    def sum_mixture(self, tokens: slice, logs: Tensor, beta: float) -> None:
+        """Sum a block of all classes relative to the mixture, after :meth:`add_sums`."""
+        every = slice(0, self.student.problem.c.shape[0])
+        parts = self.mixture_parts(tokens, every, logs, beta)
+        torch.sum(parts, 0, out=logs[RELATIVE:, tokens])
 
     def write_gradients(
         self,
@@ -151,14 +204,14 @@ class StoredLogits:
 
         Args:
             tokens, classes: the block.
-            values: of its tokens.
+            values: of all tokens.
             kind: see :func:`kind_of_divergence`.
             beta: from 0 to 1.
 
         Returns:
             The gradients times the scale of the values, (T, classes).
         """
-        has_targets, out = values.g_logprobs is not None, self.gradients(tokens, classes)
+        out = self.gradients(tokens, classes)
         is_wide = out.shape[0] <= FEW_ROWS and out.shape[1] >= LONG_ROW
         self._run(
             logit_gradients_kernel,
@@ -166,15 +219,15 @@ class StoredLogits:
             classes,
             BLOCK=WIDE_BLOCK if is_wide else classes_at_a_time(out.shape[1]),
             num_warps=WIDE_WARPS if is_wide else 4,
-            lse_ptr=values.lse,
-            teacher_lse_ptr=values.teacher_lse,
-            relative_ptr=values.relative,
+            logs_ptr=values.logs,
+            logs_stride=values.logs.stride(0),
             entropy_ptr=values.entropy,
             g_divergence_ptr=values.g_divergence,
             g_entropy_ptr=values.g_entropy,
             g_logprob_ptr=values.g_logprobs,
             miss_ptr=values.miss,
-            columns_ptr=self._columns(tokens, classes) if has_targets else None,
+            targets_ptr=None if values.g_logprobs is None else self.student.targets,
+            first_class=classes.start,
             grad_ptr=out,
             grad_stride=out.stride(0),
             share=beta,
@@ -182,12 +235,6 @@ class StoredLogits:
             KIND=kind,
         )
         return out
-
-    def _columns(self, tokens: slice, classes: slice) -> Tensor:
-        """Return the column of each token's target in a block of classes; -1 if elsewhere."""
-        targets = self.student.targets[tokens]
-        here = (targets >= classes.start) & (targets < classes.stop)
-        return torch.where(here, targets - classes.start, -1).int()
 
     def _run(
         self, kernel: Any, tokens: slice, classes: slice, in_parts: bool = False, **arguments: Any
@@ -201,7 +248,7 @@ class StoredLogits:
             (
                 products,
                 None if side.problem.bias is None else side.problem.bias[classes],
-                None if side.multiplier is None else side.multiplier[tokens],
+                side.multiplier,
                 side.problem.softcap,
             )
             for side, products in zip((self.student, self.teacher), self.memory, strict=True)
@@ -214,6 +261,7 @@ class StoredLogits:
             (tokens.stop - tokens.start, num_parts),
             of_student=of_student,
             of_teacher=of_teacher,
+            first_token=tokens.start,
             num_classes=num_classes,
             stride=self.memory[0].stride(0),
             **arguments,
@@ -238,104 +286,95 @@ def kind_of_divergence(beta: float) -> int:
     return int((FROM_STUDENT if beta == 1 else MIXTURE).value)
 
 
-def room_for_sums(num_classes: int, num_tokens: int, like: Tensor) -> Tensor:
-    """Return memory (1 + parts, 8, num_tokens) for sums over blocks of at most ``num_classes``.
-
-    The first part is for the sums; without a class they are those of none.
-    """
+def room_for_parts(num_classes: int, num_tokens: int, like: Tensor) -> Tensor:
+    """Return memory (1 + parts, 8, num_tokens) for sums over blocks of at most ``num_classes``."""
     parts = parts_of(num_classes)
     if num_classes >= LONG_ROW:  # the last block may be shorter, and have more
         parts = max(parts, parts_of(LONG_ROW - 1))
-    sums = like.new_empty((1 + parts, 8, num_tokens), dtype=torch.float32)
-    if num_classes == 0:
-        sums[0] = 0
-        for row in (HIGH, TARGET, TEACHER_HIGH):
-            sums[0, row] = -torch.inf
-    return sums
+    return like.new_empty((1 + parts, 8, num_tokens), dtype=torch.float32)
 
 
-def combine(parts: Tensor, kind: int, first: int = 0) -> Tensor:
-    """Add up the sums (parts, 8, T) from the given part on, in place of those of the first.
+def combine(
+    parts: Tensor, out: TokenSums | None, kind: int, part: range, first_token: int = 0
+) -> None:
+    """Add up parts of sums (parts, 8, T).
 
-    Returns:
-        (8, T).
+    Args:
+        parts: at least those to add up.
+        out: of all tokens, where to write; None where classes are missing: in place of the first.
+        kind: see :func:`kind_of_divergence`.
+        part: the parts to add up.
+        first_token: of the T tokens.
     """
-    num_parts, _, num_tokens = parts.shape
+    num_tokens = parts.shape[2]
     launch(
         combine_sums_kernel,
         (cdiv(num_tokens, COMBINED),),
         parts_ptr=parts,
-        sums_ptr=parts,
+        sums_ptr=parts if out is None else out.sums,
+        logs_ptr=None if out is None else out.logs,
+        first_token=0 if out is None else first_token,
         num_tokens=num_tokens,
-        first_part=first,
-        num_parts=num_parts,
+        stride=num_tokens if out is None else out.sums.stride(0),
+        first_part=part.start,
+        num_parts=part.stop,
         KIND=kind,
-        PARTS=next_power_of_2(num_parts),
+        PARTS=next_power_of_2(part.stop),
         TOKENS=COMBINED,
     )
-    return parts[0]
 
 
-def from_student(sums: Tensor) -> Tensor:
-    """Return the divergence (T,) of the student from the teacher, from the sums (8, T), log2."""
-    log_ratio = sums[TEACHER_TOTAL].log2() - sums[TOTAL].log2()
-    return sums[CROSS] / sums[TOTAL] + log_ratio
-
-
-def log_sum_exps(sums: Tensor) -> Tensor:
-    """Return the log-sum-exps (2, T) of student and teacher from the sums (8, T), log2."""
-    step = TEACHER_HIGH - HIGH
-    highs, totals = sums[HIGH : TEACHER_HIGH + 1 : step], sums[TOTAL : TEACHER_TOTAL + 1 : step]
-    return highs + totals.log2()
-
-
-def finish(sums: Tensor, results: Tensor, kind: int, has_targets: bool) -> None:
-    """Turn the sums (8, T) of tokens into their results (6, T), in the order of the state.
-
-    Of a mixture the divergence is still missing.
-    """
-    log_total, log_teacher_total = sums[TOTAL].log2(), sums[TEACHER_TOTAL].log2()
-    results[1] = log_total - sums[FIRST] / sums[TOTAL]
-    results[3] = sums[HIGH] + log_total
-    results[4] = sums[TEACHER_HIGH] + log_teacher_total
+def finish(
+    found: TokenSums, kind: int, beta: float, blocks: Blocks, has_targets: bool
+) -> DivergenceState:
+    """Return the results of all tokens from the sums of those that are not ignored."""
+    sums = found.sums
+    lse, teacher_lse, relative, of_teacher = found.logs * LN2.value
+    log_total = sums[TOTAL].log2()
+    entropy = (log_total - sums[FIRST] / sums[TOTAL]) * LN2.value
     if kind == FROM_TEACHER.value:
-        results[0] = sums[CROSS] / sums[TEACHER_TOTAL] + (log_total - log_teacher_total)
+        log_ratio = log_total - sums[TEACHER_TOTAL].log2()
+        divergence = (sums[CROSS] / sums[TEACHER_TOTAL] + log_ratio) * LN2.value
+        relative = torch.zeros_like(divergence)
     elif kind == FROM_STUDENT.value:
-        results[0] = results[5] = from_student(sums)
-    results *= LN2.value
+        divergence = relative.clone()
+    else:
+        divergence = (1 - beta) * relative + beta * of_teacher
+    logprobs = sums.new_empty(0)
     if has_targets:
         # Precise where the target has most of the probability, and never above 0.
         misses = sums[OTHERS] / sums[TOTAL]
         likely = torch.log1p(-misses.clamp(max=0.5))
         logprobs = (sums[TARGET] - sums[HIGH] - log_total) * LN2.value
-        results[2] = torch.where(misses < 0.5, likely, logprobs).clamp(max=0)
-
-
-def finish_mixture(sums: Tensor, results: Tensor, beta: float) -> None:
-    """Turn the sums (2, T) relative to the mixture into the results that miss them."""
-    of_student, of_teacher = sums[RELATIVE] * LN2.value, sums[TEACHER_RELATIVE] * LN2.value
-    results[0] = (1 - beta) * of_student + beta * of_teacher
-    results[5] = of_student
+        logprobs = torch.where(misses < 0.5, likely, logprobs).clamp(max=0)
+        logprobs = blocks.scatter(torch.where(in_any_shard(blocks), logprobs, torch.nan))
+    return DivergenceState(
+        blocks.scatter(divergence.clamp_(min=0)),
+        blocks.scatter(entropy.clamp_(min=0)),
+        logprobs,
+        blocks.scatter(lse.clone()),
+        teacher_lse=blocks.scatter(teacher_lse.clone()),
+        relative=blocks.scatter(relative.clone()),
+    )
 
 
 @dataclass(frozen=True)
 class TokenValues:
-    """Values (T,) that logit gradients have: gradients of results, and log2 of results.
+    """Values (N,) that logit gradients have: gradients of results, and log2 of results.
 
     Args:
         g_divergence, g_entropy, g_logprobs: gradients of the results times the scale; None for 0.
         miss: gradient by the logit of the target; None without ``g_logprobs``.
-        lse, teacher_lse, relative, entropy: results, log2.
+        logs: (3 or 4, N), see :class:`TokenSums`.
+        entropy: log2; None without ``g_entropy``.
     """
 
     g_divergence: Tensor | None
     g_entropy: Tensor | None
     g_logprobs: Tensor | None
     miss: Tensor | None
-    lse: Tensor
-    teacher_lse: Tensor
-    relative: Tensor
-    entropy: Tensor
+    logs: Tensor
+    entropy: Tensor | None
 
     @classmethod
     def of(
@@ -356,23 +395,15 @@ class TokenValues:
             # A target out of range: never a plausible number.
             g_logprobs = torch.where(blocks.in_range, g_logprobs, torch.nan)
             miss = -g_logprobs * torch.expm1(blocks.gather(state.logprobs))
-        logs = (state.lse, state.teacher_lse, state.relative, state.entropy)
-        lse, teacher_lse, relative, entropy = (blocks.gather(x) / LN2.value for x in logs)
+        logs = (state.lse, state.teacher_lse, state.relative)
         return cls(
             g_divergence,
             g_entropy,
             g_logprobs,
             miss,
-            lse,
-            teacher_lse=teacher_lse,
-            relative=relative,
-            entropy=entropy,
+            logs=torch.stack([blocks.gather(x) for x in logs]) / LN2.value,
+            entropy=None if g_entropy is None else blocks.gather(state.entropy) / LN2.value,
         )
-
-    def part(self, tokens: slice) -> "TokenValues":
-        """Return the values of some of the tokens."""
-        given = {name: x for name, x in vars(self).items() if x is not None}
-        return replace(self, **{name: x[tokens] for name, x in given.items()})
 
 
 def scale_of(grads: DivergenceGrads, blocks: Blocks, factor_type: torch.dtype) -> Tensor:

@@ -19,25 +19,22 @@ from cut_cross_entropy.implementations.token_chunks import (
     even_chunk,
     slices_of_factors,
 )
-from cut_cross_entropy.kernels.divergence import state_of
 from cut_cross_entropy.kernels.divergence_columns import FilteredSums
 from cut_cross_entropy.kernels.divergence_logits import (
     StoredLogits,
+    TokenSums,
     TokenValues,
     finish,
-    finish_mixture,
-    from_student,
     kind_of_divergence,
-    log_sum_exps,
-    room_for_sums,
+    room_for_parts,
     scale_of,
 )
 from cut_cross_entropy.kernels.step import in_compute_dtype
-from cut_cross_entropy.kernels.triton.divergence_logits import FROM_STUDENT, MIXTURE, RELATIVE
+from cut_cross_entropy.kernels.triton.divergence_logits import MIXTURE
 from cut_cross_entropy.problem import Gradients, Needed, gradient_scale
 
-MANY_TOKENS, EVEN_TOKENS = 512, (128, 64)
-"""A chunk has a multiple of 128 tokens, whole tiles; of 64 where fewer than 512 fit."""
+MANY_TOKENS, EVEN_TOKENS = 512, (256, 64)
+"""A chunk has a multiple of 256 tokens, whole tiles; of 64 where fewer than 512 fit."""
 
 
 def divergence_and_gradients(
@@ -50,32 +47,25 @@ def divergence_and_gradients(
     that matter, see ``kernels.divergence_columns``, unless ``tolerance`` is 0.
     """
     student, teacher, beta, has_targets = problem
-    most = 0
-    if is_filtered := filters_divergence(student, tolerance):
-        most = divergence_tokens_per_chunk(student, teacher, needed, is_filtered)
-    if not most:  # the budget holds chunks, but not what the filter stores too
-        is_filtered = False
-        most = divergence_tokens_per_chunk(student, teacher, needed)
     student, teacher = in_compute_dtype(student), in_compute_dtype(teacher)
-    blocks, others = Blocks(student), Blocks(teacher)
-    num_classes, count = student.c.shape[0], blocks.num_kept
-    make = student.e.new_zeros
-    kind, every = kind_of_divergence(beta), slice(0, num_classes)
-    results = make((6, count), dtype=torch.float32)
-    sums = make((8, count), dtype=torch.float32)
-    of_mixture = torch.zeros_like(sums[:2])
-    if weights is None:
-        weights = make(blocks.num_tokens, dtype=torch.float32) + 1
-    rows = even_chunk(count, most, EVEN_TOKENS[most < MANY_TOKENS])
+    blocks = Blocks(student)
+    others = Blocks(teacher, like=blocks)
+    num_classes, kind = student.c.shape[0], kind_of_divergence(beta)
+    every = slice(0, num_classes)
+    rows, is_filtered = _chunk(problem, needed, blocks.num_kept, tolerance)
     blocks.shape = others.shape = (rows, num_classes)
     logits = StoredLogits.allocate(blocks, others, rows, num_classes)
+    found = TokenSums.allocate(blocks.num_kept, student.e)
+    if weights is None:
+        weights = student.e.new_ones(blocks.num_tokens, dtype=torch.float32)
     scale = scale_of(DivergenceGrads(weights, None, None), blocks, logits.factor_type)
     weights = blocks.gather(weights.float())
     scaled = weights * scale
+    values = TokenValues(scaled, None, None, None, logs=found.logs, entropy=None)
     parts = slices_of_factors(rows, blocks, others)
     gradients = GradientSums(blocks, parts, needed)
-    filtered = None
-    if is_filtered and FilteredSums.is_worth_it(blocks, needed):
+    filtered = of_parts = None
+    if is_filtered:
         largest = scaled.abs()
         unit = gradient_scale(largest, largest)
         filtered = FilteredSums(gradients, tolerance, logits.memory[1], unit)
@@ -83,36 +73,36 @@ def divergence_and_gradients(
     for tokens, e, e_teacher in logits.token_blocks():
         for classes in parts:
             logits.multiply(e, e_teacher, tokens, classes, 0)
-        of_tokens = room_for_sums(num_classes, len(e), sums)
-        logits.add_sums(tokens, every, of_tokens, kind, has_targets)
-        sums[:, tokens] = of_tokens[0]
-        lses = log_sum_exps(of_tokens[0])
-        relative = lses[0]  # unused, like the entropy
+        if of_parts is None or of_parts.shape[2] != len(e):
+            of_parts = room_for_parts(num_classes, len(e), e)
+        logits.add_sums(tokens, every, of_parts, found, kind, has_targets=has_targets)
         if kind == MIXTURE.value:
-            of_mixture[:, tokens] = logits.mixture_sums(tokens, every, lses, beta)
-            relative = of_mixture[RELATIVE, tokens]
-        elif kind == FROM_STUDENT.value:
-            relative = from_student(of_tokens[0])
-        values = TokenValues(
-            scaled[tokens],
-            None,
-            None,
-            None,
-            lse=lses[0],
-            teacher_lse=lses[1],
-            relative=relative,
-            entropy=lses[0],
-        )
+            logits.sum_mixture(tokens, found.logs, beta)
         factor = logits.write_gradients(tokens, every, values, kind, beta)
         (filtered or gradients).add(tokens, e, factor)
-    finish(sums, results, kind, has_targets)
-    if kind == MIXTURE.value:
-        finish_mixture(of_mixture, results, beta)
     if filtered is not None:
         filtered.finish()
     if logits.factor_type == torch.float16:
         for total in gradients.flat():
             total.div_(scale)
-    state = state_of(results, blocks, has_targets)
+    state = finish(found, kind, beta, blocks, has_targets)
     total = (state.divergence * blocks.scatter(weights)).sum()
     return DivergenceSum(total, state, Gradients(*gradients.flat()))
+
+
+def _chunk(
+    problem: DivergenceProblem, needed: Needed, num_tokens: int, tolerance: float
+) -> tuple[int, bool]:
+    """Return the tokens of a chunk, and whether its products are worth filtering.
+
+    Without a filter the budget holds more; and it may hold chunks, but not what a filter stores.
+    """
+    student, teacher, *_ = problem
+    for is_filtered in (True, False):
+        if is_filtered and not filters_divergence(student, tolerance):
+            continue
+        most = divergence_tokens_per_chunk(student, teacher, needed, is_filtered)
+        rows = even_chunk(num_tokens, most, EVEN_TOKENS[most < MANY_TOKENS]) if most else 0
+        if rows and (not is_filtered or FilteredSums.is_worth_it(student, rows, needed)):
+            break
+    return rows, is_filtered

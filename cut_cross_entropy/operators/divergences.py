@@ -70,14 +70,9 @@ def implementation(by_kernels: bool, device: torch.device) -> Iterator[ModuleTyp
             yield chunked_divergence
 
 
-def sum_by(
-    problem: DivergenceProblem,
-    weights: Tensor | None,
-    needed: Needed,
-    by_kernels: bool,
-    tolerance: float = 0.0,
-) -> DivergenceSum:
+def sum_by(problem: DivergenceProblem, summation: Summation, by_kernels: bool) -> DivergenceSum:
     """Compute a sum and its gradients by an implementation; see :func:`run_divergence_sum`."""
+    weights, needed, tolerance = summation
     if by_kernels:
         from cut_cross_entropy.kernels import divergence_sum as kernels
 
@@ -162,7 +157,7 @@ def divergence_sum(
             state = chosen.forward(problem)
             values = state.divergence if weights is None else state.divergence * weights
             return (values.sum(), *state, *(values.new_empty(0) for _ in range(3)))
-        found = sum_by(problem, weights, needed, options.by_kernels, tolerance)
+        found = sum_by(problem, Summation(weights, needed, tolerance), options.by_kernels)
     return (found.total, *found.state, *found.gradients)
 
 
@@ -226,7 +221,7 @@ def _autograd_of_sum(ctx: Any, grad_total: Tensor | None, *grads: Tensor | None)
     return by_inputs(ctx, found)
 
 
-divergence_sum.register_autograd(_autograd_of_sum, setup_context=_save_sum)
+_call_sum = differentiable(divergence_sum, save=_save_sum, backward=_autograd_of_sum, jvp=_refuse)
 _call_backward = constant(divergence_backward, _refuse)
 _call = differentiable(divergence, save=_save, backward=_autograd, jvp=_refuse)
 
@@ -263,5 +258,5 @@ def run_divergence_sum(
     weights, needed, tolerance = summation
     register_flop_formulas()
     options = (weights, tolerance, *needed.flat(), is_computed_again())
-    total, *found = divergence_sum(*_flat(problem), by_kernels, *options)
+    total, *found = _call_sum(*_flat(problem), by_kernels, *options)
     return total, DivergenceState(*found[:_NUM_STATE])

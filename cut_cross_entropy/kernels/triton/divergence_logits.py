@@ -3,7 +3,8 @@
 The library has stored the products of a block of tokens and classes in float32; each kernel applies
 bias, softcap and multiplier to both models' and reads them once. Formulas:
 ``implementations.chunked_divergence``. Shape legend: ``cut_cross_entropy.kernels``; T is the number
-of tokens of a block.
+of tokens of a block. Of what belongs to all tokens a kernel gets the first token of the block: to
+make views of it for each block takes the host longer than to launch a kernel.
 """
 
 import triton
@@ -22,13 +23,16 @@ HIGHEST = tl.constexpr(120.0)
 
 # Rows of the sums of some classes, float32; exponents are relative to the highest logit of these.
 HIGH, TOTAL, OTHERS, FIRST, TARGET, TEACHER_HIGH, TEACHER_TOTAL, CROSS = range(8)
-RELATIVE, TEACHER_RELATIVE = range(2)
+# Rows of what logit gradients read of a token, log2, and for a mixture what its teacher is from it;
+# RELATIVE: see ``DivergenceState``.
+LSE, TEACHER_LSE, RELATIVE, TEACHER_RELATIVE = range(4)
 
 
 @triton.jit
 def load_logits(
-    model,  # pointers to products (T, stride), bias (classes,) or None, multiplier (T,) or None
-    row,  # of the token
+    model,  # pointers to products (T, stride), bias (classes,) or None, multiplier (N,) or None
+    row,  # of the token in its block
+    token,
     classes,  # (BLOCK,) columns
     num_classes,
     stride,
@@ -40,7 +44,7 @@ def load_logits(
     inside = classes < num_classes
     multiplier = None
     if model[2] is not None:
-        multiplier = tl.load(model[2] + row + tl.arange(0, 1))
+        multiplier = tl.load(model[2] + token + tl.arange(0, 1))
     return transform_logits(
         tl.load(model[0] + row.to(tl.int64) * stride + classes, mask=inside, other=0.0)[None, :],
         classes,
@@ -74,12 +78,14 @@ def mixture_ratios(log_p, log_q, share, rest):
     return ratio, tl.log2(rest + share * tl.exp2(ratio))
 
 
-@triton.jit(do_not_specialize=["num_classes", "stride", "num_tokens"])
+@triton.jit(do_not_specialize=["num_classes", "stride", "num_tokens", "first_token", "first_class"])
 def sums_kernel(
     of_student,  # products, bias, multiplier, softcap: see load_logits
     of_teacher,
-    columns_ptr,  # (T,) column of the target, negative if it is not here; None: no targets
-    sums_ptr,  # (parts, 8, T) out: see HIGH and the others
+    targets_ptr,  # (N,) int64; None: no targets
+    sums_ptr,  # (1 + parts, 8, T) out from the second on: see HIGH and the others
+    first_token,
+    first_class,
     num_tokens,
     num_classes,
     stride,
@@ -93,16 +99,17 @@ def sums_kernel(
     """
     row = tl.program_id(0)
     part = tl.program_id(1)
+    token = first_token + row
     classes = part * BLOCK + tl.arange(0, BLOCK)
-    student = load_logits(of_student, row, classes, num_classes, stride)
-    teacher = load_logits(of_teacher, row, classes, num_classes, stride)
+    student = load_logits(of_student, row, token, classes, num_classes, stride=stride)
+    teacher = load_logits(of_teacher, row, token, classes, num_classes, stride=stride)
     high = tl.max(student, 1)
     teacher_high = tl.max(teacher, 1)
     exponent = relative_to(student, high)
     teacher_exponent = relative_to(teacher, teacher_high)
     p = tl.exp2(exponent)
     q = tl.exp2(teacher_exponent)
-    out = sums_ptr + part * 8 * num_tokens + row + tl.arange(0, 1)
+    out = sums_ptr + (1 + part) * 8 * num_tokens + row + tl.arange(0, 1)
     tl.store(out, high)
     tl.store(out + num_tokens, tl.sum(p, 1))
     tl.store(out + 3 * num_tokens, tl.sum(expected(p, exponent), 1))
@@ -114,8 +121,8 @@ def sums_kernel(
     if KIND == FROM_STUDENT:
         cross = expected(p, exponent - teacher_exponent)
         tl.store(out + 7 * num_tokens, tl.sum(cross, 1))
-    if columns_ptr is not None:
-        column = tl.load(columns_ptr + row)
+    if targets_ptr is not None:
+        column = tl.load(targets_ptr + token) - first_class
         is_other = (classes != column)[None, :]
         tl.store(out + 2 * num_tokens, tl.sum(tl.where(is_other, p, 0.0), 1))
         logit = tl.sum(tl.where(is_other, 0.0, student), 1)
@@ -129,11 +136,14 @@ def fall_to(high, part_high):
     return tl.where(part_high == float("-inf"), 0.0, high - part_high)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first_part", "num_parts"])
+@triton.jit(do_not_specialize=["num_tokens", "stride", "first_token", "first_part", "num_parts"])
 def combine_sums_kernel(
     parts_ptr,  # (parts, 8, T) see HIGH and the others
-    sums_ptr,  # (8, T) out, which may be one of the parts
+    sums_ptr,  # (8, stride) out, which may be one of the parts
+    logs_ptr,  # (4, stride) out: see LSE and the others; None where classes are missing
+    first_token,  # in what is written
     num_tokens,
+    stride,
     first_part,  # parts before it do not count
     num_parts,
     KIND: tl.constexpr,
@@ -161,29 +171,40 @@ def combine_sums_kernel(
     teacher_fall = fall_to(teacher_high[None, :], teacher_highs)
     shrink = tl.exp2(-fall)
     teacher_shrink = tl.exp2(-teacher_fall)
-    out, kept = sums_ptr + tokens, tokens < num_tokens
+    out, kept = sums_ptr + first_token + tokens, tokens < num_tokens
+    total = tl.sum(p * shrink, 0)
+    teacher_total = tl.sum(q * teacher_shrink, 0)
     tl.store(out, high, mask=kept)
-    tl.store(out + num_tokens, tl.sum(p * shrink, 0), mask=kept)
-    tl.store(out + 2 * num_tokens, tl.sum(others * shrink, 0), mask=kept)
-    tl.store(out + 3 * num_tokens, tl.sum(expected(shrink, first - fall * p), 0), mask=kept)
-    tl.store(out + 4 * num_tokens, target, mask=kept)
-    tl.store(out + 5 * num_tokens, teacher_high, mask=kept)
-    tl.store(out + 6 * num_tokens, tl.sum(q * teacher_shrink, 0), mask=kept)
+    tl.store(out + stride, total, mask=kept)
+    tl.store(out + 2 * stride, tl.sum(others * shrink, 0), mask=kept)
+    tl.store(out + 3 * stride, tl.sum(expected(shrink, first - fall * p), 0), mask=kept)
+    tl.store(out + 4 * stride, target, mask=kept)
+    tl.store(out + 5 * stride, teacher_high, mask=kept)
+    tl.store(out + 6 * stride, teacher_total, mask=kept)
     if KIND == FROM_TEACHER:
-        cross = expected(teacher_shrink, cross + (fall - teacher_fall) * q)
-        tl.store(out + 7 * num_tokens, tl.sum(cross, 0), mask=kept)
+        cross = tl.sum(expected(teacher_shrink, cross + (fall - teacher_fall) * q), 0)
+        tl.store(out + 7 * stride, cross, mask=kept)
     if KIND == FROM_STUDENT:
-        cross = expected(shrink, cross + (teacher_fall - fall) * p)
-        tl.store(out + 7 * num_tokens, tl.sum(cross, 0), mask=kept)
+        cross = tl.sum(expected(shrink, cross + (teacher_fall - fall) * p), 0)
+        tl.store(out + 7 * stride, cross, mask=kept)
+    if logs_ptr is not None:
+        log_total, log_teacher_total = tl.log2(total), tl.log2(teacher_total)
+        logs = logs_ptr + first_token + tokens
+        tl.store(logs, high + log_total, mask=kept)
+        tl.store(logs + stride, teacher_high + log_teacher_total, mask=kept)
+        if KIND == FROM_STUDENT:
+            relative = cross / total + (log_teacher_total - log_total)
+            tl.store(logs + 2 * stride, relative, mask=kept)
 
 
-@triton.jit(do_not_specialize=["num_classes", "stride", "num_tokens"])
+@triton.jit(do_not_specialize=["num_classes", "stride", "num_tokens", "first_token", "logs_stride"])
 def mixture_sums_kernel(
     of_student,  # products, bias, multiplier, softcap: see load_logits
     of_teacher,
-    lse_ptr,  # (T,) log2
-    teacher_lse_ptr,  # (T,) log2
+    logs_ptr,  # (4, logs_stride): see LSE and the others
     sums_ptr,  # (parts, 2, T) out: of student and teacher relative to the mixture
+    first_token,
+    logs_stride,
     share,
     rest,
     num_tokens,
@@ -194,11 +215,12 @@ def mixture_sums_kernel(
     """Sum what student and teacher are from their mixture over some of the classes of a token."""
     row = tl.program_id(0)
     part = tl.program_id(1)
+    token = first_token + row
     classes = part * BLOCK + tl.arange(0, BLOCK)
-    student = load_logits(of_student, row, classes, num_classes, stride)
-    teacher = load_logits(of_teacher, row, classes, num_classes, stride)
-    log_p = student - tl.load(lse_ptr + row)
-    log_q = teacher - tl.load(teacher_lse_ptr + row)
+    student = load_logits(of_student, row, token, classes, num_classes, stride=stride)
+    teacher = load_logits(of_teacher, row, token, classes, num_classes, stride=stride)
+    log_p = student - tl.load(logs_ptr + token)
+    log_q = teacher - tl.load(logs_ptr + logs_stride + token)
     p = tl.exp2(log_p)
     ratio, of_mixture = mixture_ratios(log_p, log_q, share, rest)
     # Without p the mixture is a share of q.
@@ -208,20 +230,25 @@ def mixture_sums_kernel(
     tl.store(out + num_tokens, tl.sum(expected(tl.exp2(log_q), ahead), 1))
 
 
-@triton.jit(do_not_specialize=["num_classes", "stride", "grad_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "num_classes", "stride", "grad_stride", "first_token", "first_class", "logs_stride",
+    ]
+)  # fmt: skip
 def logit_gradients_kernel(
     of_student,  # products, bias, multiplier, softcap: see load_logits
     of_teacher,
-    lse_ptr,  # (T,) log2, like the three that follow
-    teacher_lse_ptr,  # (T,)
-    relative_ptr,  # (T,) of the student
-    entropy_ptr,  # (T,)
-    g_divergence_ptr,  # (T,) times the scale, or None, like the two that follow
-    g_entropy_ptr,  # (T,)
-    g_logprob_ptr,  # (T,)
-    miss_ptr,  # (T,) gradient by the logit of the target; read with g_logprob_ptr, like the next
-    columns_ptr,  # (T,) column of the target; negative if it is not here
+    logs_ptr,  # (3 or 4, logs_stride): see LSE and the others
+    entropy_ptr,  # (N,) log2; read with g_entropy_ptr
+    g_divergence_ptr,  # (N,) times the scale, or None, like the two that follow
+    g_entropy_ptr,  # (N,)
+    g_logprob_ptr,  # (N,)
+    miss_ptr,  # (N,) gradient by the logit of the target; read with g_logprob_ptr, like the next
+    targets_ptr,  # (N,) int64
     grad_ptr,  # (T, grad_stride) out, in the memory of the products
+    first_token,
+    first_class,
+    logs_stride,
     share,
     rest,
     num_classes,
@@ -235,21 +262,22 @@ def logit_gradients_kernel(
     In half precision a block of classes is written where the program has read already.
     """
     row = tl.program_id(0)
-    lse = tl.load(lse_ptr + row)
+    token = first_token + row
+    lse = tl.load(logs_ptr + token)
     multiplier = 1.0  # unused
     if of_student[2] is not None:
-        multiplier = tl.load(of_student[2] + row)
+        multiplier = tl.load(of_student[2] + token)
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        student = load_logits(of_student, row, classes, num_classes, stride)
-        teacher = load_logits(of_teacher, row, classes, num_classes, stride)
+        student = load_logits(of_student, row, token, classes, num_classes, stride=stride)
+        teacher = load_logits(of_teacher, row, token, classes, num_classes, stride=stride)
         inside = (classes < num_classes)[None, :]
         log_p = student - lse
         p = tl.exp2(log_p)
         grad = tl.zeros((1, BLOCK), tl.float32)
         if g_divergence_ptr is not None:
-            g = tl.load(g_divergence_ptr + row)
-            log_q = teacher - tl.load(teacher_lse_ptr + row)
+            g = tl.load(g_divergence_ptr + token)
+            log_q = teacher - tl.load(logs_ptr + logs_stride + token)
             if KIND == FROM_TEACHER:
                 grad = g * (p - tl.exp2(log_q))
             else:
@@ -258,14 +286,15 @@ def logit_gradients_kernel(
                     _, of_mixture = mixture_ratios(log_p, log_q, share, rest)
                     ahead = -of_mixture
                     g *= rest
-                grad = g * LN2 * expected(p, ahead - tl.load(relative_ptr + row))
+                relative = tl.load(logs_ptr + 2 * logs_stride + token)
+                grad = g * LN2 * expected(p, ahead - relative)
         if g_entropy_ptr is not None:
-            surplus = expected(p, log_p + tl.load(entropy_ptr + row))
-            grad -= tl.load(g_entropy_ptr + row) * LN2 * surplus
+            surplus = expected(p, log_p + tl.load(entropy_ptr + token))
+            grad -= tl.load(g_entropy_ptr + token) * LN2 * surplus
         if g_logprob_ptr is not None:
-            is_target = (classes == tl.load(columns_ptr + row))[None, :]
-            part = -tl.load(g_logprob_ptr + row) * p
-            grad += tl.where(is_target, tl.load(miss_ptr + row), part)
+            is_target = (classes == tl.load(targets_ptr + token) - first_class)[None, :]
+            part = -tl.load(g_logprob_ptr + token) * p
+            grad += tl.where(is_target, tl.load(miss_ptr + token), part)
         if of_student[2] is not None:
             grad *= multiplier
         if of_student[3] is not None:
