@@ -84,7 +84,7 @@ BAD = {
     ),
     "other tokens": (
         {"e_teacher": torch.zeros(12, 12)},
-        "e_teacher must have the leading shape of e_student, (13,), got (12, 12)",
+        "e_teacher must have the leading shape of e_student, (13,), got (12,)",
     ),
     "other classes": (
         {"head_teacher": torch.zeros(30, 12)},
