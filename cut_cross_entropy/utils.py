@@ -62,9 +62,13 @@ def compute_z_loss(
         A scalar, or with ``"none"`` the shape of ``lse``, 0 at ignored tokens.
 
     Raises:
-        TypeError: ``reduction`` or ``shift`` of the wrong type.
+        TypeError: an argument of the wrong type.
         ValueError: unknown reduction, negative shift, or shapes that do not fit.
     """
+    for name, x in (("lse", lse), ("targets", targets)):
+        if not isinstance(x, Tensor) and not (name == "targets" and x is None):
+            hint = ": pass the second of the pair" if isinstance(x, tuple) else ""
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{hint}")
     check_reduction(reduction)
     check_shift(shift)
     z_loss = lse.square()

@@ -445,6 +445,10 @@ def test_z_loss():
     message = "targets less shift=1 must have as many elements as lse, (2, 3), got (2, 2)"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         compute_z_loss(lse, torch.zeros(2, 3, dtype=torch.long), shift=True)
+    with pytest.raises(TypeError, match=r"^lse must be a torch.Tensor, got tuple: pass the second"):
+        compute_z_loss((lse, lse))
+    with pytest.raises(TypeError, match=r"^targets must be a torch.Tensor, got list$"):
+        compute_z_loss(lse, [1, 2])
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (3, 2)])
