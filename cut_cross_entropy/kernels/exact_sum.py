@@ -17,7 +17,7 @@ chunk before its powers are multiplied. Shape legend: ``cut_cross_entropy.kernel
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,6 @@ from cut_cross_entropy.distributed.collectives import maximum_over_group
 from cut_cross_entropy.filter_report import FilterRecord, recording, report
 from cut_cross_entropy.implementations.token_chunks import ALIGNED, class_slices
 from cut_cross_entropy.kernels import BLOCK_T
-from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.exact import Wanted, add_product, store_product
 from cut_cross_entropy.kernels.filtered.backward import FLAT_SUPPORT, too_flat
 from cut_cross_entropy.kernels.filtered.selection import find_threshold
@@ -56,7 +55,11 @@ from cut_cross_entropy.kernels.tokens import (
     multiplied_logits,
     score_targets,
 )
-from cut_cross_entropy.kernels.triton.exact_sum import add_targets_kernel, scale_rows_kernel
+from cut_cross_entropy.kernels.triton.exact_sum import (
+    add_targets_kernel,
+    scale_rows_kernel,
+    sum_windows_kernel,
+)
 from cut_cross_entropy.kernels.triton.primitives import ABSENT
 from cut_cross_entropy.problem import (
     NO_FILTER,
@@ -71,7 +74,8 @@ from cut_cross_entropy.problem import (
 )
 from cut_cross_entropy.validation import check_target_range
 
-RUN = 4  # tokens of one target that are added together
+RUN = 4  # tokens of one target that are added together: most targets have few
+WINDOW, RUN_OF_WINDOW = 64, 16  # tokens whose sums are added together, and of these at a time
 
 
 @dataclass(frozen=True)
@@ -191,160 +195,264 @@ def _one_pass(
 
     If the first chunk shows that the data are too flat for a filter, all gradients are exact.
     """
-    e, (num_tokens, dim), num_classes = problem.e, problem.e.shape, problem.c.shape[0]
-    group = problem.group
+    num_tokens, num_classes, group = problem.e.shape[0], problem.c.shape[0], problem.group
     if group is None:
         check_target_range(problem.targets, num_classes, problem.ignore_index)
-    make = e.new_empty
     exact, filtered = filter_.split(needed)
-    with_strips = any(filtered.flat()) and num_tokens > 0
-
-    def allocate(needed: Needed) -> Gradients:
-        shape_e, shape_c = (num_tokens, dim), (num_classes, dim)
-        return Gradients(
-            e.new_zeros(shape_e if needed.e else 0, dtype=torch.float32),
-            make(shape_c if needed.c else 0, dtype=torch.float32),
-            e.new_zeros(num_classes if needed.bias else 0, dtype=torch.float32),
-        )
-
-    grads = allocate(exact)
+    grads = _allocate(problem, exact)
     if num_tokens == 0:
         grads.c.zero_()
         return SumGradients(grads.e.new_zeros(()), *grads), None
 
     most, given = powers_per_chunk(problem, needed), problem
     problem = in_compute_dtype(problem)
+    with_strips = any(filtered.flat())
     tokens, logits, bound = score_targets(problem, compact=True, by_content=with_strips)
-    numbers = None
-    if not (e.is_meta or is_captured(e)):
-        num_valid = (tokens.origin < num_tokens).sum()
-        if group is not None:
-            num_valid = torch.stack([num_valid, torch.full_like(num_valid, -most)])
-            maximum_over_group(num_valid, group)
-        numbers = HostCopy(num_valid)
-    num_blocks = -(-num_tokens // BLOCK_T)
-    flags = torch.zeros(num_blocks, dtype=torch.int32, device=e.device)
-    shared = (problem.c, problem.bias, problem.softcap)
-    multiplier = None
-    if problem.multiplier is not None:
-        multiplier, logits, bound = multiplied_logits(tokens, problem.multiplier, logits, bound)
-    inputs = PassInputs(tokens.e, *shared, bound, flags, multiplier)
-    raise_bound_by_frequent(inputs, problem)  # keeps the device busy while the host waits
-    count, rows = num_tokens, 0
+    numbers = _send_numbers(tokens, most, group)
+    inputs, logits = _bounded_inputs(problem, tokens, logits, bound)
+    count, rows = num_tokens, most
     if group is not None and numbers is not None:
         count, rows = (abs(int(x)) for x in numbers.wait())
         if rows == 0:
             return _in_two_passes(given, needed, weights), None
-    end = min(cdiv(count, BLOCK_T) * BLOCK_T, num_tokens)
-    rows = _chunk_size(end or num_tokens, rows or most)
-    if weights is not None:
-        weights = tokens.gather(weights, 0.0)
-    unit = None if problem.c.dtype != torch.float16 else _units(tokens, weights, multiplier)
-    nll, factor, target = aligned_rows(3, num_tokens, torch.float32, e.device, zeros=True)
+    end = _whole_blocks(count, num_tokens)
+    rows = _chunk_size(end or num_tokens, rows)
+    walk = _Walk.of(problem, tokens, inputs, logits, weights, with_strips=with_strips)
+    products = _Products.of(walk, rows, needed, zeros=numbers is None)
 
-    sums = None
-    if with_strips:
-        # Blocks without a token are skipped, so their strips are never written.
-        strips = torch.zeros((num_blocks, num_classes), dtype=torch.int16, device=e.device)
-        support, lse, target_grad = aligned_rows(3, num_tokens, torch.float32, e.device, zeros=True)
-        lse.fill_(torch.inf)
-        target_grad.fill_(ABSENT.value)
-        sums = StripSums(strips, support, lse, target_grad, math.log2(FLAT_SUPPORT))
-
-    num_tiles = max(1, cdiv(num_classes, tiles_on(e.device).block_v))
-    stride = -(-num_classes // ALIGNED) * ALIGNED  # rows stay aligned
-    buffer = make((rows, stride), dtype=problem.c.dtype)
-    if numbers is None:  # all rows are multiplied, those without a token by 0
-        buffer.zero_()
-    product = make((rows, dim) if needed.e else 0, dtype=torch.float32)
-    scaled = make((rows, dim) if needed.c else 0, dtype=problem.c.dtype)
-
-    def store(part: slice) -> Chunk:
-        some = Tokens(tokens.e[part], tokens.targets[part], tokens.origin[part])
-        inputs = PassInputs(
-            some.e,
-            *shared,
-            bound=bound[part],
-            flags=flags,
-            multiplier=None if multiplier is None else multiplier[part],
-        )
-        num_rows = part.stop - part.start
-        chunk = Chunk(
-            some,
-            inputs,
-            logits=logits[part],
-            weights=None if weights is None else weights[part],
-            nll=nll[part],
-            factor=factor[part],
-            target=target[part],
-            segment_tiles=choose_segment_tiles(cdiv(num_rows, BLOCK_T), num_tiles),
-            of_strips=None if sums is None else sums.at(part),
-            group=group,
-        )
-        store_powers(chunk, buffer[:num_rows, :num_classes])
-        return chunk
-
-    def multiply(
-        chunk: Chunk, num_rows: int, is_first: bool, needed: Needed, grads: Gradients
-    ) -> None:
-        powers = buffer[:num_rows, :num_classes]
-        if needed.e:
-            _multiply(powers, problem.c, product[:num_rows])
-        if needed.e or needed.c:
-            _scale_rows(
-                chunk,
-                needed,
-                num_rows,
-                c=problem.c,
-                unit=None if unit is None else unit.e,
-                product=product,
-                grad_e=grads.e,
-                scaled=scaled,
-            )
-        if needed.c:
-            add = store_product if is_first else add_product
-            for classes in class_slices(num_classes, max(dim, rows)):
-                add(grads.c[classes], powers[:, classes].T, scaled[:num_rows])
-        if needed.bias:
-            grads.bias.add_(
-                _weighted_sum(powers, chunk.factor[:num_rows], None if unit is None else unit.bias)
-            )
-
-    first = store(slice(0, rows))  # keeps the device busy until the host has read the count
+    # Keeps the device busy until the host has read the count.
+    first = walk.store_powers(slice(0, rows), products.powers)
     found = shares = None
-    if sums is not None:
-        found = _Pass(tokens, sums, weights, multiplier)
-        shares = None if e.is_meta else found.shares(slice(0, rows), filter_)
+    if walk.sums is not None:
+        found = _Pass(tokens, walk.sums, walk.weights, inputs.multiplier)
+        shares = None if problem.e.is_meta else found.shares(slice(0, rows), filter_)
     if group is None and numbers is not None:
         count = int(numbers.wait())
-        end = min(cdiv(count, BLOCK_T) * BLOCK_T, num_tokens)
-    if end > 0 and num_classes > 0:
-        multiply(first, min(rows, end), True, exact, grads)
+        end = _whole_blocks(count, num_tokens)
+    has_any = end > 0 and num_classes > 0
+    if has_any:
+        products.add(first, min(rows, end), exact, grads, is_first=True)
     else:
         grads.c.zero_()
     path, flat_tokens = "exact", 0
     if shares is not None:
         num_strips, flat_tokens, num_tokens_there = (int(x) for x in shares.wait())
         if too_flat(num_strips, flat_tokens, num_tokens_there, problem.c.shape):
-            others = allocate(filtered)
-            multiply(first, min(rows, end), True, filtered, others)
+            others = _allocate(given, filtered)
+            products.add(first, min(rows, end), filtered, others, is_first=True)
             kept = (x if x.numel() else y for x, y in zip(grads, others, strict=True))
             grads, exact = Gradients(*kept), needed
-            sums = found = None
-            path = "dense"
+            walk, found, path = replace(walk, sums=None), None, "dense"
     if recording() and numbers is not None and found is None:
         report(FilterRecord(path, 1.0, 0.0, flat_tokens, count))
     step = _chunk_size(end - rows, rows) if end > rows else 1
     for start in range(rows, end, step):
         part = slice(start, min(start + step, end))
-        chunk = store(part)
-        if num_classes > 0:
-            multiply(chunk, part.stop - part.start, False, exact, grads)
-    if exact.c and unit is not None:
-        grads.c.div_(unit.e)
-    if exact.c or exact.bias:
-        _add_targets(tokens, target, grads, exact)
-    return SumGradients(nll.sum(), *grads), found
+        chunk = walk.store_powers(part, products.powers)
+        if has_any:
+            products.add(chunk, part.stop - part.start, exact, grads)
+    products.finish(walk, exact, grads)
+    return SumGradients(walk.nll.sum(), *grads), found
+
+
+def _allocate(problem: Problem, needed: Needed) -> Gradients:
+    """Allocate float32 gradients, empty if not needed; that of c is to be overwritten."""
+    e, c = problem.e, problem.c
+    return Gradients(
+        e.new_zeros(e.shape if needed.e else 0, dtype=torch.float32),
+        e.new_empty(c.shape if needed.c else 0, dtype=torch.float32),
+        e.new_zeros(c.shape[0] if needed.bias else 0, dtype=torch.float32),
+    )
+
+
+def _send_numbers(tokens: Tokens, most: int, group: str | None) -> HostCopy | None:
+    """Send the number of valid tokens to the host, unless it cannot wait for it.
+
+    With a group also ``-most``, the tokens of a chunk: both agreed on by all processes.
+    """
+    if tokens.e.is_meta or is_captured(tokens.e):
+        return None
+    num_valid = (tokens.origin < len(tokens.origin)).sum()
+    if group is not None:
+        num_valid = torch.stack([num_valid, torch.full_like(num_valid, -most)])
+        maximum_over_group(num_valid, group)
+    return HostCopy(num_valid)
+
+
+def _bounded_inputs(
+    problem: Problem, tokens: Tokens, logits: Tensor, bound: Tensor
+) -> tuple[PassInputs, Tensor]:
+    """Return the inputs of the passes with close bounds, and the logits of the targets."""
+    flags = torch.zeros(cdiv(len(bound), BLOCK_T), dtype=torch.int32, device=bound.device)
+    multiplier = None
+    if problem.multiplier is not None:
+        multiplier, logits, bound = multiplied_logits(tokens, problem.multiplier, logits, bound)
+    inputs = PassInputs(
+        tokens.e,
+        problem.c,
+        bias=problem.bias,
+        softcap=problem.softcap,
+        bound=bound,
+        flags=flags,
+        multiplier=multiplier,
+    )
+    raise_bound_by_frequent(inputs, problem)  # keeps the device busy while the host waits
+    return inputs, logits
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """All tokens, and what the passes over the logits of their chunks leave.
+
+    Args:
+        problem: as :func:`in_compute_dtype` returns it.
+        tokens: compacted, in order of content if there are strips.
+        inputs: of the passes, of all tokens.
+        logits, weights, nll, factor, target: (N,) see :class:`Chunk`.
+        sums: of the strips; None if nothing is filtered.
+    """
+
+    problem: Problem
+    tokens: Tokens
+    inputs: PassInputs
+    logits: Tensor
+    weights: Tensor | None
+    nll: Tensor
+    factor: Tensor
+    target: Tensor
+    sums: StripSums | None
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        tokens: Tokens,
+        inputs: PassInputs,
+        logits: Tensor,
+        weights: Tensor | None,  # (N,) in the caller's order
+        *,
+        with_strips: bool,
+    ) -> "_Walk":
+        """Return the state before the first pass."""
+        num_tokens, device = len(logits), logits.device
+        if weights is not None:
+            weights = tokens.gather(weights, 0.0)
+        nll, factor, target = aligned_rows(3, num_tokens, torch.float32, device, zeros=True)
+        sums = None
+        if with_strips:
+            # Blocks without a token are skipped, so their strips are never written.
+            shape = (cdiv(num_tokens, BLOCK_T), problem.c.shape[0])
+            strips = torch.zeros(shape, dtype=torch.int16, device=device)
+            support, lse, target_grad = aligned_rows(
+                3, num_tokens, torch.float32, device, zeros=True
+            )
+            lse.fill_(torch.inf)
+            target_grad.fill_(ABSENT.value)
+            sums = StripSums(strips, support, lse, target_grad, math.log2(FLAT_SUPPORT))
+        return cls(problem, tokens, inputs, logits, weights, nll, factor, target, sums)
+
+    def store_powers(self, part: slice, powers: Tensor) -> Chunk:
+        """Store the powers of the tokens of a chunk in the first rows; return what is known."""
+        tokens, inputs, num_rows = self.tokens, self.inputs, part.stop - part.start
+        num_tiles = max(1, cdiv(self.problem.c.shape[0], inputs.tiles.block_v))
+        multiplier = inputs.multiplier
+        chunk = Chunk(
+            Tokens(tokens.e[part], tokens.targets[part], tokens.origin[part]),
+            replace(
+                inputs,
+                e=tokens.e[part],
+                bound=inputs.bound[part],
+                multiplier=None if multiplier is None else multiplier[part],
+            ),
+            logits=self.logits[part],
+            weights=None if self.weights is None else self.weights[part],
+            nll=self.nll[part],
+            factor=self.factor[part],
+            target=self.target[part],
+            segment_tiles=choose_segment_tiles(cdiv(num_rows, BLOCK_T), num_tiles),
+            of_strips=None if self.sums is None else self.sums.at(part),
+            group=self.problem.group,
+        )
+        store_powers(chunk, powers[:num_rows])
+        return chunk
+
+
+@dataclass(frozen=True)
+class _Products:
+    """Products of the powers of a chunk, and the memory that chunks share.
+
+    Args:
+        powers: (tokens of a chunk, V).
+        product: (tokens of a chunk, D) float32, memory for that with c.
+        scaled: (tokens of a chunk, D) memory for the embeddings times the factors of their tokens.
+        unit: of these factors in float16; None for 1.
+    """
+
+    powers: Tensor
+    product: Tensor
+    scaled: Tensor
+    unit: "_Units | None"
+
+    @classmethod
+    def of(cls, walk: _Walk, rows: int, needed: Needed, *, zeros: bool) -> "_Products":
+        """Allocate memory for chunks of ``rows`` tokens; with ``zeros`` all may be multiplied."""
+        (num_classes, dim), dtype = walk.problem.c.shape, walk.problem.c.dtype
+        unit = None
+        if dtype == torch.float16:
+            unit = _units(walk.tokens, walk.weights, walk.inputs.multiplier)
+        stride = cdiv(num_classes, ALIGNED) * ALIGNED  # rows stay aligned
+        powers = walk.problem.c.new_empty((rows, stride))[:, :num_classes]
+        if zeros:  # of rows without a token too
+            powers.zero_()
+        product = powers.new_empty((rows, dim) if needed.e else 0, dtype=torch.float32)
+        scaled = powers.new_empty((rows, dim) if needed.c else 0)
+        return cls(powers, product, scaled, unit)
+
+    def add(
+        self,
+        chunk: Chunk,
+        num_rows: int,
+        needed: Needed,
+        grads: Gradients,
+        *,
+        is_first: bool = False,
+    ) -> None:
+        """Add the gradients of the first tokens of a chunk, but for what targets add to dC."""
+        unit, c = self.unit, chunk.inputs.c
+        powers = self.powers[:num_rows]
+        if needed.e:
+            _multiply(powers, c, self.product[:num_rows])
+        if needed.e or needed.c:
+            _scale_rows(
+                chunk,
+                needed,
+                num_rows,
+                c=c,
+                unit=None if unit is None else unit.e,
+                product=self.product,
+                grad_e=grads.e,
+                scaled=self.scaled,
+            )
+        if needed.c:
+            add = store_product if is_first else add_product
+            for classes in class_slices(len(c), max(c.shape[1], len(self.powers))):
+                add(grads.c[classes], powers[:, classes].T, self.scaled[:num_rows])
+        if needed.bias:
+            grads.bias.add_(
+                _weighted_sum(powers, chunk.factor[:num_rows], None if unit is None else unit.bias)
+            )
+
+    def finish(self, walk: _Walk, needed: Needed, grads: Gradients) -> None:
+        """Turn the sums of all chunks into the gradients of c and bias."""
+        if needed.c and self.unit is not None:
+            grads.c.div_(self.unit.e)
+        if needed.c or needed.bias:
+            _add_targets(walk.tokens, walk.target, grads, needed)
+
+
+def _whole_blocks(count: int, num_tokens: int) -> int:
+    """Return how many tokens the blocks of the first ``count`` have."""
+    return int(min(cdiv(count, BLOCK_T) * BLOCK_T, num_tokens))
 
 
 def _chunk_size(num_tokens: int, most: int) -> int:
@@ -437,22 +545,44 @@ def _weighted_sum(powers: Tensor, factor: Tensor, unit: Tensor | None) -> Tensor
 
 
 def _add_targets(tokens: Tokens, target: Tensor, grads: Gradients, needed: Needed) -> None:
-    """Add what the targets contribute to dC and to the gradient of the bias."""
+    """Add what the targets contribute to dC and to the gradient of the bias.
+
+    One target may be that of half of the tokens, so windows of the sorted tokens are summed first.
+    """
     num_tokens, dim = tokens.e.shape
     ordered, order = torch.sort(tokens.targets, stable=True)
-    block_d = min(1024, next_power_of_2(dim))
+    num_windows = cdiv(num_tokens, WINDOW)
+    parts = target.new_empty((num_windows, dim) if needed.c else 0)
+    weights = target.new_empty(num_windows)
+    sums = {
+        "sorted_ptr": ordered,
+        "order_ptr": order,
+        "e_ptr": tokens.e,
+        "target_ptr": target,
+        "parts_ptr": parts,
+        "weights_ptr": weights,
+        "N": num_tokens,
+        "D": dim,
+        "NEED_C": needed.c,
+        "WINDOW": WINDOW,
+    }
+    most = next_power_of_2(dim)
+    if num_windows > 1:
+        block_d = min(256, most)
+        launch(
+            sum_windows_kernel,
+            (num_windows - 1, cdiv(dim, block_d) if needed.c else 1),
+            RUN=RUN_OF_WINDOW,
+            BLOCK_D=block_d,
+            **sums,
+        )
+    block_d = min(1024, most)
     launch(
         add_targets_kernel,
         (num_tokens, cdiv(dim, block_d) if needed.c else 1),
-        sorted_ptr=ordered,
-        order_ptr=order,
-        e_ptr=tokens.e,
-        target_ptr=target,
         **pointers(grads, "c bias", "grad_{}_ptr"),
-        N=num_tokens,
-        D=dim,
-        NEED_C=needed.c,
         NEED_BIAS=needed.bias,
         RUN=RUN,
         BLOCK_D=block_d,
+        **sums,
     )

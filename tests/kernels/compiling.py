@@ -389,8 +389,11 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
     add("finish_rows", made_rows.finish_rows_kernel, {"BLOCK_D": 1024},
         types=(("out_ptr", "*fp32"),))  # fmt: skip
     add("add_targets", exact_sum_kernels.add_targets_kernel,
-        {"NEED_C": True, "NEED_BIAS": True, "RUN": exact_sum.RUN, "BLOCK_D": 1024},
-        types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip
+        {"NEED_C": True, "NEED_BIAS": True, "WINDOW": exact_sum.WINDOW, "RUN": exact_sum.RUN,
+         "BLOCK_D": 1024}, types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip
+    add("sum_windows", exact_sum_kernels.sum_windows_kernel,
+        {"NEED_C": True, "WINDOW": exact_sum.WINDOW, "RUN": exact_sum.RUN_OF_WINDOW,
+         "BLOCK_D": 256})  # fmt: skip
     for set_apart in (False, True):
         add(f"bound{'-apart' * set_apart}", lse.bound_kernel,
             {"BLOCK_T": BLOCK_T, "SET_APART": set_apart})  # fmt: skip

@@ -210,9 +210,10 @@ def test_bounds_that_are_too_low(softcap, chunks, small_chunks):
     assert [repaired for _, repaired in chunks] == [1, 0]
 
 
-@pytest.mark.parametrize("same", [1, 33, 150])
+@pytest.mark.parametrize("same", [1, 33, 64, 190, 220])
 def test_tokens_of_one_target(same, chunks):
-    problem = make_problem((150,), 300, 24, bias=True, ignored=0.0)
+    """Alone, several, and as many as begin, fill and end windows of 64 of the sorted tokens."""
+    problem = make_problem((220,), 300, 24, bias=True, ignored=0.0)
     problem.targets[-same:] = 17
     check(problem, "cce_exact", return_lse=False)
     assert len(chunks) == 1

@@ -49,18 +49,85 @@ def scale_rows_kernel(
             )
 
 
+@triton.jit
+def sum_run(
+    run,  # first place among the sorted targets, the place behind the last, and the target
+    sources,  # pointers to sorted targets, tokens, embeddings and 1 - p, see add_targets_kernel
+    d,  # (BLOCK_D,) features
+    D,
+    NEED_C: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum 1 - p times embeddings, and 1 - p, of the tokens that have a target, in their order."""
+    start, stop, target = run
+    sorted_ptr, order_ptr, e_ptr, target_ptr = sources
+    sums = tl.zeros((BLOCK_D,), tl.float32)
+    weights = 0.0
+    found = RUN
+    while found == RUN:
+        places = start + tl.arange(0, RUN)
+        same = tl.load(sorted_ptr + places, mask=places < stop, other=-1) == target
+        token = tl.load(order_ptr + places, mask=same, other=0)
+        weight = tl.load(target_ptr + token, mask=same, other=0.0)
+        if NEED_C:
+            rows = tl.load(
+                e_ptr + token[:, None] * D + d[None, :],
+                mask=same[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
+            sums += tl.sum(rows.to(tl.float32) * weight[:, None], 0)
+        weights += tl.sum(weight, 0)
+        found = tl.sum(same.to(tl.int32), 0)
+        start += RUN
+    return sums, weights
+
+
+@triton.jit(do_not_specialize=["N"])
+def sum_windows_kernel(
+    sorted_ptr,  # (N,) see add_targets_kernel, like all that follow
+    order_ptr,
+    e_ptr,
+    target_ptr,
+    parts_ptr,  # (windows, D) out
+    weights_ptr,  # (windows,) out
+    N,
+    D,
+    NEED_C: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum the tokens of a window whose target is the last one of the window before."""
+    window = tl.program_id(0) + 1
+    first = window * WINDOW
+    target = tl.load(sorted_ptr + first)
+    if (target < 0) | (target != tl.load(sorted_ptr + first - 1)):
+        return
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    run = (first, min(first + WINDOW, N), target)
+    sources = (sorted_ptr, order_ptr, e_ptr, target_ptr)
+    sums, weights = sum_run(run, sources, d, D, NEED_C=NEED_C, RUN=RUN, BLOCK_D=BLOCK_D)
+    if NEED_C:
+        tl.store(parts_ptr + window * D + d, sums, mask=d < D)
+    tl.store(weights_ptr + window, weights)
+
+
 @triton.jit(do_not_specialize=["N"])
 def add_targets_kernel(
     sorted_ptr,  # (N,) targets in order; -1 for none
     order_ptr,  # (N,) token of each
     e_ptr,  # (N, D)
     target_ptr,  # (N,) 1 - p of the target
+    parts_ptr,  # (windows, D) sums of windows of these tokens, see sum_windows_kernel
+    weights_ptr,  # (windows,) likewise
     grad_c_ptr,  # (V, D) in, out
     grad_bias_ptr,  # (V,) in, out
     N,
     D,
     NEED_C: tl.constexpr,
     NEED_BIAS: tl.constexpr,
+    WINDOW: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -74,24 +141,17 @@ def add_targets_kernel(
     if (target < 0) | (target == before):
         return
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    sums = tl.zeros((BLOCK_D,), tl.float32)
-    weights = 0.0
-    start, found = first, RUN
-    while found == RUN:  # one after the other: the order does not change
-        places = start + tl.arange(0, RUN)
-        same = tl.load(sorted_ptr + places, mask=places < N, other=-1) == target
-        token = tl.load(order_ptr + places, mask=same, other=0)
-        weight = tl.load(target_ptr + token, mask=same, other=0.0)
+    window = first // WINDOW + 1
+    run = (first, min(window * WINDOW, N), target)
+    sources = (sorted_ptr, order_ptr, e_ptr, target_ptr)
+    sums, weights = sum_run(run, sources, d, D, NEED_C=NEED_C, RUN=RUN, BLOCK_D=BLOCK_D)
+    place = window * WINDOW
+    while tl.load(sorted_ptr + place, mask=place < N, other=-1) == target:
         if NEED_C:
-            rows = tl.load(
-                e_ptr + token[:, None] * D + d[None, :],
-                mask=same[:, None] & (d < D)[None, :],
-                other=0.0,
-            )
-            sums += tl.sum(rows.to(tl.float32) * weight[:, None], 0)
-        weights += tl.sum(weight, 0)
-        found = tl.sum(same.to(tl.int32), 0)
-        start += RUN
+            sums += tl.load(parts_ptr + window * D + d, mask=d < D, other=0.0)
+        weights += tl.load(weights_ptr + window)
+        window += 1
+        place += WINDOW
     if NEED_C:
         out = grad_c_ptr + target * D + d
         tl.store(out, tl.load(out, mask=d < D, other=0.0) - sums, mask=d < D)
