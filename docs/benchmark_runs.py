@@ -423,11 +423,19 @@ def options(kept: Measurements) -> str:
 def sweep(kept: Measurements, size: str) -> str:
     """Time per token or per class as a table and a plot."""
     letter, unit = ("N", "token") if size == "tokens" else ("V", "class")
-    rows = swept(kept.of(part="sweeps"), size).sort_values(size)
+    rows = swept(sweeps_of(kept), size).sort_values(size)
+    source = where_from(kept, rows)
     value = rows["runtime_ms"] * 1e3 / rows[size]
     rows = rows.assign(line=rows[size].map("{:,}".format), value=value)
     text = by_method(rows, f"{letter}, µs a {unit}", "{value:.3g}")
-    return text.strip() + image(f"sweep_{size}", "Time and memory against the size", kept)
+    plot = image(f"sweep_{size}", "Time and memory against the size", kept)
+    return f"{text.strip()}\n\n{source}{plot}"
+
+
+def sweeps_of(kept: Measurements) -> pd.DataFrame:
+    """Return the rows of sweeps, of the first device that has any."""
+    found = kept.parts("sweeps")
+    return kept.of(found[0]["environment"]["device"] if found else None, part="sweeps")
 
 
 def swept(rows: pd.DataFrame, size: str) -> pd.DataFrame:
@@ -588,7 +596,7 @@ def plots_of(kept: Measurements) -> list[plots.Plot]:
     tables = rows[rows["part"].isin(("table", "benchmark"))]
     found = [plots.bars(tables[tables["test_data"] == name], f"bars_{name}")
              for name in dict.fromkeys(usual["test_data"])]  # fmt: skip
-    sweeps = rows[rows["part"] == "sweeps"]
+    sweeps = sweeps_of(kept)
     sweeps = rows[rows["part"] == "benchmark"] if sweeps.empty else sweeps
     found += [plots.sweep(swept(sweeps, x), f"sweep_{x}", x) for x in ("tokens", "classes")]
     found.append(plots.speed_error(kept.of(kind=BOTH), "speed_error"))

@@ -28,7 +28,7 @@ from .runs import Session, Task, measure, warm_up
 from .shapes import SHAPES, SMALL, Shape
 
 SWEEP_TOKENS = [2**i for i in range(10, 18)]
-SWEEP_CLASSES = [65536, 98304, 131072, 196608, 262144]
+SWEEP_CLASSES = [32768, 65536, 98304, 131072, 196608, 262144]
 CPU_SWEEP_TOKENS = [128, 256, 512, 1024]
 CPU_SWEEP_CLASSES = [4096, 8192, 16384, 32768]
 HEADS = Path("out/heads")
