@@ -70,6 +70,7 @@ def chunk_gradients(
         first_class=classes[0],
         stop_class=classes[1],
         stride_out=out.stride(0),
+        stride_class=out.stride(1),
         **programs._asdict(),
         LOW_RANK=0 if low_c is None else low_c.shape[1],
         **product_arguments(e, c, replace(tiles, num_stages=num_stages)),

@@ -68,8 +68,8 @@ _INT32 = {"starts_ptr", "block_starts_ptr", "chunk_starts_ptr", "offsets_ptr", "
 _HALF = {"c_ptr", "e_ptr", "low_c_ptr", "low_e_ptr",
          "grad_ptr", "borrowed_ptr", "rows_ptr", "source_ptr", "bias_ptr", "out_ptr", "e", "c",
          "powers_ptr", "scaled_ptr"}  # fmt: skip
-_SIZES = {"N", "V", "D", "M", "K", "stride", "stride_out", "stride_sums", "left_m", "left_k",
-          "right_k", "out_m", "terms"}  # fmt: skip
+_SIZES = {"N", "V", "D", "M", "K", "stride", "stride_out", "stride_sums", "stride_class",
+          "flat_stride", "left_m", "left_k", "right_k", "out_m", "terms"}  # fmt: skip
 _FLOATS = {"softcap", "tolerance", "max_mass", "flat_support", "row_strips", "share",
            "flat_share"}  # fmt: skip
 _TUPLES = {
@@ -124,6 +124,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         sums = {"multiplier_ptr", "entropy_ptr", "p_squares_ptr", "rank_ptr", "highest_ptr"}
         energies = {"strips_ptr", "energy_ptr"}
         terms = {"multiplier_ptr", "eta_ptr", "q_ptr", "num_rows_ptr"}
+        by_token = {"stride_class": 1}  # the layout of logit gradients
         no_rank = {"low_e_ptr": None, "low_c_ptr": None, "LOW_RANK": 0}
         label = "softcap-bias" if softcap else "plain"
         for online, flagged, strips_too in (
@@ -144,7 +145,15 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         add(
             f"exact-{label}",
             exact.chunk_gradients_kernel,
-            {**products, **flags, **without(terms), **no_rank},
+            {**products, **flags, **without(terms), **no_rank, **by_token},
+            boxes={"e": e_box, "c": c_box},
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+        add(
+            f"exact-{label}-by_class",  # of flat tokens
+            exact.chunk_gradients_kernel,
+            {**products, **flags, **without(terms), **no_rank, "stride_out": 1},
             boxes={"e": e_box, "c": c_box},
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
@@ -152,7 +161,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         add(
             f"exact-{label}-float32",  # of the rows that the measured error takes
             exact.chunk_gradients_kernel,
-            {**products, **flags, **without(terms), **no_rank},
+            {**products, **flags, **without(terms), **no_rank, **by_token},
             boxes={"e": e_box, "c": c_box},
             num_warps=tiles.num_warps,
             num_stages=min(tiles.num_stages, 3),
@@ -202,7 +211,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             add(
                 f"terms-{label}-{'-'.join(names)}",
                 exact.chunk_gradients_kernel,
-                {**products, **flags, **without(terms, names), **no_rank},
+                {**products, **flags, **without(terms, names), **no_rank, **by_token},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
@@ -220,7 +229,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             add(
                 f"adapted_exact-{label}-{rank}",
                 exact.chunk_gradients_kernel,
-                {**products, **flags, **without(terms), "LOW_RANK": rank},
+                {**products, **flags, **without(terms), **by_token, "LOW_RANK": rank},
                 boxes={"e": e_box, "c": c_box},
                 num_warps=tiles.num_warps,
                 num_stages=few,
@@ -336,6 +345,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         tokens_kernels.backward_tokens_kernel,
         {"HAS_SUPPORT": True, "BLOCK_D": 1024},
     )
+    add("without_flat", tokens_kernels.without_flat_kernel, {"BLOCK": tokens.SCAN})
     add("class_products", class_logits_kernels.class_products_kernel,
         {"BLOCK_K": class_logits.BLOCK_K, "BLOCK_D": 256},
         types=(("ids_ptr", "*i64"),))  # fmt: skip

@@ -53,8 +53,6 @@ STACK = {
     "adapted_strips-softcap-bias": 512,
     "added_grad_e": 32,  # around its loop, where the sums of earlier strips are loaded and stored
     "grad_c-0": 96,  # after its loop, where the tail is added
-    "grad_c-00-flat": 512,  # likewise, and a few flat tokens
-    "grad_c-0-wide-flat": 448,
     "powers-softcap-bias": 16,
     "powers-softcap-bias-01": 48,  # with a temperature
     "powers-softcap-bias-11": 48,

@@ -215,15 +215,25 @@ def test_opcheck():
 
 CHECKED = """
 import torch
-from tests.support import make_problem, run_ours
+from cut_cross_entropy import record_filter
+from cut_cross_entropy.kernels.filtered import backward, calibrate, class_weights
+from tests.support import Problem, make_problem, run_ours
 
-for impl in ("cce", "cce_exact"):
-    for bias, softcap, dim in ((False, None, 72), (True, 5.0, 73)):
-        problem = make_problem((137,), 515, dim, bias=bias, dtype=torch.bfloat16).on("cuda")
-        run_ours(problem, impl, softcap=softcap, memory_budget=1)
-        run_ours(problem, impl, softcap=softcap)
+# What large problems launch, however much is kept.
+calibrate.MIN_TOKENS = calibrate.MIN_WORK = class_weights.MIN_WORK = 0
+backward.DENSE_FRACTION, backward.FLAT_SUPPORT = 1e9, 100
+for bias, softcap, dim in ((False, None, 72), (True, 20.0, 73)):
+    problem = make_problem((137,), 515, dim, bias=bias)
+    likely = problem.c[problem.targets.clamp_min(0)]
+    e = 14 * likely / likely.norm(dim=1, keepdim=True)
+    e[::40] = 0  # flat
+    problem = Problem(e, problem.c, problem.targets, problem.bias).to(torch.bfloat16).on("cuda")
+    for impl in ("cce", "cce_exact"):
+        for options in ({"memory_budget": 1}, {}):
+            with record_filter() as records:
+                run_ours(problem, impl, softcap=softcap, **options)
+            print(impl, *[(record.path, record.flat_tokens > 0) for record in records])
 torch.cuda.synchronize()
-print("computed")
 """
 
 
@@ -236,7 +246,9 @@ def test_no_access_out_of_bounds():
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "computed" in done.stdout
+    lines = [line for line in done.stdout.splitlines() if line.startswith("cce")]
+    kinds = ["cce ('filtered', True)"] * 2 + ["cce_exact ('exact', False)"] * 2
+    assert lines == kinds * 2
 
 
 def test_a_step_compiles_nothing_that_was_not_planned():

@@ -7,6 +7,7 @@
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,7 +26,12 @@ from cut_cross_entropy.kernels.filtered.captured import (
     is_supported,
 )
 from cut_cross_entropy.kernels.filtered.class_weights import ClassWeights, has_class_weights
-from cut_cross_entropy.kernels.filtered.flat import FlatTokens, most_flat
+from cut_cross_entropy.kernels.filtered.flat import (
+    FlatTokens,
+    flat_bytes,
+    most_flat,
+    whole_steps,
+)
 from cut_cross_entropy.kernels.filtered.grad_c import (
     ClassOrder,
     ClassRows,
@@ -179,19 +185,21 @@ def _captured_gradients(
         share=dense_fraction(problem.c.shape[1]),
         flat_share=FLAT_FRACTION,
     )
-    flat = None
+    make_flat = None
     if num_flat:
-        flat = FlatTokens.of(
-            problem, first_flat(tokens, num_flat), wanted, choice.num_flat, is_counted=True
-        )
-    peaked = tokens.without(tokens.is_flat)
+
+        def make_flat() -> FlatTokens:
+            some = first_flat(tokens, num_flat)
+            return FlatTokens.of(problem, some, wanted, choice.num_flat)
+
+    peaked = tokens.without_flat()
     results = _Results.zeros(problem, wanted)
-    work = _Work(problem, peaked, wanted, selection, None, flat=flat, **results._asdict())
+    work = _Work(problem, peaked, wanted, selection, None, make_flat=make_flat, **results._asdict())
     _run(work)
-    if flat is not None:
-        flat.write_grad_e(problem, work.grad_e, wanted.low_e)
+    if work.flat is not None:
+        work.flat.write_grad_e(problem, work.grad_e, wanted.low_e)
     grad_e = work.grad_e
-    del work, flat, selection  # frees the strips before the chunks of the exact path
+    del work, selection  # frees the strips before the chunks of the exact path
     exact_if(choice.num_exact, problem, tokens, wanted, grad_e)
     return grad_e
 
@@ -309,30 +317,39 @@ def _kept_and_flat(
     results: _Results,
 ) -> tuple[Tensor | None, Tensor]:
     """Write the gradients; return dE, if wanted, and the dropped mass of each token (N,)."""
-    peaked, all_flat, flat, is_made = tokens, None, None, isinstance(problem, MadeProblem)
-    if counts.flat_tokens:
-        peaked = tokens.without(tokens.is_flat)
-        flat_first = torch.sort(tokens.is_flat.float(), stable=True, descending=True).indices
-        all_flat = tokens.at(flat_first[: counts.flat_tokens])
-        if not is_made and counts.flat_tokens <= most_flat(problem):
-            count = selection.kept.statistics[-2]
-            flat = FlatTokens.of(problem, all_flat, wanted, count)
-    work = _Work(problem, peaked, wanted, selection, counts, flat=flat, **results._asdict())
-    if flat is not None and work.bias_sums is not None:
-        flat.add_bias_grads(work.bias_sums)
+    peaked, make_flat, is_made = tokens, None, isinstance(problem, MadeProblem)
+
+    def flat_first(count: int) -> BackwardTokens:
+        order = torch.sort(tokens.is_flat.float(), stable=True, descending=True).indices
+        return tokens.at(order[:count])
+
+    num_flat = counts.flat_tokens
+    if num_flat:
+        peaked = tokens.without_flat()
+        if not is_made and num_flat <= most_flat(problem):
+
+            def make_flat() -> FlatTokens:
+                # Whole steps: a kernel is compiled for such numbers.
+                some, count = flat_first(whole_steps(num_flat)), selection.kept.statistics[-2]
+                return FlatTokens.of(problem, some, wanted, count, num_flat)
+
+    work = _Work(
+        problem, peaked, wanted, selection, counts, make_flat=make_flat, **results._asdict()
+    )
     if is_made:
         _run_made(work)
     else:
         _run(work)
-    if flat is not None:
-        flat.write_grad_e(problem, work.grad_e, wanted.low_e)
-    elif all_flat is not None:
+    if work.flat is not None:
+        work.flat.write_grad_e(problem, work.grad_e, wanted.low_e)
+    elif num_flat:
+        flat = flat_first(num_flat)
         if isinstance(problem, MadeProblem):
-            grad_e = made_rows.exact_gradients(problem, all_flat, wanted, accumulate=True)
+            grad_e = made_rows.exact_gradients(problem, flat, wanted, accumulate=True)
         else:
-            grad_e = exact_gradients(problem, all_flat, wanted, accumulate=True)
+            grad_e = exact_gradients(problem, flat, wanted, accumulate=True)
         if grad_e is not None and work.grad_e is not None:
-            scatter_rows(grad_e, all_flat.origin, work.grad_e)
+            scatter_rows(grad_e, flat.origin, work.grad_e)
     return work.grad_e, work.tails.mass
 
 
@@ -344,10 +361,10 @@ class _Work:
         problem, tokens, wanted: of the backward.
         selection, counts: the kept strips, on the device and on the host; the host does not know
             them while a CUDA graph is captured.
+        make_flat: makes :attr:`flat`; None if there are no such tokens.
         tails: tails of the tokens; final after the token passes.
         grad_e: (N, D) dE, if wanted.
         bias_sums: (V,) float32, if dbias is wanted.
-        flat: a few flat tokens that are not among the strips, if any.
     """
 
     problem: Problem
@@ -355,10 +372,23 @@ class _Work:
     wanted: Wanted
     selection: _Selection
     counts: Counts | None
+    make_flat: Callable[[], FlatTokens] | None
     tails: TokenTails
     grad_e: Tensor | None
     bias_sums: Tensor | None
-    flat: FlatTokens | None
+
+    @functools.cached_property
+    def flat(self) -> FlatTokens | None:
+        """A few flat tokens that are not among the strips, if any.
+
+        Made when first asked for, behind the strips, which keep the device busy meanwhile.
+        """
+        if self.make_flat is None:
+            return None
+        flat = self.make_flat()
+        if self.bias_sums is not None:
+            flat.add_bias_grads(self.bias_sums)
+        return flat
 
     @functools.cached_property
     def block_sums(self) -> BlockSums:
@@ -388,8 +418,8 @@ def _run(work: _Work) -> None:
     if work.counts is None:
         schedule = store_all(work.selection.kept.shape, budget, row_bytes, wanted.classes)
     else:
-        if work.flat is not None:  # its gradients exist until the last pass
-            budget = max(1, budget - work.flat.grads.nbytes)
+        if work.make_flat is not None:  # their gradients exist until the last pass
+            budget = max(1, budget - flat_bytes(work.problem, work.counts.flat_tokens))
         schedule = make_schedule(work.counts, budget, row_bytes, wanted.classes, free_bytes)
     if not schedule.store_once:
         work.selection.listed.clear()  # frees it
@@ -510,7 +540,7 @@ def _write_classes(work: _Work, class_pass: ClassPass, stored_once: StoredStrips
 
     ``stored_once`` holds all strips if they need not be computed again.
     """
-    kept, wanted = work.selection.kept, work.wanted
+    kept, wanted, flat = work.selection.kept, work.wanted, work.flat
     classes = work.classes(class_pass.chunks)
     order, rows = None, None
     if wanted.c is not None:
@@ -520,7 +550,7 @@ def _write_classes(work: _Work, class_pass: ClassPass, stored_once: StoredStrips
         sums = None
         if kept.num_superblocks > 1:
             sums = PartialSums.zeros(wanted.c, kept.num_superblocks, classes)
-        rows = ClassRows(wanted.c, sums, work.flat)
+        rows = ClassRows(wanted.c, sums, flat)
 
     for rectangle in class_pass.rectangles:
         stored = _store(work, rectangle) if stored_once is None else stored_once

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from cut_cross_entropy.implementations.token_chunks import class_slices
-from cut_cross_entropy.kernels.block_sizes import tiles_on
 from cut_cross_entropy.kernels.counted_products import counted_product
 from cut_cross_entropy.kernels.exact import Wanted, add_product, chunk_gradients
 from cut_cross_entropy.kernels.launch import cdiv
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
+from cut_cross_entropy.kernels.triton.filtered.flat import STEP
 from cut_cross_entropy.problem import Problem, low_columns
 
 MOST = 512  # tokens: as many cost as much as to read and write dC once more
@@ -28,18 +28,19 @@ class FlatTokens:
     """Flat tokens with their logit gradients.
 
     Args:
-        tokens: the tokens, F of them.
-        grads: (F, stride) gradients of the compute dtype times ``tokens.scale``, by class.
+        tokens: F tokens, the flat ones first; the others do not count.
+        grads: (V, stride) gradients of the compute dtype times ``tokens.scale``, those of a class
+            together, since they are read so.
         rows: (F, D) features of the tokens that the rows of dC are sums of.
-        count: () int32, how many of them are computed, the first ones.
-        is_counted: whether the host does not know this number.
+        count: () int32, how many of them are flat.
+        num_flat: the same on the host; None if it does not know: the others are absent then.
     """
 
     tokens: BackwardTokens
     grads: Tensor
     rows: Tensor
     count: Tensor
-    is_counted: bool = False
+    num_flat: int | None = None
 
     @classmethod
     def of(
@@ -48,30 +49,31 @@ class FlatTokens:
         tokens: BackwardTokens,
         wanted: Wanted,
         count: Tensor,
-        is_counted: bool = False,
+        num_flat: int | None = None,
     ) -> "FlatTokens":
         """Compute the logit gradients of all strips of some tokens."""
-        num_classes, block_v = problem.c.shape[0], tiles_on(tokens.e.device).block_v
-        stride = cdiv(num_classes, block_v) * block_v  # rows stay aligned
-        grads = tokens.e.new_empty((tokens.e.shape[0], stride))
-        here = grads[:, :num_classes]
-        chunk_gradients(problem, tokens, (0, num_classes), here, count if is_counted else None)
-        return cls(tokens, grads, wanted.features(tokens).contiguous(), count, is_counted)
+        num_tokens, num_classes = tokens.e.shape[0], problem.c.shape[0]
+        grads = tokens.e.new_empty((num_classes, whole_steps(num_tokens)))
+        by_token = grads.T[:num_tokens]
+        num_rows = count if num_flat is None else None
+        chunk_gradients(problem, tokens, (0, num_classes), by_token, num_rows)
+        return cls(tokens, grads, wanted.features(tokens).contiguous(), count, num_flat)
 
     def write_grad_e(self, problem: Problem, grad_e: Tensor | None, low_e: Tensor | None) -> None:
         """Write the tokens' rows of dE, and of the gradient of an adapter's ``low_e``."""
-        grads = self.grads[:, : problem.c.shape[0]]
-        if self.is_counted and grad_e is not None:
+        grads = self.grads.T[: self.tokens.e.shape[0]]
+        if self.num_flat is None and grad_e is not None:
             parts = self._counted_parts(problem, grads)
             scatter_rows(parts.sum(0), self.tokens.origin, grad_e)
             return
+        origin = self.tokens.origin[: self.num_flat]
         for columns, out in ((problem.c, grad_e), (low_columns(problem), low_e)):
             if columns is not None and out is not None:
                 shape = (grads.shape[0], columns.shape[1])
                 total = torch.zeros(shape, dtype=torch.float32, device=grads.device)
                 for part in class_slices(columns.shape[0], max(shape)):
                     add_product(total, grads[:, part], columns[part])
-                scatter_rows(total.div_(self.tokens.scale), self.tokens.origin, out)
+                scatter_rows(total.div_(self.tokens.scale)[: self.num_flat], origin, out)
 
     def _counted_parts(self, problem: Problem, grads: Tensor) -> Tensor:
         """Return rows of dE as (S, F, D) float32 sums over parts of the classes."""
@@ -83,8 +85,19 @@ class FlatTokens:
 
     def add_bias_grads(self, sums: Tensor) -> None:
         """Add the tokens to the sums of dbias, (V,) float32."""
-        own = self.grads[:, : sums.shape[0]].sum(0, dtype=torch.float32)
+        own = self.grads[:, : self.num_flat].sum(1, dtype=torch.float32)
         sums += own.div_(self.tokens.scale)
+
+
+def whole_steps(num_tokens: int) -> int:
+    """Return for how many tokens the gradients of a class are stored."""
+    step: int = STEP.value
+    return cdiv(num_tokens, step) * step
+
+
+def flat_bytes(problem: Problem, num_tokens: int) -> int:
+    """Return the bytes of the logit gradients of some flat tokens."""
+    return problem.c.shape[0] * whole_steps(num_tokens) * problem.compute_dtype.itemsize
 
 
 def most_flat(problem: Problem) -> int:

@@ -34,7 +34,7 @@ from cut_cross_entropy.kernels.triton.filtered.grad_c import (
 BLOCK_C = 128  # classes per tile
 BLOCK_K = 64  # tokens per step
 BLOCK_R = 64  # rows of the tail at once
-LISTED = 2**16  # classes whose dropped masses are listed at once, 4 MiB; whole tiles
+LISTED = 2**17  # classes whose dropped masses are listed at once, 8 MiB; whole tiles
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def store_gradients(
     classes,  # (classes,) class ids
     tokens,  # (BLOCK_T,)
     values,  # (BLOCK_T,) each: lse, a, b, targets
-    out,  # pointer to (N, chunk), its stride and first class, numbers of tokens and classes, scale
+    out,  # pointer to (N, chunk), strides, first class, numbers of tokens and classes, scale
     bias_ptr,  # (V,), or None
     softcap,  # or None
     eta,  # (BLOCK_T,), or None, like the two that follow
@@ -28,7 +28,7 @@ def store_gradients(
     multiplier,
 ):
     """Store the logit gradients of a tile of products."""
-    grad_ptr, stride, first_class, N, V, scale = out
+    grad_ptr, stride, stride_class, first_class, N, V, scale = out
     inside = classes < V
     logits = transform_logits(
         product, classes, inside, bias_ptr, softcap, multiplier=multiplier, TOKEN_AXIS=0
@@ -48,7 +48,7 @@ def store_gradients(
         TOKEN_AXIS=0,
     )
     # 32 bits reach: a chunk is bounded in elements
-    place = tokens[:, None] * stride + (classes - first_class)[None, :]
+    place = tokens[:, None] * stride + (classes - first_class)[None, :] * stride_class
     grad = (grad * scale).to(grad_ptr.dtype.element_ty)
     tl.store(grad_ptr + place, grad, mask=(tokens < N)[:, None] & inside[None, :])
 
@@ -82,6 +82,7 @@ def chunk_gradients_kernel(
     first_class,
     stop_class,
     stride_out,
+    stride_class,
     segment_tiles,
     num_segments,
     num_blocks,
@@ -116,7 +117,7 @@ def chunk_gradients_kernel(
     start = first_class + segment * segment_tiles * BLOCK_V
     tiles = min(segment_tiles, tl.cdiv(stop_class - start, BLOCK_V))
     steps = tl.cdiv(D, BLOCK_D)
-    out = (grad_ptr, stride_out, first_class, N, V, scale)
+    out = (grad_ptr, stride_out, stride_class, first_class, N, V, scale)
     # A wide tile ends in two halves, which need fewer registers at a time.
     NUM_PARTS: tl.constexpr = 2 if BLOCK_V > BLOCK_T else 1
     PART: tl.constexpr = BLOCK_V // NUM_PARTS

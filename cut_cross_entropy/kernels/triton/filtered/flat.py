@@ -11,7 +11,7 @@ STEP = tl.constexpr(16)  # flat tokens per product of a tile of dC
 @triton.jit
 def add_flat(
     total,  # (classes, columns) sums times the scale
-    grads_ptr,  # (F, stride) see FlatTokens; None: there are none
+    grads_ptr,  # (V, stride) see FlatTokens; None: there are none
     rows_ptr,  # (F, D)
     num_flat_ptr,  # () int32
     cells,  # classes, columns, whether there is such a class
@@ -25,10 +25,11 @@ def add_flat(
         for first in range(0, num_flat, STEP):
             tokens = first + tl.arange(0, STEP)
             grads = tl.load(
-                grads_ptr + tokens.to(tl.int64)[None, :] * stride + classes[:, None],
-                mask=inside[:, None] & (tokens < num_flat)[None, :],
+                grads_ptr + classes.to(tl.int64)[:, None] * stride + tokens[None, :],
+                mask=inside[:, None],
                 other=0.0,
             )
+            grads = tl.where((tokens < num_flat)[None, :], grads, 0.0)
             rows = gather_rows(rows_ptr, tokens, tokens < num_flat, columns, D)
             total = tl.dot(grads, rows, total, input_precision="ieee")
     return total

@@ -96,7 +96,13 @@ def grad_c_kernel(
     if not PARTIAL:
         masses_of = (class_mass_ptr, mean_mass_ptr, mass_deviation_ptr)
         sums_ptr = tail_of((block_sums_ptr, stride_sums), masses_of, classes, inside)
+    columns = column + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+    if not PARTIAL:  # at the end of a tile registers would be spilled for them
+        cells = (classes, columns, inside)
+        total = add_flat(
+            total, flat_grads_ptr, flat_rows_ptr, num_flat_ptr, cells, stride=flat_stride, D=D
+        )
     lanes = tl.arange(0, BLOCK_K)
     parts: tl.constexpr = BLOCK_T // BLOCK_K
     # Slots of a class are in the order of its blocks, which is that of the loop.
@@ -118,7 +124,6 @@ def grad_c_kernel(
         is_last = part == parts - 1
         slot += (kept & is_last).to(tl.int32)
         left = tl.where(is_last, left & (left - 1), left)
-    columns = column + tl.arange(0, BLOCK_N)
     if PARTIAL:
         table = (first_class, D, stride_out)
         if has_sums:
@@ -131,10 +136,6 @@ def grad_c_kernel(
         dropped = dropped_ptr + positions[:, None] * SUPERBLOCK + blocks[None, :]
         masses = byte_to_value(tl.load(dropped, mask=inside[:, None], other=0))
         block_sums = gather_rows(sums_ptr, blocks, blocks >= 0, columns, D)
-        cells = (classes, columns, inside)
-        total = add_flat(
-            total, flat_grads_ptr, flat_rows_ptr, num_flat_ptr, cells, stride=flat_stride, D=D
-        )
         total = tail_product(masses, block_sums, total / tl.load(scale_ptr), BF16)
         here = inside[:, None] & (columns < D)[None, :]
         rows = classes.to(tl.int64)[:, None] * stride_out + columns[None, :]
@@ -233,9 +234,17 @@ def tail_rows_kernel(
         table = (first_class, D, stride_out)
         cells = (classes, columns, inside)
         sums = load_sums(high_ptr, low_ptr, cells, table, LOW_BITS=LOW_BITS)
-        sums = add_flat(
-            sums, flat_grads_ptr, flat_rows_ptr, num_flat_ptr, cells, stride=flat_stride, D=D
-        )
+        if flat_grads_ptr is not None:
+            # Sums that other instructions have written would serialise the products.
+            sums += add_flat(
+                tl.zeros((BLOCK_R, BLOCK_D), tl.float32),
+                flat_grads_ptr,
+                flat_rows_ptr,
+                num_flat_ptr,
+                cells,
+                stride=flat_stride,
+                D=D,
+            )
         values += sums / tl.load(scale_ptr)
         here = inside[:, None] & (columns < D)[None, :]
         out = out_ptr + rows + columns[None, :]
