@@ -24,8 +24,13 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import build
 
 from cut_cross_entropy.device_support import triton_is_interpreted
+
+# That compile: the first part of a compilation is Python, for which more would wait while LLVM and
+# the assembler have nothing to do. Of 32 threads the first kernel was done when 12 had done thirty.
+MOST_THREADS = 12
 
 _as_captured: contextvars.ContextVar[bool] = contextvars.ContextVar("as_captured", default=False)
 
@@ -82,10 +87,16 @@ def _constants(kernel: Any) -> set[str]:
 
 @dataclass
 class Plan:
-    """Launches that were recorded instead of made, on meta tensors that stand for a device's."""
+    """Launches that were recorded instead of made, on meta tensors that stand for a device's.
+
+    Args:
+        device, launches: see above.
+        flat_tokens: how many a backward finds, since no device counts them.
+    """
 
     device: torch.device
     launches: list[Launch] = field(default_factory=list)
+    flat_tokens: int = 0
 
 
 _plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("plan", default=None)
@@ -314,6 +325,12 @@ def planned_device(device: torch.device) -> torch.device:
     return device if plan is None else plan.device
 
 
+def planned_flat_tokens() -> int:
+    """Return how many flat tokens the planned backward has."""
+    plan = _plan.get()
+    return 0 if plan is None else plan.flat_tokens
+
+
 def compile_concurrently(plan: Plan) -> None:
     """Compile every variant of a plan, each in a thread of its own, and load one after another.
 
@@ -324,8 +341,8 @@ def compile_concurrently(plan: Plan) -> None:
         return
     for one in variants:
         one.kernel.cache_key  # noqa: B018 (computed once and kept, and not by two threads)
-    threads = min(len(variants), os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads, "compile-kernels") as pool:
+    threads = min(len(variants), os.cpu_count() or 1, MOST_THREADS)
+    with _building_unlocked(), ThreadPoolExecutor(threads, "compile-kernels") as pool:
         list(pool.map(lambda one: _compile(one, plan.device), variants))
 
 
@@ -333,6 +350,7 @@ def compile_concurrently(plan: Plan) -> None:
 # kernel of the same signature has imported before makes Python overwrite the functions of the
 # module imported last, so that a thread in between would take the launcher of another kernel.
 _loading = threading.Lock()
+_this_thread = threading.local()
 
 
 def _compile(one: Launch, device: torch.device) -> None:
@@ -340,7 +358,39 @@ def _compile(one: Launch, device: torch.device) -> None:
     with contextlib.suppress(Exception), torch.cuda.device(device):
         compiled = one.kernel.warmup(grid=(1,), **one.arguments)
         with _loading:
-            compiled[(1, 1, 1)]  # loads the machine code and makes what launches it
+            _this_thread.loads = True
+            try:
+                compiled[(1, 1, 1)]  # loads the machine code and makes what launches it
+            finally:
+                _this_thread.loads = False
+
+
+@contextlib.contextmanager
+def _building_unlocked() -> Iterator[None]:
+    """Let other threads load while a thread waits for the C compiler that builds its launcher.
+
+    Triton 3.6 builds one for every signature, which takes longer than all else that is loaded. In
+    versions without this function launchers are built one after another, or not at all.
+    """
+    original = getattr(build, "_build", None)
+    if original is None:
+        yield
+        return
+
+    def build_unlocked(*args: Any, **options: Any) -> Any:
+        if not getattr(_this_thread, "loads", False):
+            return original(*args, **options)
+        _loading.release()
+        try:
+            return original(*args, **options)
+        finally:
+            _loading.acquire()
+
+    build._build = build_unlocked
+    try:
+        yield
+    finally:
+        build._build = original
 
 
 def kind_of(argument: Any, specialised: bool) -> Any:

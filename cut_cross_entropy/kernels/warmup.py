@@ -75,7 +75,8 @@ def plan_step(problem: Problem, filter_: Filter, training: bool) -> Plan:
         for tolerance in {filter_.tolerance, 0.0} if training else ():
             chosen = replace(filter_, tolerance=tolerance, e=True, c=True)
             low_e = problem.low_e if isinstance(problem, AdaptedProblem) else None
-            step.backward(upstream, saved, problem, chosen, everything, grad_low_e=low_e)
+            for plan.flat_tokens in (1, 0) if tolerance else (0,):
+                step.backward(upstream, saved, problem, chosen, everything, grad_low_e=low_e)
         if training and filter_.is_on:
             with as_captured():
                 step.backward(upstream, saved, problem, filter_, replace(everything, bias=False))
@@ -86,9 +87,8 @@ def compile_ahead(problem: Problem, filter_: Filter, training: bool) -> None:
     """Compile the kernels that steps of this kind launch, unless that has been done.
 
     Some kernels are compiled when they are first launched instead: three small ones of large
-    batches that take several passes within the budget, the two that add a few flat tokens to dC,
-    the gradients of shards of the vocabulary, and those of a frozen bias with inputs that are
-    trained.
+    batches that take several passes within the budget, the gradients of shards of the vocabulary,
+    and those of a frozen bias with inputs that are trained.
     """
     kind = kind_of_step(problem, filter_, training)
     _compile_once(problem, kind, lambda: plan_step(problem, filter_, training))

@@ -22,6 +22,7 @@ from cut_cross_entropy.kernels import (
     warmup,
 )
 from cut_cross_entropy.kernels.filtered import (
+    backward,
     calibrate,
     grad_c,
     grad_e,
@@ -112,6 +113,21 @@ def test_a_step_launches_what_was_planned(case, launched, always_filtered, reque
     assert len(launched) > 3
     samples = {kernel.__name__ for kernel in launched.values()} & {"draw_tokens_kernel"}
     assert bool(samples) == options.get("calibrated", False)
+
+
+@pytest.mark.parametrize("flat", [(3,), (3, 17, 131)], ids=str)
+def test_a_step_with_flat_tokens_launches_what_was_planned(flat, launched, monkeypatch):
+    """Their number is not part of what a kernel is compiled for."""
+    monkeypatch.setattr(backward, "FLAT_SUPPORT", 100)
+    problem = sharp(150, flat=flat)
+    tensors = (problem.e, problem.c, problem.targets, problem.bias)
+    call = Problem(*tensors, -100, None, torch.float32, 2**28)
+    plan = warmup.plan_step(call, Filter(dispatch.FILTER_TOLERANCE), training=True)
+    run_ours(problem, "cce")
+    kinds = [dict(kinds) for name, kinds in launched if name == "grad_c_kernel"]
+    assert [kind["flat_grads_ptr"] for kind in kinds] == ["torch.float32"]
+    planned = {one.variant() for one in plan.launches}
+    assert not [variant for variant in launched if variant not in planned]
 
 
 @pytest.mark.parametrize("needed", [("e", "c", "bias"), ("e",)])
@@ -257,13 +273,22 @@ def test_variants_are_compiled_once_each(monkeypatch):
 
 
 def test_machine_code_is_loaded_by_one_thread_at_a_time(monkeypatch):
-    """Triton would mix up the launchers of kernels that are loaded concurrently."""
+    """Triton would mix up the launchers of kernels that are loaded concurrently.
+
+    Those that a C compiler has to build are built meanwhile, all at the same time.
+    """
     from cut_cross_entropy.kernels import launch as module
 
     loading, loaded, overlaps = threading.Lock(), [], []
+    builders = threading.Barrier(8)
+
+    def build_launcher(name):
+        builders.wait(timeout=60)
+        return name
 
     class Compiled:
         def __getitem__(self, grid):
+            assert module.build._build("launcher") == "launcher"
             overlaps.append(not loading.acquire(blocking=False))
             time.sleep(0.01)
             loading.release()
@@ -281,12 +306,14 @@ def test_machine_code_is_loaded_by_one_thread_at_a_time(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(module.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(module.build, "_build", build_launcher)
     plan = module.Plan(
         torch.device("cpu"), [module.Launch(Kernel(f"kernel {i}"), {}) for i in range(8)]
     )
     module.compile_concurrently(plan)
     assert len(loaded) == 8
     assert overlaps == [False] * 8
+    assert module.build._build is build_launcher
 
 
 @pytest.mark.parametrize("kind", ["sum", "weighted", "trained"])

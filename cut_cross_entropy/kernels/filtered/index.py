@@ -19,6 +19,7 @@ from cut_cross_entropy.kernels.launch import (
     aligned_rows,
     launch,
     next_power_of_2,
+    planned_flat_tokens,
     pointers,
 )
 from cut_cross_entropy.kernels.triton.filtered.index import index_kernel, list_strips_kernel
@@ -125,7 +126,7 @@ class Counts:
         self._shape, statistics = kept.shape, kept.statistics
         if statistics.is_meta:  # shapes without values: every chunk keeps a strip in every block
             statistics = torch.ones(statistics.shape, dtype=statistics.dtype)
-            statistics[-2], statistics[-1] = 0, BLOCK_T * kept.shape[0]
+            statistics[-2], statistics[-1] = planned_flat_tokens(), BLOCK_T * kept.shape[0]
         self._copy = HostCopy(statistics)
 
     @functools.cached_property

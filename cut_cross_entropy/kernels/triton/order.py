@@ -147,15 +147,17 @@ def right_halves(
         wanted |= tl.cast((blocks_here + 1) // 2 * BLOCK_T, tl.int64) << (16 * node)
     # The largest number with fewer than the wanted tokens below it, bit by bit.
     median = wanted * 0
-    for bit in tl.static_range(KEY_BITS - 1, -1, -1):
+    bit = tl.cast(1 << (KEY_BITS - 1), tl.int64)
+    for _ in range(KEY_BITS):  # unrolled, it would take ten seconds to compile
         trial = median
         for node in tl.static_range(NODES):
-            trial |= 1 << (16 * node + bit)
+            trial |= bit << (16 * node)
         smaller = key < ((trial >> field) & 0xFFFF).to(tl.int32)
         below = tl.sum(tl.where(smaller, one, 0), 0)
         for node in tl.static_range(NODES):
             few = ((below >> (16 * node)) & 0xFFFF) < ((wanted >> (16 * node)) & 0xFFFF)
-            median |= tl.where(few, 1 << (16 * node + bit), 0)
+            median |= tl.where(few, bit << (16 * node), 0)
+        bit = bit >> 1
     own_median = ((median >> field) & 0xFFFF).to(tl.int32)
     equal = key == own_median
     rank = tl.sum(tl.where(key < own_median, one, 0), 0) + tl.cumsum(tl.where(equal, one, 0), 0)
