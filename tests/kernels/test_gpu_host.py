@@ -221,7 +221,7 @@ from tests.support import Problem, make_problem, run_ours
 
 # What large problems launch, however much is kept.
 calibrate.MIN_TOKENS = calibrate.MIN_WORK = class_weights.MIN_WORK = 0
-backward.DENSE_FRACTION, backward.FLAT_SUPPORT = 1e9, 100
+backward.DENSE_FRACTION, backward.FLAT_SUPPORT = 1e9, 20
 for bias, softcap, dim in ((False, None, 72), (True, 20.0, 73)):
     problem = make_problem((137,), 515, dim, bias=bias)
     likely = problem.c[problem.targets.clamp_min(0)]
