@@ -24,14 +24,6 @@ refuse_second_derivative = refusal(
 )
 
 
-def refusal_of_both(function: str) -> Callable[..., Any]:
-    """Return a formula that refuses a second derivative and one in forward mode of ``function``."""
-    return refusal(
-        f"{function} has no second and no forward-mode derivative in this implementation; "
-        "impl='reference' has both"
-    )
-
-
 class _Refused(Function):
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

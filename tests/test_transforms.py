@@ -97,6 +97,39 @@ def test_batched_gradients_of_an_ordinary_graph(impl):
     )
 
 
+@every_impl
+@pytest.mark.parametrize("name", ["jvp", "jacfwd", "vmap of jvp", "grad"])
+def test_smoothed_losses(impl, name):
+    """The mean of the logits is linear in c, and so has the tangent of c as its own."""
+    transform = {
+        "jvp": lambda loss: jvp(loss, (E, C, B), (DIRECTION.e, DIRECTION.c, DIRECTION.bias)),
+        "jacfwd": lambda loss: jacfwd(lambda e: loss(e, C, B))(E),
+        "vmap of jvp": lambda loss: vmap(lambda c: jvp(lambda x: loss(E, x, B), (C,), (c,))[1])(
+            torch.stack([C, DIRECTION.c])
+        ),
+        "grad": lambda loss: grad(loss, argnums=(0, 1, 2))(E, C, B),
+    }[name]
+    got = transform(
+        lambda e, c, b: linear_cross_entropy(e, c, Y, b, label_smoothing=0.2, impl=impl)
+    )
+    expected = transform(
+        lambda e, c, b: F.cross_entropy(e.double() @ c.double().T + b, Y, label_smoothing=0.2)
+    )
+    for value, exact in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(value.double(), exact.double(), rtol=2e-5, atol=2e-5)
+
+
+def test_smoothed_losses_of_capped_logits_are_refused():
+    with pytest.raises(NotImplementedError, match="nor has label_smoothing with a softcap"):
+        jvp(
+            lambda c: linear_cross_entropy(
+                E, c, Y, softcap=5.0, label_smoothing=0.2, impl="chunked"
+            ),
+            (C,),
+            (DIRECTION.c,),
+        )
+
+
 SECOND_DERIVATIVES = {
     "hessian": lambda loss: hessian(lambda e: loss(e, C, Y))(E),
     "jvp of grad": lambda loss: jvp(grad(lambda e: loss(e, C, Y)), (E,), (DIRECTION.e,)),

@@ -34,10 +34,13 @@ from cut_cross_entropy.operators.flop_formulas import register_flop_formulas
 from cut_cross_entropy.operators.losses import GRADIENTS, NEEDED, fake_gradients
 from cut_cross_entropy.operators.sums import multiplied_sums, saved_sums
 from cut_cross_entropy.problem import Flat, Gradients, Needed, Problem
-from cut_cross_entropy.refusals import refusal_of_both
+from cut_cross_entropy.refusals import refusal
 
 _NUM_STATE, _NUM_GRADS = len(DivergenceState._fields), len(DivergenceGrads._fields)
-_refuse = refusal_of_both("linear_divergence")
+_refuse = refusal(
+    "linear_divergence has no second and no forward-mode derivative in this implementation; "
+    "impl='reference' has both"
+)
 
 
 @dataclass(frozen=True)

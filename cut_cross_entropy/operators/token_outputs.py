@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cut_cross_entropy.call_context import is_transformed
 from cut_cross_entropy.device_support import autocast_type
 from cut_cross_entropy.distributed.collectives import sum_over_group
 from cut_cross_entropy.implementations import chunked_outputs, class_logits
@@ -46,10 +47,13 @@ from cut_cross_entropy.problem import (
     PerToken,
     Problem,
 )
-from cut_cross_entropy.refusals import refusal_of_both
+from cut_cross_entropy.refusals import refusal
 
 _WEIGHTS = "Tensor? weights"  # (V,) of the logits in their mean
-_refuse = refusal_of_both("token_logprobs")
+_refuse = refusal(
+    "token_logprobs has no second and no forward-mode derivative in this implementation, nor has "
+    "label_smoothing with a softcap; impl='reference' has both"
+)
 
 
 def _single(operator: Any) -> Any:
@@ -344,14 +348,23 @@ def outer_product(grad: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _save_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(inputs[1])
+    c, weights, *ctx.options = inputs
+    ctx.dtype = c.dtype
+    ctx.save_for_backward(weights)
+    if is_transformed():
+        ctx.save_for_forward(weights)
 
 
 def _mean_row_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (weights,) = ctx.saved_tensors
     (grad_c,) = _call_outer_product(grad, weights, ctx.dtype)
     return grad_c, None, None, None
+
+
+def _mean_row_tangent(ctx: Any, of_c: Tensor | None, *others: Any) -> tuple[Tensor | None]:
+    """Linear in c; weights have no derivative."""
+    (weights,) = ctx.saved_tensors
+    return (None if of_c is None else _call_mean_row(of_c, weights, *ctx.options)[0],)
 
 
 weighted_sum_of_rows.register_autograd(_mean_row_autograd, setup_context=_save_weights)
@@ -361,7 +374,7 @@ _call_mean_row = transformable(
     _single(weighted_sum_of_rows),
     setup_context=_save_weights,
     backward=_mean_row_autograd,
-    jvp=_refuse,
+    jvp=_mean_row_tangent,
 )
 
 
