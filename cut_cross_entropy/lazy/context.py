@@ -101,6 +101,7 @@ def lazy_head(
     check_options(**options)
     record = ForwardRecord(head, _Options({"impl": impl_name(impl), **options}), None)
     record.means, record.way_out = "lazy_head", "Call the model outside of lazy_head"
+    record.place = " inside the block"
     # The frame of the caller's block is above this one, and each has an __enter__ between.
     with intercept.intercepted(record, (head, *more_heads), depth=5):
         yield record

@@ -43,12 +43,14 @@ class ForwardRecord:
     Attributes:
         means: what made the head lazy, for messages.
         way_out: what to do without it, for messages.
+        place: where a loss is computed without logits, for messages; "" for anywhere in the model.
         stays_open: whether its logits are for the caller of the model, to record what a trainer
             does to them and to compute log-probabilities and entropies without them.
     """
 
     means = "the patch"
     way_out = "Use cce_unpatch for this model"
+    place = ""
     suspended = 0  # > 0 while logits are computed: their product is not to be captured
     finished = False
     stays_open = False
@@ -152,13 +154,14 @@ class ForwardRecord:
             warn_once(
                 self.model_name,
                 "unused",
-                f"its loss does not use the logits of its head; {self.means} did nothing",
+                f"its loss does not use the logits of its head{self.place}; {self.means} did "
+                "nothing",
             )
         else:
             reason = self.not_captured or (
                 "no linear head was called"
                 if not self.heads_called
-                else "its head does not call F.linear"
+                else "its head does not call F.linear itself, as nn.Linear does"
             )
             self.note_idle(reason)
 

@@ -282,7 +282,8 @@ def patch_any(
         if not takes_labels(type(model)):
             raise RuntimeError(
                 f"model_or_type must be a model with a language modelling head, whose forward "
-                f"takes labels, got {type(model).__name__}"
+                f"takes labels, got {type(model).__name__}; cut_cross_entropy.lazy.lazy_head "
+                "serves other modules"
             )
         install.patch_instance(model, patch_options)
         return maybe_model

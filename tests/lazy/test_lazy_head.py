@@ -126,6 +126,17 @@ def test_a_block_that_calls_no_head_is_told():
         model.embedding(batch()[0])
 
 
+def test_a_loss_behind_the_block_is_told():
+    model, (ids, targets) = gpt(), batch()
+    with (
+        pytest.warns(CutCrossEntropyWarning, match="head inside the block; lazy_head did nothing"),
+        lazy_head(model.lm_head),
+    ):
+        logits, _ = model(ids)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    assert_same(model(ids, targets)[1], loss)
+
+
 def test_a_head_with_backward_hooks_keeps_its_logits():
     model = gpt()
     expected = step(model)
