@@ -227,19 +227,25 @@ def in_short(kept: Measurements, rows: pd.DataFrame) -> str:
 
 
 def newer(kept: Measurements, rows: pd.DataFrame) -> str:
-    """Return a sentence with the times of `cce` at the commit of the aims, "" if it is the same."""
+    """Return what `cce` took at the commit of the aims, "" if the rows are of that commit."""
     found = kept.parts("aims")
     commits = {kept.files[x]["environment"]["commit"] for x in rows["source"].unique()}
     if not found or found[0]["environment"]["commit"] in commits:
         return ""
+    of_table = rows[rows["method"] == "cce"].set_index("test_data")["runtime_ms"]
     texts = []
     for row in found[0]["rows"]:
-        if row["test_data"] in set(rows["test_data"]):
+        if row["test_data"] in of_table:
             head = data_title(row["test_data"]).split(",")[0]
-            texts.append(f"{row['time'] * row['gemm_ms'][0]:.1f} ms ({head}, errors "
+            ms = row["time"] * row["gemm_ms"][0]
+            texts.append(f"{ms:.1f} ms ({head}, {ms / of_table[row['test_data']] - 1:+.0%}, errors "
                          f"{row['error_e']:.1f} / {row['error_c']:.1f})")  # fmt: skip
     commit = found[0]["environment"]["commit"]
-    return f" `cce` of commit {commit}, on another day: {', '.join(texts)}." * bool(texts)
+    return (
+        f" `cce` of commit {commit}, in the run of the "
+        f"[aims](docs/benchmarks.md#aims-of-the-filter): {', '.join(texts)}. "
+        "Runs differ by [several percent](docs/engineering_log.md)."
+    ) * bool(texts)
 
 
 def models(kept: Measurements) -> str:

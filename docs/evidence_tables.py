@@ -130,21 +130,25 @@ def verdict(kept: Measurements, runs: Records, folder: Path) -> str:
     if not lines:
         return ""
     trained = [line for line in lines if "place" in line]
-    names = {
-        place: "; ".join(f"{x['job']} ({x['loss']})" for x in trained if x["place"] == place)
-        for place in (ORDER, ABOVE)
-    }
+    higher = {
+        place: "".join(f"\n    - {end}: {x['job']} ({x['loss']})" for x in trained
+                       if x["place"] == place)
+        for place, end in ((ORDER, "within"), (ABOVE, "beyond"))
+    }  # fmt: skip
     commits: dict[str, int] = {}
     for line in lines:
         for commit in dict.fromkeys(re.findall(r"\), ([0-9a-f]{7,})", line["record"])):
             commits[commit] = commits.get(commit, 0) + 1
     count = sum(line["place"] == EQUAL for line in trained)
     return (
-        f"- Losses: in {count} of {len(trained)} trainings `cce` ends at most two standard errors "
-        "above full logits; one seed has no such error and counts if it ends no higher."
-        + f" Higher, but in no seed by more than reversed batches move full logits: {names[ORDER]}."
-        * bool(names[ORDER])
-        + f" Higher than that: {names[ABOVE]}." * bool(names[ABOVE])
+        f"- Losses: in {count} of the {len(trained)} lines of training below `cce` ends at most "
+        "two standard errors above full logits, with one seed no higher. Pretraining has two, "
+        "over all tokens and over targets never seen."
+        + " The others end higher, in each seed within what reversed batches do to full logits, or "
+        "beyond:"
+        * (count < len(trained))
+        + higher[ORDER]
+        + higher[ABOVE]
         + _compared("Peak memory", "mib", lines)
         + _compared("Time", "ms", lines)
         + "\n- Commits measured, with their lines: "
@@ -165,7 +169,7 @@ def _compared(title: str, cost: str, lines: Iterable[Mapping[str, Any]]) -> str:
     ratios = [ratio for ratio, _ in found]
     return (
         f"\n- {title}: less than full logits in {sum(x < 1 / NOISE and y for x, y in found)} of "
-        f"{len(found)} jobs, more in {sum(x > NOISE and y for x, y in found)} (differences up to "
+        f"{len(found)} lines, more in {sum(x > NOISE and y for x, y in found)} (differences up to "
         f"{NOISE - 1:.0%} count as none, as do times that overlap between the seeds); between "
         f"{min(ratios):.2f} and {max(ratios):.2f} times theirs, {statistics.median(ratios):.2f} in "
         "the median."

@@ -183,7 +183,10 @@ def test_sentence_above_the_headline_is_of_the_same_records(found):
     )
     assert headline("abc").splitlines()[0] == first
     assert headline("def").splitlines()[0] == (
-        f"{first} `cce` of commit def, on another day: 3.0 ms (Gemma 3 270M, errors 1.6 / 1.1)."
+        f"{first} `cce` of commit def, in the run of the "
+        "[aims](docs/benchmarks.md#aims-of-the-filter): "
+        "3.0 ms (Gemma 3 270M, -25%, errors 1.6 / 1.1). "
+        "Runs differ by [several percent](docs/engineering_log.md)."
     )
 
 

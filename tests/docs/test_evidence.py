@@ -112,12 +112,16 @@ def test_records_of_two_texts_are_pooled(nothing):
     assert against[0].split(" | ")[1] == "held-out loss, difference of 3 seeds"
     above = "+0.4000 ± 0.1000, at most 0.5000 (3 seeds)"
     counts = evidence_tables.verdict(nothing, runs, Path()).splitlines()
-    assert counts[0].startswith("- Losses: in 0 of 2 trainings `cce` ends at most two ")
-    assert f". Higher than that: Pretraining from scratch; H200 ({above}); Pretr" in counts[0]
+    assert counts[0].startswith(
+        "- Losses: in 0 of the 2 lines of training below `cce` ends at most"
+    )
+    assert counts[0].endswith("do to full logits, or beyond:")
     assert counts[1:] == [
-        f"- Peak memory: less than full logits in 0 of 2 jobs, more in 0 {EQUAL}; "
+        f"    - beyond: Pretraining from scratch; H200 ({above})",
+        f"    - beyond: Pretraining from scratch, targets never seen; H200 ({above})",
+        f"- Peak memory: less than full logits in 0 of 2 lines, more in 0 {EQUAL}; "
         "between 1.00 and 1.00 times theirs, 1.00 in the median.",
-        f"- Time: less than full logits in 2 of 2 jobs, more in 0 {EQUAL}; "
+        f"- Time: less than full logits in 2 of 2 lines, more in 0 {EQUAL}; "
         "between 0.50 and 0.50 times theirs, 0.50 in the median.",
         "- Commits measured, with their lines: abcdef1 (2).",
     ]
@@ -132,7 +136,7 @@ def test_costs_that_hardly_differ_are_equal(nothing):
         one.content["settings"]["steps"] = steps  # or they would be pooled
     counts = evidence_tables.verdict(nothing, {**NONE, "finetune": made}, Path()).splitlines()
     assert counts[2] == (
-        f"- Time: less than full logits in 1 of 3 jobs, more in 1 {EQUAL}; between 0.97 and 1.03 "
+        f"- Time: less than full logits in 1 of 3 lines, more in 1 {EQUAL}; between 0.97 and 1.03 "
         "times theirs, 0.98 in the median."
     )
 
