@@ -175,7 +175,7 @@ class Head:
                 check_float_dtype(name, part)
             if tuple(part.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(part.shape)}")
-            if part.device != self.weight.device:
+            if not _is_same(part.device, self.weight.device):
                 raise ValueError(
                     f"{name} must be on the device of weight, {self.weight.device}, "
                     f"got {part.device}"
@@ -237,6 +237,12 @@ class GivenProducts(Head):
 
 def _times(left: Tensor | None, right: Tensor) -> Tensor:
     return right if left is None else left * right
+
+
+def _is_same(device: torch.device, other: torch.device) -> bool:
+    """Whether two devices are one; a row source may leave out the index of the current one."""
+    indices = {x.index for x in (device, other) if x.index is not None}
+    return device.type == other.type and len(indices) < 2
 
 
 def rows_of(weight: Any, start: int, stop: int) -> Tensor:

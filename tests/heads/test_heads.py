@@ -420,6 +420,19 @@ def test_rows_that_do_not_fit(made, got):
         linear_cross_entropy(e, Head(source), targets)
 
 
+def test_a_row_source_may_leave_out_the_index_of_its_device():
+    """As ``torch.device("cuda")`` does; tensors there say which one they are on, or the reverse."""
+    weight, a, b = torch.randn(3, 2), torch.randn(1, 2), torch.randn(3, 1)
+    source = Halved(weight)
+    source.device = torch.device("cpu", 0)
+    e, targets = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+    losses = [
+        linear_cross_entropy(e, Head(rows, low_rank=(LowRank(a, b),)), targets)
+        for rows in (source, Halved(weight))
+    ]
+    assert torch.equal(*losses)
+
+
 def test_a_magnitude_and_another_adapter():
     adapter = LowRank(torch.zeros(2, 5), torch.zeros(3, 2), magnitude=torch.ones(3))
     with pytest.raises(NotImplementedError, match="must be the only one of a head, got 2"):
