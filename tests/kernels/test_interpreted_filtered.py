@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from cut_cross_entropy.kernels.filtered import flat as few_flat
 from cut_cross_entropy.kernels.filtered.index import Counts
 from cut_cross_entropy.kernels.filtered.schedule import STRIP_BYTES
 from cut_cross_entropy.kernels.filtered.tail import TokenTails
+from cut_cross_entropy.problem import Problem as Call
 from tests.support import Problem, full_logits, make_problem, run, run_ours
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
@@ -214,6 +216,17 @@ def test_few_flat_tokens_are_added_where_rows_are_written(superblocks, dtype, mo
     for name in GRADIENTS:
         few, many = (results.named()[name].double() for results in found)
         assert (few - many).norm() < (1e-6 if dtype == torch.float32 else 1e-3) * many.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_few_flat_tokens_take_their_share_of_the_budget(dtype):
+    """Gradients are stored for whole steps of tokens, also where fewer would fit."""
+    e, c, targets, bias = (getattr(sharp(dtype=dtype), x) for x in ("e", "c", "targets", "bias"))
+    problem = Call(e, c, targets, bias, -100, None, compute_dtype=dtype, memory_budget=0)
+    size = few_flat.flat_bytes(problem, 1)
+    for share, most in ((size - 1, 0), (size, 16), (3 * size - 1, 32), (2**40, few_flat.MOST)):
+        budget = few_flat.BUDGET_SHARE * share
+        assert few_flat.most_flat(replace(problem, memory_budget=budget)) == most
 
 
 def test_the_strips_of_flat_tokens_are_not_overstated(monkeypatch):

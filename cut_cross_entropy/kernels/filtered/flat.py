@@ -102,8 +102,8 @@ def flat_bytes(problem: Problem, num_tokens: int) -> int:
 
 def most_flat(problem: Problem) -> int:
     """Return how many flat tokens are added where dC is written, at most: by count and memory."""
-    size = problem.c.shape[0] * problem.c.element_size()
-    return min(MOST, problem.memory_budget // BUDGET_SHARE // size)
+    steps: int = problem.memory_budget // BUDGET_SHARE // flat_bytes(problem, 1)
+    return min(MOST, steps * whole_steps(1))
 
 
 def flat_arguments(flat: FlatTokens | None) -> dict[str, object]:
