@@ -386,7 +386,7 @@ def test_kernels_are_refused_on_the_cpu_with_what_can_run(impl, monkeypatch):
     message = str(caught.value)
     assert message.startswith(f"impl='{impl}' cannot run here: ")
     named = re.findall(r"'(\w+)'", message.rsplit("use impl=", 1)[1])
-    assert set(named) == {"auto", "chunked", "torch_compile", "reference"}
+    assert set(named) == {"auto", "chunked", "reference"}
 
 
 def test_refused_calls_compute_nothing():
