@@ -66,11 +66,19 @@ AUTO_EPS = 2.0**-12
 """Apple's threshold for bfloat16 under "auto": a float ``filter_eps`` scales with it."""
 
 
-def choose_impl(impl: str, device: torch.device, compute_dtype: torch.dtype) -> str:
+def choose_impl(
+    impl: str, device: torch.device, compute_dtype: torch.dtype, of_losses: bool = True
+) -> str:
     """The implementation that ``impl`` means for tensors on ``device``.
 
     An explicit name is returned as it is or refused; only ``"auto"`` chooses. The presets of the
     kernels run float32 and float64 as ``"chunked"``: full precision products are the library's.
+
+    Args:
+        impl: name of the implementation.
+        device: of the tensors.
+        compute_dtype: of the products.
+        of_losses: whether a loss is wanted, which ``"torch_compile"`` computes and nothing else.
 
     Raises:
         RuntimeError: ``impl`` cannot run there.
@@ -85,9 +93,10 @@ def choose_impl(impl: str, device: torch.device, compute_dtype: torch.dtype) -> 
     if unavailable is None and triton_is_interpreted() and compute_dtype == torch.bfloat16:
         unavailable = "Triton's interpreter computes bfloat16 products wrongly"
     if unavailable is not None:
+        others = "'chunked', 'torch_compile'" if of_losses else "'chunked'"
         raise RuntimeError(
             f"impl={impl!r} cannot run here: {unavailable}. "
-            f"On {device.type} use impl='auto', 'chunked' or 'reference'"
+            f"On {device.type} use impl='auto', {others} or 'reference'"
         )
     if half or (triton_is_interpreted() and compute_dtype == torch.float32):
         return impl
@@ -320,7 +329,7 @@ def token_outputs(
         with torch.autocast(autocast_type(problem.e.device), enabled=False):
             logits = reference.all_logits(problem)
             return reference.token_outputs(problem, logits, asked, weights)
-    chosen = choose_impl(impl, problem.e.device, problem.compute_dtype)
+    chosen = choose_impl(impl, problem.e.device, problem.compute_dtype, of_losses=False)
     by_kernels = chosen in KERNEL_IMPLS and not _beyond_kernels(problem, asked)
     if chosen in KERNEL_IMPLS and impl != "auto" and not by_kernels:
         raise RuntimeError(

@@ -111,5 +111,5 @@ def _by_kernels(impl: str, student: Problem, teacher: Problem) -> bool:
         possible = device.type == "cuda" and kernels_unavailable(device) is None
     else:
         possible = impl == "cce"
-        choose_impl(impl, device, torch.float32)  # refuses
+        choose_impl(impl, device, torch.float32, of_losses=False)  # refuses
     return possible and wide == torch.float32

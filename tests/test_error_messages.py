@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+import cut_cross_entropy
 from cut_cross_entropy import (
     LinearCrossEntropy,
     LinearCrossEntropyImpl,
@@ -386,7 +387,16 @@ def test_kernels_are_refused_on_the_cpu_with_what_can_run(impl, monkeypatch):
     message = str(caught.value)
     assert message.startswith(f"impl='{impl}' cannot run here: ")
     named = re.findall(r"'(\w+)'", message.rsplit("use impl=", 1)[1])
-    assert set(named) == {"auto", "chunked", "reference"}
+    assert set(named) == {"auto", "chunked", "torch_compile", "reference"}
+
+
+@pytest.mark.parametrize("function", ["token_logprobs", "linear_divergence"])
+def test_other_functions_name_no_implementation_of_losses_alone(function, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    e, c = torch.zeros(2, 4), torch.zeros(5, 4)
+    others = (torch.zeros(2, dtype=torch.int64),) if function == "token_logprobs" else (e, c)
+    with pytest.raises(RuntimeError, match="use impl='auto', 'chunked' or 'reference'"):
+        getattr(cut_cross_entropy, function)(e, c, *others, impl="cce")
 
 
 def test_refused_calls_compute_nothing():

@@ -98,7 +98,7 @@ def test_kernels_without_triton_are_refused():
     """
     words = " ".join(python(BLOCK_TRITON + textwrap.dedent(code)))
     assert words.startswith("impl='cce' cannot run here: Triton cannot be imported")
-    assert "use impl='auto', 'chunked' or 'reference'" in words
+    assert "use impl='auto', 'chunked', 'torch_compile' or 'reference'" in words
     assert words.endswith("False")
 
 
