@@ -7,6 +7,7 @@ FILE --plots DIR`` plots a JSON file.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -22,10 +23,11 @@ from .data import KINDS as DATA_KINDS
 from .environment import environment
 from .kinds import KINDS, TOKEN_KINDS, parse
 from .measure import SOAK
-from .methods import METHODS, installed
-from .pool import Clock, processes
+from .methods import DEFAULT, METHODS, installed
+from .pool import Clock, Process, processes
 from .runs import Session, Task, measure, warm_up
 from .shapes import SHAPES, SMALL, Shape
+from .worker import DTYPES, Here
 
 SWEEP_TOKENS = [2**i for i in range(10, 18)]
 SWEEP_CLASSES = [32768, 65536, 98304, 131072, 196608, 262144]
@@ -58,6 +60,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--tail", nargs="+", default=["broad"], choices=DATA_KINDS,
         help="data: like a trained model's (broad, structured or diffuse tail), flat, or randn")
     add("--tokens", nargs="+", type=int, help="tokens a batch (N); default 8192, on a CPU 512")
+    add("--dtype", choices=DTYPES, help="of made data; default bfloat16, on a CPU float32")
     add("--classes", nargs="+", type=int, help="classes (V), instead of the shape's")
     add("--sweep", choices=("tokens", "classes"), help="loss-fw-bw over N or over V")
     add("--ignored", nargs="+", type=float, default=[0.0], metavar="FRACTION",
@@ -76,6 +79,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--warm-up", action="store_true",
         help="make the first calls of all methods at once: saves minutes, but no cold start is "
         "measured, and all of them have to fit the memory together")
+    add("--one-process", action="store_true",
+        help="all methods in this process, on the same data in its memory, but for those that need "
+        "one of their own: less overhead, but no cold starts")
     add("--no-errors", action="store_true", help="skip the float32 reference")
     add("--json", type=Path, help="write everything measured to this file")
     add("--csv", type=Path, help="write the rows to this file")
@@ -115,7 +121,7 @@ def tasks(arguments: argparse.Namespace, on_gpu: bool) -> list[Task]:
     if not on_gpu:
         chosen = [SMALL] if shapes else []
     options: dict[str, Any] = {
-        "dtype": "bfloat16" if on_gpu else "float32",
+        "dtype": arguments.dtype or ("bfloat16" if on_gpu else "float32"),
         "kinds": kinds,
         "errors": not arguments.no_errors and not arguments.sweep,
     }
@@ -124,6 +130,7 @@ def tasks(arguments: argparse.Namespace, on_gpu: bool) -> list[Task]:
         more = {**options, "ignored": ignored, "frozen": None if frozen == "none" else frozen}
         suffix = f"-ignored{ignored:g}" * (ignored > 0 or len(arguments.ignored) > 1)
         suffix += f"-frozen-{frozen}" * (frozen != "none")
+        suffix += f"-{arguments.dtype}" * (arguments.dtype is not None)
         files = arguments.file if "file" in names else []
         for path in files:
             shape = Shape(path.name.split(".")[0], 0, 0)
@@ -144,7 +151,7 @@ def chosen_methods(arguments: argparse.Namespace, on_gpu: bool) -> list[str]:
     names = arguments.methods
     if names is None:
         subjects = {parse(name).subject for name in arguments.kinds or KINDS}
-        fitting = [name for name, method in METHODS.items() if any(map(method.has, subjects))]
+        fitting = [name for name in DEFAULT if any(map(METHODS[name].has, subjects))]
         names = [name for name in fitting if installed(name, arguments.peer)]
     return ["gemm", *(name for name in names if name != "gemm" and (on_gpu or METHODS[name].cpu))]
 
@@ -193,9 +200,16 @@ def run(
     burst = min(3, arguments.repetitions)
     methods = chosen_methods(arguments, torch.cuda.is_available())
     if arguments.methods is None:
-        absent = [name for name in METHODS if not installed(name, arguments.peer)]
+        absent = [name for name in DEFAULT if not installed(name, arguments.peer)]
         print(f"not installed: {', '.join(absent) or 'nothing'}")
-    with processes(methods, arguments.peer) as pool:
+    with contextlib.ExitStack() as stack:
+        pool: dict[str, Process | Here] = {}
+        own = methods
+        if arguments.one_process:
+            own = [name for name in methods if name == "apple"]  # its name is this package's
+            sys.path += [path for name, path in arguments.peer.items() if name not in own]
+            pool = {name: Here(name) for name in methods if name not in own}
+        pool |= stack.enter_context(processes(own, arguments.peer))
         clock, rounds = Clock(arguments.time_limit), -(-arguments.repetitions // burst)
         session = Session(
             pool, clock, rounds, burst, soak=arguments.soak, progress=progress, measured=measured
@@ -207,6 +221,7 @@ def run(
             "rows": [],
             "failures": session.failures,
         }
+        session.started.update(pool if arguments.one_process else ())
         if arguments.warm_up:
             warm_up(todo, session)
         for task in todo:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .data import IGNORE_INDEX, Problem
 
 SOAK = 0.15  # seconds of work before a GPU is timed: one that has rested is faster than it can stay
-LONG_SOAK = 1.5  # the same, until its power limit shows as well
+LONG_SOAK = 0.7  # the same, until its power limit shows as well
 
 
 def synchronize(device: torch.device) -> None:

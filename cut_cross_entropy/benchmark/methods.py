@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the name may be somebody else's package
     from cut_cross_entropy.options import ImplName
 
 Loss = Callable[[], Tensor]
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Method:
         cpu: whether it runs without a GPU.
         softcap: whether it can cap logits.
         peer: whether it is somebody else's package.
+        variant: whether it is another one with other options: measured only if it is named.
         title: what the tables call it.
     """
 
@@ -48,6 +50,7 @@ class Method:
     cpu: bool = False
     softcap: bool = True
     peer: bool = False
+    variant: bool = False
     title: str = ""
 
     def has(self, subject: str) -> bool:
@@ -55,12 +58,12 @@ class Method:
         return subject == "loss" or getattr(self, subject) is not None
 
 
-def _ours(impl: "ImplName") -> Callable[[Problem], Loss]:
+def _ours(impl: "ImplName", **options: Any) -> Callable[[Problem], Loss]:
     def build(problem: Problem) -> Loss:
         from cut_cross_entropy import linear_cross_entropy
 
         return lambda: linear_cross_entropy(
-            problem.e, problem.c, problem.targets, softcap=problem.softcap, impl=impl
+            problem.e, problem.c, problem.targets, softcap=problem.softcap, impl=impl, **options
         )
 
     return build
@@ -108,7 +111,9 @@ def _liger(problem: Problem) -> Loss:
 def _quack(problem: Problem) -> Loss:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy as loss
 
-    return lambda: loss(problem.e, problem.c, problem.targets, tuned=False)
+    # 0.6.5 takes vectors for columns or rows by their length, and refuses what might be either.
+    chunk = 4096 if problem.e.shape[1] != 4096 else 2048
+    return lambda: loss(problem.e, problem.c, problem.targets, chunk_size=chunk, tuned=False)
 
 
 def _torch(problem: Problem) -> Loss:
@@ -125,10 +130,24 @@ METHODS = {
     "gemm": Method(_gemm, None, None, None, cpu=True, title="one product `e @ c.T`"),
     "cce": Method(_ours("cce"), tokens.ours("cce"), tokens.our_divergence("cce"), title="`cce`"),
     "cce_exact": Method(_ours("cce_exact"), tokens.ours("cce_exact"), title="`cce_exact`"),
+    "cce_exact_1gib": Method(
+        _ours("cce_exact", memory_budget=GIB), variant=True, title="`cce_exact`, 1 GiB"
+    ),
+    "cce_exact_c": Method(
+        _ours("cce", filter_c_grad=False, memory_budget=GIB), variant=True,
+        title="`cce`, dC exact, 1 GiB",
+    ),
+    "cce_exact_e": Method(
+        _ours("cce", filter_e_grad=False, memory_budget=GIB), variant=True,
+        title="`cce`, dE exact, 1 GiB",
+    ),
     "torch_compile": Method(_ours("torch_compile"), cpu=True, title="`torch_compile`"),
     "chunked": Method(
         _ours("chunked"), tokens.ours("chunked"), tokens.our_divergence("chunked"), cpu=True,
         title="`chunked`",
+    ),
+    "chunked_1gib": Method(
+        _ours("chunked", memory_budget=GIB), cpu=True, variant=True, title="`chunked`, 1 GiB"
     ),
     "baseline": Method(
         _baseline, tokens.full_logits, tokens.full_logits_divergence, None, cpu=True,
@@ -151,6 +170,9 @@ METHODS = {
         _torch, None, None, None, cpu=True, softcap=False, title="`F.linear_cross_entropy`"
     ),
 }  # fmt: skip
+
+DEFAULT = [name for name, method in METHODS.items() if not method.variant]
+"""What is measured if no method is named."""
 
 
 def installed(name: str, peers: dict[str, str]) -> bool:

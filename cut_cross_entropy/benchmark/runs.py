@@ -14,6 +14,7 @@ from .kinds import KINDS, parse
 from .measure import SOAK, quartiles
 from .pool import Clock, Process, WorkerError
 from .shapes import Shape
+from .worker import Here
 
 Row = dict[str, Any]
 WARM_UP = 110.0  # seconds that a call may take while others compile too
@@ -63,7 +64,7 @@ class Session:
         measured: gets the rows of a kind as soon as its methods have taken their turns.
     """
 
-    pool: dict[str, Process]
+    pool: dict[str, Process | Here]
     clock: Clock
     rounds: int = 4
     burst: int = 3

@@ -15,14 +15,16 @@ import torch
 
 from . import __main__ as command
 from .measure import LONG_SOAK
-from .methods import METHODS, installed
+from .methods import DEFAULT, METHODS, installed
 from .runs import Task
 
 OURS = "--methods cce cce_exact"
 BOTH = "--kinds loss-fw-bw --repetitions 6"
 STRUCTURED = "--tail structured"
-HEAD = f"--data llama3.2-1b {STRUCTURED} {BOTH} {OURS} baseline"
-COMPARED = f"{BOTH} {OURS} torch_compile baseline apple liger trl quack --time-limit 300 --data"
+HEAD = f"--data llama3.2-1b {BOTH} {OURS} baseline"
+VARIANTS = "cce_exact_1gib cce_exact_c cce_exact_e"
+OTHERS = "torch_compile baseline apple liger trl quack"
+COMPARED = f"{BOTH} {OURS} {VARIANTS} {OTHERS} --time-limit 300 --data"
 
 # Sizes of a sweep are compared with each other: all of them at the clock of a long run. The largest
 # batches come last: they take the longest.
@@ -33,7 +35,7 @@ PASSES = ("logprobs-fw", "logprobs-fw-bw")
 PARTS = {
     "comparison": (
         f"{COMPARED} file",
-        f"{COMPARED} gemma2 llama3-8b qwen3-0.6b mistral-nemo phi3.5 --no-errors",
+        f"{COMPARED} gemma2 llama3-8b qwen3-0.6b mistral-nemo phi3.5",
     ),
     "table": (f"{TABLE} file", f"{TABLE} gemma2", f"{TABLE} llama3-8b --kinds loss-fw-bw"),
     "shapes": (
@@ -46,8 +48,13 @@ PARTS = {
         f"{HEAD} --time-limit 60 --no-errors --frozen e c",
     ),
     "tails": (
-        f"{BOTH} {OURS} baseline apple liger --time-limit 75 --data gemma2 "
-        "--tail diffuse randn flat",
+        f"{BOTH} {OURS} cce_exact_1gib baseline apple liger --time-limit 120 "
+        "--data gemma2 llama3-8b qwen3-0.6b --tail diffuse randn flat",
+    ),
+    "chunked": (
+        f"{BOTH} --methods chunked chunked_1gib baseline --time-limit 60 --no-errors "
+        "--data gemma2 phi3.5 llama3.2-1b gpt2",
+        f"{BOTH} --no-errors --dtype float32 --data llama3.2-1b gpt2",
     ),
     "logprobs": (
         f"--data ministral-8b qwen3-8b {STRUCTURED} "
@@ -91,6 +98,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder for the JSON files")
     add("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="default: all")
     add("--methods", nargs="+", choices=list(METHODS), help="these of a part alone; default: all")
+    add("--data", nargs="+", help="these problems of a part alone; default: all")
     add(
         "--hidden",
         nargs="+",
@@ -102,6 +110,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--commit", help="commit to name where there is no history (or COMMIT)")
     add("--time-limit", type=float, default=900.0, help="seconds for everything")
     add("--warm-up", action="store_true", help="as of `python -m benchmark`")
+    add("--one-process", action="store_true", help="as of `python -m benchmark`")
     return parser.parse_args(arguments)
 
 
@@ -123,12 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         start = time.monotonic()
         line.methods = [
             method
-            for method in line.methods or METHODS
+            for method in line.methods or DEFAULT
             if (not parsed.methods or method in parsed.methods) and installed(method, peers)
         ]
-        line.warm_up = parsed.warm_up
+        line.warm_up, line.one_process = parsed.warm_up, parsed.one_process
         line.peer, line.commit, line.json = peers, parsed.commit, parsed.out / f"{name}.json"
         todo = tasks_of(name, parsed.hidden, torch.cuda.is_available())
+        todo = [task for task in todo if task.name in (parsed.data or [task.name])]
         results = command.run(line, todo, name, f"python -m benchmark.suite --parts {name}")
         print(
             f"== {name}: {len(results['rows'])} rows, {len(results['failures'])} failures, "

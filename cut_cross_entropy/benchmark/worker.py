@@ -11,15 +11,16 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from .data import Problem, ignore, make, read
 from .kinds import Kind, parse
-from .measure import SOAK, exact_gradients, peak_mib, relative_error, synchronize, timed
+from .measure import SOAK, Exact, exact_gradients, peak_mib, relative_error, synchronize, timed
 from .methods import METHODS, version_of
+from .pool import WorkerError
 from .questions import ask, errors
 from .shapes import Shape
 
@@ -53,16 +54,7 @@ class Worker:
     ) -> dict[str, Any]:
         """Make the data, every worker the same from the same seed, or read them."""
         self.problem = self.loss = None  # type: ignore[assignment]  # no two problems at a time
-        self.release()
-        if file is not None:
-            problem = read(Path(file), self.device)
-            if self.device.type == "cpu":
-                problem = dataclasses.replace(problem, e=problem.e.float(), c=problem.c.float())
-        else:
-            problem = make(
-                kind, tokens, Shape(**shape), DTYPES[dtype], device=self.device, seed=seed
-            )
-        problem = ignore(problem, ignored, seed)
+        problem = self.data(kind, tokens, Shape(**shape), dtype, file, ignored, seed)
         if problem.softcap is not None and not self.method.softcap:
             raise ValueError(f"{self.name} has no softcap")
         problem.e.requires_grad_(frozen != "e")
@@ -75,6 +67,30 @@ class Worker:
             "dim": problem.e.shape[1],
             "dtype": str(problem.e.dtype).removeprefix("torch."),
         }
+
+    def data(
+        self,
+        kind: str,
+        tokens: int,
+        shape: Shape,
+        dtype: str,
+        file: str | None,
+        ignored: float,
+        seed: int,
+    ) -> Problem:
+        """The problem that is asked for."""
+        self.release()
+        if file is None:
+            problem = make(kind, tokens, shape, DTYPES[dtype], device=self.device, seed=seed)
+        else:
+            problem = read(Path(file), self.device)
+            if self.device.type == "cpu":
+                problem = dataclasses.replace(problem, e=problem.e.float(), c=problem.c.float())
+        return ignore(problem, ignored, seed)
+
+    def reference(self) -> Exact:
+        """Full logits of the problem in float32."""
+        return exact_gradients(self.problem)
 
     def _inputs(self) -> dict[str, Tensor]:
         both = {"e": self.problem.e, "c": self.problem.c}
@@ -163,7 +179,7 @@ class Worker:
                 "filter": [dataclasses.asdict(record) for record in records],
                 **errors(question, scores, gradients, exact_method),
             }
-        exact = exact_gradients(self.problem)
+        exact = self.reference()
         with recorder as records:
             loss = self.loss()
             grads = torch.autograd.grad(loss, list(inputs.values()))
@@ -182,6 +198,55 @@ class Worker:
             gc.collect()
             torch.cuda.empty_cache()
 
+    def answer(self, do: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Run a command; ``error`` in the answer says why it failed."""
+        try:
+            found: dict[str, Any] = getattr(self, do)(**arguments)
+            return found
+        except Exception as error:
+            traceback.print_exc()
+            text = (str(error).strip().splitlines() or [""])[0]
+            error.__traceback__ = None  # it holds what the call had allocated
+            return {"error": f"{type(error).__name__}: {text}"[:300]}
+
+
+class Here(Worker):
+    """A method in the process that asks. All of them have the same data, once in memory."""
+
+    alive = True
+    shared: ClassVar[dict[Any, Any]] = {}
+    """The last problem by what was asked for, and its reference."""
+
+    def data(self, *asked: Any) -> Problem:
+        """The problem that is asked for, which may be the last one."""
+        if asked not in self.shared:
+            self.shared.clear()
+            self.shared[asked] = super().data(*asked)
+        problem: Problem = self.shared[asked]
+        # Leaves of their own, whose need of gradients is their own.
+        return dataclasses.replace(problem, e=problem.e.detach(), c=problem.c.detach())
+
+    def reference(self) -> Exact:
+        """Full logits of the problem in float32, computed once."""
+        if "exact" not in self.shared:
+            self.shared["exact"] = super().reference()
+        return cast(Exact, self.shared["exact"])
+
+    def ask(self, do: str, timeout: float, **arguments: Any) -> dict[str, Any]:
+        """Give a command and return its answer, however long it takes.
+
+        Raises:
+            WorkerError: the command failed, or there was no time to begin.
+        """
+        answer = self.answer(do, arguments) if timeout > 0.5 else {"error": "no time was left"}
+        if "error" in answer:
+            self.release()
+            raise WorkerError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """End nothing."""
+
 
 _workers: list[Worker] = []
 """The one of this process."""
@@ -196,12 +261,6 @@ def call(do: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Run a command; ``error`` in the answer says why it failed."""
     (worker,) = _workers
     try:
-        answer: dict[str, Any] = getattr(worker, do)(**arguments)
-        return answer
-    except Exception as error:
-        traceback.print_exc()
-        text = (str(error).strip().splitlines() or [""])[0]
-        error.__traceback__ = None  # it holds what the call had allocated
-        return {"error": f"{type(error).__name__}: {text}"[:300]}
+        return worker.answer(do, arguments)
     finally:
         worker.release()
