@@ -20,6 +20,9 @@ from docs.page import Column, Row, cell, table
 
 BOTH = "loss-fw-bw"
 PROBLEM = ["test_data", "method"]
+ONE_SIDED = ("cce_exact_c", "cce_exact_e")  # shown with the aims of the exact sums
+OWN_TABLES = ("comparison", "chunked", "sweeps")
+"""Parts that are shown of any device, and not among all its problems."""
 MEASURED = ["device", "source", "part", *COLUMNS, *MORE, "gemm_even", "filter"]
 
 
@@ -92,8 +95,7 @@ def collect(files: dict[str, dict[str, Any]]) -> Measurements:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{source} must name environment.device") from error
         found = [row for row in content.get("rows", []) if row.get("kind") in KINDS]
-        # A comparison has tables of its own, which show any device.
-        own = content.get("part") == "comparison"
+        own = content.get("part") in OWN_TABLES
         count[device] = count.get(device, 0) + len(found) * (not own)
         where = {"device": device, "source": source, "part": content.get("part", "benchmark")}
         rows += [{**row, **where} for row in found]
@@ -365,7 +367,11 @@ def comparison(kept: Measurements) -> str:
                 lost.append(f"- {data}, {what}: {cells['cce']}, {title(best)} {cells[best]}")
             cells[best] = f"**{cells[best]}**"
             lines.append({"data": data, **cells})
-        methods = [method for method in METHODS if any(method in line for line in lines)]
+        methods = [
+            method
+            for method in METHODS
+            if method not in ONE_SIDED and any(method in line for line in lines)
+        ]
         columns = [(title(method), f"{{{method}}}") for method in methods]
         texts.append(table(lines, [(heading, "{data}"), *columns]))
     if lost:
@@ -526,7 +532,8 @@ def other_devices(kept: Measurements) -> str:
     """Everything that was measured elsewhere."""
     text = []
     for device in kept.devices[1:]:
-        names = list(dict.fromkeys(kept.on(device)["test_data"]))
+        rows = kept.on(device)
+        names = list(dict.fromkeys(rows[~rows["part"].isin(OWN_TABLES)]["test_data"]))
         if names:
             tables = by_problem(kept, names, device=device), filter_table(kept, device)
             text += [f"### {device}\n", where(kept, device) + "\n", *tables]

@@ -24,6 +24,7 @@ from docs import (  # noqa: E402
     benchmark_runs,
     distributed_runs,
     evidence_tables,
+    exact_aims,
     post_training_runs,
     training_runs,
 )
@@ -55,6 +56,7 @@ def arguments(_: Measurements) -> str:
 BLOCKS = {
     **benchmark_runs.BLOCKS,
     **post_training_runs.BLOCKS,
+    **exact_aims.BLOCKS,
     **figures.BLOCKS,
     "aims": aims.aims,
     "distributed": lambda kept: distributed_runs.page(kept.parts("distributed")),

@@ -25,6 +25,7 @@ HEAD = f"--data llama3.2-1b {BOTH} {OURS} baseline"
 VARIANTS = "cce_exact_1gib cce_exact_c cce_exact_e"
 OTHERS = "torch_compile baseline apple liger trl quack"
 COMPARED = f"{BOTH} {OURS} {VARIANTS} {OTHERS} --time-limit 300 --data"
+PLAIN = f"{BOTH} --methods chunked chunked_1gib baseline --time-limit 60 --no-errors"
 
 # Sizes of a sweep are compared with each other: all of them at the clock of a long run. The largest
 # batches come last: they take the longest.
@@ -52,9 +53,9 @@ PARTS = {
         "--data gemma2 llama3-8b qwen3-0.6b --tail diffuse randn flat",
     ),
     "chunked": (
-        f"{BOTH} --methods chunked chunked_1gib baseline --time-limit 60 --no-errors "
-        "--data gemma2 phi3.5 llama3.2-1b gpt2",
-        f"{BOTH} --no-errors --dtype float32 --data llama3.2-1b gpt2",
+        f"{PLAIN} --data gemma2 phi3.5 llama3.2-1b gpt2",
+        f"{PLAIN} --dtype float32 --data llama3.2-1b gpt2",
+        f"{PLAIN} --dtype float64 --data gpt2",
     ),
     "logprobs": (
         f"--data ministral-8b qwen3-8b {STRUCTURED} "

@@ -24,7 +24,10 @@ from .pool import WorkerError
 from .questions import ask, errors
 from .shapes import Shape
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
 
 
 class Worker:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cut_cross_entropy.benchmark import output
+from cut_cross_entropy.benchmark import output, worker
 from cut_cross_entropy.benchmark.__main__ import chosen_methods, main, parse_arguments, tasks
+from cut_cross_entropy.benchmark.pool import WorkerError
 from cut_cross_entropy.benchmark.shapes import SHAPES
 from docs import make
 
@@ -122,6 +123,44 @@ def test_the_note_on_memory_is_there_only_if_it_is_true():
     assert output.memory_note(rows(20.0)) == ""
     assert output.memory_note(rows(52.0)[:1]) == ""
     assert output.memory_note([{**each, "kind": "loss-fw"} for each in rows(52.0)]) == ""
+
+
+def test_methods_in_one_process_share_data_and_reference(monkeypatch, tmp_path, capsys):
+    made, references = [], []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name, seen in (("make", made), ("exact_gradients", references)):
+        function = getattr(worker, name)
+        monkeypatch.setattr(
+            worker, name, lambda *a, f=function, s=seen, **o: s.append(1) or f(*a, **o)
+        )
+    command = ["--data", "gemma2", "--tail", "broad", "flat", "--classes", "300", "--tokens", "32"]
+    command += ["--methods", "chunked", "chunked_1gib", "baseline", "--repetitions", "2"]
+    command += [
+        "--kinds",
+        "loss-fw-bw",
+        "--dtype",
+        "float64",
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
+    main([*command, "--one-process"])
+    results = json.loads((tmp_path / "rows.json").read_text())
+    assert (len(made), len(references), results["failures"]) == (2, 2, [])
+    found = {(row["test_data"], row["method"]): row for row in results["rows"]}
+    assert len(found) == 6
+    assert all(row["error_c"] < 1e-5 and not row["cold"] for row in found.values())
+    assert {row["dtype"] for row in found.values()} == {"float64"}
+    assert ("small-flat-V300-float64", "chunked_1gib") in found
+
+
+def test_a_failure_in_the_one_process_takes_that_method_out_of_the_problem():
+    here = worker.Here("quack")
+    shape = {"name": "tiny", "num_classes": 16, "dim": 8, "softcap": 3.0}
+    with pytest.raises(WorkerError, match="ValueError: quack has no softcap"):
+        here.ask("load", 9.0, kind="flat", tokens=4, shape=shape, dtype="float32")
+    with pytest.raises(WorkerError, match="no time was left"):
+        here.ask("time", 0.0, kind="loss-fw", count=1)
+    assert here.alive
 
 
 def test_sweeps_and_options_make_problems():

@@ -10,7 +10,7 @@ from cut_cross_entropy.benchmark.kinds import KINDS
 from cut_cross_entropy.benchmark.runs import Task
 from cut_cross_entropy.benchmark.shapes import Shape
 from cut_cross_entropy.benchmark.suite import PARTS, lines_of, tasks_of
-from docs import aims, make, plots
+from docs import aims, exact_aims, make, plots
 from docs import benchmark_runs as tables
 from docs.make import BLOCKS, ROOT
 from docs.page import fill
@@ -209,6 +209,58 @@ def test_aims_that_are_missed_are_named_with_by_how_much(found):
     assert "- Gemma 3" not in text
 
 
+def test_aims_of_the_exact_sums_and_what_is_missed(found):
+    shown = lambda part, *rows: tables.collect(
+        {**found.files, "new.json": {"part": part, "environment": ENVIRONMENT, "rows": [*rows]}}
+    )
+    sizes = {"classes": 151936, "error_e": 0.0016 * 1.1, "error_c": 0.0016 * 1.2}
+    qwen = lambda method, **more: row(method, "qwen3-0.6b-broad", **{**sizes, **more})
+    good = [
+        qwen("cce", gemms=1.9, runtime_ms=7.0), qwen("cce_exact", gemms=3.7, op_mem_mb=900.0),
+        qwen("cce_exact_1gib", gemms=3.2, runtime_ms=12.0),
+        qwen("cce_exact_c", gemms=2.4, error_e=0.0016 * 1.7),
+        qwen("quack", gemms=3.3, runtime_ms=12.5, op_mem_mb=2701.0),
+    ]  # fmt: skip
+    assert exact_aims.exact(found) == ""
+    text = exact_aims.exact(shown("comparison", *good))
+    assert "| Qwen3 0.6B, broad | 3.8 | 1.90 | 3.70 | 3.20 | 2.40 |  |  | 3.30 |" in text
+    assert "Every aim is reached." in text
+    bad = [
+        qwen("cce_exact", gemms=4.1, op_mem_mb=1350.5, error_c=0.0016 * 1.5), *good[2:4],
+        qwen("cce_exact_e", gemms=2.61),
+        qwen("quack", gemms=3.1, runtime_ms=11.0, op_mem_mb=2701.0),
+    ]  # fmt: skip
+    assert (
+        "- Qwen3 0.6B, broad: `cce_exact` 4.10 (at most 3.8); `cce`, dE exact, 1 GiB 2.61 (at most "
+        "2.5); `cce_exact`, error of dC 1.5; quack is faster (3.10); 50% of the memory of quack\n"
+        in exact_aims.exact(shown("comparison", *bad))
+    )
+    flat = [{**each, "test_data": "qwen3-0.6b-flat"} for each in good[1:3]]
+    slow = row("cce", "qwen3-0.6b-flat", gemms=4.4)
+    both = dict(found.files)
+    both["flat.json"] = {"part": "tails", "environment": ENVIRONMENT, "rows": [slow, *flat]}
+    both["new.json"] = {"part": "comparison", "environment": ENVIRONMENT, "rows": good}
+    text = exact_aims.exact(tables.collect(both))
+    assert "- Qwen3 0.6B, flat: default 19% slower than `cce_exact`\n" in text
+
+
+def test_plain_pytorch_is_compared_with_eager_full_logits(found):
+    rows = [
+        row(method, data + "-float32" * (dtype == "float32"), dtype=dtype, runtime_ms=ms)
+        for data, dtype, times in (
+            ("gpt2-broad", "bfloat16", (11.0, 9.0, 10.0)),
+            ("gpt2-broad", "float32", (42.0, 40.0, 40.0)),
+        )
+        for method, ms in zip(("chunked", "chunked_1gib", "baseline"), times, strict=True)
+    ]  # fmt: skip
+    content = {"part": "chunked", "environment": ENVIRONMENT, "rows": rows}
+    kept = tables.collect({**found.files, "chunked.json": content})
+    text = exact_aims.plain(kept)
+    assert "| GPT-2, broad | bfloat16 | 10.0 | 1.10 | 0.90 | 1,300 | 1,300 |" in text
+    assert "| GPT-2, broad | float32 | 40.0 | 1.05 | 1.00 |" in text
+    assert exact_aims.plain(found) == ""
+
+
 def test_a_line_shows_one_run(found):
     """The one with most kinds, also if a later one has a part of them; the later of two alike."""
     runs = found.whole_runs("Some GPU")
@@ -379,12 +431,12 @@ def test_parts_of_the_suite_are_problems_that_the_tables_find(tmp_path):
         of_part = ("methods", "repetitions", "time_limit", "soak", "peer")
         assert all(first[name] == other[name] for other in others for name in of_part)
     named = [name for found in names.values() for name in found]
-    twice = ["gemma3-270m", "llama3-8b-structured", "smollm2"]
+    twice = ["gemma2-broad", "gemma3-270m", "llama3-8b-structured", "phi3.5-broad", "smollm2"]
     assert sorted(x for x in set(named) if named.count(x) > 1) == twice
     real = ["gemma3-270m", "smollm2"]
     assert names["table"] == [*real, "gemma2-structured", "llama3-8b-structured"]
     assert names["comparison"][:3] == [*real, "gemma2-broad"]
-    assert [task.errors for task in tasks["comparison"]] == [True, True, *[False] * 5]
+    assert [task.errors for task in tasks["comparison"]] == [True] * 7
     assert [task.name for task in tasks_of("table", [], True)] == names["table"][2:]
     rows = [
         row("cce", data=task.name, part=part, ignored=task.ignored, frozen=task.frozen,

@@ -11,7 +11,7 @@ from cut_cross_entropy.benchmark import token_methods
 from cut_cross_entropy.benchmark.__main__ import chosen_methods, main, parse_arguments, tasks
 from cut_cross_entropy.benchmark.data import make
 from cut_cross_entropy.benchmark.kinds import Kind, parse
-from cut_cross_entropy.benchmark.methods import METHODS
+from cut_cross_entropy.benchmark.methods import DEFAULT, METHODS
 from cut_cross_entropy.benchmark.questions import TEMPERATURE, ask, errors
 from cut_cross_entropy.benchmark.runs import Task
 from cut_cross_entropy.benchmark.shapes import Shape
@@ -213,7 +213,7 @@ def test_methods_that_fit_the_kinds_are_chosen(monkeypatch):
     assert {"cce", "trl", "liger", "verl"} <= chosen("logprobs-fw+entropy")
     assert not {"apple", "quack", "torch"} & chosen("logprobs-fw+entropy")
     assert chosen("divergence-fw-bw") == {"gemm", "cce", "chunked", "baseline", "trl", "liger"}
-    assert chosen("divergence-fw-bw", "loss-fw") == set(METHODS)
+    assert chosen("divergence-fw-bw", "loss-fw") == set(DEFAULT)
 
 
 def test_a_method_starts_with_a_kind_that_it_has(monkeypatch):
