@@ -6,18 +6,17 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from cut_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from cut_cross_entropy.implementations import blocks, chunked, chunked_sum
 from cut_cross_entropy.implementations.blocks import Blocks
 from cut_cross_entropy.operators import sums
 from cut_cross_entropy.problem import Needed, Problem
+from tests.sums_in_training import BACKWARD, FORWARD, SUM, USES, check_use, record_passes
 from tests.support import (
     check,
     check_checkpoint,
     check_sure_token,
-    full_logits,
     leaves_of,
     make_problem,
     run_ours,
@@ -32,21 +31,7 @@ chunked_loss = functools.partial(linear_cross_entropy, impl="chunked")
 @pytest.fixture
 def passes(monkeypatch):
     """Record which passes over the logits are made."""
-    made = []
-
-    def watch(module, name):
-        function = getattr(module, name)
-
-        def record(*arguments):
-            made.append(name)
-            return function(*arguments)
-
-        monkeypatch.setattr(module, name, record)
-
-    watch(chunked_sum, "loss_and_gradients")
-    watch(chunked, "forward")
-    watch(chunked, "backward")
-    return made
+    return record_passes(monkeypatch, (chunked_sum, (SUM,)), (chunked, (FORWARD, BACKWARD)))
 
 
 @pytest.fixture
@@ -390,19 +375,9 @@ def test_no_token_counts(leading, passes):
     assert passes == ["loss_and_gradients"]
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_nothing_but_the_loss_without_gradients(context, passes):
-    problem = make_problem()
-    with context():
-        loss = chunked_loss(problem.e.requires_grad_(), problem.c, problem.targets)
-    assert not loss.requires_grad
-    assert passes == ["forward"]
-
-
-def test_nothing_but_the_loss_of_constants(passes):
-    problem = make_problem()
-    chunked_loss(problem.e, problem.c, problem.targets)
-    assert passes == ["forward"]
+@pytest.mark.parametrize("name", USES)
+def test_in_a_training_loop(name, passes):
+    assert check_use(name, "chunked", make_problem((40,), 3000, 64, bias=True)) == passes
 
 
 @pytest.mark.parametrize(
@@ -429,31 +404,6 @@ def test_the_module_takes_the_option(passes):
     assert "recompute=True" in repr(module)
 
 
-def test_a_forward_that_is_thrown_away_leaves_nothing():
-    problem = make_problem((40,), 3000, 64)
-    inputs = (problem.e.requires_grad_(), problem.c.requires_grad_(), problem.targets)
-    chunked_loss(*inputs)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        loss = chunked_loss(*inputs)
-        del loss
-    events = [x for x in recorded.profiler.kineto_results.events() if x.name() == "[memory]"]
-    assert max(x.nbytes() for x in events) >= problem.c.nbytes
-    assert sum(x.nbytes() for x in events) == 0
-
-
-def test_one_pass_of_a_backward_for_each_of_several_steps(passes):
-    """Gradients accumulate in the parameters as they do from full logits."""
-    problem = make_problem((3, 20))
-    c = problem.c.requires_grad_()
-    for e, targets in zip(problem.e, problem.targets, strict=True):
-        (chunked_loss(e, c, targets) / 3).backward()
-    expected = problem.c.detach().double().requires_grad_()
-    for e, targets in zip(problem.e, problem.targets, strict=True):
-        (full_logits(e.double(), expected, targets)[0] / 3).backward()
-    torch.testing.assert_close(c.grad.double(), expected.grad, rtol=1e-5, atol=1e-7)
-    assert passes == 3 * ["loss_and_gradients"]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_factor_rounds_nothing_twice(dtype):
     problem = make_problem((40,), bias=True, dtype=dtype)
@@ -467,72 +417,10 @@ def test_the_factor_rounds_nothing_twice(dtype):
         assert torch.equal(grad, exact.to(dtype))
 
 
-def test_a_retained_graph_gives_the_same_again(passes):
-    problem = make_problem(bias=True)
-    inputs = leaves_of(problem)
-    loss = chunked_loss(*inputs[:2], problem.targets, inputs[2])
-    once = torch.autograd.grad(loss, inputs, retain_graph=True)
-    twice = torch.autograd.grad(2 * loss, inputs, retain_graph=True)
-    assert all(torch.equal(2 * a, b) for a, b in zip(once, twice, strict=True))
-    (alone,) = torch.autograd.grad(loss, inputs[2])
-    assert torch.equal(alone, once[2])
-    assert passes == ["loss_and_gradients"]
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(loss, inputs)
-
-
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_second_derivative_is_refused(which):
-    problem = make_problem(bias=True)
-    inputs = leaves_of(problem)
-    loss = chunked_loss(*inputs[:2], problem.targets, inputs[2])
-    (grad,) = torch.autograd.grad(loss, inputs[which], create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        torch.autograd.grad(grad.square().sum(), inputs[1])
-
-
-def test_batched_gradients():
-    problem = make_problem()
-    c = problem.c.requires_grad_()
-    loss = chunked_loss(problem.e, c, problem.targets)
-    factors = torch.tensor([1.0, -2.0])
-    (rows,) = torch.autograd.grad(loss, c, factors, is_grads_batched=True, retain_graph=True)
-    (once,) = torch.autograd.grad(loss, c)
-    assert torch.equal(rows, torch.stack([once, -2 * once]))
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_checkpoint_computes_gradients_once(use_reentrant, passes):
-    problem = make_problem(bias=True)
-    inputs = leaves_of(problem)
-
-    def head(e, c, bias):
-        return chunked_loss(e * 2, c, problem.targets, bias)
-
-    check_checkpoint(head, *inputs, use_reentrant=use_reentrant)
-    assert passes == ["loss_and_gradients", "forward", "loss_and_gradients"]
-
-
-def test_hooks_see_each_gradient_once():
-    problem = make_problem()
-    c, seen = problem.c.requires_grad_(), []
-    c.register_hook(lambda grad: seen.append(grad.clone()))
-    c.register_post_accumulate_grad_hook(lambda x: seen.append(x.grad.clone()))
-    chunked_loss(problem.e, c, problem.targets).backward()
-    assert len(seen) == 2
-    assert torch.equal(*seen)
-
-
 @pytest.mark.parametrize("miss", [1e-3, 1e-6, 1e-9])
 def test_gradients_of_sure_tokens(miss):
     """In float32, 1 - p has an error of 6 % at 1e-6; the sum of all others has seven digits."""
     check_sure_token("chunked", miss, rtol=1e-5)
-
-
-def test_same_bits_every_time():
-    problem = make_problem((50,), bias=True)
-    first, second = (run_ours(problem, "chunked", return_lse=False) for _ in range(2))
-    assert all(torch.equal(x, second.named()[name]) for name, x in first.named().items())
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

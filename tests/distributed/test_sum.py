@@ -305,6 +305,35 @@ def checkpointed(rank, impl, reentrant):
 
 
 @case(*IMPLS)
+def fsdp2(rank, impl):
+    """A classifier that FSDP2 shards: gathered for the pass of the forward and never again."""
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    problem = make_problem((WORLD, 9), bias=True)
+    head = nn.Linear(16, 300)
+    head.weight, head.bias = (nn.Parameter(x.clone()) for x in (problem.c, problem.bias))
+    fully_shard(head, mesh=init_device_mesh("cpu", (WORLD,)))
+    e, targets = problem.e[rank].requires_grad_(), problem.targets
+    with passes() as made:
+        loss = linear_cross_entropy(e, head.weight, targets[rank], head.bias, impl=impl)
+        loss.backward()
+    assert "again" not in made
+    assert impl == "chunked" or len(made) == 1  # whose chunks are watched with shards only
+    inputs = leaves_of(problem)
+    means = [
+        linear_cross_entropy(x, inputs[1], t, inputs[2], impl="reference")
+        for x, t in zip(inputs[0], targets, strict=True)
+    ]
+    grads = torch.autograd.grad(sum(means) / WORLD, inputs)
+    torch.testing.assert_close(loss, means[rank])
+    found = (e.grad / WORLD, head.weight.grad.full_tensor(), head.bias.grad.full_tensor())
+    for got, exact in zip(found, (grads[0][rank], *grads[1:]), strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=2e-6)
+
+
+@case(*IMPLS)
 def twice_through_one_graph(rank, impl):
     problem = make_problem((5,))
     own = VocabParallelOptions.from_vocab(300)

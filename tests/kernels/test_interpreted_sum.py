@@ -11,9 +11,9 @@ from cut_cross_entropy.kernels import exact_sum, scale, step
 from cut_cross_entropy.kernels.powers import choose_segment_tiles
 from cut_cross_entropy.problem import Filter, Needed, Problem
 from tests.kernels.test_interpreted_filtered import sharp
+from tests.sums_in_training import BACKWARD, FORWARD, SUM, USES, check_use, record_passes
 from tests.support import (
     check,
-    check_checkpoint,
     check_sure_token,
     leaves_of,
     make_problem,
@@ -36,6 +36,12 @@ def chunks(monkeypatch):
 
     monkeypatch.setattr(exact_sum, "store_powers", record)
     return made
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Record the names of the passes over the logits."""
+    return record_passes(monkeypatch, (exact_sum, (SUM,)), (step, (FORWARD, BACKWARD)))
 
 
 @pytest.fixture
@@ -439,33 +445,18 @@ def test_a_graph_is_captured_without_the_filter(chunks, monkeypatch):
     assert len(chunks) == 1
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_checkpoint_computes_gradients_once(use_reentrant, chunks, monkeypatch):
-    passes, forward = [], step.forward
-    monkeypatch.setattr(
-        step, "forward", lambda *args, **k: (passes.append(args), forward(*args, **k))[1]
-    )
-    problem = make_problem(bias=True)
-    inputs = leaves_of(problem)
-
-    def head(e, c, bias):
-        return linear_cross_entropy(e * 2, c, problem.targets, bias, impl="cce_exact")
-
-    check_checkpoint(head, *inputs, use_reentrant=use_reentrant)
-    assert (len(passes), len(chunks)) == (1, 2)
+PATHS = {"cce_exact": "exact", "cce_kahan_full_c": "filtered"}
 
 
-def test_a_retained_graph_and_a_second_derivative(chunks):
-    problem = make_problem(bias=True)
-    inputs = leaves_of(problem)
-    loss = linear_cross_entropy(*inputs[:2], problem.targets, inputs[2], impl="cce_exact")
-    once = torch.autograd.grad(loss, inputs, retain_graph=True)
-    twice = torch.autograd.grad(2 * loss, inputs, retain_graph=True)
-    assert all(torch.equal(2 * a, b) for a, b in zip(once, twice, strict=True))
-    (grad,) = torch.autograd.grad(loss, inputs[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        grad.square().sum().backward()
-    assert len(chunks) == 1
+@pytest.mark.parametrize("impl", PATHS)
+@pytest.mark.parametrize("name", USES)
+def test_in_a_training_loop(name, impl, passes):
+    problem = sharp(40, classes=400)
+    assert check_use(name, impl, problem) == passes
+    if name == "hooked":  # once; what is recorded keeps tensors, which some uses look for
+        with record_filter() as records:
+            check_use(name, impl, problem)
+        assert [record.path for record in records] == [PATHS[impl]]
 
 
 def test_compiled(chunks):

@@ -1,0 +1,48 @@
+"""What a training loop does with a sum of losses, by the compiled kernels on a GPU."""
+
+import math
+
+import pytest
+import torch
+
+from cut_cross_entropy import dispatch, linear_cross_entropy, record_filter
+from cut_cross_entropy.kernels import exact_sum, step
+from tests.kernels.gpu import DEVICE, requires_kernels
+from tests.kernels.test_gpu_exactness import data
+from tests.sums_in_training import BACKWARD, FORWARD, SUM, USES, check_use, record_passes
+
+pytestmark = [pytest.mark.gpu, requires_kernels]
+
+
+IMPLS = {"cce_exact": "exact", "cce_kahan_full_c": "filtered", "cce_kahan_full_e": "filtered"}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", USES)
+def test_in_a_training_loop(name, impl, monkeypatch):
+    monkeypatch.setattr(dispatch, "FEW_PRODUCTS_BY_HALF", 0.0)
+    problem = data("structured")
+    check_use(name, impl, problem)  # compiles, which calls the passes on tensors without memory
+    passes = record_passes(monkeypatch, (exact_sum, (SUM,)), (step, (FORWARD, BACKWARD)))
+    assert check_use(name, impl, problem) == passes
+    if name == "hooked":  # once; what is recorded keeps tensors, which some uses look for
+        with record_filter() as records:
+            check_use(name, impl, problem)
+        assert [record.path for record in records] == [IMPLS[impl]]
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "chunked"])
+@pytest.mark.parametrize("miss", [1e-3, 1e-6, 1e-9])
+def test_gradients_of_sure_tokens(impl, miss, monkeypatch):
+    """In float32, 1 - p has an error of 6 % at 1e-6. Here: that of the result's dtype, and 1e-3."""
+    monkeypatch.setattr(dispatch, "FEW_PRODUCTS_BY_HALF", 0.0)
+    tokens, classes = torch.arange(300, device=DEVICE), 4096
+    targets = 7 * tokens
+    e = torch.zeros(300, classes, device=DEVICE, dtype=torch.bfloat16)
+    e[tokens, targets] = math.log((classes - 1) * (1 - miss) / miss)
+    left = (classes - 1) / (classes - 1 + e[0, 0].double().exp().item())  # of the rounded logit
+    c = torch.eye(classes, device=DEVICE, dtype=torch.bfloat16)
+    loss = linear_cross_entropy(e.requires_grad_(), c, targets, impl=impl, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, e)
+    found = grad[tokens, targets].double()
+    assert ((found / -left - 1).abs() < 2**-9 + 1e-3).all()
