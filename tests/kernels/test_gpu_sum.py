@@ -7,7 +7,7 @@ import torch
 
 from cut_cross_entropy import dispatch, linear_cross_entropy, record_filter
 from cut_cross_entropy.kernels import exact_sum, step
-from tests.kernels.gpu import DEVICE, requires_kernels
+from tests.kernels.gpu import DEVICE, relative_error, requires_kernels
 from tests.kernels.test_gpu_exactness import data
 from tests.sums_in_training import BACKWARD, FORWARD, SUM, USES, check_use, record_passes
 
@@ -46,3 +46,23 @@ def test_gradients_of_sure_tokens(impl, miss, monkeypatch):
     (grad,) = torch.autograd.grad(loss, e)
     found = grad[tokens, targets].double()
     assert ((found / -left - 1).abs() < 2**-9 + 1e-3).all()
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_plain_pytorch_takes_tf32_only_where_it_is_allowed(allowed):
+    problem = data("structured")
+    e, c = problem.e.float(), problem.c.float()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        found, exact = (
+            torch.autograd.grad(
+                linear_cross_entropy(*inputs, problem.targets, impl="chunked"), inputs
+            )
+            for inputs in ([x.to(dtype).requires_grad_() for x in (e, c)]
+                           for dtype in (torch.float32, torch.float64))
+        )  # fmt: skip
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for got, want in zip(found, exact, strict=True):
+        assert (relative_error(got, want) > 2e-5) == allowed
