@@ -57,7 +57,9 @@ class Worker:
     ) -> dict[str, Any]:
         """Make the data, every worker the same from the same seed, or read them."""
         self.problem = self.loss = None  # type: ignore[assignment]  # no two problems at a time
-        problem = self.data(kind, tokens, Shape(**shape), dtype, file, ignored, seed)
+        problem = self.data(
+            kind, tokens, Shape(**shape), dtype, file=file, ignored=ignored, seed=seed
+        )
         if problem.softcap is not None and not self.method.softcap:
             raise ValueError(f"{self.name} has no softcap")
         problem.e.requires_grad_(frozen != "e")
@@ -77,6 +79,7 @@ class Worker:
         tokens: int,
         shape: Shape,
         dtype: str,
+        *,
         file: str | None,
         ignored: float,
         seed: int,
@@ -220,11 +223,12 @@ class Here(Worker):
     shared: ClassVar[dict[Any, Any]] = {}
     """The last problem by what was asked for, and its reference."""
 
-    def data(self, *asked: Any) -> Problem:
+    def data(self, *sizes: Any, **more: Any) -> Problem:
         """The problem that is asked for, which may be the last one."""
+        asked = (*sizes, *more.items())
         if asked not in self.shared:
             self.shared.clear()
-            self.shared[asked] = super().data(*asked)
+            self.shared[asked] = super().data(*sizes, **more)
         problem: Problem = self.shared[asked]
         # Leaves of their own, whose need of gradients is their own.
         return dataclasses.replace(problem, e=problem.e.detach(), c=problem.c.detach())
