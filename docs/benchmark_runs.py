@@ -21,7 +21,7 @@ from docs.page import Column, Row, cell, table
 BOTH = "loss-fw-bw"
 PROBLEM = ["test_data", "method"]
 ONE_SIDED = ("cce_exact_c", "cce_exact_e")  # shown with the aims of the exact sums
-OWN_TABLES = ("comparison", "chunked", "sweeps")
+OWN_TABLES = ("comparison", "chunked", "sweeps", "tails")
 """Parts that are shown of any device, and not among all its problems."""
 MEASURED = ["device", "source", "part", *COLUMNS, *MORE, "gemm_even", "filter"]
 
@@ -350,6 +350,7 @@ def comparison(kept: Measurements) -> str:
         return ""
     device = found[0]["environment"]["device"]
     rows = kept.of(device, part="comparison", kind=BOTH)
+    rows = rows[~rows["method"].isin(ONE_SIDED)]
     measures = {
         "time, ms (× matmul)": ("runtime_ms", "{runtime_ms:,.1f} ({gemms:.2f})"),
         "peak, MiB": ("op_mem_mb", "{op_mem_mb:,.0f}"),
@@ -367,11 +368,7 @@ def comparison(kept: Measurements) -> str:
                 lost.append(f"- {data}, {what}: {cells['cce']}, {title(best)} {cells[best]}")
             cells[best] = f"**{cells[best]}**"
             lines.append({"data": data, **cells})
-        methods = [
-            method
-            for method in METHODS
-            if method not in ONE_SIDED and any(method in line for line in lines)
-        ]
+        methods = [method for method in METHODS if any(method in line for line in lines)]
         columns = [(title(method), f"{{{method}}}") for method in methods]
         texts.append(table(lines, [(heading, "{data}"), *columns]))
     if lost:
@@ -570,6 +567,17 @@ def all_methods(kept: Measurements) -> str:
     return by_problem(kept, [x for x in kept.problems("table") if x != "gemma2-structured"])
 
 
+def other_data(kept: Measurements) -> str:
+    """Return the problems of the part for them, of the first device that has it."""
+    found = kept.parts("tails")
+    if not found:
+        return ""
+    names = list(dict.fromkeys(row["test_data"] for row in found[0]["rows"]))
+    device = found[0]["environment"]["device"]
+    rows = kept.of(device, part="tails", kind=BOTH)
+    return f"{by_problem(kept, names, device=device)}\n{where_from(kept, rows)}"
+
+
 BLOCKS: dict[str, Callable[[Measurements], str]] = {
     "headline": headline,
     "models": models,
@@ -580,7 +588,7 @@ BLOCKS: dict[str, Callable[[Measurements], str]] = {
     "against-others": against_others,
     "comparison": comparison,
     "shapes": shapes,
-    "tails": lambda kept: by_problem(kept, kept.problems("tails")),
+    "tails": other_data,
     "filter": filter_table,
     "cold-starts": cold_starts,
     "options": options,
