@@ -268,7 +268,7 @@ def check_checkpoint(head: Callable[..., Tensor], *inputs: Tensor, use_reentrant
     expected = torch.autograd.grad(expected_loss, inputs)
     loss = checkpoint(head, *inputs, use_reentrant=use_reentrant)
     loss.backward()
-    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(loss, expected_loss, rtol=2e-5, atol=0)  # two kernels on a GPU
     assert all(torch.equal(x.grad, y) for x, y in zip(inputs, expected, strict=True))
 
 
