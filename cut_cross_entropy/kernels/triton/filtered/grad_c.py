@@ -234,9 +234,17 @@ def tail_rows_kernel(
         table = (first_class, D, stride_out)
         cells = (classes, columns, inside)
         sums = load_sums(high_ptr, low_ptr, cells, table, LOW_BITS=LOW_BITS)
-        sums = add_flat(
-            sums, flat_grads_ptr, flat_rows_ptr, num_flat_ptr, cells, stride=flat_stride, D=D
-        )
+        if flat_grads_ptr is not None:
+            # Sums that other instructions have written would serialise the products.
+            sums += add_flat(
+                tl.zeros((BLOCK_R, BLOCK_D), tl.float32),
+                flat_grads_ptr,
+                flat_rows_ptr,
+                num_flat_ptr,
+                cells,
+                stride=flat_stride,
+                D=D,
+            )
         values += sums / tl.load(scale_ptr)
         here = inside[:, None] & (columns < D)[None, :]
         out = out_ptr + rows + columns[None, :]
