@@ -15,6 +15,7 @@ from torch import Tensor
 from cut_cross_entropy.kernels.launch import (
     HostCopy,
     aligned_rows,
+    cdiv,
     is_captured,
     launch,
     next_power_of_2,
@@ -29,6 +30,7 @@ from cut_cross_entropy.kernels.triton.tokens import (
     list_valid_kernel,
     scatter_rows_kernel,
     score_targets_kernel,
+    without_flat_kernel,
 )
 from cut_cross_entropy.problem import (
     AdaptedProblem,
@@ -229,6 +231,22 @@ class BackwardTokens(Tokens):
         }
         shard_mass = None if self.shard_mass is None else self.shard_mass[rows]
         return replace(self, **vectors, shard_mass=shard_mass, num_valid=None)
+
+    def without_flat(self) -> "BackwardTokens":
+        """Return the same rows with the flat tokens marked absent, in one launch."""
+        num_tokens = self.lse.shape[0]
+        lse, a, b = aligned_rows(3, num_tokens, torch.float32, self.lse.device)
+        launch(
+            without_flat_kernel,
+            (cdiv(num_tokens, SCAN),),
+            **pointers(self, "target_grad lse a b"),
+            lse_out_ptr=lse,
+            a_out_ptr=a,
+            b_out_ptr=b,
+            N=num_tokens,
+            BLOCK=SCAN,
+        )
+        return replace(self, lse=lse, a=a, b=b)
 
     def without(self, absent: Tensor) -> "BackwardTokens":
         """Return the same rows with some tokens marked absent; ``absent`` is an (N,) mask."""

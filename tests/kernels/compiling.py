@@ -345,6 +345,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         tokens_kernels.backward_tokens_kernel,
         {"HAS_SUPPORT": True, "BLOCK_D": 1024},
     )
+    add("without_flat", tokens_kernels.without_flat_kernel, {"BLOCK": tokens.SCAN})
     add("class_products", class_logits_kernels.class_products_kernel,
         {"BLOCK_K": class_logits.BLOCK_K, "BLOCK_D": 256},
         types=(("ids_ptr", "*i64"),))  # fmt: skip

@@ -15,6 +15,8 @@ from cut_cross_entropy.kernels.filtered import flat as few_flat
 from cut_cross_entropy.kernels.filtered.index import Counts
 from cut_cross_entropy.kernels.filtered.schedule import STRIP_BYTES
 from cut_cross_entropy.kernels.filtered.tail import TokenTails
+from cut_cross_entropy.kernels.tokens import SCAN, BackwardTokens
+from cut_cross_entropy.kernels.triton.primitives import ABSENT
 from cut_cross_entropy.problem import Problem as Call
 from tests.support import Problem, full_logits, make_problem, run, run_ours
 
@@ -227,6 +229,23 @@ def test_few_flat_tokens_take_their_share_of_the_budget(dtype):
     for share, most in ((size - 1, 0), (size, 16), (3 * size - 1, 32), (2**40, few_flat.MOST)):
         budget = few_flat.BUDGET_SHARE * share
         assert few_flat.most_flat(replace(problem, memory_budget=budget)) == most
+
+
+def test_flat_tokens_are_marked_absent():
+    """In one launch, with values of all others as they are, NaN included."""
+    size = 2 * SCAN + 3
+    lse, a, b = torch.randn(3, size, generator=torch.Generator().manual_seed(0))
+    a[::5] = math.nan
+    target_grad = torch.arange(size).remainder(4).float() + ABSENT.value
+    rows = torch.zeros(size, 1), torch.zeros(size, dtype=torch.int64), torch.arange(size)
+    scale = torch.ones(())
+    tokens = BackwardTokens(*rows, lse, a, b, target_grad, scale, None, None)
+    found, wanted = tokens.without_flat(), tokens.without(tokens.is_flat)
+    assert tokens.is_flat.sum() == (size + 2) // 4
+    for name in ("lse", "a", "b"):
+        got, exact = getattr(found, name), getattr(wanted, name)
+        torch.testing.assert_close(got, exact, rtol=0, atol=0, equal_nan=True)
+    assert found.e is tokens.e
 
 
 def test_the_strips_of_flat_tokens_are_not_overstated(monkeypatch):

@@ -192,7 +192,7 @@ def _captured_gradients(
             some = first_flat(tokens, num_flat)
             return FlatTokens.of(problem, some, wanted, choice.num_flat)
 
-    peaked = tokens.without(tokens.is_flat)
+    peaked = tokens.without_flat()
     results = _Results.zeros(problem, wanted)
     work = _Work(problem, peaked, wanted, selection, None, make_flat=make_flat, **results._asdict())
     _run(work)
@@ -325,7 +325,7 @@ def _kept_and_flat(
 
     num_flat = counts.flat_tokens
     if num_flat:
-        peaked = tokens.without(tokens.is_flat)
+        peaked = tokens.without_flat()
         if not is_made and num_flat <= most_flat(problem):
 
             def make_flat() -> FlatTokens:

@@ -184,6 +184,30 @@ def backward_tokens_kernel(
     tl.store(target_grad_ptr + row + lane, target_grad)
 
 
+@triton.jit(do_not_specialize=["N"])
+def without_flat_kernel(
+    target_grad_ptr,  # (N,) see BackwardTokens, like all that follow
+    lse_ptr,  # (N,)
+    a_ptr,  # (N,)
+    b_ptr,  # (N,)
+    lse_out_ptr,  # (N,) out
+    a_out_ptr,  # (N,) out
+    b_out_ptr,  # (N,) out
+    N,
+    BLOCK: tl.constexpr,
+):
+    """Copy what marks a token as present, of all but the flat ones."""
+    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = tokens < N
+    flat = tl.load(target_grad_ptr + tokens, mask=inside, other=0.0) == FLAT
+    lse = tl.load(lse_ptr + tokens, mask=inside, other=0.0)
+    a = tl.load(a_ptr + tokens, mask=inside, other=0.0)
+    b = tl.load(b_ptr + tokens, mask=inside, other=0.0)
+    tl.store(lse_out_ptr + tokens, tl.where(flat, float("inf"), lse), mask=inside)
+    tl.store(a_out_ptr + tokens, tl.where(flat, 0.0, a), mask=inside)
+    tl.store(b_out_ptr + tokens, tl.where(flat, 0.0, b), mask=inside)
+
+
 @triton.jit(do_not_specialize=["out_rows"])
 def scatter_rows_kernel(
     rows_ptr,  # (N, D) contiguous
