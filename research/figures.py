@@ -202,8 +202,78 @@ def draw_tails(figure: Any, data: pd.DataFrame) -> None:
     ax.legend()
 
 
+def estimates(content: dict[str, Any]) -> pd.DataFrame:
+    """Return a row for each gradient of each problem: the truth, and what was estimated."""
+    return pd.DataFrame(
+        {
+            "name": data_title(row["test_data"]),
+            "is_default": row["filter"] == "auto",
+            "gradient": gradient,
+            "truth": truth,
+            "ratio": estimate / truth,
+        }
+        for row in content["rows"]
+        for gradient, estimate, truth in zip(
+            ("dE", "dC"), row["estimates"], row["truth"], strict=True
+        )
+    )
+
+
+def measured_error(kept: Measurements) -> str:
+    """Scatter of the estimated errors, and the errors of the default."""
+    lines = []
+    for content in kept.parts("measured-error")[:1]:
+        for (name, gradient), own in estimates(content).groupby(["name", "gradient"], sort=False):
+            default, ratio = own[own["is_default"]], own["ratio"]
+            lines.append({
+                "problems": f"{len(own)} of {name}", "gradient": gradient, "number": len(default),
+                "worst": default["truth"].max(), "least": own["truth"].min(),
+                "most": own["truth"].max(),
+                **{f"at{p}": ratio.quantile(p / 100) for p in (0, 5, 50, 95, 100)},
+            })  # fmt: skip
+    return table(
+        lines,
+        [("problems", "{problems}"), ("gradient", "{gradient}"),
+         ("truth, × bf16 rounding", "{least:.2f} to {most:.2f}"),
+         ("most with the default", "{worst:.2f}"), ("estimate / truth: least", "{at0:.2f}"),
+         *((f"{p} %", f"{{at{p}:.2f}}") for p in (5, 50, 95)), ("most", "{at100:.2f}")],
+    )  # fmt: skip
+
+
+def estimated_and_true(content: dict[str, Any]) -> Plot:
+    """Estimate over truth of every problem."""
+    return Plot(
+        "measured_error",
+        "Estimated errors of the filtered gradients, relative to the true ones",
+        draw_estimates,
+        estimates(content),
+    )
+
+
+def draw_estimates(figure: Any, data: pd.DataFrame) -> None:
+    """Draw a panel for each gradient: a point for each problem, filled for the default filter."""
+    figure.set_size_inches(10, 4.4)
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, (gradient, both) in zip(axes, data.groupby("gradient", sort=False), strict=True):
+        for (name, own), color in zip(
+            both.groupby("name", sort=False), COLORS.values(), strict=False
+        ):
+            for is_default, label in ((True, f"{name}, default"), (False, "a wide tolerance")):
+                some = own[own["is_default"] == is_default]
+                ax.scatter(some["truth"], some["ratio"], s=28, edgecolors=color, label=label,
+                           facecolors=color if is_default else "none")  # fmt: skip
+        ax.axhline(1, color="black", linewidth=1)
+        ax.axvline(2, color="black", linewidth=1, linestyle="--")
+        ax.set(xscale="log", xlabel=f"error of {gradient}, × bf16 rounding (log scale)")
+        ax.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+        ax.minorticks_off()
+    axes[0].set_ylabel("estimate / truth")
+    axes[1].legend(fontsize=9)
+
+
 BLOCKS: dict[str, Callable[[Measurements], str]] = {
     "largest": largest,
+    "measured-error": measured_error,
     "parts": parts,
     "ranks": rank_sentence,
 }
@@ -214,4 +284,5 @@ def plots_of(kept: Measurements) -> list[Plot]:
     found = [strips(), *(ranks(content) for content in kept.parts("ranks")[:1])]
     for content in kept.parts("tail-curves")[:1]:
         found += [kept_strips(content), tails(content)]
+    found += [estimated_and_true(content) for content in kept.parts("measured-error")[:1]]
     return [plot for plot in found if plot is not None]

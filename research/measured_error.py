@@ -1,29 +1,32 @@
-"""Compares the errors that ``record_filter`` estimates with those of the whole gradients.
+"""``python -m research.measured_error HIDDEN... --json FILE``: estimated errors, and the true ones.
 
-    python research/measured_error.py HIDDEN_STATES.pt... [--tokens 8192] [--classes V] [--out FILE]
-
-The input is what ``python -m research.hidden`` writes. Each file gives 24 problems: four kinds of
-upstream gradients, three temperatures, the default filter and one with 16 times its tolerance. With
-fewer tokens or classes than the file has, each problem takes others. Without a GPU, set
+Compares the errors that ``record_filter`` estimates with those of the whole gradients. The input is
+what ``python -m research.hidden`` writes. Each file gives 36 problems: six kinds of upstream
+gradients, three temperatures, the default filter and one of a fixed wide tolerance. With fewer
+tokens or classes than the file has, each problem takes others. Without a GPU, set
 ``TRITON_INTERPRET=1`` and take ``--tokens 256 --classes 2048 --sampled 32 128``: the same kernels
-on the CPU, in float32. Results: docs/numerics.md.
+on the CPU, in float32. ``docs/make.py`` makes a table and a plot of docs/numerics.md from the file.
 """
 
 import argparse
 import itertools
-import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cut_cross_entropy import linear_cross_entropy, record_filter
+from cut_cross_entropy.benchmark.environment import environment
+from cut_cross_entropy.benchmark.output import write_json
 from cut_cross_entropy.kernels.filtered import backward, measure
 
-WEIGHTS = ("equal", "normal", "sure", "sparse")
+PART = "measured-error"
+WEIGHTS = ("equal", "normal", "sure", "unsure", "probability", "sparse")
 TEMPERATURES = (0.7, 1.0, 1.5)
 FILTERS = ("auto", 2.0**-8)
+SURE = 0.3  # loss of a token that counts as sure
 
 
 def subset(saved: dict[str, Tensor], num_tokens: int, num_classes: int, seed: int) -> list[Tensor]:
@@ -42,12 +45,19 @@ def subset(saved: dict[str, Tensor], num_tokens: int, num_classes: int, seed: in
 
 
 def upstream(kind: str, loss: Tensor, seed: int) -> Tensor:
-    """Return the gradients of the losses, (N,)."""
+    """Return the gradients of the losses, (N,).
+
+    "sure" tokens alone; "unsure" ones at 0.01; the "probability" of the target; "sparse": a tenth.
+    """
     random = torch.Generator().manual_seed(seed)
     if kind == "normal":
         return torch.randn(loss.shape, generator=random).to(loss)
     if kind == "sure":
-        return (loss < 0.3).to(loss)
+        return (loss < SURE).to(loss)
+    if kind == "unsure":
+        return torch.where(loss < SURE, 1.0, 0.01).to(loss)
+    if kind == "probability":
+        return torch.exp(-loss)
     if kind == "sparse":
         return (torch.rand(loss.shape, generator=random) < 0.1).to(loss)
     return torch.ones_like(loss)
@@ -78,7 +88,9 @@ def cosines(got: Tensor, exact: Tensor) -> list[float]:
     return [float(ordered[len(ordered) * p // 100]) for p in (1, 10, 50)]
 
 
-def compare(e: Tensor, c: Tensor, targets: Tensor, kind: str, eps: object, seed: int) -> dict:
+def compare(
+    e: Tensor, c: Tensor, targets: Tensor, kind: str, eps: object, seed: int
+) -> dict[str, Any]:
     """Return estimates and truth of one problem, errors in roundings."""
     e, c = e.detach().requires_grad_(), c.detach().requires_grad_()
     loss = linear_cross_entropy(e, c, targets, impl="cce", reduction="none", filter_eps=eps)
@@ -100,47 +112,32 @@ def compare(e: Tensor, c: Tensor, targets: Tensor, kind: str, eps: object, seed:
     }
 
 
-def scatter(rows: list[dict], index: int) -> str:
-    """Return the distribution of estimate over truth, and the range of the truth."""
-    pairs = [(row["estimates"][index], row["truth"][index]) for row in rows]
-    ratios = sorted(estimate / truth for estimate, truth in pairs)
-    at = lambda share: ratios[round(share * (len(ratios) - 1))]
-    truths = [truth for _, truth in pairs]
-    return (
-        f"{len(ratios)} problems, truth {min(truths):.2f} to {max(truths):.2f}; estimate / truth: "
-        f"least {ratios[0]:.3f}, 5 % {at(0.05):.3f}, 50 % {at(0.5):.3f}, 95 % {at(0.95):.3f}, "
-        f"most {ratios[-1]:.3f}"
-    )
-
-
 def main() -> None:
     """Run the study."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("hidden_states", type=Path, nargs="+")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--classes", type=int, default=2**30)
-    parser.add_argument("--sampled", type=int, nargs=2, default=[measure.TOKENS, measure.CLASSES])
-    parser.add_argument("--out", type=Path)
+    parser = argparse.ArgumentParser(prog="python -m research.measured_error", description=__doc__)
+    add = parser.add_argument
+    add("hidden_states", type=Path, nargs="+")
+    add("--tokens", type=int, default=8192)
+    add("--classes", type=int, default=2**30)
+    add("--sampled", type=int, nargs=2, default=[measure.TOKENS, measure.CLASSES])
+    add("--commit", help="commit to name where there is no history (or COMMIT)")
+    add("--json", type=Path, required=True, help="file to write")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     measure.TOKENS, measure.CLASSES = args.sampled
     backward.DENSE_FRACTION = math.inf  # the filtered path, however much is kept
-    everything = []
+    where, rows = environment(args.commit), []
     for path in args.hidden_states:
-        saved, rows = torch.load(path), []
+        saved = torch.load(path, weights_only=True)
         for seed, (kind, heat, eps) in enumerate(itertools.product(WEIGHTS, TEMPERATURES, FILTERS)):
             e, c, targets = subset(saved, args.tokens, args.classes, seed)
-            dtype = torch.bfloat16 if device == "cuda" else torch.float32
             e, c = (e.to(device).float() / heat).to(dtype), c.to(device, dtype)
             row = compare(e, c, targets.to(device), kind, eps=eps, seed=seed)
-            rows.append({"head": path.stem, "weights": kind, "temperature": heat, **row})
-            print(json.dumps(rows[-1]), flush=True)
-        measured = [row for row in rows if row["path"] == "filtered"]
-        print(path.stem, "dE:", scatter(measured, 0))
-        print(path.stem, "dC:", scatter(measured, 1), flush=True)
-        everything += rows
-    if args.out:
-        args.out.write_text("\n".join(map(json.dumps, everything)) + "\n")
+            problem = {"test_data": path.stem, "weights": kind, "temperature": heat, "filter": eps}
+            rows.append({**problem, **row})
+            print(rows[-1], flush=True)
+            write_json(args.json, {"part": PART, "environment": where, "rows": rows})
 
 
 if __name__ == "__main__":
