@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cut_cross_entropy.kernels import BLOCK_T
+from cut_cross_entropy.kernels import BLOCK_T, SUPERBLOCK
 from cut_cross_entropy.kernels.filtered import selection
 from cut_cross_entropy.kernels.triton.primitives import FORCED
 from cut_cross_entropy.problem import Filter
@@ -22,8 +22,9 @@ def kept(strips, upstream, tolerance=0.005):
     """Return which strips are kept, (blocks, V), for gradients of the loss of each token (N,)."""
     tokens = SimpleNamespace(a=upstream, b=upstream, eta=None, target_grad=upstream.abs())
     threshold = selection.find_threshold(strips, tokens, Filter(tolerance))
-    masks = selection.keep_strips(threshold).masks[0]
-    return torch.stack([((masks >> block) & 1).bool() for block in range(strips.shape[0])])
+    masks = selection.keep_strips(threshold).masks
+    blocks = range(strips.shape[0])
+    return torch.stack([((masks[b // SUPERBLOCK] >> b % SUPERBLOCK) & 1).bool() for b in blocks])
 
 
 @pytest.fixture
@@ -97,3 +98,19 @@ def test_strips_that_decide_a_rare_class_are_kept(strips, monkeypatch):
     assert not without[2, rare].any()
     assert found[2, rare].all()
     assert without.sum() <= found.sum() <= 1.08 * without.sum()
+
+
+@pytest.mark.parametrize("blocks", [64, 512])
+def test_shares_are_smaller_in_more_blocks(blocks):
+    """A thirty-second of a class's mass is twice an even part of 64 blocks, and 16 times of 512."""
+    generator = torch.Generator().manual_seed(0)
+    energy = torch.randint(80, 180, (blocks, CLASSES), generator=generator)
+    energy[:, 7] = FORCED.value
+    mass = energy // 2 + 118
+    rare = slice(200, 210)
+    energy[:, rare], mass[:, rare] = 20, 1  # 2^-50 each
+    few = slice(0, blocks, blocks // 32)
+    energy[few, rare], mass[few, rare] = 84, 151  # a share of 1 / 32
+    found = kept(strips_of(energy, mass), torch.ones(blocks * BLOCK_T))
+    assert found[few, rare].all() if blocks == 512 else not found[few, rare].any()
+    assert not found[1::2, rare].any()

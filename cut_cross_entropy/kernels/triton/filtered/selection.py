@@ -13,7 +13,10 @@ from cut_cross_entropy.kernels.triton.primitives import (
     popcount,
 )
 
-SHARES = tl.constexpr(16)  # shares of a class's mass, each 2^(1/4) times the next, from 1 down
+# Shares of a class's mass, each 2^(1/4) times the next, from 1 down; of more blocks than EVEN all
+# are smaller in proportion.
+SHARES = tl.constexpr(16)
+EVEN = tl.constexpr(64)
 WEIGHTLESS = tl.constexpr(1024)  # weight of a block whose tokens have no gradient
 GROUPS = tl.constexpr(3)  # of classes by mass: 0 the least, 1 below the mean, 2 above it
 LEAST = tl.constexpr(2.0)  # standard deviations below the mean that the least are
@@ -172,11 +175,18 @@ def threshold_kernel(
 
 @triton.jit
 def share_steps(energy, weighted_energy, weight, class_mass):
-    """Return the share of root energy in a class's mass: steps of 2^(-1/4), 0 for 1 or more."""
+    """Return the share of root energy in a mass: steps of 2^(-1/4), 0 for 1 or more."""
     log_energy = byte_to_log(energy) - weight.to(tl.float32) / BYTE_STEPS
     steps = tl.clamp(4.0 * (class_mass - 0.5 * log_energy), 0.0, SHARES - 1.0).to(tl.int32)
     # A strip without energy has the least share.
     return tl.where(weighted_energy > 0, steps, SHARES - 1)
+
+
+@triton.jit
+def even_mass(class_mass_ptr, classes, V, num_blocks):
+    """Return the log2 of the masses of classes, in EVEN average blocks if there are more."""
+    crowd = tl.log2(num_blocks.to(tl.float32) / EVEN)
+    return tl.load(class_mass_ptr + classes, mask=classes < V, other=0.0) - tl.maximum(crowd, 0.0)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -194,7 +204,7 @@ def shares_histogram_kernel(
     """Add the histogram of the shares of the strips under the threshold, of a chunk of classes."""
     classes = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     threshold = tl.load(threshold_ptr)
-    class_mass = tl.load(class_mass_ptr + classes, mask=classes < V, other=0.0)
+    class_mass = even_mass(class_mass_ptr, classes, V, num_blocks)
     counts = tl.zeros((SHARES,), tl.int32)
     for start in range(0, num_blocks, ROWS):
         blocks = start + tl.arange(0, ROWS)
@@ -297,7 +307,7 @@ def kept_strips_kernel(
     classes = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = classes < V
     threshold = tl.load(threshold_ptr)
-    class_mass = tl.load(class_mass_ptr + classes, mask=inside, other=0.0)
+    class_mass = even_mass(class_mass_ptr, classes, V, num_blocks)
     # The largest shares, as many as the limit allows.
     counts = tl.cumsum(tl.load(shares_ptr + tl.arange(0, SHARES)), 0).to(tl.float32)
     most = row_strips * tl.load(num_kept_ptr).to(tl.float32)
