@@ -26,7 +26,7 @@ from cut_cross_entropy.kernels import (
     tokens,
 )
 from cut_cross_entropy.kernels.block_sizes import Tiles, tiles_for
-from cut_cross_entropy.kernels.filtered import calibrate, grad_c, grad_e, index, selection
+from cut_cross_entropy.kernels.filtered import calibrate, grad_c, grad_e, index, selection, tilt
 from cut_cross_entropy.kernels.triton import class_logits as class_logits_kernels
 from cut_cross_entropy.kernels.triton import (
     counted_products,
@@ -47,6 +47,7 @@ from cut_cross_entropy.kernels.triton.filtered import calibrate as calibrate_ker
 from cut_cross_entropy.kernels.triton.filtered import captured, class_weights, strips, tail
 from cut_cross_entropy.kernels.triton.filtered import grad_c as grad_c_kernels
 from cut_cross_entropy.kernels.triton.filtered import grad_e as grad_e_kernels
+from cut_cross_entropy.kernels.triton.filtered import tilt as tilt_kernels
 from cut_cross_entropy.kernels.triton.filtered import index as index_kernels
 from cut_cross_entropy.kernels.triton.filtered import selection as selection_kernels
 
@@ -276,16 +277,30 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             types=(("logits_ptr", "*fp32"),),
         )
     block_k = min(64, tiles.block_d)
+    added, untilted = {"tail_ptr", "centers_ptr", "origin_ptr"}, {"tilts_ptr", "mass_ptr", "e_ptr"}
     for name, absent, kind in (
-        ("grad_e", {}, "*bf16"),
-        ("added_grad_e", {"tail_ptr": None}, "*fp32"),
+        ("grad_e", {"multiplier_ptr"}, "*bf16"),
+        ("grad_e-multiplier", set(), "*bf16"),
+        ("grad_e-untilted", {"multiplier_ptr", *untilted}, "*bf16"),
+        ("added_grad_e", {"multiplier_ptr", *untilted, *added}, "*fp32"),
     ):
+        is_added = added <= absent
         add(name, grad_e_kernels.grad_e_kernel,
-            {"BLOCK_T": BLOCK_T, "BLOCK_K": block_k, "BLOCK_N": tiles.block_n,
-             **absent, **(dict.fromkeys(("centers_ptr", "origin_ptr")) if absent else {})},
+            {"BLOCK_T": BLOCK_T, "BLOCK_K": block_k, "BLOCK_N": tiles.block_n, **without(absent)},
             num_warps=8, max_registers=128, types=(("out_ptr", kind),),
-            num_stages=grad_e.STAGES if tiles.block_v > BLOCK_T and not absent else few,
+            num_stages=grad_e.STAGES if tiles.block_v > BLOCK_T and not is_added else few,
         )  # fmt: skip
+    add("draw_classes", tilt_kernels.draw_classes_kernel,
+        {"SUPERBLOCK": 64, "CHUNK": selection.CHUNK, "COLUMNS": 256, "DRAWS": tilt.DRAWS,
+         "HERE": tilt.AT_ONCE}, types=(("classes_ptr", "*i32"),))  # fmt: skip
+    for name, absent, rank in (
+        ("tilts", {"bias_ptr", "softcap", "multiplier_ptr"}, 0),
+        ("tilts-terms", set(), 16),
+    ):
+        add(name, tilt_kernels.tilts_kernel,
+            {**without(absent), **({} if rank else no_rank), **({"LOW_RANK": rank} if rank else {}),
+             "BLOCK_T": BLOCK_T, "BLOCK_D": tiles.block_d, "DRAWS": tilt.DRAWS},
+            boxes={"e": e_box}, num_warps=8, types=(("classes_ptr", "*i32"),))  # fmt: skip
     # The sums of dC end in registers; are stored in float32; are stored in 16 bits and some more.
     for partial, low_bits, flat in (
         (False, 0, False),

@@ -74,6 +74,7 @@ from cut_cross_entropy.kernels.filtered.tail import (
     update_tails,
     write_bias,
 )
+from cut_cross_entropy.kernels.filtered.tilt import tail_tilts
 from cut_cross_entropy.kernels.launch import HostCopy, is_captured
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
 from cut_cross_entropy.problem import (
@@ -249,6 +250,8 @@ class _Selection:
         index: index of all of them.
         tail: what replaces the others; without centres while rows are still to be made.
         order: order of all classes.
+        tilts: (blocks,) of the tail in dE, see ``tilt``; None without dE, and while rows are still
+            to be made.
         low_centers: :attr:`Tail.centers` of the columns of ``AdaptedProblem.low_c``.
         weights: of the tokens in rows of dC; None if all classes have those of the tail.
         listed: the list of all kept strips, if it may be complete; emptied where it is not read.
@@ -258,6 +261,7 @@ class _Selection:
     index: StripIndex
     tail: Tail
     order: ClassOrder
+    tilts: Tensor | None
     low_centers: Tensor | None
     weights: ClassWeights | None
     listed: list[StripList]
@@ -271,6 +275,7 @@ class _Selection:
         index = index_strips(kept)
         order = ClassOrder.of(kept, (0, c.shape[0]))
         low_centers = None if low_c is None else Tail.of(kept, low_c).centers
+        tilts = None
         # The lists of the dense path, or of strips that are not stored together, are not read.
         share = min(max(0.0, dense_fraction(c.shape[1])), 1.0)
         most_strips = min(min(budget, MAX_BUDGET) // STRIP_BYTES, int(share * kept.strips.numel()))
@@ -278,12 +283,20 @@ class _Selection:
             tail, most_strips = Tail.without_centers(kept, c.shape[1]), 0
         else:
             tail = Tail.of(kept, c)
+            tilts = tail_tilts(problem, tokens, kept) if wanted.e else None
         weights = None
         if wanted.c is not None and has_class_weights(problem):
             weights = ClassWeights.of(problem, tokens, kept)
         listed = list_ahead(kept, index, most_strips)
         return cls(
-            kept, index, tail, order, low_centers=low_centers, weights=weights, listed=[listed]
+            kept,
+            index,
+            tail,
+            order,
+            tilts=tilts,
+            low_centers=low_centers,
+            weights=weights,
+            listed=[listed],
         )
 
 
@@ -524,6 +537,7 @@ def _finish_tokens(work: _Work, stored: StoredStrips) -> None:
             stored,
             work.tails,
             centers=work.selection.tail.centers,
+            tilts=work.selection.tilts,
             out=work.grad_e,
         )
     low_c, centers, low_e = (
@@ -532,7 +546,7 @@ def _finish_tokens(work: _Work, stored: StoredStrips) -> None:
         work.wanted.low_e,
     )
     if low_c is not None and centers is not None and low_e is not None:
-        write_grad_e(low_c, work.tokens, stored, work.tails, centers=centers, out=low_e)
+        write_grad_e(low_c, work.tokens, stored, work.tails, centers=centers, tilts=None, out=low_e)
 
 
 def _write_classes(work: _Work, class_pass: ClassPass, stored_once: StoredStrips | None) -> None:

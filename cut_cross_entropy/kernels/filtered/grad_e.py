@@ -25,10 +25,11 @@ def write_grad_e(
     tails: TokenTails,
     *,
     centers: Tensor,  # (blocks, D) float32
+    tilts: Tensor | None,  # (blocks,) float32; None for zeros
     out: Tensor,  # (N, D) in the caller's order
 ) -> None:
     """Write the rows of dE that belong to the blocks of the stored strips."""
-    _launch(c, tokens, stored, out, weights=tails.weights, centers=centers)
+    _launch(c, tokens, stored, out, tails, centers=centers, tilts=tilts)
 
 
 def add_grad_e(
@@ -61,13 +62,14 @@ def _launch(
     tokens: BackwardTokens,
     stored: StoredStrips,
     out: Tensor,
-    weights: Tensor | None = None,
+    tails: TokenTails | None = None,
     centers: Tensor | None = None,
+    tilts: Tensor | None = None,
 ) -> None:
     strips, tiles, dim = stored.strips, tiles_on(tokens.e.device), c.shape[1]
     block_n = min(tiles.block_n, max(32, next_power_of_2(dim)))
     options = two_per_sm(c.device, tiles)
-    if weights is not None and tiles.block_v > BLOCK_T:  # the memory of these is large enough
+    if tails is not None and tiles.block_v > BLOCK_T:  # the memory of these is large enough
         options["num_stages"] = STAGES
     launch(
         grad_e_kernel,
@@ -79,9 +81,13 @@ def _launch(
         slots_ptr=strips.slots,
         starts_ptr=strips.index.block_starts,
         scale_ptr=tokens.scale,
-        tail_ptr=weights,
+        tail_ptr=None if tails is None else tails.weights,
         centers_ptr=centers,
-        origin_ptr=None if weights is None else tokens.origin,
+        origin_ptr=None if tails is None else tokens.origin,
+        tilts_ptr=tilts,
+        mass_ptr=None if tails is None or tilts is None else tails.mass,
+        e_ptr=None if tilts is None else tokens.e,
+        multiplier_ptr=None if tilts is None else tokens.multiplier,
         out_ptr=out,
         N=out.shape[0],
         D=dim,

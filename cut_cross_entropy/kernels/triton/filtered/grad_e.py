@@ -7,6 +7,27 @@ from cut_cross_entropy.kernels.triton.filtered.strips import stored_rows
 from cut_cross_entropy.kernels.triton.primitives import gather_rows
 
 
+@triton.jit
+def tilted_rows(
+    rows,  # pointers to e (N, D), multiplier (N,) or None, and dropped mass (N,)
+    tokens,  # (BLOCK_T,)
+    inside,  # (BLOCK_T,)
+    columns,  # (BLOCK_N,)
+    D,
+):
+    """Return the embeddings of a block less their mean, which the dropped masses weight."""
+    e_ptr, multiplier_ptr, mass_ptr = rows
+    mass = tl.load(mass_ptr + tokens, mask=inside, other=0.0)
+    counted = mass > 0  # nor NaN
+    mass = tl.where(counted, mass, 0.0)
+    e = gather_rows(e_ptr, tokens, counted, columns, D).to(tl.float32)
+    if multiplier_ptr is not None:
+        e *= tl.load(multiplier_ptr + tokens, mask=counted, other=0.0)[:, None]
+    total = tl.sum(mass, 0)
+    mean = tl.sum(mass[:, None] * e, 0) / tl.where(total > 0, total, 1.0)
+    return tl.where(counted[:, None], e - mean[None, :], 0.0)
+
+
 @triton.jit(do_not_specialize=["N", "first_block", "first_borrowed"])
 def grad_e_kernel(
     grad_ptr,  # (first_borrowed, BLOCK_T) scaled logit gradients
@@ -19,6 +40,10 @@ def grad_e_kernel(
     tail_ptr,  # (N,) weight of the tail; None: sums of other strips are in ``out_ptr``
     centers_ptr,  # (blocks, D) mean row of c over the dropped strips of each block
     origin_ptr,  # (N,); None, like the centres, without a tail
+    tilts_ptr,  # (blocks,) see ``kernels.filtered.tilt``; None, like the three that follow: zeros
+    mass_ptr,  # (N,) dropped probability
+    e_ptr,  # (N, D)
+    multiplier_ptr,  # (N,), or None for ones
     out_ptr,  # (N, D) in the caller's order, or in, out: in that of the tokens without a tail
     N,
     D,
@@ -41,6 +66,12 @@ def grad_e_kernel(
         place = out_ptr + tokens.to(tl.int64)[:, None] * stride_out + column[None, :]
         mask = (tokens < N)[:, None] & (column < D)[None, :]
         total = tl.load(place, mask=mask, other=0.0) * scale
+    elif tilts_ptr is not None:
+        total = tilted_rows(
+            (e_ptr, multiplier_ptr, mass_ptr), tokens, tokens < N, columns=column, D=D
+        )
+        tail = tl.load(tail_ptr + tokens, mask=tokens < N, other=0.0)
+        total *= (tail * tl.load(tilts_ptr + first_block + block) * scale)[:, None]
     else:
         total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for i in range(tl.cdiv(stop - start, BLOCK_K)):

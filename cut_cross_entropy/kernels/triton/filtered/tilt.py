@@ -1,0 +1,136 @@
+"""Triton kernels of ``kernels.filtered.tilt``."""
+
+import triton
+import triton.language as tl
+
+from cut_cross_entropy.kernels.triton.filtered.selection import dropped_mass
+from cut_cross_entropy.kernels.triton.primitives import (
+    ABSENT,
+    byte_to_value,
+    gather_rows,
+    load_rows,
+    low_rank_product,
+    transform_logits,
+)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "num_chunks"])
+def draw_classes_kernel(
+    strips_ptr,  # (blocks, V) int16
+    masks_ptr,  # (superblocks, V) int64
+    sums_ptr,  # (3, blocks, chunks) see Kept
+    classes_ptr,  # (blocks, DRAWS) int32 out; -1: none
+    V,
+    num_blocks,
+    num_chunks,
+    SUPERBLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DRAWS: tl.constexpr,
+    HERE: tl.constexpr,
+):
+    """Draw HERE classes of one block by the mass that it drops of them: a systematic sample."""
+    block = tl.program_id(0)
+    draws = tl.program_id(1) * HERE + tl.arange(0, HERE)
+    chunks = tl.arange(0, COLUMNS)
+    row = sums_ptr + block * num_chunks + chunks
+    sums = tl.load(row, mask=chunks < num_chunks, other=0.0)
+    place = (draws + 0.5) * (tl.sum(sums, 0) / DRAWS)
+    passed = tl.cumsum(sums, 0)[None, :] <= place[:, None]
+    chunk = tl.minimum(tl.sum(passed.to(tl.int32), 1), num_chunks - 1)
+    rest = place - tl.sum(
+        tl.where(passed & (chunks[None, :] < chunk[:, None]), sums[None, :], 0), 1
+    )
+
+    lanes = tl.arange(0, CHUNK)
+    classes = chunk[:, None] * CHUNK + lanes[None, :]
+    inside = classes < V
+    both = tl.load(strips_ptr + tl.cast(block, tl.int64) * V + classes, mask=inside, other=0)
+    superblock = block // SUPERBLOCK
+    masks = tl.load(masks_ptr + tl.cast(superblock, tl.int64) * V + classes, mask=inside, other=0)
+    bit = tl.full((HERE, CHUNK), block - superblock * SUPERBLOCK, tl.int32)
+    mass = byte_to_value(dropped_mass(both.to(tl.int32), masks, bit))
+    # Sums in another order round otherwise: the last class that was dropped stands for the rest.
+    last = tl.max(tl.where(mass > 0, lanes[None, :], -1), 1)
+    found = tl.sum((tl.cumsum(mass, 1) <= rest[:, None]).to(tl.int32), 1)
+    drawn = tl.where(last < 0, -1, chunk * CHUNK + tl.minimum(found, last))
+    tl.store(classes_ptr + block * DRAWS + draws, drawn)
+
+
+@triton.jit(do_not_specialize=["N"])
+def tilts_kernel(
+    e,  # (N, D)
+    c_ptr,  # (V, D)
+    low_e_ptr,  # (N, LOW_RANK)
+    low_c_ptr,  # (V, LOW_RANK)
+    classes_ptr,  # (blocks, DRAWS)
+    lse_ptr,  # (N,) log2
+    target_grad_ptr,  # (N,) negative for tokens without a filtered gradient
+    bias_ptr,  # (V,), or None, like the two that follow
+    softcap,
+    multiplier_ptr,  # (N,)
+    tilts_ptr,  # (blocks,) out
+    N,
+    D,
+    LOW_RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DRAWS: tl.constexpr,
+):
+    """Write the tilt of one block from the logits of the classes that were drawn for it.
+
+    A class that is drawn by its mass gives each token its share of that mass: sums of shares are
+    the masses of the tokens, and the logits that they weight those of the true tail.
+    """
+    block = tl.program_id(0)
+    first = block * BLOCK_T
+    tokens = first + tl.arange(0, BLOCK_T)
+    is_token = tokens < N
+    classes = tl.load(classes_ptr + block * DRAWS + tl.arange(0, DRAWS))
+    is_class = classes >= 0
+    classes = tl.maximum(classes, 0)
+    low = low_rank_product(
+        low_e_ptr, low_c_ptr, (tokens, classes), (is_token, is_class), LOW_RANK, TOKEN_AXIS=0
+    )
+    product = tl.zeros((BLOCK_T, DRAWS), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        e_tile = load_rows(e, first, N, d, D, ROWS=BLOCK_T, COLUMNS=BLOCK_D)
+        c_tile = gather_rows(c_ptr, classes, is_class, d + tl.arange(0, BLOCK_D), D)
+        product = tl.dot(e_tile, c_tile.T, product, input_precision="ieee")
+    multiplier = None
+    if multiplier_ptr is not None:
+        multiplier = tl.load(multiplier_ptr + tokens, mask=is_token, other=0.0)
+    logits = transform_logits(
+        product + low, classes, is_class, bias_ptr, softcap, multiplier=multiplier, TOKEN_AXIS=0
+    )
+    lse = tl.load(lse_ptr + tokens, mask=is_token, other=0.0)
+    filtered = tl.load(target_grad_ptr + tokens, mask=is_token, other=ABSENT) >= 0
+    filtered &= tl.abs(lse) < float("inf")  # nor NaN
+    counted = filtered[:, None] & is_class[None, :]
+    p = tl.where(counted, tl.exp2(logits - lse[:, None]), 0.0)
+    total = tl.sum(p, 0)
+    shares = p / tl.where(total > 0, total, 1.0)[None, :]
+    known = counted & (total > 0)[None, :]
+    if multiplier is not None:
+        product *= multiplier[:, None]
+    values = tl.where(known, product, 0.0)
+    count = tl.sum((total > 0).to(tl.float32), 0)
+    each = 1.0 / tl.maximum(count, 1.0)
+    mass = tl.sum(shares, 1) * each
+    true = tl.sum(tl.sum(shares * values, 1), 0) * each
+    mean = tl.sum(mass * tl.sum(values, 1), 0) * each
+    # Of the pairs of classes in the mean, those of a class with itself do not belong there.
+    excess = (true - mean) * count / tl.maximum(count - 1.0, 1.0)
+    squares = tl.zeros((BLOCK_T,), tl.float32)
+    of_mean = 0.0
+    for d in range(0, D, BLOCK_D):
+        e_tile = load_rows(e, first, N, d, D, ROWS=BLOCK_T, COLUMNS=BLOCK_D).to(tl.float32)
+        if multiplier is not None:
+            e_tile *= multiplier[:, None]
+        e_tile = tl.where(filtered[:, None], e_tile, 0.0)
+        squares += tl.sum(e_tile * e_tile, 1)
+        center = tl.sum(mass[:, None] * e_tile, 0)
+        of_mean += tl.sum(center * center, 0)
+    spread = tl.sum(mass * squares, 0) - of_mean
+    sound = (excess > 0) & (spread > 0) & (excess < float("inf"))
+    tl.store(tilts_ptr + block, tl.where(sound, excess / tl.where(spread > 0, spread, 1.0), 0.0))
