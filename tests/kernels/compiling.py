@@ -26,7 +26,14 @@ from cut_cross_entropy.kernels import (
     tokens,
 )
 from cut_cross_entropy.kernels.block_sizes import Tiles, tiles_for
-from cut_cross_entropy.kernels.filtered import calibrate, grad_c, grad_e, index, selection, tilt
+from cut_cross_entropy.kernels.filtered import (
+    calibrate,
+    grad_c,
+    grad_e,
+    index,
+    selection,
+    tail_sample,
+)
 from cut_cross_entropy.kernels.triton import class_logits as class_logits_kernels
 from cut_cross_entropy.kernels.triton import (
     counted_products,
@@ -47,9 +54,9 @@ from cut_cross_entropy.kernels.triton.filtered import calibrate as calibrate_ker
 from cut_cross_entropy.kernels.triton.filtered import captured, class_weights, strips, tail
 from cut_cross_entropy.kernels.triton.filtered import grad_c as grad_c_kernels
 from cut_cross_entropy.kernels.triton.filtered import grad_e as grad_e_kernels
-from cut_cross_entropy.kernels.triton.filtered import tilt as tilt_kernels
 from cut_cross_entropy.kernels.triton.filtered import index as index_kernels
 from cut_cross_entropy.kernels.triton.filtered import selection as selection_kernels
+from cut_cross_entropy.kernels.triton.filtered import tail_sample as tail_sample_kernels
 
 TARGETS = {
     # name: (target, shared memory of a block in bytes, Triton's register limit applies)
@@ -290,17 +297,20 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             num_warps=8, max_registers=128, types=(("out_ptr", kind),),
             num_stages=grad_e.STAGES if tiles.block_v > BLOCK_T and not is_added else few,
         )  # fmt: skip
-    add("draw_classes", tilt_kernels.draw_classes_kernel,
-        {"SUPERBLOCK": 64, "CHUNK": selection.CHUNK, "COLUMNS": 256, "DRAWS": tilt.DRAWS,
-         "HERE": tilt.AT_ONCE}, types=(("classes_ptr", "*i32"),))  # fmt: skip
-    for name, absent, rank in (
-        ("tilts", {"bias_ptr", "softcap", "multiplier_ptr"}, 0),
-        ("tilts-terms", set(), 16),
+    i32 = (("classes_ptr", "*i32"), ("weights_ptr", "*i32"), ("threshold_ptr", "*i32"))
+    add("chunk_masses", tail_sample_kernels.chunk_masses_kernel,
+        {"CHUNK": selection.CHUNK, "ROWS": tail_sample.ROWS}, types=i32)  # fmt: skip
+    drawn = {"COLUMNS": 256, "DRAWS": tail_sample.DRAWS}
+    add("draw_classes", tail_sample_kernels.draw_classes_kernel,
+        {"CHUNK": selection.CHUNK, "HERE": tail_sample.AT_ONCE, **drawn}, types=i32)  # fmt: skip
+    terms = {"bias_ptr", "softcap", "multiplier_ptr"}
+    for name, values in (
+        ("sample_tail", {**without(terms), **no_rank}),
+        ("sample_tail-terms", {"LOW_RANK": 16}),
     ):
-        add(name, tilt_kernels.tilts_kernel,
-            {**without(absent), **({} if rank else no_rank), **({"LOW_RANK": rank} if rank else {}),
-             "BLOCK_T": BLOCK_T, "BLOCK_D": tiles.block_d, "DRAWS": tilt.DRAWS},
-            boxes={"e": e_box}, num_warps=8, types=(("classes_ptr", "*i32"),))  # fmt: skip
+        add(name, tail_sample_kernels.sample_tail_kernel,
+            {**values, **drawn, "BLOCK_T": BLOCK_T, "BLOCK_D": tiles.block_d},
+            boxes={"e": e_box}, num_warps=8, types=i32)  # fmt: skip
     # The sums of dC end in registers; are stored in float32; are stored in 16 bits and some more.
     for partial, low_bits, flat in (
         (False, 0, False),

@@ -30,9 +30,9 @@ def moves(monkeypatch, always_calibrated):
     found = []
     original = calibrate.calibrate
 
-    def watched(problem, tokens, support, threshold, max_error):
+    def watched(problem, tokens, mass, threshold, max_error):
         before = int(threshold.value)
-        original(problem, tokens, support, threshold, max_error)
+        original(problem, tokens, mass, threshold, max_error)
         kept = int(threshold.histogram[:256][int(threshold.value) :].sum())
         assert int(threshold.num_kept) == kept
         found.append((before, int(threshold.value)))
@@ -51,7 +51,8 @@ def test_default_reaches_its_error_from_any_tolerance(start, always_filtered, mo
     assert record.path == "filtered"
     assert (after < before) == (start > 4)
     error = errors(results, problem)[0] / measure.ROUNDING
-    assert 0.7 * TARGET < error < 1.3 * TARGET
+    # The sample knows a tail without its tilt, which makes less error than that.
+    assert 0.5 * TARGET < error < 1.2 * TARGET
 
 
 def test_threshold_is_raised_by_a_limited_step(always_filtered, monkeypatch, moves):
@@ -109,7 +110,7 @@ def test_weights_enter_the_estimate(always_filtered, always_calibrated, monkeypa
         (grad,) = torch.autograd.grad(loss, e, weights)
         grads.append(grad)
     error = (grads[0] - grads[1]).norm() / grads[1].norm() / measure.ROUNDING
-    assert 0.6 * TARGET < error < 1.4 * TARGET
+    assert 0.4 * TARGET < error < 1.4 * TARGET
 
 
 def test_a_step_is_a_function_of_its_inputs(always_filtered, always_calibrated):
@@ -122,14 +123,14 @@ def test_a_step_is_a_function_of_its_inputs(always_filtered, always_calibrated):
 def test_tokens_are_drawn_by_risk():
     weights = torch.rand(5000, generator=torch.Generator().manual_seed(1))
     weights[100] = 400  # is drawn more than once
-    tokens, support = sampled(5000, weights)
+    tokens, mass = sampled(5000, weights)
     tokens.target_grad[:50] = -1.0  # no filtered gradient
-    rows, factors = calibrate.draw_tokens(tokens, support)
+    rows, factors = calibrate.draw_tokens(tokens, mass)
     assert (factors[kernels.SAMPLES.value :] == 0).all()
     rows, factors = rows[: kernels.SAMPLES.value], factors[: kernels.SAMPLES.value]
     weights = torch.where(torch.arange(5000) < 50, 0.0, weights).double()
     share = lambda x: x / x.sum()
-    risk = share(weights * support) + kernels.EVENLY.value * share(weights)
+    risk = share(weights * mass) + kernels.EVENLY.value * share(weights)
     expected, _ = measure.sample_by_risk(risk, kernels.SAMPLES.value)
     assert (rows == expected).double().mean() > 0.95, "but for rounding"
     assert (rows == 100).sum() > 5
@@ -139,8 +140,8 @@ def test_tokens_are_drawn_by_risk():
 
 
 def test_no_risk_draws_nothing_that_counts():
-    tokens, support = sampled(200, torch.zeros(200))
-    rows, factors = calibrate.draw_tokens(tokens, support)
+    tokens, mass = sampled(200, torch.zeros(200))
+    rows, factors = calibrate.draw_tokens(tokens, mass)
     assert ((rows >= 0) & (rows < 200)).all()
     assert (factors == 0).all()
 

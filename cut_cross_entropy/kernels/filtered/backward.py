@@ -74,7 +74,7 @@ from cut_cross_entropy.kernels.filtered.tail import (
     update_tails,
     write_bias,
 )
-from cut_cross_entropy.kernels.filtered.tilt import tail_tilts
+from cut_cross_entropy.kernels.filtered.tail_sample import TailSample
 from cut_cross_entropy.kernels.launch import HostCopy, is_captured
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
 from cut_cross_entropy.problem import (
@@ -127,15 +127,20 @@ def filtered_gradients(
     if captured and not is_supported(problem, tokens, wanted):
         return Outcome(None, None, too_flat=True)
     threshold = find_threshold(strips, tokens, filter_)
-    if calibrates(problem, filter_) and tokens.eta is None:  # an entropy has another tail
-        calibrate(problem, tokens, saved.support, threshold, filter_.max_error)
+    sample = None
+    if not isinstance(problem, MadeProblem):
+        sample = TailSample.of(problem, tokens, threshold)
+        if calibrates(problem, filter_) and tokens.eta is None:  # an entropy has another tail
+            calibrate(problem, tokens, sample.mass, threshold, filter_.max_error)
     kept = keep_strips(threshold)
+    tilts = None if sample is None else sample.tilts
     if captured:
-        return Outcome(_captured_gradients(problem, tokens, wanted, kept), None, too_flat=False)
+        grad_e = _captured_gradients(problem, tokens, wanted, kept, tilts)
+        return Outcome(grad_e, None, too_flat=False)
     counts = Counts(kept)
     # Half as many strips again as the budget holds may be stored in dC.
     budget = problem.memory_budget * 3 // 2
-    selection = _Selection.of(kept, problem, tokens, wanted, budget=budget)
+    selection = _Selection.of(kept, problem, tokens, wanted, tilts, budget=budget)
     results = _Results.zeros(problem, wanted)
     num_strips = sum(counts.by_block)  # waits for the device, which is computing the selection
 
@@ -173,12 +178,16 @@ def filtered_gradients(
 
 
 def _captured_gradients(
-    problem: Problem, tokens: BackwardTokens, wanted: Wanted, kept: Kept
+    problem: Problem,
+    tokens: BackwardTokens,
+    wanted: Wanted,
+    kept: Kept,
+    tilts: Tensor | None,  # (blocks,)
 ) -> Tensor | None:
     """Write the gradients by the path that the device chooses; return dE, if wanted."""
     num_flat = min(most_flat(problem), BLOCK_T, tokens.a.shape[0])
     budget = BUDGETS * problem.memory_budget
-    selection = _Selection.of(kept, problem, tokens, wanted, budget=budget)
+    selection = _Selection.of(kept, problem, tokens, wanted, tilts, budget=budget)
     choice = Choice.of(
         kept,
         selection.listed[0],
@@ -250,8 +259,8 @@ class _Selection:
         index: index of all of them.
         tail: what replaces the others; without centres while rows are still to be made.
         order: order of all classes.
-        tilts: (blocks,) of the tail in dE, see ``tilt``; None without dE, and while rows are still
-            to be made.
+        tilts: (blocks,) of the tail in dE, see ``tail_sample``; None while rows are still to be
+            made.
         low_centers: :attr:`Tail.centers` of the columns of ``AdaptedProblem.low_c``.
         weights: of the tokens in rows of dC; None if all classes have those of the tail.
         listed: the list of all kept strips, if it may be complete; emptied where it is not read.
@@ -268,14 +277,20 @@ class _Selection:
 
     @classmethod
     def of(
-        cls, kept: Kept, problem: Problem, tokens: BackwardTokens, wanted: Wanted, *, budget: int
+        cls,
+        kept: Kept,
+        problem: Problem,
+        tokens: BackwardTokens,
+        wanted: Wanted,
+        tilts: Tensor | None,
+        *,
+        budget: int,
     ) -> "_Selection":
         """List as many strips as ``budget`` bytes hold."""
         c, low_c = problem.c, low_columns(problem)
         index = index_strips(kept)
         order = ClassOrder.of(kept, (0, c.shape[0]))
         low_centers = None if low_c is None else Tail.of(kept, low_c).centers
-        tilts = None
         # The lists of the dense path, or of strips that are not stored together, are not read.
         share = min(max(0.0, dense_fraction(c.shape[1])), 1.0)
         most_strips = min(min(budget, MAX_BUDGET) // STRIP_BYTES, int(share * kept.strips.numel()))
@@ -283,7 +298,6 @@ class _Selection:
             tail, most_strips = Tail.without_centers(kept, c.shape[1]), 0
         else:
             tail = Tail.of(kept, c)
-            tilts = tail_tilts(problem, tokens, kept) if wanted.e else None
         weights = None
         if wanted.c is not None and has_class_weights(problem):
             weights = ClassWeights.of(problem, tokens, kept)

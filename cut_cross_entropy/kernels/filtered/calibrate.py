@@ -61,7 +61,7 @@ def calibrates(problem: Problem, filter_: Filter) -> bool:
 def calibrate(
     problem: Problem,
     tokens: BackwardTokens,
-    support: Tensor,  # (N,) log2 of the effective support, in the order of the tokens
+    mass: Tensor,  # (N,) dropped probability, roughly
     threshold: Threshold,
     max_error: float,
 ) -> None:
@@ -70,13 +70,13 @@ def calibrate(
     Args:
         problem: without a group, c of the compute dtype.
         tokens: without ``eta`` and ``q``.
-        support: see above.
+        mass: see above.
         threshold: the threshold by energy. It is raised by STEP bytes at most, and not beyond what
             the dropped mass allows.
         max_error: relative error (Frobenius norm) to reach, of the tail alone, in multiples of the
             rounding error of bfloat16.
     """
-    rows, factors = draw_tokens(tokens, support)
+    rows, factors = draw_tokens(tokens, mass)
     launch(
         choose_threshold_kernel,
         (1,),
@@ -94,8 +94,8 @@ def calibrate(
     )
 
 
-def draw_tokens(tokens: BackwardTokens, support: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw tokens by their risk.
+def draw_tokens(tokens: BackwardTokens, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw tokens by their risk, of which ``mass`` (N,) is what they drop, roughly.
 
     Returns:
         rows (ROWS,) int64, of which the first SAMPLES count, in order; and factors of their squared
@@ -109,7 +109,7 @@ def draw_tokens(tokens: BackwardTokens, support: Tensor) -> tuple[Tensor, Tensor
         draw_tokens_kernel,
         (1,),
         **pointers(tokens, "a b target_grad"),
-        support_ptr=support,
+        mass_ptr=mass,
         sums_ptr=sums,
         rows_ptr=rows,
         factors_ptr=factors,

@@ -30,7 +30,7 @@ def draw_tokens_kernel(
     a_ptr,  # (N,)
     b_ptr,  # (N,)
     target_grad_ptr,  # (N,) negative for tokens without a filtered gradient
-    support_ptr,  # (N,) log2 of the effective support
+    mass_ptr,  # (N,) dropped probability of each token, roughly
     sums_ptr,  # (N,) scratch: inclusive sums of the risks
     rows_ptr,  # (ROWS,) int64 out, of which SAMPLES count
     factors_ptr,  # (ROWS,) out: inverse of the expected number of draws of the token, then 0
@@ -40,27 +40,27 @@ def draw_tokens_kernel(
 ):
     """Draw a systematic sample of tokens by their risk, in one program.
 
-    A proxy has to do for the error of a token: its upstream gradient times the logarithm of its
-    effective support. A share of the upstream gradient alone leaves no token out.
+    The error of a token is about its upstream gradient times the mass that it drops. A share of the
+    upstream gradient alone leaves no token out.
     """
-    by_spread = 0.0
+    by_mass = 0.0
     evenly = 0.0
     for start in range(0, N, SCAN):
         tokens = start + tl.arange(0, SCAN)
         filtered = tl.load(target_grad_ptr + tokens, mask=tokens < N, other=-1.0) >= 0
         weight = upstream(a_ptr, b_ptr=b_ptr, filtered=filtered, tokens=tokens, N=N)
-        support = tl.load(support_ptr + tokens, mask=tokens < N, other=0.0)
-        by_spread += tl.sum(weight * tl.maximum(support, 0.0), 0)
+        mass = tl.load(mass_ptr + tokens, mask=tokens < N, other=0.0)
+        by_mass += tl.sum(weight * mass, 0)
         evenly += tl.sum(weight, 0)
-    by_spread = 1.0 / tl.maximum(by_spread, 1e-37)
+    by_mass = 1.0 / tl.maximum(by_mass, 1e-37)
     evenly = EVENLY / tl.maximum(evenly, 1e-37)
     total = 0.0
     for start in range(0, N, SCAN):
         tokens = start + tl.arange(0, SCAN)
         filtered = tl.load(target_grad_ptr + tokens, mask=tokens < N, other=-1.0) >= 0
         weight = upstream(a_ptr, b_ptr=b_ptr, filtered=filtered, tokens=tokens, N=N)
-        support = tl.load(support_ptr + tokens, mask=tokens < N, other=0.0)
-        risk = weight * (by_spread * tl.maximum(support, 0.0) + evenly)
+        mass = tl.load(mass_ptr + tokens, mask=tokens < N, other=0.0)
+        risk = weight * (by_mass * mass + evenly)
         tl.store(sums_ptr + tokens, total + tl.cumsum(risk, 0), mask=tokens < N)
         total += tl.sum(risk, 0)
     tl.debug_barrier()  # other threads have written the sums that this one reads

@@ -40,7 +40,7 @@ def grad_e_kernel(
     tail_ptr,  # (N,) weight of the tail; None: sums of other strips are in ``out_ptr``
     centers_ptr,  # (blocks, D) mean row of c over the dropped strips of each block
     origin_ptr,  # (N,); None, like the centres, without a tail
-    tilts_ptr,  # (blocks,) see ``kernels.filtered.tilt``; None, like the three that follow: zeros
+    tilts_ptr,  # (blocks,) see TailSample; None for zeros, like the next two
     mass_ptr,  # (N,) dropped probability
     e_ptr,  # (N, D)
     multiplier_ptr,  # (N,), or None for ones

@@ -1,9 +1,9 @@
-"""Triton kernels of ``kernels.filtered.tilt``."""
+"""Triton kernels of ``kernels.filtered.tail_sample``."""
 
 import triton
 import triton.language as tl
 
-from cut_cross_entropy.kernels.triton.filtered.selection import dropped_mass
+from cut_cross_entropy.kernels.triton.filtered.selection import weighted
 from cut_cross_entropy.kernels.triton.primitives import (
     ABSENT,
     byte_to_value,
@@ -14,22 +14,60 @@ from cut_cross_entropy.kernels.triton.primitives import (
 )
 
 
+@triton.jit
+def light_masses(
+    strips,  # pointers to (blocks, V) int16, (blocks,) int32 weights, and () int32 threshold
+    blocks,
+    classes,
+    inside,
+):
+    """Return the masses of the strips under the threshold, 0 for the others and outside."""
+    strips_ptr, weights_ptr, threshold_ptr, V = strips
+    place = tl.cast(blocks, tl.int64) * V + classes
+    both = tl.load(strips_ptr + place, mask=inside, other=0).to(tl.int32)
+    weights = tl.load(weights_ptr + blocks)
+    light = inside & (weighted(both & 255, weights) < tl.load(threshold_ptr))
+    return tl.where(light, byte_to_value((both >> 8) & 255), 0.0)
+
+
 @triton.jit(do_not_specialize=["num_blocks", "num_chunks"])
-def draw_classes_kernel(
+def chunk_masses_kernel(
     strips_ptr,  # (blocks, V) int16
-    masks_ptr,  # (superblocks, V) int64
-    sums_ptr,  # (3, blocks, chunks) see Kept
-    classes_ptr,  # (blocks, DRAWS) int32 out; -1: none
+    weights_ptr,  # (blocks,)
+    threshold_ptr,  # ()
+    sums_ptr,  # (blocks, chunks) out
     V,
     num_blocks,
     num_chunks,
-    SUPERBLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sum the masses under the threshold of a chunk of classes, for ROWS blocks."""
+    chunk = tl.program_id(0)
+    classes = chunk * CHUNK + tl.arange(0, CHUNK)
+    strips = (strips_ptr, weights_ptr, threshold_ptr, V)
+    for row in tl.static_range(ROWS):
+        block = tl.program_id(1) * ROWS + row
+        if block < num_blocks:
+            mass = light_masses(strips, block, classes, classes < V)
+            tl.store(sums_ptr + block * num_chunks + chunk, tl.sum(mass, 0))
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def draw_classes_kernel(
+    strips_ptr,  # (blocks, V) int16
+    weights_ptr,  # (blocks,)
+    threshold_ptr,  # ()
+    sums_ptr,  # (blocks, chunks) see chunk_masses_kernel
+    classes_ptr,  # (blocks, DRAWS) int32 out; -1: none
+    V,
+    num_chunks,
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
     DRAWS: tl.constexpr,
     HERE: tl.constexpr,
 ):
-    """Draw HERE classes of one block by the mass that it drops of them: a systematic sample."""
+    """Draw HERE classes of one block by their masses under the threshold: a systematic sample."""
     block = tl.program_id(0)
     draws = tl.program_id(1) * HERE + tl.arange(0, HERE)
     chunks = tl.arange(0, COLUMNS)
@@ -38,49 +76,48 @@ def draw_classes_kernel(
     place = (draws + 0.5) * (tl.sum(sums, 0) / DRAWS)
     passed = tl.cumsum(sums, 0)[None, :] <= place[:, None]
     chunk = tl.minimum(tl.sum(passed.to(tl.int32), 1), num_chunks - 1)
-    rest = place - tl.sum(
-        tl.where(passed & (chunks[None, :] < chunk[:, None]), sums[None, :], 0), 1
-    )
+    before = tl.where(chunks[None, :] < chunk[:, None], sums[None, :], 0.0)
+    rest = place - tl.sum(before, 1)
 
     lanes = tl.arange(0, CHUNK)
     classes = chunk[:, None] * CHUNK + lanes[None, :]
-    inside = classes < V
-    both = tl.load(strips_ptr + tl.cast(block, tl.int64) * V + classes, mask=inside, other=0)
-    superblock = block // SUPERBLOCK
-    masks = tl.load(masks_ptr + tl.cast(superblock, tl.int64) * V + classes, mask=inside, other=0)
-    bit = tl.full((HERE, CHUNK), block - superblock * SUPERBLOCK, tl.int32)
-    mass = byte_to_value(dropped_mass(both.to(tl.int32), masks, bit))
-    # Sums in another order round otherwise: the last class that was dropped stands for the rest.
+    strips = (strips_ptr, weights_ptr, threshold_ptr, V)
+    mass = light_masses(strips, block, classes, classes < V)
+    # Sums in another order round otherwise: the last class of the chunk stands for the rest.
     last = tl.max(tl.where(mass > 0, lanes[None, :], -1), 1)
     found = tl.sum((tl.cumsum(mass, 1) <= rest[:, None]).to(tl.int32), 1)
     drawn = tl.where(last < 0, -1, chunk * CHUNK + tl.minimum(found, last))
     tl.store(classes_ptr + block * DRAWS + draws, drawn)
 
 
-@triton.jit(do_not_specialize=["N"])
-def tilts_kernel(
+@triton.jit(do_not_specialize=["N", "num_chunks"])
+def sample_tail_kernel(
     e,  # (N, D)
     c_ptr,  # (V, D)
     low_e_ptr,  # (N, LOW_RANK)
     low_c_ptr,  # (V, LOW_RANK)
     classes_ptr,  # (blocks, DRAWS)
+    sums_ptr,  # (blocks, chunks) see chunk_masses_kernel
     lse_ptr,  # (N,) log2
     target_grad_ptr,  # (N,) negative for tokens without a filtered gradient
     bias_ptr,  # (V,), or None, like the two that follow
     softcap,
     multiplier_ptr,  # (N,)
     tilts_ptr,  # (blocks,) out
+    mass_ptr,  # (N,) out
     N,
     D,
+    num_chunks,
     LOW_RANK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr,
     DRAWS: tl.constexpr,
 ):
-    """Write the tilt of one block from the logits of the classes that were drawn for it.
+    """Write the tilt and the masses of one block from the logits of the classes drawn for it.
 
-    A class that is drawn by its mass gives each token its share of that mass: sums of shares are
-    the masses of the tokens, and the logits that they weight those of the true tail.
+    A class that is drawn by its mass gives each token its share of that mass: means of shares are
+    those of the block's mass, and the logits that they weight those of the true tail.
     """
     block = tl.program_id(0)
     first = block * BLOCK_T
@@ -117,6 +154,10 @@ def tilts_kernel(
     count = tl.sum((total > 0).to(tl.float32), 0)
     each = 1.0 / tl.maximum(count, 1.0)
     mass = tl.sum(shares, 1) * each
+    chunks = tl.arange(0, COLUMNS)
+    row = sums_ptr + block * num_chunks + chunks
+    whole = tl.sum(tl.load(row, mask=chunks < num_chunks, other=0.0), 0)
+    tl.store(mass_ptr + tokens, mass * whole, mask=is_token)
     true = tl.sum(tl.sum(shares * values, 1), 0) * each
     mean = tl.sum(mass * tl.sum(values, 1), 0) * each
     # Of the pairs of classes in the mean, those of a class with itself do not belong there.
