@@ -44,6 +44,15 @@ def test_the_callers_order_stays_where_it_is_better():
     assert torch.equal(in_order(e), torch.arange(2048))
 
 
+def test_copies_of_a_text_share_blocks():
+    """The same 256 tokens four times, as in packed rows that repeat: copies in one block or two."""
+    torch.manual_seed(0)
+    found = in_order(torch.randn(256, 48).repeat(4, 1))
+    assert torch.equal(found.sort().values, torch.arange(1024))
+    blocks = (found % 256).view(-1, BLOCK_T)
+    assert sum(len(block.unique()) for block in blocks) <= 256 + 8
+
+
 def test_equal_tokens_keep_their_order():
     assert torch.equal(in_order(torch.ones(1024, 24)), torch.arange(1024))
 
