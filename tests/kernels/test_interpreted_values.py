@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cut_cross_entropy import linear_cross_entropy
+from cut_cross_entropy import linear_cross_entropy, record_filter
 from tests.kernels.conftest import ROUTES, take_route
+from tests.kernels.test_interpreted_filtered import sharp
 from tests.support import full_logits, make_problem, run, run_ours
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
@@ -117,6 +118,22 @@ def test_bad_embedding_with_default_thresholds(tokens):
     problem.e[4, 3] = torch.nan
     results = run_ours(problem, "cce", reduction="none")
     assert_never_plausible(results, truth_of(problem, reduction="none"))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_bad_embedding_keeps_the_strips_of_its_block_alone(value, always_filtered):
+    """The other blocks of 128 tokens are filtered as they are without it."""
+    problem = sharp(5 * 128)
+    problem.targets[:] = problem.targets.clamp_min(0)
+    kept = []
+    for bad in (False, True):
+        if bad:
+            problem.e[4, 3] = value
+        with record_filter() as records:
+            run_ours(problem, "cce", needed=("e", "c"))
+        kept.append(records[0].strips_kept)
+    assert kept[0] < 0.2
+    assert kept[1] < kept[0] + 0.25
 
 
 @pytest.mark.parametrize(

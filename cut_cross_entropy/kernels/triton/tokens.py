@@ -173,6 +173,8 @@ def backward_tokens_kernel(
     # No shard of the vocabulary holds the target: never a plausible number.
     a = tl.where((usable == 0) & (nll != nll), float("nan"), a)
     target_grad = tl.abs(a * tl.exp2(0.0 - nll * LOG2E) - b)
+    # The strips of a broken embedding are kept for what they hold, without those of other blocks.
+    target_grad = tl.where(lse != lse, 0.0, target_grad)
     target_grad = tl.where(present, target_grad, ABSENT)
     if HAS_SUPPORT:
         flat = present & (tl.load(support_ptr + row + lane) > flat_support)
