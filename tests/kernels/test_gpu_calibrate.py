@@ -22,10 +22,10 @@ def test_sums_of_dropped_gradients(dtype, tolerance, softcap, low_rank):
 
 
 def test_unequal_weights_keep_the_promise(always_filtered, monkeypatch):
-    """The error of dE, from a tolerance 16 times too large."""
+    """The error of dE, from a tolerance 24 times too large."""
     monkeypatch.setattr(calibrate, "MIN_WORK", 0)
     monkeypatch.setattr(calibrate, "MIN_TOKENS", 0)
-    monkeypatch.setattr("cut_cross_entropy.dispatch.FILTER_TOLERANCE", 16 * 8e-4)
+    monkeypatch.setattr("cut_cross_entropy.dispatch.FILTER_TOLERANCE", 24 * 8e-4)
     problem = sharp(1024, classes=8000, dim=256).to(torch.bfloat16).on(DEVICE)
     weights = torch.linspace(0.1, 1.0, 1024, device=DEVICE)
     errors = {}
@@ -41,5 +41,5 @@ def test_unequal_weights_keep_the_promise(always_filtered, monkeypatch):
                 grads.append(torch.autograd.grad(loss, e, weights)[0].float())
             assert impl == "cce_exact" or records[0].path == "filtered"
         errors[eps] = float((grads[0] - grads[1]).norm() / grads[1].norm()) / measure.ROUNDING
-    # Both gradients are rounded, which makes 1.4; interpreted in float32 they differ by 0.5, 2.1.
+    # Both gradients are rounded, which makes 1.4.
     assert errors["auto"] < 2 < errors[2.0**-12], errors
