@@ -41,5 +41,5 @@ def test_unequal_weights_keep_the_promise(always_filtered, monkeypatch):
                 grads.append(torch.autograd.grad(loss, e, weights)[0].float())
             assert impl == "cce_exact" or records[0].path == "filtered"
         errors[eps] = float((grads[0] - grads[1]).norm() / grads[1].norm()) / measure.ROUNDING
-    # Both gradients are rounded, which makes 1.4.
-    assert errors["auto"] < 2 < errors[2.0**-12], errors
+    # An H200 had 0.13 and 1.78: what both round alike does not show.
+    assert errors["auto"] < min(2.0, errors[2.0**-12] / 2), errors
