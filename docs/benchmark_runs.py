@@ -351,6 +351,8 @@ def comparison(kept: Measurements) -> str:
     device = found[0]["environment"]["device"]
     rows = kept.of(device, part="comparison", kind=BOTH)
     rows = rows[~rows["method"].isin(ONE_SIDED)]
+    # Real heads first, of whichever file.
+    rows = rows.sort_values("test_data", key=lambda names: ~names.isin(REAL), kind="stable")
     measures = {
         "time, ms (× matmul)": ("runtime_ms", "{runtime_ms:,.1f} ({gemms:.2f})"),
         "peak, MiB": ("op_mem_mb", "{op_mem_mb:,.0f}"),

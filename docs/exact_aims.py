@@ -64,12 +64,13 @@ def exact(kept: Measurements) -> str:
     if "cce_exact_1gib" not in set(rows["method"]):
         return ""
     rows = rows[rows["method"].isin((*TIMES, *OTHERS))]
-    lines, misses = [], list[str]()
+    lines, misses, shown = [], list[str](), list[pd.DataFrame]()
     for data, own in rows.groupby("test_data", sort=False):
         by_method = own.set_index("method").to_dict("index")
         if not {"cce_exact", "cce_exact_1gib"} <= set(by_method):
             continue
         small = small_budget(int(by_method["cce_exact"]["classes"]))
+        shown.append(own)
         lines.append({"data": data_title(str(data)), "small": small, **by_method})
         if what := missed(str(data), by_method):
             misses.append(f"- {data_title(str(data))}: {'; '.join(what)}")
@@ -87,7 +88,7 @@ def exact(kept: Measurements) -> str:
         ("peak at 256 MiB", at("cce_exact", "{op_mem_mb:,.0f} MiB")),
     ]
     text = "Every aim is reached." if not misses else "Missed:\n\n" + "\n".join(misses)
-    return f"{table(lines, columns)}\n{text}\n\n{where_from(kept, rows)}"
+    return f"{table(lines, columns)}\n{text}\n\n{where_from(kept, pd.concat(shown))}"
 
 
 def plain(kept: Measurements) -> str:
