@@ -189,7 +189,10 @@ def exact_gradients(
     Returns:
         dE in float32, (N, D), if wanted.
     """
-    e, c, grad_c, scale = tokens.e, problem.c, wanted.c, tokens.scale
+    e, c, grad_c = tokens.e, problem.c, wanted.c
+    if e.dtype != torch.float16:  # out of a product that writes dC in place no scale can be taken
+        tokens = replace(tokens, scale=torch.ones_like(tokens.scale))
+    scale = tokens.scale
     (num_tokens, dim), num_classes = e.shape, c.shape[0]
     total = e.new_zeros((num_tokens, dim), dtype=torch.float32) if wanted.e else None
     low_c, low_total = low_columns(problem), None

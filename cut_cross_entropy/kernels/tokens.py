@@ -27,6 +27,7 @@ from cut_cross_entropy.kernels.triton.primitives import (
 )
 from cut_cross_entropy.kernels.triton.tokens import (
     backward_tokens_kernel,
+    gradient_scale_kernel,
     list_valid_kernel,
     scatter_rows_kernel,
     score_targets_kernel,
@@ -37,7 +38,6 @@ from cut_cross_entropy.problem import (
     KernelState,
     PerToken,
     Problem,
-    gradient_scale,
     low_columns,
 )
 
@@ -192,7 +192,8 @@ class BackwardTokens(Tokens):
         target_grad: absolute gradient of the target's logit, a lower bound of the root of the
             energy of the token's gradient; FLAT for tokens whose distribution is flat, ABSENT where
             absent.
-        scale: () power of two by which stored logit gradients are multiplied, see gradient_scale.
+        scale: () factor of stored logit gradients in half precision, with which the common factor
+            of many targets, 1 / N, is 1: rounded, it would be off for all of them alike.
         shard_mass: probability of this shard's classes; None if all classes are here.
         num_valid: number of valid tokens on its way to the host; None if not asked for, or if the
             host cannot wait for it.
@@ -321,8 +322,16 @@ def compact_for_backward(
         HAS_SUPPORT=saved.support.numel() > 0,
         BLOCK_D=min(1024, next_power_of_2(dim)),
     )
-    if problem.compute_dtype == torch.float16:
-        tokens = replace(tokens, scale=gradient_scale(a, b))
+    if problem.compute_dtype != torch.float32:
+        launch(
+            gradient_scale_kernel,
+            (1,),
+            **pointers(tokens, "a b"),
+            scale_ptr=tokens.scale,
+            N=num_tokens,
+            BLOCK=SCAN,
+            num_warps=8,
+        )
     return tokens
 
 

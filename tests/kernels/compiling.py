@@ -370,6 +370,8 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         tokens_kernels.backward_tokens_kernel,
         {"HAS_SUPPORT": True, "BLOCK_D": 1024},
     )
+    add("gradient_scale", tokens_kernels.gradient_scale_kernel, {"BLOCK": tokens.SCAN},
+        num_warps=8)  # fmt: skip
     add("without_flat", tokens_kernels.without_flat_kernel, {"BLOCK": tokens.SCAN})
     add("class_products", class_logits_kernels.class_products_kernel,
         {"BLOCK_K": class_logits.BLOCK_K, "BLOCK_D": 256},

@@ -153,6 +153,34 @@ def test_logit_gradients_of_a_chunk(block_v, softcap, monkeypatch):
     assert buffer[:, 444:].isnan().all()
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_scale_of_logit_gradients_is_taken_out(in_place):
+    """Also where one product writes the rows of dC, from which nothing is taken out."""
+    problem = make_problem((133,), 700, 24, ignored=0.0)
+    logits = problem.e @ problem.c.T
+    lse = logits.logsumexp(1)
+    a = torch.rand(133, generator=torch.Generator().manual_seed(0))
+    expected = (logits - lse[:, None]).exp() * a[:, None]
+    expected[torch.arange(133), problem.targets] -= a
+    call = Problem(problem.e, problem.c, problem.targets, None, -100, None, torch.float32, 2**20)
+    tokens = BackwardTokens(
+        e=problem.e,
+        targets=problem.targets,
+        origin=torch.arange(133),
+        lse=lse * 1.4426950408889634,
+        a=a,
+        b=a,
+        target_grad=torch.zeros(133),
+        scale=torch.tensor(3.0),
+        shard_mass=None,
+        num_valid=None,
+    )
+    grad_c = torch.zeros(700, 24) if in_place else torch.zeros(24, 700).T
+    grad_e = exact.exact_gradients(call, tokens, exact.Wanted(True, grad_c, None))
+    torch.testing.assert_close(grad_e, expected @ problem.c, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad_c, expected.T @ problem.e, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_copied_factors_are_multiplied_in_slices(dtype, monkeypatch):
     """The library may lack products of half precision factors with float32 results."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cut_cross_entropy import dispatch
+from cut_cross_entropy import dispatch, linear_cross_entropy
 from cut_cross_entropy.filter_report import record_filter
 from cut_cross_entropy.kernels import likely_classes, step
 from cut_cross_entropy.kernels.filtered import backward, index
@@ -326,8 +326,6 @@ def test_half_precision_does_not_underflow():
     """Gradients of 1e-6 would be subnormal; they are scaled inside and returned as they are."""
     problem = sharp(12, dtype=torch.float16)
     e, c = problem.e.requires_grad_(), problem.c.requires_grad_()
-    from cut_cross_entropy import linear_cross_entropy
-
     loss = linear_cross_entropy(e, c, problem.targets, problem.bias, impl="cce", reduction="sum")
     # The loss is divided after the operator, so its own gradients are as small as this.
     small, large = (
@@ -337,6 +335,22 @@ def test_half_precision_does_not_underflow():
         expected = of_large.double() / 1024
         atol = 2.0**-24  # the smallest number of float16: the result itself cannot be finer
         torch.testing.assert_close(of_small.double(), expected, rtol=2e-3, atol=atol)
+
+
+def test_a_factor_of_all_losses_is_not_rounded():
+    """Halfway between two numbers of float16, it would be, to the same side at every target."""
+    problem = sharp(dtype=torch.float16)
+    factor = torch.tensor(1 + 2.0**-11)
+    grads = []
+    for impl in ("cce", "reference"):
+        inputs = problem if impl == "cce" else problem.to(torch.float64)
+        e = inputs.e.clone().requires_grad_()
+        loss = linear_cross_entropy(
+            e, inputs.c, inputs.targets, inputs.bias, impl=impl, reduction="sum"
+        )
+        grads.append(torch.autograd.grad(loss, e, factor.to(loss))[0].double())
+    got, exact = grads
+    assert abs((got * exact).sum() / exact.square().sum() - 1) < 1e-4
 
 
 @pytest.mark.parametrize("scale", [1, 30])  # 30: the changed tokens overflow their first bound

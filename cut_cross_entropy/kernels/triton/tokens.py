@@ -187,6 +187,30 @@ def backward_tokens_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
+def gradient_scale_kernel(
+    a_ptr,  # (N,)
+    b_ptr,  # (N,)
+    scale_ptr,  # () out
+    N,
+    BLOCK: tl.constexpr,
+):
+    """Write the inverse of the largest factor of a target, in one program.
+
+    Or of a probability, where those are much larger. Where nothing is finite or positive, 1.
+    """
+    largest_a = 0.0
+    largest_b = 0.0
+    for start in range(0, N, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        a = tl.abs(tl.load(a_ptr + tokens, mask=tokens < N, other=0.0))
+        b = tl.abs(tl.load(b_ptr + tokens, mask=tokens < N, other=0.0))
+        largest_a = tl.maximum(largest_a, tl.max(tl.where(a < float("inf"), a, 0.0), 0))
+        largest_b = tl.maximum(largest_b, tl.max(tl.where(b < float("inf"), b, 0.0), 0))
+    largest = tl.where(largest_b * 64 > largest_a, largest_b, largest_a)
+    tl.store(scale_ptr, tl.where(largest > 1e-37, 1.0 / tl.maximum(largest, 1e-37), 1.0))
+
+
+@triton.jit(do_not_specialize=["N"])
 def without_flat_kernel(
     target_grad_ptr,  # (N,) see BackwardTokens, like all that follow
     lse_ptr,  # (N,)
