@@ -9,14 +9,15 @@ from cut_cross_entropy.kernels.triton.primitives import gather_rows
 
 @triton.jit
 def tilted_rows(
-    rows,  # pointers to e (N, D), multiplier (N,) or None, and dropped mass (N,)
+    e_ptr,  # (N, D)
+    multiplier_ptr,  # (N,), or None
+    mass_ptr,  # (N,) dropped probability
     tokens,  # (BLOCK_T,)
     inside,  # (BLOCK_T,)
     columns,  # (BLOCK_N,)
     D,
 ):
     """Return the embeddings of a block less their mean, which the dropped masses weight."""
-    e_ptr, multiplier_ptr, mass_ptr = rows
     mass = tl.load(mass_ptr + tokens, mask=inside, other=0.0)
     counted = mass > 0  # nor NaN
     mass = tl.where(counted, mass, 0.0)
@@ -68,7 +69,13 @@ def grad_e_kernel(
         total = tl.load(place, mask=mask, other=0.0) * scale
     elif tilts_ptr is not None:
         total = tilted_rows(
-            (e_ptr, multiplier_ptr, mass_ptr), tokens, tokens < N, columns=column, D=D
+            e_ptr,
+            multiplier_ptr=multiplier_ptr,
+            mass_ptr=mass_ptr,
+            tokens=tokens,
+            inside=tokens < N,
+            columns=column,
+            D=D,
         )
         tail = tl.load(tail_ptr + tokens, mask=tokens < N, other=0.0)
         total *= (tail * tl.load(tilts_ptr + first_block + block) * scale)[:, None]
