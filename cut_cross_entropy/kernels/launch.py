@@ -27,6 +27,7 @@ from torch import Tensor
 from triton.runtime import build
 
 from cut_cross_entropy.device_support import triton_is_interpreted
+from cut_cross_entropy.kernels.shapes import ShapesAlone
 
 # That compile: the first part of a compilation is Python, for which more would wait while LLVM and
 # the assembler have nothing to do. Of 32 threads the first kernel was done when 12 had done thirty.
@@ -314,7 +315,8 @@ def planning(device: torch.device) -> Iterator[Plan]:
     plan = Plan(device)
     token = _plan.set(plan)
     try:
-        yield plan
+        with ShapesAlone():
+            yield plan
     finally:
         _plan.reset(token)
 

@@ -31,6 +31,7 @@ from cut_cross_entropy.kernels.filtered import (
     selection,
     strips,
     tail,
+    tail_sample,
 )
 from cut_cross_entropy.kernels.launch import Launch, launch, planning
 from cut_cross_entropy.kernels.triton import lse as lse_kernels
@@ -42,7 +43,7 @@ from tests.support import make_problem, run_ours
 pytestmark = pytest.mark.interpret
 
 MODULES = (exact, exact_sum, made_rows, made_rows_pass, powers, lse, tokens)
-MODULES += (calibrate, grad_c, grad_e, index, selection, strips, tail)
+MODULES += (calibrate, grad_c, grad_e, index, selection, strips, tail, tail_sample)
 
 
 @pytest.fixture
