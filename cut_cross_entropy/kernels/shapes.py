@@ -69,8 +69,9 @@ def _mm(x: Tensor, other: Tensor) -> Tensor:
     return _empty((x.shape[0], other.shape[1]), x.dtype)
 
 
-def _names(*names: str) -> tuple[str, ...]:
-    return (*names, *(f"__{name}__" for name in names))
+def _both(names: str) -> list[str]:
+    """Return names of functions, and of the operators that are called like them."""
+    return [form for name in names.split() for form in (name, f"__{name}__")]
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -78,8 +79,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("__iadd__", "__imul__", "__setitem__"), _in_place),
     **dict.fromkeys(("empty_like", "full_like", "ones_like", "zeros_like"), _like),
     **dict.fromkeys(("abs", "bitwise_not", "__invert__", "masked_fill"), _like),
-    **dict.fromkeys(_names("eq", "ge", "gt", "le", "lt", "ne"), _test),
-    **dict.fromkeys(_names("add", "and", "mul", "or", "rshift", "sub"), _arithmetic),
+    **dict.fromkeys(_both("eq ge gt le lt ne"), _test),
+    **dict.fromkeys(_both("add and mul or rshift sub"), _arithmetic),
     "__getitem__": _getitem,
     "mm": _mm,
     "sort": _sort,

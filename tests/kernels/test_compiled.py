@@ -19,8 +19,9 @@ from cut_cross_entropy.device_support import triton_version
 
 KERNELS = Path(__file__).parents[2] / "cut_cross_entropy" / "kernels"
 
-# Kernels whose few products wait for each other: a factor is made in registers, or is transposed.
-WAITING = ("centers", "split_nodes")
+# Kernels whose few products wait for each other: a factor is made in registers or is transposed,
+# or (with Triton 3.3) two sums of products are added.
+WAITING = ("centers", "split_nodes", "sample_tail-terms")
 # Bytes of stack per thread, where spills land, by the start of a variant's name; on sm_90, where
 # the kernels are tuned, and with this release of Triton or newer: older ones spill more. 0 in the
 # main loop of a plain loss; elsewhere the measured value, with a margin.
