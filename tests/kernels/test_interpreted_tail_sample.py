@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cut_cross_entropy.kernels.filtered import backward, tail_sample
+from cut_cross_entropy.kernels.filtered.selection import CHUNK
 from cut_cross_entropy.kernels.filtered.tail_sample import DRAWS, TailSample
 from cut_cross_entropy.kernels.triton.primitives import BYTE_FLOOR, BYTE_STEPS, FLAT, FORCED
 from cut_cross_entropy.problem import AdaptedProblem, Problem
@@ -122,6 +123,22 @@ def test_classes_are_drawn_by_the_mass_that_is_dropped(monkeypatch):
         counts = torch.bincount(classes, minlength=CLASSES)
         assert ((counts - expected).abs() < 1.1).all()
         assert counts.sum() == DRAWS
+
+
+def test_a_draw_between_two_chunks_is_of_a_class_that_is_dropped(monkeypatch):
+    """Chunks of equal masses, so that draws fall where one begins: with a class that is kept."""
+    tokens, _ = sampled(1, torch.ones(1))
+    energy = torch.full((1, CHUNK), 80)
+    energy[0, 0] = FORCED.value
+    random = torch.Generator().manual_seed(3)  # sums that round
+    mass = torch.randint(120, 220, (1, CHUNK), generator=random)
+    strips = (energy | (mass << 8)).to(torch.int16).repeat(1, 2 * DRAWS)
+    threshold = threshold_for(1, strips=strips)
+    c = torch.zeros(strips.shape[1], tokens.e.shape[1])
+    problem = Problem(tokens.e, c, tokens.targets, None, -100, None, torch.float32, 2**28)
+    drawn = watch_draws(monkeypatch)
+    TailSample.of(problem, tokens, threshold)
+    assert (drawn[1] % CHUNK > 0).all()
 
 
 def test_tokens_that_do_not_count_change_nothing():

@@ -77,13 +77,14 @@ def draw_classes_kernel(
     passed = tl.cumsum(sums, 0)[None, :] <= place[:, None]
     chunk = tl.minimum(tl.sum(passed.to(tl.int32), 1), num_chunks - 1)
     before = tl.where(chunks[None, :] < chunk[:, None], sums[None, :], 0.0)
-    rest = place - tl.sum(before, 1)
+    # Sums in another order round otherwise: less than nothing is left at the start of a chunk, and
+    # the last class of one stands for what is beyond it.
+    rest = tl.maximum(place - tl.sum(before, 1), 0.0)
 
     lanes = tl.arange(0, CHUNK)
     classes = chunk[:, None] * CHUNK + lanes[None, :]
     strips = (strips_ptr, weights_ptr, threshold_ptr, V)
     mass = light_masses(strips, block, classes, classes < V)
-    # Sums in another order round otherwise: the last class of the chunk stands for the rest.
     last = tl.max(tl.where(mass > 0, lanes[None, :], -1), 1)
     found = tl.sum((tl.cumsum(mass, 1) <= rest[:, None]).to(tl.int32), 1)
     drawn = tl.where(last < 0, -1, chunk * CHUNK + tl.minimum(found, last))
