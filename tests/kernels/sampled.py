@@ -14,9 +14,9 @@ from cut_cross_entropy.problem import AdaptedProblem, Problem
 
 
 def sampled(num_tokens, weights):
-    """Return tokens with some upstream gradients and supports, to draw from."""
+    """Return tokens with some upstream gradients and dropped masses, to draw from."""
     random = torch.Generator().manual_seed(0)
-    support = 6 * torch.rand(num_tokens, generator=random)
+    mass = torch.rand(num_tokens, generator=random)
     empty = torch.zeros(num_tokens)
     tokens = BackwardTokens(
         e=torch.randn(num_tokens, 24, generator=random),
@@ -30,7 +30,7 @@ def sampled(num_tokens, weights):
         shard_mass=None,
         num_valid=None,
     )
-    return tokens, support
+    return tokens, mass
 
 
 def threshold_for(num_tokens, num_classes=500, num_kept=10**6, **fields):
@@ -63,7 +63,7 @@ def check_sums(device, dtype, softcap, tolerance, low_rank=0):
 
     Logits have further terms from ``low_rank`` columns of an adapter, if there are any.
     """
-    tokens, support = sampled(200, torch.rand(200))
+    tokens, dropped_mass = sampled(200, torch.rand(200))
     multiplier = 0.5 + torch.rand(200)
     tokens = replace(tokens, e=tokens.e.to(dtype), multiplier=multiplier)
     c, bias = torch.randn(500, 24).to(dtype), torch.randn(500).to(dtype)
@@ -84,7 +84,7 @@ def check_sums(device, dtype, softcap, tolerance, low_rank=0):
         on_device.e, c.to(device), on_device.targets, bias.to(device), -100, softcap, dtype, 2**28,
         **options,
     )  # fmt: skip
-    rows, _ = calibrate.draw_tokens(on_device, support.to(device))
+    rows, _ = calibrate.draw_tokens(on_device, dropped_mass.to(device))
     found = calibrate.sampled_sums(problem, on_device, rows, threshold).double().cpu()
     rows = rows[: kernels.SAMPLES.value].cpu()
 

@@ -1,9 +1,9 @@
 """The filtered backward: gradients of the kept strips, and of the tail for all others.
 
-``selection`` chooses the strips by a threshold that ``calibrate`` sets, ``index`` lists them,
-``schedule`` decides which are stored together, ``strips`` computes their logit gradients, ``tail``,
-``grad_e`` and ``grad_c`` the results, ``measure`` their errors if they are recorded. Shape legend:
-``cut_cross_entropy.kernels``.
+``selection`` chooses the strips by a threshold that ``calibrate`` sets, ``tail_sample`` estimates
+what they leave out, ``index`` lists them, ``schedule`` decides which are stored together,
+``strips`` computes their logit gradients, ``tail``, ``grad_e`` and ``grad_c`` the results,
+``measure`` their errors if they are recorded. Shape legend: ``cut_cross_entropy.kernels``.
 """
 
 import functools
