@@ -117,6 +117,22 @@ def test_largest_chunk_is_bounded_in_elements(chunks, monkeypatch):
     assert max(stop - start for (start, stop), _ in chunks) == 256
 
 
+def tokens_of(problem, lse, a, *, b, scale):
+    """Return the tokens of a problem in their order, for natural logarithms ``lse``."""
+    return BackwardTokens(
+        e=problem.e,
+        targets=problem.targets,
+        origin=torch.arange(len(a)),
+        lse=lse * 1.4426950408889634,
+        a=a,
+        b=b,
+        target_grad=torch.zeros(len(a)),
+        scale=torch.tensor(scale),
+        shard_mass=None,
+        num_valid=None,
+    )
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("block_v", [128, 256])  # a tile of 256 classes ends in two halves
 def test_logit_gradients_of_a_chunk(block_v, softcap, monkeypatch):
@@ -136,18 +152,7 @@ def test_logit_gradients_of_a_chunk(block_v, softcap, monkeypatch):
     call = Problem(
         problem.e, problem.c, problem.targets, problem.bias, -100, softcap, torch.float32, 2**20
     )
-    tokens = BackwardTokens(
-        e=problem.e,
-        targets=problem.targets,
-        origin=torch.arange(133),
-        lse=lse * 1.4426950408889634,
-        a=a,
-        b=b,
-        target_grad=torch.zeros(133),
-        scale=torch.tensor(2.0),
-        shard_mass=None,
-        num_valid=None,
-    )
+    tokens = tokens_of(problem, lse, a, b=b, scale=2.0)
     exact.chunk_gradients(call, tokens, (256, 700), buffer[:, :444])
     torch.testing.assert_close(buffer[:, :444], 2 * expected[:, 256:], rtol=1e-4, atol=1e-5)
     assert buffer[:, 444:].isnan().all()
@@ -163,18 +168,7 @@ def test_the_scale_of_logit_gradients_is_taken_out(in_place):
     expected = (logits - lse[:, None]).exp() * a[:, None]
     expected[torch.arange(133), problem.targets] -= a
     call = Problem(problem.e, problem.c, problem.targets, None, -100, None, torch.float32, 2**20)
-    tokens = BackwardTokens(
-        e=problem.e,
-        targets=problem.targets,
-        origin=torch.arange(133),
-        lse=lse * 1.4426950408889634,
-        a=a,
-        b=a,
-        target_grad=torch.zeros(133),
-        scale=torch.tensor(3.0),
-        shard_mass=None,
-        num_valid=None,
-    )
+    tokens = tokens_of(problem, lse, a, b=a, scale=3.0)
     grad_c = torch.zeros(700, 24) if in_place else torch.zeros(24, 700).T
     grad_e = exact.exact_gradients(call, tokens, exact.Wanted(True, grad_c, None))
     torch.testing.assert_close(grad_e, expected @ problem.c, rtol=1e-4, atol=1e-5)
