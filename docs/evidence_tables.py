@@ -482,8 +482,8 @@ def against(kept: Measurements, runs: Records, folder: Path) -> str:
     rows = kept.of(kind=BOTH)
     measured = [rows[rows["part"] != "comparison"]]
     measured += [
-        kept.of(one["environment"]["device"], part="comparison", kind=BOTH)
-        for one in kept.parts("comparison")
+        kept.of(device, part="comparison", kind=BOTH)
+        for device in {one["environment"]["device"]: None for one in kept.parts("comparison")}
     ]
     for rows in measured:
         for (name, device), own in rows.groupby(["test_data", "device"], sort=False):
