@@ -212,8 +212,10 @@ def _compute(
         eta, q = (None if x is None else x * factor for x in (eta, q))
     filter_ = filter_ if use_filter else NO_FILTER
     flat_support = math.log2(filtered.FLAT_SUPPORT)
-    count_valid = not wanted.split(filter_)[0]
-    tokens = compact_for_backward(upstream, saved, problem, flat_support, count_valid=count_valid)
+    by_filter = bool(wanted.split(filter_)[0])
+    tokens = compact_for_backward(
+        upstream, saved, problem, flat_support, count_valid=not by_filter, scaled=by_filter
+    )
     if any(x is not None for x in (problem.multiplier, eta, q)):
         multiplier = problem.multiplier
         tokens = replace(

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from cut_cross_entropy import linear_cross_entropy
-from cut_cross_entropy.kernels import exact
+from cut_cross_entropy.kernels import exact, step, tokens
 from cut_cross_entropy.kernels.block_sizes import Tiles
 from cut_cross_entropy.kernels.tokens import BackwardTokens
-from cut_cross_entropy.problem import Problem
+from cut_cross_entropy.problem import Filter, Needed, PerToken, Problem
 from tests.kernels.conftest import ROUTES, take_route
 from tests.support import make_problem
 
@@ -88,6 +88,30 @@ def test_scaled_gradients_of_float16_do_not_overflow(impl, chunks, small_chunks)
     expected[0] -= 300
     torch.testing.assert_close(c.grad.float(), expected, rtol=2e-3, atol=0)
     assert [classes for classes, _ in chunks] == [(0, 128), (128, 256)], "no row is borrowed"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "scaled"),
+    [(torch.bfloat16, 0.0, False), (torch.bfloat16, 8e-4, True), (torch.float16, 0.0, True)],
+)
+def test_the_scale_of_bfloat16_is_computed_for_the_filter_alone(
+    dtype, tolerance, scaled, never_filtered, monkeypatch
+):
+    """Values of bfloat16 are wrong here, launches are not."""
+    names, launch = [], tokens.launch
+
+    def record(kernel, grid, **arguments):
+        names.append(kernel.__name__)
+        launch(kernel, grid, **arguments)
+
+    monkeypatch.setattr(tokens, "launch", record)
+    made = make_problem((40,), 300, 16, ignored=0.0).to(dtype)
+    problem = Problem(made.e, made.c, made.targets, None, -100, None, dtype, 2**28)
+    filter_ = Filter(tolerance)
+    saved = step.forward(problem, filter_, training=True)
+    upstream = PerToken(torch.ones(40), torch.zeros(40))
+    step.backward(upstream, saved, problem, filter_, Needed(e=True, c=True, bias=False))
+    assert ("gradient_scale_kernel" in names) == scaled
 
 
 def test_no_row_is_borrowed_when_dc_is_not_needed(chunks, small_chunks):
