@@ -8,7 +8,13 @@ import torch
 from cut_cross_entropy import dispatch
 from cut_cross_entropy.filter_report import record_filter
 from cut_cross_entropy.kernels import step
-from cut_cross_entropy.kernels.filtered import backward, calibrate, captured, class_weights
+from cut_cross_entropy.kernels.filtered import (
+    backward,
+    calibrate,
+    captured,
+    class_weights,
+    tail_sample,
+)
 from cut_cross_entropy.problem import Filter, Needed, PerToken, Problem
 from tests.kernels.replay import Replay
 from tests.kernels.test_interpreted_filtered import sharp as sharp_of
@@ -182,10 +188,17 @@ def test_more_strips_than_have_memory_take_the_dense_path(capture):
 
 
 @pytest.mark.parametrize("needed", [Needed(True, False, False), Needed(False, True, False)])
-def test_one_gradient(needed, capture):
+def test_one_gradient(needed, capture, monkeypatch):
+    """Classes are drawn for dE alone."""
     first = sharp(140)
     one = Step(first, needed)
+    launches = []
+    launch = tail_sample.launch
+    monkeypatch.setattr(
+        tail_sample, "launch", lambda *args, **more: (launches.append(args), launch(*args, **more))
+    )
     graph = capture(one)
+    assert bool(launches) == needed.e
     check(graph, one, "filtered")
     one.fill(flat_data(first))
     check(graph, one, "dense", CLOSE)

@@ -175,6 +175,18 @@ def test_nothing_dropped_is_no_tilt():
     assert torch.equal(sample.mass, torch.zeros(130))
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("needed", ["e", "c"])
+def test_classes_are_drawn_only_for_de_or_a_threshold(
+    needed, calibrated, always_filtered, monkeypatch
+):
+    drawn = watch_draws(monkeypatch)
+    monkeypatch.setattr(backward, "calibrates", lambda *_: calibrated)
+    _, (record,) = recorded(sharp(40), needed=(needed,))
+    assert record.path == "filtered"
+    assert bool(drawn) == (needed == "e" or calibrated)
+
+
 @pytest.mark.parametrize("softcap", [None, 20.0])
 def test_gradient_of_the_length_is_not_biased(always_filtered, monkeypatch, softcap):
     """``e . dE``, whose error without the tilt has the same sign at every token."""

@@ -127,13 +127,14 @@ def filtered_gradients(
     if captured and not is_supported(problem, tokens, wanted):
         return Outcome(None, None, too_flat=True)
     threshold = find_threshold(strips, tokens, filter_)
-    sample = None
-    if not isinstance(problem, MadeProblem):
+    tilts = None
+    is_calibrated = calibrates(problem, filter_) and tokens.eta is None  # whose tail is another
+    if is_calibrated or (wanted.e and not isinstance(problem, MadeProblem)):
         sample = TailSample.of(problem, tokens, threshold)
-        if calibrates(problem, filter_) and tokens.eta is None:  # an entropy has another tail
+        tilts = sample.tilts
+        if is_calibrated:
             calibrate(problem, tokens, sample.mass, threshold, filter_.max_error)
     kept = keep_strips(threshold)
-    tilts = None if sample is None else sample.tilts
     if captured:
         grad_e = _captured_gradients(problem, tokens, wanted, kept, tilts)
         return Outcome(grad_e, None, too_flat=False)
@@ -260,7 +261,7 @@ class _Selection:
         tail: what replaces the others; without centres while rows are still to be made.
         order: order of all classes.
         tilts: (blocks,) of the tail in dE, see ``tail_sample``; None while rows are still to be
-            made.
+            made, and where nothing asks for them.
         low_centers: :attr:`Tail.centers` of the columns of ``AdaptedProblem.low_c``.
         weights: of the tokens in rows of dC; None if all classes have those of the tail.
         listed: the list of all kept strips, if it may be complete; emptied where it is not read.
