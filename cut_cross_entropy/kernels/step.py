@@ -276,6 +276,7 @@ def _target_grad(tokens: BackwardTokens, eta: Tensor, saved: KernelState) -> Ten
     log_p = -tokens.gather(saved.nll, 0.0)
     factor = tokens.a + eta * log_p.clamp_min(-200)
     grad = (log_p.exp() * factor - tokens.b).abs()
+    grad = torch.where(tokens.lse.isnan(), 0, grad)  # keeps the strips of its own block alone
     return torch.where(tokens.target_grad < 0, tokens.target_grad, grad)  # these are marks
 
 

@@ -1,14 +1,16 @@
 """Values at the edge, interpreted: no tokens, none valid, nothing finite, overflow."""
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from cut_cross_entropy import linear_cross_entropy, record_filter
+from cut_cross_entropy import linear_cross_entropy, record_filter, token_logprobs
 from tests.kernels.conftest import ROUTES, take_route
 from tests.kernels.test_interpreted_filtered import sharp
 from tests.support import full_logits, make_problem, run, run_ours
+from tests.test_token_logprobs import gradients, leaves
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison_empty")]
 
@@ -120,20 +122,52 @@ def test_bad_embedding_with_default_thresholds(tokens):
     assert_never_plausible(results, truth_of(problem, reduction="none"))
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
-def test_bad_embedding_keeps_the_strips_of_its_block_alone(value, always_filtered):
+def gradients_with_entropies(problem):
+    tensors = leaves(problem, ("e", "c"))
+    got = token_logprobs(
+        tensors["e"],
+        tensors["c"],
+        problem.targets,
+        bias=problem.bias,
+        impl="cce",
+        outputs=("entropy",),
+    )
+    return gradients((got.logprobs - 0.01 * got.entropy).sum(), tensors).values()
+
+
+def gradients_of_sum(problem, impl="cce", **options):
+    results = run_ours(problem, impl, needed=("e", "c"), **options)
+    return results.grad_e, results.grad_c
+
+
+@pytest.mark.parametrize(
+    ("compute", "value"),
+    [
+        (gradients_of_sum, torch.nan),
+        (gradients_of_sum, torch.inf),
+        (functools.partial(gradients_of_sum, filter_c_grad=False, return_lse=False), torch.nan),
+        (gradients_with_entropies, torch.nan),
+    ],
+    ids=["nan", "inf", "one exact", "entropy"],
+)
+def test_bad_embedding_keeps_the_strips_of_its_block_alone(compute, value, always_filtered):
     """The other blocks of 128 tokens are filtered as they are without it."""
-    problem = sharp(5 * 128)
+    problem = sharp(3 * 128)
     problem.targets[:] = problem.targets.clamp_min(0)
     kept = []
     for bad in (False, True):
         if bad:
             problem.e[4, 3] = value
         with record_filter() as records:
-            run_ours(problem, "cce", needed=("e", "c"))
+            grads = compute(problem)
         kept.append(records[0].strips_kept)
+    assert records[0].path == "filtered"
     assert kept[0] < 0.2
-    assert kept[1] < kept[0] + 0.25
+    assert kept[1] < kept[0] + 0.4
+    grad_e, grad_c = grads
+    assert grad_e[4].isnan().all()
+    assert grad_e[128:].isfinite().all()
+    assert grad_c.isnan().any(1).all()
 
 
 @pytest.mark.parametrize(

@@ -302,7 +302,9 @@ def chunk_sums_kernel(
         p_squares = tl.exp2(squares - 2 * lse) + tl.exp2(2 * (target_logit - lse))
         # Classes that are spread over the groups meet by chance.
         support = 0.0 - tl.log2(p_squares + (1.0 - p_squares) / num_groups)
-        target_grad = tl.where(support > flat_support, FLAT, tl.abs(target_grad))
+        # A broken embedding keeps the strips of its own block, whose energies are NaN.
+        target_grad = tl.where(lse != lse, 0.0, tl.abs(target_grad))
+        target_grad = tl.where(support > flat_support, FLAT, target_grad)
         tl.store(lse_ptr + tokens, tl.where(present, lse, float("inf")), mask=inside)
         tl.store(support_ptr + tokens, tl.where(present, support, 0.0), mask=inside)
         tl.store(target_grad_ptr + tokens, tl.where(present, target_grad, ABSENT), mask=inside)
