@@ -18,7 +18,7 @@ from cut_cross_entropy.kernels import (
     class_logits,
     divergence_columns,
     divergence_logits,
-    exact_sum,
+    exact_products,
     likely_classes,
     order,
     powers,
@@ -44,7 +44,7 @@ from cut_cross_entropy.kernels.triton import (
     made_rows_pass,
 )
 from cut_cross_entropy.kernels.triton import divergence_logits as divergence_kernels
-from cut_cross_entropy.kernels.triton import exact_sum as exact_sum_kernels
+from cut_cross_entropy.kernels.triton import exact_products as exact_products_kernels
 from cut_cross_entropy.kernels.triton import likely_classes as likely_classes_kernels
 from cut_cross_entropy.kernels.triton import order as order_kernels
 from cut_cross_entropy.kernels.triton import powers as powers_kernels
@@ -412,7 +412,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
     add("repair_bound", powers_kernels.repair_bound_kernel,
         {"OVERFLOW": powers.OVERFLOW, "BLOCK_T": BLOCK_T})  # fmt: skip
     for unit in (False, True):
-        add(f"scale_rows-{unit:d}", exact_sum_kernels.scale_rows_kernel,
+        add(f"scale_rows-{unit:d}", exact_products_kernels.scale_rows_kernel,
             {"NEED_E": True, "NEED_C": True, "HAS_UNIT": unit, "BLOCK_D": 1024},
             types=(("out_ptr", "*fp32"),))  # fmt: skip
     for options in (False, True):
@@ -425,11 +425,12 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
     add("scale_sums", made_rows_pass.scale_sums_kernel, {"BLOCK_T": BLOCK_T, "BLOCK_D": 128})
     add("finish_rows", made_rows.finish_rows_kernel, {"BLOCK_D": 1024},
         types=(("out_ptr", "*fp32"),))  # fmt: skip
-    add("add_targets", exact_sum_kernels.add_targets_kernel,
-        {"NEED_C": True, "NEED_BIAS": True, "WINDOW": exact_sum.WINDOW, "RUN": exact_sum.RUN,
-         "BLOCK_D": 1024}, types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip
-    add("sum_windows", exact_sum_kernels.sum_windows_kernel,
-        {"NEED_C": True, "WINDOW": exact_sum.WINDOW, "RUN": exact_sum.RUN_OF_WINDOW,
+    add("add_targets", exact_products_kernels.add_targets_kernel,
+        {"NEED_C": True, "NEED_BIAS": True, "WINDOW": exact_products.WINDOW,
+         "RUN": exact_products.RUN, "BLOCK_D": 1024},
+        types=(("grad_bias_ptr", "*fp32"),))  # fmt: skip
+    add("sum_windows", exact_products_kernels.sum_windows_kernel,
+        {"NEED_C": True, "WINDOW": exact_products.WINDOW, "RUN": exact_products.RUN_OF_WINDOW,
          "BLOCK_D": 256})  # fmt: skip
     for set_apart in (False, True):
         add(f"bound{'-apart' * set_apart}", lse.bound_kernel,

@@ -10,7 +10,7 @@ import torch
 from cut_cross_entropy import dispatch, linear_cross_entropy
 from cut_cross_entropy.filter_report import record_filter
 from cut_cross_entropy.kernels import likely_classes, step
-from cut_cross_entropy.kernels.filtered import backward, index
+from cut_cross_entropy.kernels.filtered import backward, index, passes
 from cut_cross_entropy.kernels.filtered import flat as few_flat
 from cut_cross_entropy.kernels.filtered.index import Counts
 from cut_cross_entropy.kernels.filtered.schedule import STRIP_BYTES
@@ -123,7 +123,7 @@ def test_strips_are_listed_and_sums_allocated_before_the_host_waits(order):
 def test_a_list_that_was_too_short_is_made_again(order, monkeypatch):
     problem = sharp(300)
     results = run_ours(problem, "cce")
-    monkeypatch.setattr(backward, "STRIP_BYTES", 2**28 // 40)
+    monkeypatch.setattr(passes, "STRIP_BYTES", 2**28 // 40)
     again = run_ours(problem, "cce")
     assert order == ["list", "zeros", "wait", "list", "zeros", "wait", "list"]
     for name, value in results.named().items():
@@ -134,11 +134,11 @@ def test_a_list_that_was_too_short_is_made_again(order, monkeypatch):
 def test_strips_beyond_the_budget_are_stored_in_rows_of_grad_c(dtype, monkeypatch):
     """Instead of being computed twice; the gradients are those of a budget that fits all."""
     made, computed = [], []
-    schedule, strips = backward.make_schedule, backward.strip_gradients
+    schedule, strips = passes.make_schedule, passes.strip_gradients
     spy = lambda *args: made.append(schedule(*args)) or made[-1]
-    monkeypatch.setattr(backward, "make_schedule", spy)
+    monkeypatch.setattr(passes, "make_schedule", spy)
     spy_of_strips = lambda *args, **options: computed.append(1) or strips(*args, **options)
-    monkeypatch.setattr(backward, "strip_gradients", spy_of_strips)
+    monkeypatch.setattr(passes, "strip_gradients", spy_of_strips)
     monkeypatch.setattr(likely_classes, "list_size", lambda problem: 1024)  # not of the budget
     problem = sharp(300, 5000, dtype=dtype)
     order = torch.randperm(5000, generator=torch.Generator().manual_seed(0))

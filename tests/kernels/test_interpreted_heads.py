@@ -10,7 +10,7 @@ from cut_cross_entropy import dispatch, linear_cross_entropy, linear_divergence,
 from cut_cross_entropy.heads import Head, LowRank
 from cut_cross_entropy.heads.quantised import ChosenRows
 from cut_cross_entropy.kernels import block_sizes, made_rows_pass
-from cut_cross_entropy.kernels.filtered import backward, calibrate, measure
+from cut_cross_entropy.kernels.filtered import backward, calibrate, measure, passes
 from tests.kernels.test_interpreted_filtered import sharp
 from tests.support import make_problem
 from training.losses import divergence as divergence_of_logprobs
@@ -367,14 +367,14 @@ def test_rows_on_demand_of_flat_data(kind):
 
 def test_rows_on_demand_of_several_superblocks(several_superblocks, monkeypatch):
     """With upstream gradients, a temperature, and strips that are stored in several parts."""
-    stored, store = [], backward.strip_gradients
+    stored, store = [], passes.strip_gradients
 
     def recorded(problem, tokens, strips, bias_grad):
         stored.append(strips.rectangle.blocks)
         return store(problem, tokens, strips, bias_grad)
 
-    monkeypatch.setattr(backward, "strip_gradients", recorded)
-    monkeypatch.setattr(backward, "STRIP_BYTES", 2**12)
+    monkeypatch.setattr(passes, "strip_gradients", recorded)
+    monkeypatch.setattr(passes, "STRIP_BYTES", 2**12)
     made, head, leaves, logits = adapted_case("one", on_demand=True)
     targets, upstream = made.targets, torch.linspace(0.5, 1, 150)
     temperature, kept = torch.linspace(0.9, 1.1, 150), made.targets != -100

@@ -179,10 +179,10 @@ def test_several_superblocks(path, budget, several_superblocks, request):
 @pytest.fixture
 def passes(monkeypatch):
     """Record the rectangles of strips that are computed, and the ranges of classes."""
-    from cut_cross_entropy.kernels.filtered import backward
+    from cut_cross_entropy.kernels.filtered import passes
 
     rectangles, ranges = [], []
-    store, write = backward._store, backward._write_classes
+    store, write = passes._store, passes._write_classes
 
     def record_rectangle(work, rectangle, *borrowed):
         rectangles.append((rectangle.blocks, rectangle.chunks))
@@ -192,8 +192,8 @@ def passes(monkeypatch):
         ranges.append(class_pass.chunks)
         write(work, class_pass, stored_once)
 
-    monkeypatch.setattr(backward, "_store", record_rectangle)
-    monkeypatch.setattr(backward, "_write_classes", record_range)
+    monkeypatch.setattr(passes, "_store", record_rectangle)
+    monkeypatch.setattr(passes, "_write_classes", record_range)
     return rectangles, ranges
 
 

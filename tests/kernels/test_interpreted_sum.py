@@ -7,7 +7,7 @@ import torch
 
 from cut_cross_entropy import budget, dispatch, linear_cross_entropy, record_filter
 from cut_cross_entropy.implementations import token_chunks
-from cut_cross_entropy.kernels import exact_sum, scale, step
+from cut_cross_entropy.kernels import exact_products, exact_sum, scale, step
 from cut_cross_entropy.kernels.powers import choose_segment_tiles
 from cut_cross_entropy.problem import Filter, Needed, Problem
 from tests.kernels.test_interpreted_filtered import sharp
@@ -97,13 +97,13 @@ def test_only_what_is_needed_is_computed(needed, chunks):
 def multiplied(monkeypatch):
     """Record the number of tokens of every product for the gradient of e."""
     rows = []
-    multiply = exact_sum._multiply
+    multiply = exact_products._multiply
 
     def record(powers, *others):
         rows.append(powers.shape[0])
         multiply(powers, *others)
 
-    monkeypatch.setattr(exact_sum, "_multiply", record)
+    monkeypatch.setattr(exact_products, "_multiply", record)
     return rows
 
 
@@ -345,9 +345,9 @@ def shapes_of_products(monkeypatch):
     """Record the shape of every product of the exact gradients."""
     made = []
     for name in ("store_product", "add_product"):
-        multiply = getattr(exact_sum, name)
+        multiply = getattr(exact_products, name)
         monkeypatch.setattr(
-            exact_sum,
+            exact_products,
             name,
             lambda total, *others, multiply=multiply: (
                 made.append(tuple(total.shape)),
@@ -481,9 +481,9 @@ def test_weights_of_the_bias_s_sum_in_half_precision():
     powers = torch.rand(150, 70, generator=generator).bfloat16()
     factor = torch.rand(150, generator=generator) * 1e-6
     expected = powers.double().T @ factor.double()
-    found = exact_sum._weighted_sum(powers, factor, None)
+    found = exact_products._weighted_sum(powers, factor, None)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
-    in_units = exact_sum._weighted_sum(powers.half(), factor, torch.tensor(2.0**33))
+    in_units = exact_products._weighted_sum(powers.half(), factor, torch.tensor(2.0**33))
     torch.testing.assert_close(in_units.double(), expected, rtol=1e-6, atol=0)
 
 

@@ -13,6 +13,7 @@ from cut_cross_entropy import dispatch, linear_cross_entropy, record_filter
 from cut_cross_entropy.heads import Head, LowRank
 from cut_cross_entropy.kernels import (
     exact,
+    exact_products,
     exact_sum,
     lse,
     made_rows,
@@ -42,7 +43,7 @@ from tests.support import make_problem, run_ours
 
 pytestmark = pytest.mark.interpret
 
-MODULES = (exact, exact_sum, made_rows, made_rows_pass, powers, lse, tokens)
+MODULES = (exact, exact_products, made_rows, made_rows_pass, powers, lse, tokens)
 MODULES += (calibrate, grad_c, grad_e, index, selection, strips, tail, tail_sample)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of ``kernels.exact_sum``."""
+"""Triton kernels of ``kernels.exact_products``."""
 
 import triton
 import triton.language as tl
