@@ -17,7 +17,7 @@ from cut_cross_entropy.constants import MAX_ELEMENTS
 from cut_cross_entropy.device_support import has_wide_products
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.block_sizes import Programs, product_arguments, tiles_on
-from cut_cross_entropy.kernels.launch import cdiv, launch, pointers
+from cut_cross_entropy.kernels.launch import HostCopy, cdiv, is_captured, launch, pointers
 from cut_cross_entropy.kernels.tokens import BackwardTokens, scatter_rows
 from cut_cross_entropy.kernels.triton.exact import chunk_gradients_kernel
 from cut_cross_entropy.problem import Filter, Problem, low_columns
@@ -180,6 +180,8 @@ def exact_gradients(
 ) -> Tensor | None:
     """Compute gradients of some tokens from all strips.
 
+    The scale of the tokens is read from the device if one product writes rows of dC.
+
     Args:
         problem: with c and bias contiguous, c of the compute dtype.
         tokens: the tokens; the result has their rows.
@@ -190,9 +192,6 @@ def exact_gradients(
         dE in float32, (N, D), if wanted.
     """
     e, c, grad_c = tokens.e, problem.c, wanted.c
-    if e.dtype != torch.float16:  # out of a product that writes dC in place no scale can be taken
-        tokens = replace(tokens, scale=torch.ones_like(tokens.scale))
-    scale = tokens.scale
     (num_tokens, dim), num_classes = e.shape, c.shape[0]
     total = e.new_zeros((num_tokens, dim), dtype=torch.float32) if wanted.e else None
     low_c, low_total = low_columns(problem), None
@@ -214,6 +213,13 @@ def exact_gradients(
         and grad_c.is_contiguous()
         and num_tokens <= MAX_TOKENS
     )
+    scale_copy: HostCopy | None = None
+    if in_place and e.dtype != torch.float32:
+        if e.is_meta or is_captured(e):  # the product can take no scale out that the host lacks
+            tokens = replace(tokens, scale=torch.ones_like(tokens.scale))
+        else:
+            scale_copy = HostCopy(tokens.scale)
+    scale = tokens.scale
     row_bytes = 0 if grad_c is None or in_place else 4 * dim
     chunks = ChunkBuffer(e, num_bytes, row_bytes, grad_c if in_place else None)
     starts = range(0, num_tokens, MAX_TOKENS)
@@ -238,7 +244,11 @@ def exact_gradients(
             if rows is not None:
                 add_product(rows, grads.T, wanted.features(some))
             elif grad_c is not None:
-                torch.mm(grads.T, wanted.features(tokens), out=grad_c[slice(*classes)])
+                # The scale is taken out of its sums before they are rounded. The host waits for it
+                # here, behind the launches above, which keep the device busy.
+                inverse = 1.0 if scale_copy is None else 1 / scale_copy.wait().item()
+                here = grad_c[slice(*classes)]
+                here.addmm_(grads.T, wanted.features(tokens), beta=0, alpha=inverse)
             if rows_bias is not None:
                 rows_bias += grads.sum(0, dtype=torch.float32)
         for out, sums_of_rows in ((grad_c, rows), (wanted.bias, rows_bias)):

@@ -281,7 +281,7 @@ def gradients(
         multiplier = problem.multiplier.float()
         upstream = PerToken(*(grad * multiplier for grad in upstream))
     state = KernelState(*saved, *(saved.nll.new_empty(0) for _ in range(4)))
-    tokens = compact_for_backward(upstream, state, problem, 0.0, count_valid=True, scaled=True)
+    tokens = compact_for_backward(upstream, state, problem, 0.0, count_valid=True)
     tokens = replace(
         tokens, multiplier=None if multiplier is None else tokens.gather(multiplier, 1.0)
     )

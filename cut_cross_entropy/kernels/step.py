@@ -154,7 +154,7 @@ def backward(
 
     With a group the gradient of e is the part of this shard's classes; nothing is exchanged. The
     number of kept strips, or without a filter that of valid tokens, is read from the device: the
-    one synchronisation of a step.
+    one synchronisation of a step, but for the exact path's of a scale.
 
     Args:
         upstream: gradients of nll and lse, (N,) each.
@@ -212,10 +212,8 @@ def _compute(
         eta, q = (None if x is None else x * factor for x in (eta, q))
     filter_ = filter_ if use_filter else NO_FILTER
     flat_support = math.log2(filtered.FLAT_SUPPORT)
-    by_filter = bool(wanted.split(filter_)[0])
-    tokens = compact_for_backward(
-        upstream, saved, problem, flat_support, count_valid=not by_filter, scaled=by_filter
-    )
+    count_valid = not wanted.split(filter_)[0]
+    tokens = compact_for_backward(upstream, saved, problem, flat_support, count_valid=count_valid)
     if any(x is not None for x in (problem.multiplier, eta, q)):
         multiplier = problem.multiplier
         tokens = replace(

@@ -193,8 +193,8 @@ class BackwardTokens(Tokens):
             energy of the token's gradient; FLAT for tokens whose distribution is flat, ABSENT where
             absent.
         scale: () factor of stored logit gradients in half precision, with which the common factor
-            of many targets, 1 / N, is 1: rounded, it would be off for all of them alike. 1 in
-            bfloat16 where nothing is filtered, see ``exact``.
+            of many targets, 1 / N, is 1: rounded, it would be off for all of them alike. It and its
+            inverse are normal numbers.
         shard_mass: probability of this shard's classes; None if all classes are here.
         num_valid: number of valid tokens on its way to the host; None if not asked for, or if the
             host cannot wait for it.
@@ -267,13 +267,11 @@ def compact_for_backward(
     flat_support: float,
     *,
     count_valid: bool,
-    scaled: bool,
 ) -> BackwardTokens:
     """Compact the valid tokens with their gradients.
 
     ``flat_support`` is the log2 of the support above which a token counts as flat. With
-    ``count_valid`` the number of valid tokens is sent to the host. Unless ``scaled``, logit
-    gradients in bfloat16 have no scale: they do not underflow.
+    ``count_valid`` the number of valid tokens is sent to the host.
     """
     e = problem.e
     num_tokens, dim = e.shape
@@ -325,7 +323,7 @@ def compact_for_backward(
         HAS_SUPPORT=saved.support.numel() > 0,
         BLOCK_D=min(1024, next_power_of_2(dim)),
     )
-    if rows.dtype == torch.float16 or (scaled and rows.dtype == torch.bfloat16):
+    if rows.dtype != torch.float32:
         launch(
             gradient_scale_kernel,
             (1,),

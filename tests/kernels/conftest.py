@@ -98,6 +98,30 @@ def any_route(request):
     return take_route(request.param, request)
 
 
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """Let the interpreter, which truncates bfloat16 and multiplies its bits, round and multiply."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    cast, create_dot = builder.cast_impl, builder.create_dot
+
+    def rounding_cast(self, value, dtype):
+        if (value.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, value, dtype)
+        rounded = torch.from_numpy(value.data.copy()).bfloat16().view(torch.int16)
+        return interpreter.TensorHandle(rounded.numpy().view("uint16"), tl.bfloat16)
+
+    def dot(self, a, b, *others):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (cast(self, x, tl.float32) for x in (a, b))
+        return create_dot(self, a, b, *others)
+
+    monkeypatch.setattr(builder, "cast_impl", rounding_cast)
+    monkeypatch.setattr(builder, "create_dot", dot)
+
+
 @pytest.fixture(scope="session")
 def gpu():
     """Fail rather than skip: these tests run only if they are asked for."""

@@ -82,7 +82,8 @@ def test_public_forward_does_not_wait_for_the_device(impl, sync_mode):
 
 
 @pytest.mark.parametrize("tolerance", [0.0, TOLERANCE])
-def test_backward_waits_once(tolerance, sync_mode, monkeypatch):
+def test_waits_of_a_backward(tolerance, sync_mode, monkeypatch):
+    """For the number of kept strips; without a filter for that of tokens, and for their scale."""
     forward, backward = operators(sharp(), tolerance)
     saved = forward()
     backward(saved)
@@ -95,7 +96,7 @@ def test_backward_waits_once(tolerance, sync_mode, monkeypatch):
         warnings.simplefilter("always")
         backward(saved)
     found = [str(x.message) for x in caught if "synchronizing CUDA operation" in str(x.message)]
-    assert len(found) + len(waited) == 1, found
+    assert len(found) + len(waited) == (1 if tolerance else 2), found
 
 
 def capture(step):

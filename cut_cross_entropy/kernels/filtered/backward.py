@@ -67,8 +67,8 @@ def filtered_gradients(
     """Compute gradients from the kept strips and the tail, unless the data is too flat for that.
 
     ``problem`` has c and bias contiguous, c of the compute dtype. The number of kept strips is read
-    from the device: the one synchronisation of a step. While a CUDA graph is captured, it stays
-    there.
+    from the device: the one synchronisation of a filtered step. While a CUDA graph is captured, it
+    stays there.
     """
     strips, captured = saved.strips, is_captured(saved.strips)
     if captured and not is_supported(problem, tokens, wanted):

@@ -207,7 +207,8 @@ def gradient_scale_kernel(
         largest_a = tl.maximum(largest_a, tl.max(tl.where(a < float("inf"), a, 0.0), 0))
         largest_b = tl.maximum(largest_b, tl.max(tl.where(b < float("inf"), b, 0.0), 0))
     largest = tl.where(largest_b * 64 > largest_a, largest_b, largest_a)
-    tl.store(scale_ptr, tl.where(largest > 1e-37, 1.0 / tl.maximum(largest, 1e-37), 1.0))
+    inverse = 1.0 / tl.minimum(tl.maximum(largest, 1e-37), 1e37)
+    tl.store(scale_ptr, tl.where(largest > 1e-37, inverse, 1.0))
 
 
 @triton.jit(do_not_specialize=["N"])
