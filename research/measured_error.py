@@ -126,7 +126,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     measure.TOKENS, measure.CLASSES = args.sampled
-    backward.DENSE_FRACTION = math.inf  # the filtered path, however much is kept
+    # The filtered path, however much is kept or dropped.
+    backward.DENSE_FRACTION = backward.MOST_DROPPED = math.inf
     where, rows = environment(args.commit), []
     for path in args.hidden_states:
         saved = torch.load(path, weights_only=True)

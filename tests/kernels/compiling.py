@@ -79,7 +79,7 @@ _HALF = {"c_ptr", "e_ptr", "low_c_ptr", "low_e_ptr",
 _SIZES = {"N", "V", "D", "M", "K", "stride", "stride_out", "stride_sums", "stride_class",
           "flat_stride", "left_m", "left_k", "right_k", "out_m", "terms"}  # fmt: skip
 _FLOATS = {"softcap", "tolerance", "max_mass", "flat_support", "row_strips", "share",
-           "flat_share"}  # fmt: skip
+           "flat_share", "most_dropped"}  # fmt: skip
 _TUPLES = {
     # parameter: its members, which are named like parameters
     "values": ("lse_ptr", "a_ptr", "b_ptr", "targets_ptr", "scale_ptr"),
@@ -491,8 +491,9 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
             types=(*sampled, ("weights_ptr", "*i32"), ("grads_ptr", kind)))  # fmt: skip
     add("choose_threshold", calibrate_kernels.choose_threshold_kernel, {}, num_warps=8,
         types=(*sampled, ("histogram_ptr", "*i64"), ("most_ptr", "*i32"),
-               ("num_kept_ptr", "*i64"), ("target", "fp32"), ("lowest_slope", "fp32"),
-               ("highest_slope", "fp32"), ("most_below", "fp32")))  # fmt: skip
+               ("num_kept_ptr", "*i64"), ("dropped_ptr", "*i32"), ("target", "fp32"),
+               ("lowest_slope", "fp32"), ("highest_slope", "fp32"),
+               ("most_below", "fp32")))  # fmt: skip
     add("index", index_kernels.index_kernel,
         {"WHOLE": True, "SUPERBLOCK": 64, "TILE": index.TILE, "ROWS": 16, "COLUMNS": 256},
         num_warps=8, types=(("counts_ptr", "*i32"),))  # fmt: skip

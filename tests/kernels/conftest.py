@@ -65,6 +65,7 @@ def always_filtered(monkeypatch):
     from cut_cross_entropy.kernels.filtered import backward
 
     monkeypatch.setattr(backward, "DENSE_FRACTION", math.inf)
+    monkeypatch.setattr(backward, "MOST_DROPPED", math.inf)
     monkeypatch.setattr(backward, "FLAT_SUPPORT", 1000)
     monkeypatch.setattr(backward, "FLAT_FRACTION", math.inf)
 

@@ -84,7 +84,7 @@ def check_sums(device, dtype, softcap, tolerance, low_rank=0):
         on_device.e, c.to(device), on_device.targets, bias.to(device), -100, softcap, dtype, 2**28,
         **options,
     )  # fmt: skip
-    rows, _ = calibrate.draw_tokens(on_device, dropped_mass.to(device))
+    rows, _, _ = calibrate.draw_tokens(on_device, dropped_mass.to(device))
     found = calibrate.sampled_sums(problem, on_device, rows, threshold).double().cpu()
     rows = rows[: kernels.SAMPLES.value].cpu()
 

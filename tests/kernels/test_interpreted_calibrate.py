@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cut_cross_entropy import dispatch, linear_cross_entropy
+from cut_cross_entropy import dispatch, linear_cross_entropy, record_filter
 from cut_cross_entropy.kernels.filtered import backward, calibrate, measure
 from cut_cross_entropy.kernels.triton.filtered import calibrate as kernels
 from cut_cross_entropy.problem import Filter, Problem
@@ -76,6 +76,50 @@ def test_a_number_is_a_fixed_tolerance(always_filtered, moves):
     assert not moves
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_dropped_mass_is_estimated_where_the_threshold_ends(
+    reduction, always_filtered, always_calibrated, monkeypatch
+):
+    """With a threshold that is lowered, and weighted like the losses."""
+    monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 40 * dispatch.FILTER_TOLERANCE)
+    found = []
+
+    class Watched(backward.Counts):
+        def __init__(self, kept):
+            super().__init__(kept)
+            found.append(self)
+
+    monkeypatch.setattr(backward, "Counts", Watched)
+    problem = sharp(300, seed=1)
+    if reduction == "mean":
+        _, (record,) = recorded(problem)
+        expected = record.dropped_mass
+    else:  # of one block alone, as if the others were not there
+        e = problem.e.clone().requires_grad_()
+        weights = torch.zeros(300)
+        weights[:128] = 1.0
+        with record_filter() as records:
+            loss = linear_cross_entropy(e, problem.c, problem.targets, impl="cce", reduction="none")
+            loss.backward(weights)
+        expected = records[0].dropped_mass * 300 / 128
+    assert 0.6 * expected < found[-1].dropped_mass < 1.5 * expected, expected
+
+
+def test_a_tail_that_would_stand_for_much_is_computed(
+    always_filtered, always_calibrated, monkeypatch
+):
+    problem = sharp(200, seed=1)
+    _, (free,) = recorded(problem)
+    assert free.path == "filtered"
+    monkeypatch.setattr(backward, "MOST_DROPPED", free.dropped_mass / 3)
+    results, (limited,) = recorded(problem)
+    assert limited.path == "dense"
+    assert max(errors(results, problem)) < 1e-4
+    # A tolerance that was asked for is kept.
+    _, (asked,) = recorded(problem, filter_eps=2.0**-9)
+    assert asked.path == "filtered"
+
+
 def test_mass_is_still_a_limit(always_filtered, monkeypatch, moves):
     monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 20 * dispatch.FILTER_TOLERANCE)
     _, (free,) = recorded(sharp(140, seed=1))
@@ -125,7 +169,7 @@ def test_tokens_are_drawn_by_risk():
     weights[100] = 400  # is drawn more than once
     tokens, mass = sampled(5000, weights)
     tokens.target_grad[:50] = -1.0  # no filtered gradient
-    rows, factors = calibrate.draw_tokens(tokens, mass)
+    rows, factors, _ = calibrate.draw_tokens(tokens, mass)
     assert (factors[kernels.SAMPLES.value :] == 0).all()
     rows, factors = rows[: kernels.SAMPLES.value], factors[: kernels.SAMPLES.value]
     weights = torch.where(torch.arange(5000) < 50, 0.0, weights).double()
@@ -141,7 +185,7 @@ def test_tokens_are_drawn_by_risk():
 
 def test_no_risk_draws_nothing_that_counts():
     tokens, mass = sampled(200, torch.zeros(200))
-    rows, factors = calibrate.draw_tokens(tokens, mass)
+    rows, factors, _ = calibrate.draw_tokens(tokens, mass)
     assert ((rows >= 0) & (rows < 200)).all()
     assert (factors == 0).all()
 

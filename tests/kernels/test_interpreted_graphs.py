@@ -159,6 +159,15 @@ def test_a_threshold_that_a_sample_sets(capture, monkeypatch):
     check(graph, one, "filtered")
 
 
+def test_a_tail_that_would_stand_for_much_is_computed(capture, monkeypatch):
+    """By the estimate of the sample, which stays on the device."""
+    monkeypatch.setattr(calibrate, "MIN_TOKENS", 0)
+    monkeypatch.setattr(calibrate, "MIN_WORK", 0)
+    monkeypatch.setattr(backward, "MOST_DROPPED", 1e-6)
+    one = Step(sharp(140), filter_=replace(FILTER, max_error=1.0))
+    check(capture(one), one, "dense", CLOSE)
+
+
 def test_rare_classes_with_weights_of_their_own(capture, monkeypatch):
     monkeypatch.setattr(class_weights, "MIN_WORK", 0)
     first = sharp(140)

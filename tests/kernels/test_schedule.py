@@ -29,7 +29,7 @@ def counts(request, monkeypatch):
     strips = torch.randint(0, 40, (BLOCKS, CHUNKS), generator=generator, dtype=torch.int32)
     strips[2], strips[:, 1] = 0, 0  # a block and a chunk that keep nothing
     num_superblocks = -(-BLOCKS // request.param)
-    rest = torch.zeros(num_superblocks * CHUNKS + 2, dtype=torch.int32)
+    rest = torch.zeros(num_superblocks * CHUNKS + 3, dtype=torch.int32)
     nothing = torch.empty(0)
     return Counts(
         Kept(

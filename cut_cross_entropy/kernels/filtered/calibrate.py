@@ -72,20 +72,22 @@ def calibrate(
         tokens: without ``eta`` and ``q``.
         mass: see above.
         threshold: the threshold by energy. It is raised by STEP bytes at most, and not beyond what
-            the dropped mass allows.
+            the dropped mass allows. What it drops is estimated as well.
         max_error: relative error (Frobenius norm) to reach, of the tail alone, in multiples of the
             rounding error of bfloat16.
     """
-    rows, factors = draw_tokens(tokens, mass)
+    rows, factors, weight = draw_tokens(tokens, mass)
     launch(
         choose_threshold_kernel,
         (1,),
         sums_ptr=sampled_sums(problem, tokens, rows, threshold),
         factors_ptr=factors,
+        weight_ptr=weight,
         histogram_ptr=threshold.histogram,
         most_ptr=threshold.most,
         threshold_ptr=threshold.value,
         num_kept_ptr=threshold.num_kept,
+        dropped_ptr=threshold.statistics[-3:],
         target=math.log2(max_error * ROUNDING),
         lowest_slope=SLOPES[0],
         highest_slope=SLOPES[1],
@@ -94,17 +96,17 @@ def calibrate(
     )
 
 
-def draw_tokens(tokens: BackwardTokens, mass: Tensor) -> tuple[Tensor, Tensor]:
+def draw_tokens(tokens: BackwardTokens, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Draw tokens by their risk, of which ``mass`` (N,) is what they drop, roughly.
 
     Returns:
-        rows (ROWS,) int64, of which the first SAMPLES count, in order; and factors of their squared
-        errors (ROWS,) float32.
+        rows (ROWS,) int64, of which the first SAMPLES count, in order; factors of their squared
+        errors (ROWS,) float32; and the sum of the upstream gradients (1,) float32.
     """
     num_tokens, device = tokens.a.shape[0], tokens.a.device
     num_rows = ROWS.value
     rows = torch.empty(num_rows, dtype=torch.int64, device=device)
-    sums, factors = aligned_rows(2, max(num_tokens, num_rows), torch.float32, device)
+    sums, factors, weight = aligned_rows(3, max(num_tokens, num_rows), torch.float32, device)
     launch(
         draw_tokens_kernel,
         (1,),
@@ -113,12 +115,13 @@ def draw_tokens(tokens: BackwardTokens, mass: Tensor) -> tuple[Tensor, Tensor]:
         sums_ptr=sums,
         rows_ptr=rows,
         factors_ptr=factors,
+        weight_ptr=weight,
         N=num_tokens,
         search_steps=num_tokens.bit_length(),
         SCAN=SCAN,
         num_warps=8,
     )
-    return rows, factors[:num_rows]
+    return rows, factors[:num_rows], weight[:1]
 
 
 def sampled_sums(

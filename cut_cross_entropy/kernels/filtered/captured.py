@@ -60,7 +60,14 @@ class Choice:
 
     @classmethod
     def of(
-        cls, kept: Kept, listed: StripList, most_flat: int, *, share: float, flat_share: float
+        cls,
+        kept: Kept,
+        listed: StripList,
+        most_flat: int,
+        *,
+        share: float,
+        flat_share: float,
+        most_dropped: float,
     ) -> "Choice":
         """Choose, and empty ``kept.masks`` and the lists' index if the path is the exact one.
 
@@ -68,13 +75,14 @@ class Choice:
             kept: the selection.
             listed: all strips, as many as have memory.
             most_flat: flat tokens that have memory.
-            share, flat_share: largest parts of all strips, and of flat tokens, of the filter.
+            share, flat_share, most_dropped: largest parts of all strips, of flat tokens, and of
+                dropped probability, of the filter.
         """
         choice = torch.empty(3, dtype=torch.int32, device=kept.masks.device)
         launch(
             choose_path_kernel,
             (1,),
-            token_counts_ptr=kept.statistics[-2:],
+            token_counts_ptr=kept.statistics[-3:],
             block_starts_ptr=listed.index.block_starts,
             first_tile_ptr=listed.index.first_tile,
             choice_ptr=choice,
@@ -84,6 +92,7 @@ class Choice:
             V=kept.masks.shape[1],
             share=share,
             flat_share=flat_share,
+            most_dropped=most_dropped,
             BLOCK_T=BLOCK_T,
             BLOCK=1024,
         )

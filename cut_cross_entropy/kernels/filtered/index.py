@@ -23,6 +23,7 @@ from cut_cross_entropy.kernels.launch import (
     pointers,
 )
 from cut_cross_entropy.kernels.triton.filtered.index import index_kernel, list_strips_kernel
+from cut_cross_entropy.kernels.triton.filtered.selection import DROPPED_UNIT
 
 TILE = 128  # strips whose logits are recomputed together
 TURN = 16  # blocks whose tiles take turns
@@ -126,7 +127,8 @@ class Counts:
         self._shape, statistics = kept.shape, kept.statistics
         if statistics.is_meta:  # shapes without values: every chunk keeps a strip in every block
             statistics = torch.ones(statistics.shape, dtype=statistics.dtype)
-            statistics[-2], statistics[-1] = planned_flat_tokens(), BLOCK_T * kept.shape[0]
+            statistics[-3], statistics[-2] = 0, planned_flat_tokens()
+            statistics[-1] = BLOCK_T * kept.shape[0]
         self._copy = HostCopy(statistics)
 
     @functools.cached_property
@@ -134,7 +136,7 @@ class Counts:
         values = self._copy.wait()
         num_blocks, num_chunks = self._shape
         strips = num_blocks * num_chunks
-        return tuple(values.split([strips, values.shape[0] - strips - 2, 2]))
+        return tuple(values.split([strips, values.shape[0] - strips - 3, 3]))
 
     @functools.cached_property
     def strips(self) -> Tensor:
@@ -180,12 +182,17 @@ class Counts:
     @functools.cached_property
     def flat_tokens(self) -> int:
         """Tokens whose distribution is flat."""
-        return int(self._parts[2][0])
+        return int(self._parts[2][1])
 
     @functools.cached_property
     def tokens(self) -> int:
         """Valid tokens."""
-        return int(self._parts[2][1])
+        return int(self._parts[2][2])
+
+    @functools.cached_property
+    def dropped_mass(self) -> float:
+        """Probability that a token drops, in the mean: an estimate; 0 if there is none."""
+        return float(self._parts[2][0]) / float(DROPPED_UNIT.value)
 
 
 def _row_sums(table: Tensor) -> list[int]:

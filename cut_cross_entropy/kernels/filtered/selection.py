@@ -60,7 +60,8 @@ class Kept:
         class_mass, mean_mass, mass_deviation: see Threshold.
         sums: (3, blocks, chunks) float32 sums of w, w log2(w) and w log2(w)^2 over these masses.
         statistics: int32, in a row: kept strips (blocks, chunks), active classes (superblocks,
-            chunks), flat tokens, valid tokens.
+            chunks), dropped probability of a token in the mean, in units of 1 / DROPPED_UNIT (an
+            estimate; 0 if there is none), flat tokens, valid tokens.
         shape: number of blocks, and of chunks of CHUNK classes.
     """
 
@@ -112,7 +113,8 @@ class Threshold:
         histogram: (256 + SHARES,) int64 strips by weighted energy, and room for their shares.
         class_mass: (V,) float32 log2 of the mass of each class.
         mean_mass, mass_deviation: (1,) float32 mean and standard deviation of these over a sample.
-        statistics: see Kept; its last two elements are final.
+        statistics: see Kept; its last two elements are final, and the one before after
+            ``calibrate``.
     """
 
     strips: Tensor
@@ -151,7 +153,7 @@ def find_threshold(
     num_superblocks = cdiv(num_blocks, SUPERBLOCK)
     num_chunks = cdiv(num_classes, CHUNK)
     device = strips.device
-    size = (num_blocks + num_superblocks) * num_chunks + 2
+    size = (num_blocks + num_superblocks) * num_chunks + 3
     weights, value, most = aligned_rows(3, max(num_blocks, 1), torch.int32, device)
     largest, mean_mass, mass_deviation = aligned_rows(3, 1, torch.float32, device)
     threshold = Threshold(
@@ -205,7 +207,7 @@ def find_threshold(
         threshold_ptr=value,
         most_ptr=most,
         num_kept_ptr=threshold.num_kept,
-        token_counts_ptr=threshold.statistics[-2:],
+        token_counts_ptr=threshold.statistics[-3:],
         N=num_tokens,
         first=classes.start,
         step=classes.step,

@@ -6,7 +6,7 @@ Shape legend: ``cut_cross_entropy.kernels``.
 import triton
 import triton.language as tl
 
-from cut_cross_entropy.kernels.triton.filtered.selection import weighted
+from cut_cross_entropy.kernels.triton.filtered.selection import DROPPED_UNIT, weighted
 from cut_cross_entropy.kernels.triton.order import random_signs
 from cut_cross_entropy.kernels.triton.primitives import (
     byte_to_value,
@@ -34,6 +34,7 @@ def draw_tokens_kernel(
     sums_ptr,  # (N,) scratch: inclusive sums of the risks
     rows_ptr,  # (ROWS,) int64 out, of which SAMPLES count
     factors_ptr,  # (ROWS,) out: inverse of the expected number of draws of the token, then 0
+    weight_ptr,  # () out: sum of the upstream gradients
     N,
     search_steps,  # N < 2 ** search_steps
     SCAN: tl.constexpr,
@@ -52,6 +53,7 @@ def draw_tokens_kernel(
         mass = tl.load(mass_ptr + tokens, mask=tokens < N, other=0.0)
         by_mass += tl.sum(weight * mass, 0)
         evenly += tl.sum(weight, 0)
+    tl.store(weight_ptr, evenly)
     by_mass = 1.0 / tl.maximum(by_mass, 1e-37)
     evenly = EVENLY / tl.maximum(evenly, 1e-37)
     total = 0.0
@@ -305,13 +307,23 @@ def squared_error(sums_ptr, factors, which: tl.constexpr):
 
 
 @triton.jit
+def dropped_gradient(sums_ptr, factors, which: tl.constexpr):
+    """Estimate the sum over all tokens of what a threshold drops: upstream gradient times mass."""
+    samples = tl.arange(0, ROWS)
+    place = sums_ptr + which * SAMPLES * SKETCH + samples * SKETCH + SKETCH - 1
+    return tl.sum(tl.abs(tl.load(place, mask=samples < SAMPLES, other=0.0)) * factors, 0)
+
+
+@triton.jit(do_not_specialize=["dropped_ptr"])
 def choose_threshold_kernel(
     sums_ptr,  # (SUMS, SAMPLES, SKETCH)
     factors_ptr,  # (ROWS,) 0 from SAMPLES on
+    weight_ptr,  # () sum of the upstream gradients of all tokens
     histogram_ptr,  # (256,) int64
     most_ptr,  # () highest threshold that the mass allows
     threshold_ptr,  # () in, out
     num_kept_ptr,  # () int64 in, out
+    dropped_ptr,  # () int32 out, see Kept.statistics
     target,  # log2 of the relative error to reach
     lowest_slope,
     highest_slope,
@@ -320,7 +332,7 @@ def choose_threshold_kernel(
     """Move the threshold to where the estimated error is the target's, in one program.
 
     The logarithm of the error is interpolated between the two thresholds and extrapolated outside,
-    at most a STEP above them.
+    at most a STEP above them; so is that of the dropped mass.
     """
     factors = tl.load(factors_ptr + tl.arange(0, ROWS))
     whole = squared_error(sums_ptr, factors, 2)
@@ -339,6 +351,12 @@ def choose_threshold_kernel(
     known = (whole > 0) & (whole < float("inf")) & (second == second)
     threshold = tl.where(known, moved, before)
     tl.store(threshold_ptr, threshold)
+    weight = tl.maximum(tl.load(weight_ptr), 1e-37)
+    low = tl.log2(dropped_gradient(sums_ptr, factors, 0) / weight + 1e-30)
+    high = tl.log2(dropped_gradient(sums_ptr, factors, 1) / weight + 1e-30)
+    log_mass = high + (high - low) * (threshold - before).to(tl.float32) / STEP
+    dropped = tl.where(known, tl.exp2(tl.minimum(log_mass, 0.0)), 0.0)
+    tl.store(dropped_ptr, (dropped * DROPPED_UNIT).to(tl.int32))
     bins = tl.arange(0, 256)
     strips = tl.load(histogram_ptr + bins)
     tl.store(num_kept_ptr, tl.sum(tl.where(bins >= threshold, strips, 0), 0))

@@ -20,6 +20,7 @@ EVEN = tl.constexpr(64)
 WEIGHTLESS = tl.constexpr(1024)  # weight of a block whose tokens have no gradient
 GROUPS = tl.constexpr(3)  # of classes by mass: 0 the least, 1 below the mean, 2 above it
 LEAST = tl.constexpr(2.0)  # standard deviations below the mean that the least are
+DROPPED_UNIT = tl.constexpr(2.0**20)  # of the dropped probability, counted as an integer
 
 
 @triton.jit(do_not_specialize=["N", "num_blocks"])
@@ -118,7 +119,7 @@ def threshold_kernel(
     threshold_ptr,  # () out: the first byte that is kept
     most_ptr,  # () out: the same for max_mass alone
     num_kept_ptr,  # () int64 out: strips that are kept for it
-    token_counts_ptr,  # (2,) out: flat tokens, valid tokens
+    token_counts_ptr,  # (3,) out: dropped probability (0: unknown), flat tokens, valid tokens
     mean_mass_ptr,  # () out: of sampled classes
     mass_deviation_ptr,  # () out
     N,
@@ -169,8 +170,9 @@ def threshold_kernel(
     tl.store(threshold_ptr, threshold)
     tl.store(most_ptr, most)
     tl.store(num_kept_ptr, tl.sum(tl.where(bins >= threshold, strips, 0), 0))
-    tl.store(token_counts_ptr, num_flat)
-    tl.store(token_counts_ptr + 1, num_tokens)
+    tl.store(token_counts_ptr, 0)
+    tl.store(token_counts_ptr + 1, num_flat)
+    tl.store(token_counts_ptr + 2, num_tokens)
 
 
 @triton.jit
