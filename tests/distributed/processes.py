@@ -24,13 +24,18 @@ from torch.multiprocessing.spawn import ProcessException
 from cut_cross_entropy.device_support import triton_version
 
 TIMEOUT = 60  # seconds that a collective waits for the other processes
+LIMIT = 600  # seconds that processes may take for everything
 
 PRELOADED = [
     "torch._dynamo",
     "torch._inductor.compile_fx",
     "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
     "cut_cross_entropy.kernels.step",
+    "peft",
+    "pytest",
+    "transformers.models.llama.modeling_llama",
     "tests.support",
 ]
 
@@ -59,19 +64,37 @@ class Die(Exception):
     """Raised by a case: this process ends at once, and that is what the case wants."""
 
 
+def fork_processes(function, arguments, world_size):
+    """Call ``function(rank, *arguments)`` in processes that have imported most of what they need.
+
+    What the server imports counts when it starts, so it is the same for all tests. What it forks
+    has run no backward pass, which a fork cannot follow.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    started = mp.start_processes(
+        function, arguments, nprocs=world_size, join=False, start_method="forkserver"
+    )
+    deadline = time.monotonic() + LIMIT
+    while not started.join(max(0.0, deadline - time.monotonic())):
+        if time.monotonic() > deadline:
+            for process in started.processes:
+                process.kill()
+            raise TimeoutError(f"processes of {function.__name__} have not ended in {LIMIT} s")
+
+
 def run_cases(cases, world_size, folder, *, device="cpu", timeout=TIMEOUT):
     """Run ``{name: function}`` in ``world_size`` processes.
 
     Returns:
         By name: a list with, for each rank, None or the text of what was raised.
     """
-    # The server imports once; what it forks has run no backward pass, which a fork cannot follow.
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    method = "forkserver" if device == "cpu" else "spawn"
     arguments = (list(cases.items()), world_size, str(folder), timeout)
     died = "not run"
     try:
-        mp.start_processes(_process, arguments, nprocs=world_size, start_method=method)
+        if device == "cpu":
+            fork_processes(_process, arguments, world_size)
+        else:
+            mp.spawn(_process, arguments, nprocs=world_size)
     except ProcessException as error:
         died = f"in this case or one before it: {error}"
 

@@ -1,14 +1,13 @@
 """Runs a test's case in two processes over gloo."""
 
-import multiprocessing
 import os
 import pickle
 import warnings
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.distributed.processes import fork_processes
 from tests.transformers.models import batch, llama
 
 WORLD = 2
@@ -16,10 +15,7 @@ WORLD = 2
 
 def run_in_processes(case, tmp_path, *args):
     """``case(rank, *args)`` in two processes with a process group; its results by rank."""
-    # The server imports once; what it forks has run no backward pass, which a fork cannot follow.
-    multiprocessing.set_forkserver_preload(["torch", "tests.transformers.models"])
-    arguments = (case, str(tmp_path), args)
-    mp.start_processes(_process, arguments, nprocs=WORLD, start_method="forkserver")
+    fork_processes(_process, (case, str(tmp_path), args), WORLD)
     return [pickle.loads((tmp_path / f"result{rank}").read_bytes()) for rank in range(WORLD)]
 
 
