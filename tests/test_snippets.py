@@ -8,13 +8,13 @@ snippet that nobody executed has not been tested.
 """
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+from tests.distributed.processes import fork_processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -150,14 +150,11 @@ def test_block_of_our_documents(code):
     if "transformers" not in code:
         execute(code)
         return
-    done = subprocess.run(
-        [sys.executable, "-c", TRANSFORMERS_PLACEHOLDERS + without_ellipses(code)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    fork_processes(_run, (TRANSFORMERS_PLACEHOLDERS + without_ellipses(code),), 1)
+
+
+def _run(rank, code):
+    exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
 
 
 def test_readme_shows_how_to_call_the_loss():

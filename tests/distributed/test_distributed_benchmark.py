@@ -1,5 +1,6 @@
 """``benchmark.distributed`` in processes on a CPU, and the tables of what it writes."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -8,19 +9,21 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 
 from cut_cross_entropy.benchmark import distributed
 from cut_cross_entropy.benchmark.data import Problem
 from cut_cross_entropy.benchmark.distributed import Job, jobs_of, measure_or_note, parse_arguments
 from docs import benchmark_runs, distributed_runs
+from tests.distributed.processes import fork_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--device", "cpu", "--data", "small", "--impl", "chunked", "--repetitions", "2"]
 
 
-def launch(processes, folder, *arguments):
+def launch_two(folder, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [str(processes), "-m", "benchmark.distributed", *SMALL, "--commit", "abc"]
+    command += ["2", "-m", "benchmark.distributed", *SMALL, "--commit", "abc"]
     done = subprocess.run(
         [*command, *arguments, "--json", str(folder)],
         cwd=ROOT,
@@ -31,7 +34,21 @@ def launch(processes, folder, *arguments):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / f"distributed_{processes}.json").read_text())
+
+
+def run_alone(folder, *arguments):
+    """The same in one process, which starts faster without torchrun; return what it wrote."""
+    fork_processes(_alone, (str(folder), [*SMALL, "--commit", "abc", *arguments]), 1)
+    return json.loads((folder / "distributed_1.json").read_text())
+
+
+def _alone(rank, folder, arguments):
+    sys.argv = ["benchmark.distributed", *arguments, "--json", folder]
+    torch.set_num_threads(1)
+    dist.init_process_group = functools.partial(
+        dist.init_process_group, store=dist.HashStore(), rank=0, world_size=1
+    )
+    distributed.main()
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +56,8 @@ def measured(tmp_path_factory):
     """A folder with the files of one process and of two."""
     folder = tmp_path_factory.mktemp("measurements")
     setups = ["vocabulary-parallel", "FSDP2", "HSDP, DTensor", "tensor-parallel full logits"]
-    launch(2, folder / "cpu", "--tokens", "16", "--setups", *setups, "--compare", "reference")
-    launch(1, folder / "cpu", "--tokens", "16", "32", "--compare")
+    launch_two(folder / "cpu", "--tokens", "16", "--setups", *setups, "--compare", "reference")
+    run_alone(folder / "cpu", "--tokens", "16", "32", "--compare")
     return folder
 
 
@@ -78,7 +95,7 @@ def test_page_of_measurements(measured):
 
 
 def test_no_row_begins_after_the_limit(tmp_path):
-    record = launch(1, tmp_path, "--tokens", "16", "--time-limit", "0", "--compare")
+    record = run_alone(tmp_path, "--tokens", "16", "--time-limit", "0", "--compare")
     assert record["rows"] == []
     assert [job["setup"] for job in record["skipped"]] == ["one GPU", "one GPU, full logits"]
     page = distributed_runs.page(benchmark_runs.read(tmp_path).parts("distributed"))

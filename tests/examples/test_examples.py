@@ -4,8 +4,6 @@ import ast
 import importlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import examples
+from tests.distributed.processes import fork_processes
+from tests.examples.counted import run_examples
 from tests.transformers.models import SIZES, VOCAB, llama
 
 pytestmark = [
@@ -134,22 +134,13 @@ def test_sft_has_the_losses_of_trl(model, tmp_path, capsys):
 
 def test_two_processes_have_the_losses_of_logits(model, tmp_path):
     names = ["fsdp2", "vocab_parallel"]
-    file = tmp_path / "results.json"
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    ended = subprocess.run(
-        [sys.executable, "-m", *command, "tests.examples.counted", file, model, str(STEPS), *names],
-        cwd=Path(examples.__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    results = json.loads(file.read_text(encoding="utf-8"))
-    assert list(results) == names
-    assert ended.stdout.count(": loss ") == 2 * len(names) * STEPS  # rank 0 alone prints
+    fork_processes(run_examples, (2, str(tmp_path), model, STEPS, names), 2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     for name in names:
-        (plain, none), (ours, calls) = results[name]["plain"], results[name]["ours"]
+        (plain, none, _), (ours, calls, _) = first[name].values()
+        for way, (_, _, printed) in first[name].items():
+            assert printed.count(": loss ") == STEPS
+            assert ": loss " not in second[name][way][2]  # rank 0 alone prints
         assert none == 0
         assert calls == STEPS
         assert len(set(plain)) == len(plain) == STEPS

@@ -12,30 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import ProcessException
 
+from cut_cross_entropy.benchmark.leave import leave
+from tests.distributed.processes import fork_processes
 from tests.training.conftest import copy_model
 from training.checkpoint import list_checkpoints, verify_checkpoint
-from training.train import main
+from training.train import build_parser, main, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-
-
-SEVERAL = f"""
-import json, sys
-sys.path.insert(0, {str(ROOT)!r})
-from cut_cross_entropy.benchmark.leave import leave
-from training.train import build_parser, run_all
-from tests.training.conftest import copy_model
-
-for arguments in map(json.loads, sys.argv[1:]):
-    code = run_all(build_parser().parse_args(arguments))
-    if code:
-        break
-leave(code)
-"""
-"""Runs several command lines: processes take longer to start than these runs take."""
 
 
 def launch(processes, script, arguments):
@@ -63,14 +50,30 @@ def python(*arguments, environment=ENVIRONMENT):
     )
 
 
-def run(processes, folder, *command_lines):
-    """Train by each of the command lines; return what was printed."""
-    script = folder / "several.py"
-    script.write_text(SEVERAL)
-    with launch(processes, script, map(json.dumps, command_lines)) as process:
-        output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    return output
+def run_two(folder, *command_lines):
+    """Train by each of the command lines in two processes; return what was printed."""
+    printed = folder / "printed"
+    try:
+        fork_processes(_run_all, (str(printed), free_port(), command_lines), 2)
+    except ProcessException as error:
+        pytest.fail(f"{error}\n{printed.read_text()}")
+    return printed.read_text()
+
+
+def _run_all(rank, printed, port, command_lines):
+    """Processes start faster without torchrun, whose environment this is."""
+    file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    of_group = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    of_group |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({**ENVIRONMENT, **{name: str(value) for name, value in of_group.items()}})
+    torch.set_num_threads(1)
+    for arguments in command_lines:
+        code = run_all(build_parser().parse_args(arguments))
+        if code:
+            break
+    leave(code)
 
 
 def free_port():
@@ -104,7 +107,7 @@ def test_two_processes_are_one_with_twice_the_batch(arguments, still, tmp_path):
         return [*common, *own, "--output", str(tmp_path / name / objective)]
 
     two = (command_line(objective, "two") for objective in objectives)
-    output = run(2, tmp_path, *([*words, "--batch-size", "4"] for words in two))
+    output = run_two(tmp_path, *([*words, "--batch-size", "4"] for words in two))
     assert output.count("step 5: loss") == 3  # one process writes
     for objective in objectives:
         assert main(command_line(objective, "one")) == 0
@@ -134,7 +137,7 @@ def test_a_signal_stops_both_after_the_same_step_and_the_rest_is_bit_identical(a
     done = json.loads((saved / "trainer_state.json").read_text())["global_step"]
     steps = str(done + 3)
     whole = [*common, "--steps", steps, "--output", str(tmp_path / "whole")]
-    run(2, tmp_path, [*common, "--resume", "--steps", steps], whole)
+    run_two(tmp_path, [*common, "--resume", "--steps", steps], whole)
     parts, whole = (log(tmp_path / name, "loss", "grad_norm") for name in ("run", "whole"))
     assert len(whole) == done + 3
     assert parts == whole
@@ -157,7 +160,7 @@ def test_one_of_several_processes_leaves_without_the_end_of_the_interpreter(proc
 def test_fsdp2_is_one_process_and_resumes(arguments, still, tmp_path):
     common = [*arguments, *still, "--eval-fraction", "0.04"]
     two = [*common, "--fsdp", "--batch-size", "4", "--output", str(tmp_path / "two")]
-    run(2, tmp_path, [*two, "--steps", "4"], [*two, "--steps", "6", "--resume"])
+    run_two(tmp_path, [*two, "--steps", "4"], [*two, "--steps", "6", "--resume"])
     assert main([*common, "--steps", "6", "--output", str(tmp_path / "one")]) == 0
     one, two = (log(tmp_path / name, "loss", "eval_loss") for name in ("one", "two"))
     assert len(one) == len(two) == 6
