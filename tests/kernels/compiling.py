@@ -4,7 +4,7 @@ import itertools
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,8 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
     """Return every kernel as it is specialised for a row of the table of block sizes.
 
     Without ``everything`` those with a softcap and a bias stand for those without, which have a
-    part of their code, and one of the unrolled levels of an order for all.
+    part of their code, one with all optional arguments for those with some of them, and one of the
+    unrolled levels of an order for all.
     """
     products = {"BLOCK_T": BLOCK_T, "BLOCK_V": tiles.block_v, "BLOCK_D": tiles.block_d}
     e_box, c_box = (BLOCK_T, tiles.block_d), (tiles.block_v, tiles.block_d)
@@ -324,7 +325,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         if low_bits:
             of_sums = (("out_ptr", "*i16"), ("high_ptr", "*i16"), ("low_ptr", "*u8"))
         of_flat = without({"flat_grads_ptr", "flat_rows_ptr", "num_flat_ptr"}, flat)
-        of_rows = (("flat_grads_ptr", "*bf16"), ("flat_rows_ptr", "*bf16")) if flat else ()
+        of_rows = (("flat_grads_ptr", "*bf16"), ("flat_rows_ptr", "*bf16"))
         name = f"{partial:d}{low_bits}{'-flat' * flat}"
         if not (partial and flat):  # flat tokens are added once the sums are final
             add(
@@ -541,7 +542,26 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         types=(("order_ptr", "*i32"), ("out_ptr", "*i64")))  # fmt: skip
     add("sum_classes", strips.sum_classes_kernel, {"CHUNK": 1024, "BLOCK": 128},
         types=(("out_ptr", "*fp32"),))  # fmt: skip
-    return result
+    return result if everything else _with_all_options(result)
+
+
+def _with_all_options(found: list[Variant]) -> list[Variant]:
+    """Make one variant of those that differ in nothing but the arguments that are left out."""
+    groups: dict[str, list[Variant]] = {}
+    for variant in found:
+        given = {name: x for name, x in variant.constants.items() if x is not None}
+        alike = replace(variant, name="", constants=dict(sorted(given.items())))
+        groups.setdefault(repr(alike), []).append(variant)
+    merged = []
+    for group in groups.values():
+        absent = set.intersection(
+            *({k for k, x in v.constants.items() if x is None} for v in group)
+        )
+        constants = {
+            name: x for name, x in group[0].constants.items() if x is not None or name in absent
+        }
+        merged.append(replace(group[0], constants=constants))
+    return merged
 
 
 @dataclass(frozen=True)
