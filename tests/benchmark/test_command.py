@@ -101,7 +101,7 @@ def test_table_has_the_published_columns(results):
 def test_a_cpu_says_what_it_measures_instead_and_rows_as_they_come(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     arguments = ["--data", "gpt2", "--tokens", "16", "--classes", "384", "--repetitions", "1"]
-    main([*arguments, "--methods", "chunked", "baseline", "--no-errors"])
+    main([*arguments, "--methods", "chunked", "baseline", "--no-errors", "--one-process"])
     out, err = capsys.readouterr()
     assert "Sizes are reduced: instead of gpt2 a small classifier, V 384, D 256,\n" in out
     assert "with N 16 tokens." in out

@@ -467,7 +467,14 @@ def test_a_part_of_the_suite_is_measured_with_a_folder_of_other_packages(
     monkeypatch.setattr(suite, "tasks_of", lambda part, hidden, on_gpu: [tiny])
     for name in ("liger", "notes"):
         (tmp_path / "peers" / name).mkdir(parents=True)
-    arguments = ["--out", str(tmp_path / "out"), "--peers", str(tmp_path / "peers"), "--parts"]
+    arguments = [
+        "--out",
+        str(tmp_path / "out"),
+        "--peers",
+        str(tmp_path / "peers"),
+        "--one-process",
+    ]
+    arguments.append("--parts")
     suite.main([*arguments, "options", "--methods", "baseline", "liger", "--commit", "abc"])
     assert "== options: 1 rows, 0 failures" in capsys.readouterr().out
     kept = tables.read(tmp_path / "out")

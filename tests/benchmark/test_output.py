@@ -44,9 +44,9 @@ def test_records_of_experiments_keep_no_path(monkeypatch):
 
 def test_files_of_the_benchmark_keep_no_path(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    arguments = ["--data", "gpt2", "--time-limit", "1", "--json", str(path)]
+    arguments = ["--data", "gpt2", "--one-process", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
     monkeypatch.setattr(benchmark, "tasks", lambda *given: [])
     benchmark.main(arguments)
-    expected = "python -m benchmark --data gpt2 --time-limit 1"
+    expected = "python -m benchmark --data gpt2 --one-process"
     assert json.loads(path.read_text())["command"] == expected
