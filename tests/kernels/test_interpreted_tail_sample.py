@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cut_cross_entropy.kernels.filtered import backward, tail_sample
+from cut_cross_entropy.kernels.filtered import backward, tail, tail_sample
 from cut_cross_entropy.kernels.filtered.selection import CHUNK
 from cut_cross_entropy.kernels.filtered.tail_sample import DRAWS, TailSample
 from cut_cross_entropy.kernels.triton.primitives import BYTE_FLOOR, BYTE_STEPS, FLAT, FORCED
@@ -180,11 +180,15 @@ def test_nothing_dropped_is_no_tilt():
 def test_classes_are_drawn_only_for_de_or_a_threshold(
     needed, calibrated, always_filtered, monkeypatch
 ):
-    drawn = watch_draws(monkeypatch)
+    """Nor is c read for the centres of the tail."""
+    drawn, summed = watch_draws(monkeypatch), []
+    original = tail.sum_rows
+    monkeypatch.setattr(tail, "sum_rows", lambda *some: summed.append(1) or original(*some))
     monkeypatch.setattr(backward, "calibrates", lambda *_: calibrated)
     _, (record,) = recorded(sharp(40), needed=(needed,))
     assert record.path == "filtered"
     assert bool(drawn) == (needed == "e" or calibrated)
+    assert bool(summed) == (needed == "e")
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])

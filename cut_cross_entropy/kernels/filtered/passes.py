@@ -69,7 +69,8 @@ class Selection:
     Args:
         kept: the kept strips.
         index: index of all of them.
-        tail: what replaces the others; without centres while rows are still to be made.
+        tail: what replaces the others; without centres while rows are still to be made, and where
+            dE is not wanted.
         order: order of all classes.
         tilts: (blocks,) of the tail in dE, see ``tail_sample``; None while rows are still to be
             made, and where nothing asks for them.
@@ -109,10 +110,12 @@ class Selection:
             min(budget, MAX_BUDGET) // STRIP_BYTES,
             int(min(max(0.0, share), 1.0) * kept.strips.numel()),
         )
-        if isinstance(problem, MadeProblem):
-            tail, most_strips = Tail.without_centers(kept, c.shape[1]), 0
-        else:
+        is_made = isinstance(problem, MadeProblem)
+        most_strips = 0 if is_made else most_strips
+        if wanted.e and not is_made:
             tail = Tail.of(kept, c)
+        else:
+            tail = Tail.without_centers(kept, c.shape[1])
         weights = None
         if wanted.c is not None and has_class_weights(problem):
             weights = ClassWeights.of(problem, tokens, kept)
