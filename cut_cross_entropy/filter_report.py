@@ -23,8 +23,9 @@ class FilterRecord:
     is sharded over processes they are about the classes of this process.
 
     Args:
-        path: ``"filtered"``, ``"dense"`` (the data was too flat to skip anything) or ``"exact"``
-            (no filter was asked for, or ``"auto"`` found the problem too small to gain from one).
+        path: ``"filtered"``, ``"dense"`` (the data was too flat to skip anything, or too much would
+            have been left to the tail) or ``"exact"`` (no filter was asked for, or ``"auto"``
+            found the problem too small to gain from one).
         strips_kept: fraction of the strips (a class for 128 tokens) that were computed.
         dropped_mass: mean probability of a token that the tail stands for.
         flat_tokens: tokens treated without the filter because their distribution is flat.

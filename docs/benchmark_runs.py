@@ -518,11 +518,17 @@ def where_from(kept: Measurements, rows: pd.DataFrame) -> str:
     return _in_words(kept.files[source]["environment"] for source in rows["source"].unique())
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Return names as a list in a sentence."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def _in_words(environments: Iterable[dict[str, Any]]) -> str:
     commits: dict[str, dict[str, None]] = {}
     for found in environments:
         commits.setdefault(in_words(found), {})[found["commit"]] = None
-    texts = (f"{text}, commit{'s' * (len(names) > 1)} {' and '.join(names)}"
+    texts = (f"{text}, commit{'s' * (len(names) > 1)} {_listed(names)}"
              for text, names in commits.items())  # fmt: skip
     return "; ".join(texts) + "."
 

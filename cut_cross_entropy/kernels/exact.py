@@ -204,8 +204,8 @@ def exact_gradients(
     num_bytes = max(MIN_CHUNK_BYTES, scratch - sums)
     if num_tokens > MAX_TOKENS:
         num_bytes = max(num_bytes, min(problem.memory_budget, sums // 2))
-    # A single product writes the rows of dC, in place. Not in float16: the logit gradients are
-    # scaled, and a value may overflow before the scale is taken out and not afterwards.
+    # A single product writes the rows of dC, in place. Not in float16: the library may keep parts
+    # of a sum in the dtype of the result, and these are still times the scale.
     in_place = (
         grad_c is not None
         and not accumulate
@@ -213,7 +213,7 @@ def exact_gradients(
         and grad_c.is_contiguous()
         and num_tokens <= MAX_TOKENS
     )
-    scale_copy: HostCopy | None = None
+    inverse, scale_copy = 1.0, None
     if in_place and e.dtype != torch.float32:
         if e.is_meta or is_captured(e):  # the product can take no scale out that the host lacks
             tokens = replace(tokens, scale=torch.ones_like(tokens.scale))
@@ -246,7 +246,8 @@ def exact_gradients(
             elif grad_c is not None:
                 # The scale is taken out of its sums before they are rounded. The host waits for it
                 # here, behind the launches above, which keep the device busy.
-                inverse = 1.0 if scale_copy is None else 1 / scale_copy.wait().item()
+                if scale_copy is not None:
+                    inverse, scale_copy = 1 / scale_copy.wait().item(), None
                 here = grad_c[slice(*classes)]
                 here.addmm_(grads.T, wanted.features(tokens), beta=0, alpha=inverse)
             if rows_bias is not None:

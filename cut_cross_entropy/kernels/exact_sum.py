@@ -44,6 +44,7 @@ from cut_cross_entropy.kernels.tokens import (
     Tokens,
     multiplied_logits,
     score_targets,
+    write_scale,
 )
 from cut_cross_entropy.kernels.triton.primitives import ABSENT
 from cut_cross_entropy.problem import (
@@ -55,7 +56,6 @@ from cut_cross_entropy.problem import (
     PerToken,
     Problem,
     SumGradients,
-    gradient_scale,
 )
 from cut_cross_entropy.validation import check_target_range
 
@@ -83,7 +83,7 @@ class _Pass:
             if factor is not None:
                 a = a * factor
         a = torch.where(sums.lse.isnan(), torch.nan, a)
-        return BackwardTokens(
+        made = BackwardTokens(
             tokens.e,
             tokens.targets,
             tokens.origin,
@@ -91,11 +91,13 @@ class _Pass:
             a=a,
             b=a,
             target_grad=sums.target_grad,
-            scale=gradient_scale(a, a) if tokens.e.dtype == torch.float16 else a.new_ones(()),
+            scale=a.new_ones(()),
             shard_mass=None,
             num_valid=None,
             multiplier=self.multiplier,
         )
+        write_scale(made)
+        return made
 
     def shares(self, part: slice, filter_: Filter) -> HostCopy:
         """Return (3,) numbers of kept strips, flat and all tokens of a chunk, for the host."""

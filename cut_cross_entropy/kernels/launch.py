@@ -93,11 +93,13 @@ class Plan:
     Args:
         device, launches: see above.
         flat_tokens: how many a backward finds, since no device counts them.
+        drops_much: whether a tail would stand for more than it may, likewise.
     """
 
     device: torch.device
     launches: list[Launch] = field(default_factory=list)
     flat_tokens: int = 0
+    drops_much: bool = False
 
 
 _plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("plan", default=None)
@@ -331,6 +333,12 @@ def planned_flat_tokens() -> int:
     """Return how many flat tokens the planned backward has."""
     plan = _plan.get()
     return 0 if plan is None else plan.flat_tokens
+
+
+def planned_drops_much() -> bool:
+    """Return whether a tail of the planned backward would stand for more than it may."""
+    plan = _plan.get()
+    return plan is not None and plan.drops_much
 
 
 def compile_concurrently(plan: Plan) -> None:

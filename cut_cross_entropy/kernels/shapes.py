@@ -75,7 +75,7 @@ def _both(names: str) -> list[str]:
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("add_", "copy_", "div_", "exp2_", "mul_", "zero_"), _in_place),
+    **dict.fromkeys(("add_", "addmm_", "copy_", "div_", "exp2_", "mul_", "zero_"), _in_place),
     **dict.fromkeys(("__iadd__", "__imul__", "__setitem__"), _in_place),
     **dict.fromkeys(("empty_like", "full_like", "ones_like", "zeros_like"), _like),
     **dict.fromkeys(("abs", "bitwise_not", "__invert__", "masked_fill"), _like),

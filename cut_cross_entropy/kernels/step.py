@@ -154,7 +154,7 @@ def backward(
 
     With a group the gradient of e is the part of this shard's classes; nothing is exchanged. The
     number of kept strips, or without a filter that of valid tokens, is read from the device: the
-    one synchronisation of a step, but for the exact path's of a scale.
+    one synchronisation of a step, besides that for the scale that the exact path reads.
 
     Args:
         upstream: gradients of nll and lse, (N,) each.

@@ -323,17 +323,23 @@ def compact_for_backward(
         HAS_SUPPORT=saved.support.numel() > 0,
         BLOCK_D=min(1024, next_power_of_2(dim)),
     )
-    if rows.dtype != torch.float32:
-        launch(
-            gradient_scale_kernel,
-            (1,),
-            **pointers(tokens, "a b"),
-            scale_ptr=tokens.scale,
-            N=num_tokens,
-            BLOCK=SCAN,
-            num_warps=8,
-        )
+    write_scale(tokens)
     return tokens
+
+
+def write_scale(tokens: BackwardTokens) -> None:
+    """Write :attr:`BackwardTokens.scale`, which is 1 before, where gradients are stored in half."""
+    if tokens.e.dtype == torch.float32:
+        return
+    launch(
+        gradient_scale_kernel,
+        (1,),
+        **pointers(tokens, "a b"),
+        scale_ptr=tokens.scale,
+        N=tokens.a.shape[0],
+        BLOCK=SCAN,
+        num_warps=8,
+    )
 
 
 def scatter_rows(rows: Tensor, origin: Tensor, out: Tensor) -> None:

@@ -101,9 +101,12 @@ def plan_sum(problem: Problem, needed: Needed, weights: Tensor | None, filter_: 
     if weights is not None:
         weights = _meta(weights)
     with planning(problem.e.device) as plan, unrecorded():
-        loss, *sums = exact_sum.loss_and_gradients(
-            _without_values(problem), needed, weights, filter_
-        )
+        # A tail may stand for too much, which the first tokens do not show.
+        for plan.drops_much in (False, True) if any(filtered.flat()) else (False,):
+            loss, *sums = exact_sum.loss_and_gradients(
+                _without_values(problem), needed, weights, filter_
+            )
+        plan.drops_much = False
         for total, x, need in zip(sums, inputs, needed.flat(), strict=True):
             if x is not None and need:
                 scale.scale(total, loss, torch.empty_like(total, dtype=x.dtype))

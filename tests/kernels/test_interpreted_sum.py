@@ -436,6 +436,23 @@ def test_one_gradient_filtered_of_data_too_flat_for_it(impl, seen, chunks, monke
     assert len(again) == (0 if seen else 1)
 
 
+@pytest.mark.parametrize("weight", [1.0, 64 / 253])
+def test_strips_beside_an_exact_gradient_have_a_scale(weight, monkeypatch):
+    """With it the common factor of the tokens is 1, which no dtype rounds."""
+    seen, original = [], exact_sum.gradients_of_tokens
+    monkeypatch.setattr(
+        exact_sum, "gradients_of_tokens", lambda *args: (seen.append(args[1]), original(*args))[1]
+    )
+    problem = sharp(40)
+    e, c = problem.e.half().requires_grad_(), problem.c.half().requires_grad_()
+    weights = torch.full((40,), weight)
+    linear_cross_entropy(
+        e, c, problem.targets, impl="cce_kahan_full_c", token_weights=weights
+    ).backward()
+    (tokens,) = seen
+    assert float(tokens.scale * tokens.b.max()) == pytest.approx(1, rel=1e-6)
+
+
 def test_a_graph_is_captured_without_the_filter(chunks, monkeypatch):
     """The filter reads its counts, which a graph cannot."""
     monkeypatch.setattr(exact_sum, "is_captured", lambda tensor: True)

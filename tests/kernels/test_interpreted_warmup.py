@@ -156,20 +156,31 @@ def test_a_sum_launches_what_was_planned(needed, tokens, weighted, launched, mon
     assert len(launched) > 3
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_a_sum_with_one_gradient_filtered_launches_what_was_planned(flat, launched):
+@pytest.mark.parametrize("needs_all", [None, "flat", "drops much"])
+@pytest.mark.parametrize("exact", ["e", "c"])
+def test_a_sum_with_one_gradient_filtered_launches_what_was_planned(
+    exact, needs_all, launched, monkeypatch
+):
+    """Also where the first tokens do not show that all strips are to be taken."""
     problem = sharp(138)
-    if flat:
+    if needs_all == "flat":
         problem.e.mul_(0.01)
+    if needs_all == "drops much":
+        monkeypatch.setattr(calibrate, "MIN_TOKENS", 0)
+        monkeypatch.setattr(calibrate, "MIN_WORK", 0)
+        monkeypatch.setattr(backward, "MOST_DROPPED", 1e-6)
     call = Problem(
         problem.e, problem.c, problem.targets, problem.bias, -100, None, torch.float32, 2**28
     )
-    filter_ = Filter(8e-4, e=True, c=False)
+    filter_ = Filter(8e-4, e=exact != "e", c=exact != "c", max_error=1.0)
     plan = warmup.plan_sum(call, Needed(e=True, c=True, bias=True), None, filter_)
-    run_ours(problem, "cce_kahan_full_c", return_lse=False)
+    run_ours(problem, f"cce_kahan_full_{exact}", return_lse=False)
     planned = {one.variant() for one in plan.launches}
     missing = [variant for variant in launched if variant not in planned]
     assert not missing, missing
+    with record_filter() as records:  # launches more
+        run_ours(problem, f"cce_kahan_full_{exact}", return_lse=False)
+    assert records[-1].path == ("dense" if needs_all else "filtered")
 
 
 def test_kinds_of_steps_differ_where_their_launches_do():

@@ -40,9 +40,8 @@ DENSE_FRACTION = 0.4
 NARROW = 580  # features for which that share is half of it
 FEWEST = 512  # features below which it is not lowered further: nothing was measured there
 FLAT_FRACTION = 0.5  # of tokens that are flat: above it all take the exact path
-# Probability that a token may drop, in the mean. A tail that stands for more leaves out so much of
-# the rows of rare classes that young models learned them worse (docs/engineering_log.md); trained
-# ones drop 0.2 to 0.6 %.
+# Probability that a token may drop, in the mean. Young models drop more, and learned rare classes
+# worse by the filter (docs/engineering_log.md); trained ones drop 0.2 to 0.6 %.
 MOST_DROPPED = 0.02
 FLAT_SUPPORT = 400  # effective number of groups of classes from which a token counts as flat
 
@@ -68,7 +67,7 @@ def filtered_gradients(
     saved: KernelState,
     filter_: Filter,
 ) -> Outcome:
-    """Compute gradients from the kept strips and the tail, unless the data is too flat for that.
+    """Compute gradients from the kept strips and the tail, unless all strips are to be taken.
 
     ``problem`` has c and bias contiguous, c of the compute dtype. The number of kept strips is read
     from the device: the one synchronisation of a filtered step. While a CUDA graph is captured, it

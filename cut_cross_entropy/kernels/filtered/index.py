@@ -19,6 +19,7 @@ from cut_cross_entropy.kernels.launch import (
     aligned_rows,
     launch,
     next_power_of_2,
+    planned_drops_much,
     planned_flat_tokens,
     pointers,
 )
@@ -127,7 +128,8 @@ class Counts:
         self._shape, statistics = kept.shape, kept.statistics
         if statistics.is_meta:  # shapes without values: every chunk keeps a strip in every block
             statistics = torch.ones(statistics.shape, dtype=statistics.dtype)
-            statistics[-3], statistics[-2] = 0, planned_flat_tokens()
+            statistics[-3] = DROPPED_UNIT.value * planned_drops_much()
+            statistics[-2] = planned_flat_tokens()
             statistics[-1] = BLOCK_T * kept.shape[0]
         self._copy = HostCopy(statistics)
 

@@ -61,7 +61,8 @@ class Kept:
         sums: (3, blocks, chunks) float32 sums of w, w log2(w) and w log2(w)^2 over these masses.
         statistics: int32, in a row: kept strips (blocks, chunks), active classes (superblocks,
             chunks), dropped probability of a token in the mean, in units of 1 / DROPPED_UNIT (an
-            estimate; 0 if there is none), flat tokens, valid tokens.
+            estimate; 0, which is within every limit, if there is none), flat tokens, valid
+            tokens.
         shape: number of blocks, and of chunks of CHUNK classes.
     """
 

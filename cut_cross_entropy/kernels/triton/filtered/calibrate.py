@@ -22,6 +22,7 @@ SAMPLES = tl.constexpr(96)  # tokens drawn; a token may be drawn more than once
 SKETCH = tl.constexpr(32)  # random projections of a row of c, of which the last is the constant 1
 EVENLY = tl.constexpr(0.2)  # share of the risk that is the upstream gradient alone
 STEP = tl.constexpr(8)  # bytes from the lower threshold to the other: a factor of 2 in tolerance
+MASS_GROWTH = tl.constexpr(0.25)  # of the dropped mass per byte, in octaves: at most as energies
 SUMS = 5  # of logit gradients: dropped by the lower threshold, by the other, all; of masses: two
 
 
@@ -354,7 +355,8 @@ def choose_threshold_kernel(
     weight = tl.maximum(tl.load(weight_ptr), 1e-37)
     low = tl.log2(dropped_gradient(sums_ptr, factors, 0) / weight + 1e-30)
     high = tl.log2(dropped_gradient(sums_ptr, factors, 1) / weight + 1e-30)
-    log_mass = high + (high - low) * (threshold - before).to(tl.float32) / STEP
+    growth = tl.minimum((high - low) / STEP, MASS_GROWTH)
+    log_mass = high + growth * (threshold - before).to(tl.float32)
     dropped = tl.where(known, tl.exp2(tl.minimum(log_mass, 0.0)), 0.0)
     tl.store(dropped_ptr, (dropped * DROPPED_UNIT).to(tl.int32))
     bins = tl.arange(0, 256)

@@ -119,7 +119,7 @@ def threshold_kernel(
     threshold_ptr,  # () out: the first byte that is kept
     most_ptr,  # () out: the same for max_mass alone
     num_kept_ptr,  # () int64 out: strips that are kept for it
-    token_counts_ptr,  # (3,) out: dropped probability (0: unknown), flat tokens, valid tokens
+    token_counts_ptr,  # (3,) out: dropped probability (0: not known), flat tokens, valid tokens
     mean_mass_ptr,  # () out: of sampled classes
     mass_deviation_ptr,  # () out
     N,
