@@ -71,8 +71,9 @@ def test_several_processes_train_as_one(record):
     full = runs["full"]
     start, end = content["before"]["held_out_loss"], full["judged"][-1]["held_out_loss"]
     assert end < start - 0.5
-    for run in runs.values():  # autocast computes in bfloat16
-        assert run["losses"] == pytest.approx(full["losses"], abs=0.02)
+    for run in runs.values():  # autocast computes in bfloat16; each step adds differences
+        assert run["losses"][:3] == pytest.approx(full["losses"][:3], abs=0.02)
+        assert run["losses"] == pytest.approx(full["losses"], abs=0.04)
         assert run["judged"][-1]["held_out_loss"] == pytest.approx(end, abs=0.02)
 
 
