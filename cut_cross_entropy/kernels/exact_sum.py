@@ -76,14 +76,14 @@ class _Pass:
     multiplier: Tensor | None
 
     def backward_tokens(self) -> BackwardTokens:
-        """Return the tokens with the gradients of their losses."""
+        """Return the tokens with the gradients of their losses, and a scale of 1."""
         sums, tokens = self.sums, self.tokens
         a = (sums.lse != torch.inf).float()
         for factor in (self.weights, self.multiplier):
             if factor is not None:
                 a = a * factor
         a = torch.where(sums.lse.isnan(), torch.nan, a)
-        made = BackwardTokens(
+        return BackwardTokens(
             tokens.e,
             tokens.targets,
             tokens.origin,
@@ -96,8 +96,6 @@ class _Pass:
             num_valid=None,
             multiplier=self.multiplier,
         )
-        write_scale(made)
-        return made
 
     def shares(self, part: slice, filter_: Filter) -> HostCopy:
         """Return (3,) numbers of kept strips, flat and all tokens of a chunk, for the host."""
@@ -155,9 +153,9 @@ def loss_and_gradients(
         support=found.sums.support,
         shard_mass=nothing,
     )
-    grad_e = gradients_of_tokens(
-        in_compute_dtype(problem), found.backward_tokens(), state, filter_, wanted
-    )
+    tokens = found.backward_tokens()
+    write_scale(tokens)
+    grad_e = gradients_of_tokens(in_compute_dtype(problem), tokens, state, filter_, wanted)
     grads = (grad_e, wanted.c, wanted.bias)
     kept = (x if grad is None else grad for x, grad in zip(results[1:], grads, strict=True))
     return SumGradients(results.loss, *kept)
