@@ -173,6 +173,8 @@ class Filter(Flat):
         max_error: relative error that the tail may make in dE, in multiples of the rounding error
             of bfloat16. It is estimated on a sample, and the tolerance is only where that starts; 0
             leaves the tolerance as it is.
+        most_dropped: mean probability of a token, among the classes of this process, from which on
+            the gradients are computed in full instead; 1 for no such limit.
         e: whether it applies to the gradient of ``e``.
         c: whether it applies to the gradients of ``c`` and ``bias``.
     """
@@ -182,6 +184,7 @@ class Filter(Flat):
     e: bool = True
     c: bool = True
     max_error: float = 0.0
+    most_dropped: float = 1.0
 
     @property
     def is_on(self) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cut_cross_entropy import linear_cross_entropy, record_filter
+from cut_cross_entropy import dispatch, linear_cross_entropy, record_filter
 from cut_cross_entropy.benchmark.environment import environment
 from cut_cross_entropy.benchmark.output import write_json
 from cut_cross_entropy.kernels.filtered import backward, measure
@@ -127,7 +127,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     measure.TOKENS, measure.CLASSES = args.sampled
     # The filtered path, however much is kept or dropped.
-    backward.DENSE_FRACTION = backward.MOST_DROPPED = math.inf
+    backward.DENSE_FRACTION, dispatch.MOST_DROPPED = math.inf, 1.0
     where, rows = environment(args.commit), []
     for path in args.hidden_states:
         saved = torch.load(path, weights_only=True)

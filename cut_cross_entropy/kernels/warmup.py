@@ -55,6 +55,7 @@ def kind_of_step(problem: Problem, filter_: Filter, training: bool) -> tuple[obj
         problem.multiplier is None,
         problem.memory_budget if isinstance(problem, MadeProblem) else None,  # sizes of chunks
         training and filter_.is_on and calibrates(problem, filter_) + 1,
+        training and filter_.is_on and filter_.most_dropped < 1,
         training and has_class_weights(problem),
         training,
         # Sums of dC end in registers, or are stored between superblocks, in fewer bits or in more.

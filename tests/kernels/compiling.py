@@ -304,6 +304,8 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
     drawn = {"COLUMNS": 256, "DRAWS": tail_sample.DRAWS}
     add("draw_classes", tail_sample_kernels.draw_classes_kernel,
         {"CHUNK": selection.CHUNK, "HERE": tail_sample.AT_ONCE, **drawn}, types=i32)  # fmt: skip
+    add("dropped_mass", tail_sample_kernels.dropped_mass_kernel,
+        {"SCAN": tail_sample.SCAN}, num_warps=8, types=(("dropped_ptr", "*i32"),))  # fmt: skip
     terms = {"bias_ptr", "softcap", "multiplier_ptr"}
     for name, values in (
         ("sample_tail", {**without(terms), **no_rank}),

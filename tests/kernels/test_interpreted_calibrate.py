@@ -105,15 +105,22 @@ def test_dropped_mass_is_estimated_where_the_threshold_ends(
     assert 0.6 * expected < found[-1].dropped_mass < 1.5 * expected, expected
 
 
+@pytest.mark.parametrize("samples", [True, False], ids=["calibrated", "not calibrated"])
 def test_a_tail_that_would_stand_for_much_is_computed(
-    always_filtered, always_calibrated, monkeypatch
+    samples, always_filtered, request, monkeypatch
 ):
+    if samples:
+        request.getfixturevalue("always_calibrated")
     problem = sharp(200, seed=1)
     _, (free,) = recorded(problem)
     assert free.path == "filtered"
-    monkeypatch.setattr(backward, "MOST_DROPPED", free.dropped_mass / 3)
-    results, (limited,) = recorded(problem)
-    assert limited.path == "dense"
+    monkeypatch.setattr(dispatch, "MOST_DROPPED", free.dropped_mass * 3)
+    assert recorded(problem)[1][0].path == "filtered"
+    monkeypatch.setattr(dispatch, "MOST_DROPPED", free.dropped_mass / 3)
+    for needed in (("e", "c"), ("e",), ("c",)):
+        results, (limited,) = recorded(problem, needed=needed)
+        assert limited.path == "dense"
+    results, _ = recorded(problem)
     assert max(errors(results, problem)) < 1e-4
     # A tolerance that was asked for is kept.
     _, (asked,) = recorded(problem, filter_eps=2.0**-9)
@@ -142,7 +149,7 @@ def test_no_estimate_leaves_the_threshold(value, moves):
 def test_weights_enter_the_estimate(always_filtered, always_calibrated, monkeypatch):
     """Most of the upstream gradient on a few tokens: their error counts."""
     monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 8 * dispatch.FILTER_TOLERANCE)
-    problem = sharp(250, seed=1)
+    problem = sharp(250, seed=3)
     weights = torch.full((250,), 1e-3)
     weights[::7] = 1.0
     grads = []

@@ -159,12 +159,13 @@ def test_a_threshold_that_a_sample_sets(capture, monkeypatch):
     check(graph, one, "filtered")
 
 
-def test_a_tail_that_would_stand_for_much_is_computed(capture, monkeypatch):
-    """By the estimate of the sample, which stays on the device."""
-    monkeypatch.setattr(calibrate, "MIN_TOKENS", 0)
-    monkeypatch.setattr(calibrate, "MIN_WORK", 0)
-    monkeypatch.setattr(backward, "MOST_DROPPED", 1e-6)
-    one = Step(sharp(140), filter_=replace(FILTER, max_error=1.0))
+@pytest.mark.parametrize("is_calibrated", [True, False])
+def test_a_tail_that_would_stand_for_much_is_computed(is_calibrated, capture, monkeypatch):
+    """By an estimate that stays on the device."""
+    if is_calibrated:
+        monkeypatch.setattr(calibrate, "MIN_TOKENS", 0)
+        monkeypatch.setattr(calibrate, "MIN_WORK", 0)
+    one = Step(sharp(140), filter_=replace(FILTER, max_error=1.0, most_dropped=1e-6))
     check(capture(one), one, "dense", CLOSE)
 
 

@@ -9,6 +9,7 @@ import torch
 from cut_cross_entropy.kernels.filtered import backward, tail, tail_sample
 from cut_cross_entropy.kernels.filtered.selection import CHUNK
 from cut_cross_entropy.kernels.filtered.tail_sample import DRAWS, TailSample
+from cut_cross_entropy.kernels.triton.filtered.selection import DROPPED_UNIT
 from cut_cross_entropy.kernels.triton.primitives import BYTE_FLOOR, BYTE_STEPS, FLAT, FORCED
 from cut_cross_entropy.problem import AdaptedProblem, Problem
 from tests.kernels.sampled import sampled, threshold_for
@@ -139,6 +140,27 @@ def test_a_draw_between_two_chunks_is_of_a_class_that_is_dropped(monkeypatch):
     drawn = watch_draws(monkeypatch)
     TailSample.of(problem, tokens, threshold)
     assert (drawn[1] % CHUNK > 0).all()
+
+
+@pytest.mark.parametrize("octaves", [0, 2])
+def test_dropped_mass_is_known_however_much_the_strips_overstate(octaves):
+    """They are relative to a lower bound of the log-sum-exp. Its mean is weighted."""
+    problem, tokens, threshold, dropped = tail_problem(300)
+    more = octaves * int(BYTE_STEPS.value)
+    threshold = replace(threshold, strips=threshold.strips + (more << 8))
+    weights = torch.linspace(0, 1, 300)
+    tokens = replace(tokens, a=weights, b=weights / 2)
+    sample = TailSample.of(problem, tokens, threshold)
+    expected = dropped.sum(1)
+    for found, mass in zip(sample.mass.split(BLOCK), expected.split(BLOCK), strict=True):
+        torch.testing.assert_close(float(found.sum()), float(mass.sum()), rtol=0.15, atol=0)
+    sample.write_dropped(tokens, threshold)
+    mean = float(threshold.statistics[-3]) / DROPPED_UNIT.value
+    torch.testing.assert_close(
+        mean, float((weights * expected).sum() / weights.sum()), rtol=0.1, atol=0
+    )
+    sample.write_dropped(replace(tokens, a=0 * weights, b=0 * weights), threshold)
+    assert threshold.statistics[-3] == 0
 
 
 def test_tokens_that_do_not_count_change_nothing():

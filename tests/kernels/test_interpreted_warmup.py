@@ -166,13 +166,11 @@ def test_a_sum_with_one_gradient_filtered_launches_what_was_planned(
     if needs_all == "flat":
         problem.e.mul_(0.01)
     if needs_all == "drops much":
-        monkeypatch.setattr(calibrate, "MIN_TOKENS", 0)
-        monkeypatch.setattr(calibrate, "MIN_WORK", 0)
-        monkeypatch.setattr(backward, "MOST_DROPPED", 1e-6)
+        monkeypatch.setattr(dispatch, "MOST_DROPPED", 1e-6)
     call = Problem(
         problem.e, problem.c, problem.targets, problem.bias, -100, None, torch.float32, 2**28
     )
-    filter_ = Filter(8e-4, e=exact != "e", c=exact != "c", max_error=1.0)
+    filter_ = Filter(8e-4, 1.0, exact != "e", exact != "c", 1.0, dispatch.MOST_DROPPED)
     plan = warmup.plan_sum(call, Needed(e=True, c=True, bias=True), None, filter_)
     run_ours(problem, f"cce_kahan_full_{exact}", return_lse=False)
     planned = {one.variant() for one in plan.launches}

@@ -40,9 +40,6 @@ DENSE_FRACTION = 0.4
 NARROW = 580  # features for which that share is half of it
 FEWEST = 512  # features below which it is not lowered further: nothing was measured there
 FLAT_FRACTION = 0.5  # of tokens that are flat: above it all take the exact path
-# Probability that a token may drop, in the mean. Young models drop more, and learned rare classes
-# worse by the filter (docs/engineering_log.md); trained ones drop 0.2 to 0.6 %.
-MOST_DROPPED = 0.02
 FLAT_SUPPORT = 400  # effective number of groups of classes from which a token counts as flat
 
 
@@ -79,14 +76,19 @@ def filtered_gradients(
     threshold = find_threshold(strips, tokens, filter_)
     tilts = None
     is_calibrated = calibrates(problem, filter_) and tokens.eta is None  # whose tail is another
-    if is_calibrated or (wanted.e and not isinstance(problem, MadeProblem)):
+    is_limited = filter_.most_dropped < 1
+    if (wanted.e or is_calibrated or is_limited) and not isinstance(problem, MadeProblem):
         sample = TailSample.of(problem, tokens, threshold)
         tilts = sample.tilts
         if is_calibrated:
             calibrate(problem, tokens, sample.mass, threshold, filter_.max_error)
+        elif is_limited:
+            sample.write_dropped(tokens, threshold)
     kept = keep_strips(threshold)
     if captured:
-        grad_e = _captured_gradients(problem, tokens, wanted, kept, tilts)
+        grad_e = _captured_gradients(
+            problem, tokens, wanted, kept=kept, tilts=tilts, most_dropped=filter_.most_dropped
+        )
         return Outcome(grad_e, None, too_flat=False)
     counts = Counts(kept)
     # Half as many strips again as the budget holds may be stored in dC.
@@ -97,7 +99,7 @@ def filtered_gradients(
     num_strips = sum(counts.by_block)  # waits for the device, which is computing the selection
 
     is_dense = too_flat(num_strips, counts.flat_tokens, counts.tokens, problem.c.shape)
-    is_dense |= counts.dropped_mass > MOST_DROPPED
+    is_dense |= counts.dropped_mass > filter_.most_dropped
     grad_e = mass = None
     if not is_dense:
         grad_e, mass = _kept_and_flat(
@@ -134,8 +136,10 @@ def _captured_gradients(
     problem: Problem,
     tokens: BackwardTokens,
     wanted: Wanted,
+    *,
     kept: Kept,
     tilts: Tensor | None,  # (blocks,)
+    most_dropped: float,
 ) -> Tensor | None:
     """Write the gradients by the path that the device chooses; return dE, if wanted."""
     num_flat = min(most_flat(problem), BLOCK_T, tokens.a.shape[0])
@@ -148,7 +152,7 @@ def _captured_gradients(
         num_flat,
         share=share,
         flat_share=FLAT_FRACTION,
-        most_dropped=MOST_DROPPED,
+        most_dropped=most_dropped,
     )
     make_flat = None
     if num_flat:

@@ -2,7 +2,8 @@
 
 For each block, classes are drawn by their masses in the strips under a threshold. Their logits give
 
-- the dropped mass of each token, roughly: its risk in ``calibrate``;
+- the dropped mass of each token: its risk in ``calibrate``, and where that does not run, whether
+  the tail would stand for too much;
 - the *tilt* of the block's tail. The tail (``tail``) gives all tokens of a block the same mean row
   of c. The dropped classes of a token are in truth those whose logits are high for it, so that
   their mean row lies further along its embedding, at every token: to first order by
@@ -27,6 +28,7 @@ from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.kernels.triton.filtered.tail_sample import (
     chunk_masses_kernel,
     draw_classes_kernel,
+    dropped_mass_kernel,
     sample_tail_kernel,
 )
 from cut_cross_entropy.problem import Problem, low_columns
@@ -34,6 +36,7 @@ from cut_cross_entropy.problem import Problem, low_columns
 DRAWS = 32  # classes drawn for a block; one may be drawn more than once
 AT_ONCE = 4  # of them by a program
 ROWS = 8  # blocks whose masses a program sums
+SCAN = 4096  # tokens per step of a mean
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,14 @@ class TailSample:
             c_ptr=c,
             **pointers(tokens, "low_e multiplier lse target_grad"),
             low_c_ptr=low_c,
+            strips_ptr=strips,
             classes_ptr=classes,
             sums_ptr=light["sums_ptr"],
             bias_ptr=problem.bias,
             softcap=problem.softcap,
             **pointers(sample, "tilts mass"),
             N=e.shape[0],
+            V=c.shape[0],
             D=e.shape[1],
             num_chunks=num_chunks,
             LOW_RANK=0 if low_c is None else low_c.shape[1],
@@ -107,3 +112,16 @@ class TailSample:
             num_warps=8,
         )
         return sample
+
+    def write_dropped(self, tokens: BackwardTokens, threshold: Threshold) -> None:
+        """Write the mean of ``mass``, weighted by the upstream gradients, to the statistics."""
+        launch(
+            dropped_mass_kernel,
+            (1,),
+            **pointers(tokens, "a b target_grad"),
+            mass_ptr=self.mass,
+            dropped_ptr=threshold.statistics[-3:],
+            N=tokens.a.shape[0],
+            SCAN=SCAN,
+            num_warps=8,
+        )

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from cut_cross_entropy.kernels.triton.filtered.selection import DROPPED_UNIT, weighted
+from cut_cross_entropy.kernels.triton.filtered.tail_sample import upstream
 from cut_cross_entropy.kernels.triton.order import random_signs
 from cut_cross_entropy.kernels.triton.primitives import (
     byte_to_value,
@@ -82,15 +83,6 @@ def draw_tokens_kernel(
     tl.store(rows_ptr + draws, high.to(tl.int64))
     factor = total / (SAMPLES * tl.maximum(risk, 1e-37))
     tl.store(factors_ptr + draws, tl.where((risk > 0) & (draws < SAMPLES), factor, 0.0))
-
-
-@triton.jit
-def upstream(a_ptr, b_ptr, filtered, tokens, N):
-    """Return the upstream gradients of tokens, 0 where the filter computes no gradient."""
-    a = tl.abs(tl.load(a_ptr + tokens, mask=tokens < N, other=0.0))
-    b = tl.abs(tl.load(b_ptr + tokens, mask=tokens < N, other=0.0))
-    weight = tl.maximum(a, b)
-    return tl.where(filtered & (weight < float("inf")), weight, 0.0)
 
 
 @triton.jit

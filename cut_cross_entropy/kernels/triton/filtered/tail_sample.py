@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from cut_cross_entropy.kernels.triton.filtered.selection import weighted
+from cut_cross_entropy.kernels.triton.filtered.selection import DROPPED_UNIT, weighted
 from cut_cross_entropy.kernels.triton.primitives import (
     ABSENT,
     byte_to_value,
@@ -97,6 +97,7 @@ def sample_tail_kernel(
     c_ptr,  # (V, D)
     low_e_ptr,  # (N, LOW_RANK)
     low_c_ptr,  # (V, LOW_RANK)
+    strips_ptr,  # (blocks, V) int16
     classes_ptr,  # (blocks, DRAWS)
     sums_ptr,  # (blocks, chunks) see chunk_masses_kernel
     lse_ptr,  # (N,) log2
@@ -107,6 +108,7 @@ def sample_tail_kernel(
     tilts_ptr,  # (blocks,) out
     mass_ptr,  # (N,) out
     N,
+    V,
     D,
     num_chunks,
     LOW_RANK: tl.constexpr,
@@ -118,7 +120,9 @@ def sample_tail_kernel(
     """Write the tilt and the masses of one block from the logits of the classes drawn for it.
 
     A class that is drawn by its mass gives each token its share of that mass: means of shares are
-    those of the block's mass, and the logits that they weight those of the true tail.
+    those of the block's mass, and the logits that they weight those of the true tail. The masses of
+    strips are relative to a lower bound of the log-sum-exp; what the drawn classes have in truth
+    tells by how much they overstate.
     """
     block = tl.program_id(0)
     first = block * BLOCK_T
@@ -158,6 +162,9 @@ def sample_tail_kernel(
     chunks = tl.arange(0, COLUMNS)
     row = sums_ptr + block * num_chunks + chunks
     whole = tl.sum(tl.load(row, mask=chunks < num_chunks, other=0.0), 0)
+    place = strips_ptr + tl.cast(block, tl.int64) * V + classes
+    said = byte_to_value((tl.load(place, mask=is_class, other=0).to(tl.int32) >> 8) & 255)
+    whole *= tl.sum(tl.where(is_class, total / tl.where(said > 0, said, 1.0), 0.0), 0) / DRAWS
     tl.store(mass_ptr + tokens, mass * whole, mask=is_token)
     true = tl.sum(tl.sum(shares * values, 1), 0) * each
     mean = tl.sum(mass * tl.sum(values, 1), 0) * each
@@ -176,3 +183,36 @@ def sample_tail_kernel(
     spread = tl.sum(mass * squares, 0) - of_mean
     sound = (excess > 0) & (spread > 0) & (excess < float("inf"))
     tl.store(tilts_ptr + block, tl.where(sound, excess / tl.where(spread > 0, spread, 1.0), 0.0))
+
+
+@triton.jit
+def upstream(a_ptr, b_ptr, filtered, tokens, N):
+    """Return the upstream gradients of tokens, 0 where the filter computes no gradient."""
+    a = tl.abs(tl.load(a_ptr + tokens, mask=tokens < N, other=0.0))
+    b = tl.abs(tl.load(b_ptr + tokens, mask=tokens < N, other=0.0))
+    weight = tl.maximum(a, b)
+    return tl.where(filtered & (weight < float("inf")), weight, 0.0)
+
+
+@triton.jit(do_not_specialize=["dropped_ptr", "N"])
+def dropped_mass_kernel(
+    a_ptr,  # (N,)
+    b_ptr,  # (N,)
+    target_grad_ptr,  # (N,) negative for tokens without a filtered gradient
+    mass_ptr,  # (N,) dropped probability of each token
+    dropped_ptr,  # () int32 out, see Kept.statistics
+    N,
+    SCAN: tl.constexpr,
+):
+    """Average the dropped probabilities, weighted by the upstream gradients, in one program."""
+    dropped = 0.0
+    whole = 0.0
+    for start in range(0, N, SCAN):
+        tokens = start + tl.arange(0, SCAN)
+        filtered = tl.load(target_grad_ptr + tokens, mask=tokens < N, other=-1.0) >= 0
+        weight = upstream(a_ptr, b_ptr, filtered, tokens, N)
+        mass = tl.load(mass_ptr + tokens, mask=tokens < N, other=0.0)
+        dropped += tl.sum(weight * mass, 0)
+        whole += tl.sum(weight, 0)
+    mean = tl.minimum(dropped / tl.maximum(whole, 1e-37), 1.0)
+    tl.store(dropped_ptr, (mean * DROPPED_UNIT).to(tl.int32))
