@@ -394,6 +394,7 @@ def pretrain(_: Measurements, runs: Records, __: Path) -> str:
                 lines.append(
                     {"device": record.device, "title": title, "seeds": len(found),
                      "steps": record.content["settings"]["steps"],
+                     "width": record.content["settings"]["width"],
                      **{name: mean_and_error(found[name]) for name in found},
                      "record": link_run(record)}
                 )  # fmt: skip
@@ -402,8 +403,9 @@ def pretrain(_: Measurements, runs: Records, __: Path) -> str:
     rare = [name for name in lines[0] if name.startswith("seen ")]
     return table(
         lines,
-        [("device", "{device}"), ("steps", "{steps:,}"), ("method", "{title}"),
-         ("seeds", "{seeds}"), *((name, f"{{{name}}}") for name in (HELD_OUT, *rare[:2], RAREST)),
+        [("device", "{device}"), ("features", "{width:,}"), ("steps", "{steps:,}"),
+         ("method", "{title}"), ("seeds", "{seeds}"),
+         *((name, f"{{{name}}}") for name in (HELD_OUT, *rare[:2], RAREST)),
          ("record", "{record}")],
     ) + _commands(records)  # fmt: skip
 

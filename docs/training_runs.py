@@ -408,8 +408,9 @@ def plots_of(records: Records) -> list[Plot]:
         found.append(Plot(record.image, title, draw_curves, data))
     for record in (*records["pretrain"], *records[EARLIER]):
         settings, runs = record.content["settings"], record.runs
-        title = (f"Pretraining a Llama of {settings['layers']} layers from scratch, vocabulary "
-                 f"{settings['vocabulary']:,}, {short(record.device)}")  # fmt: skip
+        title = (f"Pretraining a Llama from scratch, {settings['layers']} layers of "
+                 f"{settings['width']:,} features, vocabulary {settings['vocabulary']:,}, "
+                 f"{short(record.device)}")  # fmt: skip
         data = runs[[*KEY, "losses"]].assign(smooth=25)
         found.append(Plot(record.image, title, draw_curves, data))
         data = runs[[*KEY, *(column for column in runs if column.startswith("seen "))]]

@@ -96,11 +96,11 @@ def test_records_of_two_texts_are_pooled(nothing):
     for one in made:
         one.runs["seen never"] = one.runs["seen 1 to 9 times"] = one.runs["held-out loss"]
         one.runs["rarest tenth"] = one.runs["held-out loss"]
-        one.content["settings"]["steps"] = 3
+        one.content["settings"].update(steps=3, width=64)
     made[1].runs["peak_mib"] = 30.0
     runs = {**NONE, "finetune": [], "pretrain": made}
     (line,) = evidence_tables.pretrain(nothing, runs, Path()).splitlines()[2:3]
-    assert line.split(" | ")[:5] == ["| NVIDIA H200", "3", "`cce`", "3", "+0.4000 ± 0.1000"]
+    assert line.split(" | ")[:6] == ["| NVIDIA H200", "64", "3", "`cce`", "3", "+0.4000 ± 0.1000"]
     assert "pretrain_x_h200.json), abcdef1 and [" in line
     assert line.endswith("pretrain_y_h200.json), abcdef1 |")
     lines = evidence_tables.summary(nothing, runs, Path()).splitlines()[2:]
