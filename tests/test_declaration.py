@@ -45,7 +45,7 @@ def test_values_and_schema_are_in_the_order_of_the_fields(kind):
 def test_arguments_are_unpacked_by_their_parts():
     arguments = Arguments("int first", Needed, ("filter_", Filter), "bool last")
     assert arguments.schema.startswith("int first, bool e, bool c, bool bias, float filter_toler")
-    needed, filter_ = Needed(True, False, True), Filter(0.1, 0.2, True, False, 0.3)
+    needed, filter_ = Needed(True, False, True), Filter(0.1, 0.2, True, False, 0.3, 0.6)
     flat = (7, *needed.flat(), *filter_.flat(), True)
     assert arguments.unpack(flat) == [7, needed, filter_, True]
 

@@ -28,12 +28,15 @@ GRADIENTS = ("grad_e", "grad_c", "grad_bias")
 
 
 @contextmanager
-def filter_of(tolerance=dispatch.FILTER_TOLERANCE, dense=math.inf, flat=1000, fraction=math.inf):
+def filter_of(
+    tolerance=dispatch.FILTER_TOLERANCE, dense=math.inf, flat=1000, fraction=math.inf, dropped=1.0
+):
     """Set the tolerance of "auto", and where data is too flat: by default nowhere."""
     from cut_cross_entropy.kernels.filtered import backward
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "FILTER_TOLERANCE", tolerance)
+        patch.setattr(dispatch, "MOST_DROPPED", dropped)
         patch.setattr(backward, "DENSE_FRACTION", dense)
         patch.setattr(backward, "FLAT_SUPPORT", flat)
         patch.setattr(backward, "FLAT_FRACTION", fraction)
@@ -139,9 +142,27 @@ def budget_of_all_is_that_of_one_process(rank, softcap):
     truth = run(full_logits, problem.to(torch.float64), softcap=softcap).grad_e
     with filter_of(0.02):
         alone = run_ours(problem, "cce", softcap=softcap).grad_e
-        together = results_of(problem, own, softcap=softcap)[0].grad_e
+        results, (record,) = results_of(problem, own, softcap=softcap)
+    assert record.path == "filtered"
+    together = results.grad_e
     one, two = ((x - truth).norm().item() for x in (alone, together))
     assert 0 < two < 1.5 * one, (one, two)
+
+
+@case()
+def a_shard_may_drop_its_part_of_the_limit(rank):
+    """And what it drops is told by itself alone."""
+    problem = sharp(24)
+    own = VocabParallelOptions.from_vocab(problem.c.shape[0])
+    with filter_of(0.02):
+        _, (free,) = results_of(problem, own)
+    assert free.path == "filtered"
+    assert free.dropped_mass > 1e-4
+    for parts, path in ((0.5, "dense"), (3.0, "filtered")):
+        limit = parts * free.dropped_mass * dist.get_world_size()
+        with filter_of(0.02, dropped=limit):
+            _, (record,) = results_of(problem, own)
+        assert record.path == path, (parts, free.dropped_mass)
 
 
 @case()

@@ -165,8 +165,9 @@ def test_a_tail_that_would_stand_for_much_is_computed(is_calibrated, capture, mo
     if is_calibrated:
         monkeypatch.setattr(calibrate, "MIN_TOKENS", 0)
         monkeypatch.setattr(calibrate, "MIN_WORK", 0)
-    one = Step(sharp(140), filter_=replace(FILTER, max_error=1.0, most_dropped=1e-6))
-    check(capture(one), one, "dense", CLOSE)
+    for limit, path, exactly in ((1e-6, "dense", CLOSE), (0.02, "filtered", SAME)):
+        one = Step(sharp(140), filter_=replace(FILTER, max_error=1.0, most_dropped=limit))
+        check(capture(one), one, path, exactly)
 
 
 def test_rare_classes_with_weights_of_their_own(capture, monkeypatch):

@@ -197,19 +197,21 @@ def test_nothing_dropped_is_no_tilt():
     assert torch.equal(sample.mass, torch.zeros(130))
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("reason", [None, "threshold", "limit"])
 @pytest.mark.parametrize("needed", ["e", "c"])
-def test_classes_are_drawn_only_for_de_or_a_threshold(
-    needed, calibrated, always_filtered, monkeypatch
+def test_classes_are_drawn_only_for_de_a_threshold_or_a_limit(
+    needed, reason, always_filtered, monkeypatch
 ):
     """Nor is c read for the centres of the tail."""
+    if reason == "limit":
+        monkeypatch.setattr("cut_cross_entropy.dispatch.MOST_DROPPED", 0.99)
     drawn, summed = watch_draws(monkeypatch), []
     original = tail.sum_rows
     monkeypatch.setattr(tail, "sum_rows", lambda *some: summed.append(1) or original(*some))
-    monkeypatch.setattr(backward, "calibrates", lambda *_: calibrated)
+    monkeypatch.setattr(backward, "calibrates", lambda *_: reason == "threshold")
     _, (record,) = recorded(sharp(40), needed=(needed,))
     assert record.path == "filtered"
-    assert bool(drawn) == (needed == "e" or calibrated)
+    assert bool(drawn) == (needed == "e" or reason is not None)
     assert bool(summed) == (needed == "e")
 
 

@@ -72,6 +72,7 @@ CASES = {
     "exact": {"impl": "cce_exact"},
     "filtered": {},
     "calibrated": {"calibrated": True},
+    "limited": {"limited": True},
     "plain": {"bias": False, "softcap": None},
     "half": {"dtype": torch.float16},
     "superblocks": {"superblocks": True},
@@ -105,7 +106,13 @@ def test_a_step_launches_what_was_planned(case, launched, always_filtered, reque
         options["dtype"],
         2**28,
     )
-    filter_ = Filter(tolerance, max_error=dispatch.MAX_ERROR["auto"] if tolerance else 0.0)
+    if options.get("limited"):
+        monkeypatch.setattr(dispatch, "MOST_DROPPED", 0.99)
+    filter_ = Filter(
+        tolerance,
+        max_error=dispatch.MAX_ERROR["auto"] if tolerance else 0.0,
+        most_dropped=dispatch.MOST_DROPPED,
+    )
     plan = warmup.plan_step(call, filter_, training=bool(needed))
     assert not launched, "a plan launches nothing"
     run_ours(problem, options["impl"], softcap=options["softcap"], needed=needed)
@@ -113,8 +120,9 @@ def test_a_step_launches_what_was_planned(case, launched, always_filtered, reque
     missing = [variant for variant in launched if variant not in planned]
     assert not missing, missing
     assert len(launched) > 3
-    samples = {kernel.__name__ for kernel in launched.values()} & {"draw_tokens_kernel"}
-    assert bool(samples) == options.get("calibrated", False)
+    names = {kernel.__name__ for kernel in launched.values()}
+    assert ("draw_tokens_kernel" in names) == options.get("calibrated", False)
+    assert ("dropped_mass_kernel" in names) == options.get("limited", False)
 
 
 @pytest.mark.parametrize("flat", [(3,), (3, 17, 131)], ids=str)
@@ -156,7 +164,7 @@ def test_a_sum_launches_what_was_planned(needed, tokens, weighted, launched, mon
     assert len(launched) > 3
 
 
-@pytest.mark.parametrize("needs_all", [None, "flat", "drops much"])
+@pytest.mark.parametrize("needs_all", [None, "flat", "drops much", "sample drops much"])
 @pytest.mark.parametrize("exact", ["e", "c"])
 def test_a_sum_with_one_gradient_filtered_launches_what_was_planned(
     exact, needs_all, launched, monkeypatch
@@ -165,7 +173,10 @@ def test_a_sum_with_one_gradient_filtered_launches_what_was_planned(
     problem = sharp(138)
     if needs_all == "flat":
         problem.e.mul_(0.01)
-    if needs_all == "drops much":
+    if needs_all == "sample drops much":
+        monkeypatch.setattr(calibrate, "MIN_TOKENS", 0)
+        monkeypatch.setattr(calibrate, "MIN_WORK", 0)
+    if needs_all and "drops much" in needs_all:
         monkeypatch.setattr(dispatch, "MOST_DROPPED", 1e-6)
     call = Problem(
         problem.e, problem.c, problem.targets, problem.bias, -100, None, torch.float32, 2**28
@@ -202,8 +213,8 @@ def test_kinds_of_steps_differ_where_their_launches_do():
 def test_kinds_of_steps_tell_whether_the_threshold_follows_a_sample(monkeypatch):
     monkeypatch.setattr(calibrate, "MIN_WORK", 0)
 
-    def kind(tokens, max_error):
-        filter_ = Filter(8e-4, max_error=max_error)
+    def kind(tokens, max_error, most_dropped=1.0):
+        filter_ = Filter(8e-4, max_error=max_error, most_dropped=most_dropped)
         problem = make_problem((tokens,), 32, 8)
         call = Problem(
             problem.e, problem.c, problem.targets, None, -100, None, torch.float32, 2**28
@@ -213,6 +224,7 @@ def test_kinds_of_steps_tell_whether_the_threshold_follows_a_sample(monkeypatch)
     fewest = calibrate.MIN_TOKENS
     assert kind(fewest, 0.0) != kind(fewest, 1.0) == kind(fewest + 16, 0.5)
     assert kind(fewest - 16, 0.0) == kind(fewest - 16, 1.0) == kind(fewest, 0.0)
+    assert kind(fewest, 0.0, most_dropped=0.5) != kind(fewest, 0.0)
 
 
 def training_step(problem, tolerance):

@@ -115,7 +115,7 @@ class Threshold:
         class_mass: (V,) float32 log2 of the mass of each class.
         mean_mass, mass_deviation: (1,) float32 mean and standard deviation of these over a sample.
         statistics: see Kept; its last two elements are final, and the one before after
-            ``calibrate``.
+            ``calibrate`` or ``TailSample.write_dropped``.
     """
 
     strips: Tensor
@@ -137,6 +137,13 @@ def sampled_classes(num_classes: int) -> slice:
     first = step // 2
     count = cdiv(num_classes - first, step)
     return slice(first, first + (count // 16 * 16 or count) * step, step)
+
+
+def most_upstream(tokens: BackwardTokens) -> Tensor:
+    """Return the factor of a probability in the gradient, (N,): of an entropy's, its largest."""
+    if tokens.eta is None:
+        return tokens.a
+    return tokens.a.abs() + DEEPEST * tokens.eta.abs()
 
 
 def find_threshold(
@@ -173,8 +180,7 @@ def find_threshold(
     launch(
         weigh_blocks_kernel,
         (1,),
-        # Of an entropy's gradient a probability has at most this factor.
-        a_ptr=tokens.a if tokens.eta is None else tokens.a.abs() + DEEPEST * tokens.eta.abs(),
+        a_ptr=most_upstream(tokens),
         b_ptr=tokens.b,
         weights_ptr=weights,
         largest_ptr=largest,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.block_sizes import rows_operand, tiles_on
-from cut_cross_entropy.kernels.filtered.selection import CHUNK, Threshold
+from cut_cross_entropy.kernels.filtered.selection import CHUNK, Threshold, most_upstream
 from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2, pointers
 from cut_cross_entropy.kernels.tokens import BackwardTokens
 from cut_cross_entropy.kernels.triton.filtered.tail_sample import (
@@ -118,7 +118,8 @@ class TailSample:
         launch(
             dropped_mass_kernel,
             (1,),
-            **pointers(tokens, "a b target_grad"),
+            a_ptr=most_upstream(tokens),
+            **pointers(tokens, "b target_grad"),
             mass_ptr=self.mass,
             dropped_ptr=threshold.statistics[-3:],
             N=tokens.a.shape[0],
