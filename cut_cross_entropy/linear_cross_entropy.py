@@ -174,8 +174,9 @@ def linear_cross_entropy(
         return_lse: also return the log-sum-exp of the logits.
         filter_eps: fraction of the gradient that the kernels may skip: None skips nothing,
             ``"auto"`` what the dtype cannot represent, ``"high"`` half of that, a float from 0 to 1
-            is scaled so that 2**-12 (Apple's bfloat16 threshold) equals ``"auto"``. The PyTorch
-            implementations are exact and ignore it.
+            is scaled so that 2**-12 (Apple's bfloat16 threshold) equals ``"auto"``. Where the first
+            two would leave more than 2 % of a token's probability to the tail, in the mean, as with
+            young models, nothing is skipped. The PyTorch implementations are exact and ignore it.
         accum_e_fp32: accepted for compatibility; gradients are always accumulated in float32 or
             wider.
         accum_c_fp32: as ``accum_e_fp32``.

@@ -174,7 +174,8 @@ class Filter(Flat):
             of bfloat16. It is estimated on a sample, and the tolerance is only where that starts; 0
             leaves the tolerance as it is.
         most_dropped: mean probability of a token, among the classes of this process, from which on
-            the gradients are computed in full instead; 1 for no such limit.
+            the gradients are computed in full instead; 1 for no such limit. Not known, so without
+            effect, where rows are made on demand.
         e: whether it applies to the gradient of ``e``.
         c: whether it applies to the gradients of ``c`` and ``bias``.
     """
