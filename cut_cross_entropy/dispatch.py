@@ -182,7 +182,7 @@ def _filter(impl: str, kernel_options: CCEPreset, filter_mass: float, world_size
         e=preset["filter_e_grad"],
         c=preset["filter_c_grad"],
         max_error=0.0 if world_size > 1 else MAX_ERROR.get(preset["filter_eps"], 0.0),
-        most_dropped=MOST_DROPPED / world_size if preset["filter_eps"] in ("auto", "high") else 1.0,
+        most_dropped=MOST_DROPPED / world_size if preset["filter_eps"] in MAX_ERROR else 1.0,
     )
 
 

@@ -41,7 +41,7 @@ from cut_cross_entropy.problem import (
     low_columns,
 )
 
-SCAN = 4096  # tokens per step of the scan
+SCAN = 4096  # tokens per step of a program that goes through all
 
 
 def list_in_place(targets: Tensor, ignore_index: int) -> Tensor:

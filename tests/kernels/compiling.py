@@ -305,7 +305,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
     add("draw_classes", tail_sample_kernels.draw_classes_kernel,
         {"CHUNK": selection.CHUNK, "HERE": tail_sample.AT_ONCE, **drawn}, types=i32)  # fmt: skip
     add("dropped_mass", tail_sample_kernels.dropped_mass_kernel,
-        {"SCAN": tail_sample.SCAN}, num_warps=8, types=(("dropped_ptr", "*i32"),))  # fmt: skip
+        {"SCAN": tokens.SCAN}, num_warps=8, types=(("dropped_ptr", "*i32"),))  # fmt: skip
     terms = {"bias_ptr", "softcap", "multiplier_ptr"}
     for name, values in (
         ("sample_tail", {**without(terms), **no_rank}),
@@ -477,7 +477,7 @@ def variants(tiles: Tiles, everything: bool = True) -> list[Variant]:
         types=(("counts_ptr", "*i32"), ("classes_ptr", "*i64")))  # fmt: skip
     sampled = (("rows_ptr", "*i64"),)
     add("draw_tokens", calibrate_kernels.draw_tokens_kernel,
-        {"SCAN": calibrate.SCAN}, num_warps=8, types=sampled)  # fmt: skip
+        {"SCAN": tokens.SCAN}, num_warps=8, types=sampled)  # fmt: skip
     add("left_factor", calibrate_kernels.left_factor_kernel, {"BLOCK_D": 32}, types=sampled)
     for some in (False, True):
         adapted = some and tiles.adds_low_rank

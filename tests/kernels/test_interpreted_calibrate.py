@@ -187,21 +187,25 @@ def test_no_estimate_leaves_the_threshold(value, moves):
 
 
 def test_weights_enter_the_estimate(always_filtered, always_calibrated, monkeypatch):
-    """Most of the upstream gradient on a few tokens: their error counts."""
+    """Most of the upstream gradient on a few tokens: their error counts. A sample scatters."""
     monkeypatch.setattr(dispatch, "FILTER_TOLERANCE", 8 * dispatch.FILTER_TOLERANCE)
-    problem = sharp(250, seed=1)
     weights = torch.full((250,), 1e-3)
     weights[::7] = 1.0
-    grads = []
-    for impl in ("cce", "reference"):
-        e = problem.e.clone().requires_grad_()
-        loss = linear_cross_entropy(
-            e, problem.c, problem.targets, problem.bias, impl=impl, reduction="none"
-        )
-        (grad,) = torch.autograd.grad(loss, e, weights)
-        grads.append(grad)
-    error = (grads[0] - grads[1]).norm() / grads[1].norm() / measure.ROUNDING
-    assert 0.3 * TARGET < error < 1.4 * TARGET
+    errors = []
+    for seed in (1, 2, 3):
+        problem = sharp(250, seed=seed)
+        grads = []
+        for impl in ("cce", "reference"):
+            e = problem.e.clone().requires_grad_()
+            loss = linear_cross_entropy(
+                e, problem.c, problem.targets, problem.bias, impl=impl, reduction="none"
+            )
+            (grad,) = torch.autograd.grad(loss, e, weights)
+            grads.append(grad)
+        error = (grads[0] - grads[1]).norm() / grads[1].norm()
+        errors.append(float(error) / measure.ROUNDING)
+    assert max(errors) < 1.4 * TARGET
+    assert sum(errors) / len(errors) > 0.4 * TARGET
 
 
 def test_a_step_is_a_function_of_its_inputs(always_filtered, always_calibrated):

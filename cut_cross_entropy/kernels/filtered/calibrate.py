@@ -20,7 +20,7 @@ from cut_cross_entropy.kernels.block_sizes import rows_operand, tiles_on
 from cut_cross_entropy.kernels.filtered.measure import ROUNDING
 from cut_cross_entropy.kernels.filtered.selection import Threshold
 from cut_cross_entropy.kernels.launch import aligned_rows, cdiv, launch, pointers
-from cut_cross_entropy.kernels.tokens import BackwardTokens
+from cut_cross_entropy.kernels.tokens import SCAN, BackwardTokens
 from cut_cross_entropy.kernels.triton.filtered.calibrate import (
     ROWS,
     SAMPLES,
@@ -44,7 +44,6 @@ CHUNK_BYTES = 128 * 2**20  # of logit gradients at a time
 PROGRAMS = 264  # that share the sums over classes, for every TILE of the samples
 TILE = 32
 BLOCKS = {torch.bfloat16: 128, torch.float32: 64}  # classes at once
-SCAN = 4096  # tokens per step of the draw
 
 
 def calibrates(problem: Problem, filter_: Filter) -> bool:

@@ -24,7 +24,7 @@ from cut_cross_entropy.kernels import BLOCK_T
 from cut_cross_entropy.kernels.block_sizes import rows_operand, tiles_on
 from cut_cross_entropy.kernels.filtered.selection import CHUNK, Threshold, most_upstream
 from cut_cross_entropy.kernels.launch import cdiv, launch, next_power_of_2, pointers
-from cut_cross_entropy.kernels.tokens import BackwardTokens
+from cut_cross_entropy.kernels.tokens import SCAN, BackwardTokens
 from cut_cross_entropy.kernels.triton.filtered.tail_sample import (
     chunk_masses_kernel,
     draw_classes_kernel,
@@ -36,7 +36,6 @@ from cut_cross_entropy.problem import Problem, low_columns
 DRAWS = 32  # classes drawn for a block; one may be drawn more than once
 AT_ONCE = 4  # of them by a program
 ROWS = 8  # blocks whose masses a program sums
-SCAN = 4096  # tokens per step of a mean
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from cut_cross_entropy.kernels.triton.filtered.selection import DROPPED_UNIT, weighted
-from cut_cross_entropy.kernels.triton.filtered.tail_sample import upstream
+from cut_cross_entropy.kernels.triton.filtered.tail_sample import load_risk, sum_risks
 from cut_cross_entropy.kernels.triton.order import random_signs
 from cut_cross_entropy.kernels.triton.primitives import (
     byte_to_value,
@@ -46,24 +46,15 @@ def draw_tokens_kernel(
     The error of a token is about its upstream gradient times the mass that it drops. A share of the
     upstream gradient alone leaves no token out.
     """
-    by_mass = 0.0
-    evenly = 0.0
-    for start in range(0, N, SCAN):
-        tokens = start + tl.arange(0, SCAN)
-        filtered = tl.load(target_grad_ptr + tokens, mask=tokens < N, other=-1.0) >= 0
-        weight = upstream(a_ptr, b_ptr=b_ptr, filtered=filtered, tokens=tokens, N=N)
-        mass = tl.load(mass_ptr + tokens, mask=tokens < N, other=0.0)
-        by_mass += tl.sum(weight * mass, 0)
-        evenly += tl.sum(weight, 0)
+    of_tokens = (a_ptr, b_ptr, target_grad_ptr, mass_ptr)
+    by_mass, evenly = sum_risks(of_tokens, N, SCAN)
     tl.store(weight_ptr, evenly)
     by_mass = 1.0 / tl.maximum(by_mass, 1e-37)
     evenly = EVENLY / tl.maximum(evenly, 1e-37)
     total = 0.0
     for start in range(0, N, SCAN):
         tokens = start + tl.arange(0, SCAN)
-        filtered = tl.load(target_grad_ptr + tokens, mask=tokens < N, other=-1.0) >= 0
-        weight = upstream(a_ptr, b_ptr=b_ptr, filtered=filtered, tokens=tokens, N=N)
-        mass = tl.load(mass_ptr + tokens, mask=tokens < N, other=0.0)
+        weight, mass = load_risk(of_tokens, tokens, N)
         risk = weight * (by_mass * mass + evenly)
         tl.store(sums_ptr + tokens, total + tl.cumsum(risk, 0), mask=tokens < N)
         total += tl.sum(risk, 0)

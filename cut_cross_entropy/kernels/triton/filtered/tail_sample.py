@@ -186,12 +186,33 @@ def sample_tail_kernel(
 
 
 @triton.jit
-def upstream(a_ptr, b_ptr, filtered, tokens, N):
-    """Return the upstream gradients of tokens, 0 where the filter computes no gradient."""
-    a = tl.abs(tl.load(a_ptr + tokens, mask=tokens < N, other=0.0))
-    b = tl.abs(tl.load(b_ptr + tokens, mask=tokens < N, other=0.0))
+def load_risk(of_tokens, tokens, N):
+    """Return the upstream gradients of tokens, 0 where the filter computes none, and their masses.
+
+    Args:
+        of_tokens: pointers to a, b, target_grad (negative: no filtered gradient) and dropped
+            masses, (N,) each.
+    """
+    a_ptr, b_ptr, target_grad_ptr, mass_ptr = of_tokens
+    inside = tokens < N
+    filtered = tl.load(target_grad_ptr + tokens, mask=inside, other=-1.0) >= 0
+    a = tl.abs(tl.load(a_ptr + tokens, mask=inside, other=0.0))
+    b = tl.abs(tl.load(b_ptr + tokens, mask=inside, other=0.0))
     weight = tl.maximum(a, b)
-    return tl.where(filtered & (weight < float("inf")), weight, 0.0)
+    weight = tl.where(filtered & (weight < float("inf")), weight, 0.0)
+    return weight, tl.load(mass_ptr + tokens, mask=inside, other=0.0)
+
+
+@triton.jit
+def sum_risks(of_tokens, N, SCAN: tl.constexpr):
+    """Sum the upstream gradients times the dropped masses, and the upstream gradients alone."""
+    by_mass = 0.0
+    evenly = 0.0
+    for start in range(0, N, SCAN):
+        weight, mass = load_risk(of_tokens, start + tl.arange(0, SCAN), N)
+        by_mass += tl.sum(weight * mass, 0)
+        evenly += tl.sum(weight, 0)
+    return by_mass, evenly
 
 
 @triton.jit(do_not_specialize=["dropped_ptr", "N"])
@@ -205,14 +226,6 @@ def dropped_mass_kernel(
     SCAN: tl.constexpr,
 ):
     """Average the dropped probabilities, weighted by the upstream gradients, in one program."""
-    dropped = 0.0
-    whole = 0.0
-    for start in range(0, N, SCAN):
-        tokens = start + tl.arange(0, SCAN)
-        filtered = tl.load(target_grad_ptr + tokens, mask=tokens < N, other=-1.0) >= 0
-        weight = upstream(a_ptr, b_ptr, filtered, tokens, N)
-        mass = tl.load(mass_ptr + tokens, mask=tokens < N, other=0.0)
-        dropped += tl.sum(weight * mass, 0)
-        whole += tl.sum(weight, 0)
+    dropped, whole = sum_risks((a_ptr, b_ptr, target_grad_ptr, mass_ptr), N, SCAN)
     mean = tl.minimum(dropped / tl.maximum(whole, 1e-37), 1.0)
     tl.store(dropped_ptr, (mean * DROPPED_UNIT).to(tl.int32))
